@@ -1,0 +1,1 @@
+"""scsdpo: self-distillation policy optimization of language models."""

@@ -1,0 +1,62 @@
+"""The contract of an advantage: plan from outcomes alone, then credit chunk by chunk."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scsdpo.loss import Chunk, Credit
+from scsdpo.types import Outcomes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Plan:
+    """Who can get credit, known before any forward; the rest is not computed at all."""
+
+    active: Tensor
+    """[Q, G] bool: rollouts whose credit may be other than zero."""
+    needs_teacher: Tensor
+    """[Q, G] bool: rollouts whose credit reads the teacher."""
+    needs_reference: Tensor
+    """[Q, G] bool: rollouts whose credit reads the reference."""
+    credit: Callable[[Chunk], Credit]
+    """Credit of a chunk of tokens of active rollouts."""
+
+
+class Advantage(ABC):
+    """What credit does each vocabulary entry get at each position?"""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it is meaningless without a teacher."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it is meaningless without a reference."""
+        return False
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it compares the rollouts of a question, so that one alone gives no signal."""
+        return False
+
+    @property
+    def objective_name(self) -> str:
+        """What the mean objective is called in the log."""
+        return "objective"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Signals` that a measuring pass must fill before the loss."""
+        return frozenset()
+
+    @abstractmethod
+    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+        """The plan for one batch of rollouts.
+
+        Args:
+            outcomes: the batch's verdicts.
+            available: [Q, G] bool: the rollout has a teacher prompt.
+        """

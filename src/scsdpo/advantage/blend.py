@@ -1,0 +1,95 @@
+"""Sums of advantages."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.loss import Chunk, Credit, SumCredit
+from scsdpo.types import Outcomes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """One term of a `Blend`.
+
+    Args:
+        advantage: what gives the credit.
+        weight: its coefficient; finite.
+    """
+
+    advantage: Advantage
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend(Advantage):
+    """Weighted sum of credits. c = sum_i weight_i c_i
+
+    A rollout is run if any part wants it; each part speaks only where its own plan is active.
+    SDPO's hybrid with GRPO is weights (l, 1 - l), l = .9; a KL anchor is a `ReferenceAnchor` with
+    a small weight.
+
+    Args:
+        parts: at least one.
+
+    Raises:
+        ValueError: if there are no parts, or a weight is not finite.
+
+    Source:
+        arXiv:2601.20802, A = l A_GRPO + (1 - l) A_SDPO.
+    """
+
+    parts: tuple[Weighted, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("`Blend(parts=...)` must name at least one advantage, got none")
+        for part in self.parts:
+            if not math.isfinite(part.weight):
+                raise ValueError(f"`Weighted(weight=...)` must be finite, got {part.weight}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(part.advantage.needs_teacher for part in self.parts)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(part.advantage.needs_reference for part in self.parts)
+
+    @property
+    def needs_group(self) -> bool:
+        return all(part.advantage.needs_group for part in self.parts)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.advantage.needs for part in self.parts))
+
+    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+        parts = [p for p in self.parts if p.weight != 0]
+        plans = [p.advantage.plan(outcomes, available) for p in parts]
+        nobody = torch.zeros_like(available)
+
+        def union(masks: list[Tensor]) -> Tensor:
+            return torch.stack([nobody, *masks]).any(0)
+
+        terms = tuple(
+            (p.weight * plan.active.double().flatten(), plan)
+            for p, plan in zip(parts, plans, strict=True)
+        )
+        return Plan(
+            active=union([p.active for p in plans]),
+            needs_teacher=union([p.needs_teacher for p in plans]),
+            needs_reference=union([p.needs_reference for p in plans]),
+            credit=partial(_sum, terms),
+        )
+
+
+def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:
+    dtype = chunk.student.logits.dtype
+    here = [(weights[chunk.rollout].to(dtype), plan) for weights, plan in terms]
+    # A part without a say in this chunk is not asked: its teacher may not have run.
+    return SumCredit(parts=tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any()))

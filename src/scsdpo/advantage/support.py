@@ -1,0 +1,111 @@
+"""Supports: the part of the vocabulary on which student and teacher are compared."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage.divergence import centred_credit
+from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
+
+
+class Support(ABC):
+    """Where a divergence between student S and target T is evaluated."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it looks at the sampled token only, which estimates the reverse KL only."""
+        return False
+
+    @abstractmethod
+    def credit(
+        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+    ) -> Credit:
+        """Credit of the divergence `alpha` on this support; `ids` [n] are the sampled tokens."""
+
+
+@dataclass(frozen=True)
+class Full(Support):
+    """Every token of the vocabulary."""
+
+    def credit(
+        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+    ) -> Credit:
+        values, objective = centred_credit(alpha, student.log_probs, target.log_probs)
+        return DenseCredit(values=values, objective=objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Support):
+    """The student's k most likely tokens, and what is left as one tail bucket.
+
+    With the tail the buckets are (S(v_1), ..., S(v_k), 1 - sum_i S(v_i)), the same places for the
+    teacher; without it both are renormalised on the k tokens. k >= V is the full support. The
+    tail's credit spreads over its tokens in proportion to S.
+
+    Args:
+        k: tokens. Must be >= 1.
+        tail: keep the rest as a bucket.
+
+    Raises:
+        ValueError: if `k` < 1.
+
+    Source:
+        Hübotter et al. 2026, arXiv:2601.20802: k = 100 with the tail.
+    """
+
+    k: int = 100
+    tail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"`TopK(k=...)` must be >= 1, got {self.k}")
+
+    def credit(
+        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+    ) -> Credit:
+        if self.k >= student.logits.shape[-1]:
+            return Full().credit(alpha, student, target, ids)
+        top = student.logits.topk(self.k, dim=-1).indices
+        log_s, log_t = student.log_probs_at(top), target.log_probs_at(top)
+        if not self.tail:
+            values, objective = centred_credit(alpha, log_s.log_softmax(-1), log_t.log_softmax(-1))
+            rest = torch.zeros_like(objective)
+            return SparseCredit(ids=top, values=values, rest=rest, objective=objective)
+        tail_s = _log_rest(log_s)
+        buckets_s = torch.cat([log_s, tail_s], dim=-1)
+        buckets_t = torch.cat([log_t, _log_rest(log_t)], dim=-1)
+        values, objective = centred_credit(alpha, buckets_s, buckets_t)
+        tail_mass = tail_s[:, 0].exp()
+        rest = torch.where(tail_mass > 0, values[:, -1] / tail_mass, 0.0)
+        return SparseCredit(ids=top, values=values[:, :-1], rest=rest, objective=objective)
+
+
+def _log_rest(log_probs: Tensor) -> Tensor:
+    """[n, 1]: log(1 - sum exp log_probs), -inf where nothing is left."""
+    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=0)
+    return torch.where(inside < 0, torch.log(-torch.expm1(inside)), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Sampled(Support):
+    """The sampled token y only; reverse KL. c(y) = log T(y) - log S(y), objective log S(y)/T(y).
+
+    Its expectation over y ~ S is the full reverse KL, gradient included.
+    """
+
+    @property
+    def sampled(self) -> bool:
+        return True
+
+    def credit(
+        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+    ) -> Credit:
+        value = target.logprob(ids) - student.logprob(ids)
+        return SparseCredit(
+            ids=ids[:, None],
+            values=value[:, None],
+            rest=torch.zeros_like(value),
+            objective=-value,
+        )

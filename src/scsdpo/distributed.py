@@ -1,0 +1,31 @@
+"""Sums over ranks; with one process they are the identity."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up gradients over ranks; a parameter without one counts as zero.
+
+    Called once an optimizer step, after every micro-batch's backward, so that ranks may run
+    different numbers of micro-batches, or none. Losses are divided by the denominators of all
+    ranks, hence the sum and not the mean.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)

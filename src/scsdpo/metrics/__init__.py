@@ -1,0 +1,6 @@
+"""Metrics: torchmetrics modules for validation, and the training log."""
+
+from scsdpo.metrics.groups import ByCategory, MajAtK, MeanAtK
+from scsdpo.metrics.training import rollout_metrics, token_metrics
+
+__all__ = ["ByCategory", "MajAtK", "MeanAtK", "rollout_metrics", "token_metrics"]

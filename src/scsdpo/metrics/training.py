@@ -1,0 +1,57 @@
+"""What the log shows of a training step."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from scsdpo.distributed import all_sum
+from scsdpo.loss import LossOutput
+from scsdpo.types import Outcomes, Rollouts
+
+
+def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> dict[str, float]:
+    """Of one rank's batch: pass rate, share of informative questions, lengths, and so on.
+
+    `effective_questions` is the effective sample size of the question weights,
+    (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
+    """
+    p = outcomes.pass_rates
+    per_question = weights.double().mean(-1)
+    square = per_question.square().sum()
+    errors = [bool(verdict.error) for group in outcomes.verdicts for verdict in group]
+    return {
+        "pass_rate": float(p.mean()),
+        "reward": float(outcomes.rewards.double().mean()),
+        "informative": float(((p > 0) & (p < 1)).double().mean()),
+        "response_length": float(rollouts.lengths.double().mean()),
+        "truncated": float((~rollouts.finished).double().mean()),
+        "effective_questions": float(per_question.sum().square() / square) if square > 0 else 0.0,
+        "verifier_errors": float(sum(errors)),
+    }
+
+
+def token_metrics(outputs: Iterable[tuple[LossOutput, Tensor]], objective: str) -> dict[str, float]:
+    """Means over the tokens that were trained on, all ranks; empty if there were none.
+
+    Args:
+        outputs: per micro-batch the kernel's output and the sampler's log-probs [N] of the whole
+            distribution (`Rollouts.policy_logprobs`).
+        objective: name under which the mean objective is shown.
+
+    `logprob_gap` is the mean of |log S_trainer(y) - log S_sampler(y)|, in nats: what was sampled
+    is not what the trainer thinks was sampled if it is more than rounding.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    worst = 0.0
+    for output, sampled in outputs:
+        gap = (output.logprob.double() - sampled.double()).abs()
+        columns = (output.objective.double(), output.entropy.double(), gap)
+        sums += torch.stack([*(c.sum() for c in columns), gap.new_tensor(len(gap))]).cpu()
+        worst = max(worst, float(gap.max())) if len(gap) else worst
+    total = all_sum(sums).tolist()
+    if total[3] == 0:
+        return {}
+    names = (objective, "entropy", "logprob_gap")
+    means = {name: value / total[3] for name, value in zip(names, total[:3], strict=True)}
+    return {**means, "logprob_gap_max": worst}

@@ -1,0 +1,249 @@
+"""What of the policy is trained, and how a second set of weights is kept beside it."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+STUDENT = "default"
+"""Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
+
+
+class Weights(nn.Module, ABC):
+    """A second set of weights of the policy: a whole copy, or an adapter on the shared base."""
+
+    @abstractmethod
+    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        """The language model with these weights in force, given the policy's `model`."""
+
+    @abstractmethod
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """(own tensor, the student's) for everything that is trained."""
+
+
+class Adapter(ABC):
+    """What is trained: everything (`FullFineTune`) or low-rank factors (`Lora`)."""
+
+    @abstractmethod
+    def dtype(self, device_is_gpu: bool) -> torch.dtype:
+        """Dtype in which the checkpoint is loaded when the configuration says `auto`."""
+
+    @abstractmethod
+    def wrap(self, model: PreTrainedModel) -> nn.Module:
+        """The trainable module around a freshly loaded model."""
+
+    @abstractmethod
+    def language_model(self, model: nn.Module) -> PreTrainedModel:
+        """The transformers model inside a wrapped one, adapters in place."""
+
+    def current(self) -> Weights:
+        """The student's own weights, as they are at each moment."""
+        return _Student(self)
+
+    @abstractmethod
+    def initial(self, model: nn.Module) -> Weights:
+        """The weights before any training, frozen; not part of checkpoints."""
+
+    @abstractmethod
+    def moving(self, model: nn.Module, name: str) -> Weights:
+        """A copy of the current student that a teacher may move; part of checkpoints."""
+
+    @abstractmethod
+    def is_saved(self, key: str) -> bool:
+        """Whether the wrapped model's parameter `key` belongs into checkpoints."""
+
+
+@dataclass(frozen=True)
+class FullFineTune(Adapter):
+    """Every parameter is trained, in float32 (under `bf16-mixed` the arithmetic is bf16).
+
+    A bf16 weight of 0.02 does not move at lr 1e-5 with AdamW, hence the float32 masters. A second
+    set of weights is a whole copy.
+    """
+
+    def dtype(self, device_is_gpu: bool) -> torch.dtype:
+        return torch.float32
+
+    def wrap(self, model: PreTrainedModel) -> nn.Module:
+        return model
+
+    def language_model(self, model: nn.Module) -> PreTrainedModel:
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def initial(self, model: nn.Module) -> Weights:
+        return _Copy(self.language_model(model), saved=False)
+
+    def moving(self, model: nn.Module, name: str) -> Weights:
+        return _Copy(self.language_model(model), saved=True)
+
+    def is_saved(self, key: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """Low-rank factors are trained: W + (alpha / r) B A, B = 0 at the start.
+
+    The base stays frozen in the checkpoint's dtype (bf16 on GPU), the factors are float32. Frozen
+    weights are the base with adapters off; a moving teacher is a second pair of factors that
+    starts as a copy of the student's. The average of the factors is not the average of their
+    product: EMA under LoRA is this approximation.
+
+    Args:
+        r: rank. Must be >= 1.
+        lora_alpha: numerator of the scale.
+        lora_dropout: in [0, 1); off for the teacher and while sampling.
+        target_modules: names of linear layers, or `all-linear` (the head is never included).
+        use_rslora: scale by alpha / sqrt(r) instead.
+        use_dora: weight-decomposed variant.
+        exclude_modules: names left out of `target_modules`.
+        layers_to_transform: indices of the only layers to adapt; empty adapts all.
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685; fields are those of `peft.LoraConfig`.
+    """
+
+    r: int = 32
+    lora_alpha: int = 64
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    exclude_modules: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"`Lora(r=...)` must be >= 1, got {self.r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`Lora(lora_dropout=...)` must be in [0, 1), got {self.lora_dropout}")
+        if "lm_head" in self.target_modules:
+            raise ValueError(
+                "`Lora(target_modules=...)` must not name lm_head: the credit loss reads the "
+                "head's plain weight; leave it out"
+            )
+
+    def _config(self) -> LoraConfig:
+        # peft spells "none of them" as None.
+        settings = {name: value if value != [] else None for name, value in asdict(self).items()}
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+    def dtype(self, device_is_gpu: bool) -> torch.dtype:
+        return torch.bfloat16 if device_is_gpu else torch.float32
+
+    def wrap(self, model: PreTrainedModel) -> nn.Module:
+        return get_peft_model(model, self._config(), adapter_name=STUDENT)
+
+    def language_model(self, model: nn.Module) -> PreTrainedModel:
+        assert isinstance(model, PeftModel)
+        return model.get_base_model()
+
+    def initial(self, model: nn.Module) -> Weights:
+        return _Base()
+
+    def moving(self, model: nn.Module, name: str) -> Weights:
+        assert isinstance(model, PeftModel)
+        if name not in model.peft_config:
+            model.add_adapter(name, self._config())
+        factors = _Factors(name)
+        with torch.no_grad():  # peft draws a fresh A for each adapter
+            for own, student in factors.pairs(model):
+                own.copy_(student)
+                own.requires_grad_(False)
+        return factors
+
+    def is_saved(self, key: str) -> bool:
+        return "lora_" in key
+
+
+class _Student(Weights):
+    """The weights that are being trained."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(self.adapter.language_model(model))
+
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(())
+
+
+class _Copy(Weights):
+    """A whole frozen copy of the model."""
+
+    def __init__(self, model: PreTrainedModel, *, saved: bool) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+        if not saved:
+            self.register_state_dict_post_hook(_forget)
+
+    def train(self, mode: bool = True) -> "_Copy":
+        return self  # a teacher has no dropout
+
+    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(self.copy)
+
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.copy.parameters(), model.parameters(), strict=True)
+
+
+def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+
+
+class _Base(Weights):
+    """The frozen base of a LoRA policy: adapters off."""
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        assert isinstance(model, PeftModel)
+        with _requires_grad_kept(model), model.disable_adapter():
+            yield model.get_base_model()
+
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(())
+
+
+class _Factors(Weights):
+    """A second adapter on the shared base; its tensors live in (and are saved with) the policy."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        assert isinstance(model, PeftModel)
+        with _requires_grad_kept(model):
+            model.set_adapter(self.name, inference_mode=True)
+            try:
+                yield model.get_base_model()
+            finally:
+                model.set_adapter(STUDENT)
+
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        named = dict(model.named_parameters())
+        for key, own in named.items():
+            if f".{self.name}." in key:
+                yield own, named[key.replace(f".{self.name}.", f".{STUDENT}.")]
+
+
+@contextmanager
+def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """`set_adapter` and `disable_adapter` flip requires_grad; put it back."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

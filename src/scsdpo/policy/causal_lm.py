@@ -1,0 +1,184 @@
+"""The policy: a causal language model, its tokenizer, and what of it is trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
+from scsdpo.policy.chat import Chat
+from scsdpo.policy.rows import Rows, hidden_states
+
+T = TypeVar("T")
+
+TINY = "tiny"
+"""`name_or_path` of the policy that ships with the package."""
+
+_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face causal language model as the policy pi(y | x).
+
+    The tokenizer loads here; the weights load in `configure_model`, after the whole configuration
+    was checked.
+
+    Args:
+        name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
+        dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
+            bfloat16 on GPU and float32 on CPU.
+        attn_implementation: as in transformers; shared prefixes need `sdpa`.
+        adapter: `FullFineTune()` or `Lora(...)`.
+        gradient_checkpointing: recompute activations in the backward (prompts then are not shared
+            between responses: checkpointing drops the cache).
+        chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
+
+    Raises:
+        ValueError: if there is no such checkpoint, no chat template or no end-of-sequence token;
+            from `configure_model`, if the architecture rescales its logits behind the head.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        attn_implementation: str = "sdpa",
+        adapter: Adapter = FullFineTune(),
+        gradient_checkpointing: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name_or_path = name_or_path
+        self.adapter = adapter
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self._dtype = dtype
+        self._path = _resolve(name_or_path)
+        self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
+        self.model: nn.Module | None = None
+        self.register_state_dict_post_hook(_drop_unsaved)
+
+    def configure_model(self) -> None:
+        """Load the weights; a second call does nothing."""
+        if self.model is not None:
+            return
+        dtype = (
+            self.adapter.dtype(torch.cuda.is_available())
+            if self._dtype == "auto"
+            else getattr(torch, self._dtype)
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(
+            self._path, dtype=dtype, attn_implementation=self.attn_implementation
+        )
+        _refuse_rescaled_logits(loaded)
+        if self.gradient_checkpointing:
+            loaded.gradient_checkpointing_enable({"use_reentrant": False})
+            loaded.enable_input_require_grads()
+        self.model = self.adapter.wrap(loaded)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The trainable module (for LoRA, peft's)."""
+        if self.model is None:
+            raise RuntimeError("the policy has no weights yet: call `configure_model()` first")
+        return self.model
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model, adapters in place."""
+        return self.adapter.language_model(self.wrapped)
+
+    @property
+    def vocabulary(self) -> int:
+        """V: rows of the head; may exceed the tokenizer's (padding for speed)."""
+        return self.language_model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def share_prefixes(self) -> bool:
+        """Whether responses share their prompt's run: not under checkpointing, and sdpa only."""
+        return self.attn_implementation == "sdpa" and not self.gradient_checkpointing
+
+    def forward(self, rows: Rows, loss: Callable[[Tensor, nn.Linear], T]) -> T:
+        """Trunk and loss in one root forward: `loss(hidden states [N, D], head)`.
+
+        Under FSDP2 the head's weight is whole only inside this forward.
+        """
+        model = self.language_model
+        hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
+        return loss(hidden, model.get_output_embeddings())
+
+    @contextmanager
+    def sampling_mode(self) -> Iterator[PreTrainedModel]:
+        """The student for inference: eval mode, no gradients, all restored on exit."""
+        model = self.language_model
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            model.train(training)
+
+    def run(self, weights: Weights, rows: Rows) -> tuple[Tensor, nn.Linear]:
+        """Hidden states [N, D] and head of another set of weights, without gradient."""
+        with self.sampling_mode(), weights.active(self.wrapped) as model:
+            hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
+            return hidden, model.get_output_embeddings()
+
+
+def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Leave the frozen base of a LoRA policy out of checkpoints: its name finds it again."""
+    start = f"{prefix}model."
+    for key in [k for k in state if k.startswith(start) and not module.adapter.is_saved(k)]:
+        del state[key]
+
+
+def _resolve(name_or_path: str) -> str:
+    if name_or_path != TINY:
+        return name_or_path
+    from scsdpo.lab import tiny_path
+
+    return str(tiny_path())
+
+
+def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            ends = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:  # no generation_config.json
+            ends = AutoConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(path).exists() else "hub name (or the hub cannot be reached)"
+        raise ValueError(
+            f"`CausalLM(name_or_path={name!r})` cannot be loaded as a {kind}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    listed = [ends] if isinstance(ends, int) else list(ends or [])
+    if tokenizer.eos_token_id is not None:
+        listed.append(tokenizer.eos_token_id)
+    return Chat(
+        tokenizer=tokenizer, eos_ids=tuple(dict.fromkeys(listed)), template_kwargs=template_kwargs
+    )
+
+
+def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
+    settings = model.config.get_text_config().to_dict()
+    for name in _RESCALED:
+        if settings.get(name) not in (None, 1, 1.0):
+            raise ConfigurationError(
+                f"{type(model).__name__} changes its logits behind the head "
+                f"({name}={settings[name]}), which the credit loss does not model; "
+                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
+            )

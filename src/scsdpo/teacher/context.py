@@ -1,0 +1,189 @@
+"""Contexts: what the teacher is told that the student was not."""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from scsdpo.policy.chat import Chat
+from scsdpo.teacher.templates import Templates
+from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+
+
+class Context(ABC):
+    """Privileged information f for each rollout, as a rendered teacher prompt."""
+
+    @abstractmethod
+    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+        """Teacher prompts [Q][G]; an empty one where there is nothing to tell."""
+
+
+@dataclass(frozen=True)
+class PlainPrompt(Context):
+    """Nothing privileged: the teacher reads what the student reads. For KL anchors."""
+
+    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+        group = rollouts.ids.shape[1]
+        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in rollouts.prompts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What one rollout's teacher is told; both empty: nothing."""
+
+    demonstration: str = ""
+    feedback: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reprompt(Context):
+    """The last user turn rewritten by templates. Subclasses say what to tell."""
+
+    templates: Templates = Templates()
+    max_tokens: int = 10240
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(
+                f"`{type(self).__name__}(max_tokens=...)` must be >= 1, got {self.max_tokens}"
+            )
+
+    @abstractmethod
+    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+        """What to tell the teacher of this rollout."""
+
+    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+        questions, group = rollouts.ids.shape[:2]
+        rendered: dict[tuple[int, _Told], tuple[int, ...]] = {}
+        table = []
+        for q in range(questions):
+            told = [self.tell(q, g, rollouts, outcomes) for g in range(group)]
+            for one in told:
+                if (q, one) not in rendered:
+                    rendered[q, one] = self._fit(chat, rollouts.prompts[q], one)
+            table.append(tuple(rendered[q, one] for one in told))
+        return TeacherContexts(ids=tuple(table))
+
+    def _fit(self, chat: Chat, prompt: Prompt, told: _Told) -> tuple[int, ...]:
+        """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands
+        at the end); template and question stay whole, or there is no context.
+        """
+        demonstration, feedback = told.demonstration, told.feedback
+        while demonstration or feedback:
+            messages = self.templates.fill(
+                prompt.messages, demonstration=demonstration, feedback=feedback
+            )
+            ids = chat.render(messages)
+            excess = len(ids) - self.max_tokens
+            if excess <= 0:
+                return ids
+            if demonstration:
+                demonstration = _cut(chat, demonstration, excess)
+            else:
+                feedback = _cut(chat, feedback, excess)
+        return ()
+
+
+def _cut(chat: Chat, text: str, tokens: int) -> str:
+    """`text` without its first `tokens` tokens; strictly shorter."""
+    shorter = chat.decode(chat.encode(text)[tokens:])
+    return shorter if len(shorter) < len(text) else text[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingDemonstration(_Reprompt):
+    """A successful rollout of the same question, shown as a correct solution.
+
+    A rollout without a (different) successful sibling has no teacher and no loss: with
+    `exclude_self` the only success of a group gets none, its failures do.
+
+    Args:
+        pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
+        exclude_self: never show a rollout to itself.
+        strip_thinking: drop <think>...</think> blocks from the demonstration.
+        templates: the words around it.
+        max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
+            template or the question; if those alone are too long there is no context.
+
+    Source:
+        Hübotter et al. 2026 (SDPO), arXiv:2601.20802, and its code.
+    """
+
+    pick: Literal["first", "shortest"] = "first"
+    exclude_self: bool = True
+    strip_thinking: bool = True
+
+    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+        return _Told(demonstration=self.demonstration(question, rollout, rollouts, outcomes))
+
+    def demonstration(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> str:
+        """The text to show; empty if there is none."""
+        good = outcomes.successes[question].nonzero()[:, 0].tolist()
+        if self.exclude_self:
+            good = [g for g in good if g != rollout]
+        if not good:
+            return ""
+        lengths = rollouts.mask[question].sum(-1).tolist()
+        chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
+        text = rollouts.texts[question][chosen]
+        return _without_thinking(text) if self.strip_thinking else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback(_Reprompt):
+    """The verifier's feedback on the rollout's own failed attempt.
+
+    Successful rollouts, and failures without feedback, have no teacher.
+
+    Args:
+        templates: the words around it.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Source:
+        Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
+    """
+
+    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+        return _Told(feedback=_own_feedback(question, rollout, outcomes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationOrFeedback(SiblingDemonstration):
+    """A sibling's success if there is one, else the feedback on the own failure.
+
+    Args:
+        pick: as in `SiblingDemonstration`.
+        exclude_self: as in `SiblingDemonstration`.
+        strip_thinking: as in `SiblingDemonstration`.
+        both: show the feedback beside a demonstration too.
+        templates: the words around them.
+        max_tokens: as in `SiblingDemonstration`; the demonstration is cut first.
+
+    Source:
+        Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
+    """
+
+    both: bool = False
+
+    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+        demonstration = self.demonstration(question, rollout, rollouts, outcomes)
+        if demonstration and not self.both:
+            return _Told(demonstration=demonstration)
+        return _Told(
+            demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
+        )
+
+
+def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
+    if outcomes.successes[question, rollout]:
+        return ""
+    return outcomes.verdicts[question][rollout].feedback
+
+
+def _without_thinking(text: str) -> str:
+    """Some templates open <think> in the prompt; then only its end stands in the response."""
+    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
+        text = "<think>" + text
+    return re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)

@@ -1,0 +1,131 @@
+"""Whose weights teach: the student's own, its first ones, or an average of the path between."""
+
+from collections.abc import Callable
+
+import torch
+
+from scsdpo.loss import TokenLogits
+from scsdpo.policy import CausalLM, Weights
+from scsdpo.teacher._base import Teacher
+from scsdpo.teacher.context import Context, SiblingDemonstration
+
+
+class Live(Teacher):
+    """The student itself, one step behind nothing: T = pi_theta(. | x, f, y<t), detached.
+
+    Known to diverge in long runs (arXiv:2601.20802: 36.1 against EMA's 49.3 on LiveCodeBench).
+
+    Args:
+        context: the privileged information.
+    """
+
+    def __init__(self, context: Context = SiblingDemonstration()) -> None:
+        super().__init__(context)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (policy.adapter.current(),)
+
+
+class Frozen(Teacher):
+    """The policy before any training. theta' = theta_0
+
+    A full fine-tune keeps a copy (not in checkpoints: the policy's name finds it again); under
+    LoRA it is the base with adapters off, and costs nothing. With `PlainPrompt` it is the
+    reference of a KL anchor.
+
+    Args:
+        context: the privileged information.
+    """
+
+    def __init__(self, context: Context = SiblingDemonstration()) -> None:
+        super().__init__(context)
+        self.weights: Weights | None = None
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            self.weights = policy.adapter.initial(policy.wrapped)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (_configured(self, self.weights),)
+
+
+class EMA(Teacher):
+    """Exponential moving average. theta' <- (1 - rate) theta' + rate theta, once per step taken
+
+    Starts as a copy of the student; after n steps towards a constant theta the remaining
+    distance is (1 - rate)^n. Under LoRA the average is over the factors, which is not the average
+    of their product (`Lora`).
+
+    Args:
+        rate: in [0, 1]; 0 is `Frozen`, 1 is `Live`.
+        context: the privileged information.
+
+    Raises:
+        ValueError: if `rate` is outside [0, 1].
+
+    Source:
+        arXiv:2601.20802: rate .05 (.01 with rich feedback).
+    """
+
+    def __init__(self, rate: float = 0.05, context: Context = SiblingDemonstration()) -> None:
+        super().__init__(context)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`EMA(rate=...)` must be in [0, 1], got {rate}")
+        self.rate = rate
+        self.weights: Weights | None = None
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            self.weights = policy.adapter.moving(policy.wrapped, slot)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (_configured(self, self.weights),)
+
+    @torch.no_grad()
+    def after_step(self, policy: CausalLM) -> None:
+        for own, student in _configured(self, self.weights).pairs(policy.wrapped):
+            own.lerp_(student.to(own.dtype), self.rate)
+
+
+class TrustRegion(Teacher):
+    """The first policy, moved a little. z_T = (1 - mix) z_0 + mix z_theta, both on (x, f, y<t)
+
+    A linear mix of logits is the geometric mix of the distributions,
+    T ~ pi_0^(1 - mix) pi_theta^mix. mix = 0 is `Frozen`, mix = 1 is `Live`.
+
+    Args:
+        mix: share of the student, in [0, 1].
+        context: the privileged information.
+
+    Raises:
+        ValueError: if `mix` is outside [0, 1].
+
+    Source:
+        arXiv:2601.20802, mix .01.
+    """
+
+    def __init__(self, mix: float = 0.01, context: Context = SiblingDemonstration()) -> None:
+        super().__init__(context)
+        if not 0 <= mix <= 1:
+            raise ValueError(f"`TrustRegion(mix=...)` must be in [0, 1], got {mix}")
+        self.mix = mix
+        self.weights: Weights | None = None
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            self.weights = policy.adapter.initial(policy.wrapped)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (_configured(self, self.weights), policy.adapter.current())
+
+    def combine(
+        self, student: Callable[[], TokenLogits], trunks: tuple[TokenLogits, ...]
+    ) -> TokenLogits:
+        first, live = trunks
+        return TokenLogits(torch.lerp(first.logits, live.logits, self.mix))
+
+
+def _configured(teacher: Teacher, weights: Weights | None) -> Weights:
+    if weights is None:
+        raise RuntimeError(f"{type(teacher).__name__} has no weights: call `configure` first")
+    return weights

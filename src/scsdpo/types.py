@@ -1,0 +1,170 @@
+"""The data that flows between the strategies: frozen, keyword-only, never annotated in place.
+
+Shape suffixes: Q questions in the batch, G rollouts a question, L the longest response of the batch
+(responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scsdpo.verifiers import Verifier
+
+Message = dict[str, str]
+"""One chat turn, `{"role": ..., "content": ...}`."""
+
+
+class _ToDevice:
+    """Mixin: `.to(device)` for a frozen dataclass of tensors (Lightning moves batches with it)."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prompt:
+    """One question, as a data source yields it."""
+
+    key: str
+    """Stable identity of the question: the same after a restart, on every rank, in every order."""
+    messages: tuple[Message, ...]
+    """Chat turns; the last one is the user's."""
+    verifier: "Verifier"
+    """Turns a response to this prompt into a `Verdict`."""
+    answer: str
+    """The gold answer in the form that `verifier` compares with; never shown to the policy."""
+    category: str = ""
+    """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
+    ids: tuple[int, ...] = ()
+    """The rendered prompt, generation header included; empty until the data module rendered it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a verifier says of one response."""
+
+    reward: float
+    """In [0, 1] for the tasks shipped here; 1 is right."""
+    answer: str | None = None
+    """The extracted answer in canonical spelling, for majority votes; None: there was none."""
+    feedback: str = ""
+    """What is wrong, in words that the teacher may be shown; empty: nothing to say."""
+    error: str = ""
+    """Why the verifier itself failed; counted and logged, never a silent zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How responses are drawn: from softmax(logits / temperature), cut to top-k, then to top-p.
+
+    Args:
+        n: responses per prompt, G.
+        max_new_tokens: cap on a response's length in tokens, end-of-sequence included.
+        temperature: > 0; the trainer's distributions use the same one.
+        top_p: keep the smallest set of most likely tokens whose mass reaches `top_p`; 1 keeps all.
+        top_k: keep the `top_k` most likely tokens; 0 keeps all.
+        seed: the draw of response i to a prompt depends on (seed, prompt key, i) and on nothing
+            else: not on the batch, its order, or the device count.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    n: int = 8
+    max_new_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "n": (self.n >= 1, ">= 1"),
+            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
+            "temperature": (self.temperature > 0, "> 0; for nearly greedy decoding write 0.01"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, ">= 0; 0 keeps every token"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise ValueError(
+                    f"`Sampling({name}=...)` must be {rule}, got {getattr(self, name)}"
+                )
+
+    def at(self, step: int) -> "Sampling":
+        """The same sampling with a seed of its own for `step`, so that steps draw afresh."""
+        return replace(self, seed=stable_hash(self.seed, step))
+
+
+def stable_hash(*parts: object) -> int:
+    """A 63-bit hash of `parts` that is the same in every process (unlike `hash`)."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rollouts(_ToDevice):
+    """Q x G responses, token ids straight from the sampler."""
+
+    prompts: tuple[Prompt, ...]
+    """The Q questions."""
+    ids: Tensor
+    """[Q, G, L] int64: sampled tokens, end-of-sequence included, then padding."""
+    mask: Tensor
+    """[Q, G, L] bool: True at sampled tokens. A response may be empty (no True)."""
+    sampling_logprobs: Tensor
+    """[Q, G, L] float32, nats: under the distribution drawn from (temperature, top-k, top-p)."""
+    policy_logprobs: Tensor
+    """[Q, G, L] float32, nats: under softmax(logits / temperature), nothing cut."""
+    finished: Tensor
+    """[Q, G] bool: ended by an end-of-sequence token, not by the length cap."""
+    texts: tuple[tuple[str, ...], ...]
+    """[Q][G] decoded responses without special tokens; for verifiers and demonstrations only."""
+    temperature: float
+    """The sampling temperature."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[Q, G] int64: tokens in each response."""
+        return self.mask.sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Outcomes(_ToDevice):
+    """The verdicts on a batch of rollouts."""
+
+    verdicts: tuple[tuple[Verdict, ...], ...]
+    """[Q][G]."""
+    rewards: Tensor
+    """[Q, G] float32."""
+    successes: Tensor
+    """[Q, G] bool: reward >= the success threshold."""
+
+    @property
+    def pass_rates(self) -> Tensor:
+        """[Q] float64: share of successes among a question's rollouts, p = k / G."""
+        return self.successes.double().mean(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TeacherContexts:
+    """What the teacher reads before each response."""
+
+    ids: tuple[tuple[tuple[int, ...], ...], ...]
+    """[Q][G] rendered teacher prompts; empty: the rollout has no teacher."""
+
+    @property
+    def available(self) -> Tensor:
+        """[Q, G] bool: the rollout has a teacher prompt."""
+        return torch.tensor([[bool(row) for row in group] for group in self.ids], dtype=torch.bool)

@@ -1,0 +1,300 @@
+"""The update: from a batch of judged rollouts to gradients, one optimizer step at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage import Plan
+from scsdpo.loss import (
+    Importance,
+    LossOutput,
+    Objective,
+    TokenLogits,
+    Tokens,
+    Voice,
+    chunks,
+    credit_loss,
+)
+from scsdpo.policy import CausalLM, Rows
+from scsdpo.reduction import Reduction
+from scsdpo.signals import Signals
+from scsdpo.teacher import Teacher
+from scsdpo.types import Rollouts, TeacherContexts
+from scsdpo.weighting import TokenWeighting
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What is known of R = Q * G rollouts before the first forward. Rows are q * G + g."""
+
+    rollouts: Rollouts
+    plan: Plan
+    weights: Tensor
+    """[Q, G] float64 question and rollout weights."""
+    teacher: TeacherContexts
+    reference: TeacherContexts
+    old_logprobs: Tensor
+    """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
+
+    @property
+    def ids(self) -> Tensor:
+        """[R, L] response ids."""
+        return self.rollouts.ids.flatten(0, 1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, L] bool response mask."""
+        return self.rollouts.mask.flatten(0, 1)
+
+    @property
+    def active(self) -> Tensor:
+        """[R] bool: rollouts that can get credit; the others enter no forward."""
+        wanted = self.plan.active & (self.weights > 0) & (self.rollouts.lengths > 0)
+        return wanted.flatten()
+
+    def student_prompts(self) -> list[tuple[int, ...]]:
+        """[R] prompt ids."""
+        group = self.rollouts.ids.shape[1]
+        return [prompt.ids for prompt in self.rollouts.prompts for _ in range(group)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Turns rows of a batch into losses with a gradient, micro-batch by micro-batch.
+
+    Args:
+        teacher: speaks where the plan needs it.
+        reference: the same, for the anchor.
+        token_weighting: factor on each token.
+        reduction: how tokens add up; denominators are those of the whole optimizer step.
+        importance: factor on each token from the sampler's log-probs.
+        max_tokens: budget of a micro-batch, in padded tokens of its longest forward. It changes
+            memory and speed, and no number.
+        needs: fields of `Signals` that the strategies ask for.
+    """
+
+    teacher: Teacher
+    reference: Teacher
+    token_weighting: TokenWeighting
+    reduction: Reduction
+    importance: Importance
+    max_tokens: int
+    needs: frozenset[str]
+
+    def losses(
+        self, policy: CausalLM, batch: Batch, rows: Sequence[int]
+    ) -> Iterator[tuple[LossOutput, Tensor]]:
+        """Per micro-batch of the active ones among `rows`, its share of the step's loss and the
+        sampler's log-probs [N]. The caller runs backward on each before asking for the next.
+        """
+        step = _Step(self, policy, batch, rows)
+        sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
+        for micro in step.micro_batches:
+            yield step.loss(micro), step.of_tokens(micro, sampled)
+
+    def measure(self, policy: CausalLM, batch: Batch, rows: Sequence[int]) -> Tensor:
+        """[R, L]: log S(y) of the active ones among `rows`, without gradient; nan elsewhere."""
+        step = _Step(replace(self, needs=frozenset({"student_logprob"})), policy, batch, rows)
+        measured = batch.mask & step.chosen[:, None]
+        return torch.where(measured, step.signals.student_logprob, torch.nan)
+
+
+class _Step:
+    """One optimizer step: its denominators, signals and scales, made before the first backward."""
+
+    def __init__(self, update: Update, policy: CausalLM, batch: Batch, rows: Sequence[int]) -> None:
+        self.update, self.policy, self.batch = update, policy, batch
+        self.prompts = {
+            "student": batch.student_prompts(),
+            "teacher": [ids for group in batch.teacher.ids for ids in group],
+            "reference": [ids for group in batch.reference.ids for ids in group],
+        }
+        self.reads = {
+            "teacher": batch.plan.needs_teacher.flatten(),
+            "reference": batch.plan.needs_reference.flatten(),
+        }
+        active = batch.active
+        index = torch.tensor(rows, dtype=torch.long, device=active.device)
+        self.chosen = torch.zeros_like(active).index_fill_(0, index, True) & active
+        self.lengths = batch.mask.sum(-1)
+        self.temperature = batch.rollouts.temperature
+        self.micro_batches = token_budget(
+            self.chosen.nonzero()[:, 0].tolist(),
+            self._cost(),
+            group=batch.rollouts.ids.shape[1],
+            max_tokens=update.max_tokens,
+        )
+        self.voices: dict[tuple[int, str], Voice] = {}
+        self.signals = self._measure()
+        self.scale = self._scale(index)
+
+    def _cost(self) -> list[int]:
+        """[R]: tokens of a rollout's longest forward."""
+        contexts = zip(*self.prompts.values(), strict=True)
+        longest = [max(map(len, each)) for each in contexts]
+        return [n + m for n, m in zip(longest, self.lengths.tolist(), strict=True)]
+
+    def _scale(self, index: Tensor) -> Tensor:
+        """[R, L]: denominator, question weight and token weight of every token."""
+        batch, update = self.batch, self.update
+        coefficients = torch.zeros_like(batch.weights.flatten())
+        coefficients[index] = update.reduction.coefficients(
+            self.lengths[index], batch.active[index]
+        ).to(coefficients.dtype)
+        distilled = batch.mask & (self.reads["teacher"] & self.chosen)[:, None]
+        per_token = update.token_weighting.weigh(self.signals, distilled)
+        return (coefficients * batch.weights.flatten())[:, None] * per_token
+
+    def _rows(self, micro: Sequence[int], prompts: list[tuple[int, ...]]) -> Rows:
+        width = int(self.lengths[list(micro)].max())
+        return Rows(
+            prompts=[prompts[row] for row in micro],
+            ids=self.batch.ids[list(micro), :width],
+            mask=self.batch.mask[list(micro), :width],
+            pad_id=self.policy.chat.pad_id,
+        )
+
+    def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
+        """[N]: the entries of `table` [R, L] at the micro-batch's tokens, in row-major order."""
+        return table[list(micro)][self.batch.mask[list(micro)]]
+
+    def voice(self, slot: str, micro: list[int]) -> Voice:
+        """The teacher or reference on a micro-batch; run once, also when it is asked for twice."""
+        key = (micro[0], slot)
+        if key not in self.voices:
+            self.voices[key] = self._run_voice(slot, micro)
+        return self.voices[key]
+
+    def _run_voice(self, slot: str, micro: list[int]) -> Voice:
+        teacher = self.update.teacher if slot == "teacher" else self.update.reference
+        reads = self.reads[slot][micro]
+        some = [row for row, wanted in zip(micro, reads.tolist(), strict=True) if wanted]
+        if not some:
+            return Voice(hidden=(), heads=(), combine=teacher.combine)
+        rows = self._rows(some, self.prompts[slot])
+        runs = [self.policy.run(trunk, rows) for trunk in teacher.trunks(self.policy)]
+        # Rows without this voice keep zeros: their logits are uniform and no credit reads them.
+        here = self.of_tokens(micro, self.reads[slot][:, None].expand_as(self.batch.mask))
+        return Voice(
+            hidden=tuple(_place(hidden, here) for hidden, _ in runs),
+            heads=tuple(head for _, head in runs),
+            combine=teacher.combine,
+        )
+
+    def loss(self, micro: list[int]) -> LossOutput:
+        """The micro-batch's share of the step's loss."""
+        ratio = _mean_ratio(self.signals.student_logprob, self.batch.old_logprobs, self.batch.mask)
+        rollout = torch.arange(len(self.lengths), device=ratio.device)
+        shape = self.batch.mask.shape
+        tokens = Tokens(
+            ids=self.of_tokens(micro, self.batch.ids),
+            rollout=self.of_tokens(micro, rollout[:, None].expand(shape)),
+            scale=self.of_tokens(micro, self.scale),
+            sampling_logprobs=self.of_tokens(
+                micro, self.batch.rollouts.sampling_logprobs.flatten(0, 1)
+            ),
+            old_logprobs=self.of_tokens(micro, self.batch.old_logprobs),
+            sequence_log_ratio=self.of_tokens(micro, ratio[:, None].expand(shape)),
+        )
+        objective = Objective(
+            credit=self.batch.plan.credit,
+            importance=self.update.importance.weigh,
+            teacher=self.voice("teacher", micro),
+            reference=self.voice("reference", micro),
+            temperature=self.temperature,
+        )
+        loss = partial(credit_loss, tokens=tokens, objective=objective)
+        return self.policy(self._rows(micro, self.prompts["student"]), loss)
+
+    @torch.no_grad()
+    def _measure(self) -> Signals:
+        """The signals that strategies need, of every chosen row; zeros elsewhere."""
+        signals = Signals.empty(self.batch.mask)
+        measures_student = any(name.startswith("student") for name in self.update.needs)
+        measures_teacher = any(name.startswith("teacher") for name in self.update.needs)
+        for micro in self.micro_batches if self.update.needs else []:
+            student = cache(partial(self._run_student, micro))
+            if measures_student:
+                tables = signals.student_logprob, signals.student_entropy
+                self._read(micro, student(), tables)
+            voice = self.voice("teacher", micro) if measures_teacher else None
+            if voice is not None and voice.hidden:
+                tables = signals.teacher_logprob, signals.teacher_entropy
+                self._read(micro, partial(self._say, voice, student), tables)
+        return signals
+
+    def _run_student(self, micro: list[int]) -> Callable[[slice], TokenLogits]:
+        """The current policy on a micro-batch, without gradient: slice of tokens -> logits."""
+        rows = self._rows(micro, self.prompts["student"])
+        hidden, head = self.policy.run(self.policy.adapter.current(), rows)
+        return lambda part: TokenLogits.of(hidden[part], head, self.temperature)
+
+    def _say(
+        self, voice: Voice, student: Callable[[], Callable[[slice], TokenLogits]], part: slice
+    ) -> TokenLogits:
+        return voice.logits(part, lambda: student()(part), self.temperature)
+
+    def _read(
+        self,
+        micro: list[int],
+        logits: Callable[[slice], TokenLogits],
+        tables: tuple[Tensor, Tensor],
+    ) -> None:
+        """Write log-prob and entropy of a micro-batch's tokens into two tables [R, L]."""
+        ids = self.of_tokens(micro, self.batch.ids)
+        values = ids.new_zeros((2, len(ids)), dtype=torch.float64)
+        for part in chunks(len(ids), self.policy.vocabulary):
+            here = logits(part)
+            values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
+        mask = torch.zeros_like(self.batch.mask)
+        mask[micro] = self.batch.mask[micro]
+        for table, row in zip(tables, values, strict=True):
+            table[mask] = row  # both in row-major order: a micro-batch's rows ascend
+
+
+def token_budget(
+    rows: Sequence[int], costs: Sequence[int], *, group: int, max_tokens: int
+) -> list[list[int]]:
+    """Micro-batches of rows, longest questions first, siblings together, rows ascending.
+
+    A micro-batch holds as many rows as fit `max_tokens` when all are padded to its longest; a
+    row that alone exceeds the budget is a micro-batch of its own.
+
+    Args:
+        rows: indices q * group + g of the rollouts to run.
+        costs: tokens of each rollout's longest forward, indexed by row.
+        group: rollouts a question.
+        max_tokens: the budget.
+    """
+    longest: dict[int, int] = {}
+    for row in rows:
+        longest[row // group] = max(costs[row], longest.get(row // group, 0))
+    order = sorted(rows, key=lambda row: (-longest[row // group], row // group, -costs[row]))
+    batches: list[list[int]] = []
+    width = 0
+    for row in order:
+        width = max(width, costs[row])
+        if batches and width * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            width = costs[row]
+    return [sorted(batch) for batch in batches]
+
+
+def _place(values: Tensor, here: Tensor) -> Tensor:
+    """Rows of `values` at the True places of `here` [N], zeros elsewhere."""
+    if bool(here.all()):
+        return values
+    full = values.new_zeros((len(here), *values.shape[1:]))
+    full[here] = values
+    return full
+
+
+def _mean_ratio(current: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """[R]: mean over a rollout's tokens of log S - log S_old; 0 where old was not measured."""
+    difference = torch.where(mask & ~old.isnan(), current - old, 0.0)
+    return difference.sum(-1) / mask.sum(-1).clamp(min=1)

@@ -1,0 +1,65 @@
+"""How much does each token of a rollout count?"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scsdpo.distributed import all_sum
+from scsdpo.signals import Signals
+
+
+class TokenWeighting(ABC):
+    """A factor on each token's loss, from signals of the whole batch."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Signals` that a measuring pass must fill; none: no pass, no cost."""
+        return frozenset()
+
+    @abstractmethod
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        """Weights [R, L] float64 >= 0; `distilled` [R, L] marks the tokens with a teacher."""
+
+
+@dataclass(frozen=True)
+class UniformTokens(TokenWeighting):
+    """Every token counts once."""
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        return torch.ones_like(distilled, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherEntropy(TokenWeighting):
+    """Trust a certain teacher more. u_t = exp(-beta H(T_t)) / mean over distilled tokens
+
+    The mean runs over all distilled tokens of the optimizer step, on all ranks, so that their
+    weights average to 1; tokens without a teacher keep 1. beta = 0 is `UniformTokens`.
+
+    Args:
+        beta: per nat, >= 0.
+
+    Raises:
+        ValueError: if `beta` < 0.
+
+    Source:
+        SRPO, arXiv:2604.02288, beta = 1.
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise ValueError(f"`TeacherEntropy(beta=...)` must be >= 0, got {self.beta}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_entropy"})
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        raw = torch.where(distilled, torch.exp(-self.beta * signals.teacher_entropy.double()), 0.0)
+        total, count = all_sum(torch.stack([raw.sum(), distilled.double().sum()]))
+        mean = total / count if count > 0 else total.new_ones(())
+        return torch.where(distilled, raw / mean, 1.0)

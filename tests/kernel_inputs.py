@@ -1,0 +1,72 @@
+"""Small inputs to the credit loss, through its public classes."""
+
+import torch
+from torch import Tensor, nn
+
+from scsdpo.advantage import Advantage
+from scsdpo.loss import Importance, LossOutput, NoImportance, Objective, Tokens, Voice, credit_loss
+from scsdpo.teacher import NoTeacher
+from scsdpo.types import Outcomes, Verdict
+
+
+def outcomes(rewards: Tensor) -> Outcomes:
+    return Outcomes(
+        verdicts=tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist()),
+        rewards=rewards.float(),
+        successes=rewards >= 0.5,
+    )
+
+
+def identity_head(vocabulary: int, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    """Hidden states are logits."""
+    head = nn.Linear(vocabulary, vocabulary, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(vocabulary))
+    return head
+
+
+def tokens(ids: Tensor, **given: Tensor) -> Tokens:
+    """One question, one rollout per token; a plain sum."""
+    n = len(ids)
+    nothing = torch.zeros(n, dtype=torch.float64)
+    fields = {
+        "rollout": torch.arange(n),
+        "scale": torch.ones(n, dtype=torch.float64),
+        "sampling_logprobs": nothing,
+        "old_logprobs": torch.full_like(nothing, torch.nan),
+        "sequence_log_ratio": nothing,
+    }
+    return Tokens(ids=ids, **(fields | given))
+
+
+def voice(hidden: Tensor, head: nn.Linear) -> Voice:
+    return Voice(hidden=(hidden,), heads=(head,), combine=NoTeacher().combine)
+
+
+def run(
+    advantage: Advantage,
+    student: Tensor,
+    teacher: Tensor,
+    batch: Tokens,
+    *,
+    rewards: Tensor | None = None,
+    head: nn.Linear | None = None,
+    importance: Importance = NoImportance(),
+    temperature: float = 1.0,
+) -> LossOutput:
+    """The kernel on `student` and `teacher` hidden states [N, D], the reference = the teacher."""
+    rewards = (
+        torch.zeros(1, int(batch.rollout.max()) + 1 if len(batch.ids) else 1)
+        if rewards is None
+        else rewards
+    )
+    head = identity_head(student.shape[-1], student.dtype) if head is None else head
+    plan = advantage.plan(outcomes(rewards), torch.ones_like(rewards, dtype=torch.bool))
+    objective = Objective(
+        credit=plan.credit,
+        importance=importance.weigh,
+        teacher=voice(teacher, head),
+        reference=voice(teacher, head),
+        temperature=temperature,
+    )
+    return credit_loss(student, head, batch, objective)

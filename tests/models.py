@@ -1,0 +1,109 @@
+"""Random small checkpoints on the spot: a model, a byte-level tokenizer, a ChatML template."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Padding (and a second end of sequence), start of a turn, end of a turn: ids 0, 1, 2."""
+TOKENS = 256 + len(SPECIALS)
+"""Size of the tokenizer: the specials, then one token a byte."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        # BOS-free like Qwen3; a long enough limit that nothing warns.
+        model_max_length=4096,
+    )
+
+
+def qwen3_folder(
+    path: Path,
+    *,
+    tie: bool = True,
+    vocab: int = TOKENS + 5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """Qwen3, 2 layers of full attention; `vocab` may exceed the tokenizer, as in real ones."""
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=128, head_dim=64, **_common(tie=tie, vocab=vocab)
+    )
+    return _save(path, Qwen3ForCausalLM, config, dtype=dtype, seed=seed)
+
+
+def olmo3_folder(
+    path: Path,
+    *,
+    window: int = 8,
+    tie: bool = False,
+    vocab: int = TOKENS + 5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """OLMo-3, a sliding layer of `window` tokens and a full one."""
+    config = Olmo3Config(
+        hidden_size=128,
+        intermediate_size=128,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"],
+        **_common(tie=tie, vocab=vocab),
+    )
+    return _save(path, Olmo3ForCausalLM, config, dtype=dtype, seed=seed)
+
+
+def _common(*, tie: bool, vocab: int) -> dict:
+    return {
+        "vocab_size": vocab,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tie,
+        # Far from uniform, so that wrong logits show.
+        "initializer_range": 0.2,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+
+
+def _save(
+    path: Path,
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).to(dtype)
+    model.generation_config.eos_token_id = [2, 0]  # as Qwen3: end of turn, end of text
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path

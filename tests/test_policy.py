@@ -1,0 +1,172 @@
+"""The policy: shared prefixes, adapters, what is saved, and what is refused."""
+
+import pytest
+import torch
+
+from models import qwen3_folder
+from scsdpo.policy import CausalLM, Lora, Rows, hidden_states
+from scsdpo.policy.adapter import STUDENT
+
+
+def rows(seed=0):
+    """Five responses of lengths 1..6 to three prompts, one of them longer than OLMo's window."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return tuple(torch.randint(3, 250, (n,), generator=generator).tolist())
+
+    prompts = [draw(20), draw(3), draw(11)]
+    lengths = torch.tensor([6, 2, 1, 5, 3])
+    mask = torch.arange(6) < lengths[:, None]
+    ids = torch.randint(3, 250, (5, 6), generator=generator) * mask
+    return Rows(prompts=[prompts[i] for i in (0, 1, 0, 2, 0)], ids=ids, mask=mask, pad_id=0)
+
+
+def load(path, **kwargs):
+    policy = CausalLM(str(path), **kwargs)
+    policy.configure_model()
+    return policy
+
+
+def gradient(policy, share):
+    model = policy.language_model
+    hidden = hidden_states(model, rows(), share_prefixes=share)
+    loss = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
+    policy.zero_grad()
+    loss.backward()
+    return hidden.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_untied", "olmo3"])
+def test_shared_prefixes_equal_separate_rows_gradient_included(model, request):
+    policy = load(request.getfixturevalue(model))
+    hidden, grads = gradient(policy, False)
+    shared_hidden, shared_grads = gradient(policy, True)
+    assert hidden.shape == (17, hidden.shape[1])
+    torch.testing.assert_close(shared_hidden, hidden, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == shared_grads.keys()
+    for name, grad in grads.items():
+        error = (grad - shared_grads[name]).norm() / grad.norm().clamp(min=1e-6)
+        assert error < 1e-5, name
+
+
+def test_separate_rows_equal_the_model_on_one_unpadded_sequence(policy):
+    batch = rows()
+    flat = hidden_states(policy.language_model, batch, share_prefixes=False)
+    start = 0
+    for prompt, ids, n in zip(batch.prompts, batch.ids, batch.mask.sum(-1).tolist(), strict=True):
+        sequence = torch.tensor([[*prompt, *ids[:n].tolist()]])
+        alone = policy.language_model.get_decoder()(sequence).last_hidden_state[0]
+        expected = alone[len(prompt) - 1 : len(prompt) + n - 1]
+        torch.testing.assert_close(flat[start : start + n], expected, rtol=1e-4, atol=1e-5)
+        start += n
+
+
+def test_gradient_checkpointing_keeps_the_numbers(qwen3):
+    plain, checkpointed = load(qwen3), load(qwen3, gradient_checkpointing=True)
+    checkpointed.train()
+    assert not checkpointed.share_prefixes
+    _, expected = gradient(plain, plain.share_prefixes)
+    _, grads = gradient(checkpointed, checkpointed.share_prefixes)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_configure_model_twice_changes_nothing(policy):
+    before = policy.model
+    policy.configure_model()
+    assert policy.model is before
+
+
+def perturb_student(policy, scale=0.1):
+    """LoRA starts with B = 0: make the factors matter."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if f".{STUDENT}." in name:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+
+def test_lora_trains_factors_only_in_float32(qwen3):
+    policy = load(qwen3, adapter=Lora(r=4))
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert not any("lm_head" in name or "embed" in name for name in trained)
+
+
+def test_lora_initial_weights_are_the_base_with_adapters_off(qwen3):
+    policy, plain = load(qwen3, adapter=Lora(r=4)), load(qwen3)
+    perturb_student(policy)
+    expected, _ = plain.run(plain.adapter.current(), rows())
+    initial, _ = policy.run(policy.adapter.initial(policy.wrapped), rows())
+    student, _ = policy.run(policy.adapter.current(), rows())
+    torch.testing.assert_close(initial, expected)
+    assert not torch.allclose(student, expected)
+
+
+def test_a_moving_lora_copy_starts_as_the_student_and_stays_when_it_moves(qwen3):
+    policy = load(qwen3, adapter=Lora(r=4))
+    perturb_student(policy)
+    moving = policy.adapter.moving(policy.wrapped, "teacher")
+    student, _ = policy.run(policy.adapter.current(), rows())
+    before, _ = policy.run(moving, rows())
+    torch.testing.assert_close(before, student)
+    perturb_student(policy)
+    after, _ = policy.run(moving, rows())
+    torch.testing.assert_close(after, before)
+
+
+def test_running_a_lora_teacher_leaves_the_student_trainable(qwen3):
+    """`set_adapter` and `disable_adapter` flip requires_grad: no error, and no gradient."""
+    policy = load(qwen3, adapter=Lora(r=4, lora_dropout=0.1))
+    moving = policy.adapter.moving(policy.wrapped, "teacher")
+    policy.train()
+    policy.run(moving, rows())
+    policy.run(policy.adapter.initial(policy.wrapped), rows())
+    assert policy.language_model.training
+    _, grads = gradient(policy, True)
+    assert grads and all(f".{STUDENT}." in name for name in grads)
+    assert all(not p.requires_grad for n, p in policy.named_parameters() if ".teacher." in n)
+
+
+def test_checkpoints_hold_lora_factors_and_not_the_base(qwen3):
+    policy = load(qwen3, adapter=Lora(r=4))
+    assert policy.state_dict() and all("lora_" in key for key in policy.state_dict())
+    assert len(load(qwen3).state_dict()) > 10
+
+
+def test_several_end_of_sequence_ids_are_read(policy):
+    assert policy.chat.eos_ids == (2, 0)
+
+
+def test_ids_beyond_the_tokenizer_decode_to_nothing(policy):
+    assert policy.vocabulary > len(policy.chat.tokenizer)
+    ids = [*policy.chat.encode("hi"), policy.vocabulary - 1]
+    assert policy.chat.decode(ids) == "hi"
+
+
+def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match=r"CausalLM\(name_or_path='.*nowhere'\)` cannot be loaded"):
+        CausalLM(str(tmp_path / "nowhere"))
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
+    folder = qwen3_folder(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        CausalLM(str(folder))
+
+
+def test_rescaled_logits_are_refused(tmp_path):
+    import json
+
+    folder = qwen3_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        load(folder)
+
+
+def test_lora_on_the_head_is_refused():
+    with pytest.raises(ValueError, match="must not name lm_head"):
+        Lora(target_modules=["q_proj", "lm_head"])

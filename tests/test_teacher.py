@@ -1,0 +1,202 @@
+"""Contexts, templates, and how teachers' weights move."""
+
+import pytest
+import torch
+
+from scsdpo.loss import TokenLogits
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.teacher import (
+    EMA,
+    DemonstrationOrFeedback,
+    Feedback,
+    Frozen,
+    Live,
+    NoTeacher,
+    PlainPrompt,
+    SiblingDemonstration,
+    Templates,
+    TrustRegion,
+)
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.verifiers import ExactMatch
+
+
+def group(texts, rewards, *, feedback="wrong", chat=None):
+    """One question with a system turn, and its judged rollouts."""
+    messages = ({"role": "system", "content": "Be {brief}."}, {"role": "user", "content": "2+2?"})
+    ids = chat.render(messages) if chat else (1, 2, 3)
+    prompt = Prompt(key="q", messages=messages, verifier=ExactMatch(), answer="4", ids=ids)
+    lengths = torch.tensor([[len(t) for t in texts]])
+    mask = torch.arange(max(int(lengths.max()), 1)) < lengths[..., None]
+    zeros = torch.zeros(mask.shape)
+    rollouts = Rollouts(
+        prompts=(prompt,),
+        ids=zeros.long(),
+        mask=mask,
+        sampling_logprobs=zeros,
+        policy_logprobs=zeros,
+        finished=mask.any(-1),
+        texts=(tuple(texts),),
+        temperature=1.0,
+    )
+    reward = torch.tensor([rewards])
+    verdicts = tuple(Verdict(reward=r, feedback="" if r else feedback) for r in rewards)
+    return rollouts, Outcomes(verdicts=(verdicts,), rewards=reward, successes=reward >= 0.5)
+
+
+def shown(context, chat, texts, rewards, **kwargs):
+    """What each teacher prompt says, decoded."""
+    rollouts, outcomes = group(texts, rewards, chat=chat, **kwargs)
+    contexts = context.render(chat, rollouts, outcomes)
+    return [chat.tokenizer.decode(list(ids)) for ids in contexts.ids[0]]
+
+
+def test_the_demonstration_is_another_success_the_first_in_order(policy):
+    out = shown(SiblingDemonstration(), policy.chat, ["a1", "b0", "c1", "d0"], [1.0, 0, 1, 0])
+    assert ["c1" in out[0], "a1" in out[1], "a1" in out[2], "a1" in out[3]] == [True] * 4
+    assert "a1" not in out[0]
+
+
+def test_the_only_success_of_a_group_has_no_teacher_and_its_failures_do(policy):
+    out = shown(SiblingDemonstration(), policy.chat, ["a", "b", "c"], [0.0, 1, 0])
+    assert [bool(text) for text in out] == [True, False, True]
+    assert all(shown(SiblingDemonstration(exclude_self=False), policy.chat, ["a", "b"], [0.0, 1]))
+
+
+def test_a_group_without_success_has_no_teacher(policy):
+    assert not any(shown(SiblingDemonstration(), policy.chat, ["a", "b"], [0.0, 0]))
+
+
+def test_the_shortest_success_can_be_picked(policy):
+    context = SiblingDemonstration(pick="shortest")
+    out = shown(context, policy.chat, ["long one", "s!", "bad"], [1.0, 1, 0])
+    assert "s!" in out[0] and "s!" in out[2] and "long one" in out[1]
+
+
+def test_the_teacher_prompt_is_the_published_template(policy):
+    text = shown(SiblingDemonstration(), policy.chat, ["a", "<think>no</think>\n4"], [0.0, 1])[0]
+    assert text == (
+        "<|im_start|>system\nBe {brief}.<|im_end|>\n<|im_start|>user\n2+2?\nCorrect solution:"
+        "\n\n4\n\n\n\nCorrectly solve the original question.\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_thinking_opened_in_the_prompt_is_stripped_too(policy):
+    out = shown(SiblingDemonstration(), policy.chat, ["hmm</think>\n\nyes", "b"], [1.0, 0])
+    assert "hmm" not in out[1] and "yes" in out[1]
+    kept = SiblingDemonstration(strip_thinking=False)
+    assert "hmm" in shown(kept, policy.chat, ["hmm</think>\n\nyes", "b"], [1.0, 0])[1]
+
+
+def test_feedback_is_told_to_failures_only(policy):
+    out = shown(Feedback(), policy.chat, ["a", "b"], [1.0, 0], feedback="off by {one}")
+    assert not out[0] and "off by {one}" in out[1] and "unsuccessful earlier attempt" in out[1]
+    assert not any(shown(Feedback(), policy.chat, ["a"], [0.0], feedback=""))
+
+
+def test_feedback_steps_in_where_there_is_no_demonstration(policy):
+    context = DemonstrationOrFeedback()
+    assert "wrong" in shown(context, policy.chat, ["a", "b"], [0.0, 0])[0]
+    assert "wrong" not in shown(context, policy.chat, ["a", "b"], [0.0, 1])[0]
+    both = shown(DemonstrationOrFeedback(both=True), policy.chat, ["a", "bee"], [0.0, 1])[0]
+    assert "wrong" in both and "bee" in both
+
+
+@pytest.mark.parametrize("limit", [150, 160, 200])
+def test_only_the_demonstration_is_cut_and_its_end_stays(policy, limit):
+    demonstration = "".join(chr(97 + i % 26) for i in range(300)) + "ANSWER"
+    rollouts, outcomes = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
+    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, rollouts, outcomes)
+    ids = contexts.ids[0][1]
+    text = policy.chat.tokenizer.decode(list(ids))
+    assert len(ids) <= limit
+    assert text.endswith("original question.\n<|im_end|>\n<|im_start|>assistant\n")
+    assert "2+2?" in text and "SWER\n" in text
+
+
+def test_no_room_for_template_and_question_means_no_teacher(policy):
+    assert not any(shown(SiblingDemonstration(max_tokens=20), policy.chat, ["a", "b"], [1.0, 0]))
+
+
+def test_plain_prompt_shows_what_the_student_sees(policy):
+    rollouts, outcomes = group(["a", "b"], [1.0, 0], chat=policy.chat)
+    contexts = PlainPrompt().render(policy.chat, rollouts, outcomes)
+    assert contexts.ids == ((rollouts.prompts[0].ids,) * 2,)
+    assert contexts.available.all()
+
+
+def test_templates_insert_text_with_braces_as_it_is():
+    filled = Templates().fill(
+        ({"role": "user", "content": "{solution}"},), demonstration="{prompt} {0}"
+    )
+    assert filled[0]["content"].startswith("{solution}\nCorrect solution:\n\n{prompt} {0}\n")
+
+
+def test_a_template_without_its_placeholder_is_refused():
+    with pytest.raises(ValueError, match=r"`Templates\(solution=...\)` must contain"):
+        Templates(solution="no place")
+
+
+def configured(teacher, policy):
+    teacher.configure(policy, "teacher")
+    return teacher
+
+
+def move(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_ema_closes_the_gap_by_its_rate_each_step(qwen3, lora):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=2)) if lora else CausalLM(str(qwen3))
+    policy.configure_model()
+    teacher = configured(EMA(rate=0.05), policy)
+    start = [own.clone() for own, _ in teacher.weights.pairs(policy.wrapped)]
+    assert start
+    move(policy)
+    for _ in range(3):
+        teacher.after_step(policy)
+    # After n steps towards a constant: theta + (1 - r)^n (theta' - theta)
+    for (own, student), first in zip(teacher.weights.pairs(policy.wrapped), start, strict=True):
+        torch.testing.assert_close(own, student + 0.95**3 * (first - student), rtol=1e-4, atol=1e-5)
+
+
+def test_ema_of_rate_zero_never_moves_and_of_rate_one_follows(policy):
+    still, follows = configured(EMA(rate=0.0), policy), configured(EMA(rate=1.0), policy)
+    before = [own.clone() for own, _ in still.weights.pairs(policy.wrapped)]
+    move(policy)
+    still.after_step(policy)
+    follows.after_step(policy)
+    for (own, _), first in zip(still.weights.pairs(policy.wrapped), before, strict=True):
+        torch.testing.assert_close(own, first, rtol=0, atol=0)
+    for own, student in follows.weights.pairs(policy.wrapped):
+        torch.testing.assert_close(own, student)
+
+
+def test_frozen_weights_are_not_saved_and_moving_ones_are(policy):
+    assert not configured(Frozen(), policy).state_dict()
+    assert not configured(TrustRegion(), policy).state_dict()
+    assert configured(EMA(), policy).state_dict()
+
+
+def test_trust_region_is_the_geometric_mix():
+    logits = [TokenLogits(torch.randn(2, 5).double()) for _ in range(2)]
+    mixed = TrustRegion(mix=0.3).combine(lambda: logits[0], tuple(logits))
+    product = logits[0].probs ** 0.7 * logits[1].probs ** 0.3
+    torch.testing.assert_close(mixed.probs, product / product.sum(-1, keepdim=True))
+
+
+def test_trunks_are_the_student_the_first_policy_or_both(policy):
+    assert len(Live().trunks(policy)) == 1
+    assert len(configured(TrustRegion(), policy).trunks(policy)) == 2
+    assert NoTeacher().trunks(policy) == () and not NoTeacher().exists
+
+
+def test_rates_outside_the_unit_interval_are_refused():
+    with pytest.raises(ValueError, match=r"`EMA\(rate=...\)` must be in \[0, 1\], got 2"):
+        EMA(rate=2)
+    with pytest.raises(ValueError, match=r"`TrustRegion\(mix=...\)`"):
+        TrustRegion(mix=-1)

@@ -1,0 +1,273 @@
+"""The update: numbers do not depend on micro-batches, order, skipping or prefix sharing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.qwen3 import modeling_qwen3
+
+from scsdpo.advantage import (
+    Blend,
+    Full,
+    GroupMean,
+    GroupRelative,
+    ReferenceAnchor,
+    SelfDistillation,
+    SequenceLevel,
+    TopK,
+    Unscaled,
+    Weighted,
+)
+from scsdpo.loss import NoImportance, TokenImportance
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.reduction import SequenceMean, TokenMean
+from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt, SiblingDemonstration
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.update import Batch, Update, token_budget
+from scsdpo.verifiers import ExactMatch
+from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
+
+Q, G = 4, 3
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """RMSNorm in the model's own dtype: transformers casts to float32 even in a float64 model."""
+
+    def forward(self, hidden):
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", forward)
+
+
+def double_policy(folder, **kwargs):
+    torch.manual_seed(0)
+    policy = CausalLM(str(folder), **kwargs)
+    policy.configure_model()
+    return policy.double()
+
+
+def judged(policy, seed=0):
+    """Random responses of lengths 0..9 to four questions with 2, 0, 3 and 1 successes."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for q in range(Q):
+        messages = ({"role": "user", "content": "x" * (3 + 7 * q) + "?"},)
+        ids = policy.chat.render(messages)
+        prompts.append(
+            Prompt(key=str(q), messages=messages, verifier=ExactMatch(), answer="", ids=ids)
+        )
+    lengths = torch.randint(0, 10, (Q, G), generator=generator)
+    lengths[0, 0] = 9
+    mask = torch.arange(9) < lengths[..., None]
+    ids = torch.randint(3, 250, mask.shape, generator=generator) * mask
+    noise = -torch.rand(mask.shape, generator=generator) * 5
+    rollouts = Rollouts(
+        prompts=tuple(prompts),
+        ids=ids,
+        mask=mask,
+        sampling_logprobs=noise,
+        policy_logprobs=noise,
+        finished=mask.any(-1),
+        texts=tuple(tuple(f"text {q} {g}" for g in range(G)) for q in range(Q)),
+        temperature=0.8,
+    )
+    rewards = (torch.arange(G) < torch.tensor([2, 0, 3, 1])[:, None]).float()
+    verdicts = tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist())
+    return rollouts, Outcomes(verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)
+
+
+def parts(policy, advantage, *, teacher=None, reference=None, weighting=None, **update):
+    """Batch and update of some strategies, teachers configured."""
+    teacher = NoTeacher() if teacher is None else teacher
+    reference = NoTeacher() if reference is None else reference
+    teacher.configure(policy, "teacher")
+    reference.configure(policy, "reference")
+    rollouts, outcomes = judged(policy)
+    contexts = teacher.contexts(policy.chat, rollouts, outcomes)
+    batch = Batch(
+        rollouts=rollouts,
+        plan=advantage.plan(outcomes, contexts.available),
+        weights=(weighting or Uniform()).weigh(outcomes),
+        teacher=contexts,
+        reference=reference.contexts(policy.chat, rollouts, outcomes),
+        old_logprobs=torch.full(rollouts.mask.flatten(0, 1).shape, torch.nan),
+    )
+    settings = {
+        "token_weighting": UniformTokens(),
+        "reduction": SequenceMean(),
+        "importance": NoImportance(),
+        "max_tokens": 10**6,
+    } | update
+    needs = settings["token_weighting"].needs | advantage.needs
+    return batch, Update(teacher=teacher, reference=reference, needs=needs, **settings)
+
+
+def gradient(policy, batch, update, rows=None):
+    """(loss, {name: gradient}, micro-batches) of one optimizer step."""
+    policy.zero_grad()
+    loss, count = 0.0, 0
+    for output, _ in update.losses(policy, batch, list(range(Q * G)) if rows is None else rows):
+        output.loss.backward()
+        loss, count = loss + output.loss.item(), count + 1
+    return loss, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, count
+
+
+def assert_same(first, second, tolerance):
+    assert first[1].keys() == second[1].keys() and first[1]
+    assert first[0] == pytest.approx(second[0], rel=1e-9, abs=tolerance)
+    scale = max(g.abs().max() for g in first[1].values())
+    for name, grad in first[1].items():
+        assert (grad - second[1][name]).abs().max() <= tolerance * scale, name
+
+
+METHODS = {
+    "sc-sdpo": lambda: (
+        SelfDistillation(support=TopK(k=20)),
+        {"teacher": EMA(), "weighting": PassRate(), "importance": TokenImportance()},
+    ),
+    "grpo": lambda: (GroupRelative(baseline=GroupMean(), scale=Unscaled()), {}),
+    "hybrid+anchor+entropy": lambda: (
+        Blend(
+            parts=(
+                Weighted(advantage=GroupRelative(level=SequenceLevel()), weight=0.9),
+                Weighted(advantage=SelfDistillation(support=Full()), weight=0.1),
+                Weighted(advantage=ReferenceAnchor(), weight=0.01),
+            )
+        ),
+        {
+            "teacher": EMA(),
+            "reference": Frozen(context=PlainPrompt()),
+            "token_weighting": TeacherEntropy(),
+            "reduction": TokenMean(over="active"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [1, 120, 200])
+def test_any_micro_batch_split_gives_the_gradient_of_none(qwen3, exact, method, budget):
+    policy = double_policy(qwen3)
+    advantage, settings = METHODS[method]()
+    batch, update = parts(policy, advantage, **settings)
+    whole = gradient(policy, batch, update)
+    split = gradient(policy, batch, replace(update, max_tokens=budget))
+    assert whole[2] == 1 < split[2]
+    assert_same(whole, split, 1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shared_prefix_gives_the_gradient_of_separate_rows(qwen3, exact, method, monkeypatch):
+    policy = double_policy(qwen3)
+    advantage, settings = METHODS[method]()
+    batch, update = parts(policy, advantage, **settings)
+    shared = gradient(policy, batch, update)
+    monkeypatch.setattr(CausalLM, "share_prefixes", False)
+    assert_same(shared, gradient(policy, batch, update), 1e-12)
+
+
+def test_lora_gradients_do_not_depend_on_the_split_either(qwen3, exact):
+    policy = double_policy(qwen3, adapter=Lora(r=2))
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    whole = gradient(policy, batch, update)
+    assert_same(whole, gradient(policy, batch, replace(update, max_tokens=100)), 1e-12)
+    assert all("lora_" in name for name in whole[1])
+
+
+def test_with_the_models_own_float32_norm_splits_agree_to_1e_6(qwen3):
+    policy = double_policy(qwen3)
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    whole = gradient(policy, batch, update)
+    assert_same(whole, gradient(policy, batch, replace(update, max_tokens=100)), 1e-6)
+
+
+def test_skipping_rollouts_without_credit_changes_nothing(qwen3, exact):
+    """Weight 0 drops a rollout; running it with weight 1e-300 is doing the work."""
+    policy = double_policy(qwen3)
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    assert 0 < batch.active.sum() < batch.plan.active.sum()
+    working = replace(batch, weights=batch.weights.clamp(min=1e-300))
+    assert working.active.sum() > batch.active.sum()
+    assert_same(gradient(policy, batch, update), gradient(policy, working, update), 1e-12)
+
+
+def test_updates_by_question_use_their_own_denominators(policy):
+    advantage, settings = METHODS["grpo"]()
+    batch, update = parts(policy, advantage, reduction=TokenMean(over="all"), **settings)
+    first = gradient(policy, batch, update, rows=[0, 1, 2])
+    lengths = batch.mask.sum(-1)
+    whole = gradient(policy, batch, update)
+    fraction = lengths[:3].sum() / lengths.sum()
+    other = gradient(policy, batch, update, rows=list(range(3, Q * G)))
+    for name, grad in whole[1].items():
+        mix = fraction * first[1][name] + (1 - fraction) * other[1][name]
+        torch.testing.assert_close(grad, mix, rtol=1e-3, atol=1e-5)
+
+
+def test_a_measuring_pass_gives_the_log_probs_of_the_loss(policy):
+    advantage, settings = METHODS["grpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    measured = update.measure(policy, batch, list(range(Q * G)))
+    ((output, _),) = list(update.losses(policy, batch, list(range(Q * G))))
+    ours = measured[batch.active][batch.mask[batch.active]]
+    torch.testing.assert_close(ours.float(), output.logprob, rtol=1e-5, atol=1e-5)
+    assert measured[~batch.mask].isnan().all()
+
+
+def test_the_ratio_is_one_in_the_first_update_and_live_after(policy):
+    advantage, settings = METHODS["grpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    rows = list(range(Q * G))
+    old = replace(batch, old_logprobs=update.measure(policy, batch, rows))
+    assert_same(gradient(policy, batch, update), gradient(policy, old, update), 1e-5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.2)
+    ((output, _),) = list(update.losses(policy, old, rows))
+    ((fresh, _),) = list(update.losses(policy, batch, rows))
+    assert not torch.allclose(output.objective, fresh.objective)
+
+
+def test_teacher_entropy_of_the_loss_is_that_of_the_teacher(qwen3, exact):
+    """Weights by the measured entropy equal weights computed from the teacher's own logits."""
+    policy = double_policy(qwen3)
+    batch, update = parts(
+        policy, SelfDistillation(), teacher=EMA(), token_weighting=TeacherEntropy()
+    )
+    ((output, _),) = list(update.losses(policy, batch, list(range(Q * G))))
+    plain = replace(update, token_weighting=UniformTokens(), needs=frozenset())
+    ((uniform, _),) = list(plain.losses(policy, batch, list(range(Q * G))))
+    torch.testing.assert_close(output.objective, uniform.objective)
+    assert output.loss != uniform.loss
+
+
+def test_the_teacher_gets_no_gradient_and_keeps_its_weights(policy):
+    teacher = EMA(context=SiblingDemonstration())
+    batch, update = parts(policy, SelfDistillation(), teacher=teacher)
+    before = [p.clone() for p in teacher.parameters()]
+    gradient(policy, batch, update)
+    assert all(p.grad is None for p in teacher.parameters())
+    for now, then in zip(teacher.parameters(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+def test_nothing_active_runs_nothing(policy):
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    nothing = replace(batch, weights=torch.zeros_like(batch.weights))
+    assert list(update.losses(policy, nothing, list(range(Q * G)))) == []
+
+
+def test_token_budget_keeps_siblings_together_longest_first_and_within_budget():
+    costs = [5, 9, 5, 30, 2, 2]
+    batches = token_budget(range(6), costs, group=2, max_tokens=20)
+    assert sorted(row for batch in batches for row in batch) == list(range(6))
+    assert batches[0] == [3]  # alone above the budget
+    for batch in batches[1:]:
+        assert max(costs[row] for row in batch) * len(batch) <= 20
+    assert token_budget([], costs, group=2, max_tokens=20) == []
