@@ -182,12 +182,9 @@ class _Copy(Weights):
 
     def __init__(self, model: PreTrainedModel, *, saved: bool) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+        self.copy = copy.deepcopy(model).requires_grad_(False)
         if not saved:
             self.register_state_dict_post_hook(_forget)
-
-    def train(self, mode: bool = True) -> "_Copy":
-        return self  # a teacher has no dropout
 
     def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
         return nullcontext(self.copy)

@@ -1,7 +1,7 @@
 """The policy: a causal language model, its tokenizer, and what of it is trained."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,7 +85,8 @@ class CausalLM(nn.Module):
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
-        self.model = self.adapter.wrap(loaded)
+        # Loaded in eval mode; dropout, if there is any, belongs to training.
+        self.model = self.adapter.wrap(loaded).train()
 
     @property
     def wrapped(self) -> nn.Module:
@@ -118,23 +119,26 @@ class CausalLM(nn.Module):
         hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
         return loss(hidden, model.get_output_embeddings())
 
-    @contextmanager
-    def sampling_mode(self) -> Iterator[PreTrainedModel]:
+    def sampling_mode(self) -> AbstractContextManager[PreTrainedModel]:
         """The student for inference: eval mode, no gradients, all restored on exit."""
-        model = self.language_model
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield model
-        finally:
-            model.train(training)
+        return _inference(self.language_model)
 
     def run(self, weights: Weights, rows: Rows) -> tuple[Tensor, nn.Linear]:
         """Hidden states [N, D] and head of another set of weights, without gradient."""
-        with self.sampling_mode(), weights.active(self.wrapped) as model:
+        with weights.active(self.wrapped) as model, _inference(model):
             hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
             return hidden, model.get_output_embeddings()
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    training = model.training
+    model.eval()  # no dropout
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(training)
 
 
 def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

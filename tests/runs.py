@@ -1,0 +1,95 @@
+"""A whole training run in a second: a random model, a source of toy questions, a coin verifier."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from scsdpo.advantage import SelfDistillation, TopK
+from scsdpo.data import Source, TaskDataModule
+from scsdpo.module import PolicyOptimizer
+from scsdpo.policy import CausalLM
+from scsdpo.teacher import EMA
+from scsdpo.types import Prompt, Sampling, Verdict
+from scsdpo.verifiers import Verifier
+from scsdpo.weighting import PassRate
+
+
+@dataclass(frozen=True)
+class Coin(Verifier):
+    """About half of all texts pass."""
+
+    def verify(self, prompt, response):
+        return Verdict(reward=float(zlib.crc32(response.encode()) % 2), answer=response[:1])
+
+
+@dataclass(frozen=True)
+class Always(Verifier):
+    """One verdict for everything."""
+
+    reward: float = 1.0
+
+    def verify(self, prompt, response):
+        return Verdict(reward=self.reward)
+
+
+class Toys(Source):
+    def __init__(self, size=12, verifier=Coin()):
+        self.size, self.verifier = size, verifier
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return Prompt(
+            key=f"toy/{index}",
+            messages=({"role": "user", "content": f"{index}?"},),
+            verifier=self.verifier,
+            answer="",
+            category="even" if index % 2 == 0 else "odd",
+        )
+
+    @property
+    def name(self):
+        return "toys"
+
+
+def module(folder, policy=None, **settings):
+    """SC-SDPO unless `settings` say otherwise."""
+    defaults = {
+        "advantage": SelfDistillation(support=TopK(k=20)),
+        "teacher": EMA(),
+        "weighting": PassRate(),
+        "sampling": Sampling(n=4, max_new_tokens=8),
+        "val_sampling": Sampling(n=2, max_new_tokens=8, temperature=0.6, top_p=0.95),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    }
+    return PolicyOptimizer(policy or CausalLM(str(folder)), **(defaults | settings))
+
+
+def data(train=None, val=None, **settings):
+    return TaskDataModule(
+        train or Toys(),
+        val or Toys(4),
+        **({"questions_per_batch": 4, "val_questions_per_batch": 4} | settings),
+    )
+
+
+def trainer(folder: Path, **settings):
+    defaults = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**(defaults | settings))
+
+
+def weights(policy):
+    return {name: p.detach().clone() for name, p in policy.named_parameters()}

@@ -1,0 +1,259 @@
+"""Whole training runs: what each kind of batch does, what is logged, saved and restored."""
+
+import math
+
+import pytest
+import torch
+
+from runs import Always, Toys, data, module, trainer, weights
+from scsdpo.advantage import Blend, Full, GroupRelative, ReferenceAnchor, SelfDistillation, Weighted
+from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.loss import TokenImportance
+from scsdpo.policy import CausalLM, FullFineTune, Lora
+from scsdpo.teacher import EMA, Feedback, Frozen, Live, NoTeacher, PlainPrompt, TrustRegion
+from scsdpo.types import Sampling
+from scsdpo.weighting import PassRate, TeacherEntropy, Uniform
+
+METHODS = {
+    "sc-sdpo": {},
+    "sdpo": {"weighting": Uniform(), "importance": TokenImportance()},
+    "grpo": {"advantage": GroupRelative(), "teacher": NoTeacher(), "weighting": Uniform()},
+    "live": {"teacher": Live()},
+    "frozen": {"teacher": Frozen()},
+    "trust-region": {"teacher": TrustRegion(mix=0.5)},
+    "entropy": {"token_weighting": TeacherEntropy()},
+    "anchor": {
+        "advantage": Blend(
+            parts=(
+                Weighted(advantage=SelfDistillation(support=Full())),
+                Weighted(advantage=ReferenceAnchor(), weight=0.1),
+            )
+        ),
+        "reference": Frozen(context=PlainPrompt()),
+    },
+    "two-updates": {"updates_per_rollout": 2, "importance": TokenImportance()},
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_logs(qwen3, tmp_path, method, lora):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=2) if lora else FullFineTune())
+    model = module(qwen3, policy, **METHODS[method])
+    run = trainer(tmp_path, max_epochs=2)
+    model.configure_model()
+    before = weights(model.policy)
+    run.fit(model, data())
+    moved = [n for n, p in model.policy.named_parameters() if not torch.equal(p, before[n])]
+    assert run.global_step >= 4 and moved
+    assert not lora or all("lora_" in name for name in moved)
+    logged = run.callback_metrics
+    assert {"train/pass_rate", "train/informative", "train/response_length", "train/truncated"} <= {
+        *logged
+    }
+    assert {"train/entropy", "train/gradient_norm", "train/effective_questions"} <= {*logged}
+    assert ("train/divergence" in logged) == (
+        method not in ("grpo", "anchor")
+    )  # a blend has no one divergence
+    if method != "two-updates":  # there the second update's policy is not the sampler's
+        assert logged["train/logprob_gap_max"] < 1e-4
+    assert {"val/mean@2", "val/maj@2", "val/even/mean@2", "val/odd/mean@2"} <= {*logged}
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0], ids=["no success", "all successes"])
+def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
+    """Not even AdamW's, which moves weights on zero gradients; nor does the teacher move."""
+    model = module(qwen3)
+    model.configure_model()
+    before = weights(model)
+    run = trainer(tmp_path)
+    run.fit(model, data(Toys(verifier=Always(reward))))
+    assert run.global_step == 0
+    assert model.skipped == 3 and model.batches == 3
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_feedback_teaches_a_batch_without_success_unless_the_weighting_drops_it(qwen3, tmp_path):
+    from dataclasses import dataclass
+
+    from scsdpo.types import Verdict
+    from scsdpo.verifiers import Verifier
+
+    @dataclass(frozen=True)
+    class Wrong(Verifier):
+        def verify(self, prompt, response):
+            return Verdict(reward=0.0, feedback="no")
+
+    for weighting, steps in ((Uniform(), 3), (PassRate(), 0)):
+        run = trainer(tmp_path)
+        teacher = EMA(context=Feedback())
+        run.fit(module(qwen3, weighting=weighting, teacher=teacher), data(Toys(verifier=Wrong())))
+        assert run.global_step == steps
+
+
+def test_a_run_that_ends_responses_at_once_goes_on(qwen3, tmp_path):
+    """Responses of one token, the end of the sequence: empty texts, no error."""
+    run = trainer(tmp_path)
+    model = module(qwen3, sampling=Sampling(n=4, max_new_tokens=1))
+    run.fit(model, data())
+    assert run.callback_metrics["train/response_length"] == 1
+
+
+class Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+def poisoned(model, steps):
+    """The module with a nan gradient in the first `steps` optimizer steps."""
+    original, count = model.policy.forward, [0]
+
+    def forward(rows, loss):
+        count[0] += 1
+        if count[0] > steps:
+            return original(rows, loss)
+        return original(rows, lambda hidden, head: loss(Poison.apply(hidden), head))
+
+    model.policy.forward = forward
+    return model
+
+
+def test_a_non_finite_gradient_is_skipped_counted_and_reported(qwen3, tmp_path):
+    model = poisoned(module(qwen3, advantage=GroupRelative(), teacher=NoTeacher()), steps=1)
+    run = trainer(tmp_path)
+    with pytest.warns(UserWarning, match="step skipped, not finite"):
+        run.fit(model, data())
+    assert run.global_step == 2 and model.skipped == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_the_reason(qwen3, tmp_path):
+    model = module(qwen3, advantage=GroupRelative(), teacher=NoTeacher(), max_bad_steps=2)
+    model.configure_model()
+    before = weights(model)
+    with (
+        pytest.warns(UserWarning, match="step skipped"),
+        pytest.raises(TrainingStopped, match="2 steps in a row were not finite"),
+    ):
+        trainer(tmp_path).fit(poisoned(model, steps=99), data())
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["sc-sdpo", "anchor"])
+def test_a_resumed_run_equals_an_uninterrupted_one(qwen3, tmp_path, method, lora):
+    """Weights, teacher, optimizer, data position and draws: bit for bit."""
+
+    def fresh():
+        torch.manual_seed(0)  # peft draws its factors
+        policy = CausalLM(str(qwen3), adapter=Lora(r=2) if lora else FullFineTune())
+        return module(qwen3, policy, **METHODS[method])
+
+    def fit(model, batches, **kwargs):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, max_steps=batches, max_epochs=-1, limit_val_batches=0)
+        run.fit(model, data(), **kwargs)
+        return run
+
+    whole = fresh()
+    fit(whole, 5)
+    half = fresh()
+    fit(half, 2).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fresh()
+    fit(resumed, 5, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.batches == whole.batches
+    mine, theirs = resumed.state_dict(), whole.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, msg=name)
+
+
+def test_lora_checkpoints_hold_no_base_and_frozen_teachers_are_not_saved(qwen3, tmp_path):
+    model = module(qwen3, CausalLM(str(qwen3), adapter=Lora(r=2)), teacher=EMA())
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)["state_dict"]
+    tensors = [key for key in saved if key.startswith(("policy.", "teacher."))]
+    assert any(".teacher." in key for key in tensors)  # the EMA's adapter
+    assert all("lora_" in key for key in tensors)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(qwen3, tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module(qwen3), data())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    other = module(qwen3, teacher=Frozen())
+    with pytest.raises(ConfigurationError, match="does not fit this configuration"):
+        trainer(tmp_path).fit(other, data(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_validation_draws_the_same_responses_each_time(qwen3, tmp_path):
+    model = module(qwen3)
+    results = [trainer(tmp_path).validate(model, data(), verbose=False)[0] for _ in range(2)]
+    assert results[0] == results[1]
+
+
+def test_predict_gives_a_record_per_response(qwen3, tmp_path):
+    (batch,) = trainer(tmp_path).predict(module(qwen3), data())
+    assert len(batch) == 4 * 2
+    assert {"key", "response", "reward", "answer", "feedback", "error"} == set(batch[0])
+
+
+def test_bf16_trainable_weights_are_refused(qwen3, tmp_path):
+    model = module(qwen3, CausalLM(str(qwen3), dtype="bfloat16"))
+    with pytest.raises(ConfigurationError, match="trainable parameters must be float32"):
+        trainer(tmp_path).fit(model, data())
+
+
+def test_bf16_mixed_precision_trains_with_float32_masters(qwen3, tmp_path):
+    model = module(qwen3)
+    run = trainer(tmp_path, precision="bf16-mixed")
+    run.fit(model, data())
+    assert run.global_step > 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert run.callback_metrics["train/logprob_gap"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": NoTeacher()}, "SelfDistillation needs a teacher, but model.teacher is NoTeac"),
+        ({"advantage": GroupRelative()}, "model.teacher: EMA is never asked"),
+        ({"sampling": Sampling(n=1)}, "model.weighting: PassRate compares the rollouts"),
+        ({"reference": Frozen(context=PlainPrompt())}, "model.reference: Frozen is never asked"),
+        (
+            {"advantage": ReferenceAnchor(), "teacher": NoTeacher()},
+            "ReferenceAnchor needs a reference",
+        ),
+        (
+            {
+                "advantage": GroupRelative(),
+                "teacher": NoTeacher(),
+                "token_weighting": TeacherEntropy(),
+            },
+            "TeacherEntropy reads the teacher",
+        ),
+        ({"updates_per_rollout": 0}, "model.updates_per_rollout must be >= 1"),
+        ({"max_grad_norm": 0.0}, "model.max_grad_norm must be > 0"),
+    ],
+)
+def test_strategies_that_do_not_fit_together_are_refused_before_any_weight_loads(
+    qwen3, settings, message
+):
+    policy = CausalLM(str(qwen3))
+    with pytest.raises(ConfigurationError, match=message):
+        module(qwen3, policy, **settings)
+    assert policy.model is None
+
+
+def test_more_updates_than_questions_is_refused(qwen3, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"raise data\.questions_per_batch"):
+        trainer(tmp_path).fit(module(qwen3, updates_per_rollout=9), data())
