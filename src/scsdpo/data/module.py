@@ -1,0 +1,151 @@
+"""The data module: sources in, batches of rendered prompts out."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+
+from scsdpo.data._base import Source
+from scsdpo.data.loader import EpochSampler, PromptBatch, QuestionLoader
+from scsdpo.data.rendered import Rendered
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.chat import Chat
+from scsdpo.types import Prompt
+
+
+class TaskDataModule(LightningDataModule):
+    """Batches of questions, each a `tuple[Prompt, ...]`, for training and validation.
+
+    Training questions come in an order of their own each epoch; the questions that do not fill a
+    last batch wait for the next epoch's order. A run that is resumed from a checkpoint, within an
+    epoch too, goes on with the question that was next. Test and predict use `val`.
+
+    Args:
+        train: source or sources of training questions; several are joined.
+        val: the same for validation; `[]`: there is none.
+        questions_per_batch: Q, over all ranks; must be a multiple of their number.
+        val_questions_per_batch: the same for validation; the last batch may be smaller.
+        max_prompt_tokens: longer prompts are dropped, counted and logged.
+        seed: of the order of training questions.
+        num_workers: processes that render prompts ahead; 0: the training process does.
+
+    Raises:
+        ValueError: if a number is too small, or there are fewer training questions than a batch.
+    """
+
+    def __init__(
+        self,
+        train: Source | list[Source],
+        val: Source | list[Source],
+        *,
+        questions_per_batch: int = 32,
+        val_questions_per_batch: int = 32,
+        max_prompt_tokens: int = 2048,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("questions_per_batch", questions_per_batch, 1),
+            ("val_questions_per_batch", val_questions_per_batch, 1),
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`TaskDataModule({name}=...)` must be >= {least}, got {value}")
+        self.train_sources = [train] if isinstance(train, Source) else train
+        self.val_sources = [val] if isinstance(val, Source) else val
+        if not self.train_sources:
+            raise ValueError("`TaskDataModule(train=...)` must hold a source, got none")
+        self.questions_per_batch = questions_per_batch
+        self.val_questions_per_batch = val_questions_per_batch
+        self.max_prompt_tokens = max_prompt_tokens
+        self.seed = seed
+        self.num_workers = num_workers
+
+    def setup(self, stage: str) -> None:
+        """Open the sources and leave out prompts that are too long for the policy's tokenizer.
+
+        Raises:
+            ConfigurationError: for any trouble with the user's data.
+        """
+        try:
+            self._setup(stage)
+        except (ValueError, OSError) as error:
+            raise ConfigurationError(f"data: {error}") from error
+
+    def _setup(self, stage: str) -> None:
+        # Rendering a batch takes milliseconds and a step takes seconds.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        chat = cast(Any, self.trainer).lightning_module.policy.chat
+        if stage == "fit":
+            self.train_set = self._render(self.train_sources, chat)
+            if len(self.train_set) < self.questions_per_batch:
+                raise ValueError(
+                    f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
+                    f"most the number of training questions, here {len(self.train_set)}"
+                )
+        self.val_set = self._render(self.val_sources, chat) if self.val_sources else None
+
+    def _render(self, sources: Sequence[Source], chat: Chat) -> ConcatDataset[Prompt]:
+        return ConcatDataset([Rendered(source, chat, self.max_prompt_tokens) for source in sources])
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
+        if cast(Any, self.trainer).overfit_batches:
+            return self._loader(self.train_set, self.questions_per_batch)
+        ranks, rank = self._ranks()
+        sampler = EpochSampler(
+            self.train_set,
+            batch_size=self.questions_per_batch,
+            num_replicas=ranks,
+            rank=rank,
+            seed=self.seed,
+        )
+        return QuestionLoader(
+            self.train_set,
+            batch_size=self.questions_per_batch // ranks,
+            sampler=sampler,
+            collate_fn=PromptBatch,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """In order. With several ranks some questions may come twice, so that shares are even."""
+        return self._loader(self.val_set, self.val_questions_per_batch) if self.val_set else []
+
+    def _loader(self, questions: ConcatDataset[Prompt], batch_size: int) -> DataLoader:
+        ranks, rank = self._ranks()
+        return DataLoader(
+            questions,
+            batch_size=batch_size // ranks,
+            # On one rank what Lightning knows as unshuffled; on several, it replaces any other.
+            sampler=DistributedSampler(questions, ranks, rank, shuffle=False)
+            if ranks > 1
+            else None,
+            collate_fn=PromptBatch,
+            num_workers=self.num_workers,
+        )
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def transfer_batch_to_device(
+        self, batch: PromptBatch, device: torch.device, dataloader_idx: int
+    ) -> tuple[Prompt, ...]:
+        """The questions; they hold no tensors."""
+        return batch.prompts
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and which one this is."""
+        trainer = cast(Any, self.trainer)
+        for name in ("questions_per_batch", "val_questions_per_batch"):
+            if (questions := getattr(self, name)) % trainer.world_size:
+                raise ValueError(
+                    f"`TaskDataModule({name}={questions})` must be a multiple of the "
+                    f"{trainer.world_size} ranks"
+                )
+        return trainer.world_size, trainer.global_rank

@@ -1,0 +1,147 @@
+"""The science questions of the paper."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from scsdpo.data.prompts import PromptList, table_prompts
+from scsdpo.data.table import Row, Table
+from scsdpo.types import Prompt
+from scsdpo.verifiers import MultipleChoice
+
+Domain = Literal["biology", "chemistry", "materials", "physics"]
+Split = Literal["train", "test"]
+
+HUB_DOMAINS = {
+    "biology": "Biology",
+    "chemistry": "Chemistry",
+    "materials": "Material",
+    "physics": "Physics",
+}
+HUB_TYPES = ("mcq-4-choices", "mcq-2-choices")
+HUB_LEVEL = "L3"
+"""The set's reasoning level, the one that the paper uses."""
+TEST_SHARE, SPLIT_SEED = 0.1, 42
+
+SYSTEM = """
+Given a question and four options, please select the right answer. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), \
+and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:
+<answer>
+A
+</answer>
+"""
+"""System turn of every question, two options or four, as published."""
+
+
+class SciKnowEval(PromptList):
+    """Multiple-choice questions of SciKnowEval, reasoning level, as the SDPO authors split them.
+
+    Args:
+        domain: the science.
+        split: "train", nine questions in ten, or "test".
+        source: name of the set on the Hugging Face hub, or a folder with `train.json` and
+            `test.json` in the format of the SDPO authors' repository. Both give the same prompts.
+        strict: as in `MultipleChoice`.
+
+    Raises:
+        ValueError: if `domain` or `split` is none of the above.
+
+    Source:
+        Feng et al. 2024, arXiv:2406.09098; selection, wording and split of Hübotter et al. 2026,
+        arXiv:2601.20802, whose files the split with seed 42 reproduces row for row.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        split: Split,
+        *,
+        source: str = "hicai-zju/SciKnowEval",
+        strict: bool = True,
+    ) -> None:
+        for name, value, choices in (
+            ("domain", domain, tuple(HUB_DOMAINS)),
+            ("split", split, ("train", "test")),
+        ):
+            if value not in choices:
+                raise ValueError(f"`SciKnowEval({name}=...)` must be of {choices}, got {value!r}")
+        self.domain, self.split = domain, split
+        self.source = source
+        self.verifier = MultipleChoice(strict=strict)
+
+    @property
+    def name(self) -> str:
+        """The domain."""
+        return self.domain
+
+    def load(self) -> Iterable[Prompt]:
+        """The questions of the split."""
+        owner = f"SciKnowEval(source={self.source!r})"
+        folder = Path(self.source).expanduser()
+        if folder.is_dir():
+            table = Table.read(folder / f"{self.split}.json", owner)
+        else:
+            rows = hub_split(_load_hub(self.source, owner), self.domain, self.split)
+            table = Table(owner=owner, place=f"{self.source}, {self.domain}", rows=rows)
+        prompts = table_prompts(table, self.name, self.verifier, system="system")
+        for number, prompt in enumerate(prompts, start=1):
+            if not re.fullmatch("[A-Z]", prompt.answer):
+                raise ValueError(
+                    f"`{owner}`: {table.place}, row {number}: the answer must be the letter of an "
+                    f"option, got {prompt.answer!r}"
+                )
+        return prompts
+
+
+def hub_split(rows: Iterable[Row], domain: Domain, split: Split) -> list[Row]:
+    """The rows of a domain's split of the hub's set, in the columns of the published files."""
+    chosen = [
+        _published(row)
+        for row in rows
+        if row["domain"] == HUB_DOMAINS[domain]
+        and row["details"]["level"] == HUB_LEVEL
+        and row["type"] in HUB_TYPES
+    ]
+    # As `datasets.Dataset.train_test_split` does it: test rows first, then the training rows.
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(chosen))
+    held_out = math.ceil(TEST_SHARE * len(chosen))
+    return [chosen[i] for i in (order[:held_out] if split == "test" else order[held_out:])]
+
+
+def _published(row: Row) -> Row:
+    choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+    options = "\n".join(f"{label}: {text}" for label, text in choices)
+    return {
+        "system": SYSTEM,
+        "prompt": f"{row['question']}\n\n{options}\nPlease reason step by step.",
+        "answer": row["answerKey"],
+    }
+
+
+def _load_hub(source: str, owner: str) -> Any:
+    # A path that looks like one is never sought on the hub.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(
+            f"`{owner}`: there is no such folder; it must hold train.json and test.json"
+        )
+    import datasets  # slow to import
+
+    try:
+        return datasets.load_dataset(source, split="test")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{owner}`: neither a folder here nor a set that the Hugging Face hub gives "
+            f"({error}); download it, or name a folder that holds train.json and test.json"
+        ) from error

@@ -1,0 +1,8 @@
+"""Verifiers: what is a right answer, and what to say of a wrong one."""
+
+from scsdpo.verifiers._base import Verifier
+from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
+from scsdpo.verifiers.tool_call import ToolCall
+from scsdpo.verifiers.verify import verify_all
+
+__all__ = ["ExactMatch", "MultipleChoice", "ToolCall", "Verifier", "last_answer", "verify_all"]

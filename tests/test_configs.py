@@ -1,0 +1,177 @@
+"""Every YAML parses, instantiates and takes a step; any method lies over any other."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared import SHARED, needs_shared
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+BASES = sorted(CONFIGS.glob("*.yaml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+TASKS = sorted((CONFIGS / "tasks").glob("*.yaml"))
+
+LAB = [
+    "--data.train=scsdpo.lab.LabTasks",
+    "--data.train.split=train",
+    "--data.val=scsdpo.lab.LabTasks",
+    "--data.val.split=val",
+    "--data.val.size=4",
+]
+
+
+@pytest.fixture
+def scsdpo(monkeypatch, tmp_path):
+    """Run the command in this process, in a folder of its own; returns its exit code."""
+    from scsdpo.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["scsdpo", *map(str, args)])
+        try:
+            return main()
+        except SystemExit as stop:
+            return stop.code
+
+    return run
+
+
+def small(folder):
+    """A base configuration, shrunk: a random model, few short rollouts, two steps."""
+    return [
+        f"--model.policy.name_or_path={folder}",
+        "--model.sampling.max_new_tokens=6",
+        "--model.sampling.n=4",
+        "--model.val_sampling.max_new_tokens=6",
+        "--model.val_sampling.n=2",
+        "--data.questions_per_batch=2",
+        "--data.val_questions_per_batch=4",
+        "--trainer.limit_train_batches=2",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--data.max_prompt_tokens=4000",
+    ]
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda p: p.stem)
+def test_every_base_configuration_trains(base, qwen3, scsdpo):
+    extra = [] if base.stem == "tiny" else LAB
+    kwargs = ["--model.policy.chat_template_kwargs={}"]
+    assert scsdpo("fit", "--config", base, *extra, *kwargs, *small(qwen3)) in (0, None)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
+def test_every_method_trains_on_the_tiny_configuration(method, qwen3, scsdpo):
+    base = CONFIGS / "tiny.yaml"
+    assert scsdpo("fit", "--config", base, "--config", method, *small(qwen3)) in (0, None)
+
+
+def printed(scsdpo, capsys, *args):
+    capsys.readouterr()
+    assert scsdpo("fit", *args, "--print_config") in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("base", ["qwen3", "olmo3", "qwen3-lora"])
+def test_every_task_lies_over_every_model(base, task, scsdpo, capsys):
+    config = printed(scsdpo, capsys, "--config", CONFIGS / f"{base}.yaml", "--config", task)
+    own = yaml.safe_load(task.read_text())["data"]
+    for split in ("train", "val"):
+        source = config["data"][split]
+        assert source["class_path"].endswith(own[split]["class_path"])
+        assert source["init_args"].items() >= own[split]["init_args"].items()
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda p: p.stem)
+def test_print_config_round_trips(base, scsdpo, capsys, tmp_path):
+    first = printed(scsdpo, capsys, "--config", base)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(first))
+    assert printed(scsdpo, capsys, "--config", tmp_path / "again.yaml") == first
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda p: p.stem)
+def test_a_method_over_any_other_leaves_nothing_of_it(base, scsdpo, capsys):
+    """Same-named init_args carry over when a class is swapped: a method file states them all."""
+    base_args = ("--config", base)
+    alone = {m: printed(scsdpo, capsys, *base_args, "--config", m)["model"] for m in METHODS}
+    for below in METHODS:
+        for above in METHODS:
+            args = (*base_args, "--config", below, "--config", above)
+            assert printed(scsdpo, capsys, *args)["model"] == alone[above], (below, above)
+
+
+AXES = (
+    "teacher",
+    "advantage",
+    "weighting",
+    "token_weighting",
+    "reduction",
+    "importance",
+    "reference",
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
+def test_a_method_file_states_every_axis_and_every_argument(method, scsdpo, capsys):
+    stated = yaml.safe_load(method.read_text())["model"]
+    assert set(stated) == set(AXES)
+    config = printed(scsdpo, capsys, "--config", CONFIGS / "tiny.yaml", "--config", method)["model"]
+
+    def compare(mine, full, where):
+        if isinstance(mine, str) and isinstance(full, dict):  # a class without arguments
+            assert not full.get("init_args"), where
+        elif isinstance(full, dict) and "class_path" in full:
+            given, known = mine.get("init_args", {}), full.get("init_args", {})
+            left = set(known) - set(given) - {"templates"}  # the words, not a quantity
+            assert not left, f"{method.name}: {where} does not state {sorted(left)}"
+            for name in given:
+                compare(given[name], known[name], f"{where}.{name}")
+
+    for axis in AXES:
+        compare(stated[axis], config[axis], axis)
+
+
+def test_class_paths_in_a_printed_configuration_are_public(scsdpo, capsys):
+    text = json.dumps(printed(scsdpo, capsys, "--config", CONFIGS / "qwen3-lora.yaml"))
+    paths = [p for p in text.split('"') if p.startswith("scsdpo.")]
+    assert paths
+    for path in paths:
+        assert len(path.split(".")) == 3, path  # scsdpo.axis.Class, no private module
+
+
+@needs_shared
+def test_qwen3_runs_unchanged_on_real_biology_with_a_local_model(tmp_path, scsdpo):
+    """The command of the configuration's header, a small random Qwen3 in place of the 8B."""
+    import subprocess
+
+    model = tmp_path / "model"
+    maker = [sys.executable, SHARED / "bench" / "make_model.py", model, "--vocab", "1024"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    subprocess.run(
+        [*map(str, maker), "--hidden", "64", "--layers", "1", "--eos-rate", "0.2"],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+    biology = SHARED / "data" / "sciknoweval" / "biology"
+    code = scsdpo(
+        "fit",
+        "--config",
+        CONFIGS / "qwen3.yaml",
+        f"--model.policy.name_or_path={model}",
+        f"--data.train.source={biology}",
+        f"--data.val.source={biology}",
+        "--trainer.max_steps=3",
+        "--trainer.val_check_interval=3",
+        "--trainer.enable_progress_bar=false",
+    )
+    assert code in (0, None)
+    assert list(tmp_path.glob("runs/qwen3/*/checkpoints/*.ckpt"))

@@ -1,0 +1,305 @@
+"""The data module: prompts are rendered, the order is seeded, and no question is lost."""
+
+import logging
+import pickle
+import warnings
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from models import tokenizer
+from scsdpo.data import PromptList, SciKnowEval, TaskDataModule, make_prompt
+from scsdpo.data import rendered as rendered_module
+from scsdpo.data.loader import EpochSampler
+from scsdpo.data.rendered import Rendered
+from scsdpo.policy import Chat
+from scsdpo.verifiers import ExactMatch
+from shared import SHARED, needs_shared
+
+# Lightning's own, with torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")
+
+
+class Numbers(PromptList):
+    """Questions `0`, `11`, `222`, ...: question i has i + 1 letters, so its length tells it."""
+
+    def __init__(self, size, name="numbers"):
+        self.size, self._name = size, name
+
+    @property
+    def name(self):
+        return self._name
+
+    def load(self):
+        for i in range(self.size):
+            yield make_prompt(self.name, question="x" * (i + 1), answer="", verifier=ExactMatch())
+
+
+def number(prompt):
+    return len(prompt.messages[-1]["content"]) - 1
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(tokenizer=tokenizer(), eos_ids=(2, 0))
+
+
+# --- rendering and the limit on length ------------------------------------------------------------
+
+
+def test_prompts_carry_the_rendered_ids(chat):
+    source = Numbers(3)
+    for prompt, plain in zip(Rendered(source, chat, 100), source.prompts, strict=True):
+        assert prompt.ids == chat.render(plain.messages)
+        assert (prompt.key, prompt.messages) == (plain.key, plain.messages)
+
+
+def test_prompts_over_the_limit_are_dropped_counted_and_logged(chat, caplog):
+    limit = len(chat.render(Numbers(5)[3].messages))
+    with caplog.at_level(logging.WARNING):
+        prompts = Rendered(Numbers(5), chat, limit)
+    assert [number(prompt) for prompt in prompts] == [0, 1, 2, 3]
+    assert caplog.messages == [
+        f"numbers: 1 of 5 prompts are longer than max_prompt_tokens={limit} and were dropped"
+    ]
+
+
+def test_nothing_is_logged_when_every_prompt_fits(chat, caplog):
+    Rendered(Numbers(5), chat, 10_000)
+    assert caplog.messages == []
+
+
+def test_a_source_of_which_no_prompt_fits_is_refused(chat):
+    with pytest.raises(ValueError, match=r"max_prompt_tokens=3\)`: 5 prompts of 'numbers'.*raise"):
+        Rendered(Numbers(5), chat, 3)
+
+
+def test_in_a_large_source_a_long_prompt_gives_way_to_the_next_one(chat, monkeypatch):
+    monkeypatch.setattr(rendered_module, "FILTER_AHEAD", 4)
+    limit = len(chat.render(Numbers(5)[3].messages))
+    prompts = Rendered(Numbers(5), chat, limit)
+    assert [number(prompts[i]) for i in range(5)] == [0, 1, 2, 3, 0]
+    with pytest.raises(ValueError, match="in a row are longer"):
+        Rendered(Numbers(5), chat, 3)[0]
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def samplers(ranks, size=23, batch=4, seed=0):
+    return [
+        EpochSampler(range(size), batch_size=batch, num_replicas=ranks, rank=rank, seed=seed)
+        for rank in range(ranks)
+    ]
+
+
+def test_the_questions_of_a_step_do_not_depend_on_the_number_of_ranks():
+    alone = list(samplers(1)[0])
+    assert len(alone) == len(set(alone)) == 20
+    for ranks in (2, 4):
+        shares = [list(sampler) for sampler in samplers(ranks)]
+        each = 4 // ranks
+        for step in range(5):
+            together = {i for share in shares for i in share[step * each : (step + 1) * each]}
+            assert together == set(alone[4 * step : 4 * step + 4])
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    sampler = samplers(1)[0]
+    first = list(sampler)
+    assert first == list(samplers(1)[0])
+    assert first != list(samplers(1, seed=1)[0])
+    sampler.asked = 20
+    assert first != list(sampler)
+    assert sampler.epoch == 1
+
+
+# --- the data module ------------------------------------------------------------------------------
+
+
+class Recorder(LightningModule):
+    """Notes the questions that it is given."""
+
+    def __init__(self, chat):
+        super().__init__()
+        self.policy = SimpleNamespace(chat=chat)
+        self.layer = torch.nn.Linear(1, 1)
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        assert type(batch) is tuple
+        assert all(prompt.ids for prompt in batch)
+        self.trained.append([number(prompt) for prompt in batch])
+        return self.layer(torch.ones(1, dtype=self.layer.weight.dtype)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        assert type(batch) is tuple
+        self.validated.append([(prompt.category, number(prompt)) for prompt in batch])
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx)
+        return len(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
+class SaveEachStep(Callback):
+    """What `ModelCheckpoint` does at the end of a step, for every step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+
+
+def train(chat, steps, checkpoints=None, resume=None, *, workers=0, **arguments):
+    data = TaskDataModule(
+        [Numbers(12), Numbers(11, "more")],
+        [Numbers(3, "val"), Numbers(2, "other")],
+        questions_per_batch=4,
+        val_questions_per_batch=2,
+        num_workers=workers,
+    )
+    callbacks = [SaveEachStep(checkpoints)] if checkpoints else []
+    trainer = quiet(max_steps=steps, callbacks=callbacks, **arguments)
+    module = Recorder(chat)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
+    return module, trainer
+
+
+def quiet(**arguments):
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **arguments,
+    )
+
+
+def test_an_epoch_asks_each_question_at_most_once_and_all_but_a_rest(chat):
+    module, _ = train(chat, 10)
+    epochs = module.trained[:5], module.trained[5:]
+    assert all(len(batch) == 4 for batch in module.trained)
+    for epoch in epochs:
+        # Questions 0 to 10 are in both sources, 11 in the first one only.
+        counts = Counter(i for batch in epoch for i in batch)
+        assert sum(counts.values()) == 20
+        assert all(count <= (2 if i < 11 else 1) for i, count in counts.items())
+    assert epochs[0] != epochs[1]
+
+
+def test_validation_test_and_prediction_see_each_question_of_each_source_once(chat):
+    asked = [[("val", 0), ("val", 1)], [("val", 2), ("other", 0)], [("other", 1)]]
+    data = TaskDataModule(
+        Numbers(4), [Numbers(3, "val"), Numbers(2, "other")], val_questions_per_batch=2
+    )
+    for run in ("validate", "test", "predict"):
+        module = Recorder(chat)
+        getattr(quiet(), run)(module, data)
+        assert module.validated == asked
+
+
+def test_a_run_resumed_at_any_step_goes_on_with_the_questions_that_were_next(chat, tmp_path):
+    whole = train(chat, 12, tmp_path)[0].trained
+    for step in (1, 4, 5, 6, 10):  # 5 and 10 end an epoch
+        resumed, _ = train(chat, 12, resume=tmp_path / f"step={step}.ckpt")
+        assert resumed.trained == whole[step:]
+
+
+def test_a_run_that_ended_within_an_epoch_can_be_extended(chat, tmp_path):
+    whole = train(chat, 12)[0].trained
+    for step in (3, 5, 8):
+        _, trainer = train(chat, step)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        assert train(chat, 12, resume=tmp_path / "end.ckpt")[0].trained == whole[step:]
+
+
+def test_workers_change_no_order_and_lose_no_question(chat, tmp_path):
+    whole = train(chat, 7)[0].trained
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork in a threaded process
+        first, trainer = train(chat, 2, workers=2, limit_val_batches=0)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        resume = tmp_path / "end.ckpt"
+        second, _ = train(chat, 7, resume=resume, workers=2, limit_val_batches=0)
+    assert first.trained + second.trained == whole
+
+
+def test_a_limit_on_batches_skips_no_question(chat):
+    assert train(chat, 5, limit_train_batches=2)[0].trained == train(chat, 5)[0].trained
+
+
+def test_overfitting_repeats_the_first_batches(chat):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train(chat, 3, overfit_batches=1)[0].trained == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_prompts_pass_precision_plugins_untouched(chat, precision):
+    assert train(chat, 2, precision=precision)[0].trained == train(chat, 2)[0].trained
+
+
+def test_prompts_are_picklable(chat):
+    prompt = Rendered(Numbers(1), chat, 100)[0]
+    again = pickle.loads(pickle.dumps(prompt))
+    assert (again.key, again.ids, again.verifier) == (prompt.key, prompt.ids, prompt.verifier)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"questions_per_batch": 0}, r"`TaskDataModule\(questions_per_batch=...\)` must be >= 1"),
+        ({"val_questions_per_batch": 0}, r"val_questions_per_batch=...\)` must be >= 1, got 0"),
+        ({"max_prompt_tokens": 0}, r"max_prompt_tokens=...\)` must be >= 1"),
+        ({"num_workers": -1}, r"num_workers=...\)` must be >= 0"),
+        ({"train": []}, r"`TaskDataModule\(train=...\)` must hold a source, got none"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TaskDataModule(**({"train": Numbers(9), "val": []} | arguments))
+
+
+def test_fewer_questions_than_a_batch_are_refused(chat):
+    data = TaskDataModule(Numbers(9), [], questions_per_batch=10)
+    with pytest.raises(ValueError, match=r"questions_per_batch=10\)` must be at most .* here 9"):
+        quiet(max_steps=1).fit(Recorder(chat), data)
+
+
+def trainer_of(chat, world_size):
+    """As much of a trainer as the data module asks for."""
+    module = SimpleNamespace(policy=SimpleNamespace(chat=chat))
+    return SimpleNamespace(
+        world_size=world_size, global_rank=0, overfit_batches=0, lightning_module=module
+    )
+
+
+def test_a_batch_that_ranks_cannot_share_evenly_is_refused(chat):
+    data = TaskDataModule(Numbers(9), [], questions_per_batch=3)
+    data.trainer = trainer_of(chat, world_size=2)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"questions_per_batch=3\)` must be a multiple of the 2"):
+        data.train_dataloader()
+
+
+@needs_shared
+def test_the_shared_files_come_in_full_batches_and_every_held_out_question_once(chat):
+    folder = str(SHARED / "data" / "sciknoweval" / "biology")
+    train, test = (SciKnowEval("biology", split, source=folder) for split in ("train", "test"))
+    # The tokenizer here spells out bytes, so that prompts are long.
+    data = TaskDataModule(train, test, max_prompt_tokens=20_000)
+    data.trainer = trainer_of(chat, world_size=1)
+    data.setup("fit")
+    assert [len(batch) for batch in data.train_dataloader()] == [32] * 14
+    held_out = [prompt.key for batch in data.val_dataloader() for prompt in batch]
+    assert held_out == [prompt.key for prompt in test.prompts]

@@ -1,0 +1,68 @@
+"""The code in README and docs runs as printed."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_every_file_that_the_docs_name_exists():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+        for target in re.findall(
+            r"(?:configs|benchmarks|tests)/[\w/-]+\.(?:yaml|py)", page.read_text()
+        ):
+            assert (ROOT / target).exists(), (page.name, target)
+
+
+def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monkeypatch, qwen3):
+    from scsdpo.__main__ import main
+
+    (tmp_path / "mine.py").write_text("\n".join(blocks("docs/extending.md", "python")))
+    data = yaml.safe_load(blocks("docs/extending.md", "yaml")[0])
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(
+            "\n".join(f'{{"prompt": "{split} {i}?", "answer": "{i}"}}' for i in range(4))
+        )
+    config = {
+        "model": {
+            "policy": {"name_or_path": str(qwen3)},
+            "teacher": {"class_path": "EMA", "init_args": {"context": "mine.GoldAnswer"}},
+            "weighting": {"class_path": "mine.HardFilter", "init_args": {"low": 0.0, "high": 1.0}},
+            "advantage": {
+                "class_path": "Blend",
+                "init_args": {
+                    "parts": [
+                        {"advantage": "SelfDistillation", "weight": 1.0},
+                        {"advantage": "mine.EntropyBonus", "weight": 1.0},
+                    ]
+                },
+            },
+            "sampling": {"n": 2, "max_new_tokens": 4},
+            "val_sampling": {"n": 2, "max_new_tokens": 4},
+        },
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"},
+        "data": data["data"] | {"questions_per_batch": 2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", "--config", "config.yaml"])
+    assert main() in (0, None)
+
+
+@pytest.mark.parametrize("name", ["README.md"])
+def test_python_of_the_readme_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(name, "python")
+    code = code.replace("L.Trainer(", 'L.Trainer(accelerator="cpu", enable_progress_bar=False, ')
+    exec(compile(code.replace("max_steps=10", "max_steps=1"), name, "exec"), {})
