@@ -1,11 +1,14 @@
 """The policy: shared prefixes, adapters, what is saved, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from models import qwen3_folder
 from scsdpo.policy import CausalLM, Lora, Rows, hidden_states
 from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.tree import SHORTEST_SHARED, prefix_tree, token_tree
 
 
 def rows(seed=0):
@@ -28,9 +31,12 @@ def load(path, **kwargs):
     return policy
 
 
-def gradient(policy, share):
-    model = policy.language_model
-    hidden = hidden_states(model, rows(), share_prefixes=share)
+def gradient(policy, share, start=0):
+    """Hidden states and the gradient of a function of them; all prompts begin with `start` ids."""
+    batch = rows()
+    common = tuple(range(40, 40 + start))
+    batch = replace(batch, prompts=[common + prompt for prompt in batch.prompts])
+    hidden = hidden_states(policy.language_model, batch, share_prefixes=share)
     loss = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
     policy.zero_grad()
     loss.backward()
@@ -38,10 +44,11 @@ def gradient(policy, share):
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_untied", "olmo3"])
-def test_shared_prefixes_equal_separate_rows_gradient_included(model, request):
+@pytest.mark.parametrize("start", [0, 1, 25], ids=lambda n: f"{n} tokens shared by all")
+def test_shared_prefixes_equal_separate_rows_gradient_included(model, start, request):
     policy = load(request.getfixturevalue(model))
-    hidden, grads = gradient(policy, False)
-    shared_hidden, shared_grads = gradient(policy, True)
+    hidden, grads = gradient(policy, False, start)
+    shared_hidden, shared_grads = gradient(policy, True, start)
     assert hidden.shape == (17, hidden.shape[1])
     torch.testing.assert_close(shared_hidden, hidden, rtol=1e-5, atol=1e-5)
     assert grads.keys() == shared_grads.keys()
@@ -65,7 +72,6 @@ def test_separate_rows_equal_the_model_on_one_unpadded_sequence(policy):
 def test_gradient_checkpointing_keeps_the_numbers(qwen3):
     plain, checkpointed = load(qwen3), load(qwen3, gradient_checkpointing=True)
     checkpointed.train()
-    assert not checkpointed.share_prefixes
     _, expected = gradient(plain, plain.share_prefixes)
     _, grads = gradient(checkpointed, checkpointed.share_prefixes)
     for name, grad in expected.items():
@@ -170,3 +176,22 @@ def test_rescaled_logits_are_refused(tmp_path):
 def test_lora_on_the_head_is_refused():
     with pytest.raises(ValueError, match="must not name lm_head"):
         Lora(target_modules=["q_proj", "lm_head"])
+
+
+def test_every_common_start_is_one_segment_and_short_ones_are_not_shared():
+    long, short = tuple(range(100, 100 + SHORTEST_SHARED)), (1, 2, 3)
+    prompts = [(*long, 7, 8), (*long, 9), long, (*short, 4), (*short, 5), (*long, 7, 8)]
+    nodes, paths = prefix_tree(prompts)
+    assert set(paths) == set(prompts)
+    for prompt, path in paths.items():
+        assert tuple(i for node in path for i in node.ids) == prompt
+    assert sum(len(node.ids) for node in nodes) == len(long) + 2 + 1 + 4 + 4
+
+
+def test_a_tree_runs_each_distinct_token_once():
+    batch = rows()
+    tree = token_tree(batch.prompts, batch.ids, batch.mask)
+    distinct = sum(map(len, set(batch.prompts)))
+    # the last token of a response predicts nothing
+    assert len(tree.ids) == distinct + int(batch.mask.sum()) - len(batch.prompts)
+    assert len(tree.predicts) == batch.mask.sum()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scsdpo.advantage import Advantage
 from scsdpo.compatibility import check_axes
 from scsdpo.distributed import all_sum, sum_gradients
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance
 from scsdpo.metrics import ByCategory, rollout_metrics, token_metrics
 from scsdpo.policy import CausalLM
@@ -117,7 +117,8 @@ class PolicyOptimizer(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
-        self.policy.configure_model()
+        with blamed_on("model.policy"):
+            self.policy.configure_model()
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
 

@@ -64,7 +64,7 @@ class Verdict:
     """Why the verifier itself failed; counted and logged, never a silent zero."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
 class Sampling:
     """How responses are drawn: from softmax(logits / temperature), cut to top-k, then to top-p.
 

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from scsdpo.data._base import Source
 from scsdpo.data.loader import EpochSampler, PromptBatch, QuestionLoader
 from scsdpo.data.rendered import Rendered
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Prompt
 
@@ -72,10 +72,8 @@ class TaskDataModule(LightningDataModule):
         Raises:
             ConfigurationError: for any trouble with the user's data.
         """
-        try:
+        with blamed_on("data"):
             self._setup(stage)
-        except (ValueError, OSError) as error:
-            raise ConfigurationError(f"data: {error}") from error
 
     def _setup(self, stage: str) -> None:
         # Rendering a batch takes milliseconds and a step takes seconds.

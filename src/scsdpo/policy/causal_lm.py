@@ -17,6 +17,7 @@ from transformers import (
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
+from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows, hidden_states
 
@@ -38,10 +39,9 @@ class CausalLM(nn.Module):
         name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
         dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
             bfloat16 on GPU and float32 on CPU.
-        attn_implementation: as in transformers; shared prefixes need `sdpa`.
+        attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
         adapter: `FullFineTune()` or `Lora(...)`.
-        gradient_checkpointing: recompute activations in the backward (prompts then are not shared
-            between responses: checkpointing drops the cache).
+        gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
 
     Raises:
@@ -82,6 +82,8 @@ class CausalLM(nn.Module):
             self._path, dtype=dtype, attn_implementation=self.attn_implementation
         )
         _refuse_rescaled_logits(loaded)
+        if self.share_prefixes:
+            use_layouts(loaded)
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
@@ -107,8 +109,8 @@ class CausalLM(nn.Module):
 
     @property
     def share_prefixes(self) -> bool:
-        """Whether responses share their prompt's run: not under checkpointing, and sdpa only."""
-        return self.attn_implementation == "sdpa" and not self.gradient_checkpointing
+        """Whether every common start of prompts runs once."""
+        return self.attn_implementation == "sdpa"
 
     def forward(self, rows: Rows, loss: Callable[[Tensor, nn.Linear], T]) -> T:
         """Trunk and loss in one root forward: `loss(hidden states [N, D], head)`.

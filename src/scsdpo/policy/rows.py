@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scsdpo.policy.attention import run_decoder
+from scsdpo.policy.tree import token_tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -24,15 +27,23 @@ class Rows:
 def hidden_states(model: PreTrainedModel, rows: Rows, *, share_prefixes: bool) -> Tensor:
     """Final hidden states that predict the response tokens, in row-major order.
 
-    Both ways give the same numbers (to the rounding of the attention's summation order):
-    separate rows are the plain way; with `share_prefixes` each distinct prompt runs once and its
-    key/value cache, kept in the autograd graph, is repeated over the responses that follow it.
+    Both ways give the same numbers, to the rounding of the attention's summation order. The plain
+    way is one padded row per response. With `share_prefixes` the micro-batch is a `TokenTree`:
+    every common start runs once, forward and backward, and nothing is padded.
+
+    Args:
+        model: for shared prefixes, one that `use_layouts` was called on.
+        rows: the micro-batch.
+        share_prefixes: which way.
 
     Shapes:
         returns [N, D], N = rows.mask.sum().
     """
-    run = _shared if share_prefixes else _separate
-    return run(model, rows)[rows.mask]
+    if not share_prefixes:
+        return _separate(model, rows)[rows.mask]
+    tree = token_tree(rows.prompts, rows.ids, rows.mask)
+    hidden = run_decoder(model, tree, input_ids=tree.ids[None], position_ids=tree.positions[None])
+    return nn.functional.embedding(tree.predicts, hidden[0])
 
 
 def _separate(model: PreTrainedModel, rows: Rows) -> Tensor:
@@ -59,45 +70,3 @@ def _separate(model: PreTrainedModel, rows: Rows) -> Tensor:
     predicts = starts[:, None] - 1 + torch.arange(rows.ids.shape[1], device=device)
     index = predicts.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index)
-
-
-def _shared(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """[R, L, D] with each distinct prompt run once.
-
-    Prompts are padded on the left: sliding-window caches keep the last positions, and right
-    padding there is silently wrong. The first response token is predicted from the prompt's own
-    last state, which keeps that state in the graph.
-    """
-    device = rows.ids.device
-    distinct = list(dict.fromkeys(rows.prompts))
-    where = {prompt: i for i, prompt in enumerate(distinct)}
-    of_row = torch.tensor([where[p] for p in rows.prompts], device=device)
-    width = max(map(len, distinct))
-    ids = torch.tensor(
-        [[rows.pad_id] * (width - len(p)) + list(p) for p in distinct], device=device
-    )
-    lengths = torch.tensor([len(p) for p in distinct], device=device)
-    mask = torch.arange(width, device=device) >= (width - lengths)[:, None]
-    decoder = model.get_decoder()
-    cache = DynamicCache(config=model.config)
-    prompt_states = decoder(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    first = prompt_states[of_row, -1:]
-    if rows.ids.shape[1] == 1:
-        return first
-    assert cache.get_seq_length() == width, "the decoder dropped the prompt's cache"
-    cache.batch_select_indices(of_row)
-    steps = torch.arange(rows.ids.shape[1] - 1, device=device)
-    rest = decoder(
-        input_ids=rows.ids[:, :-1],
-        attention_mask=torch.cat([mask[of_row], rows.mask[:, :-1]], dim=1).long(),
-        position_ids=lengths[of_row, None] + steps,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return torch.cat([first, rest], dim=1)

@@ -1,0 +1,124 @@
+"""`scsdpo export`: a checkpoint's policy as a Hugging Face folder."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from jsonargparse import ArgumentParser
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+
+from scsdpo.checkpoint import Saved
+from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.model_card import model_card
+from scsdpo.policy import CausalLM
+from scsdpo.policy.adapter import STUDENT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(message)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo export` on the command line.
+    """
+    parser = _Parser(prog="scsdpo export", description="Write a policy as a Hugging Face folder.")
+    parser.add_argument("--ckpt", type=Path, required=True, help="RUN/checkpoints/last.ckpt")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
+    parser.add_argument(
+        "--adapter", action="store_true", help="keep LoRA factors apart, as a PEFT folder"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the written weights; auto: the one that training started from",
+    )
+    given = parser.parse_args(args)
+    export(given.ckpt, given.out, adapter=given.adapter, dtype=given.dtype)
+    print(given.out)
+
+
+def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto") -> None:
+    """Write the policy of a checkpoint with tokenizer, generation config and model card.
+
+    Args:
+        ckpt: a checkpoint file of `scsdpo fit`; its data is not needed.
+        out: folder that does not exist or is empty.
+        adapter: write LoRA factors only, for `PeftModel.from_pretrained`; without it they are
+            merged into the base in float32, and then rounded to `dtype`.
+        dtype: of the written weights; `auto` is that of the checkpoint that training started
+            from. Factors stay float32.
+
+    Raises:
+        ConfigurationError: if `ckpt` or `out` cannot be used, or the weights do not fit the model.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigurationError(f"--out: {out} is not empty; choose a new folder")
+    with blamed_on("--ckpt"):
+        saved = Saved.read(ckpt)
+    policy = load_policy(saved)
+    model = policy.wrapped
+    if adapter and not isinstance(model, PeftModel):
+        raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
+    if adapter:
+        _save_adapter(model, out)
+    else:
+        merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+        assert isinstance(merged, PreTrainedModel)
+        merged.to(_dtype(policy, dtype)).save_pretrained(out)
+    policy.chat.tokenizer.save_pretrained(out)
+    generation = policy.language_model.generation_config
+    generation.eos_token_id = list(policy.chat.eos_ids)
+    generation.save_pretrained(out)
+    (out / "README.md").write_text(model_card(saved, adapter=adapter))
+
+
+def load_policy(saved: Saved) -> CausalLM:
+    """The policy of a checkpoint, in float32.
+
+    Raises:
+        ConfigurationError: if tensors are missing, left over or of another shape.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--policy", type=CausalLM)
+    config = parser.parse_object({"policy": saved.model["policy"]})
+    config.policy.init_args.dtype = "float32"
+    with blamed_on("model.policy of the checkpoint"):
+        policy: CausalLM = parser.instantiate(config).policy
+        policy.configure_model()
+    prefix = "policy."
+    weights = {k.removeprefix(prefix): v for k, v in saved.weights.items() if k.startswith(prefix)}
+    own = policy.state_dict()
+    if isinstance(policy.wrapped, PeftModel):  # leave out the factors of a LoRA teacher
+        weights = {k: v for k, v in weights.items() if STUDENT in k.split(".")}
+    odd = sorted(own.keys() ^ weights.keys())
+    odd += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if odd:
+        raise ConfigurationError(
+            f"--ckpt: {len(odd)} tensors of {saved.path} do not fit {policy.name_or_path}, "
+            f"e.g. {odd[0]!r}; is that still the checkpoint that training started from?"
+        )
+    policy.load_state_dict(weights, strict=False)
+    return policy.eval()
+
+
+def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return AutoConfig.from_pretrained(policy.chat.tokenizer.name_or_path).dtype or torch.float32
+
+
+def _save_adapter(model: PeftModel, out: Path) -> None:
+    """With the base's absolute path if it is a folder, so that it is found from anywhere."""
+    config = model.peft_config[STUDENT]
+    base = Path(config.base_model_name_or_path)
+    if base.is_dir():
+        config.base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(out, selected_adapters=[STUDENT], save_embedding_layers=False)

@@ -1,0 +1,96 @@
+"""The README.md of an exported policy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from scsdpo.checkpoint import Saved
+
+_CARD = """\
+---
+{front}---
+
+# Policy trained with scsdpo
+
+{what}
+
+## Method
+
+| axis | strategy |
+|---|---|
+{method}
+
+## Validation
+
+{metrics}
+
+## Use
+
+```python
+{use}
+```
+
+## Configuration
+
+```yaml
+{config}```
+"""
+_MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")"""
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")"""
+
+
+def model_card(saved: Saved, *, adapter: bool) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads."""
+    arguments = saved.model["policy"]["init_args"]
+    base = arguments["name_or_path"]
+    front = {"library_name": "peft" if adapter else "transformers", "tags": ["scsdpo"]}
+    front["pipeline_tag"] = "text-generation"
+    if "/" in base and not Path(base).exists():  # a name on the hub
+        front["base_model"] = base
+    use = _ADAPTER.format(base=base) if adapter else _MERGED
+    if template := arguments.get("chat_template_kwargs"):
+        use += f"\n# Trained with tokenizer.apply_chat_template(..., **{template!r})"
+    return _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        what=f"From {base}, after {saved.step} optimizer steps.",
+        method="\n".join(f"| {axis} | {spelled} |" for axis, spelled in _strategies(saved.model)),
+        metrics=_metrics(saved.metrics),
+        use=use,
+        config=yaml.safe_dump({"model": saved.model}, sort_keys=False),
+    )
+
+
+def _strategies(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for axis, node in model.items():
+        if isinstance(node, dict) and "class_path" in node:
+            yield axis, _spell(node)
+
+
+def _spell(node: Any) -> str:
+    """`Name(argument=value, ...)`, texts left out."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_spell, node))}]"
+    if not isinstance(node, dict):
+        return str(node)
+    given = node.get("init_args", {}) if "class_path" in node else node
+    shown = {key: value for key, value in given.items() if key != "templates"}
+    inside = ", ".join(f"{key}={_spell(value)}" for key, value in shown.items())
+    return f"{node.get('class_path', '').rpartition('.')[2]}({inside})"
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    measured = {k.removeprefix("val/"): v for k, v in metrics.items() if k.startswith("val/")}
+    rows = [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+    return "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "Not measured."

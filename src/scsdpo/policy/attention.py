@@ -1,0 +1,87 @@
+"""One attention function for transformers models that takes its layout from the caller.
+
+A transformers model calls the attention function that its config names, and hands the keyword
+arguments of its forward through to it. `use_layouts` names ours: called with an `AttentionLayout`
+as `layout` it attends by that, and without one as `sdpa` does. So trees of prefixes and decoding
+from shared prompts run through the model's own layers, also when a layer is recomputed in the
+backward.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "scsdpo"
+
+
+class AttentionLayout(ABC):
+    """Who attends to whom in one forward of the decoder."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+    ) -> Tensor:
+        """Attention of one layer; `query` comes scaled.
+
+        Args:
+            layer: its index.
+            query: [B, H, s, d].
+            key: [B, K, s, d], K a divisor of H.
+            value: as `key`.
+            window: a token sees so many positions, itself included; None: all before it.
+
+        Returns:
+            [B, s, H, d].
+        """
+
+
+def use_layouts(model: PreTrainedModel) -> None:
+    """Let `model` (loaded with sdpa) accept a `layout` in its decoder's forward."""
+    model.set_attn_implementation(_NAME)
+
+
+def run_decoder(model: PreTrainedModel, layout: AttentionLayout, **inputs: Tensor) -> Tensor:
+    """Final hidden states of the decoder under `layout`."""
+    # A 4-D mask is taken as it is: the layout knows better, and none is built.
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=model.device)
+    decoder = model.get_decoder()
+    return decoder(attention_mask=mask, use_cache=False, layout=layout, **inputs).last_hidden_state
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: AttentionLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,  # what every model sends along: dropout, position_ids, ...
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers calls."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+    if softcap is not None or s_aux is not None or others.get("position_bias") is not None:
+        raise NotImplementedError(
+            "shared prefixes need plain softmax attention; this model has soft-capped scores, "
+            "attention sinks or position biases: set model.policy.attn_implementation to eager"
+        )
+    index = module.layer_idx
+    assert isinstance(index, int)
+    mixed = layout.attend(index, query * scaling, key, value, window=sliding_window)
+    return mixed.contiguous(), None
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
