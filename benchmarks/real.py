@@ -80,7 +80,9 @@ def check(folder: Path, prompts: list[Prompt], rng: Random) -> tuple[float, floa
     bare = well_formed(*respond(policy, prompts, sampling))
     letters = [rng.choice(options(prompt)) for prompt in prompts]
     told = [
-        replace(p, messages=tuple(Templates().fill(p.messages, demonstration=response(letter, rng))))
+        replace(
+            p, messages=tuple(Templates().fill(p.messages, demonstration=response(letter, rng)))
+        )
         for p, letter in zip(prompts, letters, strict=True)
     ]
     _, verdicts = respond(policy, told, sampling)

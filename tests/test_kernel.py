@@ -69,7 +69,7 @@ def test_divergences_equal_autograd_in_any_chunking(
     strategy, view = SUPPORTS[support]
     sampled = -torch.rand(n, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "CHUNK_BYTES", 4 * 7 * chunk)
+        patch.setitem(kernel.CHUNK_BYTES, "cpu", 4 * 7 * chunk)
         output = run(
             SelfDistillation(alpha=alpha, support=strategy),
             student,

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
@@ -58,7 +59,8 @@ class PolicyOptimizer(L.LightningModule):
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
         max_grad_norm: clip on the gradient's norm. inf: none.
-        max_tokens: budget of a micro-batch, in tokens; memory and speed only.
+        max_tokens: budget of a micro-batch, in distinct tokens; `auto` takes it from free memory.
+            It changes memory and speed, and no number.
         success_threshold: reward from which a rollout counts as a success.
         max_bad_steps: non-finite steps in a row after which the run stops.
 
@@ -83,7 +85,7 @@ class PolicyOptimizer(L.LightningModule):
         lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
         updates_per_rollout: int = 1,
         max_grad_norm: float = 1.0,
-        max_tokens: int = 16384,
+        max_tokens: PositiveInt | Literal["auto"] = "auto",
         success_threshold: float = 0.5,
         max_bad_steps: int = 5,
     ) -> None:
@@ -98,13 +100,13 @@ class PolicyOptimizer(L.LightningModule):
         self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
         self.success_threshold = success_threshold
         check_axes(self, token_weighting)
+        self.max_tokens = max_tokens
         self.update = Update(
             teacher=teacher,
             reference=reference,
             token_weighting=token_weighting,
             reduction=reduction,
             importance=importance,
-            max_tokens=max_tokens,
             needs=token_weighting.needs | advantage.needs,
         )
         self.validation = ByCategory()
@@ -197,7 +199,11 @@ class PolicyOptimizer(L.LightningModule):
         rows = [row for part in later for row in part]
         if not rows:
             return batch
-        return replace(batch, old_logprobs=self.update.measure(self.policy, batch, rows))
+        old = self.update.measure(self.policy, batch, rows, self._token_budget())
+        return replace(batch, old_logprobs=old)
+
+    def _token_budget(self) -> int:
+        return self.policy.token_budget() if self.max_tokens == "auto" else self.max_tokens
 
     def _optimize(self, batch: Batch, rows: list[int]) -> None:
         """One optimizer step on `rows`, unless nothing there can be learned from."""
@@ -208,7 +214,8 @@ class PolicyOptimizer(L.LightningModule):
             return
         loss, outputs = torch.zeros((), dtype=torch.float64, device=self.device), []
         with self._unsynchronized():
-            for output, sampled in self.update.losses(self.policy, batch, rows):
+            budget = self._token_budget()
+            for output, sampled in self.update.losses(self.policy, batch, rows, budget):
                 self.manual_backward(output.loss)
                 loss += output.loss.detach().double()
                 outputs.append((output, sampled))

@@ -71,8 +71,6 @@ class Update:
         token_weighting: factor on each token.
         reduction: how tokens add up; denominators are those of the whole optimizer step.
         importance: factor on each token from the sampler's log-probs.
-        max_tokens: budget of a micro-batch, in padded tokens of its longest forward. It changes
-            memory and speed, and no number.
         needs: fields of `Signals` that the strategies ask for.
     """
 
@@ -81,23 +79,32 @@ class Update:
     token_weighting: TokenWeighting
     reduction: Reduction
     importance: Importance
-    max_tokens: int
     needs: frozenset[str]
 
     def losses(
-        self, policy: CausalLM, batch: Batch, rows: Sequence[int]
+        self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
     ) -> Iterator[tuple[LossOutput, Tensor]]:
         """Per micro-batch of the active ones among `rows`, its share of the step's loss and the
         sampler's log-probs [N]. The caller runs backward on each before asking for the next.
+
+        Args:
+            policy: is run, and gets the gradient.
+            batch: the rollouts and what is known of them.
+            rows: those of this optimizer step.
+            max_tokens: budget of a micro-batch, in distinct tokens of its larger forward. It
+                changes memory and speed, and no number.
         """
-        step = _Step(self, policy, batch, rows)
+        step = _Step(self, policy, batch, rows, max_tokens)
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
         for micro in step.micro_batches:
             yield step.loss(micro), step.of_tokens(micro, sampled)
 
-    def measure(self, policy: CausalLM, batch: Batch, rows: Sequence[int]) -> Tensor:
+    def measure(
+        self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
+    ) -> Tensor:
         """[R, L]: log S(y) of the active ones among `rows`, without gradient; nan elsewhere."""
-        step = _Step(replace(self, needs=frozenset({"student_logprob"})), policy, batch, rows)
+        measuring = replace(self, needs=frozenset({"student_logprob"}))
+        step = _Step(measuring, policy, batch, rows, max_tokens)
         measured = batch.mask & step.chosen[:, None]
         return torch.where(measured, step.signals.student_logprob, torch.nan)
 
@@ -105,7 +112,14 @@ class Update:
 class _Step:
     """One optimizer step: its denominators, signals and scales, made before the first backward."""
 
-    def __init__(self, update: Update, policy: CausalLM, batch: Batch, rows: Sequence[int]) -> None:
+    def __init__(
+        self,
+        update: Update,
+        policy: CausalLM,
+        batch: Batch,
+        rows: Sequence[int],
+        max_tokens: int,
+    ) -> None:
         self.update, self.policy, self.batch = update, policy, batch
         self.prompts = {
             "student": batch.student_prompts(),
@@ -123,19 +137,14 @@ class _Step:
         self.temperature = batch.rollouts.temperature
         self.micro_batches = token_budget(
             self.chosen.nonzero()[:, 0].tolist(),
-            self._cost(),
+            self.lengths.tolist(),
+            list(self.prompts.values()),
             group=batch.rollouts.ids.shape[1],
-            max_tokens=update.max_tokens,
+            max_tokens=max_tokens,
         )
         self.voices: dict[tuple[int, str], Voice] = {}
         self.signals = self._measure()
         self.scale = self._scale(index)
-
-    def _cost(self) -> list[int]:
-        """[R]: tokens of a rollout's longest forward."""
-        contexts = zip(*self.prompts.values(), strict=True)
-        longest = [max(map(len, each)) for each in contexts]
-        return [n + m for n, m in zip(longest, self.lengths.tolist(), strict=True)]
 
     def _scale(self, index: Tensor) -> Tensor:
         """[R, L]: denominator, question weight and token weight of every token."""
@@ -246,7 +255,7 @@ class _Step:
         """Write log-prob and entropy of a micro-batch's tokens into two tables [R, L]."""
         ids = self.of_tokens(micro, self.batch.ids)
         values = ids.new_zeros((2, len(ids)), dtype=torch.float64)
-        for part in chunks(len(ids), self.policy.vocabulary):
+        for part in chunks(len(ids), self.policy.vocabulary, ids.device):
             here = logits(part)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         mask = torch.zeros_like(self.batch.mask)
@@ -256,33 +265,46 @@ class _Step:
 
 
 def token_budget(
-    rows: Sequence[int], costs: Sequence[int], *, group: int, max_tokens: int
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    prompts: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    group: int,
+    max_tokens: int,
 ) -> list[list[int]]:
     """Micro-batches of rows, longest questions first, siblings together, rows ascending.
 
-    A micro-batch holds as many rows as fit `max_tokens` when all are padded to its longest; a
-    row that alone exceeds the budget is a micro-batch of its own.
+    A micro-batch holds as many rows as fit the budget; its tokens are those of its larger
+    forward, each distinct prompt counted once. A row that alone exceeds the budget is a
+    micro-batch of its own.
 
     Args:
         rows: indices q * group + g of the rollouts to run.
-        costs: tokens of each rollout's longest forward, indexed by row.
+        lengths: [R] response tokens.
+        prompts: for each forward (student, teacher, ...) the [R] prompts.
         group: rollouts a question.
         max_tokens: the budget.
     """
     longest: dict[int, int] = {}
     for row in rows:
-        longest[row // group] = max(costs[row], longest.get(row // group, 0))
-    order = sorted(rows, key=lambda row: (-longest[row // group], row // group, -costs[row]))
+        total = lengths[row] + max(len(each[row]) for each in prompts)
+        longest[row // group] = max(total, longest.get(row // group, 0))
+    order = sorted(rows, key=lambda row: (-longest[row // group], row))
     batches: list[list[int]] = []
-    width = 0
     for row in order:
-        width = max(width, costs[row])
-        if batches and width * (len(batches[-1]) + 1) <= max_tokens:
+        if batches and _tokens([*batches[-1], row], lengths, prompts) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
-            width = costs[row]
     return [sorted(batch) for batch in batches]
+
+
+def _tokens(
+    rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Sequence[tuple[int, ...]]]
+) -> int:
+    """Tokens of the larger forward over `rows`."""
+    responses = sum(lengths[row] for row in rows)
+    return responses + max(sum(map(len, {each[row] for row in rows})) for each in prompts)
 
 
 def _place(values: Tensor, here: Tensor) -> Tensor:

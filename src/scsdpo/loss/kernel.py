@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from scsdpo.loss.credit import Chunk, Credit
 from scsdpo.loss.logits import TokenLogits
 
-CHUNK_BYTES = 2**26
-"""Size of one [n, V] float32 buffer; a handful of them are alive at a time."""
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Size of one [n, V] float32 buffer; about five of them are alive at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -98,9 +98,9 @@ def credit_loss(
     return LossOutput(loss=outputs[0], objective=outputs[1], logprob=outputs[2], entropy=outputs[3])
 
 
-def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of 0..count whose [n, V] float32 buffer stays within `CHUNK_BYTES`."""
-    size = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    size = max(CHUNK_BYTES[device.type] // (4 * vocabulary), 1)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -125,7 +125,7 @@ class _CreditLoss(torch.autograd.Function):
             else None
         )
         loss, logs = hidden.new_zeros((), dtype=torch.float64), []
-        for part in chunks(len(hidden), len(weight)):
+        for part in chunks(len(hidden), len(weight), hidden.device):
             student = TokenLogits.of(hidden[part], head, objective.temperature)
             credit, scale, logprob = _credit(part, student, tokens, objective)
             logs.append(torch.stack([credit.objective, logprob, student.entropy()]))
@@ -136,7 +136,7 @@ class _CreditLoss(torch.autograd.Function):
             narrow = gradient.to(hidden.dtype)
             grad_hidden[part] = narrow @ weight.to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part]
+                _add_product(grad_weight, narrow.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias, weight.dtype)
@@ -159,6 +159,14 @@ class _CreditLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; in one pass where the dtypes allow it."""
+    if total.dtype == a.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _credit(

@@ -25,7 +25,7 @@ class TokenLogits:
         """Z = (h W^T + b) / temperature, for hidden states [n, D]."""
         raw = nn.functional.linear(hidden, head.weight, head.bias)
         wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        return TokenLogits(wide if temperature == 1 else wide / temperature)
+        return TokenLogits(wide if temperature == 1 else wide.div_(temperature))
 
     @cached_property
     def log_normalizer(self) -> Tensor:
@@ -40,7 +40,7 @@ class TokenLogits:
     @cached_property
     def probs(self) -> Tensor:
         """[n, V]: S(v)."""
-        return self.log_probs.exp()
+        return self.logits.softmax(-1)
 
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """[n, k]: log S of `ids` [n, k]."""
@@ -51,5 +51,10 @@ class TokenLogits:
         return self.log_probs_at(ids[:, None])[:, 0]
 
     def entropy(self) -> Tensor:
-        """[n]: H(S) = -sum_v S(v) log S(v), nats; a forbidden token contributes 0."""
+        """[n]: H(S) = log_normalizer - sum_v S(v) z(v), nats; a forbidden token contributes 0."""
+        # A batched product: an elementwise one would be one more [n, V] buffer.
+        mean = torch.bmm(self.probs[:, None], self.logits[..., None])[:, 0]
+        entropy = self.log_normalizer - mean
+        if bool(entropy.isfinite().all()):
+            return entropy[:, 0]
         return torch.special.entr(self.probs).sum(-1)

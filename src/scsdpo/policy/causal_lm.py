@@ -1,5 +1,6 @@
 """The policy: a causal language model, its tokenizer, and what of it is trained."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -111,6 +112,25 @@ class CausalLM(nn.Module):
     def share_prefixes(self) -> bool:
         """Whether every common start of prompts runs once."""
         return self.attn_implementation == "sdpa"
+
+    def token_budget(self) -> int:
+        """Tokens of a training micro-batch for which half of the free memory has room.
+
+        Activations are counted as 40 hidden sizes a token and layer (2 and one layer's 40 under
+        gradient checkpointing). On CPU at most 2048, where larger ones gain no speed.
+        """
+        config = self.language_model.config.get_text_config()
+        device = self.language_model.device
+        layers = config.num_hidden_layers
+        widths = 2 * layers + 40 if self.gradient_checkpointing else 40 * layers
+        if device.type == "cuda":
+            # What the allocator holds without using it is free too.
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free, most = torch.cuda.mem_get_info(device)[0] + unused, 2**17
+        else:
+            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**11
+        room = free // 2 // (widths * config.hidden_size * 4)
+        return max(min(room, most), 1)
 
     def forward(self, rows: Rows, loss: Callable[[Tensor, nn.Linear], T]) -> T:
         """Trunk and loss in one root forward: `loss(hidden states [N, D], head)`.
