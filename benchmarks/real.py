@@ -42,11 +42,9 @@ from scsdpo.types import Prompt, Sampling
 ROOT = Path(__file__).resolve().parents[1]
 WELL_FORMED, FOLLOWS = 0.95, 0.9
 OPTION = re.compile(r"^([A-Z]): ", re.MULTILINE)
-REASONING = (
-    "I compare the options with what is known and take the one that fits.",
-    "Each option is checked in turn; one of them fits best.",
-    "What the question gives leaves one option standing.",
-)
+REASONING = ("I compare the options.", "One option fits best.", "I check each option.")
+PHRASES = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
+"""Of the response format, each one token."""
 
 
 def response(letter: str, rng: Random) -> str:
@@ -95,8 +93,8 @@ def warm_start(prompts: list[Prompt], out: Path, args: argparse.Namespace) -> di
     rng = Random(args.seed)
     torch.manual_seed(args.seed)
     texts = [message["content"] for prompt in prompts for message in prompt.messages]
-    texts += [response(letter, rng) for letter in "ABCD" for _ in range(20)]
-    tokenizer = train_tokenizer(texts, args.vocabulary)
+    texts += [response(letter, rng) for letter in "ABCD" for _ in range(500)]
+    tokenizer = train_tokenizer(texts, args.vocabulary, phrases=PHRASES)
     config = Qwen3Config(
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,

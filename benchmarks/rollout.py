@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
-from scsdpo.types import Prompt, Sampling
+from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Verifier
 
 
 class _Unverified(Verifier):
     """Stands where a prompt needs a verifier; nothing is verified here."""
 
-    def verify(self, response: str, prompt: Prompt) -> None:
+    def verify(self, prompt: Prompt, response: str) -> Verdict:
         raise NotImplementedError
 
 
@@ -86,12 +86,12 @@ def linear_seconds(policy: CausalLM, rows: int) -> float:
     times = []
     with torch.no_grad():
         for _ in range(4):
-            start = time.perf_counter()
+            start = time.process_time()
             for layer, x in inputs.items():
                 layer(x)
             if x.is_cuda:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     return min(times[1:])
 
 
@@ -127,9 +127,9 @@ def measure(
         system(policy, prompts, replace(sampling, max_new_tokens=4))
     for repeat in range(repeats):
         for name, system in systems.items():
-            start = time.perf_counter()
+            start = time.process_time()
             lengths = system(policy, prompts, sampling.at(repeat))
-            runs[name].append((time.perf_counter() - start, lengths))
+            runs[name].append((time.process_time() - start, lengths))
     return runs
 
 

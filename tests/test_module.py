@@ -74,6 +74,12 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
+def test_a_run_that_never_learns_stops_with_the_reason(qwen3, tmp_path):
+    run = trainer(tmp_path, max_steps=1, max_epochs=-1)
+    with pytest.raises(TrainingStopped, match=r"2 batches in a row .* \(pass rate 0.00\)"):
+        run.fit(module(qwen3, max_idle_batches=2), data(Toys(verifier=Always(0.0))))
+
+
 def test_feedback_teaches_a_batch_without_success_unless_the_weighting_drops_it(qwen3, tmp_path):
     from dataclasses import dataclass
 

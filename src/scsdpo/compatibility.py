@@ -27,6 +27,7 @@ def check_axes(module: "PolicyOptimizer", token_weighting: TokenWeighting) -> No
     bounds = {
         "updates_per_rollout": (module.updates_per_rollout, 1),
         "max_bad_steps": (module.max_bad_steps, 1),
+        "max_idle_batches": (module.max_idle_batches, 1),
     }
     for name, (value, least) in bounds.items():
         if value < least:

@@ -63,6 +63,8 @@ class PolicyOptimizer(L.LightningModule):
             It changes memory and speed, and no number.
         success_threshold: reward from which a rollout counts as a success.
         max_bad_steps: non-finite steps in a row after which the run stops.
+        max_idle_batches: batches in a row without anything to learn from after which it stops:
+            they take no step, so that `trainer.max_steps` alone would wait for ever.
 
     Raises:
         ConfigurationError: if the strategies do not fit together.
@@ -82,12 +84,13 @@ class PolicyOptimizer(L.LightningModule):
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
         updates_per_rollout: int = 1,
         max_grad_norm: float = 1.0,
         max_tokens: PositiveInt | Literal["auto"] = "auto",
         success_threshold: float = 0.5,
         max_bad_steps: int = 5,
+        max_idle_batches: int = 100,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -97,7 +100,8 @@ class PolicyOptimizer(L.LightningModule):
         self.sampling, self.val_sampling = sampling, val_sampling
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
-        self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
+        self.max_grad_norm = max_grad_norm
+        self.max_bad_steps, self.max_idle_batches = max_bad_steps, max_idle_batches
         self.success_threshold = success_threshold
         check_axes(self, token_weighting)
         self.max_tokens = max_tokens
@@ -115,7 +119,7 @@ class PolicyOptimizer(L.LightningModule):
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.batches: Tensor
         self.skipped: Tensor
-        self.bad_steps = 0
+        self.bad_steps = self.idle_batches = 0
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -209,9 +213,9 @@ class PolicyOptimizer(L.LightningModule):
         """One optimizer step on `rows`, unless nothing there can be learned from."""
         active = all_sum(batch.active[rows].sum())
         if active == 0:
-            self.skipped += 1
-            self._log("train", {"skipped": float(self.skipped)})
+            self._idle()
             return
+        self.idle_batches = 0
         loss, outputs = torch.zeros((), dtype=torch.float64, device=self.device), []
         with self._unsynchronized():
             budget = self._token_budget()
@@ -226,6 +230,19 @@ class PolicyOptimizer(L.LightningModule):
         metrics = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
         self._log("train", metrics | token_metrics(outputs, self.advantage.objective_name))
         self._step(metrics, parameters, norm)
+
+    def _idle(self) -> None:
+        """Nothing to learn from: no step of optimizer, schedule or teacher; counted."""
+        self.skipped += 1
+        self.idle_batches += 1
+        self._log("train", {"skipped": float(self.skipped)})
+        if self.idle_batches >= self.max_idle_batches:
+            rate = float(self.trainer.callback_metrics["train/pass_rate"])
+            raise TrainingStopped(
+                f"{self.idle_batches} batches in a row had nothing to learn from (pass rate "
+                f"{rate:.2f}): the questions are all too hard or all mastered, or the verifier "
+                "does not accept the policy's format; look at `scsdpo predict`"
+            )
 
     def _step(
         self, metrics: dict[str, float], parameters: list[nn.Parameter], norm: Tensor

@@ -1,6 +1,8 @@
 """The parser of `scsdpo fit | validate | test | predict`."""
 
+import inspect
 import sys
+from argparse import HelpFormatter
 from typing import Any, NoReturn
 
 from lightning import Trainer
@@ -10,6 +12,7 @@ import scsdpo.callbacks
 import scsdpo.lab  # noqa: F401 - so that their classes go by short names
 from scsdpo.checkpoint import Checkpoint
 from scsdpo.config_errors import explain
+from scsdpo.config_types import find
 from scsdpo.data import TaskDataModule
 from scsdpo.module import PolicyOptimizer
 
@@ -23,11 +26,17 @@ SECTIONS: dict[str, type] = {
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line that begins with the key."""
+    """Says what is wrong in one line that begins with the key; helps with whole docstrings."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, prog="scsdpo", **kwargs)
         self.allow_abbrev = False  # or `--trainer.max_step` would pass for `max_steps`
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        usage = super().format_help(formatter)
+        # Of `--KEY.help=NAME` jsonargparse makes a parser of its own, described with the class.
+        _, of_class, path = (self.description or "").partition(".help=")
+        return f"{inspect.getdoc(find(path))}\n\n{usage}" if of_class else usage
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries one of several types

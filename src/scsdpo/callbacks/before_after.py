@@ -1,6 +1,8 @@
 """What a run achieved, as a table at its end."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import lightning as L
 from rich.console import Console
@@ -11,8 +13,8 @@ class BeforeAfter(L.Callback):
     """Print validation accuracy before and after `fit`, by category, and where the files are.
 
     "Before" is Lightning's sanity check run over the whole validation set
-    (`trainer.num_sanity_val_steps: -1`); "after" is the last validation of the run. A resumed run
-    has no sanity check, and then the table has no first column.
+    (`trainer.num_sanity_val_steps: -1`), or the first validation of a run without one; "after" is
+    the last validation. The numbers are also written to `before_after.json` among the run's files.
     """
 
     def __init__(self) -> None:
@@ -25,34 +27,41 @@ class BeforeAfter(L.Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
-        if trainer.sanity_checking:
-            self.before = values
-        else:
-            self.after = values
+        self.before = self.before or values
+        self.after = values
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and self.after:
-            console = Console()
-            console.print(before_after_table(self.before, self.after))
-            console.print(f"{trainer.global_step} optimizer steps; files in {trainer.log_dir}")
+        if not (trainer.is_global_zero and self.after):
+            return
+        console = Console()
+        console.print(before_after_table(self.before, self.after))
+        console.print(f"{trainer.global_step} optimizer steps taken")
+        if trainer.log_dir is not None:
+            result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
+            console.print(f"files of this run: {folder}", soft_wrap=True)
 
 
 def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     """One row per category, the overall one last; accuracies in percent, differences in points."""
     metrics = sorted({name.rpartition("/")[2] for name in after}, reverse=True)
-    table = Table(title="held-out questions, %")
+    table = Table(title="held-out questions, %, before -> after")
     table.add_column("")
     for metric in metrics:
         table.add_column(metric, justify="right")
     categories = sorted({name.rpartition("/")[0] for name in after} - {""})
-    for category in [*categories, ""]:
-        names = [f"{category}/{metric}" if category else metric for metric in metrics]
-        cells = [_cell(before.get(name), after[name]) for name in names]
-        table.add_row(category or "all", *cells, end_section=category == (categories or [""])[-1])
+    for category in categories:
+        table.add_row(category, *(_cell(before, after, f"{category}/{m}") for m in metrics))
+    if categories:
+        table.add_section()
+    table.add_row("all", *(_cell(before, after, metric) for metric in metrics))
     return table
 
 
-def _cell(before: float | None, after: float) -> str:
-    if before is None:
-        return f"{100 * after:.1f}"
-    return f"{100 * before:.1f} -> {100 * after:.1f} ({100 * (after - before):+.1f})"
+def _cell(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
+    if name not in before:  # a category that was not met
+        return f"{100 * after[name]:.1f}"
+    change = 100 * (after[name] - before[name])
+    return f"{100 * before[name]:.1f} -> {100 * after[name]:.1f} ({change:+.1f})"

@@ -1,0 +1,67 @@
+"""The command `scsdpo`: dispatches to the commands and turns users' mistakes into one line."""
+
+import sys
+from collections.abc import Sequence
+
+from scsdpo.errors import ConfigurationError, TrainingStopped
+
+COMMANDS = {
+    "fit": "train a policy",
+    "validate": "measure a policy on the validation questions",
+    "test": "the same, logged under test/",
+    "predict": "write a policy's responses and their verdicts",
+    "export": "write a checkpoint's policy as a Hugging Face folder",
+}
+
+
+def usage() -> str:
+    """What `scsdpo --help` prints."""
+    rows = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: scsdpo COMMAND [--config FILE ...] [--key=value ...]",
+            "",
+            *rows,
+            "",
+            "scsdpo COMMAND --help lists the keys; scsdpo fit --model.advantage.help=NAME explains",
+            "a strategy; --print_config shows the whole configuration instead of running it.",
+        ]
+    )
+
+
+def run(args: Sequence[str]) -> None:
+    """Run one command; imports wait until it is known which, so that help comes at once."""
+    if args[0] == "export":
+        from scsdpo.export import main as export
+
+        export(args[1:])
+    else:
+        from scsdpo.cli import main as lightning
+
+        lightning()
+
+
+def main() -> int:
+    """Exit code: 0; 2 after a mistake of the user's; 3 if training stopped itself."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise ConfigurationError(f"{args[0]}: no such command; choose {', '.join(COMMANDS)}")
+        run(args)
+    except ConfigurationError as error:
+        return _fail(error, 2)
+    except TrainingStopped as error:
+        return _fail(error, 3)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"scsdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

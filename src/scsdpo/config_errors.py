@@ -1,0 +1,212 @@
+"""From what jsonargparse says of a mistake to one line that begins with the configuration key.
+
+jsonargparse nests its messages: `Parser key "..."` and `Problem with given class_path '...'` lead
+to the place, and the first line that is neither says what is wrong there. A message of another
+form is shown as it is, in one line.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from scsdpo.config_types import argument, arguments, choices, classes, find, spell
+
+Sections = Mapping[str, type]
+
+_OTHER_KEYS = {"config": str, "seed_everything": bool | int, "ckpt_path": str, "print_config": str}
+_MANY = 12
+"""Longer lists of choices are not shown."""
+
+_UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|.*does not accept option '(.+)'$")
+_REQUIRED = re.compile(r"the following arguments are required: (.+?)(?:\. Got value|$)")
+_OPTION = re.compile(r"argument (?:\S+/)?--(\S+): (.+)")
+_CONFIG = re.compile(r'(?:Parser key "config": )?(Problems parsing|Unexpected) config', re.DOTALL)
+_HELP = re.compile(r"--(\S+)\.help: .*?: (\S+)$")
+_NO_FILE = re.compile(r"Parser key \"config\": File does not exist: '(.+)'")
+
+_KEY = re.compile(r'Parser key "(.+?)"[^:]*:\s*(.*)')
+_CLASS = re.compile(r"Problem with given class_path '(.+?)':")
+_FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*)")
+_NOISE = re.compile(
+    "Expected a path but|Does not validate|Subtypes:|Errors:|Unable to load config"
+    r"|Not a valid subclass of \w+$|Subclass types expect|a class path \(str\)|a dict with"
+)
+"""Lines on the way that do not say what is wrong; the second row is one way of several."""
+
+_NO_OPTION = re.compile(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'")
+_NO_CLASS = re.compile(
+    r"Expected a dot import path string: (.+?)(?:\. Got|$)"
+    r"|Import path (\S+) does not correspond"
+    r"|Not a valid subclass of \S+ Got value: (.+)"
+    r"|Expected an instantiatable class, but (\S+) is abstract"
+)
+_GOT = re.compile(
+    r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?(?:\. Got value: .*)?$",
+    re.MULTILINE,
+)
+
+
+def explain(message: str, sections: Sections, args: Sequence[str]) -> str:
+    """`message` in one line that begins with the key.
+
+    Args:
+        message: jsonargparse's.
+        sections: class of each top-level key.
+        args: the command line, for the names of configuration files.
+    """
+    message = message.strip()
+    if match := _UNKNOWN.match(message):
+        said = _unknown_key(match[1] or match[2], sections)
+    elif match := _REQUIRED.match(message):
+        said = _missing(match[1].split(", "), sections)
+    elif match := _NO_FILE.match(message):
+        said = f"config: {match[1]} does not exist"
+    elif match := _HELP.match(message):
+        hint = _expected(match[1], sections)
+        said = f"{match[1]}.help: {match[2]} is not a known {_kinds(hint)}{_offer(hint, match[2])}"
+    elif _CONFIG.match(message):
+        said = _broken_file(args) or message
+    elif match := _OPTION.match(message):
+        said = f"{match[1]}: {match[2]}"
+    else:
+        said = _fault(message, sections)
+    return " ".join(said.split())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _unknown_key(option: str, sections: Sections) -> str:
+    key = option.lstrip("-").split("=")[0].rstrip("+")
+    if not option.startswith("-") and "." not in option:
+        return f"{option}: what is this? Options are written --key=value"
+    top, *rest = key.split(".")
+    if top not in sections:
+        homes = [f"{home}.{top}" for home, kind in sections.items() if top in arguments(kind)]
+        homes += [".".join(rest)] if rest and rest[0] in sections else []  # under a command's name
+        hint = f"; did you mean `{homes[0]}`?" if homes else ""
+        return f"{key}: no such key{hint or did_you_mean(top, [*sections, *_OTHER_KEYS])}"
+    where, kind = top, sections[top]
+    for name in rest:
+        if name not in arguments(kind):
+            return _no_argument(where, name, kind)
+        kind = next(iter(classes(arguments(kind)[name])), object)
+        where = f"{where}.{name}"
+    return f"{key}: no such key"
+
+
+def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
+    if name == "class_path":
+        return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
+    known = list(arguments(kind))[skip:]
+    takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
+    hint = did_you_mean(name, known)
+    return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
+
+
+def _missing(keys: Sequence[str], sections: Sections) -> str:
+    """Keys are given with the command in front."""
+    names = [key.partition(".")[2] for key in keys]
+    if len(names) > 1:
+        return f"{', '.join(names)}: not set; give a --config that sets them"
+    return f"{names[0]}: not set{_offer(_expected(names[0], sections))}"
+
+
+def _expected(key: str, sections: Sections) -> Any:
+    """The type at a key, `Any` if it is not known."""
+    top, _, rest = key.partition(".")
+    known = {**_OTHER_KEYS, **sections}.get(top, Any)
+    return argument(known, rest) if rest else known
+
+
+def _broken_file(args: Sequence[str]) -> str:
+    """What is wrong with the first broken configuration file on the command line."""
+    flags = ("-c", "--config")
+    after = [value for flag, value in pairwise(args) if flag in flags]
+    named = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    for path in filter(Path.is_file, map(Path, [*after, *named])):
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            return f"{path}, line {line}: not YAML: {error.problem}"
+        if not isinstance(content, dict):
+            return f"{path}: must hold keys such as `model:` and `data:`, got {content!r}"
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a nested message leads."""
+
+    key: str
+    hint: Any
+    """The type that is expected there."""
+    owner: type
+    """The innermost class on the way; `object` if there is none."""
+    factory: bool
+    """The owner is not constructed by the configuration alone: its first argument comes later."""
+    wrong: str
+    """The line that says what is wrong."""
+
+
+def _follow(message: str, sections: Sections) -> _Place:
+    key, hint, owner, factory = "", Any, object, False
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if match := _FACTORY.match(line):
+            path = re.search(r"class_path='(.+?)'", message)
+            owner, factory = find(path[1]) if path else object, True
+            line = match[1]
+        if match := _KEY.match(line):
+            inner, line = match.groups()
+            hint = argument(owner, inner) if owner is not object else _expected(inner, sections)
+            key = f"{key}.{inner}" if owner is not object else inner
+        if match := _CLASS.match(line):
+            if find(match[1]) is None:
+                line = f"Expected a dot import path string: {match[1]}"
+            else:
+                owner, line = find(match[1]), ""
+        if line and not _NOISE.match(line):
+            return _Place(key=key, hint=hint, owner=owner, factory=factory, wrong=line)
+    return _Place(key=key, hint=hint, owner=owner, factory=factory, wrong=message)
+
+
+def _fault(message: str, sections: Sections) -> str:
+    place = _follow(message, sections)
+    key, wrong = place.key, place.wrong
+    if not key:
+        return message
+    if match := _NO_OPTION.match(wrong):
+        group, name = match.groups()
+        kind = argument(place.owner, group) if group else place.owner
+        where = f"{key}.{group}" if group else key
+        return _no_argument(where, name, kind, skip=int(place.factory))
+    if match := _REQUIRED.match(wrong):
+        return f"{key}.{match[1]}: not set, and {place.owner.__name__} needs it"
+    if match := _NO_CLASS.match(wrong):
+        name = next(filter(None, match.groups()))
+        flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
+        return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+    got = _GOT.search(message)
+    if got and place.hint is not Any:
+        return f"{key}: must be {spell(place.hint)}, got {got[1]}"
+    return f"{key}: {wrong}"
+
+
+def _kinds(hint: Any) -> str:
+    return " or ".join(kind.__name__ for kind in classes(hint)) or "class"
+
+
+def _offer(hint: Any, name: str = "") -> str:
+    known = choices(classes(hint))
+    listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
+    return did_you_mean(name.rpartition(".")[2], known) + listed

@@ -1,0 +1,162 @@
+"""What a configuration may hold: the constructors' arguments, their types, and the classes."""
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from scsdpo.errors import MISTAKES, ConfigurationError
+
+
+def arguments(kind: type) -> dict[str, Any]:
+    """Name -> type of what `kind`'s constructor takes, and what it hands on to its bases'."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        hints = _hints(vars(base)["__init__"])
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found = {p.name: hints.get(p.name, Any) for p in named} | found
+        if all(p.kind != p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError:  # an annotation that exists for type checkers only
+        return {}
+
+
+def argument(kind: Any, path: str) -> Any:
+    """The type of a dotted argument of `kind`; `Any` where it is not known."""
+    for name in path.split("."):
+        kind = arguments(kind).get(name, Any) if isinstance(kind, type) else Any
+    return kind
+
+
+def classes(hint: Any) -> list[type]:
+    """The classes of which `hint` wants an object, a list of them, or a factory."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return []
+    if origin is not None:
+        found = [classes(each) for each in (inner[-1:] if origin in _MAPS else inner)]
+        return list(dict.fromkeys(kind for each in found for kind in each))
+    own = isinstance(hint, type) and hint.__module__ not in ("builtins", "pathlib", "typing")
+    return [hint] if own else []
+
+
+_MAPS = (dict, Mapping, Callable)
+"""Of these the last argument is what is made or held."""
+
+
+def choices(kinds: list[type]) -> list[str]:
+    """Names of the public concrete classes among `kinds` and their known subclasses."""
+    found, pending = set(), list(kinds)
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
+            found.add(kind.__name__)
+    return sorted(found)
+
+
+def spell(hint: Any) -> str:
+    """A type in words, e.g. `float`, `one of first, shortest`, `list of Source or null`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        values = [
+            value for each in inner if get_origin(each) is Literal for value in get_args(each)
+        ]
+        literal = [spell(Literal[tuple(dict.fromkeys(map(str, values)))])] if values else []
+        others = [spell(each) for each in inner if get_origin(each) is not Literal]
+        return " or ".join([*literal, *dict.fromkeys(others)])
+    if origin in _MAPS:
+        return spell(inner[-1]) if origin is Callable else "a mapping"
+    if inner and isinstance(origin, type):
+        return f"{origin.__name__.lower()} of {spell(inner[0])}"
+    if hint in (None, types.NoneType):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def find(path: str) -> Any:
+    """The object at an import path, if its module is loaded; else None."""
+    module, _, name = path.rpartition(".")
+    return vars(sys.modules[module]).get(name) if module in sys.modules else None
+
+
+Node = tuple[str, type, Mapping[str, Any]]
+"""Key, class and arguments of an object in a configuration."""
+
+
+def objects(value: Any, hint: Any, key: str) -> Iterator[Node]:
+    """The objects that a parsed configuration describes, inner ones first."""
+    if isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from objects(item, hint, f"{key}[{place}]")
+    if not isinstance(value, Mapping):
+        return
+    kind, given = next(iter(classes(hint)), None), value
+    if "class_path" in value:
+        kind, given = find(value["class_path"]), value.get("init_args") or {}
+    hints = arguments(kind) if isinstance(kind, type) else {}
+    for name, item in given.items():
+        yield from objects(item, hints.get(name, Any), f"{key}.{name}")
+    if isinstance(kind, type):
+        yield key, kind, given
+
+
+@dataclass
+class Builder:
+    """Constructs what the configuration describes; a mistake is blamed on the object's key.
+
+    Args:
+        config: the parsed configuration of the command.
+        sections: class of each top-level key.
+        mistake: the last one, a constructor's bug too. jsonargparse swallows what it meets at an
+            argument of several types.
+    """
+
+    config: Mapping[str, Any]
+    sections: Mapping[str, type]
+    mistake: Exception | None = None
+
+    def __call__(self, kind: type, *args: Any, **given: Any) -> Any:
+        try:
+            return kind(*args, **given)
+        except ConfigurationError as error:  # it names its key already
+            self.mistake = error
+            raise
+        except (*MISTAKES, MisconfigurationException) as error:
+            self.mistake = ConfigurationError(f"{self._key(kind, given)}: {error}")
+            raise self.mistake from error
+        except Exception as error:
+            self.mistake = error
+            raise
+
+    def _key(self, kind: type, given: Mapping[str, Any]) -> str:
+        """Of equal objects the first one: it was constructed first."""
+        found = [
+            (key, described)
+            for section, root in self.sections.items()
+            for key, candidate, described in objects(self.config.get(section), root, section)
+            if candidate is kind
+        ]
+        same = [key for key, described in found if _agree(described, given)]
+        return next(iter(same or [key for key, _ in found]), kind.__name__)
+
+
+def _agree(described: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether the plain values are the same; nested objects are constructed by now."""
+    plain = (bool, int, float, str)
+    return all(given.get(k) == value for k, value in described.items() if isinstance(value, plain))

@@ -1,0 +1,176 @@
+"""Make the tiny policy: `python -m scsdpo.lab.pretrain`.
+
+A supervised warm-up on the lab's training questions, in two kinds of example:
+
+* taught: the question in the teacher's template, with a right response as the demonstration; what
+  is learned is a right response in wording of its own. It makes the in-context teacher strong.
+* bare: the question alone, and the response of a beginner, who falls into pitfalls at a rate
+  that differs from one to the next. It makes the policy well-formed and unsure: right often
+  enough for a group of rollouts to hold a success, wrong often enough to have much to learn.
+
+Some taught examples start behind a mistake that is read and not learned, and carry on from it, so
+that the teacher keeps its head on what a student wrote.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from scsdpo.lab import TINY, LabTasks, Question
+from scsdpo.lab.evaluate import measure
+from scsdpo.lab.warmup import Example, build_policy, save, train_tokenizer, warm_up
+from scsdpo.policy import CausalLM, Chat
+from scsdpo.teacher.templates import Templates
+from scsdpo.types import stable_hash
+
+PHRASES = (
+    "<reasoning>",
+    "</reasoning>\n<answer>",
+    "</answer>",
+    "Action: ",
+    '\nAction Input: {"',
+    "Thought: I should call ",
+    "\nCorrect solution:\n\n",
+    "\n\nCorrectly solve the original question.\n",
+    "Please reason step by step.",
+)
+"""Strings of the formats and of the teacher's template, each one token."""
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixture:
+    """What the examples are made of.
+
+    Args:
+        bare: share of examples without a demonstration.
+        stumbling: share of taught examples that start behind a mistake.
+        pitfall_rates: lowest and highest rate of a pitfall in bare responses.
+    """
+
+    bare: float = 0.3
+    stumbling: float = 0.3
+    pitfall_rates: tuple[float, float] = (0.08, 0.68)
+
+    def rate(self, pitfall: str) -> float:
+        """How often a beginner falls into `pitfall`: uniform between the two, by hash."""
+        low, high = self.pitfall_rates
+        return low + (high - low) * (stable_hash("pitfall", pitfall) % 1001) / 1000
+
+
+def examples(mixture: Mixture, seed: int) -> Iterator[Example]:
+    """Endless examples from the training split."""
+    tasks, rng = LabTasks("train", seed=stable_hash("pretrain", seed)), Random(seed)
+    for index in count():
+        question = tasks.question(index)
+        if rng.random() < mixture.bare:
+            yield _bare(question, mixture, rng)
+        else:
+            yield _taught(question, rng.random() < mixture.stumbling, rng)
+
+
+def _bare(question: Question, mixture: Mixture, rng: Random) -> Example:
+    steps = enumerate(question.pitfalls)
+    mistakes = [i for i, pitfall in steps if rng.random() < mixture.rate(pitfall)]
+    wording = rng.randrange(question.wordings)
+    response = question.response(wording=wording, mistakes=mistakes)
+    return Example(messages=question.messages, response=response)
+
+
+def _taught(question: Question, stumbling: bool, rng: Random) -> Example:
+    shown = question.response(wording=rng.randrange(question.wordings))
+    step = rng.randrange(len(question.pitfalls))
+    mistakes = [step] if stumbling else []
+    parts = question.work(wording=rng.randrange(question.wordings), mistakes=mistakes)
+    behind = step + 2 if stumbling else 0  # parts: opening, then one a step
+    return Example(
+        messages=Templates().fill(question.messages, demonstration=shown),
+        prefix="".join(parts[:behind]),
+        response="".join(parts[behind:]),
+    )
+
+
+def lab_tokenizer(vocab_size: int = 640, questions: int = 4000) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the lab's questions and responses."""
+    tasks = LabTasks("train")
+    drawn = [tasks.question(i) for i in range(questions)]
+    texts = [message["content"] for question in drawn for message in question.messages]
+    texts += [q.response(wording=wording) for q in drawn for wording in range(q.wordings)]
+    return train_tokenizer(texts, vocab_size, phrases=PHRASES)
+
+
+def tiny_config() -> Qwen3Config:
+    """Under a million parameters; head size 64, which vLLM can run on a CPU."""
+    return Qwen3Config(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+
+
+def pretrain(
+    out: Path, *, steps: int, seed: int = 0, config: Qwen3Config | None = None
+) -> list[float]:
+    """Warm up a fresh policy and write its folder; returns the losses."""
+    torch.manual_seed(seed)
+    tokenizer = lab_tokenizer()
+    model = build_policy(config or tiny_config(), tokenizer)
+    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    losses = []
+    for loss in warm_up(model, chat, examples(Mixture(), seed), steps=steps):
+        losses.append(loss)
+        if len(losses) % 50 == 0:
+            print(f"step {len(losses)}/{steps}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+    save(model, tokenizer, out)
+    return losses
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=TINY, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1300, help="of 64 examples")
+    parser.add_argument("--questions", type=int, default=400, help="held out, to measure on")
+    args = parser.parse_args()
+    start = time.monotonic()
+    losses = pretrain(args.out, steps=args.steps, seed=args.seed)
+    seconds = time.monotonic() - start
+    policy = CausalLM(str(args.out))
+    record = {
+        "command": f"python -m scsdpo.lab.pretrain --seed {args.seed} --steps {args.steps}",
+        "seed": args.seed,
+        "steps": args.steps,
+        "wall_seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "last_losses": sum(losses[-50:]) / len(losses[-50:]),
+        "accuracy": measure(policy, questions=args.questions),
+    }
+    record["parameters"] = policy.language_model.num_parameters()
+    text = json.dumps(record, indent=2)
+    (args.out / RECORD).write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

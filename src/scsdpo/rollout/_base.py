@@ -1,0 +1,19 @@
+"""The contract of a rollout engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from scsdpo.policy import CausalLM
+from scsdpo.types import Prompt, Rollouts, Sampling
+
+
+class Rollout(ABC):
+    """Which responses do we learn from?"""
+
+    @abstractmethod
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """`sampling.n` responses to each prompt, drawn from the policy as it is now.
+
+        The ids are the sampler's own and are trained on as they are; texts are never tokenised
+        again. Tensors are on the policy's device.
+        """

@@ -1,0 +1,87 @@
+"""Drawing tokens: one uniform each, looked up in the cumulative distribution."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scsdpo.types import Prompt, Sampling, stable_hash
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Draw:
+    """One token for each of n positions."""
+
+    ids: Tensor
+    """[n] int64."""
+    sampling_logprobs: Tensor
+    """[n], nats: under the distribution drawn from, after top-k and top-p."""
+    policy_logprobs: Tensor
+    """[n], nats: under softmax(logits), nothing cut."""
+
+
+def uniforms(prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+    """[Q G, max_new_tokens] float64 in [0, 1): what decides every token of every response.
+
+    A row depends on the seed, the prompt's key and the response's number within its group only,
+    and its start does not depend on `max_new_tokens`. Torch's global state is left alone.
+    """
+    generator = torch.Generator()
+    rows = torch.empty(len(prompts) * sampling.n, sampling.max_new_tokens, dtype=torch.float64)
+    for row, (prompt, i) in zip(
+        rows, ((p, i) for p in prompts for i in range(sampling.n)), strict=True
+    ):
+        generator.manual_seed(stable_hash(sampling.seed, prompt.key, i))
+        row.uniform_(generator=generator)
+    return rows
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
+    """Draw from softmax(logits) cut to `sampling.top_k`, then to `sampling.top_p`.
+
+    Args:
+        logits: [n, V] float32 or float64, already divided by the temperature.
+        uniform: [n] float64 in [0, 1).
+        sampling: its top_k and top_p.
+    """
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        probs = logits.softmax(-1)
+        ids = _search(probs, uniform)
+        logprobs = probs.gather(-1, ids).log()[:, 0]
+        return Draw(ids=ids[:, 0], sampling_logprobs=logprobs, policy_logprobs=logprobs)
+    kept, vocabulary = _cut(logits, sampling)
+    probs = kept.softmax(-1)
+    place = _search(probs, uniform)
+    ids = vocabulary.gather(-1, place)
+    return Draw(
+        ids=ids[:, 0],
+        sampling_logprobs=probs.gather(-1, place).log()[:, 0],
+        policy_logprobs=logits.gather(-1, ids)[:, 0] - logits.logsumexp(-1),
+    )
+
+
+def _cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits [n, k] of the top-k, most likely first, -inf beyond top-p; and their ids [n, k]."""
+    if sampling.top_k == 0:
+        kept, ids = logits.sort(descending=True)
+    else:
+        kept, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))
+    if sampling.top_p == 1:
+        return kept, ids
+    probs = kept.softmax(-1)
+    mass_before = probs.cumsum(-1) - probs
+    # The first token stays whatever top_p is: no mass comes before it.
+    return kept.masked_fill(mass_before >= sampling.top_p, -torch.inf), ids
+
+
+def _search(probs: Tensor, uniform: Tensor) -> Tensor:
+    """[n, 1]: the first place where the cumulative sum exceeds `uniform` of the total.
+
+    The total differs from 1 by rounding. A place of probability 0 is never returned: the sum does
+    not grow there, and the target stays below the total.
+    """
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)

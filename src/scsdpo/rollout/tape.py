@@ -1,0 +1,83 @@
+"""What decides the draws of a batch of responses, and what was drawn."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scsdpo.policy import Chat
+from scsdpo.rollout.draw import draw, uniforms
+from scsdpo.types import Prompt, Rollouts, Sampling
+
+_UNDRAWN = -1
+"""Stands where no token was drawn; no vocabulary has it."""
+
+
+class Tape:
+    """One row a response, one place a token.
+
+    Args:
+        prompts: the Q questions; response i to question q is row q G + i.
+        sampling: how to draw; its `max_new_tokens` is the number of places.
+        chat: knows the ids that end a response.
+        device: where the tape lies.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, chat: Chat, device: torch.device
+    ) -> None:
+        self.prompts = tuple(prompts)
+        self.sampling = sampling
+        self.chat = chat
+        self.ends = torch.tensor(chat.eos_ids, device=device)
+        self.uniforms = uniforms(prompts, sampling).to(device)
+        self.ids = torch.full(self.uniforms.shape, _UNDRAWN, device=device)
+        self.sampling_logprobs = torch.zeros(self.ids.shape, device=device)
+        self.policy_logprobs = torch.zeros(self.ids.shape, device=device)
+
+    def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """[R]: a token for place `places` [R] of each of `rows` [R], drawn and kept.
+
+        Args:
+            logits: [R, V], divided by the temperature.
+            rows: which responses.
+            places: which token of each is next.
+        """
+        drawn = draw(logits, self.uniforms[rows, places], self.sampling)
+        self.ids[rows, places] = drawn.ids
+        self.sampling_logprobs[rows, places] = drawn.sampling_logprobs.float()
+        self.policy_logprobs[rows, places] = drawn.policy_logprobs.float()
+        return drawn.ids
+
+    def is_end(self, ids: Tensor) -> Tensor:
+        """Whether each of `ids` ends a response."""
+        return (ids[..., None] == self.ends).any(-1)
+
+    def rollouts(self) -> Rollouts:
+        """Everything up to the first end of sequence of each response, that one included."""
+        ends = self.is_end(self.ids)
+        mask = (self.ids != _UNDRAWN) & (ends.cumsum(-1) - ends.long() == 0)
+        longest = int(mask.sum(-1).max())
+        mask = mask[:, :longest]
+
+        def batch(table: Tensor) -> Tensor:
+            return table[:, :longest].reshape(len(self.prompts), self.sampling.n, longest)
+
+        return Rollouts(
+            prompts=self.prompts,
+            ids=batch(self.ids[:, :longest].masked_fill(~mask, self.chat.pad_id)),
+            mask=batch(mask),
+            # Steps between an end and its being noticed drew on: drop their log-probs too.
+            sampling_logprobs=batch(self.sampling_logprobs[:, :longest] * mask),
+            policy_logprobs=batch(self.policy_logprobs[:, :longest] * mask),
+            finished=(ends[:, :longest] & mask).any(-1).view(-1, self.sampling.n),
+            texts=self._texts(mask),
+            temperature=self.sampling.temperature,
+        )
+
+    def _texts(self, mask: Tensor) -> tuple[tuple[str, ...], ...]:
+        lengths = mask.sum(-1).tolist()
+        rows = self.ids[:, : mask.shape[1]].tolist()
+        texts = [self.chat.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+        n = self.sampling.n
+        return tuple(tuple(texts[i : i + n]) for i in range(0, len(texts), n))

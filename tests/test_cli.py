@@ -1,0 +1,332 @@
+"""The command: every kind of mistake is one line with its key and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from runs import Toys
+from scsdpo.__main__ import COMMANDS
+from scsdpo.__main__ import main as command
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
+from scsdpo.module import PolicyOptimizer
+
+VALID = [
+    "--model.advantage.class_path=SelfDistillation",
+    "--model.teacher.class_path=EMA",
+    "--model.teacher.context=PlainPrompt",
+    "--model.sampling={n: 2, max_new_tokens: 2}",
+    "--model.val_sampling={n: 2, max_new_tokens: 2}",
+    "--data.train=runs.Toys",
+    "--data.val=runs.Toys",
+    "--data.val.size=2",
+    "--data.questions_per_batch=2",
+    "--trainer.max_steps=3",
+    "--trainer.val_check_interval=2",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+"""Every rollout gets credit, so that steps are steps."""
+
+
+@pytest.fixture
+def scsdpo(qwen3, monkeypatch, tmp_path, capsys):
+    """Runs the command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    valid = [f"--model.policy.name_or_path={qwen3}", *VALID]
+
+    def run(*args, base=valid):
+        monkeypatch.setattr(sys, "argv", ["scsdpo", args[0], *base, *map(str, args[1:])])
+        capsys.readouterr()
+        try:
+            code = command()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capsys.readouterr()
+
+    return run
+
+
+def refused(result):
+    """The one line of a refusal, without its prefix."""
+    code, _, error = result
+    assert code == 2, error
+    _, prefix, line = error.partition("scsdpo: error: ")
+    assert prefix, error
+    assert line.endswith("\n")
+    assert line.count("\n") == 1, line
+    assert "Traceback" not in error
+    return line.rstrip("\n")
+
+
+WEIGHTINGS = "(choices: PassRate, Uniform)"
+COMMAND_LINE = {
+    "--model.weighting=PassRate --model.weighting.powr=1": "model.weighting.powr: PassRate has no "
+    "such argument; did you mean `power`? (it takes: power)",
+    "--model.weighting=PassRate --model.weighting.pow=1": "model.weighting.pow: PassRate has no "
+    "such argument; did you mean `power`? (it takes: power)",
+    "--model.weighting.power=1": "model.weighting.power: Uniform has no such argument "
+    "(it takes: none)",
+    "--model.weighting=PassRte": "model.weighting: PassRte is not a known Weighting; did you mean "
+    f"`PassRate`? {WEIGHTINGS}",
+    "--model.weighting=scsdpo.weighting.PassRte": "model.weighting: scsdpo.weighting.PassRte is "
+    f"not a known Weighting; did you mean `PassRate`? {WEIGHTINGS}",
+    "--model.weighting=nowhere.Mine": "model.weighting: nowhere.Mine is not a known Weighting "
+    f"{WEIGHTINGS}",
+    "--model.weighting=TopK": f"model.weighting: TopK is not a known Weighting {WEIGHTINGS}",
+    "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is not a "
+    f"known Weighting {WEIGHTINGS}",
+    "--model.weighting=Weighting": f"model.weighting: Weighting is abstract {WEIGHTINGS}",
+    "--model.weighting=PassRate --model.weighting.power=high": "model.weighting.power: must be "
+    "float, got high",
+    "--model.weighting=PassRate --model.weighting.power=-1": "model.weighting: "
+    "`PassRate(power=...)` must be >= 0, got -1.0",
+    "--model.weighting.help=PassRte": "model.weighting.help: PassRte is not a known Weighting; "
+    f"did you mean `PassRate`? {WEIGHTINGS}",
+    "--model.weigting=PassRate": "model.weigting: PolicyOptimizer has no such argument; did you "
+    "mean `weighting`?",
+    "--weighting=PassRate": "weighting: no such key; did you mean `model.weighting`?",
+    "--modl.weighting=PassRate": "modl.weighting: no such key; did you mean `model`?",
+    "--ckpt_pth=x": "ckpt_pth: no such key; did you mean `ckpt_path`?",
+    "--trainer.max_step=3": "trainer.max_step: Trainer has no such argument; did you mean "
+    "`max_steps`?",
+    "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
+    "max_new_tokens, temperature, top_p, top_k, seed)",
+    "word": "word: what is this? Options are written --key=value",
+    "--model.sampling.n=many": "model.sampling.n: must be int, got many",
+    "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
+    "--model.val_sampling.n=0": "model.val_sampling: `Sampling(n=...)` must be >= 1, got 0",
+    "--model.updates_per_rollout=1.5": "model.updates_per_rollout: must be int, got 1.5",
+    "--seed_everything=x": "seed_everything: must be bool or int, got x",
+    "--model.policy.dtype=fp16": "model.policy.dtype: must be one of auto, float32, bfloat16, "
+    "got fp16",
+    "--model.advantage.support.k=x": "model.advantage.support.k: must be int, got x",
+    "--model.advantage.suport=TopK": "model.advantage.suport: SelfDistillation has no such "
+    "argument; did you mean `support`? (it takes: alpha, support)",
+    "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
+    "you mean `TopK`? (choices: Full, Sampled, TopK)",
+    "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
+    "--model.reduction=TokenSum": "model.reduction.constant: not set, and TokenSum needs it",
+    "--model.optimizer=AdamX": "model.optimizer: AdamX is not a known Optimizer; did you mean "
+    "`Adam`?",
+    "--model.optimizer.lr=x": "model.optimizer.lr: must be float or Tensor, got x",
+    "--model.optimizer.lrr=1": "model.optimizer.lrr: AdamW has no such argument; did you mean "
+    "`lr`? (it takes: lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, "
+    "differentiable, fused)",
+    "--model.lr_scheduler=StepLR": "model.lr_scheduler.step_size: not set, and StepLR needs it",
+    "--model.teacher=NoTeacher": "model.advantage: SelfDistillation needs a teacher, but "
+    "model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion",
+    "--trainer.devices=x": "trainer: `devices` selected with `CPUAccelerator` should be an int "
+    "> 0.",
+    "--trainer.callbacks+=Foo": "trainer.callbacks: Foo is not a known Callback",
+    "--checkpoint.save_top_k=-5": "checkpoint: Invalid value for save_top_k=-5. Must be >= -1",
+    "--ckpt_path=nofile": "ckpt_path: nofile does not exist",
+    "--config": "config: expected one argument",
+}
+
+
+@pytest.mark.parametrize("args", COMMAND_LINE)
+def test_a_mistake_on_the_command_line_is_one_line_with_its_key(args, scsdpo):
+    assert refused(scsdpo("fit", *args.split())) == COMMAND_LINE[args]
+
+
+FILES = {
+    "model: {weighting: {class_path: PassRate, init_args: {powr: 1}}}": "model.weighting.powr: "
+    "PassRate has no such argument; did you mean `power`? (it takes: power)",
+    "model: {weighting: {class_path: PassRate, power: 1}}": "model.weighting: the arguments of a "
+    "class stand under `init_args:`, beside `class_path:`",
+    "model: {weighting: 3}": f"model.weighting: 3 is not a known Weighting {WEIGHTINGS}",
+    "model: {weigting: PassRate}": "model.weigting: PolicyOptimizer has no such argument; did you "
+    "mean `weighting`?",
+    "model: {sampling: {m: 1}}": "model.sampling.m: Sampling has no such argument (it takes: n, "
+    "max_new_tokens, temperature, top_p, top_k, seed)",
+    "modl: {weighting: PassRate}": "modl.weighting: no such key; did you mean `model`?",
+    "fit: {model: {weighting: PassRate}}": "fit.model.weighting: no such key; did you mean "
+    "`model.weighting`?",
+    "model: {advantage: {class_path: Blend, init_args: {parts: [{advantage: {class_path: "
+    "GroupRelative, init_args: {clip_lo: 1}}}]}}}": "model.advantage.parts.advantage.clip_lo: "
+    "GroupRelative has no such argument; did you mean `clip_low`? (it takes: baseline, scale, "
+    "clip_low, clip_high, level)",
+    "data: {train: [{class_path: LabTaks}]}": "data.train: LabTaks is not a known Source; did you "
+    "mean `LabTasks`?",
+    "data: {train: [{class_path: LabTasks, init_args: {spit: train}}]}": "data.train.spit: "
+    "LabTasks has no such argument; did you mean `split`? (it takes: split, seed, size, levels, "
+    "shapes)",
+    "data: {train: [{class_path: LabTasks, init_args: {split: tran}}]}": "data.train.split: must "
+    "be one of train, val, got tran",
+    "data: {train: [runs.Toys, {class_path: LabTasks, init_args: {split: train, size: 0}}]}": ""
+    "data.train[1]: `LabTasks(size=...)` must be >= 1, got 0",
+    "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
+    "init_args: {templates: {trun: x}}}}}}": "model.teacher.context.templates.trun: Templates has "
+    "no such argument; did you mean `turn`? (it takes: turn, solution, feedback)",
+    "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
+    "init_args: {templates: {turn: x}}}}}}": "model.teacher.context.templates: "
+    "`Templates(turn=...)` must contain {prompt}",
+    "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: -5}}]}": ""
+    "trainer.callbacks[0]: Invalid value for save_top_k=-5. Must be >= -1",
+    "model:\n  weighting: [PassRate\n  teacher: }": "wrong.yaml, line 3: not YAML: expected ',' "
+    "or ']', but got ':'",
+    "- model\n- data": "wrong.yaml: must hold keys such as `model:` and `data:`, got "
+    "['model', 'data']",
+    "": "wrong.yaml: must hold keys such as `model:` and `data:`, got None",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_a_mistake_in_a_file_is_one_line_with_its_key(content, scsdpo, tmp_path):
+    (tmp_path / "wrong.yaml").write_text(content)
+    line = refused(scsdpo("fit", "--config=wrong.yaml"))
+    assert line.partition(" (choices: LabTasks")[0] == FILES[content]
+
+
+def test_keys_that_are_not_set_are_named(scsdpo):
+    assert refused(scsdpo("fit", base=["--data.val=[]"])) == (
+        "model.policy, model.advantage, data.train: not set; give a --config that sets them"
+    )
+    line = refused(
+        scsdpo(
+            "fit",
+            base=[arg for arg in VALID if ".advantage" not in arg]
+            + ["--model.policy.name_or_path=x"],
+        )
+    )
+    assert line.startswith("model.advantage: not set (choices: Blend, GroupRelative, ")
+
+
+def test_a_file_that_is_missing_is_named(scsdpo, tmp_path):
+    line = refused(scsdpo("fit", "--config", "none.yaml"))
+    assert line == f"config: {tmp_path}/none.yaml does not exist"
+
+
+@pytest.mark.parametrize(
+    ("args", "start"),
+    [
+        (["--model.policy.name_or_path=./none"], "model.policy: `CausalLM(name_or_path='./none')`"),
+        (["--model.optimizer.lr=-1"], "model.optimizer: Invalid learning rate: -1"),
+        (
+            ["--data.train=ToolUse", "--data.train.path=none.json"],
+            "data: `ToolUse(path='none.json')`: none.json",
+        ),
+        (["--data.questions_per_batch=100"], "data: `TaskDataModule(questions_per_batch=100)`"),
+    ],
+)
+def test_what_only_the_run_can_find_out_is_one_line_too(args, start, scsdpo):
+    assert refused(scsdpo("fit", *args)).startswith(start)
+
+
+def test_a_run_that_stops_itself_says_why_and_exits_with_3(scsdpo, monkeypatch):
+    def stop(*args):
+        raise TrainingStopped("5 steps in a row\nwere not finite")
+
+    monkeypatch.setattr(PolicyOptimizer, "training_step", stop)
+    code, _, error = scsdpo("fit")
+    assert code == 3
+    assert error.endswith("scsdpo: error: 5 steps in a row were not finite\n")
+
+
+def test_a_bug_keeps_its_traceback(scsdpo, monkeypatch):
+    def bug(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(PolicyOptimizer, "training_step", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        scsdpo("fit")
+    monkeypatch.setattr(Toys, "__init__", lambda self, **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scsdpo("fit")
+
+
+def test_configurations_compose_and_print_config_round_trips(scsdpo, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {weighting: Uniform, max_tokens: 7}")
+    (tmp_path / "b.yaml").write_text("model: {weighting: {class_path: PassRate}}")
+    layers = ["--config=a.yaml", "--config=b.yaml", "--model.weighting.power=1"]
+    code, printed, _ = scsdpo("fit", *layers, "--print_config")
+    config = yaml.safe_load(printed)
+    assert code == 0
+    assert config["model"]["max_tokens"] == 7
+    assert config["model"]["weighting"] == {
+        "class_path": "scsdpo.weighting.PassRate",
+        "init_args": {"power": 1.0},
+    }
+    (tmp_path / "c.yaml").write_text(printed)
+    assert scsdpo("fit", "--config=c.yaml", "--print_config", base=[])[1] == printed
+
+
+def test_configurations_hold_public_paths(scsdpo):
+    code, printed, _ = scsdpo("fit", "--model.policy.adapter=Lora", "--print_config")
+    paths = [line.split()[-1] for line in printed.splitlines() if "class_path: scsdpo" in line]
+    assert code == 0
+    assert len(paths) >= 10
+    assert all(len(path.split(".")) == 3 and "_" not in path.split(".")[2] for path in paths), paths
+
+
+def test_help_comes_at_once_and_names_every_command():
+    code = "import sys, scsdpo.__main__ as m; m.main(); assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name in shown.stdout for name in COMMANDS)
+
+
+def test_help_of_a_strategy_is_its_docstring(scsdpo):
+    code, shown, _ = scsdpo("fit", "--model.weighting.help=PassRate", base=[])
+    assert code == 0
+    assert shown.startswith("SC-SDPO's curriculum. W_j = w_j / mean_{l in I} w_l")
+    assert "Source:\n    SC-SDPO, arXiv:2605.27765v1, eq. (16)." in shown
+    assert "--model.weighting.power POWER" in shown
+
+
+def test_an_unknown_command_is_one_line():
+    result = subprocess.run(
+        [sys.executable, "-m", "scsdpo", "fitt"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "scsdpo: error: fitt: no such command; choose fit, validate, test, predict, export\n"
+    )
+
+
+def last(tmp_path, run="runs"):
+    return torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_last_ckpt_is_the_last_state_and_the_command_line_wins_over_it(scsdpo, tmp_path):
+    assert scsdpo("fit")[0] == 0
+    saved = last(tmp_path)
+    assert saved["global_step"] == 3  # validation was at 2
+    assert set(saved["metrics"]) > {"val/mean@2", "train/loss"}
+    assert [path.name for path in (tmp_path / "runs" / "checkpoints").iterdir()] == ["last.ckpt"]
+    restored = PolicyOptimizer.load_from_checkpoint(tmp_path / "runs" / "checkpoints" / "last.ckpt")
+    assert restored.sampling.n == 2
+    for name, value in restored.state_dict().items():
+        assert torch.equal(value, saved["state_dict"][name])
+
+    ckpt = "--ckpt_path=runs/checkpoints/last.ckpt"
+    more = ["--trainer.max_steps=4", "--model.sampling.n=3", "--trainer.default_root_dir=more"]
+    assert scsdpo("fit", ckpt, *more)[0] == 0
+    assert last(tmp_path, "more")["global_step"] == 4
+    assert last(tmp_path, "more")["hyper_parameters"]["sampling"]["n"] == 3
+    shown = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
+    assert shown["model"]["sampling"]["n"] == 3
+
+
+def test_checkpointing_can_be_turned_off(scsdpo, tmp_path):
+    assert scsdpo("fit", "--trainer.enable_checkpointing=false")[0] == 0
+    assert not (tmp_path / "runs" / "checkpoints").exists()
+
+
+def test_a_mistake_is_blamed_on_its_key_once():
+    with pytest.raises(ConfigurationError, match=r"^data: no$"), blamed_on("data"):
+        raise FileNotFoundError("no")
+    with (
+        pytest.raises(ConfigurationError, match=r"^model\.weighting: no$"),
+        blamed_on("data"),
+        blamed_on("model.weighting"),
+    ):
+        raise ValueError("no")
+    with pytest.raises(ZeroDivisionError), blamed_on("data"):
+        raise ZeroDivisionError

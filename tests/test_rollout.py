@@ -1,0 +1,261 @@
+"""HFRollout: what it says of its draws is what a plain forward of the model says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.rollout import HFRollout
+from scsdpo.types import Prompt, Sampling
+
+FEW_ROWS = HFRollout(max_rows=8)
+"""Two groups of four at a time: responses leave and prompts take their place."""
+SAMPLING = Sampling(n=4, max_new_tokens=24, temperature=0.7, seed=3)
+
+
+def load(path, **kwargs):
+    policy = CausalLM(str(path), **kwargs)
+    policy.configure_model()
+    return policy
+
+
+@pytest.fixture
+def prompts(policy):
+    """Five prompts of 20 to 59 tokens, longer than OLMo's window."""
+    texts = ["Why?", "Is water wet?", "Say it in Greek, please.", "One, two, ...", "A" * 40]
+    return [prompt(policy, text) for text in texts]
+
+
+def prompt(policy, text, key=None):
+    ids = policy.chat.render(({"role": "user", "content": text},))
+    return Prompt(key=key or text, messages=(), verifier=None, answer="", ids=ids)
+
+
+def logits(policy, rollouts, q, i):
+    """[n, V] of the plain model on one unpadded sequence, divided by the temperature."""
+    start = rollouts.prompts[q].ids
+    response = rollouts.ids[q, i][rollouts.mask[q, i]].tolist()
+    with policy.sampling_mode() as model:
+        everything = model(torch.tensor([[*start, *response]]), use_cache=False).logits[0]
+    return everything[len(start) - 1 : -1] / rollouts.temperature, torch.tensor(response)
+
+
+def plain_log_probs(policy, rollouts):
+    """[N] in the order of `rollouts.mask`."""
+    rows = []
+    for q in range(len(rollouts.prompts)):
+        for i in range(rollouts.ids.shape[1]):
+            z, response = logits(policy, rollouts, q, i)
+            rows.append(z.log_softmax(-1).gather(-1, response[:, None])[:, 0])
+    return torch.cat(rows)
+
+
+def lora_policy(path):
+    policy = load(path, adapter=Lora(r=4, lora_dropout=0.5))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # zeros at the start would hide an adapter left out
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("folder", "make"),
+    [
+        pytest.param("qwen3", load, id="tied"),
+        pytest.param("qwen3_untied", load, id="untied"),
+        pytest.param("olmo3", load, id="sliding window"),
+        pytest.param("qwen3", lora_policy, id="lora"),
+        pytest.param("olmo3", lambda p: load(p, gradient_checkpointing=True), id="checkpointing"),
+        pytest.param("qwen3", lambda p: load(p, attn_implementation="eager"), id="eager"),
+    ],
+)
+def test_log_probs_are_those_of_a_plain_forward(folder, make, prompts, request):
+    policy = make(request.getfixturevalue(folder))
+    attention = policy.language_model.config._attn_implementation
+    rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
+    assert policy.language_model.training
+    assert policy.language_model.config._attn_implementation == attention
+    assert rollouts.policy_logprobs.dtype == torch.float32
+    expected = plain_log_probs(policy, rollouts)
+    assert len(expected) > 100
+    assert (rollouts.policy_logprobs[rollouts.mask] - expected).abs().max() < 1e-5
+    assert torch.equal(rollouts.sampling_logprobs, rollouts.policy_logprobs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_sample_too(dtype, prompts, olmo3):
+    policy = load(olmo3)
+    policy.to(dtype)
+    rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
+    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    # RMSNorm and rotary positions are float32 even in a float64 model.
+    assert error.abs().mean() < {torch.float64: 1e-6, torch.bfloat16: 0.1}[dtype]
+
+
+def test_autocast_samples_too(policy, prompts):
+    with torch.autocast("cpu", torch.bfloat16):
+        rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
+    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    assert error.abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.7}])
+def test_sampling_log_probs_are_renormalised_over_what_was_kept(cut, policy, prompts):
+    sampling = replace(SAMPLING, **cut)
+    rollouts = FEW_ROWS.sample(policy, prompts[:2], sampling)
+    assert (rollouts.sampling_logprobs > rollouts.policy_logprobs)[rollouts.mask].all()
+    for q in range(2):
+        z, response = logits(policy, rollouts, q, 1)
+        for t, token in enumerate(response.tolist()):
+            probs, ids = z[t].double().softmax(-1).sort(descending=True)
+            kept = probs[: sampling.top_k or None]
+            kept = kept / kept.sum()
+            enough = int((kept.cumsum(0) < sampling.top_p).sum()) + 1
+            place = ids.tolist().index(token)
+            assert place < enough
+            expected = (kept[place] / kept[:enough].sum()).log()
+            assert abs(rollouts.sampling_logprobs[q, 1, t] - expected) < 1e-5
+            assert abs(rollouts.policy_logprobs[q, 1, t] - probs[place].log()) < 1e-5
+
+
+def test_first_tokens_follow_the_models_distribution(policy, prompts):
+    sampling = Sampling(n=2000, max_new_tokens=1, temperature=1.5, top_k=6)
+    rollouts = HFRollout().sample(policy, prompts[:1], sampling)
+    z, _ = logits(policy, rollouts, 0, 0)
+    kept, ids = z[0].topk(6)
+    expected = 2000 * kept.softmax(-1)
+    counts = (rollouts.ids.flatten()[:, None] == ids).sum(0)
+    assert counts.sum() == 2000
+    # Chi-square with 5 degrees of freedom exceeds 20.5 once in a thousand.
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5
+
+
+def test_a_seed_gives_the_same_response_whatever_else_is_in_the_batch(policy, prompts):
+    everything = HFRollout().sample(policy, prompts, SAMPLING)
+    state = torch.get_rng_state()
+    backwards = FEW_ROWS.sample(policy, prompts[::-1], SAMPLING)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = HFRollout(max_tokens=1).sample(policy, prompts[2:3], replace(SAMPLING, n=6))
+    assert backwards.texts[::-1] == everything.texts
+    assert alone.texts[0][:4] == everything.texts[2]
+    assert alone.texts[0][4] not in everything.texts[2]
+    later = HFRollout().sample(policy, prompts, SAMPLING.at(1))
+    assert not set(later.texts[0]) & set(everything.texts[0])
+
+
+def test_equal_prompts_run_once_and_are_drawn_by_their_own_keys(policy, prompts):
+    twin = replace(prompts[0], key="twin")
+    passes = []
+    embedding = policy.language_model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape))
+    rollouts = HFRollout(max_rows=16).sample(policy, [*prompts, twin, prompts[0]], SAMPLING)
+    hook.remove()
+    assert sum(rows for rows, tokens in passes if tokens > 1) == len(prompts)
+    # The largest group has 12 rows: no second one beside it.
+    assert max(rows for rows, tokens in passes if tokens == 1) == 12
+    assert rollouts.texts[0] == rollouts.texts[-1]
+    assert not set(rollouts.texts[0]) & set(rollouts.texts[-2])
+    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    assert error.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rollout", "most"),
+    [
+        (HFRollout(), 20),
+        (HFRollout(max_rows=9), 8),
+        (HFRollout(max_rows=1), 4),
+        # The longest prompt and four responses to it: 59 + 4 * 24 tokens.
+        (HFRollout(max_tokens=3 * (59 + 96)), 12),
+        (HFRollout(max_tokens=1), 4),
+    ],
+)
+def test_budgets_bound_what_is_in_flight(rollout, most, policy, prompts):
+    assert max(len(p.ids) for p in prompts) == 59
+    passes = []
+    embedding = policy.language_model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape))
+    rollouts = rollout.sample(policy, prompts, SAMPLING)
+    assert max(rows for rows, tokens in passes if tokens == 1) == most
+    assert (rollouts.lengths > 0).all()
+
+
+def test_any_end_id_ends_a_response_and_belongs_to_it(policy, prompts):
+    plain = HFRollout().sample(policy, prompts, SAMPLING)
+    # Two ids that the same draws contain become ends.
+    ends = (int(plain.ids[0, 0, 5]), int(plain.ids[1, 2, 9]))
+    policy.chat = replace(policy.chat, eos_ids=ends)
+    rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
+    assert rollouts.ids.shape[-1] == int(rollouts.lengths.max())
+    hit = set()
+    for q in range(len(prompts)):
+        for i in range(SAMPLING.n):
+            n = int(rollouts.lengths[q, i])
+            row = rollouts.ids[q, i].tolist()
+            assert rollouts.mask[q, i].tolist() == [t < n for t in range(len(row))]
+            assert not set(row[: n - 1]) & set(ends)
+            assert bool(rollouts.finished[q, i]) == (row[n - 1] in ends)
+            assert rollouts.finished[q, i] or n == SAMPLING.max_new_tokens
+            assert set(row[n:]) <= {policy.chat.pad_id}
+            hit.add(row[n - 1])
+    assert set(ends) <= hit
+    assert not rollouts.policy_logprobs[~rollouts.mask].any()
+
+
+def test_padding_may_be_an_end_id(policy, prompts):
+    plain = HFRollout().sample(policy, prompts, SAMPLING)
+    end = int(plain.ids[0, 0, 5])
+    policy.chat.tokenizer.pad_token = None  # then the first end id pads
+    policy.chat = replace(policy.chat, eos_ids=(end,))
+    assert policy.chat.pad_id == end
+    rollouts = HFRollout().sample(policy, prompts, SAMPLING)
+    assert rollouts.finished.any() and not rollouts.finished.all()
+    last = rollouts.ids.gather(-1, rollouts.lengths[..., None] - 1)[..., 0]
+    assert torch.equal(last == end, rollouts.finished)
+    # Within the mask an end comes once; outside it there is nothing else.
+    assert ((rollouts.ids == end) & rollouts.mask).sum() == rollouts.finished.sum()
+    assert (rollouts.ids == end)[~rollouts.mask].all()
+
+
+@pytest.mark.parametrize("cap", [1, 2, 7])
+def test_the_length_cap_does_not_finish_a_response(cap, policy, prompts):
+    policy.chat = replace(policy.chat, eos_ids=(10_000,))
+    rollouts = FEW_ROWS.sample(policy, prompts, replace(SAMPLING, max_new_tokens=cap))
+    assert rollouts.ids.shape == (5, 4, cap)
+    assert rollouts.mask.all() and not rollouts.finished.any()
+
+
+def test_ids_beyond_the_tokenizer_give_no_text(policy, prompts):
+    rollouts = HFRollout().sample(policy, prompts, replace(SAMPLING, n=16, temperature=2.0))
+    size = len(policy.chat.tokenizer)
+    assert (rollouts.ids >= size).any()
+    for q, i in (rollouts.ids >= size).any(-1).nonzero().tolist():
+        ids = rollouts.ids[q, i][rollouts.mask[q, i]]
+        assert rollouts.texts[q][i] == policy.chat.decode(ids[ids < size])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_rows"])
+def test_an_empty_budget_is_refused(name):
+    with pytest.raises(ValueError, match=rf"`HFRollout\({name}=\.\.\.\)` must be >= 1, got 0"):
+        HFRollout(**{name: 0})
+
+
+def test_an_unrendered_prompt_is_refused(policy, prompts):
+    with pytest.raises(ValueError, match="render it"):
+        HFRollout().sample(policy, [replace(prompts[0], ids=())], SAMPLING)
+
+
+def test_layers_of_other_kinds_are_refused(policy, prompts):
+    policy.language_model.config.layer_types[0] = "linear_attention"
+    with pytest.raises(NotImplementedError, match="layers of linear_attention"):
+        HFRollout().sample(policy, prompts, SAMPLING)
+
+
+def test_a_layer_that_bypasses_the_attention_is_refused(policy, prompts, monkeypatch):
+    layer = policy.language_model.get_decoder().layers[1]
+    monkeypatch.setattr(
+        layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None)
+    )
+    with pytest.raises(NotImplementedError, match="1 of the 2 layers of Qwen3ForCausalLM"):
+        HFRollout().sample(policy, prompts, SAMPLING)
