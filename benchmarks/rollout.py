@@ -1,7 +1,7 @@
 """Tokens per second of HFRollout beside transformers' `generate`, on the same prompts.
 
     python benchmarks/rollout.py MODEL_DIR TASK.json [--prompts 8] [--samples 16]
-        [--new-tokens 256] [--repeats 3] [--seed 0]
+        [--new-tokens 256] [--repeats 3] [--seed 0] [--clock wall|cpu]
 
 MODEL_DIR: any checkpoint with a chat template. TASK.json: one JSON object a line with `prompt` and
 perhaps `system`. The systems take turns, after one short warm-up each. Two work orders: `natural`
@@ -10,7 +10,8 @@ not stop anything, every response has `new-tokens`). One JSON line a system and 
 medians; then the ratios, and the share of the speed of light: the time of the policy's linear
 layers alone, each prompt token once, and at every step exactly the responses not yet ended.
 
-Set OMP_NUM_THREADS to the cores that are really yours.
+Set OMP_NUM_THREADS to the cores that are really yours. On a machine shared with others, use one
+thread and `--clock cpu` (seconds of this process): waiting for a core is then not counted.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Verifier
+
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class _Unverified(Verifier):
@@ -79,27 +83,27 @@ def run_generate(policy: CausalLM, prompts: list[Prompt], sampling: Sampling) ->
     return (ended.cumsum(-1) - ended.long() == 0).sum(-1)
 
 
-def linear_seconds(policy: CausalLM, rows: int) -> float:
+def linear_seconds(policy: CausalLM, rows: int, clock: Clock) -> float:
     """One pass of `rows` tokens through every linear layer, head included, and nothing else."""
     layers = [m for m in policy.language_model.modules() if isinstance(m, nn.Linear)]
     inputs = {m: m.weight.new_ones(rows, m.in_features) for m in layers}
     times = []
     with torch.no_grad():
         for _ in range(4):
-            start = time.process_time()
+            start = clock()
             for layer, x in inputs.items():
                 layer(x)
             if x.is_cuda:
                 torch.cuda.synchronize()
-            times.append(time.process_time() - start)
+            times.append(clock() - start)
     return min(times[1:])
 
 
-def light_seconds(policy: CausalLM, prompts: list[Prompt], lengths: Tensor) -> float:
+def light_seconds(policy: CausalLM, prompts: list[Prompt], lengths: Tensor, clock: Clock) -> float:
     """The speed of light for these prompts and response lengths, in seconds."""
     most = len(lengths)
     grid = sorted({2**k for k in range(most.bit_length()) if 2**k < most} | {most})
-    seconds = {rows: linear_seconds(policy, rows) for rows in grid}
+    seconds = {rows: linear_seconds(policy, rows, clock) for rows in grid}
 
     def interpolated(rows: int) -> float:
         above = min(r for r in grid if r >= rows)
@@ -119,7 +123,9 @@ def measure(
     policy: CausalLM,
     prompts: list[Prompt],
     sampling: Sampling,
+    *,
     repeats: int,
+    clock: Clock,
 ) -> dict[str, list[tuple[float, Tensor]]]:
     """(seconds, lengths) of each repeat of each system; systems alternate."""
     runs: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in systems}
@@ -127,9 +133,9 @@ def measure(
         system(policy, prompts, replace(sampling, max_new_tokens=4))
     for repeat in range(repeats):
         for name, system in systems.items():
-            start = time.process_time()
+            start = clock()
             lengths = system(policy, prompts, sampling.at(repeat))
-            runs[name].append((time.process_time() - start, lengths))
+            runs[name].append((clock() - start, lengths))
     return runs
 
 
@@ -142,7 +148,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
+    clock = CLOCKS[args.clock]
 
     policy = CausalLM(str(args.model))
     policy.configure_model()
@@ -155,9 +163,10 @@ def main() -> None:
     for order, chat in (("natural", natural), ("fixed", replace(natural, eos_ids=never))):
         policy.chat = chat
         rates = {}
-        for name, runs in measure(systems, policy, prompts, sampling, args.repeats).items():
+        measured = measure(systems, policy, prompts, sampling, repeats=args.repeats, clock=clock)
+        for name, runs in measured.items():
             rates[name] = statistics.median(int(n.sum()) / seconds for seconds, n in runs)
-            light = [light_seconds(policy, prompts, n) / seconds for seconds, n in runs]
+            light = [light_seconds(policy, prompts, n, clock) / seconds for seconds, n in runs]
             line = {
                 "order": order,
                 "system": name,

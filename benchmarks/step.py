@@ -1,13 +1,13 @@
 """One SDPO update, side by side with TRL's SDPOTrainer on the same work orders.
 
-    python benchmarks/step.py [--orders A A2 B C] [--shared ../shared] [--trl PYTHONPATH] [--repeats 3]
+    python benchmarks/step.py [--orders A A2 B C] [--trl PYTHONPATH] [--repeats 3] [--rounds 1]
     python benchmarks/step.py --growth
 
-A work order fixes questions x rollouts x tokens, model and task; `../shared/bench` holds TRL's side
-and the model maker. Both systems run in processes of their own, alternating, with the same number of
-threads. Prints one JSON line a run and, per order, the ratios TRL / ours of update seconds (medians)
-and of peak memory above the resident model and libraries. `--growth` prints how our update's time
-and memory grow with rollouts a question, prompt length and vocabulary.
+A work order fixes questions x rollouts x tokens, model and task; `../shared/bench` holds TRL's
+side and the model maker. Both systems run in processes of their own, alternating, with the same
+number of threads. Prints one JSON line a run and, per order, the ratios TRL / ours of update
+seconds (medians) and of peak memory above the resident model and libraries. `--growth` prints how
+our update's time and memory grow with rollouts a question, prompt length and vocabulary.
 
 Our side is a rollout batch of random tokens with the order's shapes (natural lengths: geometric, as
 the calibrated end-of-sequence rate gives), judged by the same coin, through the public `Update`.

@@ -34,8 +34,9 @@ class CLI(LightningCLI):
         """Lightning would let the checkpoint's configuration win over the command line."""
 
     def before_instantiate_classes(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
-        if path and path not in ("best", "last", "hpc") and not Path(path).exists():
+        path = str(self.config[self.subcommand].ckpt_path or "last")
+        named = path in ("best", "last", "hpc", "registry") or ":" in path  # by Lightning, or a URL
+        if not named and not Path(path).exists():
             raise ConfigurationError(f"ckpt_path: {path} does not exist")
 
     def instantiate_classes(self) -> None:

@@ -71,7 +71,7 @@ def explain(message: str, sections: Sections, args: Sequence[str]) -> str:
         hint = _expected(match[1], sections)
         said = f"{match[1]}.help: {match[2]} is not a known {_kinds(hint)}{_offer(hint, match[2])}"
     elif _CONFIG.match(message):
-        said = _broken_file(args) or message
+        said = _broken_file(args) or f"config: {message}"
     elif match := _OPTION.match(message):
         said = f"{match[1]}: {match[2]}"
     else:
@@ -139,6 +139,8 @@ def _broken_file(args: Sequence[str]) -> str:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
             return f"{path}, line {line}: not YAML: {error.problem}"
+        except UnicodeDecodeError:
+            return f"{path}: not a text file"
         if not isinstance(content, dict):
             return f"{path}: must hold keys such as `model:` and `data:`, got {content!r}"
     return ""
@@ -164,7 +166,7 @@ def _follow(message: str, sections: Sections) -> _Place:
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if match := _FACTORY.match(line):
             path = re.search(r"class_path='(.+?)'", message)
-            owner, factory = find(path[1]) if path else object, True
+            owner, factory = (path and find(path[1])) or object, True
             line = match[1]
         if match := _KEY.match(line):
             inner, line = match.groups()

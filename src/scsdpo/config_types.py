@@ -125,11 +125,25 @@ class Builder:
         sections: class of each top-level key.
         mistake: the last one, a constructor's bug too. jsonargparse swallows what it meets at an
             argument of several types.
+
+    Raises:
+        ConfigurationError: if `config` holds a null that is not meant to be there; jsonargparse
+            takes null for "not set" everywhere.
     """
 
     config: Mapping[str, Any]
     sections: Mapping[str, type]
     mistake: Exception | None = None
+
+    def __post_init__(self) -> None:
+        for key, kind, given in self._objects():
+            for name in _wrong_nulls(kind, given):
+                expected = spell(arguments(kind)[name])
+                raise ConfigurationError(f"{key}.{name}: must be {expected}, got null")
+
+    def _objects(self) -> Iterator[Node]:
+        for section, root in self.sections.items():
+            yield from objects(self.config.get(section), root, section)
 
     def __call__(self, kind: type, *args: Any, **given: Any) -> Any:
         try:
@@ -146,12 +160,7 @@ class Builder:
 
     def _key(self, kind: type, given: Mapping[str, Any]) -> str:
         """Of equal objects the first one: it was constructed first."""
-        found = [
-            (key, described)
-            for section, root in self.sections.items()
-            for key, candidate, described in objects(self.config.get(section), root, section)
-            if candidate is kind
-        ]
+        found = [(key, described) for key, one, described in self._objects() if one is kind]
         same = [key for key, described in found if _agree(described, given)]
         return next(iter(same or [key for key, _ in found]), kind.__name__)
 
@@ -160,3 +169,17 @@ def _agree(described: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     """Whether the plain values are the same; nested objects are constructed by now."""
     plain = (bool, int, float, str)
     return all(given.get(k) == value for k, value in described.items() if isinstance(value, plain))
+
+
+def _wrong_nulls(kind: type, given: Mapping[str, Any]) -> list[str]:
+    """Arguments that are null although neither their type nor their default is."""
+    hints, parameters = arguments(kind), inspect.signature(kind).parameters
+    nulls = [name for name, value in given.items() if value is None and name in hints]
+    return [
+        name
+        for name in nulls
+        if hints[name] is not Any
+        and types.NoneType not in get_args(hints[name])
+        and name in parameters
+        and parameters[name].default is not None
+    ]

@@ -8,12 +8,13 @@ from typing import NoReturn
 import torch
 from jsonargparse import ArgumentParser
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from scsdpo.checkpoint import Saved
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.model_card import model_card
-from scsdpo.policy import CausalLM
+from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT
 
 
@@ -63,16 +64,18 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
         raise ConfigurationError(f"--out: {out} is not empty; choose a new folder")
     with blamed_on("--ckpt"):
         saved = Saved.read(ckpt)
-    policy = load_policy(saved)
-    model = policy.wrapped
-    if adapter and not isinstance(model, PeftModel):
+    policy = make_policy(saved)
+    if adapter and not isinstance(policy.adapter, Lora):
         raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
+    load_weights(policy, saved)
+    model: nn.Module = policy.wrapped
     if adapter:
         _save_adapter(model, out)
     else:
-        merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-        assert isinstance(merged, PreTrainedModel)
-        merged.to(_dtype(policy, dtype)).save_pretrained(out)
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload(safe_merge=True)
+        assert isinstance(model, PreTrainedModel)
+        model.to(_dtype(policy, dtype)).save_pretrained(out)
     policy.chat.tokenizer.save_pretrained(out)
     generation = policy.language_model.generation_config
     generation.eos_token_id = list(policy.chat.eos_ids)
@@ -80,18 +83,27 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     (out / "README.md").write_text(model_card(saved, adapter=adapter))
 
 
-def load_policy(saved: Saved) -> CausalLM:
-    """The policy of a checkpoint, in float32.
+def make_policy(saved: Saved) -> CausalLM:
+    """The policy that a checkpoint describes, in float32; its weights are not loaded yet.
 
     Raises:
-        ConfigurationError: if tensors are missing, left over or of another shape.
+        ConfigurationError: if what training started from is not there.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=CausalLM)
     config = parser.parse_object({"policy": saved.model["policy"]})
     config.policy.init_args.dtype = "float32"
     with blamed_on("model.policy of the checkpoint"):
-        policy: CausalLM = parser.instantiate(config).policy
+        return parser.instantiate(config).policy
+
+
+def load_weights(policy: CausalLM, saved: Saved) -> None:
+    """Load the base's weights, and over them the checkpoint's.
+
+    Raises:
+        ConfigurationError: if tensors are missing, left over or of another shape.
+    """
+    with blamed_on("model.policy of the checkpoint"):
         policy.configure_model()
     prefix = "policy."
     weights = {k.removeprefix(prefix): v for k, v in saved.weights.items() if k.startswith(prefix)}
@@ -106,7 +118,6 @@ def load_policy(saved: Saved) -> CausalLM:
             f"e.g. {odd[0]!r}; is that still the checkpoint that training started from?"
         )
     policy.load_state_dict(weights, strict=False)
-    return policy.eval()
 
 
 def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:

@@ -84,7 +84,9 @@ class PolicyOptimizer(L.LightningModule):
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
+        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
+            o, factor=1.0
+        ),
         updates_per_rollout: int = 1,
         max_grad_norm: float = 1.0,
         max_tokens: PositiveInt | Literal["auto"] = "auto",
@@ -104,6 +106,8 @@ class PolicyOptimizer(L.LightningModule):
         self.max_bad_steps, self.max_idle_batches = max_bad_steps, max_idle_batches
         self.success_threshold = success_threshold
         check_axes(self, token_weighting)
+        # A bad setting of these fails here, and not after the weights were loaded.
+        lr_scheduler(optimizer([nn.Parameter(torch.zeros(1))]))
         self.max_tokens = max_tokens
         self.update = Update(
             teacher=teacher,

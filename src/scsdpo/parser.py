@@ -5,6 +5,7 @@ import sys
 from argparse import HelpFormatter
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -37,6 +38,12 @@ class Parser(LightningArgumentParser):
         # Of `--KEY.help=NAME` jsonargparse makes a parser of its own, described with the class.
         _, of_class, path = (self.description or "").partition(".help=")
         return f"{inspect.getdoc(find(path))}\n\n{usage}" if of_class else usage
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"Problems parsing config: {error}", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries one of several types

@@ -162,7 +162,7 @@ class _CreditLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; in one pass where the dtypes allow it."""
+    """Total += a @ b; in one pass where the dtypes allow it."""
     if total.dtype == a.dtype == b.dtype:
         total.addmm_(a, b)
     else:
