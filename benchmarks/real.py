@@ -153,6 +153,16 @@ def scsdpo(command: str, args: argparse.Namespace, out: Path, *extra: str) -> No
     )
 
 
+def mean_at_16(folder: Path, prompts: list[Prompt]) -> float:
+    """In percent, sampled as in validation."""
+    policy = CausalLM(str(folder))
+    policy.configure_model()
+    sampling = Sampling(n=16, max_new_tokens=48, temperature=0.6, top_p=0.95)
+    _, verdicts = respond(policy, prompts, sampling)
+    rewards = [verdict.reward for group in verdicts for verdict in group]
+    return round(100 * sum(rewards) / len(rewards), 1)
+
+
 def train(args: argparse.Namespace, out: Path) -> dict[str, float]:
     """Stages 2 and 3, on the training questions."""
     start = time.perf_counter()
@@ -167,7 +177,20 @@ def train(args: argparse.Namespace, out: Path) -> dict[str, float]:
         f"--trainer.max_time={limit}",
         "--trainer.val_check_interval=100000",
     )
-    return {"seconds": round(time.perf_counter() - start)}
+    seconds = round(time.perf_counter() - start)
+    (run,) = (out / "runs").rglob("before_after.json")
+    checkpoint = run.parent / "checkpoints" / "last.ckpt"
+    command = [sys.executable, "-m", "scsdpo", "export", f"--ckpt={checkpoint}"]
+    subprocess.run([*command, f"--out={out / 'trained'}"], check=True, stdout=subprocess.DEVNULL)
+    result = json.loads(run.read_text())
+    before, after = (round(100 * result[when]["mean@16"], 1) for when in ("before", "after"))
+    return {
+        "before": before,
+        "after": after,
+        "rise": round(after - before, 1),
+        "steps": result["steps"],
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -183,11 +206,17 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=150, help="a round")
     parser.add_argument("--lr", type=float, default=3e-4)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out: {args.out} exists; choose a new folder")
     domain = yaml.safe_load(args.task.read_text())["data"]["train"]["init_args"]["domain"]
     source = SciKnowEval(domain, "train", source=args.source)
     prompts = [source[i] for i in range(len(source))]
     print(json.dumps({"warm-up": warm_start(prompts, args.out / "policy", args)}), flush=True)
-    print(json.dumps({"train": train(args, args.out)}), flush=True)
+    print(json.dumps({"training questions": train(args, args.out)}), flush=True)
+    held_out = SciKnowEval(domain, "test", source=args.source)
+    unseen = [held_out[i] for i in range(len(held_out))]
+    means = {name: mean_at_16(args.out / name, unseen) for name in ("policy", "trained")}
+    print(json.dumps({"held-out questions": means}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""mean@k and maj@k, the training log, and what the callbacks show and write."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from kernel_inputs import outcomes
+from runs import Toys, data, module, trainer
+from scsdpo.callbacks import BeforeAfter, PredictionWriter, before_after_table
+from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import MajAtK, MeanAtK, rollout_metrics
+from scsdpo.types import Prompt, Rollouts
+from scsdpo.verifiers import ExactMatch
+from scsdpo.weighting import PassRate, Uniform
+
+
+def test_mean_at_k_is_the_mean_over_questions_of_the_mean_reward():
+    metric = MeanAtK()
+    metric.update(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
+    metric.update(torch.tensor([[0.0, 0, 0, 1]]))
+    assert metric.compute().item() == pytest.approx((0.25 + 1 + 0.25) / 3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "rewards", "expected"),
+    [
+        (["A", "A", "B", "C"], [1, 1, 0, 0], 1),
+        (["A", "B", "B", "C"], [1, 0, 0, 0], 0),
+        (["A", "A", "B", "B"], [1, 1, 0, 0], 0.5),  # a tie is a fair draw between the winners
+        (["A", "B", "C", None], [1, 0, 0, 0], 1 / 3),
+        ([None, None, None, "A"], [0, 0, 0, 1], 1),  # no answer, no vote
+        ([None, None, None, None], [0, 0, 0, 0], 0),
+        (["A", "A", "A", "A"], [1, 0, 1, 1], 0.75),  # equal answers of unequal reward: their mean
+    ],
+)
+def test_maj_at_k_is_the_reward_of_the_most_common_answer(answers, rewards, expected):
+    metric = MajAtK()
+    metric.update(torch.tensor([rewards], dtype=torch.float32), [answers])
+    assert metric.compute().item() == pytest.approx(expected)
+
+
+def judged(successes, lengths, *, finished):
+    """One rollout batch with the given successes [Q, G] and lengths [Q, G]."""
+    mask = torch.arange(int(lengths.max())) < lengths[..., None]
+    zeros = torch.zeros(mask.shape)
+    prompt = Prompt(key="", messages=(), verifier=ExactMatch(), answer="")
+    return Rollouts(
+        prompts=(prompt,) * len(successes),
+        ids=zeros.long(),
+        mask=mask,
+        sampling_logprobs=zeros,
+        policy_logprobs=zeros,
+        finished=finished,
+        texts=tuple(("",) * len(row) for row in successes),
+        temperature=1.0,
+    ), outcomes(successes)
+
+
+def test_rollout_metrics_have_their_closed_form():
+    successes = torch.tensor([[1.0, 0], [1, 1], [0, 1], [0, 0]])
+    lengths = torch.tensor([[2, 4], [6, 8], [1, 3], [5, 3]])
+    rollouts, result = judged(successes, lengths, finished=lengths < 8)
+    logged = rollout_metrics(rollouts, result, PassRate().weigh(result))
+    assert logged["pass_rate"] == 0.5 and logged["informative"] == 0.5
+    assert logged["response_length"] == 4 and logged["truncated"] == 1 / 8
+    assert logged["effective_questions"] == pytest.approx(2)  # two equal weights, two zeros
+    logged = rollout_metrics(rollouts, result, Uniform().weigh(result))
+    assert logged["effective_questions"] == pytest.approx(4)
+
+
+def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):
+    callback = BeforeAfter()
+    run = trainer(
+        tmp_path, log_every_n_steps=1, num_sanity_val_steps=-1, callbacks=[callback], logger=True
+    )
+    run.fit(module(qwen3), data())
+    written = json.loads(next(tmp_path.rglob("before_after.json")).read_text())
+    assert written["before"] == callback.before and written["after"] == callback.after
+    assert set(written["before"]) == set(written["after"]) >= {"mean@2", "maj@2", "even/mean@2"}
+    shown = capsys.readouterr().out
+    assert "held-out questions" in shown and "optimizer steps taken" in shown
+
+
+def test_the_table_shows_percent_and_points():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(before_after_table({"mean@16": 0.25}, {"mean@16": 0.5, "x/mean@16": 1.0}))
+    text = console.export_text()
+    assert "25.0 -> 50.0 (+25.0)" in text and "100.0" in text
+    console.file.close()
+
+
+def test_predictions_are_written_as_they_come(qwen3, tmp_path):
+    path = tmp_path / "out.jsonl"
+    run = trainer(tmp_path, callbacks=[PredictionWriter(str(path))])
+    run.predict(module(qwen3), data(val=Toys(6)), return_predictions=False)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(records) == 6 * 2 and records[0]["key"] == "toy/0"
+    with pytest.raises(ConfigurationError, match="exists; move it"):
+        run.predict(module(qwen3), data(val=Toys(6)), return_predictions=False)
