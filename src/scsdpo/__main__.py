@@ -1,6 +1,7 @@
 """The command `scsdpo`: dispatches to the commands and turns users' mistakes into one line."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
@@ -38,6 +39,8 @@ def run(args: Sequence[str]) -> None:
     else:
         from scsdpo.cli import main as lightning
 
+        # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         lightning()
 
 

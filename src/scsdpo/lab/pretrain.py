@@ -60,7 +60,7 @@ class Mixture:
 
     bare: float = 0.3
     stumbling: float = 0.3
-    pitfall_rates: tuple[float, float] = (0.08, 0.68)
+    pitfall_rates: tuple[float, float] = (0.1, 0.7)
 
     def rate(self, pitfall: str) -> float:
         """How often a beginner falls into `pitfall`: uniform between the two, by hash."""
