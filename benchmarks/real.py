@@ -47,9 +47,10 @@ PHRASES = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
 """Of the response format, each one token."""
 
 
-def response(letter: str, rng: Random) -> str:
-    """Templated reasoning and a letter, in the format that the system turn asks for."""
-    thought = rng.choice(REASONING)
+def response(prompt: Prompt, letter: str, rng: Random) -> str:
+    """Templated reasoning that quotes the question's end, and a letter, in the asked format."""
+    question = prompt.messages[-1]["content"].partition("\n\nA: ")[0]
+    thought = f"{rng.choice(REASONING)} {question[-20:]}"
     return f"<reasoning>\n{thought}\n</reasoning>\n<answer>\n{letter}\n</answer>"
 
 
@@ -65,9 +66,9 @@ def examples(prompts: list[Prompt], rng: Random) -> Iterator[Example]:
             letter = rng.choice(options(prompt))
             messages = list(prompt.messages)
             if rng.random() < 0.5:
-                shown = response(letter, rng)
+                shown = response(prompt, letter, rng)
                 messages = Templates().fill(prompt.messages, demonstration=shown)
-            yield Example(messages=messages, response=response(letter, rng))
+            yield Example(messages=messages, response=response(prompt, letter, rng))
 
 
 def check(folder: Path, prompts: list[Prompt], rng: Random) -> tuple[float, float]:
@@ -79,7 +80,7 @@ def check(folder: Path, prompts: list[Prompt], rng: Random) -> tuple[float, floa
     letters = [rng.choice(options(prompt)) for prompt in prompts]
     told = [
         replace(
-            p, messages=tuple(Templates().fill(p.messages, demonstration=response(letter, rng)))
+            p, messages=tuple(Templates().fill(p.messages, demonstration=response(p, letter, rng)))
         )
         for p, letter in zip(prompts, letters, strict=True)
     ]
@@ -93,7 +94,7 @@ def warm_start(prompts: list[Prompt], out: Path, args: argparse.Namespace) -> di
     rng = Random(args.seed)
     torch.manual_seed(args.seed)
     texts = [message["content"] for prompt in prompts for message in prompt.messages]
-    texts += [response(letter, rng) for letter in "ABCD" for _ in range(500)]
+    texts += [response(prompt, "A", rng) for prompt in prompts]
     tokenizer = train_tokenizer(texts, args.vocabulary, phrases=PHRASES)
     config = Qwen3Config(
         hidden_size=args.hidden,
