@@ -1,6 +1,6 @@
 """Does it learn on real questions? SC-SDPO from a small warm-started policy, on 2 CPU cores.
 
-    python benchmarks/real.py --source DIR [--task configs/tasks/biology.yaml] [--minutes 15]
+    python benchmarks/real.py --source DIR [--task configs/tasks/biology.yaml] [--minutes 6]
 
 DIR holds the task's train.json and test.json. Three stages, all in a folder of their own:
 
@@ -190,17 +190,20 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="folder with train.json and test.json")
     parser.add_argument("--task", type=Path, default=ROOT / "configs" / "tasks" / "biology.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    parser.add_argument("--minutes", type=int, default=15, help="of training")
+    parser.add_argument("--minutes", type=int, default=6, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--warmup-steps", type=int, default=150, help="a round")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--warmup-steps", type=int, default=250, help="a round")
+    parser.add_argument("--lr", type=float, default=2e-4)
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out: {args.out} exists; choose a new folder")
-    domain = yaml.safe_load(args.task.read_text())["data"]["train"]["init_args"]["domain"]
+    settings = yaml.safe_load(args.task.read_text())["data"]["train"]["init_args"]
+    if "domain" not in settings:
+        parser.error(f"--task: {args.task} has no letters to choose from; name a science task")
+    domain = settings["domain"]
     source = SciKnowEval(domain, "train", source=args.source)
     prompts = [source[i] for i in range(len(source))]
     print(json.dumps({"warm-up": warm_start(prompts, args.out / "policy", args)}), flush=True)
