@@ -128,11 +128,11 @@ def warm_start(prompts: list[Prompt], out: Path, args: argparse.Namespace) -> di
     }
 
 
-def scsdpo(command: str, args: argparse.Namespace, out: Path, *extra: str) -> None:
+def fit(args: argparse.Namespace, out: Path) -> None:
     """Run the command line with the paper's configuration, policy and data replaced."""
     subprocess.run(
         [
-            *(sys.executable, "-m", "scsdpo", command),
+            *(sys.executable, "-m", "scsdpo", "fit"),
             f"--config={ROOT / 'configs' / 'qwen3.yaml'}",
             f"--config={args.task}",
             f"--model.policy.name_or_path={out / 'policy'}",
@@ -147,7 +147,11 @@ def scsdpo(command: str, args: argparse.Namespace, out: Path, *extra: str) -> No
             f"--seed_everything={args.seed}",
             f"--model.sampling.seed={args.seed}",
             f"--data.seed={args.seed}",
-            *extra,
+            "--trainer.limit_val_batches=0",
+            "--checkpoint.monitor=null",
+            "--checkpoint.save_top_k=0",
+            "--trainer.max_steps=100000",
+            f"--trainer.max_time=00:00:{args.minutes:02d}:00",
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -167,16 +171,7 @@ def mean_at_16(folder: Path, prompts: list[Prompt]) -> float:
 def train(args: argparse.Namespace, out: Path) -> dict[str, float]:
     """Stage 2; the trained policy goes to `out / "trained"`, by `scsdpo export`."""
     start = time.perf_counter()
-    scsdpo(
-        "fit",
-        args,
-        out,
-        "--trainer.limit_val_batches=0",
-        "--checkpoint.monitor=null",
-        "--checkpoint.save_top_k=0",
-        "--trainer.max_steps=100000",
-        f"--trainer.max_time=00:00:{args.minutes:02d}:00",
-    )
+    fit(args, out)
     seconds = round(time.perf_counter() - start)
     (checkpoint,) = (out / "runs").rglob("last.ckpt")
     command = [sys.executable, "-m", "scsdpo", "export", f"--ckpt={checkpoint}"]

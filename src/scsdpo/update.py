@@ -291,20 +291,23 @@ def token_budget(
         longest[row // group] = max(total, longest.get(row // group, 0))
     order = sorted(rows, key=lambda row: (-longest[row // group], row))
     batches: list[list[int]] = []
+    met: list[set[tuple[int, ...]]] = [set() for _ in prompts]
+    totals = [0 for _ in prompts]
     for row in order:
-        if batches and _tokens([*batches[-1], row], lengths, prompts) <= max_tokens:
+        own = [each[row] for each in prompts]
+        grown = [
+            total + lengths[row] + (0 if prompt in seen else len(prompt))
+            for total, prompt, seen in zip(totals, own, met, strict=True)
+        ]
+        if batches and max(grown) <= max_tokens:
             batches[-1].append(row)
+            totals = grown
+            for seen, prompt in zip(met, own, strict=True):
+                seen.add(prompt)
         else:
             batches.append([row])
+            met, totals = [{prompt} for prompt in own], [lengths[row] + len(p) for p in own]
     return [sorted(batch) for batch in batches]
-
-
-def _tokens(
-    rows: Sequence[int], lengths: Sequence[int], prompts: Sequence[Sequence[tuple[int, ...]]]
-) -> int:
-    """Tokens of the larger forward over `rows`."""
-    responses = sum(lengths[row] for row in rows)
-    return responses + max(sum(map(len, {each[row] for row in rows})) for each in prompts)
 
 
 def _place(values: Tensor, here: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class CausalLM(nn.Module):
         """Tokens of a training micro-batch for which half of the free memory has room.
 
         Activations are counted as 40 hidden sizes a token and layer (2 and one layer's 40 under
-        gradient checkpointing). On CPU at most 2048, where larger ones gain no speed.
+        gradient checkpointing). On CPU at most 2048, to keep its memory small.
         """
         config = self.language_model.config.get_text_config()
         device = self.language_model.device
