@@ -99,7 +99,7 @@ def parts(policy, advantage, *, teacher=None, reference=None, weighting=None, **
         "reduction": SequenceMean(),
         "importance": NoImportance(),
     } | update
-    needs = settings["token_weighting"].needs | advantage.needs
+    needs = settings["token_weighting"].needs | advantage.needs | settings["importance"].needs
     return batch, Update(teacher=teacher, reference=reference, needs=needs, **settings)
 
 

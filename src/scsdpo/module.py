@@ -115,7 +115,7 @@ class PolicyOptimizer(L.LightningModule):
             token_weighting=token_weighting,
             reduction=reduction,
             importance=importance,
-            needs=token_weighting.needs | advantage.needs,
+            needs=token_weighting.needs | advantage.needs | importance.needs,
         )
         self.validation = ByCategory()
         # Counts batches, not steps: a batch that took no step must not be drawn again.

@@ -85,6 +85,7 @@ class Blend(Advantage):
             needs_teacher=union([p.needs_teacher for p in plans]),
             needs_reference=union([p.needs_reference for p in plans]),
             credit=partial(_sum, terms),
+            derivations=tuple(make for plan in plans for make in plan.derivations),
         )
 
 
