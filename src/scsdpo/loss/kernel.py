@@ -13,9 +13,9 @@ from scsdpo.loss.credit import Chunk, Credit, weighted
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
 from scsdpo.signals import Signals
 
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Size of one [n, V] float32 table; three of them are kept for a divergence on a top-k support."""
-FEWEST_ROWS = 32
+FEWEST_ROWS = 64
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
 
 
