@@ -75,18 +75,25 @@ def judged(policy, seed=0):
 def questions(batch, chosen):
     """Some questions of a dataclass whose tensors and tuples have one entry a question."""
     cut = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v[chosen] for k, v in cut.items() if isinstance(v, Tensor | tuple)})
+    return replace(
+        batch,
+        **{
+            name: value[chosen] if isinstance(value, Tensor) else tuple(value[q] for q in chosen)
+            for name, value in cut.items()
+            if isinstance(value, Tensor | tuple)
+        },
+    )
 
 
 def parts(
-    policy, advantage, *, teacher=None, reference=None, weighting=None, chosen=slice(None), **update
+    policy, advantage, *, teacher=None, reference=None, weighting=None, chosen=range(Q), **update
 ):
     """Batch and update of some strategies on the `chosen` questions, teachers configured."""
     teacher = NoTeacher() if teacher is None else teacher
     reference = NoTeacher() if reference is None else reference
     teacher.configure(policy, "teacher")
     reference.configure(policy, "reference")
-    rollouts, outcomes = (questions(x, chosen) for x in judged(policy))
+    rollouts, outcomes = (questions(x, list(chosen)) for x in judged(policy))
     contexts = teacher.contexts(policy.chat, rollouts, outcomes)
     batch = Batch(
         rollouts=rollouts,

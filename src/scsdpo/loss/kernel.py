@@ -217,7 +217,7 @@ class _Gradients:
         else:
             self.hidden[part] = narrow @ weight
         if self.weight is not None and self.weight.dtype == narrow.dtype:
-            self.weight.addmm_(narrow.T, hidden)
+            torch.addmm(self.weight, narrow.T, hidden, out=self.weight)
         elif self.weight is not None:
             self.weight.add_(narrow.T @ hidden)
         if self.bias is not None:
