@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,8 +33,8 @@ class Colocated(Engine):
 
     Raises:
         ValueError: if a number is not positive.
-        ConfigurationError: from `generate`, if vLLM is not installed, several processes train, or
-            there is nothing to put to sleep.
+        ConfigurationError: from `generate`, if vLLM is not installed, several processes train,
+            there is nothing to put to sleep, or vLLM would compile the policy's own class.
     """
 
     def __init__(
@@ -95,10 +95,14 @@ class Colocated(Engine):
                 "use HFRollout"
             ) from error
         chosen = {"cuda": "bfloat16"}.get(device, "float32") if self.dtype == "auto" else self.dtype
-        return LLM(
-            model=policy.chat.tokenizer.name_or_path,
+        with _class_kept(type(policy.language_model.get_decoder()), self.enforce_eager):
+            return self._make(LLM, policy.chat.tokenizer.name_or_path, chosen)
+
+    def _make(self, kind: Callable[..., Any], path: str, dtype: str) -> Any:
+        return kind(
+            model=path,
             load_format="dummy",  # the policy's come before anything is sampled
-            dtype=chosen,
+            dtype=dtype,
             max_model_len=self.max_model_len,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
             enforce_eager=self.enforce_eager,
@@ -179,3 +183,30 @@ def _contained() -> Iterator[None]:
             random.setstate(before[0])
             np.random.set_state(before[1])
             torch.set_num_threads = before[2]
+
+
+@contextmanager
+def _class_kept(decoder: type, enforce_eager: bool) -> Iterator[None]:
+    """Give the policy's class back as it was.
+
+    An architecture that vLLM has no code of its own for (OLMo-3 in 0.32) runs from transformers'
+    class, which vLLM changes in place for its compiler: objects made before, such as the policy,
+    can then not be called any more. Without compilation the unchanged class does as well.
+    """
+    bases, own = decoder.__bases__, dict(vars(decoder))
+    try:
+        yield
+    finally:
+        changed = decoder.__bases__ != bases
+        if changed:
+            decoder.__bases__ = bases
+            for name in ("__init__", "__call__"):
+                if name in own:
+                    setattr(decoder, name, own[name])
+                elif name in vars(decoder):
+                    delattr(decoder, name)
+    if changed and not enforce_eager:
+        raise ConfigurationError(
+            f"model.rollout.engine.enforce_eager: vLLM compiles {decoder.__name__} in place, the "
+            "policy's own class: set it to true, or use the engine Servers"
+        )

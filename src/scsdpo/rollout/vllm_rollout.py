@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import CausalLM, Chat
+from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
 from scsdpo.types import Prompt, Rollouts, Sampling, stable_hash
 
@@ -26,7 +26,7 @@ class Request:
     """Fields of `vllm.SamplingParams`; plain values, so that they travel as JSON too."""
 
     @classmethod
-    def of(cls, prompt: Prompt, sampling: Sampling, chat: Chat) -> "Request":
+    def of(cls, prompt: Prompt, sampling: Sampling, policy: CausalLM) -> "Request":
         """`sampling.n` responses to `prompt`.
 
         vLLM seeds response i with `seed` + i: it depends on (seed, prompt key, i) only.
@@ -46,7 +46,8 @@ class Request:
                 "stop": list(stops),
                 "include_stop_str_in_output": True,
                 "detokenize": bool(stops),
-                "stop_token_ids": list(chat.eos_ids),
+                # It refuses ids that no token has.
+                "stop_token_ids": [i for i in policy.chat.eos_ids if i < policy.vocabulary],
                 "ignore_eos": True,  # it would end at one id only, and not say at which
                 "logprobs": 0,  # of the drawn token alone
             },
@@ -115,7 +116,7 @@ class VLLMRollout(Rollout):
         for prompt in prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
-        requests = [Request.of(prompt, sampling, policy.chat) for prompt in prompts]
+        requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
         version, answers = self.engine.generate(policy, requests)
         return _rollouts(policy, prompts, sampling, answers, version)
 
