@@ -1,5 +1,8 @@
 """The real vLLM, on CPU: `make test-vllm`. Nothing here is skipped: without vLLM it fails."""
 
+import pytest
+from servers import Running
+
 VLLMS_OWN = (
     "ignore:.*torch.distributed.reduce_op:FutureWarning",
     "ignore:.*NUMA binding:UserWarning",
@@ -10,3 +13,15 @@ VLLMS_OWN = (
 def pytest_configure(config):
     for line in VLLMS_OWN:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def two_servers(tmp_path_factory):
+    """Two servers of the shipped policy; a test that harms one leaves it well."""
+    folder = tmp_path_factory.mktemp("servers")
+    started = [Running(folder), Running(folder)]
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            server.kill()

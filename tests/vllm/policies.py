@@ -17,7 +17,7 @@ def lora_policy(folder):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+            torch.nn.init.normal_(parameter, std=0.01, generator=generator)
     return policy
 
 

@@ -87,6 +87,8 @@ class Colocated(Engine):
         _check_place(device, self.sleep)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights pass by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # Lightning takes vLLM's world of one for several devices.
+        warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
         try:
             from vllm import LLM
         except ImportError as error:
