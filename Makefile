@@ -17,7 +17,7 @@ test: $(INSTALLED)
 # Against the real vLLM, its CPU build, in an environment of its own. Two OpenMP runtimes on the same
 # cores would spin, hence one thread; the compiler is off because its first call takes minutes.
 test-vllm: $(VLLM_INSTALLED)
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm --no-skips
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
