@@ -15,9 +15,10 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 # Against the real vLLM, its CPU build, in an environment of its own. Two OpenMP runtimes on the same
-# cores would spin, hence one thread; the compiler is off because its first call takes minutes.
+# cores would spin, hence one thread; vLLM compiles some functions even when told to be eager, hence no
+# dynamo.
 test-vllm: $(VLLM_INSTALLED)
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/real_vllm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
