@@ -160,10 +160,6 @@ def error(code, message):
             {"/collective_rpc": (200, {"results": [GOOD | {"quantization": "fp8"}]})},
             r"holds its weights quantised \(fp8\)",
         ),
-        (
-            {"/collective_rpc": (200, {"results": [GOOD | {"max_model_len": 10}]})},
-            "room for 10: start the server http.* with a larger --max-model-len",
-        ),
     ],
 )
 def test_a_server_that_was_started_otherwise_is_refused_with_the_flag(
@@ -181,6 +177,14 @@ def ready(policy):
         "/collective_rpc": (200, {"results": [GOOD]}),
         "/weight_info": (200, {"weight_version": digest(policy)}),
     }
+
+
+def test_a_server_without_room_for_a_response_is_refused_with_the_flag(policy, canned):
+    small = {"results": [GOOD | {"max_model_len": 10}]}
+    canned.answers |= ready(policy) | {"/collective_rpc": (200, small)}
+    message = f"room for 10: start the server {canned.url} with a larger --max-model-len"
+    with pytest.raises(ConfigurationError, match=message):
+        sample(policy, Servers([canned.url], Download(), patience=0.1))
 
 
 def test_a_server_without_scale_out_is_refused_with_the_flag(policy, canned):
@@ -254,7 +258,7 @@ def test_responses_from_other_weights_are_never_returned(policy, canned):
 def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks):
     canned.answers |= ready(policy) | {"/weight_info": (200, {"weight_version": "default"})}
     with pytest.raises(TrainingStopped, match="has not got these weights from rank 0 yet"):
-        sample(policy, Servers([canned.url], Download(), patience=0.2))
+        sample(policy, Servers([canned.url], Download(), patience=0.1, timeout=0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

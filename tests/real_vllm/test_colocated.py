@@ -91,6 +91,19 @@ def test_without_resetting_the_prefix_cache_long_prompts_are_wrong(case, monkeyp
     assert max(gap.max() for gap in gaps(case.policy, case.sample())) < PARITY
 
 
+def test_a_tied_head_is_stale_unless_it_is_packed_again(case, request, monkeypatch):
+    """The trap itself: if this passes no more, `_repack_heads` is no longer needed."""
+    case.sample()
+    with monkeypatch.context() as plain:
+        plain.setattr("scsdpo.rollout.weight_receiver._repack_heads", lambda _: None)
+        move(case.policy, 11)
+        gap = torch.cat(gaps(case.policy, case.sample()))
+    tied = request.node.callspec.params["case"] == "tied"  # LoRA leaves the embedding as it is
+    assert gap.mean() > 0.01 if tied else gap.max() < PARITY
+    move(case.policy, 12)
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < PARITY
+
+
 def test_equal_weights_are_not_brought_again(case, monkeypatch):
     version = case.sample().version
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import subprocess
 import sys
 import threading
 import time
@@ -73,6 +74,22 @@ def test_a_run_with_servers_over_http(fit, tmp_path, two_servers):
     assert len(gaps) == 6 and max(gaps) < 1e-5
     last = [Server(server.url).version() for server in two_servers]
     assert last[0] == last[1] != first[0]
+
+
+def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(tmp_path, two_servers):
+    command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
+    files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [*map(str, (*command, *files, *SHORT, *ranks, urls(two_servers)))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 1e-5
 
 
 def test_a_server_killed_midway_ends_the_run_with_one_line_that_names_it(fit, two_servers, capsys):

@@ -4,9 +4,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,19 +81,12 @@ class Servers(Engine):
         self.patience = patience
         self.timeout = timeout
         self._offer: _Offer | None = None
+        self._described: dict[str, dict[str, Any]] = {}
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request]
     ) -> tuple[str, list[list[Answer]]]:
-        version = digest(policy)
-        described = [self._patiently(server, server.describe) for server in self.servers]
-        for server, seen in zip(self.servers, described, strict=True):
-            check_length(
-                requests,
-                seen["max_model_len"],
-                f"start the server {server.url} with a larger --max-model-len",
-            )
-        offer = self._write(policy, version, {seen["dtype"] for seen in described})
+        offer = self._write(policy, digest(policy))
         shares = [requests[i :: len(self.servers)] for i in range(len(self.servers))]
 
         def ask(server: Server, share: Sequence[Request]) -> list[list[Answer]]:
@@ -99,7 +94,8 @@ class Servers(Engine):
 
         with ThreadPoolExecutor(len(self.servers)) as pool:
             parts = list(pool.map(ask, self.servers, shares))
-        return version, [parts[q % len(parts)][q // len(parts)] for q in range(len(requests))]
+        answers = [parts[q % len(parts)][q // len(parts)] for q in range(len(requests))]
+        return offer.version, answers
 
     def close(self) -> None:
         self._forget()
@@ -112,6 +108,7 @@ class Servers(Engine):
             try:
                 return action()
             except Unreachable as error:
+                self._described.pop(server.url, None)
                 deadline = deadline or time.monotonic() + self.patience
                 if time.monotonic() > deadline:
                     raise TrainingStopped(
@@ -125,48 +122,72 @@ class Servers(Engine):
         self, server: Server, requests: Sequence[Request], offer: _Offer
     ) -> list[list[Answer]]:
         """Responses under the weights of `offer`, which the server gets if it has others."""
-        if server.version() != offer.version:
-            if _rank() != 0:
-                raise Unreachable("has not got these weights from rank 0 yet")
+        if _rank() != 0:
+            self._await(server, offer.version)
+        elif server.version() != offer.version:
             server.load(offer.locations, offer.tensors, offer.version, self.timeout)
-        answers = server.generate(requests, self.timeout) if requests else []
+        if not requests:
+            return []
+        remedy = f"start the server {server.url} with a larger --max-model-len"
+        check_length(requests, self._describe(server)["max_model_len"], remedy)
+        answers = server.generate(requests, self.timeout)
         mixed = {v for group in answers for row in group for v in row.versions} - {offer.version}
         if mixed:
             raise Unreachable(f"sampled from weights {min(mixed)}, not {offer.version}")
         return answers
 
-    def _write(self, policy: CausalLM, version: str, dtypes: set[str]) -> _Offer:
-        """The policy's weights as files, unless they lie there already."""
-        if len(dtypes) > 1:
-            raise ConfigurationError(
-                "model.rollout.engine: the vLLM servers hold weights of different dtypes "
-                f"({', '.join(sorted(dtypes))}): start them with the same --dtype"
-            )
+    def _await(self, server: Server, version: str) -> None:
+        """Until rank 0 has brought the weights; a server that loads does not answer meanwhile."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            with suppress(Unreachable):
+                if server.version() == version:
+                    return
+            if time.monotonic() > deadline:
+                raise Unreachable("has not got these weights from rank 0 yet")
+            time.sleep(_PAUSE)
+
+    def _describe(self, server: Server) -> dict[str, Any]:
+        """What the server said of itself, asked anew after it was away: it may be another one."""
+        if server.url not in self._described:
+            self._described[server.url] = server.describe()
+        return self._described[server.url]
+
+    def _write(self, policy: CausalLM, version: str) -> _Offer:
+        """The policy's weights as files of rank 0, unless they lie there already."""
         if self._offer is not None and self._offer.version == version:
             return self._offer
-        if _rank() != 0 and not is_sharded(policy):
-            return _Offer(version=version, folder=Path(), locations=[], tensors=0)
-        folder = self.delivery.open() / version
-        files, tensors = write_weights(
-            merged_weights(policy),
-            folder,
-            dtype=getattr(torch, dtypes.pop()),
-            keep=_rank() == 0,
-        )
+        writes = _rank() == 0
+        folder, dtype = Path(), torch.float32
+        if writes:
+            folder, dtype = self.delivery.open() / version, self._dtype()
+        weights = merged_weights(policy) if writes or is_sharded(policy) else ()
+        files, tensors = write_weights(weights, folder, dtype=dtype, keep=writes)
         self._forget()
         self._offer = _Offer(
             version=version,
             folder=folder,
-            locations=self.delivery.locations(files),
+            locations=self.delivery.locations(files) if writes else [],
             tensors=tensors,
         )
         return self._offer
 
+    def _dtype(self) -> torch.dtype:
+        """The servers' own: files in a wider one would be rounded to it anyway."""
+        told = [self._patiently(s, partial(self._describe, s)) for s in self.servers]
+        dtypes = sorted({seen["dtype"] for seen in told})
+        if len(dtypes) > 1:
+            raise ConfigurationError(
+                "model.rollout.engine: the vLLM servers hold weights of different dtypes "
+                f"({', '.join(dtypes)}): start them with the same --dtype"
+            )
+        return getattr(torch, dtypes[0])
+
     def _forget(self) -> None:
         """Remove the files of the last weights."""
-        if self._offer is not None:
+        if self._offer is not None and self._offer.locations:
             shutil.rmtree(self._offer.folder, ignore_errors=True)
-            self._offer = None
+        self._offer = None
 
 
 def _rank() -> int:
