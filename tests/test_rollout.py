@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt, Sampling
@@ -299,7 +305,7 @@ def test_an_unrendered_prompt_is_refused(policy, prompts):
 
 def test_layers_of_other_kinds_are_refused(policy, prompts):
     policy.language_model.config.layer_types[0] = "linear_attention"
-    with pytest.raises(NotImplementedError, match="layers of linear_attention"):
+    with pytest.raises(ConfigurationError, match="layers of linear_attention: use VLLM"):
         HFRollout().sample(policy, prompts, SAMPLING)
 
 
@@ -308,5 +314,18 @@ def test_a_layer_that_bypasses_the_attention_is_refused(policy, prompts, monkeyp
     monkeypatch.setattr(
         layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None)
     )
-    with pytest.raises(NotImplementedError, match="1 of the 2 layers of Qwen3ForCausalLM"):
+    with pytest.raises(ConfigurationError, match="1 of the 2 layers of Qwen3ForCausalLM"):
         HFRollout().sample(policy, prompts, SAMPLING)
+
+
+def test_sharded_weights_are_refused_with_the_remedy(policy, prompts):
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        norm = policy.language_model.get_decoder().norm
+        parts = distribute_tensor(norm.weight.data, init_device_mesh("cpu", (2,)), [Shard(0)])
+        norm.weight = nn.Parameter(parts)
+        remedy = r"^model\.rollout: HFRollout .* use VLLMRollout with the engine Servers"
+        with pytest.raises(ConfigurationError, match=remedy):
+            HFRollout().sample(policy, prompts, SAMPLING)
+    finally:
+        dist.destroy_process_group()

@@ -100,7 +100,7 @@ def test_sleep_on_cpu_is_refused(policy):
 
 
 def test_an_engine_in_process_is_refused_beside_other_ranks(policy, ranks):
-    with pytest.raises(ConfigurationError, match="Colocated runs in one process, and 2 are train"):
+    with pytest.raises(ConfigurationError, match="a group of 2 already: use the engine Servers"):
         sample(policy, Colocated())
 
 

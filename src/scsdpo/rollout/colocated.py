@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length
+from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length, not_quantised
 from scsdpo.rollout.weights import digest, merged_weights
 
 
@@ -33,8 +33,8 @@ class Colocated(Engine):
 
     Raises:
         ValueError: if a number is not positive.
-        ConfigurationError: from `generate`, if vLLM is not installed, several processes train,
-            there is nothing to put to sleep, or vLLM would compile the policy's own class.
+        ConfigurationError: from `generate`, if vLLM is not installed, torch.distributed is in
+            use, there is nothing to put to sleep, or vLLM would compile the policy's own class.
     """
 
     def __init__(
@@ -98,7 +98,10 @@ class Colocated(Engine):
             ) from error
         chosen = {"cuda": "bfloat16"}.get(device, "float32") if self.dtype == "auto" else self.dtype
         with _class_kept(type(policy.language_model.get_decoder()), self.enforce_eager):
-            return self._make(LLM, policy.chat.tokenizer.name_or_path, chosen)
+            llm = self._make(LLM, policy.chat.tokenizer.name_or_path, chosen)
+        (described,) = llm.collective_rpc("scsdpo_describe")
+        not_quantised(described["quantization"], "vLLM, told so by the checkpoint's config,")
+        return llm
 
     def _make(self, kind: Callable[..., Any], path: str, dtype: str) -> Any:
         return kind(
@@ -112,7 +115,6 @@ class Colocated(Engine):
             # vLLM's default is of the logits before temperature and cuts.
             logprobs_mode="processed_logprobs",
             worker_extension_cls="scsdpo.rollout.WeightReceiver",
-            quantization=None,
             disable_log_stats=True,
         )
 
@@ -151,10 +153,11 @@ def _answer(completion: Any) -> Answer:
 
 
 def _check_place(device: str, sleep: bool) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         raise ConfigurationError(
-            "model.rollout.engine: Colocated runs in one process, and "
-            f"{dist.get_world_size()} are training: use the engine Servers, or trainer.devices=1"
+            "model.rollout.engine: Colocated initialises torch.distributed for itself, and here is "
+            f"a group of {dist.get_world_size()} already: use the engine Servers, or "
+            "trainer.devices=1 with trainer.strategy=auto"
         )
     if device == "cuda":
         return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import TokenLogits
 from scsdpo.policy.attention import run_decoder
 from scsdpo.rollout.shared_prefix import Decode, Prefill, PrefixCache
@@ -177,7 +178,7 @@ def _refuse_other_layers(model: PreTrainedModel, cache: PrefixCache) -> None:
     """Every layer must have come through our attention; some keep another kind of state."""
     layers = model.config.get_text_config().num_hidden_layers
     if len(cache.layers) != layers:
-        raise NotImplementedError(
+        raise ConfigurationError(
             f"model.rollout: HFRollout stores keys and values only, and "
             f"{layers - len(cache.layers)} of the {layers} layers of {type(model).__name__} have "
             "none of transformers' attention interface: use VLLMRollout"

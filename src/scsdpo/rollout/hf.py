@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.flight import Flight, Group
@@ -38,7 +39,7 @@ class HFRollout(Rollout):
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
-        NotImplementedError: from `sample`, if the weights are sharded or a layer is of a kind
+        ConfigurationError: from `sample`, if the weights are sharded or a layer is of a kind
             that it cannot sample from.
     """
 
@@ -85,13 +86,13 @@ def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
 
 def _refuse_model(model: PreTrainedModel) -> None:
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise NotImplementedError(
+        raise ConfigurationError(
             "model.rollout: HFRollout samples from whole weights, and these are sharded over "
             "devices: use VLLMRollout with the engine Servers, or one device or DDP"
         )
     kinds = set(model.config.get_text_config().to_dict().get("layer_types") or _ATTENTION)
     if others := sorted(kinds - _ATTENTION):
-        raise NotImplementedError(
+        raise ConfigurationError(
             f"model.rollout: HFRollout samples from full and sliding-window attention, and "
             f"{type(model).__name__} has layers of {', '.join(others)}: use VLLMRollout"
         )

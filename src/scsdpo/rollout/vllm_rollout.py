@@ -177,5 +177,5 @@ def not_quantised(quantization: object, where: str) -> None:
     if quantization is not None:
         raise ConfigurationError(
             f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
-            "it samples from is not the policy: start it without quantization"
+            "it samples from is not the policy: use a checkpoint and settings without quantization"
         )
