@@ -14,15 +14,15 @@ from scsdpo.rollout import Colocated, VLLMRollout
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
-PARITY = 1e-5
-"""Nats; float32 on both sides."""
+PARITY = {"tied": 1e-5, "untied": 1e-5, "sliding": 1e-5, "lora": 2e-5}
+"""Nats; float32 on both sides. Under LoRA one rounds W x + B A x, the other (W + B A) x."""
 
 
 class Case:
     """A policy with an engine of its own."""
 
-    def __init__(self, policy):
-        self.policy = policy
+    def __init__(self, policy, parity):
+        self.policy, self.parity = policy, parity
         self.engine = Colocated(max_model_len=512, kv_cache_gib=0.25, enforce_eager=True)
         self.rollout = VLLMRollout(self.engine)
         self.prompts = short_and_long(policy)
@@ -33,7 +33,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=list(MAKERS))
 def case(request, tmp_path_factory):
-    made = Case(MAKERS[request.param](tmp_path_factory.mktemp(request.param)))
+    policy = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
+    made = Case(policy, PARITY[request.param])
     yield made
     made.rollout.close()
 
@@ -42,7 +43,7 @@ def case(request, tmp_path_factory):
 def test_sampled_log_probs_are_the_trainers(case, temperature):
     rollouts = case.sample(replace(SAMPLING, temperature=temperature))
     assert int(rollouts.mask.sum()) > 100
-    assert max(gap.max() for gap in gaps(case.policy, rollouts)) < PARITY
+    assert max(gap.max() for gap in gaps(case.policy, rollouts)) < case.parity
     assert torch.equal(rollouts.sampling_logprobs, rollouts.policy_logprobs)
 
 
@@ -61,7 +62,7 @@ def test_prompt_log_probs_are_the_trainers(case):
         with case.policy.sampling_mode() as model:
             z = model(torch.tensor([asked.ids])).logits[0, :-1].log_softmax(-1)
         expected = z.gather(-1, torch.tensor(asked.ids[1:])[:, None])[:, 0]
-        assert (torch.tensor(said) - expected).abs().max() < PARITY
+        assert (torch.tensor(said) - expected).abs().max() < case.parity
 
 
 def test_an_unsynchronised_engine_is_wrong_and_synchronising_mends_it(case, monkeypatch):
@@ -75,7 +76,7 @@ def test_an_unsynchronised_engine_is_wrong_and_synchronising_mends_it(case, monk
         assert all(gap.mean() > 0.01 for gap in stale)
         rollouts = case.sample()
         for gap in gaps(case.policy, rollouts):
-            assert gap.max() < PARITY
+            assert gap.max() < case.parity
 
 
 def test_without_resetting_the_prefix_cache_long_prompts_are_wrong(case, monkeypatch):
@@ -84,11 +85,11 @@ def test_without_resetting_the_prefix_cache_long_prompts_are_wrong(case, monkeyp
     move(case.policy, 7)
     monkeypatch.setattr(case.engine._llm, "reset_prefix_cache", lambda: True)
     *short, long = gaps(case.policy, case.sample())
-    assert max(gap.max() for gap in short) < PARITY
+    assert max(gap.max() for gap in short) < case.parity
     assert long.mean() > 0.01
     monkeypatch.undo()
     move(case.policy, 8)
-    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < PARITY
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
 
 
 def test_a_tied_head_is_stale_unless_it_is_packed_again(case, request, monkeypatch):
@@ -99,9 +100,9 @@ def test_a_tied_head_is_stale_unless_it_is_packed_again(case, request, monkeypat
         move(case.policy, 11)
         gap = torch.cat(gaps(case.policy, case.sample()))
     tied = request.node.callspec.params["case"] == "tied"  # LoRA leaves the embedding as it is
-    assert gap.mean() > 0.01 if tied else gap.max() < PARITY
+    assert gap.mean() > 0.01 if tied else gap.max() < case.parity
     move(case.policy, 12)
-    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < PARITY
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
 
 
 def test_equal_weights_are_not_brought_again(case, monkeypatch):
@@ -151,7 +152,7 @@ def test_cut_log_probs_are_renormalised_and_the_policys_unknown(case, cut):
         place = order.tolist().index(token)
         assert kept[place]
         expected = (probs[place] / probs[kept].sum()).log()
-        assert abs(rollouts.sampling_logprobs[1, 0, t] - expected) < PARITY
+        assert abs(rollouts.sampling_logprobs[1, 0, t] - expected) < case.parity
 
 
 def test_any_end_id_and_any_stop_string_ends_a_response(case):
@@ -194,4 +195,4 @@ def test_closing_undoes_torch_distributed_and_sampling_may_go_on(case):
     torch.set_num_threads(threads + 1)  # vLLM replaces this function by one that does nothing
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
-    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < PARITY
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
