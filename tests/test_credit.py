@@ -204,7 +204,8 @@ def test_any_blend_under_any_importance_equals_autograd(problem, parts, importan
     expected = (factor * torch.stack(active).sum(0)).sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel.CHUNK_BYTES, "cpu", 1)
-        patch.setattr(kernel, "FEWEST_ROWS", 2)
+        patch.setattr(kernel, "FEWEST_ROWS", 3)
+        patch.setitem(kernel.BLOCK_BYTES, "cpu", 4 * VOCABULARY * 2)
         same_gradients(problem.kernel(blend, importance), expected, problem)
 
 
