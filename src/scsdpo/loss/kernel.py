@@ -16,7 +16,7 @@ from scsdpo.signals import Signals
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
 trunk of its teachers are alive."""
-FEWEST_ROWS = 64
+FEWEST_ROWS = 128
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """Of the part of a chunk that everything between the products works on; on CPU it stays in the

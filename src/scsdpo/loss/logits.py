@@ -114,9 +114,7 @@ class TokenLogits:
 
     def entropy(self) -> Tensor:
         """[n]: H(S) = log_normalizer - sum_v S(v) z(v), nats; a forbidden token contributes 0."""
-        # A batched product: an elementwise one would be one more [n, V] table.
-        with torch.autocast(self.logits.device.type, enabled=False):
-            mean = torch.bmm(self.probs[:, None], self.logits[..., None])[:, 0]
+        mean = torch.mul(self.probs, self.logits, out=self._table()).sum(-1, keepdim=True)
         entropy = self.log_normalizer - mean
         if bool(entropy.isfinite().all()):
             return entropy[:, 0]
