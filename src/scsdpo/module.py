@@ -27,7 +27,7 @@ from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 from scsdpo.update import Batch, Update
-from scsdpo.verifiers import verify_all
+from scsdpo.verifiers import Verification, VerifierPool, report_errors
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
@@ -55,6 +55,7 @@ class PolicyOptimizer(L.LightningModule):
         reference: a second teacher, for anchors.
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
+        verification: how responses are judged: processes and deadlines.
         optimizer: made from the trainable parameters.
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
@@ -83,6 +84,7 @@ class PolicyOptimizer(L.LightningModule):
         reference: Teacher = NoTeacher(),
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
+        verification: Verification = Verification(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
             o, factor=1.0
@@ -117,6 +119,7 @@ class PolicyOptimizer(L.LightningModule):
             importance=importance,
             needs=token_weighting.needs | advantage.needs,
         )
+        self.verifiers = VerifierPool(verification)
         self.validation = ByCategory()
         # Counts batches, not steps: a batch that took no step must not be drawn again.
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -124,6 +127,14 @@ class PolicyOptimizer(L.LightningModule):
         self.batches: Tensor
         self.skipped: Tensor
         self.bad_steps = self.idle_batches = 0
+
+    def setup(self, stage: str) -> None:
+        """Start the processes that judge; they are ready before the weights are."""
+        self.verifiers.start()
+
+    def teardown(self, stage: str) -> None:
+        """End them."""
+        self.verifiers.close()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -164,8 +175,9 @@ class PolicyOptimizer(L.LightningModule):
             self._optimize(batch if i == 0 else old, part)
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
-        """Verdicts of each prompt's verifier."""
-        verdicts = verify_all(rollouts.prompts, rollouts.texts)
+        """Verdicts of each prompt's verifier; those that failed are logged."""
+        verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
+        report_errors(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,

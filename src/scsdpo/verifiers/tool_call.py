@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from scsdpo.types import Prompt, Verdict
+from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier
 
 _HEADER = re.compile(r"^[ \t]*(Action|Action Input)[ \t]*:[ \t]*", re.MULTILINE)
