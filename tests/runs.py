@@ -12,13 +12,14 @@ from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA
 from scsdpo.types import Prompt, Sampling
+from scsdpo.verifiers import Verifier
 from scsdpo.weighting import PassRate
 
 __all__ = ["Always", "Coin", "Toys", "data", "module", "trainer", "weights"]
 
 
 class Toys(Source):
-    def __init__(self, size=12, verifier=Coin()):
+    def __init__(self, size: int = 12, verifier: Verifier = Coin()):
         self.size, self.verifier = size, verifier
 
     def __len__(self):
