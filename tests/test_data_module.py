@@ -16,6 +16,7 @@ from scsdpo.data import rendered as rendered_module
 from scsdpo.data.loader import EpochSampler
 from scsdpo.data.rendered import Rendered
 from scsdpo.policy import Chat
+from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import ExactMatch
 from shared import SHARED, needs_shared
 
@@ -125,7 +126,7 @@ class Recorder(LightningModule):
 
     def __init__(self, chat):
         super().__init__()
-        self.policy = SimpleNamespace(chat=chat)
+        self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
         self.layer = torch.nn.Linear(1, 1)
         self.trained, self.validated = [], []
 
@@ -278,7 +279,7 @@ def test_fewer_questions_than_a_batch_are_refused(chat):
 
 def trainer_of(chat, world_size):
     """As much of a trainer as the data module asks for."""
-    module = SimpleNamespace(policy=SimpleNamespace(chat=chat))
+    module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
     return SimpleNamespace(
         world_size=world_size, global_rank=0, overfit_batches=0, lightning_module=module
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import re2  # type: ignore[import-untyped]
+import re2
 
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier

@@ -38,7 +38,7 @@ def main() -> None:
         report.write(f"{secret} {json.dumps(failure)}\n")
         report.flush()
 
-    names = {"__name__": "solution"}
+    names: dict[str, object] = {"__name__": "solution"}
     for number, source in enumerate([job["code"], *job["tests"]]):
         failure = run(source, names, is_test=number > 0)
         say(failure)
