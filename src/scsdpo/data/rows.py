@@ -47,7 +47,7 @@ class Rows:
         Raises:
             FileNotFoundError, ValueError: as `table`.
         """
-        if self._is_file and self._place.is_file():
+        if self._is_file and self._place.is_file() and self._place.stat().st_size:
             import datasets  # slow to import
 
             kind = _FORMATS.get(self._place.suffix, "json")
