@@ -60,7 +60,7 @@ class EpochSampler(DistributedSampler):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         rest = self.epoch_size - self.asked % self.epoch_size
         # Only a run that was resumed with other batches has a rest that does not fill any.
         rest = rest // self.batch_size * self.batch_size or self.epoch_size
@@ -77,7 +77,7 @@ class QuestionLoader(DataLoader):
     gives the same prompt each time, hence there is nothing else to restore.
     """
 
-    def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[PromptBatch]:
         sampler = cast(EpochSampler, self.sampler)
         for batch in super().__iter__():
             sampler.asked += len(batch) * sampler.num_replicas

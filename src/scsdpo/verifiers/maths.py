@@ -10,9 +10,9 @@ from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier
 from scsdpo.verifiers.answer import last_answer
 
-MAX_ANSWER = 500
+MAX_ANSWER = 300
 r"""Characters of a final answer: a longer one is no answer, and its parsing would take its time."""
-_TAIL = 500
+_TAIL = 200
 
 
 @dataclass(frozen=True, kw_only=True)

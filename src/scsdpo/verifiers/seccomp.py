@@ -112,7 +112,6 @@ _DENIED = {
     "quotactl": (179, 60),
     "iopl": (172, _NONE),
     "ioperm": (173, _NONE),
-    "ioctl": (16, 29),
     "prctl": (157, 167),
     "prlimit64": (302, 261),
     "setrlimit": (160, 164),
@@ -122,6 +121,8 @@ _DENIED = {
 _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 _OPEN = {"open": ((2, _NONE), 1), "openat": ((257, 56), 2)}
 """Calls, and which argument has the flags."""
+_IOCTL = (16, 29)
+_NONBLOCKING = 0x5421  # FIONBIO, which asyncio needs; others type into terminals
 _CLONE = (56, 220)
 _CLONE_THREAD = 0x10000
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC; O_TMPFILE needs one
@@ -153,20 +154,21 @@ def program(machine: str) -> bytes:
                 code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, answer)]
     for numbers, argument in _OPEN.values():
         if numbers[column] != _NONE:
-            code += _by_flags(numbers[column], argument, _WRITING, set_bits=_REFUSE, clear=_ALLOW)
-    code += _by_flags(_CLONE[column], 0, _CLONE_THREAD, set_bits=_ALLOW, clear=_REFUSE)
+            code += _by_argument(numbers[column], argument, (_ANY_BIT, _WRITING), _REFUSE, _ALLOW)
+    code += _by_argument(_CLONE[column], 0, (_ANY_BIT, _CLONE_THREAD), _ALLOW, _REFUSE)
+    code += _by_argument(_IOCTL[column], 1, (_EQUAL, _NONBLOCKING), _ALLOW, _REFUSE)
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 
-def _by_flags(
-    number: int, argument: int, flags: int, *, set_bits: int, clear: int
+def _by_argument(
+    number: int, argument: int, test: tuple[int, int], then: int, otherwise: int
 ) -> list[tuple[int, int, int, int]]:
-    """For this call: `set_bits` if the argument has any of the flags, else `clear`."""
+    """For this call: the answer `then` if its argument passes the test, else `otherwise`."""
     return [
         (_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, _ARGUMENTS + 8 * argument),
-        (_ANY_BIT, 0, 1, flags),
-        (_RETURN, 0, 0, set_bits),
-        (_RETURN, 0, 0, clear),
+        (test[0], 0, 1, test[1]),
+        (_RETURN, 0, 0, then),
+        (_RETURN, 0, 0, otherwise),
     ]
