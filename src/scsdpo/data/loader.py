@@ -77,7 +77,7 @@ class QuestionLoader(DataLoader):
     gives the same prompt each time, hence there is nothing else to restore.
     """
 
-    def __iter__(self) -> Iterator[PromptBatch]:
+    def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
         sampler = cast(EpochSampler, self.sampler)
         for batch in super().__iter__():
             sampler.asked += len(batch) * sampler.num_replicas

@@ -1,11 +1,12 @@
 """What a run finds out about tokenizer and templates before it loads a weight."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from scsdpo.data._base import Source
 from scsdpo.data.rendered import rendered
@@ -13,6 +14,7 @@ from scsdpo.policy.chat import Chat
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
 
 _WORD = "scsdpo"
+_log = logging.getLogger(__name__)
 
 
 def check_start(module: Any, sources: Sequence[Source]) -> None:
@@ -38,12 +40,18 @@ def check_start(module: Any, sources: Sequence[Source]) -> None:
         if module.teacher.exists:
             found.append(_teacher(module, rendered(prompt, chat), source.name))
         rank_zero_info(f"{source.name}: {'; '.join(found)}")
+    _log_unread(chat)
+
+
+@rank_zero_only
+def _log_unread(chat: Chat) -> None:
     template = chat.tokenizer.chat_template
     for name in chat.template_kwargs:
         if isinstance(template, str) and name not in template:
-            rank_zero_warn(
-                f"model.policy.chat_template_kwargs: the chat template of "
-                f"{chat.tokenizer.name_or_path!r} does not read {name!r}; it changes nothing"
+            _log.warning(
+                "model.policy.chat_template_kwargs: the chat template of %r does not read %r, "
+                "which therefore changes nothing",
+                *(chat.tokenizer.name_or_path, name),
             )
 
 

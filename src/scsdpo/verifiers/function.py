@@ -40,8 +40,8 @@ def _found(name: str) -> Function[[Prompt, str], Verdict | float]:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`Callable(function={name!r})`: {error}; the module must be on the import path, for "
-            "instance in the folder in which the command runs"
+            f"`Callable(function={name!r})`: {error}; the module must be on the import path, to "
+            "which PYTHONPATH=. adds the folder in which the command runs"
         ) from error
     if not callable(function):
         raise ValueError(f"`Callable(function={name!r})` must name a function, got {function!r}")
