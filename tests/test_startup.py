@@ -93,11 +93,11 @@ def test_a_teacher_whose_prompt_ends_otherwise_is_refused():
 
 def test_a_template_argument_that_is_not_read_is_warned_of(caplog):
     check_start(module(enable_thinking=False), [Toys()])
-    (line,) = caplog.messages
-    assert line.endswith("does not read 'enable_thinking', which therefore changes nothing")
+    words = "does not read 'enable_thinking', which therefore changes nothing"
+    assert [words in line for line in caplog.messages].count(True) == 1
     template = CHATML + "{% if enable_thinking %}{% endif %}"
     check_start(module(template=template, enable_thinking=False), [Toys()])
-    assert len(caplog.messages) == 1
+    assert [words in line for line in caplog.messages].count(True) == 1
 
 
 def test_a_template_that_ends_no_turn_is_taken_as_it_is(caplog):

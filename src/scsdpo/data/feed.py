@@ -70,8 +70,10 @@ class _Forward(Feed):
     def __init__(self, source: Source, chat: Chat, max_tokens: int, seed: int) -> None:
         self.source, self.chat, self.max_tokens, self.seed = source, chat, max_tokens, seed
         self._prompts: Iterator[Prompt] = iter(())
-        self._next = 0
         self._at = -1
+        # Whatever is wrong with the source is said before training starts.
+        if next(self._fitting(stable_hash(seed, 0), log=False), None) is None:
+            raise ValueError(f"{source.name!r} has no prompts; check where they come from")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,14 +90,9 @@ class _Forward(Feed):
 
     def _endless(self) -> Iterator[Prompt]:
         for passes in itertools.count():
-            empty = True
-            for prompt in self._fitting(stable_hash(self.seed, passes)):
-                empty = False
-                yield prompt
-            if empty:
-                raise ValueError(f"{self.source.name!r} has no prompts; check where they come from")
+            yield from self._fitting(stable_hash(self.seed, passes), log=True)
 
-    def _fitting(self, seed: int) -> Iterator[Prompt]:
+    def _fitting(self, seed: int, *, log: bool) -> Iterator[Prompt]:
         dropped = in_a_row = 0
         for read, prompt in enumerate(self.source.shuffled(seed), start=1):
             prompt = rendered(prompt, self.chat)
@@ -107,7 +104,7 @@ class _Forward(Feed):
             if in_a_row == _TRIES:
                 name = self.source.name
                 raise ValueError(too_long(name, _TRIES, len(prompt.ids), self.max_tokens))
-            if dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
+            if log and dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
                 warn_dropped(self.source.name, dropped, read, self.max_tokens)
 
 

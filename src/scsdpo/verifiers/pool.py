@@ -89,6 +89,9 @@ class VerifierPool:
 
     def start(self) -> None:
         """Start the processes that are missing, without waiting for them."""
+        for worker in self.workers:
+            if worker.idle and worker.process.poll() is not None:  # killed by somebody else
+                self.remove(worker)
         missing = self.settings.workers - len(self._workers)
         limit = time.monotonic() + START_SECONDS
         self._workers += [
@@ -153,15 +156,8 @@ class VerifierPool:
         self._verdicts[kind] += 1
         self._failures = 0
 
-    def renew(self) -> None:
-        """Replace the processes that died since the last batch."""
-        for worker in self.workers:
-            if worker.process.poll() is not None:
-                self.replace(worker)
-        self.start()
-
-    def replace(self, worker: Worker, *, why: str = "") -> None:
-        """End a process and start another; `why` it is not to be had, if it never was ready."""
+    def remove(self, worker: Worker, *, why: str = "") -> None:
+        """End a process; `why` it is not to be had, if it never was ready."""
         worker.kill()
         self._workers.remove(worker)
         self._failures += bool(why)
@@ -170,7 +166,6 @@ class VerifierPool:
                 f"the processes that judge responses do not start ({why}); see what they print, "
                 "or set model.verification.workers=0"
             )
-        self.start()
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -206,12 +201,14 @@ class _Batch:
 
     def verdicts(self) -> list[Verdict]:
         """In the order of the jobs."""
-        self.pool.renew()
         while len(self.done) < len(self.jobs):
+            if self.todo:
+                self.pool.start()
             for worker in self.pool.workers:
                 if worker.idle and self.todo:
                     self._send(worker)
             self._attend()
+        self.pool.start()  # those that were lost, while the batch is learned from
         return [self.done[number] for number in range(len(self.jobs))]
 
     def _send(self, worker: Worker) -> None:
@@ -250,7 +247,7 @@ class _Batch:
             )
             self.pool.took(self.jobs[number][0], seconds)
             if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
-                self.pool.replace(worker)
+                self.pool.remove(worker)
         elif kind == "broken":
             raise ConfigurationError(
                 f"data: a verifier cannot be used in a worker process: {rest[0]}"
@@ -267,4 +264,4 @@ class _Batch:
             self.done[number] = Verdict(reward=0.0, error=f"{name}: {why}")
             self.pool.took(self.jobs[number][0], self.pool.settings.deadline)
         self.todo.extendleft(reversed(worker.numbers))
-        self.pool.replace(worker, why="" if blamed else why)
+        self.pool.remove(worker, why="" if blamed else why)
