@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers import PythonTests, Verification, VerifierPool, python_tests
 from scsdpo.verifiers.python_tests import last_code
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 TESTS = ["assert f(1) == 2", "assert f(2) == 3, 'two'", "assert f([]) is None"]
 GOOD = "def f(x):\n    return x + 1 if x else None"

@@ -112,6 +112,7 @@ class TaskDataModule(LightningDataModule):
         module = cast(Any, self.trainer).lightning_module
         chat = module.policy.chat
         if stage == "fit":
+            check_start(module, self.train_sources)
             self.train_set = Mixture(
                 [
                     Feed.of(source, chat, self.max_prompt_tokens, stable_hash(self.seed, number))
@@ -123,15 +124,19 @@ class TaskDataModule(LightningDataModule):
                     f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
-            check_start(module, self.train_sources)
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
 
-    def _in_order(self, sources: Sequence[Source], chat: Chat) -> ConcatDataset[Prompt]:
-        """The questions of all sources; of several, the category begins with the source's name."""
+    def _in_order(
+        self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
+    ) -> ConcatDataset[Prompt]:
+        """The first questions of each source; of several, categories begin with its name."""
         return ConcatDataset(
             [
                 Rendered(
-                    _head(source, named=len(sources) > 1), source.name, chat, self.max_prompt_tokens
+                    _head(source, most, named=len(sources) > 1),
+                    source.name,
+                    chat,
+                    self.max_prompt_tokens,
                 )
                 for source in sources
             ]
@@ -141,7 +146,8 @@ class TaskDataModule(LightningDataModule):
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
         if cast(Any, self.trainer).overfit_batches:
             chat = cast(Any, self.trainer).lightning_module.policy.chat
-            return self._loader(self._in_order(self.train_sources, chat), self.questions_per_batch)
+            first = self._in_order(self.train_sources, chat, most=FILTER_AHEAD)
+            return self._loader(first, self.questions_per_batch)
         ranks, rank = self._ranks()
         sampler = EpochSampler(
             self.train_set,
@@ -203,9 +209,9 @@ class TaskDataModule(LightningDataModule):
         return trainer.world_size, trainer.global_rank
 
 
-def _head(source: Source, *, named: bool) -> list[Prompt]:
-    """The first prompts of a source: all that it has or says that it has, if there are not many."""
-    prompts = islice(source.read(), min(len(source), FILTER_AHEAD))
+def _head(source: Source, most: float, *, named: bool) -> list[Prompt]:
+    """The first prompts of a source: `most`, or all that it has or says that it has."""
+    prompts = islice(source.read(), int(min(len(source), most)))
     return [_named(prompt, source.name) if named else prompt for prompt in prompts]
 
 

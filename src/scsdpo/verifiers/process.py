@@ -68,7 +68,8 @@ class Worker:
 
     def judged(self, number: int, limit: float) -> None:
         """It has judged the first of its jobs; the next verdict is due at `limit`."""
-        assert number == self.numbers.popleft()
+        first = self.numbers.popleft()
+        assert first == number
         self.limit = limit
 
     def events(self) -> Iterator[list[Any]]:
