@@ -4,7 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from scsdpo.advantage import Advantage
-from scsdpo.loss import Importance, LossOutput, NoImportance, Objective, Tokens, Voice, credit_loss
+from scsdpo.loss import (
+    Head,
+    Importance,
+    LossOutput,
+    NoImportance,
+    Objective,
+    Tokens,
+    Voice,
+    credit_loss,
+)
+from scsdpo.signals import Signals
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Outcomes, Verdict
 
@@ -29,18 +39,18 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     """One question, one rollout per token; a plain sum."""
     n = len(ids)
     nothing = torch.zeros(n, dtype=torch.float64)
-    fields = {
-        "rollout": torch.arange(n),
-        "scale": torch.ones(n, dtype=torch.float64),
-        "sampling_logprobs": nothing,
-        "old_logprobs": torch.full_like(nothing, torch.nan),
-        "sequence_log_ratio": nothing,
-    }
-    return Tokens(ids=ids, **(fields | given))
+    given = {
+        "sampling_logprob": nothing,
+        "old_logprob": torch.full_like(nothing, torch.nan),
+    } | given
+    scale = given.pop("scale", torch.ones(n, dtype=torch.float64))
+    column = {name: table[:, None] for name, table in given.items()}
+    signals = Signals.unmeasured(torch.ones(n, 1, dtype=torch.bool), **column)
+    return Tokens(ids=ids, places=torch.arange(n), scale=scale, signals=signals)
 
 
 def voice(hidden: Tensor, head: nn.Linear) -> Voice:
-    return Voice(hidden=(hidden,), heads=(head,), combine=NoTeacher().combine)
+    return Voice(hidden=(hidden,), heads=(Head.of(head),), combine=NoTeacher().combine)
 
 
 def run(
@@ -55,11 +65,7 @@ def run(
     temperature: float = 1.0,
 ) -> LossOutput:
     """The kernel on `student` and `teacher` hidden states [N, D], the reference = the teacher."""
-    rewards = (
-        torch.zeros(1, int(batch.rollout.max()) + 1 if len(batch.ids) else 1)
-        if rewards is None
-        else rewards
-    )
+    rewards = torch.zeros(1, max(len(batch.ids), 1)) if rewards is None else rewards
     head = identity_head(student.shape[-1], student.dtype) if head is None else head
     plan = advantage.plan(outcomes(rewards), torch.ones_like(rewards, dtype=torch.bool))
     objective = Objective(

@@ -45,7 +45,7 @@ def test_golden_loss_and_gradient(path):
         tokens(
             data["response_ids"][mask],
             scale=coefficients[:, None].expand(mask.shape)[mask],
-            sampling_logprobs=data["old_logprobs"][mask],
+            sampling_logprob=data["old_logprobs"][mask],
         ),
         importance=importance,
     )

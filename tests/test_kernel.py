@@ -70,11 +70,13 @@ def test_divergences_equal_autograd_in_any_chunking(
     sampled = -torch.rand(n, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel.CHUNK_BYTES, "cpu", 4 * 7 * chunk)
+        patch.setattr(kernel, "FEWEST_ROWS", 1)
+        patch.setitem(kernel.BLOCK_BYTES, "cpu", 4 * 7 * 2)
         output = run(
             SelfDistillation(alpha=alpha, support=strategy),
             student,
             teacher,
-            tokens(ids, scale=scale, sampling_logprobs=sampled),
+            tokens(ids, scale=scale, sampling_logprob=sampled),
             head=head,
             importance=TokenImportance(cap=cap),
             temperature=temperature,
@@ -103,7 +105,7 @@ def test_policy_gradient_equals_autograd_with_the_clip_live(seed, first):
     logprob = z.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     generator = torch.Generator().manual_seed(seed)
     old = logprob.detach() + 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
-    batch = tokens(ids, scale=scale) if first else tokens(ids, scale=scale, old_logprobs=old)
+    batch = tokens(ids, scale=scale) if first else tokens(ids, scale=scale, old_logprob=old)
     advantage = GroupRelative(clip_low=0.2, clip_high=0.3)
 
     output = run(advantage, student, teacher, batch, head=head, rewards=rewards)

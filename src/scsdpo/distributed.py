@@ -1,4 +1,4 @@
-"""Sums over ranks; with one process they are the identity."""
+"""Sums and maxima over ranks; with one process they are the identity."""
 
 from collections.abc import Iterable
 
@@ -14,6 +14,15 @@ def all_sum(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_max(value: Tensor) -> Tensor:
+    """The largest `value` of all ranks, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    largest = value.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ from scsdpo.compatibility import check_axes
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance
-from scsdpo.metrics import ByCategory, rollout_metrics, token_metrics
+from scsdpo.metrics import ByCategory, GapCheck, rollout_metrics, token_metrics
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
@@ -53,6 +53,7 @@ class PolicyOptimizer(L.LightningModule):
         reduction: how token losses add up.
         importance: correction for the sampler's distribution.
         reference: a second teacher, for anchors.
+        gap: how far sampler and trainer may disagree.
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         verification: how responses are judged: processes and deadlines.
@@ -82,6 +83,7 @@ class PolicyOptimizer(L.LightningModule):
         reduction: Reduction = SequenceMean(),
         importance: Importance = NoImportance(),
         reference: Teacher = NoTeacher(),
+        gap: GapCheck = GapCheck(),
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         verification: Verification = Verification(),
@@ -101,6 +103,7 @@ class PolicyOptimizer(L.LightningModule):
         self.strict_loading = False  # frozen weights are not saved; `on_load_checkpoint` is strict
         self.policy, self.teacher, self.reference = policy, teacher, reference
         self.rollout, self.advantage, self.weighting = rollout, advantage, weighting
+        self.gap = gap
         self.sampling, self.val_sampling = sampling, val_sampling
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
@@ -117,7 +120,7 @@ class PolicyOptimizer(L.LightningModule):
             token_weighting=token_weighting,
             reduction=reduction,
             importance=importance,
-            needs=token_weighting.needs | advantage.needs,
+            needs=token_weighting.needs | advantage.needs | importance.needs,
         )
         self.verifiers = VerifierPool(verification)
         self.validation = ByCategory()
@@ -131,10 +134,6 @@ class PolicyOptimizer(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
         self.verifiers.start()
-
-    def teardown(self, stage: str) -> None:
-        """End them."""
-        self.verifiers.close()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -244,7 +243,14 @@ class PolicyOptimizer(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         metrics = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
-        self._log("train", metrics | token_metrics(outputs, self.advantage.objective_name))
+        # Later updates on a batch: the sampler's weights are those before the first of them.
+        old = batch.old_logprobs[rows]
+        sampled = batch.rollouts.policy_logprobs.flatten(0, 1)[rows]
+        first = bool(old.isnan().all())
+        gap = self.gap.measure([(o.logprob, s) for o, s in outputs] if first else [(old, sampled)])
+        tokens = token_metrics([o for o, _ in outputs], self.advantage.objective_name)
+        self._log("train", metrics | tokens | gap)
+        self.gap.judge(gap)
         self._step(metrics, parameters, norm)
 
     def _idle(self) -> None:
@@ -337,6 +343,11 @@ class PolicyOptimizer(L.LightningModule):
                 batch_size=1,
                 sync_dist=prefix == "train",
             )
+
+    def teardown(self, stage: str) -> None:
+        """Let the rollout's engine go, and the processes that judge."""
+        self.rollout.close()
+        self.verifiers.close()
 
     # --------------------------------------------------------------- checkpoints
 

@@ -31,6 +31,8 @@ class Prompt:
     """The gold answer in the form that `verifier` compares with; never shown to the policy."""
     category: str = ""
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
 

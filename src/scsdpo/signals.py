@@ -1,6 +1,7 @@
-"""Per-token scalars of a whole batch, for strategies that need them before the loss."""
+"""Per-token scalars of a whole optimizer step, for strategies that look beyond a chunk."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,28 +9,76 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Signals:
-    """Scalars [R, L] of the R = Q * G rollouts of an optimizer step; 0 where not measured.
+    """Tables [R, L] float64 of the R = Q * G rollouts of an optimizer step, in nats.
 
-    A strategy names the fields that it `needs`; the update fills them in a pass without gradient
-    before the loss. A strategy that names none costs nothing.
+    The first two are always there. A strategy names those of the others that it `needs`; the update
+    fills them in a pass without gradient before the loss, with 0 where nothing was measured. A
+    strategy that names none costs nothing.
     """
 
+    mask: Tensor
+    """[R, L] bool: response tokens."""
+    sampling_logprob: Tensor
+    """log-prob of y_t under the distribution that it was drawn from."""
+    old_logprob: Tensor
+    """log S(y_t) before the batch's first update; nan: this is the first, old and current agree."""
     student_logprob: Tensor
-    """log S(y_t), nats, under the current policy."""
+    """log S(y_t) under the current policy."""
     student_entropy: Tensor
-    """H(S_t), nats."""
+    """H(S_t)."""
     teacher_logprob: Tensor
-    """log T(y_t), nats."""
+    """log T(y_t)."""
     teacher_entropy: Tensor
-    """H(T_t), nats."""
+    """H(T_t)."""
+    _derived: "dict[Derivation, Tensor]" = field(default_factory=dict)
 
     @staticmethod
-    def empty(mask: Tensor) -> "Signals":
-        """Zeros in the shape of `mask` [R, L]."""
+    def unmeasured(mask: Tensor, sampling_logprob: Tensor, old_logprob: Tensor) -> "Signals":
+        """What is known before any forward; zeros where a measuring pass would write."""
         zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(4)]
         return Signals(
+            mask=mask,
+            sampling_logprob=sampling_logprob.double(),
+            old_logprob=old_logprob.double(),
             student_logprob=zeros[0],
             student_entropy=zeros[1],
             teacher_logprob=zeros[2],
             teacher_entropy=zeros[3],
         )
+
+    def derive(self, make: "Derivation") -> Tensor:
+        """`make(self)` [R, L], made once: a return-to-go, a softmax over the group, a mean ratio.
+
+        What a plan lists as its `derivations` is made on every rank before the first backward, and
+        may therefore sum over ranks.
+        """
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return self._derived[make]
+
+
+Derivation = Callable[[Signals], Tensor]
+"""From measured tables to a table [R, L] of one's own. Compared by identity: name a function, or a
+method of a frozen dataclass."""
+
+
+def mean_log_ratio(signals: Signals) -> Tensor:
+    """The mean over a rollout's tokens of log S - log S_old, at each of them; 0 in a first update.
+
+    Needs `student_logprob`.
+    """
+    old = signals.old_logprob
+    known = signals.mask & ~old.isnan()
+    difference = torch.where(known, signals.student_logprob - old, 0.0)
+    mean = difference.sum(-1) / signals.mask.sum(-1).clamp(min=1)
+    return mean[:, None].expand_as(signals.mask)
+
+
+def sampler_log_ratio(signals: Signals) -> Tensor:
+    """The sum over a rollout's tokens of log S_old - log S_rollout, at each of them.
+
+    Needs `student_logprob`, which stands for S_old in a first update.
+    """
+    old = torch.where(signals.old_logprob.isnan(), signals.student_logprob, signals.old_logprob)
+    difference = torch.where(signals.mask, old - signals.sampling_logprob, 0.0)
+    return difference.sum(-1)[:, None].expand_as(signals.mask)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from scsdpo.advantage import Plan
 from scsdpo.loss import (
+    Buffers,
+    Head,
     Importance,
     LossOutput,
     Objective,
@@ -71,7 +73,7 @@ class Update:
         token_weighting: factor on each token.
         reduction: how tokens add up; denominators are those of the whole optimizer step.
         importance: factor on each token from the sampler's log-probs.
-        needs: fields of `Signals` that the strategies ask for.
+        needs: fields of `Signals` that the strategies ask for: a pass without gradient fills them.
     """
 
     teacher: Teacher
@@ -142,8 +144,10 @@ class _Step:
             group=batch.rollouts.ids.shape[1],
             max_tokens=max_tokens,
         )
-        self.voices: dict[tuple[int, str], Voice] = {}
+        self.kept: dict[tuple[int, str], Voice] = {}
         self.signals = self._measure()
+        for make in (*batch.plan.derivations, *update.importance.derivations):
+            self.signals.derive(make)
         self.scale = self._scale(index)
 
     def _scale(self, index: Tensor) -> Tensor:
@@ -171,11 +175,9 @@ class _Step:
         return table[list(micro)][self.batch.mask[list(micro)]]
 
     def voice(self, slot: str, micro: list[int]) -> Voice:
-        """The teacher or reference on a micro-batch; run once, also when it is asked for twice."""
-        key = (micro[0], slot)
-        if key not in self.voices:
-            self.voices[key] = self._run_voice(slot, micro)
-        return self.voices[key]
+        """The teacher or reference on a micro-batch; what was measured is not run again."""
+        kept = self.kept.pop((micro[0], slot), None)
+        return self._run_voice(slot, micro) if kept is None else kept
 
     def _run_voice(self, slot: str, micro: list[int]) -> Voice:
         teacher = self.update.teacher if slot == "teacher" else self.update.reference
@@ -189,24 +191,19 @@ class _Step:
         here = self.of_tokens(micro, self.reads[slot][:, None].expand_as(self.batch.mask))
         return Voice(
             hidden=tuple(_place(hidden, here) for hidden, _ in runs),
-            heads=tuple(head for _, head in runs),
+            heads=tuple(Head.of(head) for _, head in runs),
             combine=teacher.combine,
         )
 
     def loss(self, micro: list[int]) -> LossOutput:
         """The micro-batch's share of the step's loss."""
-        ratio = _mean_ratio(self.signals.student_logprob, self.batch.old_logprobs, self.batch.mask)
-        rollout = torch.arange(len(self.lengths), device=ratio.device)
-        shape = self.batch.mask.shape
+        mask = self.batch.mask
+        places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         tokens = Tokens(
             ids=self.of_tokens(micro, self.batch.ids),
-            rollout=self.of_tokens(micro, rollout[:, None].expand(shape)),
+            places=self.of_tokens(micro, places),
             scale=self.of_tokens(micro, self.scale),
-            sampling_logprobs=self.of_tokens(
-                micro, self.batch.rollouts.sampling_logprobs.flatten(0, 1)
-            ),
-            old_logprobs=self.of_tokens(micro, self.batch.old_logprobs),
-            sequence_log_ratio=self.of_tokens(micro, ratio[:, None].expand(shape)),
+            signals=self.signals,
         )
         objective = Objective(
             credit=self.batch.plan.credit,
@@ -221,7 +218,8 @@ class _Step:
     @torch.no_grad()
     def _measure(self) -> Signals:
         """The signals that strategies need, of every chosen row; zeros elsewhere."""
-        signals = Signals.empty(self.batch.mask)
+        sampled = self.batch.rollouts.sampling_logprobs.flatten(0, 1)
+        signals = Signals.unmeasured(self.batch.mask, sampled, self.batch.old_logprobs)
         measures_student = any(name.startswith("student") for name in self.update.needs)
         measures_teacher = any(name.startswith("teacher") for name in self.update.needs)
         for micro in self.micro_batches if self.update.needs else []:
@@ -229,34 +227,44 @@ class _Step:
             if measures_student:
                 tables = signals.student_logprob, signals.student_entropy
                 self._read(micro, student(), tables)
-            voice = self.voice("teacher", micro) if measures_teacher else None
-            if voice is not None and voice.hidden:
+            if measures_teacher:
+                voice = self.kept[micro[0], "teacher"] = self._run_voice("teacher", micro)
                 tables = signals.teacher_logprob, signals.teacher_entropy
-                self._read(micro, partial(self._say, voice, student), tables)
+                if voice.hidden:
+                    self._read(micro, partial(self._say, voice, student), tables)
         return signals
 
-    def _run_student(self, micro: list[int]) -> Callable[[slice], TokenLogits]:
+    def _run_student(self, micro: list[int]) -> Callable[[slice, Buffers], TokenLogits]:
         """The current policy on a micro-batch, without gradient: slice of tokens -> logits."""
         rows = self._rows(micro, self.prompts["student"])
-        hidden, head = self.policy.run(self.policy.adapter.current(), rows)
-        return lambda part: TokenLogits.of(hidden[part], head, self.temperature)
+        hidden, linear = self.policy.run(self.policy.adapter.current(), rows)
+        head = Head.of(linear)
+        return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def _say(
-        self, voice: Voice, student: Callable[[], Callable[[slice], TokenLogits]], part: slice
+        self,
+        voice: Voice,
+        student: Callable[[], Callable[[slice, Buffers], TokenLogits]],
+        part: slice,
+        buffers: Buffers,
     ) -> TokenLogits:
-        return voice.logits(part, lambda: student()(part), self.temperature)
+        tables = voice.tables(part, self.temperature, buffers)
+        trunks = tuple(TokenLogits(table, buffers) for table in tables)
+        return voice.combine(lambda: student()(part, buffers), trunks)
 
     def _read(
         self,
         micro: list[int],
-        logits: Callable[[slice], TokenLogits],
+        logits: Callable[[slice, Buffers], TokenLogits],
         tables: tuple[Tensor, Tensor],
     ) -> None:
         """Write log-prob and entropy of a micro-batch's tokens into two tables [R, L]."""
         ids = self.of_tokens(micro, self.batch.ids)
         values = ids.new_zeros((2, len(ids)), dtype=torch.float64)
+        buffers = Buffers()
         for part in chunks(len(ids), self.policy.vocabulary, ids.device):
-            here = logits(part)
+            buffers.recycle()
+            here = logits(part, buffers)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         mask = torch.zeros_like(self.batch.mask)
         mask[micro] = self.batch.mask[micro]
@@ -317,9 +325,3 @@ def _place(values: Tensor, here: Tensor) -> Tensor:
     full = values.new_zeros((len(here), *values.shape[1:]))
     full[here] = values
     return full
-
-
-def _mean_ratio(current: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    """[R]: mean over a rollout's tokens of log S - log S_old; 0 where old was not measured."""
-    difference = torch.where(mask & ~old.isnan(), current - old, 0.0)
-    return difference.sum(-1) / mask.sum(-1).clamp(min=1)

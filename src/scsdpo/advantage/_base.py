@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scsdpo.loss import Chunk, Credit
+from scsdpo.signals import Derivation
 from scsdpo.types import Outcomes
 
 
@@ -22,6 +23,9 @@ class Plan:
     """[Q, G] bool: rollouts whose credit reads the reference."""
     credit: Callable[[Chunk], Credit]
     """Credit of a chunk of tokens of active rollouts."""
+    derivations: tuple[Derivation, ...] = ()
+    """Tables that `credit` reads with `chunk.derived`, made from signals before the first backward;
+    on every rank, so that they may sum over ranks."""
 
 
 class Advantage(ABC):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
-from scsdpo.loss import Chunk, Credit, SumCredit
+from scsdpo.loss import Chunk, Credit, SparseCredit, SumCredit
 from scsdpo.types import Outcomes
 
 
@@ -85,6 +85,7 @@ class Blend(Advantage):
             needs_teacher=union([p.needs_teacher for p in plans]),
             needs_reference=union([p.needs_reference for p in plans]),
             credit=partial(_sum, terms),
+            derivations=tuple(make for plan in plans for make in plan.derivations),
         )
 
 
@@ -92,4 +93,5 @@ def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:
     dtype = chunk.student.logits.dtype
     here = [(weights[chunk.rollout].to(dtype), plan) for weights, plan in terms]
     # A part without a say in this chunk is not asked: its teacher may not have run.
-    return SumCredit(parts=tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any()))
+    said = tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any())
+    return SumCredit(parts=said) if said else SparseCredit.nothing(chunk)

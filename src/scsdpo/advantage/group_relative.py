@@ -10,6 +10,7 @@ from torch import Tensor
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.distributed import all_sum
 from scsdpo.loss import Chunk, Credit, SparseCredit
+from scsdpo.signals import Derivation, mean_log_ratio
 from scsdpo.types import Outcomes
 
 
@@ -150,6 +151,11 @@ class RatioLevel(ABC):
         """Fields of `Signals` that must be measured first."""
         return frozenset()
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Tables that `log_ratio` reads."""
+        return ()
+
     @abstractmethod
     def log_ratio(self, chunk: Chunk) -> Tensor:
         """[n] log rho of each token."""
@@ -177,8 +183,12 @@ class SequenceLevel(RatioLevel):
     def needs(self) -> frozenset[str]:
         return frozenset({"student_logprob"})
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (mean_log_ratio,)
+
     def log_ratio(self, chunk: Chunk) -> Tensor:
-        return chunk.sequence_log_ratio
+        return chunk.derived(mean_log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +259,7 @@ class GroupRelative(Advantage):
             needs_teacher=nobody,
             needs_reference=nobody,
             credit=partial(self._credit, advantages.flatten()),
+            derivations=self.level.derivations,
         )
 
     def _credit(self, advantages: Tensor, chunk: Chunk) -> Credit:

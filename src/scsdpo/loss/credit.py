@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.loss.logits import TokenLogits
+from scsdpo.signals import Derivation, Signals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,23 +23,56 @@ class Chunk:
     """The anchor's distribution, computed when first asked for."""
     ids: Tensor
     """[n] int64: the sampled tokens y."""
-    rollout: Tensor
-    """[n] int64: flat index q * G + g of the rollout that a token belongs to."""
-    log_ratio: Tensor
-    """[n]: log S(y) - log S_old(y), the PPO ratio; 0 in a batch's first update."""
-    sequence_log_ratio: Tensor
-    """[n]: the mean of `log_ratio` over the token's whole rollout; 0 unless it was measured."""
+    logprob: Tensor
+    """[n]: log S(y)."""
+    places: Tensor
+    """[n] int64: flat index i * L + t into the step's tables [R, L]."""
+    signals: Signals
+    """Tables of the whole step."""
+
+    @property
+    def rollout(self) -> Tensor:
+        """[n] int64: flat index i = q * G + g of the rollout that a token belongs to."""
+        return self.places // self.signals.mask.shape[1]
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[n]: log S(y) - log S_old(y), the PPO ratio; 0 in a batch's first update."""
+        old = self.at(self.signals.old_logprob)
+        return torch.where(old.isnan(), 0.0, self.logprob - old)
+
+    def at(self, table: Tensor) -> Tensor:
+        """[n]: the entries of a table [R, L] at this chunk's tokens."""
+        return table.reshape(-1)[self.places].to(self.logprob.dtype)
+
+    def derived(self, make: Derivation) -> Tensor:
+        """[n]: the entries of a derived table."""
+        return self.at(self.signals.derive(make))
 
 
 class Credit(ABC):
-    """Coefficients on log S of one chunk, and the value of the objective for the log."""
+    """Coefficients on log S of one chunk, and the value of the objective for the log.
+
+    d loss / d z(v) = S(v) * mass - own(v), z the temperature-scaled logits: `mass` is a number a
+    position, and `own` is sparse where it can be, so that adding credits up touches few places.
+    """
 
     objective: Tensor
     """[n]: the loss of each token; its gradient is `logits_gradient`."""
 
     @abstractmethod
+    def mass(self, student: TokenLogits) -> Tensor:
+        """[n]: the coefficient of S(v) in the gradient."""
+
+    @abstractmethod
+    def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
+        """Take weight [n] * own off `gradient` [n, V]. Where a weight is 0 nothing is read."""
+
     def logits_gradient(self, student: TokenLogits) -> Tensor:
-        """[n, V]: d loss / d z(v) = S(v) sum_u c(u) - c(v), z the temperature-scaled logits."""
+        """[n, V]: d loss / d z(v) = S(v) sum_u c(u) - c(v)."""
+        gradient = student.probs * self.mass(student)[:, None]
+        self.subtract(gradient, torch.ones_like(self.objective), student)
+        return gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +87,14 @@ class DenseCredit(Credit):
     values: Tensor
     objective: Tensor
 
-    def logits_gradient(self, student: TokenLogits) -> Tensor:
-        return student.probs * self.values.sum(-1, keepdim=True) - self.values
+    def mass(self, student: TokenLogits) -> Tensor:
+        return self.values.sum(-1)
+
+    def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
+        if bool((weight != 0).all()):
+            gradient.addcmul_(self.values, weight[:, None], value=-1)
+        else:
+            gradient -= weighted(weight[:, None], self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +113,21 @@ class SparseCredit(Credit):
     rest: Tensor
     objective: Tensor
 
-    def logits_gradient(self, student: TokenLogits) -> Tensor:
+    @staticmethod
+    def nothing(chunk: Chunk) -> "SparseCredit":
+        """No credit for any token of the chunk."""
+        zero = torch.zeros_like(chunk.logprob)
+        return SparseCredit(chunk.ids[:, None], zero[:, None], zero, zero)
+
+    def mass(self, student: TokenLogits) -> Tensor:
+        # sum_u c(u) - rest, for rest * S is subtracted everywhere and put back at `ids`.
+        inside = student.log_probs_at(self.ids).exp().sum(-1)
+        return self.values.sum(-1) - self.rest * inside
+
+    def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
         at_ids = student.log_probs_at(self.ids).exp()
-        rest = self.rest[:, None]
-        total = self.values.sum(-1, keepdim=True) + rest * (1 - at_ids.sum(-1, keepdim=True))
-        gradient = student.probs * (total - rest)
-        return gradient.scatter_add_(-1, self.ids, rest * at_ids - self.values)
+        own = self.values - self.rest[:, None] * at_ids
+        gradient.scatter_add_(-1, self.ids, -weighted(weight[:, None], own))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +143,16 @@ class SumCredit(Credit):
 
     @property
     def objective(self) -> Tensor:  # type: ignore[override]
-        terms = [torch.where(w != 0, w * part.objective, 0.0) for w, part in self.parts]
-        return torch.stack(terms).sum(0)
+        return torch.stack([weighted(w, part.objective) for w, part in self.parts]).sum(0)
 
-    def logits_gradient(self, student: TokenLogits) -> Tensor:
-        total = torch.zeros_like(student.logits)
+    def mass(self, student: TokenLogits) -> Tensor:
+        return torch.stack([weighted(w, part.mass(student)) for w, part in self.parts]).sum(0)
+
+    def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
         for w, part in self.parts:
-            w = w[:, None]
-            total += torch.where(w != 0, w * part.logits_gradient(student), 0.0)
-        return total
+            part.subtract(gradient, weight * w, student)
+
+
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """Weight * value, and 0 where the weight is 0, whatever the value."""
+    return torch.where(weight != 0, weight * value, 0.0)

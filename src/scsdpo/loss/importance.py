@@ -6,29 +6,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo.loss.credit import Chunk
+from scsdpo.signals import Derivation, sampler_log_ratio
+
 
 class Importance(ABC):
     """A detached factor on each token's loss, from the sampler's and the trainer's log-probs."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Signals` that a measuring pass must fill before the loss."""
+        return frozenset()
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Tables made from signals, on every rank, before the first backward."""
+        return ()
+
     @abstractmethod
-    def weigh(self, log_ratio: Tensor) -> Tensor:
-        """Log S(y) - log S_rollout(y) [n] -> factor [n] >= 0."""
+    def weigh(self, chunk: Chunk) -> Tensor:
+        """Factor [n] >= 0 on the loss of each token of a chunk."""
 
 
 @dataclass(frozen=True)
 class NoImportance(Importance):
     """Every token counts once."""
 
-    def weigh(self, log_ratio: Tensor) -> Tensor:
-        return torch.ones_like(log_ratio)
+    def weigh(self, chunk: Chunk) -> Tensor:
+        return torch.ones_like(chunk.logprob)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenImportance(Importance):
-    """Truncated token importance weights. w_t = min(S(y_t) / S_rollout(y_t), cap), detached.
+class _Truncated(Importance):
+    cap: float = 2.0
 
-    1 where sampler and trainer agree; S is the current policy, so that it also corrects later
-    updates on the same rollouts.
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"`{type(self).__name__}(cap=...)` must be > 0, got {self.cap}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenImportance(_Truncated):
+    """Truncated weights of the current policy. w_t = min(S(y_t) / S_rollout(y_t), cap), detached.
+
+    1 where sampler and trainer agree. S is the current policy, so that later updates on the same
+    rollouts are corrected too: SDPO's choice, for an objective without a ratio of its own. With
+    `GroupRelative` and several updates it would count that ratio twice: use `SamplerImportance`.
 
     Args:
         cap: largest weight. Must be > 0.
@@ -40,11 +63,56 @@ class TokenImportance(Importance):
         Code of arXiv:2601.20802 (lasgroup/SDPO), with cap 2.
     """
 
-    cap: float = 2.0
+    def weigh(self, chunk: Chunk) -> Tensor:
+        sampled = chunk.at(chunk.signals.sampling_logprob)
+        return (chunk.logprob - sampled).exp().clamp(max=self.cap)
 
-    def __post_init__(self) -> None:
-        if self.cap <= 0:
-            raise ValueError(f"`TokenImportance(cap=...)` must be > 0, got {self.cap}")
 
-    def weigh(self, log_ratio: Tensor) -> Tensor:
-        return log_ratio.exp().clamp(max=self.cap)
+@dataclass(frozen=True, kw_only=True)
+class SamplerImportance(_Truncated):
+    """Truncated importance sampling. w_t = min(S_old(y_t) / S_rollout(y_t), cap), detached.
+
+    S_old is the trainer's policy before the batch's first update: the weight corrects what sets
+    sampler and trainer apart (another engine, another dtype, top-k, stale weights) and stays the
+    same in later updates, whose own ratio S / S_old the PPO clip takes care of.
+
+    Args:
+        cap: largest weight. Must be > 0.
+
+    Raises:
+        ValueError: if `cap` <= 0.
+
+    Source:
+        Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+
+    def weigh(self, chunk: Chunk) -> Tensor:
+        old = chunk.at(chunk.signals.old_logprob)
+        old = torch.where(old.isnan(), chunk.logprob, old)
+        return (old - chunk.at(chunk.signals.sampling_logprob)).exp().clamp(max=self.cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceImportance(_Truncated):
+    """The same for whole responses. w = min(prod_t S_old(y_t) / S_rollout(y_t), cap), detached.
+
+    Unbiased for the sequence's distribution where the cap does not bind; needs a measuring pass in
+    a batch's first update.
+
+    Args:
+        cap: largest weight. Must be > 0.
+
+    Raises:
+        ValueError: if `cap` <= 0.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student_logprob"})
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (sampler_log_ratio,)
+
+    def weigh(self, chunk: Chunk) -> Tensor:
+        return chunk.derived(sampler_log_ratio).exp().clamp(max=self.cap)

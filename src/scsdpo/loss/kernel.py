@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scsdpo.loss.credit import Chunk, Credit
-from scsdpo.loss.logits import TokenLogits
+from scsdpo.loss.credit import Chunk, Credit, weighted
+from scsdpo.loss.logits import Buffers, Head, TokenLogits
+from scsdpo.signals import Signals
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Size of one [n, V] float32 buffer; about five of them are alive at a time."""
+"""Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
+trunk of its teachers are alive."""
+FEWEST_ROWS = 64
+"""Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+"""Of the part of a chunk that everything between the products works on; on CPU it stays in the
+cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,16 +29,12 @@ class Tokens:
 
     ids: Tensor
     """[N] int64: sampled tokens."""
-    rollout: Tensor
-    """[N] int64: flat index of their rollout."""
+    places: Tensor
+    """[N] int64: flat index into the step's tables [R, L]."""
     scale: Tensor
     """[N]: question weight x token weight / denominator; everything that multiplies the loss."""
-    sampling_logprobs: Tensor
-    """[N]: log-prob under the distribution they were drawn from."""
-    old_logprobs: Tensor
-    """[N]: log-prob under the policy before the batch's first update; nan: this is the first."""
-    sequence_log_ratio: Tensor
-    """[N]: see `Chunk`."""
+    signals: Signals
+    """The step's tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,20 +43,17 @@ class Voice:
 
     hidden: tuple[Tensor, ...]
     """Per trunk [N, D]."""
-    heads: tuple[nn.Linear, ...]
+    heads: tuple[Head, ...]
     """Per trunk, the head that goes with it."""
     combine: Callable[[Callable[[], TokenLogits], tuple[TokenLogits, ...]], TokenLogits]
     """(student, computed when asked for; trunks) -> the target distribution."""
 
-    def logits(
-        self, part: slice, student: Callable[[], TokenLogits], temperature: float
-    ) -> TokenLogits:
-        """The target at the tokens of `part`."""
-        trunks = tuple(
-            TokenLogits.of(hidden[part], head, temperature)
+    def tables(self, part: slice, temperature: float, buffers: Buffers) -> tuple[Tensor, ...]:
+        """Per trunk, the logits [n, V] at the tokens of `part`."""
+        return tuple(
+            TokenLogits.of(hidden[part], head, temperature, buffers).logits
             for hidden, head in zip(self.hidden, self.heads, strict=True)
         )
-        return self.combine(student, trunks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,8 +62,8 @@ class Objective:
 
     credit: Callable[[Chunk], Credit]
     """The advantage's plan."""
-    importance: Callable[[Tensor], Tensor]
-    """log S(y) - log S_rollout(y) [n] -> detached factor [n] on the token's loss."""
+    importance: Callable[[Chunk], Tensor]
+    """Detached factor [n] on the token's loss."""
     teacher: Voice
     reference: Voice
     temperature: float
@@ -94,13 +94,17 @@ def credit_loss(
     Shapes:
         hidden [N, D] -> scalar loss and three [N] logs; N = 0 gives 0 and zero gradients.
     """
-    outputs = _CreditLoss.apply(hidden, head.weight, head.bias, head, tokens, objective)
+    arguments = (hidden, head.weight, head.bias, Head.of(head), tokens, objective)
+    outputs = _CreditLoss.apply(*arguments)
     return LossOutput(loss=outputs[0], objective=outputs[1], logprob=outputs[2], entropy=outputs[3])
 
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Slices of 0..count whose [n, V] float32 buffer stays within `CHUNK_BYTES`."""
-    size = max(CHUNK_BYTES[device.type] // (4 * vocabulary), 1)
+    """Slices of 0..count whose [n, V] float32 table stays within `CHUNK_BYTES`."""
+    return _slices(count, max(CHUNK_BYTES[device.type] // (4 * vocabulary), FEWEST_ROWS))
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -112,79 +116,140 @@ class _CreditLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: nn.Linear,
+        head: Head,
         tokens: Tokens,
         objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        accumulate = torch.promote_types(weight.dtype, torch.float32)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight.requires_grad else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=accumulate)
-            if bias is not None and bias.requires_grad
-            else None
-        )
-        loss, logs = hidden.new_zeros((), dtype=torch.float64), []
-        for part in chunks(len(hidden), len(weight), hidden.device):
-            student = TokenLogits.of(hidden[part], head, objective.temperature)
-            credit, scale, logprob = _credit(part, student, tokens, objective)
-            logs.append(torch.stack([credit.objective, logprob, student.entropy()]))
-            loss += (scale * credit.objective).sum()
-            gradient = credit.logits_gradient(student).mul_(
-                (scale / objective.temperature)[:, None].to(student.logits.dtype)
-            )
-            narrow = gradient.to(hidden.dtype)
-            grad_hidden[part] = narrow @ weight.to(hidden.dtype)
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow.T, hidden[part])
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias, weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = _Work(hidden.detach(), head, tokens, objective)
+            gradients = _Gradients.zeros(hidden, weight, bias)
+            for part in chunks(len(hidden), len(weight), hidden.device):
+                gradients.add(part, work.hidden[part], work.run(part), head.weight)
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
         kept = torch.promote_types(hidden.dtype, torch.float32)
-        rows = torch.cat(logs, dim=1) if logs else hidden.new_zeros((3, 0), dtype=kept)
+        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((3, 0), dtype=kept)
         values, logprobs, entropies = rows.unbind()
         ctx.mark_non_differentiable(values, logprobs, entropies)
-        return loss.to(kept), values, logprobs, entropies
+        return work.loss.to(kept), values, logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias, dtype = ctx.gradients
-        factor = grad_loss.to(grad_hidden.dtype)
-        return (
-            grad_hidden * factor,
-            None if grad_weight is None else (grad_weight * grad_loss).to(dtype),
-            None if grad_bias is None else (grad_bias * grad_loss).to(dtype),
-            None,
-            None,
-            None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the credit loss gave its gradients away: call backward once only")
+        return (*gradients.times(grad_loss), None, None, None)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Total += a @ b; in one pass where the dtypes allow it."""
-    if total.dtype == a.dtype == b.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+class _Work:
+    """Runs chunk after chunk in the same buffers; sums the loss and keeps what the log shows."""
+
+    def __init__(self, hidden: Tensor, head: Head, tokens: Tokens, objective: Objective) -> None:
+        self.hidden = hidden.to(head.weight.dtype)
+        self.head, self.tokens, self.objective = head, tokens, objective
+        self.products, self.between = Buffers(), Buffers()
+        self.loss = hidden.new_zeros((), dtype=torch.float64)
+        self.logs: list[Tensor] = []
+
+    def run(self, part: slice) -> Tensor:
+        """[n, V]: d loss / d (h W^T + b) at the tokens of `part`, until the next chunk."""
+        self.products.recycle()
+        objective = self.objective
+
+        def ask(voice: Voice) -> Callable[[], tuple[Tensor, ...]]:
+            """The voice's products for this chunk, made when first asked for."""
+            return cache(partial(voice.tables, part, objective.temperature, self.products))
+
+        made = TokenLogits.of(self.hidden[part], self.head, objective.temperature, self.products)
+        teacher, reference = ask(objective.teacher), ask(objective.reference)
+        for block in _slices(*self._block_size(made.logits)):
+            self.between.recycle()
+            student = TokenLogits(made.logits[block], self.between)
+            inside = slice(part.start + block.start, part.start + block.stop)
+            gradient = self._gradient(
+                Chunk(
+                    student=student,
+                    teacher=cache(partial(self._say, objective.teacher, teacher, block, student)),
+                    reference=cache(
+                        partial(self._say, objective.reference, reference, block, student)
+                    ),
+                    ids=self.tokens.ids[inside],
+                    logprob=student.logprob(self.tokens.ids[inside]),
+                    places=self.tokens.places[inside],
+                    signals=self.tokens.signals,
+                ),
+                self.tokens.scale[inside],
+            )
+            made.logits[block] = gradient
+        return made.logits
+
+    def _block_size(self, logits: Tensor) -> tuple[int, int]:
+        rows = BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1])
+        return len(logits), max(rows, 1)
+
+    def _say(
+        self,
+        voice: Voice,
+        tables: Callable[[], tuple[Tensor, ...]],
+        block: slice,
+        student: TokenLogits,
+    ) -> TokenLogits:
+        """What a voice says at the tokens of a block."""
+        trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
+        return voice.combine(lambda: student, trunks)
+
+    def _gradient(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """[n, V] of a block: d loss / d (h W^T + b)."""
+        student, credit = chunk.student, self.objective.credit(chunk)
+        scale = scale.to(chunk.logprob.dtype) * self.objective.importance(chunk)
+        self.logs.append(torch.stack([credit.objective, chunk.logprob, student.entropy()]))
+        self.loss += weighted(scale, credit.objective).sum()
+        scale = scale / self.objective.temperature
+        mass = weighted(scale, credit.mass(student))
+        # The last use of the student's probabilities: the gradient takes their place.
+        gradient = student.probs.mul_(mass[:, None])
+        credit.subtract(gradient, scale, student)
+        return gradient
 
 
-def _credit(
-    part: slice, student: TokenLogits, tokens: Tokens, objective: Objective
-) -> tuple[Credit, Tensor, Tensor]:
-    """Credit, its factor [n] and log S(y) [n] for the tokens of `part`."""
-    temperature = objective.temperature
-    logprob = student.logprob(tokens.ids[part])
-    old = tokens.old_logprobs[part].to(logprob.dtype)
-    chunk = Chunk(
-        student=student,
-        teacher=cache(lambda: objective.teacher.logits(part, lambda: student, temperature)),
-        reference=cache(lambda: objective.reference.logits(part, lambda: student, temperature)),
-        ids=tokens.ids[part],
-        rollout=tokens.rollout[part],
-        log_ratio=torch.where(old.isnan(), 0.0, logprob - old),
-        sequence_log_ratio=tokens.sequence_log_ratio[part].to(logprob.dtype),
-    )
-    sampled = tokens.sampling_logprobs[part].to(logprob.dtype)
-    factor = objective.importance(logprob - sampled)
-    return objective.credit(chunk), tokens.scale[part].to(logprob.dtype) * factor, logprob
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """Of the loss w.r.t. hidden states, weight and bias; the head's summed in float32 at least."""
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @staticmethod
+    def zeros(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "_Gradients":
+        """A frozen head gets none, and costs nothing."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+
+        def like(parameter: Tensor | None) -> Tensor | None:
+            if parameter is None or not parameter.requires_grad:
+                return None
+            return torch.zeros_like(parameter, dtype=wide)
+
+        return _Gradients(torch.empty_like(hidden), like(weight), like(bias), weight.dtype)
+
+    def add(self, part: slice, hidden: Tensor, logits: Tensor, weight: Tensor) -> None:
+        """Through the head's product, from the gradient w.r.t. the logits of `part` [n, V]."""
+        narrow = logits.to(weight.dtype)
+        if self.hidden.dtype == narrow.dtype:
+            torch.mm(narrow, weight, out=self.hidden[part])
+        else:
+            self.hidden[part] = narrow @ weight
+        if self.weight is not None and self.weight.dtype == narrow.dtype:
+            torch.addmm(self.weight, narrow.T, hidden, out=self.weight)
+        elif self.weight is not None:
+            self.weight.add_(narrow.T @ hidden)
+        if self.bias is not None:
+            self.bias.add_(logits.sum(0))
+
+    def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Chain rule with d / d loss; called once, and the tables are given away."""
+        scaled = [None if g is None else g.mul_(factor) for g in (self.weight, self.bias)]
+        head = [None if g is None else g.to(self.dtype) for g in scaled]
+        return self.hidden.mul_(factor.to(self.hidden.dtype)), head[0], head[1]

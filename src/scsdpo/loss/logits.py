@@ -1,10 +1,55 @@
 """Logits of one chunk of tokens and what is read off them; natural logs, no graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+
+
+class Buffers:
+    """Memory for [n, V] tables that one chunk after another writes over.
+
+    The pages of a fresh table of some MiB cost a CPU more time than the matrix product that fills
+    it. Tables are handed out in the order of asking, until `recycle` starts over.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[Tensor] = []
+        self._taken = 0
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised [rows, columns] table that nobody else holds until `recycle`."""
+        mine, self._taken = self._taken, self._taken + 1
+        if mine == len(self._tables):
+            self._tables.append(torch.empty(rows, columns, dtype=dtype, device=device))
+        kept = self._tables[mine]
+        if kept.dtype != dtype or kept.shape[1] != columns or len(kept) < rows:
+            kept = self._tables[mine] = torch.empty(rows, columns, dtype=dtype, device=device)
+        return kept[:rows]
+
+    def recycle(self) -> None:
+        """Whatever was taken may be written over."""
+        self._taken = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A head's detached weight and bias, in the dtype in which its product is computed."""
+
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+
+    @staticmethod
+    def of(linear: nn.Linear) -> "Head":
+        """Under autocast its dtype: cast here once, and not for every chunk."""
+        kind = linear.weight.device.type
+        narrow = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if narrow else linear.weight.dtype
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        return Head(linear.weight.detach().to(dtype), bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,31 +61,48 @@ class TokenLogits:
 
     Args:
         logits: [n, V] float32 or float64; -inf forbids a token.
+        buffers: where further [n, V] tables are made.
     """
 
     logits: Tensor
+    buffers: Buffers = field(default_factory=Buffers)
 
     @staticmethod
-    def of(hidden: Tensor, head: nn.Linear, temperature: float) -> "TokenLogits":
+    def of(
+        hidden: Tensor, head: nn.Linear | Head, temperature: float, buffers: Buffers | None = None
+    ) -> "TokenLogits":
         """Z = (h W^T + b) / temperature, for hidden states [n, D]."""
-        raw = nn.functional.linear(hidden, head.weight, head.bias)
-        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        return TokenLogits(wide if temperature == 1 else wide.div_(temperature))
+        head = head if isinstance(head, Head) else Head.of(head)
+        buffers = Buffers() if buffers is None else buffers
+        narrow = hidden.to(head.weight.dtype)
+        wide = torch.promote_types(narrow.dtype, torch.float32)
+        logits = buffers.take(len(hidden), len(head.weight), wide, hidden.device)
+        if narrow.dtype != wide:
+            logits.copy_(nn.functional.linear(narrow, head.weight, head.bias))
+        elif head.bias is None:
+            torch.mm(narrow, head.weight.T, out=logits)
+        else:
+            torch.addmm(head.bias, narrow, head.weight.T, out=logits)
+        return TokenLogits(logits if temperature == 1 else logits.div_(temperature), buffers)
+
+    def _table(self) -> Tensor:
+        n, vocabulary = self.logits.shape
+        return self.buffers.take(n, vocabulary, self.logits.dtype, self.logits.device)
 
     @cached_property
     def log_normalizer(self) -> Tensor:
-        """[n, 1]: log sum_v exp z(v)."""
-        return self.logits.logsumexp(-1, keepdim=True)
+        """[n, 1]: log sum_v exp z(v) = max z - log max S; largest entries, so nothing is lost."""
+        return self.logits.amax(-1, keepdim=True) - self.probs.amax(-1, keepdim=True).log()
 
     @cached_property
     def log_probs(self) -> Tensor:
         """[n, V]: log S(v) = z(v) - log_normalizer."""
-        return self.logits - self.log_normalizer
+        return torch.sub(self.logits, self.log_normalizer, out=self._table())
 
     @cached_property
     def probs(self) -> Tensor:
         """[n, V]: S(v)."""
-        return self.logits.softmax(-1)
+        return torch.softmax(self.logits, -1, out=self._table())
 
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """[n, k]: log S of `ids` [n, k]."""
@@ -52,8 +114,9 @@ class TokenLogits:
 
     def entropy(self) -> Tensor:
         """[n]: H(S) = log_normalizer - sum_v S(v) z(v), nats; a forbidden token contributes 0."""
-        # A batched product: an elementwise one would be one more [n, V] buffer.
-        mean = torch.bmm(self.probs[:, None], self.logits[..., None])[:, 0]
+        # A batched product: an elementwise one would be one more [n, V] table.
+        with torch.autocast(self.logits.device.type, enabled=False):
+            mean = torch.bmm(self.probs[:, None], self.logits[..., None])[:, 0]
         entropy = self.log_normalizer - mean
         if bool(entropy.isfinite().all()):
             return entropy[:, 0]

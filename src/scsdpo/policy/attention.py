@@ -53,6 +53,7 @@ def run_decoder(model: PreTrainedModel, layout: AttentionLayout, **inputs: Tenso
     return decoder(attention_mask=mask, use_cache=False, layout=layout, **inputs).last_hidden_state
 
 
+@torch.compiler.disable  # lest a compiled layer specialise on a layout: each forward has its own
 def _attend(
     module: nn.Module,
     query: Tensor,

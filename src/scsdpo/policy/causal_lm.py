@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class CausalLM(nn.Module):
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
         adapter: `FullFineTune()` or `Lora(...)`.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
+        compile_layers: `torch.compile` each decoder layer around its attention, for the update;
+            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
 
     Raises:
@@ -57,6 +60,7 @@ class CausalLM(nn.Module):
         attn_implementation: str = "sdpa",
         adapter: Adapter = FullFineTune(),
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -64,6 +68,8 @@ class CausalLM(nn.Module):
         self.adapter = adapter
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
+        self._compiled: WeakSet[nn.Module] = WeakSet()
         self._dtype = dtype
         self._path = _resolve(name_or_path)
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
@@ -138,18 +144,31 @@ class CausalLM(nn.Module):
         Under FSDP2 the head's weight is whole only inside this forward.
         """
         model = self.language_model
-        hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
-        return loss(hidden, model.get_output_embeddings())
+        return loss(self._hidden_states(model, rows), model.get_output_embeddings())
 
     def sampling_mode(self) -> AbstractContextManager[PreTrainedModel]:
-        """The student for inference: eval mode, no gradients, all restored on exit."""
-        return _inference(self.language_model)
+        """The student for inference: eager, eval mode, no gradients, all restored on exit."""
+        return _sampling(self.language_model)
 
     def run(self, weights: Weights, rows: Rows) -> tuple[Tensor, nn.Linear]:
         """Hidden states [N, D] and head of another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            hidden = hidden_states(model, rows, share_prefixes=self.share_prefixes)
-            return hidden, model.get_output_embeddings()
+            return self._hidden_states(model, rows), model.get_output_embeddings()
+
+    def _hidden_states(self, model: PreTrainedModel, rows: Rows) -> Tensor:
+        """With the model's layers compiled, if they are to be: a teacher's copy too."""
+        if self.compile_layers and model not in self._compiled:
+            self._compiled.add(model)
+            for layer in model.get_decoder().layers:
+                layer.compile(dynamic=True)
+        return hidden_states(model, rows, share_prefixes=self.share_prefixes)
+
+
+@contextmanager
+def _sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    # Shapes change at every decoding step, and each would be compiled.
+    with torch.compiler.set_stance("force_eager"), _inference(model):
+        yield model
 
 
 @contextmanager

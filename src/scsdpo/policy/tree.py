@@ -93,6 +93,8 @@ class _Rectangle:
     """[B, q] places of their own tokens, padded with the last one."""
     inside: Tensor
     """[B, q] bool: not padding."""
+    full: bool
+    """There is no padding among the queries."""
     keys: Tensor
     """[B, t] places of the tokens on their paths, their own included; padded at the end."""
     known: Tensor
@@ -126,7 +128,8 @@ class TokenTree(AttentionLayout):
                 scale=1.0,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            mixed.append(attended.transpose(1, 2)[rectangle.inside])
+            states = attended.transpose(1, 2)
+            mixed.append(states.flatten(0, 1) if rectangle.full else states[rectangle.inside])
         return torch.cat(mixed)[None]
 
     def visible(self, i: int, window: int | None) -> Tensor:
@@ -205,6 +208,7 @@ def _rectangle(nodes: Sequence[_Node], device: torch.device) -> _Rectangle:
     return _Rectangle(
         queries=queries.to(device),
         inside=inside.to(device),
+        full=bool(inside.all()),
         keys=keys.to(device),
         known=known.to(device),
     )
