@@ -93,7 +93,7 @@ class _Forward(Feed):
             yield from self._fitting(stable_hash(self.seed, passes), log=True)
 
     def _fitting(self, seed: int, *, log: bool) -> Iterator[Prompt]:
-        dropped = in_a_row = 0
+        dropped = in_a_row = read = 0
         for read, prompt in enumerate(self.source.shuffled(seed), start=1):
             prompt = rendered(prompt, self.chat)
             if len(prompt.ids) <= self.max_tokens:
@@ -106,6 +106,8 @@ class _Forward(Feed):
                 raise ValueError(too_long(name, _TRIES, len(prompt.ids), self.max_tokens))
             if log and dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
                 warn_dropped(self.source.name, dropped, read, self.max_tokens)
+        if read and dropped == read:
+            raise ValueError(too_long(self.source.name, read, len(prompt.ids), self.max_tokens))
 
 
 class Mixture(Dataset[Prompt]):
