@@ -1,42 +1,25 @@
 """A whole training run in a second: a random model, a source of toy questions, a coin verifier."""
 
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
 
+from coins import Always, Coin
 from scsdpo.advantage import SelfDistillation, TopK
 from scsdpo.data import Source, TaskDataModule
 from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA
-from scsdpo.types import Prompt, Sampling, Verdict
+from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import Verifier
 from scsdpo.weighting import PassRate
 
-
-@dataclass(frozen=True)
-class Coin(Verifier):
-    """About half of all texts pass."""
-
-    def verify(self, prompt, response):
-        return Verdict(reward=float(zlib.crc32(response.encode()) % 2), answer=response[:1])
-
-
-@dataclass(frozen=True)
-class Always(Verifier):
-    """One verdict for everything."""
-
-    reward: float = 1.0
-
-    def verify(self, prompt, response):
-        return Verdict(reward=self.reward)
+__all__ = ["Always", "Coin", "Toys", "data", "module", "trainer", "weights"]
 
 
 class Toys(Source):
-    def __init__(self, size=12, verifier=Coin()):
+    def __init__(self, size: int = 12, verifier: Verifier = Coin()):
         self.size, self.verifier = size, verifier
 
     def __len__(self):

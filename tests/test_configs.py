@@ -90,7 +90,12 @@ def test_every_task_lies_over_every_model(base, task, scsdpo, capsys):
     for split in ("train", "val"):
         source = config["data"][split]
         assert source["class_path"].endswith(own[split]["class_path"])
-        assert source["init_args"].items() >= own[split]["init_args"].items()
+        arguments = source["init_args"]
+        assert arguments.keys() == own[split]["init_args"].keys()  # it states every one
+        for name, value in own[split]["init_args"].items():
+            given = arguments[name]
+            assert given == value or given["class_path"].endswith(f".{value}"), name
+    assert config["data"].keys() == own.keys()
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda p: p.stem)

@@ -231,6 +231,17 @@ def test_unknown_domains_and_splits_are_refused():
         SciKnowEval("bio", "train")
     with pytest.raises(ValueError, match=r"`SciKnowEval\(split=...\)` must be of .* got 'val'"):
         SciKnowEval("biology", "val")
+    with pytest.raises(ValueError, match=r"`SciKnowEval\(level=...\)` must be of .* got 'L9'"):
+        SciKnowEval("biology", "test", level="L9")
+
+
+@needs_shared
+def test_another_level_comes_from_the_hub_only(monkeypatch):
+    with pytest.raises(ValueError, match=r"level='L1'\)`: the files in .* hold level L3; for ano"):
+        len(SciKnowEval("biology", "test", level="L1", source=str(SCIENCE / "biology")))
+    rows = list(hub_rows("biology"))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
+    assert len(SciKnowEval("biology", "test", level="L1")) == 50
 
 
 # --- configuration --------------------------------------------------------------------------------

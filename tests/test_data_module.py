@@ -4,18 +4,22 @@ import logging
 import pickle
 import warnings
 from collections import Counter
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning import Callback, LightningModule, Trainer
 
 from models import tokenizer
 from scsdpo.data import PromptList, SciKnowEval, TaskDataModule, make_prompt
-from scsdpo.data import rendered as rendered_module
+from scsdpo.data.feed import Feed, Mixture, schedule
 from scsdpo.data.loader import EpochSampler
 from scsdpo.data.rendered import Rendered
 from scsdpo.policy import Chat
+from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import ExactMatch
 from shared import SHARED, needs_shared
 
@@ -38,6 +42,14 @@ class Numbers(PromptList):
             yield make_prompt(self.name, question="x" * (i + 1), answer="", verifier=ExactMatch())
 
 
+def rendered(source, chat, limit):
+    return Rendered(source, source.name, chat, limit)
+
+
+def feed(chat, source, seed=0, limit=10_000):
+    return Feed.of(source, chat, limit, seed)
+
+
 def number(prompt):
     return len(prompt.messages[-1]["content"]) - 1
 
@@ -52,7 +64,7 @@ def chat():
 
 def test_prompts_carry_the_rendered_ids(chat):
     source = Numbers(3)
-    for prompt, plain in zip(Rendered(source, chat, 100), source.prompts, strict=True):
+    for prompt, plain in zip(rendered(source, chat, 100), source.prompts, strict=True):
         assert prompt.ids == chat.render(plain.messages)
         assert (prompt.key, prompt.messages) == (plain.key, plain.messages)
 
@@ -60,7 +72,7 @@ def test_prompts_carry_the_rendered_ids(chat):
 def test_prompts_over_the_limit_are_dropped_counted_and_logged(chat, caplog):
     limit = len(chat.render(Numbers(5)[3].messages))
     with caplog.at_level(logging.WARNING):
-        prompts = Rendered(Numbers(5), chat, limit)
+        prompts = rendered(Numbers(5), chat, limit)
     assert [number(prompt) for prompt in prompts] == [0, 1, 2, 3]
     assert caplog.messages == [
         f"numbers: 1 of 5 prompts are longer than max_prompt_tokens={limit} and were dropped"
@@ -68,37 +80,35 @@ def test_prompts_over_the_limit_are_dropped_counted_and_logged(chat, caplog):
 
 
 def test_nothing_is_logged_when_every_prompt_fits(chat, caplog):
-    Rendered(Numbers(5), chat, 10_000)
+    rendered(Numbers(5), chat, 10_000)
     assert caplog.messages == []
 
 
 def test_a_source_of_which_no_prompt_fits_is_refused(chat):
     with pytest.raises(ValueError, match=r"max_prompt_tokens=3\)`: 5 prompts of 'numbers'.*raise"):
-        Rendered(Numbers(5), chat, 3)
-
-
-def test_in_a_large_source_a_long_prompt_gives_way_to_the_next_one(chat, monkeypatch):
-    monkeypatch.setattr(rendered_module, "FILTER_AHEAD", 4)
-    limit = len(chat.render(Numbers(5)[3].messages))
-    prompts = Rendered(Numbers(5), chat, limit)
-    assert [number(prompts[i]) for i in range(5)] == [0, 1, 2, 3, 0]
-    with pytest.raises(ValueError, match="in a row are longer"):
-        Rendered(Numbers(5), chat, 3)[0]
+        rendered(Numbers(5), chat, 3)
 
 
 # --- order ----------------------------------------------------------------------------------------
 
 
-def samplers(ranks, size=23, batch=4, seed=0):
+class Draws(Mixture):
+    """Two feeds of 12 and 11 questions, of which nothing but the number is known."""
+
+    def __init__(self):
+        super().__init__([range(12), range(11)])
+
+
+def samplers(ranks, weights=(12, 11), batch=4):
     return [
-        EpochSampler(range(size), batch_size=batch, num_replicas=ranks, rank=rank, seed=seed)
+        EpochSampler(Draws(), weights, batch_size=batch, num_replicas=ranks, rank=rank)
         for rank in range(ranks)
     ]
 
 
 def test_the_questions_of_a_step_do_not_depend_on_the_number_of_ranks():
     alone = list(samplers(1)[0])
-    assert len(alone) == len(set(alone)) == 20
+    assert len(alone) == len(set(alone)) == len(samplers(1)[0]) == 20
     for ranks in (2, 4):
         shares = [list(sampler) for sampler in samplers(ranks)]
         each = 4 // ranks
@@ -107,14 +117,44 @@ def test_the_questions_of_a_step_do_not_depend_on_the_number_of_ranks():
             assert together == set(alone[4 * step : 4 * step + 4])
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
+def test_epochs_follow_each_other_without_a_gap():
     sampler = samplers(1)[0]
-    first = list(sampler)
-    assert first == list(samplers(1)[0])
-    assert first != list(samplers(1, seed=1)[0])
-    sampler.asked = 20
-    assert first != list(sampler)
-    assert sampler.epoch == 1
+    draws = []
+    for _ in range(4):
+        draws += list(sampler)
+        sampler.asked = len(draws)
+    assert draws == list(islice(schedule((12, 11)), 80))
+
+
+def test_a_run_resumed_with_other_batches_leaves_no_batch_half_full():
+    sampler = samplers(1, batch=8)[0]
+    assert len(list(sampler)) == 16
+    sampler.asked = 4
+    assert len(list(sampler)) == 8
+    sampler.asked = 12
+    assert len(list(sampler)) == 16
+
+
+WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+
+
+@settings(deadline=None, database=None)
+@given(WEIGHTS, st.integers(0, 300))
+def test_the_schedule_can_start_anywhere_and_keeps_the_proportions(weights, start):
+    period = sum(weights)
+    draws = list(islice(schedule(weights), start + 2 * period))
+    assert list(islice(schedule(weights, start), 2 * period)) == draws[start:]
+    for feed, weight in enumerate(weights):
+        numbers = [number for chosen, number in draws if chosen == feed]
+        assert numbers == list(range(len(numbers)))
+        # Exactly its share in any period, and within a few questions of it at any time.
+        stretch = [chosen for chosen, _ in draws[start : start + period]]
+        assert stretch.count(feed) == weight
+        for n in range(len(draws)):
+            behind = n * weight / period - sum(chosen == feed for chosen, _ in draws[:n])
+            assert abs(behind) < len(weights)
+            if n > 60:
+                break
 
 
 # --- the data module ------------------------------------------------------------------------------
@@ -125,7 +165,7 @@ class Recorder(LightningModule):
 
     def __init__(self, chat):
         super().__init__()
-        self.policy = SimpleNamespace(chat=chat)
+        self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
         self.layer = torch.nn.Linear(1, 1)
         self.trained, self.validated = [], []
 
@@ -185,16 +225,19 @@ def quiet(**arguments):
     )
 
 
-def test_an_epoch_asks_each_question_at_most_once_and_all_but_a_rest(chat):
-    module, _ = train(chat, 10)
-    epochs = module.trained[:5], module.trained[5:]
-    assert all(len(batch) == 4 for batch in module.trained)
-    for epoch in epochs:
+def test_each_pass_asks_every_question_once_and_the_next_one_follows_at_once(chat):
+    asked = [i for batch in train(chat, 23)[0].trained for i in batch]
+    assert len(asked) == 4 * 23
+    passes = [asked[23 * n : 23 * n + 23] for n in range(4)]
+    for questions in passes:
         # Questions 0 to 10 are in both sources, 11 in the first one only.
-        counts = Counter(i for batch in epoch for i in batch)
-        assert sum(counts.values()) == 20
-        assert all(count <= (2 if i < 11 else 1) for i, count in counts.items())
-    assert epochs[0] != epochs[1]
+        assert Counter(questions) == {**dict.fromkeys(range(11), 2), 11: 1}
+    assert len(set(map(tuple, passes))) == 4
+
+
+def test_a_seed_has_an_order_of_its_own(chat):
+    orders = [[number(feed(chat, Numbers(9), seed)[i]) for i in range(9)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_validation_test_and_prediction_see_each_question_of_each_source_once(chat):
@@ -250,7 +293,7 @@ def test_prompts_pass_precision_plugins_untouched(chat, precision):
 
 
 def test_prompts_are_picklable(chat):
-    prompt = Rendered(Numbers(1), chat, 100)[0]
+    prompt = rendered(Numbers(1), chat, 100)[0]
     again = pickle.loads(pickle.dumps(prompt))
     assert (again.key, again.ids, again.verifier) == (prompt.key, prompt.ids, prompt.verifier)
 
@@ -278,7 +321,7 @@ def test_fewer_questions_than_a_batch_are_refused(chat):
 
 def trainer_of(chat, world_size):
     """As much of a trainer as the data module asks for."""
-    module = SimpleNamespace(policy=SimpleNamespace(chat=chat))
+    module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
     return SimpleNamespace(
         world_size=world_size, global_rank=0, overfit_batches=0, lightning_module=module
     )

@@ -28,7 +28,8 @@ def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monke
     from scsdpo.__main__ import main
 
     (tmp_path / "mine.py").write_text("\n".join(blocks("docs/extending.md", "python")))
-    data = yaml.safe_load(blocks("docs/extending.md", "yaml")[0])
+    (text,) = [text for text in blocks("docs/extending.md", "yaml") if "mine.Contains" in text]
+    data = yaml.safe_load(text)
     for split in ("train", "val"):
         (tmp_path / f"{split}.jsonl").write_text(
             "\n".join(f'{{"prompt": "{split} {i}?", "answer": "{i}"}}' for i in range(4))
@@ -58,6 +59,25 @@ def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", "--config", "config.yaml"])
     assert main() in (0, None)
+
+
+def test_the_tutorial_makes_a_task_of_20_lines_of_python_and_6_of_yaml(tmp_path, monkeypatch):
+    from scsdpo.__main__ import main
+
+    for language, suffix, most in (("python", "py", 20), ("yaml", "yaml", 6)):
+        head = f"# sums.{suffix}\n"
+        (text,) = [b for b in blocks("docs/extending.md", language) if b.startswith(head)]
+        assert len([line for line in text.removeprefix(head).splitlines() if line]) <= most
+        (tmp_path / f"sums.{suffix}").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    short = ["--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
+    short += ["--data.val.size=4", "--model.val_sampling.n=2", "--trainer.accelerator=cpu"]
+    configs = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--config", "sums.yaml"]
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *configs, *short])
+    assert main() in (0, None)
+    (result,) = tmp_path.glob("runs/tiny/*/before_after.json")
+    assert "mean@2" in result.read_text()
 
 
 @pytest.mark.parametrize("name", ["README.md"])

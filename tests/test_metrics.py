@@ -14,6 +14,7 @@ from scsdpo.metrics import MajAtK, MeanAtK, rollout_metrics
 from scsdpo.types import Prompt, Rollouts
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import PassRate, Uniform
+from streams import Counting
 
 
 def test_mean_at_k_is_the_mean_over_questions_of_the_mean_reward():
@@ -81,6 +82,16 @@ def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):
     assert set(written["before"]) == set(written["after"]) >= {"mean@2", "maj@2", "even/mean@2"}
     shown = capsys.readouterr().out
     assert "held-out questions" in shown and "optimizer steps taken" in shown
+
+
+def test_each_validation_source_has_metrics_under_its_own_name(qwen3, tmp_path):
+    run = trainer(tmp_path)
+    run.validate(module(qwen3), data(val=[Toys(2), Counting(size=2)]), verbose=False)
+    assert {name for name in run.callback_metrics if name.endswith("mean@2")} == {
+        "val/mean@2",
+        *("val/toys/mean@2", "val/toys/even/mean@2", "val/toys/odd/mean@2"),
+        "val/counting/mean@2",
+    }
 
 
 def test_the_table_shows_percent_and_points():

@@ -27,7 +27,7 @@ from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 from scsdpo.update import Batch, Update
-from scsdpo.verifiers import verify_all
+from scsdpo.verifiers import Verification, VerifierPool, report_errors
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
@@ -56,6 +56,7 @@ class PolicyOptimizer(L.LightningModule):
         gap: how far sampler and trainer may disagree.
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
+        verification: how responses are judged: processes and deadlines.
         optimizer: made from the trainable parameters.
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
@@ -85,6 +86,7 @@ class PolicyOptimizer(L.LightningModule):
         gap: GapCheck = GapCheck(),
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
+        verification: Verification = Verification(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
             o, factor=1.0
@@ -120,6 +122,7 @@ class PolicyOptimizer(L.LightningModule):
             importance=importance,
             needs=token_weighting.needs | advantage.needs | importance.needs,
         )
+        self.verifiers = VerifierPool(verification)
         self.validation = ByCategory()
         # Counts batches, not steps: a batch that took no step must not be drawn again.
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -127,6 +130,10 @@ class PolicyOptimizer(L.LightningModule):
         self.batches: Tensor
         self.skipped: Tensor
         self.bad_steps = self.idle_batches = 0
+
+    def setup(self, stage: str) -> None:
+        """Start the processes that judge; they are ready before the weights are."""
+        self.verifiers.start()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -167,8 +174,9 @@ class PolicyOptimizer(L.LightningModule):
             self._optimize(batch if i == 0 else old, part)
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
-        """Verdicts of each prompt's verifier."""
-        verdicts = verify_all(rollouts.prompts, rollouts.texts)
+        """Verdicts of each prompt's verifier; those that failed are logged."""
+        verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
+        report_errors(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,
@@ -337,8 +345,9 @@ class PolicyOptimizer(L.LightningModule):
             )
 
     def teardown(self, stage: str) -> None:
-        """Let the rollout's engine go."""
+        """Let the rollout's engine go, and the processes that judge."""
         self.rollout.close()
+        self.verifiers.close()
 
     # --------------------------------------------------------------- checkpoints
 

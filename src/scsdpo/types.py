@@ -4,18 +4,24 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 (responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
 """
 
-import hashlib
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from scsdpo.verifiers import Verifier
+from scsdpo.prompt import Message, Prompt, Verdict, stable_hash
 
-Message = dict[str, str]
-"""One chat turn, `{"role": ..., "content": ...}`."""
+__all__ = [
+    "Message",
+    "Outcomes",
+    "Prompt",
+    "Rollouts",
+    "Sampling",
+    "TeacherContexts",
+    "Verdict",
+    "stable_hash",
+]
 
 
 class _ToDevice:
@@ -30,40 +36,6 @@ class _ToDevice:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)  # type: ignore[type-var]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prompt:
-    """One question, as a data source yields it."""
-
-    key: str
-    """Stable identity of the question: the same after a restart, on every rank, in every order."""
-    messages: tuple[Message, ...]
-    """Chat turns; the last one is the user's."""
-    verifier: "Verifier"
-    """Turns a response to this prompt into a `Verdict`."""
-    answer: str
-    """The gold answer in the form that `verifier` compares with; never shown to the policy."""
-    category: str = ""
-    """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
-    ids: tuple[int, ...] = ()
-    """The rendered prompt, generation header included; empty until the data module rendered it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What a verifier says of one response."""
-
-    reward: float
-    """In [0, 1] for the tasks shipped here; 1 is right."""
-    answer: str | None = None
-    """The extracted answer in canonical spelling, for majority votes; None: there was none."""
-    feedback: str = ""
-    """What is wrong, in words that the teacher may be shown; empty: nothing to say."""
-    error: str = ""
-    """Why the verifier itself failed; counted and logged, never a silent zero."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
@@ -125,12 +97,6 @@ class Sampling:
     def at(self, step: int) -> "Sampling":
         """The same sampling with a seed of its own for `step`, so that steps draw afresh."""
         return replace(self, seed=stable_hash(self.seed, step))
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit hash of `parts` that is the same in every process (unlike `hash`)."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

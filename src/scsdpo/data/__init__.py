@@ -1,18 +1,20 @@
 """Data: where questions come from, and how they reach the training loop."""
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import Source, Stream
 from scsdpo.data.loader import PromptBatch
 from scsdpo.data.module import TaskDataModule
 from scsdpo.data.prompts import PromptList, make_prompt
-from scsdpo.data.records import Records, ToolUse
+from scsdpo.data.records import Math, Records, ToolUse
 from scsdpo.data.sciknoweval import SciKnowEval
 
 __all__ = [
+    "Math",
     "PromptBatch",
     "PromptList",
     "Records",
     "SciKnowEval",
     "Source",
+    "Stream",
     "TaskDataModule",
     "ToolUse",
     "make_prompt",

@@ -1,18 +1,22 @@
 """The contract of a data source."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from random import Random
 
+import torch
 from torch.utils.data import Dataset
 
-from scsdpo.types import Prompt
+from scsdpo.types import Prompt, stable_hash
 
 
 class Source(Dataset[Prompt], ABC):
-    """A map-style set of prompts: index -> `Prompt`.
+    """A set of prompts by index: index -> `Prompt`.
 
     Construction is cheap and checks its arguments; files are opened by the first access, so that
     a mistake in another section of the configuration is reported first. An endless source has a
-    nominal length, so that a loader's position in it can be saved and restored.
+    nominal length, so that a run has epochs.
     """
 
     @abstractmethod
@@ -27,3 +31,67 @@ class Source(Dataset[Prompt], ABC):
     @abstractmethod
     def name(self) -> str:
         """Name under which validation metrics of this source are logged."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether prompts can be read in order only."""
+        return False
+
+    def read(self) -> Iterator[Prompt]:
+        """One pass over the prompts, in order."""
+        return (self[index] for index in range(len(self)))
+
+    def shuffled(self, seed: int) -> Iterator[Prompt]:
+        """One pass over the prompts, in an order that `seed` fixes."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=generator)
+        return (self[int(index)] for index in order)
+
+
+class Stream(Source):
+    """Prompts that come one after the other: a generator, a set larger than memory or disk.
+
+    They are shuffled within windows, each of which is fixed by its number and the seed. So a place
+    in a stream is a count: to resume, a run reads again what came before it. When the prompts end
+    they start again.
+
+    Args:
+        size: questions of an epoch, and of a validation; nominal.
+        window: questions in memory, within which they are shuffled; 1: they are not.
+
+    Raises:
+        ValueError: if an argument is below 1.
+    """
+
+    def __init__(self, *, size: int = 10_000, window: int = 1_000) -> None:
+        for name, value in (("size", size), ("window", window)):
+            if value < 1:
+                raise ValueError(f"`{type(self).__name__}({name}=...)` must be >= 1, got {value}")
+        self.size, self.window = size, window
+
+    @abstractmethod
+    def read(self) -> Iterator[Prompt]:
+        """One pass over the prompts from the beginning, the same each time; it may be endless."""
+
+    @property
+    def sequential(self) -> bool:
+        """It can be read in order only."""
+        return True
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt at `index`; reads all that come before it."""
+        for prompt in islice(self.read(), index, None):
+            return prompt
+        raise IndexError(index)
+
+    def shuffled(self, seed: int) -> Iterator[Prompt]:
+        """One pass, shuffled within windows."""
+        prompts = self.read()
+        number = 0
+        while window := list(islice(prompts, self.window)):
+            Random(stable_hash(seed, number)).shuffle(window)
+            yield from window
+            number += 1

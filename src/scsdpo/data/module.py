@@ -1,7 +1,11 @@
 """The data module: sources in, batches of rendered prompts out."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from math import gcd
 from typing import Any, cast
 
 import torch
@@ -9,31 +13,40 @@ from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
 from scsdpo.data._base import Source
+from scsdpo.data.feed import FILTER_AHEAD, Feed, Mixture
 from scsdpo.data.loader import EpochSampler, PromptBatch, QuestionLoader
 from scsdpo.data.rendered import Rendered
+from scsdpo.data.startup import check_start
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
-from scsdpo.types import Prompt
+from scsdpo.types import Prompt, stable_hash
+
+_SHARES = 10_000
+"""Weights are rounded to this fraction of their sum."""
 
 
 class TaskDataModule(LightningDataModule):
     """Batches of questions, each a `tuple[Prompt, ...]`, for training and validation.
 
-    Training questions come in an order of their own each epoch; the questions that do not fill a
-    last batch wait for the next epoch's order. A run that is resumed from a checkpoint, within an
-    epoch too, goes on with the question that was next. Test and predict use `val`.
+    Each pass over a training source has an order of its own and asks each question once. A run that
+    is resumed from a checkpoint, within an epoch too, goes on with the question that was next. Test
+    and predict use `val`.
 
     Args:
-        train: source or sources of training questions; several are joined.
-        val: the same for validation; `[]`: there is none.
+        train: source or sources of training questions; several are mixed.
+        val: the same for validation; `[]`: there is none. With several, each has metrics of its
+            own, under its name.
         questions_per_batch: Q, over all ranks; must be a multiple of their number.
         val_questions_per_batch: the same for validation; the last batch may be smaller.
         max_prompt_tokens: longer prompts are dropped, counted and logged.
         seed: of the order of training questions.
         num_workers: processes that render prompts ahead; 0: the training process does.
+        train_weights: share of each source in `train` among the questions of any stretch of
+            batches; `[]`: by its number of questions, so that an epoch is a pass over all.
 
     Raises:
-        ValueError: if a number is too small, or there are fewer training questions than a batch.
+        ValueError: if a number is too small, weights do not fit the sources, two validation sources
+            have one name, or there are fewer training questions than a batch.
     """
 
     def __init__(
@@ -46,6 +59,7 @@ class TaskDataModule(LightningDataModule):
         max_prompt_tokens: int = 2048,
         seed: int = 0,
         num_workers: int = 0,
+        train_weights: Sequence[float] = (),
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -60,6 +74,23 @@ class TaskDataModule(LightningDataModule):
         self.val_sources = [val] if isinstance(val, Source) else val
         if not self.train_sources:
             raise ValueError("`TaskDataModule(train=...)` must hold a source, got none")
+        if train_weights and len(train_weights) != len(self.train_sources):
+            raise ValueError(
+                "`TaskDataModule(train_weights=...)` must hold one weight for each of the "
+                f"{len(self.train_sources)} sources in `train`, got {list(train_weights)}"
+            )
+        if any(not 0 < weight < float("inf") for weight in train_weights):
+            raise ValueError(
+                "`TaskDataModule(train_weights=...)` must be > 0 and finite, got "
+                f"{list(train_weights)}; leave a source that is not wanted out of `train`"
+            )
+        for name, times in Counter(source.name for source in self.val_sources).items():
+            if times > 1:
+                raise ValueError(
+                    f"`TaskDataModule(val=...)`: {times} sources are called {name!r}; give one "
+                    "another `name`, under which its metrics are logged"
+                )
+        self.train_weights = tuple(train_weights)
         self.questions_per_batch = questions_per_batch
         self.val_questions_per_batch = val_questions_per_batch
         self.max_prompt_tokens = max_prompt_tokens
@@ -78,30 +109,52 @@ class TaskDataModule(LightningDataModule):
     def _setup(self, stage: str) -> None:
         # Rendering a batch takes milliseconds and a step takes seconds.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        chat = cast(Any, self.trainer).lightning_module.policy.chat
+        module = cast(Any, self.trainer).lightning_module
+        chat = module.policy.chat
         if stage == "fit":
-            self.train_set = self._render(self.train_sources, chat)
+            check_start(module, self.train_sources)
+            self.train_set = Mixture(
+                [
+                    Feed.of(source, chat, self.max_prompt_tokens, stable_hash(self.seed, number))
+                    for number, source in enumerate(self.train_sources)
+                ]
+            )
             if len(self.train_set) < self.questions_per_batch:
                 raise ValueError(
                     f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
-        self.val_set = self._render(self.val_sources, chat) if self.val_sources else None
+        self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
 
-    def _render(self, sources: Sequence[Source], chat: Chat) -> ConcatDataset[Prompt]:
-        return ConcatDataset([Rendered(source, chat, self.max_prompt_tokens) for source in sources])
+    def _in_order(
+        self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
+    ) -> ConcatDataset[Prompt]:
+        """The first questions of each source; of several, categories begin with its name."""
+        return ConcatDataset(
+            [
+                Rendered(
+                    _head(source, most, named=len(sources) > 1),
+                    source.name,
+                    chat,
+                    self.max_prompt_tokens,
+                )
+                for source in sources
+            ]
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
         if cast(Any, self.trainer).overfit_batches:
-            return self._loader(self.train_set, self.questions_per_batch)
+            chat = cast(Any, self.trainer).lightning_module.policy.chat
+            first = self._in_order(self.train_sources, chat, most=FILTER_AHEAD)
+            return self._loader(first, self.questions_per_batch)
         ranks, rank = self._ranks()
         sampler = EpochSampler(
             self.train_set,
+            self._whole_weights(),
             batch_size=self.questions_per_batch,
             num_replicas=ranks,
             rank=rank,
-            seed=self.seed,
         )
         return QuestionLoader(
             self.train_set,
@@ -110,6 +163,13 @@ class TaskDataModule(LightningDataModule):
             collate_fn=PromptBatch,
             num_workers=self.num_workers,
         )
+
+    def _whole_weights(self) -> list[int]:
+        """In lowest terms, since the schedule's period is their sum."""
+        total = sum(self.train_weights)
+        weights = [max(1, round(_SHARES * weight / total)) for weight in self.train_weights]
+        weights = weights or [len(feed) for feed in self.train_set.feeds]
+        return [weight // gcd(*weights) for weight in weights]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """In order. With several ranks some questions may come twice, so that shares are even."""
@@ -147,3 +207,14 @@ class TaskDataModule(LightningDataModule):
                     f"{trainer.world_size} ranks"
                 )
         return trainer.world_size, trainer.global_rank
+
+
+def _head(source: Source, most: float, *, named: bool) -> list[Prompt]:
+    """The first prompts of a source: `most`, or all that it has or says that it has."""
+    prompts = islice(source.read(), int(min(len(source), most)))
+    return [_named(prompt, source.name) if named else prompt for prompt in prompts]
+
+
+def _named(prompt: Prompt, name: str) -> Prompt:
+    parts = [name, *([prompt.category] if prompt.category not in ("", name) else [])]
+    return replace(prompt, category="/".join(parts))

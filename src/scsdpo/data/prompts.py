@@ -55,11 +55,17 @@ def table_prompts(
     prompt: str = "prompt",
     answer: str = "answer",
     system: str = "",
+    instruction: str = "",
 ) -> list[Prompt]:
-    """A prompt of source `name` for each row; `prompt`, `answer` and `system` name the columns."""
+    """A prompt of source `name` for each row; `prompt`, `answer` and `system` name the columns.
+
+    `instruction` follows each question.
+    """
     questions, answers = table.texts(prompt), table.texts(answer)
     systems = table.texts(system, optional=True) if system else [""] * len(questions)
     return [
-        make_prompt(name, question=question, answer=gold, verifier=verifier, system=turn)
+        make_prompt(
+            name, question=question + instruction, answer=gold, verifier=verifier, system=turn
+        )
         for question, gold, turn in zip(questions, answers, systems, strict=True)
     ]

@@ -23,8 +23,9 @@ HUB_DOMAINS = {
     "physics": "Physics",
 }
 HUB_TYPES = ("mcq-4-choices", "mcq-2-choices")
-HUB_LEVEL = "L3"
-"""The set's reasoning level, the one that the paper uses."""
+LEVELS = ("L1", "L2", "L3", "L4", "L5")
+FILE_LEVEL = "L3"
+"""The set's reasoning level, the one that the paper and its files use."""
 TEST_SHARE, SPLIT_SEED = 0.1, 42
 
 SYSTEM = """
@@ -46,7 +47,7 @@ A
 
 
 class SciKnowEval(PromptList):
-    """Multiple-choice questions of SciKnowEval, reasoning level, as the SDPO authors split them.
+    """Multiple-choice questions of SciKnowEval, as the SDPO authors chose and split them.
 
     Args:
         domain: the science.
@@ -54,9 +55,10 @@ class SciKnowEval(PromptList):
         source: name of the set on the Hugging Face hub, or a folder with `train.json` and
             `test.json` in the format of the SDPO authors' repository. Both give the same prompts.
         strict: as in `MultipleChoice`.
+        level: of the set, L1 to L5; files hold the reasoning level, L3.
 
     Raises:
-        ValueError: if `domain` or `split` is none of the above.
+        ValueError: if `domain`, `split` or `level` is none of the above.
 
     Source:
         Feng et al. 2024, arXiv:2406.09098; selection, wording and split of Hübotter et al. 2026,
@@ -70,14 +72,16 @@ class SciKnowEval(PromptList):
         *,
         source: str = "hicai-zju/SciKnowEval",
         strict: bool = True,
+        level: str = FILE_LEVEL,
     ) -> None:
         for name, value, choices in (
             ("domain", domain, tuple(HUB_DOMAINS)),
             ("split", split, ("train", "test")),
+            ("level", level, LEVELS),
         ):
             if value not in choices:
                 raise ValueError(f"`SciKnowEval({name}=...)` must be of {choices}, got {value!r}")
-        self.domain, self.split = domain, split
+        self.domain, self.split, self.level = domain, split, level
         self.source = source
         self.verifier = MultipleChoice(strict=strict)
 
@@ -91,9 +95,16 @@ class SciKnowEval(PromptList):
         owner = f"SciKnowEval(source={self.source!r})"
         folder = Path(self.source).expanduser()
         if folder.is_dir():
+            if self.level != FILE_LEVEL:
+                raise ValueError(
+                    f"`SciKnowEval(level={self.level!r})`: the files in {folder} hold level "
+                    f"{FILE_LEVEL}; for another one take the set from the hub"
+                )
             table = Table.read(folder / f"{self.split}.json", owner)
         else:
-            rows = hub_split(_load_hub(self.source, owner), self.domain, self.split)
+            rows = hub_split(
+                _load_hub(self.source, owner), self.domain, self.split, level=self.level
+            )
             table = Table(owner=owner, place=f"{self.source}, {self.domain}", rows=rows)
         prompts = table_prompts(table, self.name, self.verifier, system="system")
         for number, prompt in enumerate(prompts, start=1):
@@ -105,13 +116,15 @@ class SciKnowEval(PromptList):
         return prompts
 
 
-def hub_split(rows: Iterable[Row], domain: Domain, split: Split) -> list[Row]:
+def hub_split(
+    rows: Iterable[Row], domain: Domain, split: Split, *, level: str = FILE_LEVEL
+) -> list[Row]:
     """The rows of a domain's split of the hub's set, in the columns of the published files."""
     chosen = [
         _published(row)
         for row in rows
         if row["domain"] == HUB_DOMAINS[domain]
-        and row["details"]["level"] == HUB_LEVEL
+        and row["details"]["level"] == level
         and row["type"] in HUB_TYPES
     ]
     # As `datasets.Dataset.train_test_split` does it: test rows first, then the training rows.

@@ -78,7 +78,10 @@ def _majority(rewards: Sequence[float], answers: Sequence[str | None]) -> float:
 
 
 class ByCategory:
-    """mean@k and maj@k, overall and for each `Prompt.category`."""
+    """mean@k and maj@k, overall and for each `Prompt.category`.
+
+    A category may have parts, as in `source/level2`; then each beginning has metrics too.
+    """
 
     def __init__(self) -> None:
         # Categories become known as their questions arrive; "" is the overall one.
@@ -88,7 +91,8 @@ class ByCategory:
         """Add a batch of judged rollouts."""
         answers = [[verdict.answer for verdict in group] for group in outcomes.verdicts]
         for q, prompt in enumerate(rollouts.prompts):
-            for name in dict.fromkeys(("", prompt.category)):
+            parts = prompt.category.split("/")
+            for name in dict.fromkeys("/".join(parts[:n]) for n in range(len(parts) + 1)):
                 mean, maj = self._of(name, outcomes.rewards.device)
                 mean.update(outcomes.rewards[q : q + 1])
                 maj.update(outcomes.rewards[q : q + 1], answers[q : q + 1])

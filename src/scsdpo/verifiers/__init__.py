@@ -2,7 +2,26 @@
 
 from scsdpo.verifiers._base import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
+from scsdpo.verifiers.function import Callable
+from scsdpo.verifiers.maths import MathAnswer
+from scsdpo.verifiers.pool import Verification, VerifierPool
+from scsdpo.verifiers.python_tests import PythonTests
+from scsdpo.verifiers.regex import Regex
 from scsdpo.verifiers.tool_call import ToolCall
-from scsdpo.verifiers.verify import verify_all
+from scsdpo.verifiers.verify import report_errors, verify_all
 
-__all__ = ["ExactMatch", "MultipleChoice", "ToolCall", "Verifier", "last_answer", "verify_all"]
+__all__ = [
+    "Callable",
+    "ExactMatch",
+    "MathAnswer",
+    "MultipleChoice",
+    "PythonTests",
+    "Regex",
+    "ToolCall",
+    "Verification",
+    "Verifier",
+    "VerifierPool",
+    "last_answer",
+    "report_errors",
+    "verify_all",
+]

@@ -2,16 +2,26 @@
 
 from abc import ABC, abstractmethod
 
-from scsdpo.types import Prompt, Verdict
+from scsdpo.prompt import Prompt, Verdict
 
 
 class Verifier(ABC):
     """Judges a response: (prompt, response text) -> `Verdict`.
 
-    A verifier is a frozen dataclass: picklable, so that prompts can carry it between processes,
-    and without state, so that its verdicts do not depend on what was judged before.
+    A verifier is a frozen dataclass in a module that can be imported: prompts carry it to the
+    processes that judge. It has no state, so that its verdicts do not depend on what was judged
+    before.
     """
+
+    def prepare(self) -> None:  # noqa: B027
+        """Whatever takes long the first time, such as imports; off the clock of any verdict.
+
+        Called in each process that judges, at least once before `verify`. What it raises ends the
+        run: a verifier that cannot work at all is a mistake in the configuration.
+        """
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """The verdict on one response. It may be slow or raise: `verify_all` contains both."""
+        """The verdict on one response. It may be slow, hang, raise or exit: `VerifierPool` contains
+        all of that.
+        """

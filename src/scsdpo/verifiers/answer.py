@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from scsdpo.types import Prompt, Verdict
+from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier
 
 _NO_ANSWER = "The response has no final answer between <answer> and </answer> tags."

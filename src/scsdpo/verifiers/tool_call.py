@@ -5,9 +5,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
-from scsdpo.types import Prompt, Verdict
+from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier
+from scsdpo.verifiers.tool_call_reference import reference_verdict
 
 _HEADER = re.compile(r"^[ \t]*(Action|Action Input)[ \t]*:[ \t]*", re.MULTILINE)
 _SPACE = re.compile(r"\s*")
@@ -22,10 +24,29 @@ class ToolCall(Verifier):
     keys, whitespace, escapes and 1 against 1.0 do not matter; 1, true and "1" all differ.
     `prompt.answer` is a JSON list of `{"Action": <tool>, "Action_Input": <JSON, as a string>}`.
 
+    Args:
+        reveal: the feedback on calls that are wrong says which would have been right.
+        compatibility: `reference` gives the reward of the published grader instead, for numbers
+            that compare with published ones. It stops at the first "}" of an input and merges all
+            inputs, and so rejects some gold answers and accepts swapped arguments.
+
+    Raises:
+        ValueError: if `compatibility` is neither `none` nor `reference`.
+
     Source:
         Tang et al. 2023, arXiv:2306.05301 (format). Differs from the grader of lasgroup/SDPO: each
         input stays with its call, and nested objects are read to their end.
     """
+
+    reveal: bool = False
+    compatibility: Literal["none", "reference"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.compatibility not in ("none", "reference"):
+            raise ValueError(
+                "`ToolCall(compatibility=...)` must be 'none' or 'reference', got "
+                f"{self.compatibility!r}"
+            )
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the sorted calls in canonical spelling."""
@@ -33,14 +54,25 @@ class ToolCall(Verifier):
             gold = gold_calls(prompt.answer)
         except ValueError as error:
             return Verdict(reward=0.0, error=str(error))
+        own = self._judge(gold, response)
+        if self.compatibility == "none":
+            return own
+        right, answer = reference_verdict(prompt.answer, response)
+        if right:
+            return Verdict(reward=1.0, answer=answer)
+        feedback = own.feedback or "The calls are not written in the form that is graded."
+        return Verdict(reward=0.0, answer=answer, feedback=feedback)
+
+    def _judge(self, gold: list[tuple[str, str]], response: str) -> Verdict:
+        hint = f" Right would be: {_spelled(gold)}." if self.reveal else ""
         try:
             calls = _calls(response)
         except ValueError as error:
-            return Verdict(reward=0.0, feedback=str(error))
+            return Verdict(reward=0.0, feedback=f"{error}{hint}")
         answer = json.dumps(sorted(calls))
         if Counter(calls) == Counter(gold):
             return Verdict(reward=1.0, answer=answer)
-        return Verdict(reward=0.0, answer=answer, feedback=_difference(calls, gold))
+        return Verdict(reward=0.0, answer=answer, feedback=_difference(calls, gold) + hint)
 
 
 def gold_calls(answer: str) -> list[tuple[str, str]]:
@@ -115,6 +147,10 @@ def _constant(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_constant)
+
+
+def _spelled(calls: list[tuple[str, str]]) -> str:
+    return "; ".join(f"`{tool}` with {text}" for tool, text in calls)
 
 
 def _difference(calls: list[tuple[str, str]], gold: list[tuple[str, str]]) -> str:

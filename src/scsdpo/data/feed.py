@@ -1,0 +1,148 @@
+"""The order in which the questions of each training source are asked, without end."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from scsdpo.data._base import Source
+from scsdpo.data.rendered import Rendered, rendered, too_long, warn_dropped
+from scsdpo.policy.chat import Chat
+from scsdpo.types import Prompt, stable_hash
+
+FILTER_AHEAD = 20_000
+"""Sources of up to this many prompts are filtered before training, larger ones as they go."""
+_TRIES = 1_000
+
+
+class Feed(ABC):
+    """Number -> prompt: pass after pass over a source, each in an order of its own.
+
+    The prompt at a number is the same each time and in every process, so that a place in a run is
+    a number and nothing else.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Prompts of a pass, nominal if that is not known before."""
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> Prompt:
+        """The rendered prompt that is asked as `number`, from 0."""
+
+    @staticmethod
+    def of(source: Source, chat: Chat, max_tokens: int, seed: int) -> "Feed":
+        """The feed that fits the source's size and kind."""
+        if source.sequential or len(source) > FILTER_AHEAD:
+            return _Forward(source, chat, max_tokens, seed)
+        return _Permuted(Rendered(source, source.name, chat, max_tokens), seed)
+
+
+class _Permuted(Feed):
+    """A permutation a pass, each prompt once: for sources that are filtered before training."""
+
+    def __init__(self, prompts: Rendered, seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, number: int) -> Prompt:
+        passes, place = divmod(number, len(self))
+        return self.prompts[_permutation(stable_hash(self.seed, passes), len(self))[place]]
+
+
+@lru_cache(16)
+def _permutation(seed: int, size: int) -> list[int]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class _Forward(Feed):
+    """Prompts as they come, too long ones left out on the way; each once a pass.
+
+    Numbers are asked in rising order; for a lower one than before, reading starts again.
+    """
+
+    def __init__(self, source: Source, chat: Chat, max_tokens: int, seed: int) -> None:
+        self.source, self.chat, self.max_tokens, self.seed = source, chat, max_tokens, seed
+        self._prompts: Iterator[Prompt] = iter(())
+        self._at = -1
+        # Whatever is wrong with the source is said before training starts.
+        if next(self._fitting(stable_hash(seed, 0), log=False), None) is None:
+            raise ValueError(f"{source.name!r} has no prompts; check where they come from")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prompts": iter(()), "_at": -1}
+
+    def __getitem__(self, number: int) -> Prompt:
+        if number <= self._at or self._at < 0:
+            self._prompts, self._at = self._endless(), -1
+        prompt = next(itertools.islice(self._prompts, number - self._at - 1, None))
+        self._at = number
+        return prompt
+
+    def _endless(self) -> Iterator[Prompt]:
+        for passes in itertools.count():
+            yield from self._fitting(stable_hash(self.seed, passes), log=True)
+
+    def _fitting(self, seed: int, *, log: bool) -> Iterator[Prompt]:
+        dropped = in_a_row = read = 0
+        for read, prompt in enumerate(self.source.shuffled(seed), start=1):
+            prompt = rendered(prompt, self.chat)
+            if len(prompt.ids) <= self.max_tokens:
+                in_a_row = 0
+                yield prompt
+                continue
+            dropped, in_a_row = dropped + 1, in_a_row + 1
+            if in_a_row == _TRIES:
+                name = self.source.name
+                raise ValueError(too_long(name, _TRIES, len(prompt.ids), self.max_tokens))
+            if log and dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
+                warn_dropped(self.source.name, dropped, read, self.max_tokens)
+        if read and dropped == read:
+            raise ValueError(too_long(self.source.name, read, len(prompt.ids), self.max_tokens))
+
+
+class Mixture(Dataset[Prompt]):
+    """Several feeds, by (which feed, number in it)."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self.feeds = feeds
+
+    def __len__(self) -> int:
+        return sum(map(len, self.feeds))
+
+    def __getitem__(self, draw: tuple[int, int]) -> Prompt:
+        feed, number = draw
+        return self.feeds[feed][number]
+
+
+def schedule(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
+    """Endless draws (which feed, number in it), from draw `start` on.
+
+    Of the feeds, the one comes next that is furthest behind its share. So each stretch of draws has
+    the proportions of the weights, to within a question or so, and sum(weights) draws have each
+    feed exactly as often as its weight says.
+
+    Args:
+        weights: one a feed; > 0.
+        start: draws to leave out.
+    """
+    period = sum(weights)
+    passes, start = divmod(start, period)
+    counts = [passes * weight for weight in weights]
+    credit = [0] * len(weights)
+    for draw in itertools.count():
+        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
+        chosen = max(range(len(weights)), key=lambda feed: (credit[feed], -feed))
+        credit[chosen] -= period
+        if draw >= start:
+            yield chosen, counts[chosen]
+        counts[chosen] += 1

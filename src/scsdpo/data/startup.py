@@ -1,0 +1,141 @@
+"""What a run finds out about tokenizer and templates before it loads a weight."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from scsdpo.data._base import Source
+from scsdpo.data.rendered import rendered
+from scsdpo.policy.chat import Chat
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+
+_WORD = "scsdpo"
+_log = logging.getLogger(__name__)
+
+
+def check_start(module: Any, sources: Sequence[Source]) -> None:
+    """Check chat template, ends of sequence, padding and the teacher's prompt against each other.
+
+    Logs one line that says what was found.
+
+    Args:
+        module: has `policy.chat` and `teacher`.
+        sources: of training questions; the first prompt of each is tried.
+
+    Raises:
+        ValueError: if a source has no prompt, or they do not agree; with the remedy.
+    """
+    chat: Chat = module.policy.chat
+    for source in sources:
+        prompt = next(source.read(), None)
+        if prompt is None:
+            raise ValueError(f"{source.name!r} has no prompts; check where they come from")
+        header = _header(chat, prompt, source.name)
+        found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
+        found += [f"padding is {_shown(chat, chat.pad_id)}"]
+        if module.teacher.exists:
+            found.append(_teacher(module, rendered(prompt, chat), source.name))
+        rank_zero_info(f"{source.name}: {'; '.join(found)}")
+    _log_unread(chat)
+
+
+@rank_zero_only
+def _log_unread(chat: Chat) -> None:
+    template = chat.tokenizer.chat_template
+    for name in chat.template_kwargs:
+        if isinstance(template, str) and name not in template:
+            _log.warning(
+                "model.policy.chat_template_kwargs: the chat template of %r does not read %r, "
+                "which therefore changes nothing",
+                *(chat.tokenizer.name_or_path, name),
+            )
+
+
+def _text(chat: Chat, messages: Sequence[dict[str, str]], *, opened: bool = False) -> str:
+    return chat.tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=opened, tokenize=False, **chat.template_kwargs
+    )
+
+
+def _header(chat: Chat, prompt: Prompt, name: str) -> str:
+    """What opens the assistant's turn; the prompt's own words must stand before it."""
+    model = chat.tokenizer.name_or_path
+    try:
+        opened = _text(chat, prompt.messages, opened=True)
+        closed = _text(chat, prompt.messages)
+    except TemplateError as error:
+        roles = [message["role"] for message in prompt.messages]
+        raise ValueError(
+            f"the chat template of {model!r} refuses the first prompt of {name!r}, with the turns "
+            f"{', '.join(roles)}: {error}"
+        ) from error
+    for message in prompt.messages:
+        if message["content"].strip() not in opened:
+            raise ValueError(
+                f"the chat template of {model!r} leaves out what the {message['role']} says in the "
+                f"first prompt of {name!r}; use a template that has such turns"
+            )
+    header = opened.removeprefix(closed)
+    if not header or header == opened:
+        raise ValueError(
+            f"the chat template of {model!r} does not open the assistant's turn when asked to "
+            "(add_generation_prompt): responses would go on with the user's words"
+        )
+    return header
+
+
+def _end(chat: Chat, prompt: Prompt) -> str:
+    """What ends the assistant's turn; as a token of its own, it must end responses too."""
+    turn = {"role": "assistant", "content": _WORD}
+    after = _text(chat, [*prompt.messages, turn]).rpartition(_WORD)[2]
+    ends = ", ".join(_shown(chat, end) for end in chat.eos_ids)
+    ids = chat.encode(after)
+    if not after.strip():
+        return f"end with {ends}; the template itself ends no turn"
+    if ids[0] in chat.eos_ids:
+        return f"end with {ends}"
+    if ids[0] in chat.tokenizer.all_special_ids:
+        raise ValueError(
+            f"the chat template of {chat.tokenizer.name_or_path!r} ends the assistant's turn with "
+            f"{_shown(chat, ids[0])}, but responses end with {ends}: add it to `eos_token_id` in "
+            "generation_config.json"
+        )
+    return f"end with {ends}, while the template ends a turn with {after!r}"
+
+
+def _teacher(module: Any, prompt: Prompt, name: str) -> str:
+    """The teacher's prompt, for a failure beside a success, must end as the student's does."""
+    chat: Chat = module.policy.chat
+    shape = (1, 2, 1)
+    zeros = torch.zeros(shape)
+    rewards = torch.tensor([[1.0, 0.0]])
+    verdicts = (Verdict(reward=1.0), Verdict(reward=0.0, feedback="It is wrong."))
+    rollouts = Rollouts(
+        prompts=(prompt,),
+        ids=torch.full(shape, chat.eos_ids[0]),
+        mask=torch.ones(shape, dtype=torch.bool),
+        sampling_logprobs=zeros,
+        policy_logprobs=zeros,
+        finished=torch.ones(shape[:2], dtype=torch.bool),
+        texts=(("It is right.", "It is not."),),
+        temperature=1.0,
+    )
+    outcomes = Outcomes(verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5)
+    ids = module.teacher.contexts(chat, rollouts, outcomes).ids[0][1]
+    if not ids:
+        return "the teacher has nothing to tell a failure beside a success"
+    header = chat.encode(_header(chat, prompt, name))
+    if list(ids[-len(header) :]) != list(prompt.ids[-len(header) :]):
+        raise ValueError(
+            f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
+            ", so that it would judge other words than were said; render them with `chat.render`"
+        )
+    return f"the teacher's prompt has {len(ids) - len(prompt.ids)} tokens more, and the same end"
+
+
+def _shown(chat: Chat, token: int) -> str:
+    return f"{chat.tokenizer.convert_ids_to_tokens(token)!r} ({token})"

@@ -1,0 +1,267 @@
+"""Verdicts from worker processes, off the training thread, each with a deadline that holds."""
+
+import logging
+import math
+import os
+import pickle
+import time
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.prompt import Prompt, Verdict
+from scsdpo.verifiers.process import Worker
+from scsdpo.verifiers.verify import verify_all
+
+CHUNK_SECONDS = 0.05
+"""Work sent to a process at a time, as the verifiers' past verdicts let expect."""
+CHUNK_JOBS = 64
+START_SECONDS = 120.0
+"""Most that a process may take to start, or to prepare a verifier."""
+START_FAILURES = 3
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
+class Verification:
+    """How responses are judged.
+
+    Args:
+        workers: processes that judge, on each rank. 0: the training process does, and a verifier
+            that hangs hangs the run.
+        deadline: seconds that one verdict may take; then its process is killed, and the rollout
+            gets reward 0 and an `error`.
+        memory_mb: MiB that a process may hold. A verifier that asks for more gets a MemoryError;
+            a process that holds half of it after a verdict is replaced.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    workers: int = 2
+    deadline: float = 10.0
+    memory_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        checks = {
+            "workers": (self.workers >= 0, ">= 0"),
+            "deadline": (0 < self.deadline < float("inf"), "> 0 and finite, in seconds"),
+            "memory_mb": (self.memory_mb >= 256, ">= 256, which Python itself may need"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise ValueError(
+                    f"`Verification({name}=...)` must be {rule}, got {getattr(self, name)}"
+                )
+
+
+class VerifierPool:
+    """Judges batches of responses in processes that it starts, kills and replaces.
+
+    A verifier that hangs, raises, exits, outgrows its memory or returns nonsense costs its own
+    rollout only. Rollouts are sent in chunks of about 50 ms of work; where one hangs, the rest of
+    its chunk is judged by another process. The processes end with the pool and, because their
+    standard input closes then, with the process that owns it, however that one ends.
+
+    A verifier that cannot be sent to another process, for its class stands in a function or in the
+    program itself, is judged in this one.
+
+    Args:
+        settings: number of processes, deadline, memory.
+    """
+
+    def __init__(self, settings: Verification) -> None:
+        self.settings = settings
+        self._workers: list[Worker] = []
+        self._seconds: defaultdict[type, float] = defaultdict(float)
+        self._verdicts: defaultdict[type, int] = defaultdict(int)
+        self._portable: dict[type, bool] = {}
+        self._failures = 0
+        weakref.finalize(self, _close, self._workers, os.getpid())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VerifierPool, (self.settings,)
+
+    def start(self) -> None:
+        """Start the processes that are missing, without waiting for them."""
+        for worker in self.workers:
+            if worker.idle and worker.process.poll() is not None:  # killed by somebody else
+                self.remove(worker)
+        missing = self.settings.workers - len(self._workers)
+        limit = time.monotonic() + START_SECONDS
+        self._workers += [
+            Worker(self.settings.deadline, self.settings.memory_mb, limit) for _ in range(missing)
+        ]
+
+    def close(self) -> None:
+        """End the processes; the next batch starts new ones."""
+        _close(self._workers, os.getpid())
+
+    def verify(
+        self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    ) -> tuple[tuple[Verdict, ...], ...]:
+        """Verdicts [Q][G] on the responses `texts` [Q][G] to `prompts` [Q].
+
+        Raises:
+            ConfigurationError: if a verifier cannot be prepared.
+            TrainingStopped: if the processes do not start.
+        """
+        jobs = [
+            (prompt, text)
+            for prompt, group in zip(prompts, texts, strict=True)
+            for text in group
+            if self._is_portable(prompt)
+        ]
+        try:
+            judged = iter(_Batch(self, jobs).verdicts() if jobs else ())
+        except BaseException:
+            self.close()  # what is still at work belongs to a batch that nobody waits for
+            raise
+        return tuple(
+            tuple(next(judged) for _ in group)
+            if self._is_portable(prompt)
+            else verify_all([prompt], [group])[0]
+            for prompt, group in zip(prompts, texts, strict=True)
+        )
+
+    def _is_portable(self, prompt: Prompt) -> bool:
+        kind = type(prompt.verifier)
+        if self.settings.workers == 0:
+            return False
+        if kind not in self._portable:
+            self._portable[kind] = _can_travel(prompt)
+            if not self._portable[kind]:
+                _log.warning(
+                    "%s judges in the training process, without a deadline: its class must stand "
+                    "in a module of its own to be sent to another process",
+                    kind.__name__,
+                )
+        return self._portable[kind]
+
+    def expected(self, prompt: Prompt) -> float:
+        """Seconds that a verdict on a response to `prompt` takes, by those that were taken."""
+        kind = type(prompt.verifier)
+        count = self._verdicts[kind]
+        return self._seconds[kind] / count if count else CHUNK_SECONDS
+
+    def took(self, prompt: Prompt, seconds: float) -> None:
+        """Note how long a verdict took."""
+        kind = type(prompt.verifier)
+        self._seconds[kind] += seconds
+        self._verdicts[kind] += 1
+        self._failures = 0
+
+    def remove(self, worker: Worker, *, why: str = "") -> None:
+        """End a process; `why` it is not to be had, if it never was ready."""
+        worker.kill()
+        self._workers.remove(worker)
+        self._failures += bool(why)
+        if self._failures >= START_FAILURES:
+            raise TrainingStopped(
+                f"the processes that judge responses do not start ({why}); see what they print, "
+                "or set model.verification.workers=0"
+            )
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The processes, those that are still starting included."""
+        return tuple(self._workers)
+
+
+def _can_travel(prompt: Prompt) -> bool:
+    """Whether another process can unpickle the verifier: not if it would import this program."""
+    if type(prompt.verifier).__module__ == "__main__":
+        return False
+    try:
+        pickle.dumps(prompt.verifier)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _close(workers: list[Worker], owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has copies of the handles, but no right to use them
+        for worker in workers:
+            worker.kill()
+    workers.clear()
+
+
+class _Batch:
+    """One batch of responses on its way through the pool."""
+
+    def __init__(self, pool: VerifierPool, jobs: Sequence[tuple[Prompt, str]]) -> None:
+        self.pool, self.jobs = pool, jobs
+        self.todo = deque(range(len(jobs)))
+        self.done: dict[int, Verdict] = {}
+
+    def verdicts(self) -> list[Verdict]:
+        """In the order of the jobs."""
+        while len(self.done) < len(self.jobs):
+            if self.todo:
+                self.pool.start()
+            for worker in self.pool.workers:
+                if worker.idle and self.todo:
+                    self._send(worker)
+            self._attend()
+        self.pool.start()  # those that were lost, while the batch is learned from
+        return [self.done[number] for number in range(len(self.jobs))]
+
+    def _send(self, worker: Worker) -> None:
+        numbers: list[int] = []
+        seconds = 0.0
+        share = math.ceil(len(self.todo) / self.pool.settings.workers)
+        while len(numbers) < min(share, CHUNK_JOBS):
+            seconds += self.pool.expected(self.jobs[self.todo[0]][0])
+            if numbers and seconds > CHUNK_SECONDS:
+                break
+            numbers.append(self.todo.popleft())
+        chunk = [(number, *self.jobs[number]) for number in numbers]
+        worker.send(numbers, pickle.dumps(chunk), time.monotonic() + START_SECONDS)
+
+    def _attend(self) -> None:
+        """Wait for an event of some process, or for the first deadline."""
+        at_work = [worker for worker in self.pool.workers if not worker.idle]
+        first = min(worker.limit for worker in at_work)
+        heard = wait([worker.out for worker in at_work], max(0.0, first - time.monotonic()))
+        for worker in at_work:
+            if worker.out in heard:
+                for event in worker.events():
+                    self._note(worker, *event)
+            elif time.monotonic() > worker.limit:
+                deadline = self.pool.settings.deadline if worker.prepared else START_SECONDS
+                self._lost(worker, f"no verdict within {deadline:g} s")
+
+    def _note(self, worker: Worker, kind: str, *rest: Any) -> None:
+        if kind == "ready":
+            worker.ready(time.monotonic() + self.pool.settings.deadline)
+        elif kind == "verdict":
+            number, reward, answer, feedback, error, seconds = rest
+            worker.judged(number, time.monotonic() + self.pool.settings.deadline)
+            self.done[number] = Verdict(
+                reward=reward, answer=answer, feedback=feedback, error=error
+            )
+            self.pool.took(self.jobs[number][0], seconds)
+            if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
+                self.pool.remove(worker)
+        elif kind == "broken":
+            raise ConfigurationError(
+                f"data: a verifier cannot be used in a worker process: {rest[0]}"
+            )
+        else:
+            self._lost(worker, f"its process died ({rest[0]})")
+
+    def _lost(self, worker: Worker, why: str) -> None:
+        """The verdict that a process was at, and with it the process; the others are still due."""
+        blamed = worker.prepared and bool(worker.numbers)
+        if blamed:
+            number = worker.numbers.popleft()
+            name = type(self.jobs[number][0].verifier).__name__
+            self.done[number] = Verdict(reward=0.0, error=f"{name}: {why}")
+            self.pool.took(self.jobs[number][0], self.pool.settings.deadline)
+        self.todo.extendleft(reversed(worker.numbers))
+        self.pool.remove(worker, why="" if blamed else why)

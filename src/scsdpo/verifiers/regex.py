@@ -1,0 +1,54 @@
+"""Verifier of an answer that a regular expression finds."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from scsdpo.prompt import Prompt, Verdict
+from scsdpo.verifiers._base import Verifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regex(Verifier):
+    """Right iff the first match of `pattern` in the response is `prompt.answer`, outer space aside.
+
+    Args:
+        pattern: in RE2's syntax, which takes time linear in the response whatever the pattern; it
+            has no lookaround and no back references. If it has a group, the first one is the
+            answer. For the last match begin it with `(?s).*`: `(?s).*answer: (-?[0-9]+)`.
+
+    Raises:
+        ValueError: if the pattern is not one of RE2.
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        try:
+            _compiled(self.pattern)
+        except (re2.error, UnicodeEncodeError) as error:
+            reason = error.args[0]
+            reason = reason.decode() if isinstance(reason, bytes) else reason
+            raise ValueError(
+                f"`Regex(pattern={self.pattern!r})` must be in RE2's syntax: {reason}"
+            ) from error
+
+    def verify(self, prompt: Prompt, response: str) -> Verdict:
+        """Reward 1 or 0; the verdict's answer is what was found."""
+        # RE2 reads UTF-8, which has no lone surrogates.
+        match = _compiled(self.pattern).search(response.encode(errors="replace").decode())
+        found = match[min(1, match.re.groups)] if match else None
+        if found is None:
+            return Verdict(reward=0.0, feedback="The response has no answer in the required form.")
+        if found.strip() == prompt.answer.strip():
+            return Verdict(reward=1.0, answer=found.strip())
+        return Verdict(reward=0.0, answer=found.strip(), feedback="The answer is not correct.")
+
+
+@lru_cache
+def _compiled(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    return re2.compile(pattern, options)
