@@ -45,6 +45,37 @@ def centred_credit(alpha: float, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, 
     return weighted - s * mean, objective
 
 
+def clipped_credit(
+    alpha: float, log_s: Tensor, log_t: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """The same divergences with every summand clipped from above. objective = sum_v min(f_v, clip)
+
+    f_v is the summand of token v: T log(T/S), S log(S/T), or (1 - a) S log(S/M) + a T log(T/M). A
+    clipped one gives no credit, the others c(v) = T, -S (log(S/T) + 1) or (1 - a) S log(M/S):
+    minus the derivative w.r.t. log S(v). Summands may be negative, and so may be the objective.
+
+    Args:
+        alpha: in [0, 1].
+        log_s: [n, B] log-probs.
+        log_t: [n, B] of the target, on the same places.
+        clip: largest summand, nats.
+
+    Returns:
+        values [n, B], not centred, and objective [n].
+    """
+    s, t = log_s.exp(), log_t.exp()
+    if alpha == 0:
+        summands, values = _expect(t, log_t - log_s), t
+    elif alpha == 1:
+        summands = _expect(s, log_s - log_t)
+        values = -(summands + s)
+    else:
+        log_m = torch.logaddexp(log_s + math.log1p(-alpha), log_t + math.log(alpha))
+        own = (1 - alpha) * _expect(s, log_s - log_m)
+        summands, values = own + alpha * _expect(t, log_t - log_m), -own
+    return torch.where(summands < clip, values, 0.0), summands.clamp(max=clip).sum(-1)
+
+
 def _expect(p: Tensor, x: Tensor) -> Tensor:
     """P * x with 0 * anything = 0: an impossible event has no say, whatever its log-ratio."""
     return torch.where(p > 0, p * x, 0.0)
