@@ -254,6 +254,17 @@ def test_clipped_summands_equal_autograd(alpha, view, clip, seed):
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_tail_that_float32_rounds_to_zero_on_one_side_stays_finite(alpha):
+    """The teacher is certain, the student is not: log S / T of the tail must not be infinite."""
+    student, teacher = torch.zeros(1, 5), torch.tensor([[40.0, 0, -1, -2, -3]])
+    student.requires_grad_()
+    advantage = SelfDistillation(alpha=alpha, support=TopK(k=2))
+    output = run(advantage, student, teacher, tokens(torch.tensor([0])))
+    output.loss.backward()
+    assert output.loss.isfinite() and student.grad.isfinite().all()
+
+
 def enumerated(advantage, z, target):
     """Mean over y ~ S of the loss and its gradient."""
     loss, gradient = 0.0, torch.zeros_like(z)

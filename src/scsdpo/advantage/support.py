@@ -109,9 +109,13 @@ def _credit(alpha: float, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Te
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
-    """[n, 1]: log(1 - sum exp log_probs), -inf where nothing is left."""
-    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=0)
-    return torch.where(inside < 0, torch.log(-torch.expm1(inside)), -torch.inf)
+    """[n, 1]: log(1 - sum exp log_probs), at least the rounding of a sum near 1.
+
+    Where float32 rounds the rest of one side to 0 and not the other's, a log-ratio would be
+    infinite, and with it the reverse KL.
+    """
+    inside = log_probs.logsumexp(-1, keepdim=True)
+    return torch.log(-torch.expm1(inside.clamp(max=-torch.finfo(inside.dtype).eps)))
 
 
 @dataclass(frozen=True)
