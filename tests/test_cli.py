@@ -111,7 +111,7 @@ COMMAND_LINE = {
     "got fp16",
     "--model.advantage.support.k=x": "model.advantage.support.k: must be int, got x",
     "--model.advantage.suport=TopK": "model.advantage.suport: SelfDistillation has no such "
-    "argument; did you mean `support`? (it takes: alpha, support)",
+    "argument; did you mean `support`? (it takes: alpha, support, summand_clip, target)",
     "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
     "you mean `TopK`?",
     "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
