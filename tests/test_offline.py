@@ -52,7 +52,7 @@ def test_mistakes_end_in_one_line(args, message, scsdpo, capsys):  # noqa: F811
 
 
 def test_analyze_writes_the_four_measures_of_the_shipped_policy(scsdpo):  # noqa: F811
-    options = ["--questions", "8", "--rollouts", "4", "--data.val_questions_per_batch=8"]
+    options = ["--questions", "8", "--rollouts", "4", "--data.val_questions_per_batch=5"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     assert scsdpo("analyze", "--config", TINY, "--out", "figure", *options, *quiet) in (0, None)
     report = json.loads(Path("figure/analysis.json").read_text())

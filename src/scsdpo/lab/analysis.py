@@ -133,7 +133,8 @@ class _Analysis(L.LightningModule):
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Row]:
         """A row for each response that has a teacher."""
-        prompts, self.left = prompts[: self.left], self.left - len(prompts)
+        prompts = prompts[: self.left]
+        self.left -= len(prompts)
         return measure_batch(self.model, prompts, self.sampling) if prompts else []
 
 
