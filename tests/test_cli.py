@@ -100,7 +100,7 @@ COMMAND_LINE = {
     "--trainer.max_step=3": "trainer.max_step: Trainer has no such argument; did you mean "
     "`max_steps`?",
     "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
-    "max_new_tokens, temperature, top_p, top_k, seed)",
+    "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "word": "word: what is this? Options are written --key=value",
     "--model.sampling.n=many": "model.sampling.n: must be int, got many",
     "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
@@ -149,7 +149,7 @@ FILES = {
     "model: {weigting: PassRate}": "model.weigting: PolicyOptimizer has no such argument; did you "
     "mean `weighting`?",
     "model: {sampling: {m: 1}}": "model.sampling.m: Sampling has no such argument (it takes: n, "
-    "max_new_tokens, temperature, top_p, top_k, seed)",
+    "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "model: {sampling: null}": "model.sampling: must be Sampling, got null",
     "modl: {weighting: PassRate}": "modl.weighting: no such key; did you mean `model`?",
     "fit: {model: {weighting: PassRate}}": "fit.model.weighting: no such key; did you mean "

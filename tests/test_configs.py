@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from scsdpo.config_types import arguments
 from scsdpo.module import PolicyOptimizer
 from scsdpo.parser import Parser
+from scsdpo.rollout import Rollout
 from shared import SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 BASES = sorted(CONFIGS.glob("*.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+ROLLOUTS = sorted((CONFIGS / "rollouts").glob("*.yaml"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.yaml"))
 
 AXES = (
@@ -142,31 +145,61 @@ def test_a_method_over_any_other_leaves_nothing_of_it(axis):
             assert parsed(below, above) == alone, (below, above)
 
 
+def states_everything(mine, full, where):
+    """Whether the file's `mine` names every argument that the printed `full` has."""
+    if isinstance(mine, str) and isinstance(full, dict):  # a class without arguments
+        assert not full.get("init_args"), where
+    elif isinstance(full, list):
+        for place, (one, other) in enumerate(zip(mine, full, strict=True)):
+            states_everything(one, other, f"{where}[{place}]")
+    elif isinstance(full, dict) and "class_path" not in full:  # a part, as `Route`
+        assert set(mine) == set(full), where
+        for name in mine:
+            states_everything(mine[name], full[name], f"{where}.{name}")
+    elif isinstance(full, dict):
+        given, known = mine.get("init_args", {}), full.get("init_args", {})
+        left = set(known) - set(given) - {"templates"}  # the words, not a quantity
+        assert not left, f"{where} does not state {sorted(left)}"
+        for name in given:
+            states_everything(given[name], known[name], f"{where}.{name}")
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
 def test_a_method_file_states_every_axis_and_every_argument(method, scsdpo, capsys):
     stated = yaml.safe_load(method.read_text())["model"]
     assert set(stated) == set(AXES)
     config = printed(scsdpo, capsys, "--config", CONFIGS / "tiny.yaml", "--config", method)["model"]
-
-    def compare(mine, full, where):
-        if isinstance(mine, str) and isinstance(full, dict):  # a class without arguments
-            assert not full.get("init_args"), where
-        elif isinstance(full, list):
-            for place, (one, other) in enumerate(zip(mine, full, strict=True)):
-                compare(one, other, f"{where}[{place}]")
-        elif isinstance(full, dict) and "class_path" not in full:  # a part, as `Route`
-            assert set(mine) == set(full), where
-            for name in mine:
-                compare(mine[name], full[name], f"{where}.{name}")
-        elif isinstance(full, dict):
-            given, known = mine.get("init_args", {}), full.get("init_args", {})
-            left = set(known) - set(given) - {"templates"}  # the words, not a quantity
-            assert not left, f"{method.name}: {where} does not state {sorted(left)}"
-            for name in given:
-                compare(given[name], known[name], f"{where}.{name}")
-
     for axis in AXES:
-        compare(stated[axis], config[axis], axis)
+        states_everything(stated[axis], config[axis], f"{method.name}: {axis}")
+
+
+@pytest.mark.parametrize("base", ["tiny", "qwen3", "qwen3-lora", "olmo3"])
+def test_a_rollout_over_any_other_leaves_nothing_of_it(base, scsdpo, capsys):
+    base_args = ("--config", CONFIGS / f"{base}.yaml")
+    alone = {r: printed(scsdpo, capsys, *base_args, "--config", r)["model"] for r in ROLLOUTS}
+    assert len(ROLLOUTS) == 3
+    for below in ROLLOUTS:
+        for above in ROLLOUTS:
+            args = (*base_args, "--config", below, "--config", above)
+            assert printed(scsdpo, capsys, *args)["model"] == alone[above], (below, above)
+
+
+@pytest.mark.parametrize("rollout", ROLLOUTS, ids=lambda p: p.stem)
+def test_a_rollout_file_states_every_argument_and_is_constructed(rollout, scsdpo, capsys):
+    stated = yaml.safe_load(rollout.read_text())["model"]
+    assert set(stated) == {"rollout"}
+    args = ("--config", CONFIGS / "tiny.yaml", "--config", rollout)
+    config = printed(scsdpo, capsys, *args)["model"]
+    states_everything(stated["rollout"], config["rollout"], rollout.name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--rollout", type=Rollout)
+    made = parser.instantiate(parser.parse_object(stated)).rollout
+    assert type(made).__name__ == stated["rollout"]["class_path"]
+
+
+def test_the_default_rollout_trains(qwen3, scsdpo):
+    files = ("--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts" / "hf.yaml")
+    assert scsdpo("fit", *files, *small(qwen3)) in (0, None)
 
 
 def test_class_paths_in_a_printed_configuration_are_public(scsdpo, capsys):

@@ -34,6 +34,13 @@ def frequencies(sampling, n=1000):
         ({"top_p": 1e-6}, [0, 1, 0, 0, 0]),
         # Top-p counts mass within the top-k: 4/9 < 0.5 <= 7/9.
         ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7, 0]),
+        # 0.6 of the largest, 0.4: what has at least 0.24 stays.
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7, 0]),
+        ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
+        ({"min_p": 0.25}, [0.1, 0.4, 0.0, 0.3, 0.2]),
+        # Min-p comes first: of 0.4, 0.3, 0.2 the first has 4/9 < 0.5 <= 7/9.
+        ({"min_p": 0.4, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7, 0]),
+        ({"min_p": 0.4, "top_k": 1}, [0, 1, 0, 0, 0]),
     ],
 )
 def test_tokens_come_as_often_as_their_probability_says(cut, expected):
@@ -45,7 +52,7 @@ def test_tokens_come_as_often_as_their_probability_says(cut, expected):
     torch.testing.assert_close(drawn.policy_logprobs, PROBS[drawn.ids].log())
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 1e-9}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_token_of_probability_zero_is_never_drawn(cut, dtype):
     logits = torch.tensor([-torch.inf, 1.0, 0.5, 0.0, -torch.inf], dtype=dtype)
@@ -81,3 +88,17 @@ def test_uniforms_depend_on_seed_key_and_number_only():
     assert not (other == together[:3]).any()
     assert together.min() >= 0 and together.max() < 1
     assert abs(uniforms([prompt("a")], Sampling(max_new_tokens=2048)).mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
+def test_a_top_p_set_found_among_few_candidates_is_that_of_the_sorted_vocabulary(scale):
+    """Flat rows (scale 1) do not reach 0.95 within 1,024 of 5,000 tokens, peaked ones do."""
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(16, 5000, generator=generator, dtype=torch.float64)
+    uniform = torch.linspace(0, 0.999, 16, dtype=torch.float64)
+    drawn = draw(logits, uniform, Sampling(top_p=0.95))
+    everything = draw(logits, uniform, Sampling(top_p=0.95, top_k=5000))
+    assert torch.equal(drawn.ids, everything.ids)
+    torch.testing.assert_close(drawn.sampling_logprobs, everything.sampling_logprobs)
+    reach = logits.softmax(-1).topk(1024).values.sum(-1)
+    assert bool((reach > 0.95).all()) == (scale > 1)

@@ -71,6 +71,7 @@ def test_divergences_equal_autograd_in_any_chunking(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernel.CHUNK_BYTES, "cpu", 4 * 7 * chunk)
         patch.setattr(kernel, "FEWEST_ROWS", 1)
+        patch.setitem(kernel.BLOCK_BYTES, "cpu", 4 * 7 * 2)
         output = run(
             SelfDistillation(alpha=alpha, support=strategy),
             student,

@@ -1,5 +1,6 @@
 """The policy: shared prefixes, adapters, what is saved, and what is refused."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,9 @@ from models import qwen3_folder
 from scsdpo.policy import CausalLM, Lora, Rows, hidden_states
 from scsdpo.policy.adapter import STUDENT
 from scsdpo.policy.tree import SHORTEST_SHARED, prefix_tree, token_tree
+from scsdpo.rollout import HFRollout
+from scsdpo.types import Prompt, Sampling
+from scsdpo.verifiers import ExactMatch
 
 
 def rows(seed=0):
@@ -76,6 +80,32 @@ def test_gradient_checkpointing_keeps_the_numbers(qwen3):
     _, grads = gradient(checkpointed, checkpointed.share_prefixes)
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4)
+
+
+def forward(policy, start=0):
+    """As `gradient`, through the policy's own forward."""
+    common = tuple(range(40, 40 + start))
+    batch = replace(rows(), prompts=[common + prompt for prompt in rows().prompts])
+    policy.zero_grad()
+    policy(batch, lambda hidden, head: hidden.square().mean()).backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_layers_keep_the_numbers_and_serve_every_layout(qwen3):
+    plain = load(qwen3)
+    compiled = load(qwen3, compile_layers=True, gradient_checkpointing=True)
+    for start in (0, 1, 25):
+        grads = forward(compiled, start)
+        for name, grad in forward(plain, start).items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    forward(compiled, 40)
+    sampling = Sampling(n=2, max_new_tokens=4)
+    prompt = Prompt(key="0", messages=(), verifier=ExactMatch(), answer="", ids=(5, 6, 7))
+    HFRollout().sample(compiled, [prompt], sampling)
+    assert 0 < graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_configure_model_twice_changes_nothing(policy):

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen3 import modeling_qwen3
+
+from batches import METHODS, double_policy, exact_norm, gradient, parts
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
+SHARE = Path(__file__).parent / "rank_gradient.py"
 
 
 def train(folder, world, out, method):
@@ -36,3 +40,44 @@ def test_two_processes_train_as_one(qwen3, tmp_path, method):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
     for name in ("train/loss", "train/pass_rate", "train/gradient_norm", "val/mean@2", "val/maj@2"):
         assert logged_two[name] == pytest.approx(logged[name], rel=1e-3, abs=1e-5), name
+
+
+def step(folder, out, method, split, norm):
+    """(loss, gradients, micro-batches by rank) of one step, its questions shared out."""
+    shares = split.split("/")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(shares))}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", SHARE, folder, out, method, split, norm],
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(len(shares))
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors[-2000:]
+    saved = [torch.load(f"{out}.{rank}") for rank in range(len(shares))]
+    return saved[0][0], saved[0][1], [micro for _, _, micro in saved]
+
+
+@pytest.mark.parametrize(
+    ("method", "norm", "tolerance"),
+    [("sc-sdpo", "exact", 1e-12), ("hybrid+anchor+entropy", "exact", 1e-12), ("sc-sdpo", "", 1e-6)],
+)
+def test_ranks_share_a_step_as_one_rank_does_it_also_with_nothing_to_run(
+    qwen3, tmp_path, method, norm, tolerance, monkeypatch
+):
+    """Question 1 has no success and question 2 nothing else: a rank of these runs no forward."""
+    if norm == "exact":
+        monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
+    policy = double_policy(qwen3)
+    advantage, settings = METHODS[method]()
+    loss, expected, _ = gradient(policy, *parts(policy, advantage, **settings))
+    two_loss, gradients, micro = step(qwen3, tmp_path / "two", method, "0,3/1,2", norm)
+    assert method != "sc-sdpo" or (micro[0] > 0 == micro[1])
+    assert two_loss == pytest.approx(loss, rel=tolerance)
+    scale = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (gradients[name] - grad).abs().max() <= tolerance * scale, name

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt, Sampling
@@ -235,6 +241,57 @@ def test_ids_beyond_the_tokenizer_give_no_text(policy, prompts):
         assert rollouts.texts[q][i] == policy.chat.decode(ids[ids < size])
 
 
+def test_stop_strings_end_a_response_at_the_token_that_completes_one(policy, prompts):
+    policy.chat = replace(policy.chat, eos_ids=(10_000,))
+    plain = HFRollout().sample(policy, prompts, SAMPLING)
+    of_batch, of_prompt = plain.texts[0][0][4:6], plain.texts[1][2][7:10]
+    assert of_batch.strip() and of_prompt.strip()
+    stopping = [replace(p, stop=(of_prompt,) if q == 1 else ()) for q, p in enumerate(prompts)]
+    rollouts = FEW_ROWS.sample(policy, stopping, replace(SAMPLING, stop=(of_batch,)))
+    hits = set()
+    for q in range(len(prompts)):
+        stops = (of_batch, of_prompt) if q == 1 else (of_batch,)
+        for i in range(SAMPLING.n):
+            n = int(rollouts.lengths[q, i])
+            ids = rollouts.ids[q, i, :n]
+            assert torch.equal(ids, plain.ids[q, i, :n])
+            found = [stop for stop in stops if stop in policy.chat.decode(ids)]
+            assert not any(stop in policy.chat.decode(ids[:-1]) for stop in stops)
+            assert bool(rollouts.finished[q, i]) == bool(found)
+            assert found or n == SAMPLING.max_new_tokens
+            assert rollouts.texts[q][i] == policy.chat.decode(ids)
+            hits.update(found)
+    assert hits == {of_batch, of_prompt}
+
+
+def test_an_end_of_sequence_before_a_stop_string_wins(policy, prompts):
+    policy.chat = replace(policy.chat, eos_ids=(10_000,))
+    plain = HFRollout().sample(policy, prompts[:1], SAMPLING)
+    text = plain.texts[0][0]
+    end = int(plain.ids[0, 0, 3])
+    policy.chat = replace(policy.chat, eos_ids=(end,))
+    rollouts = HFRollout().sample(policy, prompts[:1], replace(SAMPLING, stop=(text[4:7],)))
+    first = plain.ids[0, 0].tolist().index(end)
+    assert rollouts.lengths[0, 0] == first + 1 and rollouts.finished[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"min_p": 1.5}, r"Sampling\(min_p=...\)` must be in \[0, 1\]"), ({"stop": ("",)}, "free of")],
+)
+def test_impossible_cuts_and_stops_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**setting)
+
+
+def test_rollouts_carry_the_weights_they_were_sampled_from(policy, prompts):
+    before = HFRollout().sample(policy, prompts[:1], SAMPLING).version
+    assert HFRollout().sample(policy, prompts[1:2], SAMPLING).version == before
+    with torch.no_grad():
+        next(policy.parameters())[0, 0] += 1e-3
+    assert HFRollout().sample(policy, prompts[:1], SAMPLING).version != before
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_rows"])
 def test_an_empty_budget_is_refused(name):
     with pytest.raises(ValueError, match=rf"`HFRollout\({name}=\.\.\.\)` must be >= 1, got 0"):
@@ -248,7 +305,7 @@ def test_an_unrendered_prompt_is_refused(policy, prompts):
 
 def test_layers_of_other_kinds_are_refused(policy, prompts):
     policy.language_model.config.layer_types[0] = "linear_attention"
-    with pytest.raises(NotImplementedError, match="layers of linear_attention"):
+    with pytest.raises(ConfigurationError, match="layers of linear_attention: use VLLM"):
         HFRollout().sample(policy, prompts, SAMPLING)
 
 
@@ -257,5 +314,18 @@ def test_a_layer_that_bypasses_the_attention_is_refused(policy, prompts, monkeyp
     monkeypatch.setattr(
         layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None)
     )
-    with pytest.raises(NotImplementedError, match="1 of the 2 layers of Qwen3ForCausalLM"):
+    with pytest.raises(ConfigurationError, match="1 of the 2 layers of Qwen3ForCausalLM"):
         HFRollout().sample(policy, prompts, SAMPLING)
+
+
+def test_sharded_weights_are_refused_with_the_remedy(policy, prompts):
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        norm = policy.language_model.get_decoder().norm
+        parts = distribute_tensor(norm.weight.data, init_device_mesh("cpu", (2,)), [Shard(0)])
+        norm.weight = nn.Parameter(parts)
+        remedy = r"^model\.rollout: HFRollout .* use VLLMRollout with the engine Servers"
+        with pytest.raises(ConfigurationError, match=remedy):
+            HFRollout().sample(policy, prompts, SAMPLING)
+    finally:
+        dist.destroy_process_group()

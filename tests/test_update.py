@@ -6,114 +6,18 @@ import pytest
 import torch
 from transformers.models.qwen3 import modeling_qwen3
 
-from scsdpo.advantage import (
-    Blend,
-    Full,
-    GroupMean,
-    GroupRelative,
-    ReferenceAnchor,
-    SelfDistillation,
-    SequenceLevel,
-    TopK,
-    Unscaled,
-    Weighted,
-)
-from scsdpo.loss import NoImportance, TokenImportance
+from batches import ALL, METHODS, G, Q, double_policy, exact_norm, gradient, parts
+from scsdpo.advantage import SelfDistillation
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.reduction import SequenceMean, TokenMean
-from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt, SiblingDemonstration
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
-from scsdpo.update import Batch, Update, token_budget
-from scsdpo.verifiers import ExactMatch
-from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
-
-Q, G = 4, 3
+from scsdpo.reduction import TokenMean
+from scsdpo.teacher import EMA, SiblingDemonstration
+from scsdpo.update import token_budget
+from scsdpo.weighting import TeacherEntropy, UniformTokens
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """RMSNorm in the model's own dtype: transformers casts to float32 even in a float64 model."""
-
-    def forward(self, hidden):
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden * torch.rsqrt(variance + self.variance_epsilon)
-
-    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", forward)
-
-
-def double_policy(folder, **kwargs):
-    torch.manual_seed(0)
-    policy = CausalLM(str(folder), **kwargs)
-    policy.configure_model()
-    return policy.double()
-
-
-def judged(policy, seed=0):
-    """Random responses of lengths 0..9 to four questions with 2, 0, 3 and 1 successes."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for q in range(Q):
-        messages = ({"role": "user", "content": "x" * (3 + 7 * q) + "?"},)
-        ids = policy.chat.render(messages)
-        prompts.append(
-            Prompt(key=str(q), messages=messages, verifier=ExactMatch(), answer="", ids=ids)
-        )
-    lengths = torch.randint(0, 10, (Q, G), generator=generator)
-    lengths[0, 0] = 9
-    mask = torch.arange(9) < lengths[..., None]
-    ids = torch.randint(3, 250, mask.shape, generator=generator) * mask
-    noise = -torch.rand(mask.shape, generator=generator) * 5
-    rollouts = Rollouts(
-        prompts=tuple(prompts),
-        ids=ids,
-        mask=mask,
-        sampling_logprobs=noise,
-        policy_logprobs=noise,
-        finished=mask.any(-1),
-        texts=tuple(tuple(f"text {q} {g}" for g in range(G)) for q in range(Q)),
-        temperature=0.8,
-    )
-    rewards = (torch.arange(G) < torch.tensor([2, 0, 3, 1])[:, None]).float()
-    verdicts = tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist())
-    return rollouts, Outcomes(verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)
-
-
-def parts(policy, advantage, *, teacher=None, reference=None, weighting=None, **update):
-    """Batch and update of some strategies, teachers configured."""
-    teacher = NoTeacher() if teacher is None else teacher
-    reference = NoTeacher() if reference is None else reference
-    teacher.configure(policy, "teacher")
-    reference.configure(policy, "reference")
-    rollouts, outcomes = judged(policy)
-    contexts = teacher.contexts(policy.chat, rollouts, outcomes)
-    batch = Batch(
-        rollouts=rollouts,
-        plan=advantage.plan(outcomes, contexts.available),
-        weights=(weighting or Uniform()).weigh(outcomes),
-        teacher=contexts,
-        reference=reference.contexts(policy.chat, rollouts, outcomes),
-        old_logprobs=torch.full(rollouts.mask.flatten(0, 1).shape, torch.nan),
-    )
-    settings = {
-        "token_weighting": UniformTokens(),
-        "reduction": SequenceMean(),
-        "importance": NoImportance(),
-    } | update
-    needs = settings["token_weighting"].needs | advantage.needs | settings["importance"].needs
-    return batch, Update(teacher=teacher, reference=reference, needs=needs, **settings)
-
-
-ALL = list(range(Q * G))
-
-
-def gradient(policy, batch, update, rows=ALL, budget=10**6):
-    """(loss, {name: gradient}, micro-batches) of one optimizer step."""
-    policy.zero_grad()
-    loss, count = 0.0, 0
-    for output, _ in update.losses(policy, batch, rows, budget):
-        output.loss.backward()
-        loss, count = loss + output.loss.item(), count + 1
-    return loss, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, count
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
 
 
 def assert_same(first, second, tolerance):
@@ -122,30 +26,6 @@ def assert_same(first, second, tolerance):
     scale = max(g.abs().max() for g in first[1].values())
     for name, grad in first[1].items():
         assert (grad - second[1][name]).abs().max() <= tolerance * scale, name
-
-
-METHODS = {
-    "sc-sdpo": lambda: (
-        SelfDistillation(support=TopK(k=20)),
-        {"teacher": EMA(), "weighting": PassRate(), "importance": TokenImportance()},
-    ),
-    "grpo": lambda: (GroupRelative(baseline=GroupMean(), scale=Unscaled()), {}),
-    "hybrid+anchor+entropy": lambda: (
-        Blend(
-            parts=(
-                Weighted(advantage=GroupRelative(level=SequenceLevel()), weight=0.9),
-                Weighted(advantage=SelfDistillation(support=Full()), weight=0.1),
-                Weighted(advantage=ReferenceAnchor(), weight=0.01),
-            )
-        ),
-        {
-            "teacher": EMA(),
-            "reference": Frozen(context=PlainPrompt()),
-            "token_weighting": TeacherEntropy(),
-            "reduction": TokenMean(over="active"),
-        },
-    ),
-}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""Sums over ranks; with one process they are the identity."""
+"""Sums and maxima over ranks; with one process they are the identity."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -26,6 +26,15 @@ def all_gather(items: list[T]) -> list[T]:
     gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def all_max(value: Tensor) -> Tensor:
+    """The largest `value` of all ranks, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    largest = value.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ from scsdpo.compatibility import check_axes
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance
-from scsdpo.metrics import ByCategory, rollout_metrics, token_metrics
+from scsdpo.metrics import ByCategory, GapCheck, rollout_metrics, token_metrics
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
@@ -56,6 +56,7 @@ class PolicyOptimizer(L.LightningModule):
         reduction: how token losses add up.
         importance: correction for the sampler's distribution.
         reference: a second teacher, for anchors.
+        gap: how far sampler and trainer may disagree.
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         optimizer: made from the trainable parameters.
@@ -85,6 +86,7 @@ class PolicyOptimizer(L.LightningModule):
         reduction: Reduction = SequenceMean(),
         importance: Importance = NoImportance(),
         reference: Teacher = NoTeacher(),
+        gap: GapCheck = GapCheck(),
         sampling: Sampling = Sampling(),
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
@@ -104,6 +106,7 @@ class PolicyOptimizer(L.LightningModule):
         self.policy, self.teacher, self.reference = policy, teacher, reference
         self.rollout, self.selection = rollout, selection
         self.advantage, self.weighting = advantage, weighting
+        self.gap = gap
         self.sampling, self.val_sampling = sampling, val_sampling
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
@@ -234,7 +237,7 @@ class PolicyOptimizer(L.LightningModule):
     def _optimize(self, batch: Batch, rows: list[int]) -> None:
         """One optimizer step on `rows`, unless nothing there can be learned from."""
         here = batch.active[rows]
-        active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
+        active, count = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
         if active == 0:
             self._idle()
             return
@@ -251,8 +254,15 @@ class PolicyOptimizer(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         metrics = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
-        self._log("train", {"trained_rollouts": active, "trained_tokens": tokens})
-        self._log("train", metrics | token_metrics(outputs, self.advantage.objective_name))
+        # Later updates on a batch: the sampler's weights are those before the first of them.
+        old = batch.old_logprobs[rows]
+        sampled = batch.rollouts.policy_logprobs.flatten(0, 1)[rows]
+        first = bool(old.isnan().all())
+        gap = self.gap.measure([(o.logprob, s) for o, s in outputs] if first else [(old, sampled)])
+        tokens = token_metrics([o for o, _ in outputs], self.advantage.objective_name)
+        counts = {"trained_rollouts": active, "trained_tokens": count}
+        self._log("train", metrics | tokens | gap | counts)
+        self.gap.judge(gap)
         self._step(metrics, parameters, norm)
 
     def _idle(self) -> None:
@@ -348,6 +358,10 @@ class PolicyOptimizer(L.LightningModule):
                 batch_size=1,
                 sync_dist=prefix == "train",
             )
+
+    def teardown(self, stage: str) -> None:
+        """Let the rollout's engine go."""
+        self.rollout.close()
 
     # --------------------------------------------------------------- checkpoints
 

@@ -46,6 +46,8 @@ class Prompt:
     """The gold answer in the form that `verifier` compares with; never shown to the policy."""
     category: str = ""
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
 
@@ -66,7 +68,9 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
 class Sampling:
-    """How responses are drawn: from softmax(logits / temperature), cut to top-k, then to top-p.
+    """How responses are drawn: from softmax(logits / temperature), cut to min-p, top-k, top-p.
+
+    The cuts come in this order, and each but min-p counts mass within what the ones before left.
 
     Args:
         n: responses per prompt, G.
@@ -74,6 +78,9 @@ class Sampling:
         temperature: > 0; the trainer's distributions use the same one.
         top_p: keep the smallest set of most likely tokens whose mass reaches `top_p`; 1 keeps all.
         top_k: keep the `top_k` most likely tokens; 0 keeps all.
+        min_p: keep tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
+        stop: strings that end a response. The token that completes one is the response's last;
+            ids and text keep it. Special tokens have no text.
         seed: the draw of response i to a prompt depends on (seed, prompt key, i) and on nothing
             else: not on the batch, its order, or the device count.
 
@@ -86,6 +93,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,12 +104,23 @@ class Sampling:
             "temperature": (self.temperature > 0, "> 0; for nearly greedy decoding write 0.01"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (self.top_k >= 0, ">= 0; 0 keeps every token"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token"),
+            "stop": ("" not in self.stop, "free of empty strings"),
         }
         for name, (good, rule) in checks.items():
             if not good:
                 raise ValueError(
                     f"`Sampling({name}=...)` must be {rule}, got {getattr(self, name)}"
                 )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are left out, so that what is drawn from is not the policy."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def stops(self, prompt: Prompt) -> tuple[str, ...]:
+        """The strings that end a response to `prompt`."""
+        return (*self.stop, *prompt.stop)
 
     def at(self, step: int) -> "Sampling":
         """The same sampling with a seed of its own for `step`, so that steps draw afresh."""
@@ -124,15 +144,17 @@ class Rollouts(_ToDevice):
     mask: Tensor
     """[Q, G, L] bool: True at sampled tokens. A response may be empty (no True)."""
     sampling_logprobs: Tensor
-    """[Q, G, L] float32, nats: under the distribution drawn from (temperature, top-k, top-p)."""
+    """[Q, G, L] float32, nats: under the distribution drawn from (temperature and cuts)."""
     policy_logprobs: Tensor
-    """[Q, G, L] float32, nats: under softmax(logits / temperature), nothing cut."""
+    """[Q, G, L] float32, nats: under softmax(logits / temperature), nothing cut; nan: unknown."""
     finished: Tensor
-    """[Q, G] bool: ended by an end-of-sequence token, not by the length cap."""
+    """[Q, G] bool: ended by an end of sequence or a stop string, not by the length cap."""
     texts: tuple[tuple[str, ...], ...]
     """[Q][G] decoded responses without special tokens; for verifiers and demonstrations only."""
     temperature: float
     """The sampling temperature."""
+    version: str = ""
+    """The weights that were sampled from: `rollout.weights.digest` of the policy at that time."""
 
     @property
     def lengths(self) -> Tensor:

@@ -248,7 +248,9 @@ class _Step:
         part: slice,
         buffers: Buffers,
     ) -> TokenLogits:
-        return voice.logits(part, lambda: student()(part, buffers), self.temperature, buffers)
+        tables = voice.tables(part, self.temperature, buffers)
+        trunks = tuple(TokenLogits(table, buffers) for table in tables)
+        return voice.combine(lambda: student()(part, buffers), trunks)
 
     def _read(
         self,

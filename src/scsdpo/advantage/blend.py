@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
-from scsdpo.loss import Chunk, Credit, SumCredit
+from scsdpo.loss import Chunk, Credit, SparseCredit, SumCredit
 from scsdpo.types import Outcomes
 
 
@@ -96,4 +96,5 @@ def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:
     dtype = chunk.student.logits.dtype
     here = [(weights[chunk.rollout].to(dtype), plan) for weights, plan in terms]
     # A part without a say in this chunk is not asked: its teacher may not have run.
-    return SumCredit(parts=tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any()))
+    said = tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any())
+    return SumCredit(parts=said) if said else SparseCredit.nothing(chunk)

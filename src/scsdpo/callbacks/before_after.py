@@ -31,14 +31,15 @@ class BeforeAfter(L.Callback):
         self.after = values
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        log_dir = trainer.log_dir  # rank 0 tells the others: everyone must ask
         if not (trainer.is_global_zero and self.after):
             return
         console = Console()
         console.print(before_after_table(self.before, self.after))
         console.print(f"{trainer.global_step} optimizer steps taken")
-        if trainer.log_dir is not None:
+        if log_dir is not None:
             result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
-            folder = Path(trainer.log_dir)
+            folder = Path(log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
             console.print(f"files of this run: {folder}", soft_wrap=True)

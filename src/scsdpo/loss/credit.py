@@ -113,6 +113,12 @@ class SparseCredit(Credit):
     rest: Tensor
     objective: Tensor
 
+    @staticmethod
+    def nothing(chunk: Chunk) -> "SparseCredit":
+        """No credit for any token of the chunk."""
+        zero = torch.zeros_like(chunk.logprob)
+        return SparseCredit(chunk.ids[:, None], zero[:, None], zero, zero)
+
     def mass(self, student: TokenLogits) -> Tensor:
         # sum_u c(u) - rest, for rest * S is subtracted everywhere and put back at `ids`.
         inside = student.log_probs_at(self.ids).exp().sum(-1)

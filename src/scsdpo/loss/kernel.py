@@ -13,10 +13,14 @@ from scsdpo.loss.credit import Chunk, Credit, weighted
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
 from scsdpo.signals import Signals
 
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
-"""Size of one [n, V] float32 table; three of them are kept for a divergence on a top-k support."""
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
+trunk of its teachers are alive."""
 FEWEST_ROWS = 64
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+"""Of the part of a chunk that everything between the products works on; on CPU it stays in the
+cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,19 +48,12 @@ class Voice:
     combine: Callable[[Callable[[], TokenLogits], tuple[TokenLogits, ...]], TokenLogits]
     """(student, computed when asked for; trunks) -> the target distribution."""
 
-    def logits(
-        self,
-        part: slice,
-        student: Callable[[], TokenLogits],
-        temperature: float,
-        buffers: Buffers,
-    ) -> TokenLogits:
-        """The target at the tokens of `part`."""
-        trunks = tuple(
-            TokenLogits.of(hidden[part], head, temperature, buffers)
+    def tables(self, part: slice, temperature: float, buffers: Buffers) -> tuple[Tensor, ...]:
+        """Per trunk, the logits [n, V] at the tokens of `part`."""
+        return tuple(
+            TokenLogits.of(hidden[part], head, temperature, buffers).logits
             for hidden, head in zip(self.hidden, self.heads, strict=True)
         )
-        return self.combine(student, trunks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -104,7 +101,10 @@ def credit_loss(
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of 0..count whose [n, V] float32 table stays within `CHUNK_BYTES`."""
-    size = max(CHUNK_BYTES[device.type] // (4 * vocabulary), FEWEST_ROWS)
+    return _slices(count, max(CHUNK_BYTES[device.type] // (4 * vocabulary), FEWEST_ROWS))
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -148,44 +148,69 @@ class _Work:
     def __init__(self, hidden: Tensor, head: Head, tokens: Tokens, objective: Objective) -> None:
         self.hidden = hidden.to(head.weight.dtype)
         self.head, self.tokens, self.objective = head, tokens, objective
-        self.buffers = Buffers()
+        self.products, self.between = Buffers(), Buffers()
         self.loss = hidden.new_zeros((), dtype=torch.float64)
         self.logs: list[Tensor] = []
 
     def run(self, part: slice) -> Tensor:
         """[n, V]: d loss / d (h W^T + b) at the tokens of `part`, until the next chunk."""
-        self.buffers.recycle()
-        temperature = self.objective.temperature
-        student = TokenLogits.of(self.hidden[part], self.head, temperature, self.buffers)
-        chunk = self._chunk(part, student)
-        credit = self.objective.credit(chunk)
-        scale = self.tokens.scale[part].to(chunk.logprob.dtype) * self.objective.importance(chunk)
+        self.products.recycle()
+        objective = self.objective
+
+        def ask(voice: Voice) -> Callable[[], tuple[Tensor, ...]]:
+            """The voice's products for this chunk, made when first asked for."""
+            return cache(partial(voice.tables, part, objective.temperature, self.products))
+
+        made = TokenLogits.of(self.hidden[part], self.head, objective.temperature, self.products)
+        teacher, reference = ask(objective.teacher), ask(objective.reference)
+        for block in _slices(*self._block_size(made.logits)):
+            self.between.recycle()
+            student = TokenLogits(made.logits[block], self.between)
+            inside = slice(part.start + block.start, part.start + block.stop)
+            gradient = self._gradient(
+                Chunk(
+                    student=student,
+                    teacher=cache(partial(self._say, objective.teacher, teacher, block, student)),
+                    reference=cache(
+                        partial(self._say, objective.reference, reference, block, student)
+                    ),
+                    ids=self.tokens.ids[inside],
+                    logprob=student.logprob(self.tokens.ids[inside]),
+                    places=self.tokens.places[inside],
+                    signals=self.tokens.signals,
+                ),
+                self.tokens.scale[inside],
+            )
+            made.logits[block] = gradient
+        return made.logits
+
+    def _block_size(self, logits: Tensor) -> tuple[int, int]:
+        rows = BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1])
+        return len(logits), max(rows, 1)
+
+    def _say(
+        self,
+        voice: Voice,
+        tables: Callable[[], tuple[Tensor, ...]],
+        block: slice,
+        student: TokenLogits,
+    ) -> TokenLogits:
+        """What a voice says at the tokens of a block."""
+        trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
+        return voice.combine(lambda: student, trunks)
+
+    def _gradient(self, chunk: Chunk, scale: Tensor) -> Tensor:
+        """[n, V] of a block: d loss / d (h W^T + b)."""
+        student, credit = chunk.student, self.objective.credit(chunk)
+        scale = scale.to(chunk.logprob.dtype) * self.objective.importance(chunk)
         self.logs.append(torch.stack([credit.objective, chunk.logprob, student.entropy()]))
         self.loss += weighted(scale, credit.objective).sum()
-        scale = scale / temperature
+        scale = scale / self.objective.temperature
         mass = weighted(scale, credit.mass(student))
         # The last use of the student's probabilities: the gradient takes their place.
         gradient = student.probs.mul_(mass[:, None])
         credit.subtract(gradient, scale, student)
         return gradient
-
-    def _chunk(self, part: slice, student: TokenLogits) -> Chunk:
-        objective, ids = self.objective, self.tokens.ids[part]
-
-        def ask(voice: Voice) -> Callable[[], TokenLogits]:
-            """The voice on this chunk, run when first asked for."""
-            run = partial(voice.logits, part, lambda: student, objective.temperature, self.buffers)
-            return cache(run)
-
-        return Chunk(
-            student=student,
-            teacher=ask(objective.teacher),
-            reference=ask(objective.reference),
-            ids=ids,
-            logprob=student.logprob(ids),
-            places=self.tokens.places[part],
-            signals=self.tokens.signals,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,7 +242,7 @@ class _Gradients:
         else:
             self.hidden[part] = narrow @ weight
         if self.weight is not None and self.weight.dtype == narrow.dtype:
-            self.weight.addmm_(narrow.T, hidden)
+            torch.addmm(self.weight, narrow.T, hidden, out=self.weight)
         elif self.weight is not None:
             self.weight.add_(narrow.T @ hidden)
         if self.bias is not None:

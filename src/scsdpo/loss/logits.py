@@ -6,9 +6,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-SCRATCH_BYTES = {"cpu": 2**20, "cuda": 2**26}
-"""Of the exponentials that a normaliser sums up at a time; on CPU they stay in the cache."""
-
 
 class Buffers:
     """Memory for [n, V] tables that one chunk after another writes over.
@@ -94,14 +91,8 @@ class TokenLogits:
 
     @cached_property
     def log_normalizer(self) -> Tensor:
-        """[n, 1]: log sum_v exp z(v)."""
-        n, vocabulary = self.logits.shape
-        bytes_per_row = vocabulary * self.logits.element_size()
-        rows = max(SCRATCH_BYTES[self.logits.device.type] // bytes_per_row, 1)
-        result = self.logits.new_empty(n, 1)
-        for part in (slice(i, i + rows) for i in range(0, n, rows)):
-            torch.logsumexp(self.logits[part], -1, keepdim=True, out=result[part])
-        return result
+        """[n, 1]: log sum_v exp z(v) = max z - log max S; largest entries, so nothing is lost."""
+        return self.logits.amax(-1, keepdim=True) - self.probs.amax(-1, keepdim=True).log()
 
     @cached_property
     def log_probs(self) -> Tensor:

@@ -32,27 +32,18 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
     }
 
 
-def token_metrics(outputs: Iterable[tuple[LossOutput, Tensor]], objective: str) -> dict[str, float]:
+def token_metrics(outputs: Iterable[LossOutput], objective: str) -> dict[str, float]:
     """Means over the tokens that were trained on, all ranks; empty if there were none.
 
     Args:
-        outputs: per micro-batch the kernel's output and the sampler's log-probs [N] of the whole
-            distribution (`Rollouts.policy_logprobs`).
+        outputs: per micro-batch the kernel's output.
         objective: name under which the mean objective is shown.
-
-    `logprob_gap` is the mean of |log S_trainer(y) - log S_sampler(y)|, in nats: what was sampled
-    is not what the trainer thinks was sampled if it is more than rounding.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
-    worst = 0.0
-    for output, sampled in outputs:
-        gap = (output.logprob.double() - sampled.double()).abs()
-        columns = (output.objective.double(), output.entropy.double(), gap)
-        sums += torch.stack([*(c.sum() for c in columns), gap.new_tensor(len(gap))]).cpu()
-        worst = max(worst, float(gap.max())) if len(gap) else worst
-    total = all_sum(sums).tolist()
-    if total[3] == 0:
-        return {}
-    names = (objective, "entropy", "logprob_gap")
-    means = {name: value / total[3] for name, value in zip(names, total[:3], strict=True)}
-    return {**means, "logprob_gap_max": worst}
+    sums = torch.zeros(3, dtype=torch.float64)
+    for output in outputs:
+        columns = (output.objective.double(), output.entropy.double())
+        count = output.objective.new_tensor(len(output.objective), dtype=torch.float64)
+        sums += torch.stack([*(c.sum() for c in columns), count]).cpu()
+    *total, count = all_sum(sums).tolist()
+    names = (objective, "entropy")
+    return {n: value / count for n, value in zip(names, total, strict=True)} if count else {}

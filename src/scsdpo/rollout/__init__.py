@@ -1,6 +1,22 @@
 """Rollout: which responses do we learn from?"""
 
 from scsdpo.rollout._base import Rollout
+from scsdpo.rollout.colocated import Colocated
+from scsdpo.rollout.delivery import Delivery, Download, SharedFolder
 from scsdpo.rollout.hf import HFRollout
+from scsdpo.rollout.servers import Servers
+from scsdpo.rollout.vllm_rollout import Engine, VLLMRollout
+from scsdpo.rollout.weight_receiver import WeightReceiver
 
-__all__ = ["HFRollout", "Rollout"]
+__all__ = [
+    "Colocated",
+    "Delivery",
+    "Download",
+    "Engine",
+    "HFRollout",
+    "Rollout",
+    "Servers",
+    "SharedFolder",
+    "VLLMRollout",
+    "WeightReceiver",
+]

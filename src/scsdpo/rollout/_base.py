@@ -17,3 +17,6 @@ class Rollout(ABC):
         The ids are the sampler's own and are trained on as they are; texts are never tokenised
         again. Tensors are on the policy's device.
         """
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back what sampling holds: engines, files, connections. Sampling may go on after."""

@@ -1,5 +1,6 @@
 """Drawing tokens: one uniform each, looked up in the cumulative distribution."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from scsdpo.types import Prompt, Sampling, stable_hash
+
+_CANDIDATES = 1024
+"""Most likely tokens among which a top-p set is looked for before the vocabulary is sorted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -16,7 +20,7 @@ class Draw:
     ids: Tensor
     """[n] int64."""
     sampling_logprobs: Tensor
-    """[n], nats: under the distribution drawn from, after top-k and top-p."""
+    """[n], nats: under the distribution drawn from, after min-p, top-k and top-p."""
     policy_logprobs: Tensor
     """[n], nats: under softmax(logits), nothing cut."""
 
@@ -38,22 +42,22 @@ def uniforms(prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
-    """Draw from softmax(logits) cut to `sampling.top_k`, then to `sampling.top_p`.
+    """Draw from softmax(logits) cut to `sampling.min_p`, then top-k, then top-p.
 
     Args:
         logits: [n, V] float32 or float64, already divided by the temperature.
         uniform: [n] float64 in [0, 1).
-        sampling: its top_k and top_p.
+        sampling: its min_p, top_k and top_p.
     """
-    if sampling.top_k == 0 and sampling.top_p == 1:
+    if not sampling.cuts:
         probs = logits.softmax(-1)
         ids = _search(probs, uniform)
         logprobs = probs.gather(-1, ids).log()[:, 0]
         return Draw(ids=ids[:, 0], sampling_logprobs=logprobs, policy_logprobs=logprobs)
-    kept, vocabulary = _cut(logits, sampling)
+    kept, vocabulary = _cut(_likely(logits, sampling.min_p), sampling)
     probs = kept.softmax(-1)
     place = _search(probs, uniform)
-    ids = vocabulary.gather(-1, place)
+    ids = place if vocabulary is None else vocabulary.gather(-1, place)
     return Draw(
         ids=ids[:, 0],
         sampling_logprobs=probs.gather(-1, place).log()[:, 0],
@@ -61,18 +65,46 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     )
 
 
-def _cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Logits [n, k] of the top-k, most likely first, -inf beyond top-p; and their ids [n, k]."""
+def _likely(logits: Tensor, min_p: float) -> Tensor:
+    """[n, V]: -inf where the probability is below `min_p` times the largest."""
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+
+
+def _cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, k] of the top-k, most likely first, -inf beyond top-p; and their ids [n, k].
+
+    No ids: the logits [n, V] as they came, because neither cuts.
+    """
+    if sampling.top_p == 1:
+        if sampling.top_k == 0:
+            return logits, None
+        return logits.topk(min(sampling.top_k, logits.shape[-1]))
     if sampling.top_k == 0:
-        kept, ids = logits.sort(descending=True)
+        kept, ids, share = _top_p_candidates(logits, sampling.top_p)
     else:
         kept, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))
-    if sampling.top_p == 1:
-        return kept, ids
-    probs = kept.softmax(-1)
-    mass_before = probs.cumsum(-1) - probs
+        share = kept.softmax(-1)
+    mass_before = share.cumsum(-1) - share
     # The first token stays whatever top_p is: no mass comes before it.
     return kept.masked_fill(mass_before >= sampling.top_p, -torch.inf), ids
+
+
+def _top_p_candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, ids and probabilities [n, k] of the k most likely tokens, whose mass exceeds `top_p`.
+
+    A trained policy's distributions are peaked: few candidates do, and the vocabulary is not
+    sorted. Where they do not reach, it is.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    if logits.shape[-1] > _CANDIDATES:
+        kept, ids = logits.topk(_CANDIDATES)
+        share = (kept - total).exp()
+        if bool((share.sum(-1) > top_p).all()):
+            return kept, ids, share
+    kept, ids = logits.sort(descending=True)
+    return kept, ids, (kept - total).exp()
 
 
 def _search(probs: Tensor, uniform: Tensor) -> Tensor:

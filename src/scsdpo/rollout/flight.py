@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import TokenLogits
 from scsdpo.policy.attention import run_decoder
 from scsdpo.rollout.shared_prefix import Decode, Prefill, PrefixCache
@@ -131,6 +132,7 @@ class Flight:
         Holes are filled with the last ones, so that slots stay contiguous and little is copied.
         Returns the [R'] old slots of those that stay.
         """
+        self.ended |= self.tape.is_stopped(self.row, self.drawn)
         order, holes = _fill(~self.ended & (self.drawn < self.tape.ids.shape[1]))
         if len(order) == len(self.row):
             return order
@@ -176,8 +178,8 @@ def _refuse_other_layers(model: PreTrainedModel, cache: PrefixCache) -> None:
     """Every layer must have come through our attention; some keep another kind of state."""
     layers = model.config.get_text_config().num_hidden_layers
     if len(cache.layers) != layers:
-        raise NotImplementedError(
-            f"HFRollout stores keys and values only, and {layers - len(cache.layers)} of the "
-            f"{layers} layers of {type(model).__name__} have none of transformers' attention "
-            "interface: use a rollout with an inference engine of its own"
+        raise ConfigurationError(
+            f"model.rollout: HFRollout stores keys and values only, and "
+            f"{layers - len(cache.layers)} of the {layers} layers of {type(model).__name__} have "
+            "none of transformers' attention interface: use VLLMRollout"
         )

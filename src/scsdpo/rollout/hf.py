@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.flight import Flight, Group
 from scsdpo.rollout.shared_prefix import PrefixCache, shared_prefix_attention
 from scsdpo.rollout.tape import Tape
+from scsdpo.rollout.weights import digest
 from scsdpo.types import Prompt, Rollouts, Sampling
 
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -37,7 +39,7 @@ class HFRollout(Rollout):
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
-        NotImplementedError: from `sample`, if the weights are sharded or a layer is of a kind
+        ConfigurationError: from `sample`, if the weights are sharded or a layer is of a kind
             that it cannot sample from.
     """
 
@@ -55,7 +57,7 @@ class HFRollout(Rollout):
             _refuse_model(model)
             tape = Tape(prompts, sampling, policy.chat, model.device)
             Flight(model, tape, self._cache(groups, sampling.max_new_tokens)).run(groups)
-        return tape.rollouts()
+            return tape.rollouts(digest(policy))
 
     def _cache(self, groups: Sequence[Group], new_tokens: int) -> PrefixCache:
         """As many slots as the budget allows and the batch needs."""
@@ -84,14 +86,13 @@ def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
 
 def _refuse_model(model: PreTrainedModel) -> None:
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise NotImplementedError(
-            "HFRollout samples from whole weights, and these are sharded over devices: use one "
-            "device or DDP, or a rollout with an inference engine of its own"
+        raise ConfigurationError(
+            "model.rollout: HFRollout samples from whole weights, and these are sharded over "
+            "devices: use VLLMRollout with the engine Servers, or one device or DDP"
         )
     kinds = set(model.config.get_text_config().to_dict().get("layer_types") or _ATTENTION)
     if others := sorted(kinds - _ATTENTION):
-        raise NotImplementedError(
-            f"HFRollout samples from full and sliding-window attention, and "
-            f"{type(model).__name__} has layers of {', '.join(others)}: use a rollout with an "
-            "inference engine of its own"
+        raise ConfigurationError(
+            f"model.rollout: HFRollout samples from full and sliding-window attention, and "
+            f"{type(model).__name__} has layers of {', '.join(others)}: use VLLMRollout"
         )

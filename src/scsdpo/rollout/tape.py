@@ -9,6 +9,8 @@ from scsdpo.policy import Chat
 from scsdpo.rollout.draw import draw, uniforms
 from scsdpo.types import Prompt, Rollouts, Sampling
 
+_SLACK = 8
+"""Tokens read before the shortest stretch that could hold a stop string: specials have no text."""
 _UNDRAWN = -1
 """Stands where no token was drawn; no vocabulary has it."""
 
@@ -30,10 +32,15 @@ class Tape:
         self.sampling = sampling
         self.chat = chat
         self.ends = torch.tensor(chat.eos_ids, device=device)
+        self.stops = [sampling.stops(p) for p in prompts for _ in range(sampling.n)]
         self.uniforms = uniforms(prompts, sampling).to(device)
         self.ids = torch.full(self.uniforms.shape, _UNDRAWN, device=device)
         self.sampling_logprobs = torch.zeros(self.ids.shape, device=device)
         self.policy_logprobs = torch.zeros(self.ids.shape, device=device)
+        self.searched = [0] * len(self.stops)
+        """[Q G] tokens of each response that were searched for stop strings."""
+        self.stopped = torch.full((len(self.stops),), self.ids.shape[1] + 1, device=device)
+        """[Q G] tokens when a stop string was complete; more than there are places: none was."""
 
     def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """[R]: a token for place `places` [R] of each of `rows` [R], drawn and kept.
@@ -53,9 +60,41 @@ class Tape:
         """Whether each of `ids` ends a response."""
         return (ids[..., None] == self.ends).any(-1)
 
-    def rollouts(self) -> Rollouts:
-        """Everything up to the first end of sequence of each response, that one included."""
-        ends = self.is_end(self.ids)
+    def is_stopped(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """[R]: whether a stop string stands in the `drawn` [R] tokens so far of `rows` [R]."""
+        if any(self.stops):
+            for row, n in zip(rows.tolist(), drawn.tolist(), strict=True):
+                if self.stops[row]:
+                    self._search(row, n)
+        return self.stopped[rows] <= drawn
+
+    def _search(self, row: int, drawn: int) -> None:
+        """Read what was drawn since the last search, and as much before as a string may need."""
+        # A token with text has at least one byte of it.
+        longest = max(len(stop.encode()) for stop in self.stops[row])
+        start = self.searched[row]
+        first = max(start - longest - _SLACK, 0)
+        ids = self.ids[row, first:drawn].tolist()
+        self.searched[row] = drawn
+        if not self._holds_stop(row, ids):
+            return
+        for end in range(start + 1, drawn + 1):
+            if self._holds_stop(row, ids[: end - first]):
+                self.stopped[row] = end
+                return
+
+    def _holds_stop(self, row: int, ids: list[int]) -> bool:
+        text = self.chat.decode(ids)
+        return any(stop in text for stop in self.stops[row])
+
+    def rollouts(self, version: str) -> Rollouts:
+        """Everything up to the first end of each response, that one included.
+
+        Args:
+            version: of the weights that were sampled from.
+        """
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        ends = self.is_end(self.ids) | (places == self.stopped[:, None] - 1)
         mask = (self.ids != _UNDRAWN) & (ends.cumsum(-1) - ends.long() == 0)
         longest = int(mask.sum(-1).max())
         mask = mask[:, :longest]
@@ -73,6 +112,7 @@ class Tape:
             finished=(ends[:, :longest] & mask).any(-1).view(-1, self.sampling.n),
             texts=self._texts(mask),
             temperature=self.sampling.temperature,
+            version=version,
         )
 
     def _texts(self, mask: Tensor) -> tuple[tuple[str, ...], ...]:

@@ -1,7 +1,7 @@
 """DAPO's dynamic sampling: collect informative groups until they make a batch."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -81,14 +81,11 @@ class InformativePool(Selection, Stateful):
 def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
     """One question's rollouts, on the CPU."""
     one = slice(q, q + 1)
-    tensors = {n: t[one].cpu() for n, t in vars_of(rollouts).items() if isinstance(t, Tensor)}
+    tensors: dict[str, Any] = {
+        n: t[one].cpu() for n, t in vars_of(rollouts).items() if isinstance(t, Tensor)
+    }
     return (
-        Rollouts(
-            prompts=rollouts.prompts[one],
-            texts=rollouts.texts[one],
-            temperature=rollouts.temperature,
-            **tensors,
-        ),
+        replace(rollouts, prompts=rollouts.prompts[one], texts=rollouts.texts[one], **tensors),
         Outcomes(
             verdicts=outcomes.verdicts[one],
             rewards=outcomes.rewards[one].cpu(),
@@ -114,12 +111,13 @@ def _joined(groups: Sequence[Judged], like: Judged) -> Judged:
         return torch.cat([empty, *(part.to(device) for part in parts)])
 
     names = [n for n, value in vars_of(rollouts).items() if isinstance(value, Tensor)]
+    tensors: dict[str, Any] = {name: cat(name) for name in names}
     return (
-        Rollouts(
+        replace(
+            rollouts,
             prompts=tuple(prompt for group in groups for prompt in group[0].prompts),
             texts=tuple(texts for group in groups for texts in group[0].texts),
-            temperature=rollouts.temperature,
-            **{name: cat(name) for name in names},
+            **tensors,
         ),
         Outcomes(
             verdicts=tuple(row for group in groups for row in group[1].verdicts),

@@ -1,0 +1,91 @@
+"""The gap between sampler and trainer: whether what was sampled is what is trained on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from scsdpo.distributed import all_max, all_sum
+from scsdpo.errors import TrainingStopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapCheck:
+    """Each step's gap_t = |log S_trainer(y_t) - log S_sampler(y_t)|, and what is too much of it.
+
+    In nats, >= 0, over the tokens that are trained on; 0 but for rounding if the sampler had the
+    policy's weights and computes as the trainer does. A reward may rise for long while a stale
+    sampler's gap grows, so the mean is judged before the step is taken. What comes from dropout in
+    the trainer, or from another precision in the sampler, is part of it. With several updates on
+    one batch it is that of the weights before the first of them.
+
+    Args:
+        token: gap of a single token, in nats, from which it counts for the logged share.
+        warn: mean gap, in nats, above which a step is warned of. inf: never.
+        stop: mean gap, in nats, above which the run stops. inf: never.
+
+    Raises:
+        ValueError: if a limit is negative, or `stop` is below `warn`.
+    """
+
+    token: float = 0.5
+    warn: float = 0.05
+    stop: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("token", "warn"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"`GapCheck({name}=...)` must be >= 0, got {value}")
+        if not self.stop >= self.warn:
+            raise ValueError(
+                f"`GapCheck(stop=...)` must be at least warn ({self.warn}), got {self.stop}"
+            )
+
+    def measure(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Mean, largest and share of gaps over all ranks; empty if none is known.
+
+        Args:
+            pairs: log-probs of the same tokens by trainer and sampler, in any shape; nan on
+                either side: not known, left out.
+        """
+        sums = torch.zeros(3, dtype=torch.float64)
+        worst = torch.zeros((), dtype=torch.float64)
+        for trainer, sampler in pairs:
+            gap = (trainer.double() - sampler.double()).abs().flatten()
+            gap = gap[~gap.isnan()]
+            parts = (gap.sum(), (gap > self.token).double().sum(), gap.new_tensor(len(gap)))
+            sums += torch.stack(parts).cpu()
+            worst = torch.maximum(worst, torch.cat([gap, gap.new_zeros(1)]).max().cpu())
+        total, beyond, count = all_sum(sums).tolist()
+        worst = all_max(worst)
+        if count == 0:
+            return {}
+        return {
+            "logprob_gap": total / count,
+            "logprob_gap_max": float(worst),
+            "logprob_gap_share": beyond / count,
+        }
+
+    def judge(self, measured: dict[str, float]) -> None:
+        """Warn or stop, from what `measure` returned.
+
+        Raises:
+            TrainingStopped: if the mean is above `stop`.
+        """
+        mean = measured.get("logprob_gap", 0.0)
+        if mean <= self.warn:
+            return
+        said = (
+            f"sampler and trainer disagree by {mean:.3g} nats a token (largest "
+            f"{measured['logprob_gap_max']:.3g}, {measured['logprob_gap_share']:.1%} of the tokens "
+            f"beyond {self.token:g})"
+        )
+        if mean > self.stop:
+            raise TrainingStopped(
+                f"{said}, more than model.gap.stop={self.stop:g}; no step was taken. The sampler "
+                "has other weights or computes otherwise: compare its dtype, its chat template "
+                "and its log-prob settings with the trainer's (docs/scaling.md)"
+            )
+        rank_zero_warn(f"{said}, more than model.gap.warn={self.warn:g}")

@@ -1,0 +1,181 @@
+"""VLLMRollout: what it asks of a vLLM engine, and rollouts from what comes back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy import CausalLM
+from scsdpo.rollout._base import Rollout
+from scsdpo.types import Prompt, Rollouts, Sampling, stable_hash
+
+TESTED = "0.32.0"
+"""The vLLM that the tests run with; the extra `vllm` of this package names it too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A prompt, and how vLLM is to answer it."""
+
+    ids: tuple[int, ...]
+    parameters: dict[str, Any]
+    """Fields of `vllm.SamplingParams`; plain values, so that they travel as JSON too."""
+
+    @classmethod
+    def of(cls, prompt: Prompt, sampling: Sampling, policy: CausalLM) -> "Request":
+        """`sampling.n` responses to `prompt`.
+
+        vLLM seeds response i with `seed` + i: it depends on (seed, prompt key, i) only.
+        """
+        stops = sampling.stops(prompt)
+        return cls(
+            ids=prompt.ids,
+            parameters={
+                "n": sampling.n,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+                "max_tokens": sampling.max_new_tokens,
+                # 62 bits, so that + i stays within 64.
+                "seed": stable_hash(sampling.seed, prompt.key) >> 1,
+                "stop": list(stops),
+                "include_stop_str_in_output": True,
+                "detokenize": bool(stops),
+                # It refuses ids that no token has.
+                "stop_token_ids": [i for i in policy.chat.eos_ids if i < policy.vocabulary],
+                "ignore_eos": True,  # it would end at one id only, and not say at which
+                "logprobs": 0,  # of the drawn token alone
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One response as vLLM gives it."""
+
+    ids: Sequence[int]
+    """As drawn, the end included."""
+    logprobs: Sequence[float]
+    """Of each, nats, under the distribution it was drawn from."""
+    finished: bool
+    """Ended by an id or a string, not by the length cap."""
+    versions: frozenset[str]
+    """Labels of the weights that its tokens were drawn with; more than one: they changed midway."""
+
+
+class Engine(ABC):
+    """Where vLLM runs."""
+
+    @abstractmethod
+    def generate(
+        self, policy: CausalLM, requests: Sequence[Request]
+    ) -> tuple[str, list[list[Answer]]]:
+        """Responses [Q][G] under the policy's weights as they are now, and their digest.
+
+        Weights that the engine does not have yet are brought to it first, and what it remembers of
+        the old ones is forgotten. Responses that came from other weights are never returned.
+
+        Raises:
+            ConfigurationError: if the engine cannot do what is asked for, naming the key.
+            TrainingStopped: if it does not answer in time, naming it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of processes, files and connections; `generate` may make them again."""
+
+
+class VLLMRollout(Rollout):
+    """Samples with vLLM, from the policy's weights of this moment.
+
+    The weights go to the engine before sampling whenever they changed (each optimizer step), LoRA
+    merged in float32, rounded once to the engine's dtype and never quantised. Ids and log-probs
+    are the engine's; `policy_logprobs` are known only while nothing is cut (top-p, top-k and min-p
+    off), and nan otherwise: the engine returns those of the cut distribution alone.
+
+    Which token is drawn depends on (seed, prompt key, number in the group, position), and to the
+    rounding of batched matrix products on nothing else; it is not the token that `HFRollout` draws.
+
+    Args:
+        engine: `Colocated(...)`, in this process, or `Servers(...)`, found by URL.
+
+    Raises:
+        ConfigurationError: from `sample`, if the engine cannot do what is asked for.
+        TrainingStopped: from `sample`, if it does not answer in time.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        for prompt in prompts:
+            if not prompt.ids:
+                raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
+        requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
+        version, answers = self.engine.generate(policy, requests)
+        return _rollouts(policy, prompts, sampling, answers, version)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _rollouts(
+    policy: CausalLM,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    answers: list[list[Answer]],
+    version: str,
+) -> Rollouts:
+    device = policy.language_model.device
+    rows = [answer for group in answers for answer in group]
+    longest = max(len(row.ids) for row in rows)
+    shape = (len(prompts), sampling.n, longest)
+    lengths = torch.tensor([len(row.ids) for row in rows], device=device).view(shape[:2])
+    mask = torch.arange(longest, device=device) < lengths[..., None]
+
+    def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        padded = [[*row, *[fill] * (longest - len(row))] for row in values]
+        return torch.tensor(padded, dtype=dtype, device=device).view(shape)
+
+    drawn = table([row.logprobs for row in rows], 0.0, torch.float32)
+    return Rollouts(
+        prompts=tuple(prompts),
+        ids=table([row.ids for row in rows], policy.chat.pad_id, torch.int64),
+        mask=mask,
+        sampling_logprobs=drawn,
+        policy_logprobs=torch.where(mask, torch.nan, 0.0) if sampling.cuts else drawn,
+        finished=torch.tensor([row.finished for row in rows], device=device).view(shape[:2]),
+        texts=tuple(tuple(policy.chat.decode(row.ids) for row in group) for group in answers),
+        temperature=sampling.temperature,
+        version=version,
+    )
+
+
+def check_length(requests: Sequence[Request], longest: int, remedy: str) -> None:
+    """Refuse prompts that leave no room for `max_new_tokens`: vLLM would cut responses short.
+
+    Args:
+        requests: what is asked for.
+        longest: tokens of prompt and response that the engine has room for.
+        remedy: what to raise.
+    """
+    needed = max(len(r.ids) + r.parameters["max_tokens"] for r in requests)
+    if needed > longest:
+        raise ConfigurationError(
+            f"model.rollout.engine: a prompt and its response may take {needed} tokens, and vLLM "
+            f"has room for {longest}: {remedy}"
+        )
+
+
+def not_quantised(quantization: object, where: str) -> None:
+    """Refuse an engine that rounds the weights to fewer bits than their dtype has."""
+    if quantization is not None:
+        raise ConfigurationError(
+            f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
+            "it samples from is not the policy: use a checkpoint and settings without quantization"
+        )

@@ -1,0 +1,34 @@
+"""The real vLLM, on CPU: `make test-vllm`. Nothing here is skipped: without vLLM it fails."""
+
+import pytest
+from servers import Running
+
+VLLMS_OWN = (
+    "ignore:.*torch.distributed.reduce_op:FutureWarning",
+    "ignore:.*NUMA binding:UserWarning",
+)
+"""Warnings of vLLM 0.32 itself under torch 2.13."""
+
+
+def pytest_configure(config):
+    for line in VLLMS_OWN:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def two_servers(tmp_path_factory):
+    """Two servers of the shipped policy; a test that harms one leaves it well."""
+    folder = tmp_path_factory.mktemp("servers")
+    started = [Running(folder), Running(folder)]
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            server.kill()
+
+
+def pytest_sessionfinish(session):
+    """A skip is a failure: what is not run here is run nowhere."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,77 @@
+"""Policies that vLLM can hold, prompts for them, and the trainer's view of what was sampled."""
+
+import torch
+
+from models import olmo3_folder, qwen3_folder
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.types import Prompt
+
+LONG = 300
+"""Tokens of the long prompt: more than two blocks of the CPU build's prefix cache (128 each)."""
+
+
+def lora_policy(folder):
+    """LoRA with factors that change the model."""
+    policy = CausalLM(str(folder), adapter=Lora(r=4, lora_dropout=0.5))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # peft draws the factors A
+        policy.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.005, generator=generator)
+    return policy
+
+
+def load(folder):
+    policy = CausalLM(str(folder))
+    policy.configure_model()
+    return policy
+
+
+MAKERS = {
+    "tied": lambda path: load(qwen3_folder(path)),
+    "untied": lambda path: load(qwen3_folder(path, tie=False)),
+    "sliding": lambda path: load(olmo3_folder(path)),
+    "lora": lambda path: lora_policy(qwen3_folder(path)),
+}
+
+
+def prompt(policy, text, key=None):
+    ids = policy.chat.render(({"role": "user", "content": text},))
+    return Prompt(key=key or text, messages=(), verifier=None, answer="", ids=ids)
+
+
+def short_and_long(policy):
+    """Two short prompts, and one that fills whole blocks of the prefix cache."""
+    long = prompt(policy, "A" * LONG)
+    assert len(long.ids) > LONG
+    return [prompt(policy, "Why?"), prompt(policy, "Is water wet?"), long]
+
+
+def gaps(policy, rollouts):
+    """|log S of a plain forward - the sampler's| at the sampled tokens, a tensor per prompt."""
+    found = []
+    for q, start in enumerate(rollouts.prompts):
+        rows = []
+        for ids, mask, said in zip(
+            rollouts.ids[q], rollouts.mask[q], rollouts.policy_logprobs[q], strict=True
+        ):
+            response = ids[mask]
+            sequence = torch.tensor([[*start.ids, *response.tolist()]])
+            with policy.sampling_mode() as model:
+                z = model(sequence, use_cache=False).logits[0, len(start.ids) - 1 : -1]
+            log_probs = (z / rollouts.temperature).log_softmax(-1)
+            rows.append((log_probs.gather(-1, response[:, None])[:, 0] - said[mask]).abs())
+        found.append(torch.cat(rows))
+    return found
+
+
+def move(policy, seed, size=0.02):
+    """As an optimizer step does, to what is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(size * noise)

@@ -1,0 +1,66 @@
+"""Real vLLM servers as processes of their own, started, stopped and stalled."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from scsdpo.lab import tiny_path
+
+FLAGS = (
+    "--worker-extension-cls=scsdpo.rollout.WeightReceiver",
+    "--logprobs-mode=processed_logprobs",
+    "--enable-scale-out",
+    # For the CPU:
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-model-len=512",
+)
+
+
+class Running:
+    """A server of the shipped policy; it and its workers are one process group."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"server-{self.port}.log"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS]
+        where = [f"--model={tiny_path()}", "--host=127.0.0.1", f"--port={self.port}"]
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*command, *where],
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> "Running":
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return self
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait(30)

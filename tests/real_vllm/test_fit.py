@@ -1,0 +1,122 @@
+"""Whole runs of `scsdpo fit` on the tiny task, with the shipped configurations of vLLM."""
+
+import contextlib
+import csv
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from scsdpo.__main__ import main
+from scsdpo.rollout.vllm_server import Server, Unreachable
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHORT = (
+    "--trainer.limit_train_batches=6",
+    "--trainer.num_sanity_val_steps=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+    "--trainer.logger.save_dir=.",
+    "--data.questions_per_batch=8",
+    "--data.val_questions_per_batch=16",
+    "--model.val_sampling.n=2",
+    "--model.optimizer.lr=1e-3",  # far enough a step that old weights would show
+    "--model.gap.warn=1e-5",
+    "--model.gap.stop=1e-5",
+)
+
+
+@pytest.fixture
+def fit(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(rollout, *args):
+        files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts" / rollout]
+        monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *map(str, (*files, *SHORT, *args))])
+        return main()
+
+    return run
+
+
+def logged_gaps(folder):
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/logprob_gap")]
+    return [float(row["train/logprob_gap"]) for row in rows]
+
+
+def test_a_run_with_vllm_in_process(fit, tmp_path):
+    engine = "--model.rollout.init_args.engine.init_args"
+    code = fit(
+        "vllm-colocate.yaml",
+        f"{engine}.max_model_len=512",
+        f"{engine}.kv_cache_gib=0.5",
+        f"{engine}.enforce_eager=true",
+    )
+    assert code == 0
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 1e-5
+
+
+def urls(servers):
+    listed = ", ".join(server.url for server in servers)
+    return f"--model.rollout.init_args.engine.init_args.urls=[{listed}]"
+
+
+def test_a_run_with_servers_over_http(fit, tmp_path, two_servers):
+    first = [Server(server.url).version() for server in two_servers]
+    assert fit("vllm-server.yaml", urls(two_servers)) == 0
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 1e-5
+    last = [Server(server.url).version() for server in two_servers]
+    assert last[0] == last[1] != first[0]
+
+
+def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(tmp_path, two_servers):
+    command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
+    files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [*map(str, (*command, *files, *SHORT, *ranks, urls(two_servers)))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 1e-5
+
+
+def test_a_server_killed_midway_ends_the_run_with_one_line_that_names_it(fit, two_servers, capsys):
+    victim = two_servers[1]
+    before = Server(victim.url).version()
+    killed_at = []
+
+    def kill_after_two_updates():
+        seen = {before}
+        while len(seen) < 4:  # "loading ..." counts as well: the first update is done
+            with contextlib.suppress(Unreachable):
+                seen.add(Server(victim.url).version())
+        victim.kill()
+        killed_at.append(time.monotonic())
+
+    watcher = threading.Thread(target=kill_after_two_updates)
+    watcher.start()
+    patience = "--model.rollout.init_args.engine.init_args.patience=3"
+    try:
+        code = fit("vllm-server.yaml", urls(two_servers), patience)
+        ended = time.monotonic()
+        watcher.join()
+    finally:
+        victim.kill()
+        victim.start()
+        victim.wait()
+    assert code == 3
+    assert ended - killed_at[0] < 3 + 15
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"scsdpo: error: the vLLM server {victim.url} is of no use since 3 s")
