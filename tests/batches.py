@@ -69,7 +69,10 @@ def judged(policy, seed=0):
     )
     rewards = (torch.arange(G) < torch.tensor([2, 0, 3, 1])[:, None]).float()
     verdicts = tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist())
-    return rollouts, Outcomes(verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)
+    keys = tuple(prompt.key for prompt in prompts)
+    return rollouts, Outcomes(
+        verdicts=verdicts, rewards=rewards, successes=rewards > 0.5, keys=keys
+    )
 
 
 def questions(batch, chosen):

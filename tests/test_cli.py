@@ -111,7 +111,7 @@ COMMAND_LINE = {
     "got fp16",
     "--model.advantage.support.k=x": "model.advantage.support.k: must be int, got x",
     "--model.advantage.suport=TopK": "model.advantage.suport: SelfDistillation has no such "
-    "argument; did you mean `support`? (it takes: alpha, support)",
+    "argument; did you mean `support`? (it takes: alpha, support, summand_clip, target)",
     "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
     "you mean `TopK`?",
     "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
@@ -157,7 +157,7 @@ FILES = {
     "model: {advantage: {class_path: Blend, init_args: {parts: [{advantage: {class_path: "
     "GroupRelative, init_args: {clip_lo: 1}}}]}}}": "model.advantage.parts.advantage.clip_lo: "
     "GroupRelative has no such argument; did you mean `clip_low`? (it takes: baseline, scale, "
-    "clip_low, clip_high, level)",
+    "clip_low, clip_high, level, modulator)",
     "data: {train: [{class_path: LabTaks}]}": "data.train: LabTaks is not a known Source; did you "
     "mean `LabTasks`?",
     "data: {train: [{class_path: LabTasks, init_args: {spit: train}}]}": "data.train.spit: "
@@ -207,7 +207,9 @@ def test_keys_that_are_not_set_are_named(scsdpo):
             + ["--model.policy.name_or_path=x"],
         )
     )
-    assert line.startswith("model.advantage: not set (choices: Blend, GroupRelative, ")
+    assert line.startswith(
+        "model.advantage: not set (choices: Blend, EntropyBonus, GroupRelative, "
+    )
 
 
 def test_a_file_that_cannot_be_read_is_named(scsdpo, tmp_path):
@@ -299,7 +301,8 @@ def test_an_unknown_command_is_one_line():
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        "scsdpo: error: fitt: no such command; choose fit, validate, test, predict, export\n"
+        "scsdpo: error: fitt: no such command; choose fit, validate, test, predict, export, rates, "
+        "analyze\n"
     )
 
 

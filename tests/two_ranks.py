@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from runs import Toys, data, module, trainer
-from scsdpo.advantage import BatchStd, GroupRelative
+from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
+from scsdpo.history import DecayedBeta
+from scsdpo.selection import InformativePool
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
@@ -20,6 +22,20 @@ METHODS = {
         "advantage": GroupRelative(scale=BatchStd()),
         "teacher": NoTeacher(),
         "weighting": Uniform(),
+    },
+    # A pool over all ranks, and pass rates that every rank remembers.
+    "memory": {
+        "advantage": Routed(
+            routes=(
+                Route(
+                    advantage=GroupRelative(),
+                    where=RateWithin(low=0.4, high=0.6, rates=DecayedBeta(decay=0.5)),
+                ),
+            )
+        ),
+        "teacher": NoTeacher(),
+        "weighting": Uniform(),
+        "selection": InformativePool(questions=3, max_batches=3),
     },
 }
 

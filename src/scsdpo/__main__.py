@@ -12,6 +12,8 @@ COMMANDS = {
     "test": "the same, logged under test/",
     "predict": "write a policy's responses and their verdicts",
     "export": "write a checkpoint's policy as a Hugging Face folder",
+    "rates": "measure the training questions' pass rates, for FrozenPassRate",
+    "analyze": "measure what the teacher says, by correctness and by pass rate",
 }
 
 
@@ -36,11 +38,20 @@ def run(args: Sequence[str]) -> None:
         from scsdpo.export import main as export
 
         export(args[1:])
+        return
+    # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    if args[0] == "rates":
+        from scsdpo.rates import main as rates
+
+        rates(args[1:])
+    elif args[0] == "analyze":
+        from scsdpo.lab.analysis import main as analyze
+
+        analyze(args[1:])
     else:
         from scsdpo.cli import main as lightning
 
-        # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         lightning()
 
 

@@ -64,8 +64,13 @@ class CLI(LightningCLI):
 
 def main() -> None:
     """Run the command that `sys.argv` holds."""
+    run_cli(CLI)
+
+
+def run_cli(kind: type[CLI]) -> None:
+    """Build what `sys.argv` configures and run it."""
     try:
-        CLI(
+        kind(
             PolicyOptimizer,
             TaskDataModule,
             parser_class=Parser,

@@ -24,6 +24,11 @@ def check_axes(module: "PolicyOptimizer", token_weighting: TokenWeighting) -> No
                 f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "
                 "set model.sampling.n above 1"
             )
+    if module.selection.needs_group and module.sampling.n == 1:
+        raise ConfigurationError(
+            f"model.selection: {type(module.selection).__name__} compares the rollouts of a "
+            "question: set model.sampling.n above 1"
+        )
     bounds = {
         "updates_per_rollout": (module.updates_per_rollout, 1),
         "max_bad_steps": (module.max_bad_steps, 1),

@@ -1,10 +1,13 @@
 """Sums and maxima over ranks; with one process they are the identity."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def all_sum(value: Tensor) -> Tensor:
@@ -14,6 +17,15 @@ def all_sum(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_gather(items: list[T]) -> list[T]:
+    """The lists of all ranks (of objects that pickle), one after the other, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return items
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
 
 
 def all_max(value: Tensor) -> Tensor:

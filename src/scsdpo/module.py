@@ -24,6 +24,8 @@ from scsdpo.metrics import ByCategory, GapCheck, rollout_metrics, token_metrics
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
+from scsdpo.selection import Everything, Selection
+from scsdpo.state import Stateful, nested_state
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 from scsdpo.update import Batch, Update
@@ -49,6 +51,7 @@ class PolicyOptimizer(L.LightningModule):
         teacher: what the model would have said had it known more.
         weighting: how much each question and rollout counts.
         rollout: which responses are learned from.
+        selection: which groups of them, and when: `Everything()`, or `InformativePool` (DAPO).
         token_weighting: how much each token counts.
         reduction: how token losses add up.
         importance: correction for the sampler's distribution.
@@ -79,6 +82,7 @@ class PolicyOptimizer(L.LightningModule):
         teacher: Teacher = NoTeacher(),
         weighting: Weighting = Uniform(),
         rollout: Rollout = HFRollout(),
+        selection: Selection = Everything(),
         token_weighting: TokenWeighting = UniformTokens(),
         reduction: Reduction = SequenceMean(),
         importance: Importance = NoImportance(),
@@ -102,7 +106,8 @@ class PolicyOptimizer(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not saved; `on_load_checkpoint` is strict
         self.policy, self.teacher, self.reference = policy, teacher, reference
-        self.rollout, self.advantage, self.weighting = rollout, advantage, weighting
+        self.rollout, self.selection = rollout, selection
+        self.advantage, self.weighting = advantage, weighting
         self.gap = gap
         self.sampling, self.val_sampling = sampling, val_sampling
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -123,6 +128,10 @@ class PolicyOptimizer(L.LightningModule):
             needs=token_weighting.needs | advantage.needs | importance.needs,
         )
         self.verifiers = VerifierPool(verification)
+        nested = nested_state((advantage, weighting, token_weighting, teacher, reference))
+        deeper = nested_state((teacher.context, reference.context))
+        known = set(self.modules())
+        self.memory = nn.ModuleList(m for m in (*nested, *deeper) if m not in known)
         self.validation = ByCategory()
         # Counts batches, not steps: a batch that took no step must not be drawn again.
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -139,6 +148,7 @@ class PolicyOptimizer(L.LightningModule):
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
         with blamed_on("model.policy"):
             self.policy.configure_model()
+        self.weighting.configure(self.policy)
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
 
@@ -163,12 +173,22 @@ class PolicyOptimizer(L.LightningModule):
 
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, and `updates_per_rollout` optimizer steps."""
+        if len(prompts) < self.updates_per_rollout:
+            raise ConfigurationError(
+                f"model.updates_per_rollout={self.updates_per_rollout} needs at least as many "
+                f"questions per batch, got {len(prompts)}: raise data.questions_per_batch"
+            )
         self.batches += 1
         rollouts = self.rollout.sample(self.policy, prompts, self.sampling.at(int(self.batches)))
         outcomes = self.judge(rollouts)
-        batch = self.prepare(rollouts, outcomes)
-        self._log("train", rollout_metrics(rollouts, outcomes, batch.weights))
-        parts = self._split(len(prompts))
+        chosen = [self.prepare(*judged) for judged in self.selection.select(rollouts, outcomes)]
+        weights = torch.cat([outcomes.rewards[:0].double(), *(batch.weights for batch in chosen)])
+        self._log("train", rollout_metrics(rollouts, outcomes, weights))
+        for batch in chosen:
+            self._learn(batch)
+
+    def _learn(self, batch: Batch) -> None:
+        parts = self._split(len(batch.rollouts.prompts))
         old = self._old_logprobs(batch, parts[1:])
         for i, part in enumerate(parts):
             self._optimize(batch if i == 0 else old, part)
@@ -183,14 +203,17 @@ class PolicyOptimizer(L.LightningModule):
             device=rollouts.ids.device,
         )
         return Outcomes(
-            verdicts=verdicts, rewards=rewards, successes=rewards >= self.success_threshold
+            verdicts=verdicts,
+            rewards=rewards,
+            successes=rewards >= self.success_threshold,
+            keys=tuple(prompt.key for prompt in rollouts.prompts),
         )
 
     def prepare(self, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
         """Contexts, weights and plan: everything before the first forward."""
         contexts = self.teacher.contexts(self.policy.chat, rollouts, outcomes)
         references = self.reference.contexts(self.policy.chat, rollouts, outcomes)
-        available = contexts.available.to(rollouts.ids.device)
+        available = contexts.available.to(rollouts.ids.device).view_as(outcomes.successes)
         return Batch(
             rollouts=rollouts,
             plan=self.advantage.plan(outcomes, available),
@@ -204,11 +227,6 @@ class PolicyOptimizer(L.LightningModule):
 
     def _split(self, questions: int) -> list[list[int]]:
         """Rows of each update: questions in order, in `updates_per_rollout` nearly equal parts."""
-        if questions < self.updates_per_rollout:
-            raise ConfigurationError(
-                f"model.updates_per_rollout={self.updates_per_rollout} needs at least as many "
-                f"questions per batch, got {questions}: raise data.questions_per_batch"
-            )
         group = self.sampling.n
         parts = torch.arange(questions * group).view(questions, group)
         return [p.flatten().tolist() for p in parts.tensor_split(self.updates_per_rollout)]
@@ -226,7 +244,8 @@ class PolicyOptimizer(L.LightningModule):
 
     def _optimize(self, batch: Batch, rows: list[int]) -> None:
         """One optimizer step on `rows`, unless nothing there can be learned from."""
-        active = all_sum(batch.active[rows].sum())
+        here = batch.active[rows]
+        active, count = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
         if active == 0:
             self._idle()
             return
@@ -249,7 +268,8 @@ class PolicyOptimizer(L.LightningModule):
         first = bool(old.isnan().all())
         gap = self.gap.measure([(o.logprob, s) for o, s in outputs] if first else [(old, sampled)])
         tokens = token_metrics([o for o, _ in outputs], self.advantage.objective_name)
-        self._log("train", metrics | tokens | gap)
+        counts = {"trained_rollouts": active, "trained_tokens": count}
+        self._log("train", metrics | tokens | gap | counts)
         self.gap.judge(gap)
         self._step(metrics, parameters, norm)
 
@@ -279,6 +299,9 @@ class PolicyOptimizer(L.LightningModule):
             self.lr_schedulers().step()  # type: ignore[union-attr]
             self.teacher.after_step(self.policy)
             self.reference.after_step(self.policy)
+            for part in self.modules():
+                if isinstance(part, Stateful):
+                    part.after_step()
         else:
             self.bad_steps += 1
             self.skipped += 1

@@ -138,6 +138,13 @@ class Outcomes(_ToDevice):
     """[Q, G] float32."""
     successes: Tensor
     """[Q, G] bool: reward >= the success threshold."""
+    keys: tuple[str, ...] = ()
+    """[Q] `Prompt.key` of each question, for strategies that remember questions."""
+
+    def question_keys(self) -> tuple[str, ...]:
+        """`keys`, which must be there."""
+        assert len(self.keys) == len(self.rewards), "these outcomes do not name their questions"
+        return self.keys
 
     @property
     def pass_rates(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Advantage: what credit does each vocabulary entry get at each position?"""
 
 from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
 from scsdpo.advantage.divergence import centred_credit
@@ -18,30 +19,71 @@ from scsdpo.advantage.group_relative import (
     TokenLevel,
     Unscaled,
 )
+from scsdpo.advantage.modulator import Modulator, Surprise, TeacherRatio, Unmodulated
+from scsdpo.advantage.routed import Route, Routed
+from scsdpo.advantage.router import (
+    AllOf,
+    Every,
+    Failed,
+    GroupFailed,
+    HasTeacher,
+    Never,
+    RateWithin,
+    Router,
+    Succeeded,
+    Warmup,
+)
 from scsdpo.advantage.support import Full, Sampled, Support, TopK
+from scsdpo.advantage.target import AsTaught, DivergenceMix, LogitMix, Target
 
 __all__ = [
+    "K1",
+    "K2",
+    "K3",
     "Advantage",
+    "AllOf",
+    "AsTaught",
     "Baseline",
     "BatchStd",
     "Blend",
+    "DivergenceMix",
+    "EntropyBonus",
+    "Estimator",
+    "Every",
+    "Failed",
     "Full",
+    "GroupFailed",
     "GroupMean",
     "GroupPassRate",
     "GroupRelative",
     "GroupStd",
+    "HasTeacher",
     "LeaveOneOut",
+    "LogitMix",
+    "Modulator",
+    "Never",
     "Plan",
+    "RateWithin",
     "RatioLevel",
     "ReferenceAnchor",
+    "ReferenceKL",
+    "Route",
+    "Routed",
+    "Router",
     "Sampled",
     "Scale",
     "SelfDistillation",
     "SequenceLevel",
+    "Succeeded",
     "Support",
+    "Surprise",
+    "Target",
+    "TeacherRatio",
     "TokenLevel",
     "TopK",
+    "Unmodulated",
     "Unscaled",
+    "Warmup",
     "Weighted",
     "centred_credit",
 ]

@@ -1,6 +1,7 @@
 """Sums of advantages."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,24 +70,26 @@ class Blend(Advantage):
         return frozenset().union(*(part.advantage.needs for part in self.parts))
 
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        parts = [p for p in self.parts if p.weight != 0]
-        plans = [p.advantage.plan(outcomes, available) for p in parts]
-        nobody = torch.zeros_like(available)
+        parts = [part for part in self.parts if part.weight != 0]
+        whole = torch.ones_like(available, dtype=torch.float64)
+        plans = [(p.weight * whole, p.advantage.plan(outcomes, available)) for p in parts]
+        return combined(plans, available)
 
-        def union(masks: list[Tensor]) -> Tensor:
-            return torch.stack([nobody, *masks]).any(0)
 
-        terms = tuple(
-            (p.weight * plan.active.double().flatten(), plan)
-            for p, plan in zip(parts, plans, strict=True)
-        )
-        return Plan(
-            active=union([p.active for p in plans]),
-            needs_teacher=union([p.needs_teacher for p in plans]),
-            needs_reference=union([p.needs_reference for p in plans]),
-            credit=partial(_sum, terms),
-            derivations=tuple(make for plan in plans for make in plan.derivations),
-        )
+def combined(plans: Sequence[tuple[Tensor, Plan]], available: Tensor) -> Plan:
+    """One plan of several, each with weights [Q, G]; a plan is not asked where its weight is 0."""
+    nobody = torch.zeros_like(available)
+
+    def union(masks: list[Tensor]) -> Tensor:
+        return torch.stack([nobody, *masks]).any(0)
+
+    return Plan(
+        active=union([plan.active & (w != 0) for w, plan in plans]),
+        needs_teacher=union([plan.needs_teacher & (w != 0) for w, plan in plans]),
+        needs_reference=union([plan.needs_reference & (w != 0) for w, plan in plans]),
+        credit=partial(_sum, tuple(((w * plan.active).flatten(), plan) for w, plan in plans)),
+        derivations=tuple(make for _, plan in plans for make in plan.derivations),
+    )
 
 
 def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:

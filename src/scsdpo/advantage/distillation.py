@@ -1,5 +1,6 @@
 """Credit from a divergence to a target distribution: the teacher's, or the reference's."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.support import Support, TopK
+from scsdpo.advantage.target import AsTaught, Target
 from scsdpo.loss import Chunk, Credit, TokenLogits
 from scsdpo.types import Outcomes
 
@@ -18,6 +20,7 @@ class _Divergence(Advantage):
 
     alpha: float = 0.5
     support: Support = TopK()
+    summand_clip: float = math.inf
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -31,17 +34,29 @@ class _Divergence(Advantage):
                 f"`{name}(support=Sampled)` estimates the reverse KL only: set alpha to 1, "
                 f"got {self.alpha}"
             )
+        if not self.summand_clip > 0:
+            raise ValueError(
+                f"`{name}(summand_clip=...)` must be > 0 (.inf: no clipping), "
+                f"got {self.summand_clip}"
+            )
+        if self.support.sampled and self.summand_clip != math.inf:
+            raise ValueError(
+                f"`{name}(support=Sampled)` has no summands to clip: set summand_clip to .inf, "
+                f"got {self.summand_clip}"
+            )
 
     @property
     def objective_name(self) -> str:
         return "divergence"
 
     @abstractmethod
-    def target(self, chunk: Chunk) -> TokenLogits:
+    def goal(self, chunk: Chunk) -> TokenLogits:
         """The distribution to move towards."""
 
     def _credit(self, chunk: Chunk) -> Credit:
-        return self.support.credit(self.alpha, chunk.student, self.target(chunk), chunk.ids)
+        return self.support.credit(
+            self.alpha, chunk.student, self.goal(chunk), chunk.ids, self.summand_clip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,9 @@ class SelfDistillation(_Divergence):
     Args:
         alpha: in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 the JSD of the paper.
         support: `Full()`, `TopK(k, tail)` or, with alpha = 1, `Sampled()`.
+        summand_clip: largest summand of the divergence's sum over the vocabulary, in nats, > 0; a
+            clipped one gives no credit. inf: none.
+        target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`.
 
     Shapes:
         logits [n, V] -> credit on [n, B]; objective [n] in nats, >= 0 (with `Sampled` only its
@@ -68,15 +86,18 @@ class SelfDistillation(_Divergence):
         ValueError: if `alpha` is outside [0, 1], or `Sampled` meets another alpha than 1.
 
     Source:
-        Hübotter et al. 2026 (SDPO), arXiv:2601.20802; SC-SDPO, arXiv:2605.27765.
+        Hübotter et al. 2026 (SDPO), arXiv:2601.20802; SC-SDPO, arXiv:2605.27765; OPSD,
+        arXiv:2601.18734, for the clip.
     """
+
+    target: Target = AsTaught()
 
     @property
     def needs_teacher(self) -> bool:
         return True
 
-    def target(self, chunk: Chunk) -> TokenLogits:
-        return chunk.teacher()
+    def goal(self, chunk: Chunk) -> TokenLogits:
+        return self.target.of(chunk.student, chunk.teacher())
 
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         return Plan(
@@ -98,6 +119,7 @@ class ReferenceAnchor(_Divergence):
     Args:
         alpha: as in `SelfDistillation`; 1 is the usual KL(S || R).
         support: as in `SelfDistillation`.
+        summand_clip: as in `SelfDistillation`.
 
     Raises:
         ValueError: as `SelfDistillation`.
@@ -109,7 +131,7 @@ class ReferenceAnchor(_Divergence):
     def needs_reference(self) -> bool:
         return True
 
-    def target(self, chunk: Chunk) -> TokenLogits:
+    def goal(self, chunk: Chunk) -> TokenLogits:
         return chunk.reference()
 
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:

@@ -45,6 +45,40 @@ def centred_credit(alpha: float, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, 
     return weighted - s * mean, objective
 
 
+def clipped_credit(
+    alpha: float, log_s: Tensor, log_t: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """The same divergences with every summand clipped from above. objective = sum_v min(f_v, clip)
+
+    f_v is the summand of token v: T log(T/S), S log(S/T), or (1 - a) S log(S/M) + a T log(T/M). A
+    clipped one gives no credit, the others T, -S (log(S/T) + 1) or (1 - a) S log(M/S), minus the
+    derivative w.r.t. log S(v); then c is centred. Summands, and so the objective, may be negative.
+
+    Args:
+        alpha: in [0, 1].
+        log_s: [n, B] log-probs.
+        log_t: [n, B] of the target, on the same places.
+        clip: largest summand, nats.
+
+    Returns:
+        values [n, B] and objective [n].
+    """
+    s, t = log_s.exp(), log_t.exp()
+    if alpha == 0:
+        summands, values = _expect(t, log_t - log_s), t
+    elif alpha == 1:
+        summands = _expect(s, log_s - log_t)
+        values = -(summands + s)
+    else:
+        log_m = torch.logaddexp(log_s + math.log1p(-alpha), log_t + math.log(alpha))
+        own = (1 - alpha) * _expect(s, log_s - log_m)
+        summands, values = own + alpha * _expect(t, log_t - log_m), -own
+    values = torch.where(summands < clip, values, 0.0)
+    # Centred, as S may be renormalised on its support; where it is not, S adds no gradient.
+    centred = values - s * values.sum(-1, keepdim=True)
+    return centred, summands.clamp(max=clip).sum(-1)
+
+
 def _expect(p: Tensor, x: Tensor) -> Tensor:
     """P * x with 0 * anything = 0: an impossible event has no say, whatever its log-ratio."""
     return torch.where(p > 0, p * x, 0.0)

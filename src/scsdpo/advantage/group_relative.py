@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage.modulator import Modulator, Unmodulated
 from scsdpo.distributed import all_sum
 from scsdpo.loss import Chunk, Credit, SparseCredit
 from scsdpo.signals import Derivation, mean_log_ratio
@@ -213,6 +214,8 @@ class GroupRelative(Advantage):
         clip_low: eps_low of the PPO clip, in [0, 1]. It binds only from a batch's second update.
         clip_high: eps_high of the PPO clip, >= 0.
         level: `TokenLevel()`, or `SequenceLevel()` (GSPO).
+        modulator: a factor on A at each token, e.g. from the teacher; where the rollout has no
+            teacher it is 1.
 
     Shapes:
         rewards [Q, G] -> A [Q, G].
@@ -229,6 +232,7 @@ class GroupRelative(Advantage):
     clip_low: float = 0.2
     clip_high: float = 0.28
     level: RatioLevel = TokenLevel()
+    modulator: Modulator = Unmodulated()
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
@@ -243,6 +247,10 @@ class GroupRelative(Advantage):
         return True
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.modulator.needs_teacher
+
+    @property
     def needs(self) -> frozenset[str]:
         return self.level.needs
 
@@ -254,17 +262,22 @@ class GroupRelative(Advantage):
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         advantages = self.advantages(outcomes.rewards)
         nobody = torch.zeros_like(available)
+        asked = available & (advantages != 0) if self.needs_teacher else nobody
         return Plan(
             active=advantages != 0,
-            needs_teacher=nobody,
+            needs_teacher=asked,
             needs_reference=nobody,
-            credit=partial(self._credit, advantages.flatten()),
+            credit=partial(self._credit, advantages.flatten(), asked.flatten()),
             derivations=self.level.derivations,
         )
 
-    def _credit(self, advantages: Tensor, chunk: Chunk) -> Credit:
+    def _credit(self, advantages: Tensor, asked: Tensor, chunk: Chunk) -> Credit:
         log_ratio = self.level.log_ratio(chunk)
         advantage = advantages[chunk.rollout].to(log_ratio.dtype)
+        taught = asked[chunk.rollout]
+        if taught.any():
+            factor = self.modulator.factor(chunk, advantage)
+            advantage = torch.where(taught, factor * advantage, advantage)
         ratio = log_ratio.exp()
         plain = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage

@@ -1,12 +1,13 @@
 """Supports: the part of the vocabulary on which student and teacher are compared."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from scsdpo.advantage.divergence import centred_credit
+from scsdpo.advantage.divergence import centred_credit, clipped_credit
 from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
 
 
@@ -20,9 +21,17 @@ class Support(ABC):
 
     @abstractmethod
     def credit(
-        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self,
+        alpha: float,
+        student: TokenLogits,
+        target: TokenLogits,
+        ids: Tensor,
+        clip: float = math.inf,
     ) -> Credit:
-        """Credit of the divergence `alpha` on this support; `ids` [n] are the sampled tokens."""
+        """Credit of the divergence `alpha` on this support.
+
+        `ids` [n] are the sampled tokens; `clip` bounds each summand of the divergence from above.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,14 @@ class Full(Support):
     """Every token of the vocabulary."""
 
     def credit(
-        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self,
+        alpha: float,
+        student: TokenLogits,
+        target: TokenLogits,
+        ids: Tensor,
+        clip: float = math.inf,
     ) -> Credit:
-        values, objective = centred_credit(alpha, student.log_probs, target.log_probs)
+        values, objective = _credit(alpha, student.log_probs, target.log_probs, clip)
         return DenseCredit(values=values, objective=objective)
 
 
@@ -63,29 +77,45 @@ class TopK(Support):
             raise ValueError(f"`TopK(k=...)` must be >= 1, got {self.k}")
 
     def credit(
-        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self,
+        alpha: float,
+        student: TokenLogits,
+        target: TokenLogits,
+        ids: Tensor,
+        clip: float = math.inf,
     ) -> Credit:
         if self.k >= student.logits.shape[-1]:
-            return Full().credit(alpha, student, target, ids)
+            return Full().credit(alpha, student, target, ids, clip)
         top = student.logits.topk(self.k, dim=-1).indices
         log_s, log_t = student.log_probs_at(top), target.log_probs_at(top)
         if not self.tail:
-            values, objective = centred_credit(alpha, log_s.log_softmax(-1), log_t.log_softmax(-1))
+            both = log_s.log_softmax(-1), log_t.log_softmax(-1)
+            values, objective = _credit(alpha, *both, clip)
             rest = torch.zeros_like(objective)
             return SparseCredit(ids=top, values=values, rest=rest, objective=objective)
         tail_s = _log_rest(log_s)
         buckets_s = torch.cat([log_s, tail_s], dim=-1)
         buckets_t = torch.cat([log_t, _log_rest(log_t)], dim=-1)
-        values, objective = centred_credit(alpha, buckets_s, buckets_t)
+        values, objective = _credit(alpha, buckets_s, buckets_t, clip)
         tail_mass = tail_s[:, 0].exp()
         rest = torch.where(tail_mass > 0, values[:, -1] / tail_mass, 0.0)
         return SparseCredit(ids=top, values=values[:, :-1], rest=rest, objective=objective)
 
 
+def _credit(alpha: float, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    if clip == math.inf:
+        return centred_credit(alpha, log_s, log_t)
+    return clipped_credit(alpha, log_s, log_t, clip)
+
+
 def _log_rest(log_probs: Tensor) -> Tensor:
-    """[n, 1]: log(1 - sum exp log_probs), -inf where nothing is left."""
-    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=0)
-    return torch.where(inside < 0, torch.log(-torch.expm1(inside)), -torch.inf)
+    """[n, 1]: log(1 - sum exp log_probs), at least the rounding of a sum near 1.
+
+    Where float32 rounds the rest of one side to 0 and not the other's, a log-ratio would be
+    infinite, and with it the reverse KL.
+    """
+    inside = log_probs.logsumexp(-1, keepdim=True)
+    return torch.log(-torch.expm1(inside.clamp(max=-torch.finfo(inside.dtype).eps)))
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,12 @@ class Sampled(Support):
         return True
 
     def credit(
-        self, alpha: float, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self,
+        alpha: float,
+        student: TokenLogits,
+        target: TokenLogits,
+        ids: Tensor,
+        clip: float = math.inf,
     ) -> Credit:
         value = target.logprob(ids) - student.logprob(ids)
         return SparseCredit(

@@ -24,6 +24,7 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
         "pass_rate": float(p.mean()),
         "reward": float(outcomes.rewards.double().mean()),
         "informative": float(((p > 0) & (p < 1)).double().mean()),
+        "medium": float(((p >= 1 / 8) & (p <= 7 / 8)).double().mean()),
         "response_length": float(rollouts.lengths.double().mean()),
         "truncated": float((~rollouts.finished).double().mean()),
         "effective_questions": float(per_question.sum().square() / square) if square > 0 else 0.0,

@@ -5,10 +5,12 @@ from scsdpo.teacher.context import (
     Context,
     DemonstrationOrFeedback,
     Feedback,
+    GoldSolution,
     PlainPrompt,
     SiblingDemonstration,
 )
-from scsdpo.teacher.teachers import EMA, Frozen, Live, TrustRegion
+from scsdpo.teacher.memory import RememberedDemonstration
+from scsdpo.teacher.teachers import EMA, Frozen, Live, Restart, TrustRegion
 from scsdpo.teacher.templates import Templates
 
 __all__ = [
@@ -17,9 +19,12 @@ __all__ = [
     "DemonstrationOrFeedback",
     "Feedback",
     "Frozen",
+    "GoldSolution",
     "Live",
     "NoTeacher",
     "PlainPrompt",
+    "RememberedDemonstration",
+    "Restart",
     "SiblingDemonstration",
     "Teacher",
     "Templates",

@@ -64,6 +64,10 @@ class _Reprompt(Context):
             table.append(tuple(rendered[q, one] for one in told))
         return TeacherContexts(ids=tuple(table))
 
+    def show(self, chat: Chat, prompt: Prompt, demonstration: str) -> tuple[int, ...]:
+        """The teacher prompt that shows `demonstration`; empty if that cannot be done."""
+        return self._fit(chat, prompt, _Told(demonstration=demonstration))
+
     def _fit(self, chat: Chat, prompt: Prompt, told: _Told) -> tuple[int, ...]:
         """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands
         at the end); template and question stay whole, or there is no context.
@@ -127,7 +131,10 @@ class SiblingDemonstration(_Reprompt):
             return ""
         lengths = rollouts.mask[question].sum(-1).tolist()
         chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        text = rollouts.texts[question][chosen]
+        return self.shown(rollouts.texts[question][chosen])
+
+    def shown(self, text: str) -> str:
+        """What of a response is shown."""
         return _without_thinking(text) if self.strip_thinking else text
 
 
@@ -174,6 +181,24 @@ class DemonstrationOrFeedback(SiblingDemonstration):
         return _Told(
             demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldSolution(_Reprompt):
+    """The data's own answer (`Prompt.answer`), shown as a correct solution to every rollout.
+
+    Successes are taught as well. A question without an answer has no teacher.
+
+    Args:
+        templates: the words around it.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Source:
+        OPSD, arXiv:2601.18734.
+    """
+
+    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+        return _Told(demonstration=rollouts.prompts[question].answer)
 
 
 def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:

@@ -83,8 +83,52 @@ class EMA(Teacher):
 
     @torch.no_grad()
     def after_step(self, policy: CausalLM) -> None:
-        for own, student in _configured(self, self.weights).pairs(policy.wrapped):
-            own.lerp_(student.to(own.dtype), self.rate)
+        _follow(_configured(self, self.weights), policy, self.rate)
+
+
+class Restart(Teacher):
+    """Stands still, then moves. theta' <- (1 - rate) theta' + rate theta, once in `every` steps
+
+    Between restarts the target does not drift with the student. rate = 1 is a hard copy; every = 1
+    is `EMA`. Under LoRA the mix is of the factors.
+
+    Args:
+        every: optimizer steps taken between moves. Must be >= 1.
+        rate: share of the student at a move, in [0, 1].
+        context: the privileged information.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        StableSDPO, arXiv:2607.01763: every 10 steps, rate 1 or .4.
+    """
+
+    def __init__(
+        self, every: int = 10, rate: float = 1.0, context: Context = SiblingDemonstration()
+    ) -> None:
+        super().__init__(context)
+        if every < 1:
+            raise ValueError(f"`Restart(every=...)` must be >= 1, got {every}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`Restart(rate=...)` must be in [0, 1], got {rate}")
+        self.every, self.rate = every, rate
+        self.weights: Weights | None = None
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+        self.taken: torch.Tensor
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            self.weights = policy.adapter.moving(policy.wrapped, slot)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (_configured(self, self.weights),)
+
+    @torch.no_grad()
+    def after_step(self, policy: CausalLM) -> None:
+        self.taken += 1
+        if self.taken % self.every == 0:
+            _follow(_configured(self, self.weights), policy, self.rate)
 
 
 class TrustRegion(Teacher):
@@ -123,6 +167,11 @@ class TrustRegion(Teacher):
     ) -> TokenLogits:
         first, live = trunks
         return TokenLogits(torch.lerp(first.logits, live.logits, self.mix))
+
+
+def _follow(weights: Weights, policy: CausalLM, rate: float) -> None:
+    for own, student in weights.pairs(policy.wrapped):
+        own.lerp_(student.to(own.dtype), rate)
 
 
 def _configured(teacher: Teacher, weights: Weights | None) -> Weights:

@@ -1,7 +1,19 @@
 """Weighting: how much does each question, rollout and token count?"""
 
 from scsdpo.weighting._base import Weighting
-from scsdpo.weighting.pass_rate import PassRate, Uniform
-from scsdpo.weighting.tokens import TeacherEntropy, TokenWeighting, UniformTokens
+from scsdpo.weighting.frozen import FrozenPassRate
+from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, Uniform
+from scsdpo.weighting.tokens import Position, TeacherEntropy, TokenWeighting, UniformTokens
 
-__all__ = ["PassRate", "TeacherEntropy", "TokenWeighting", "Uniform", "UniformTokens", "Weighting"]
+__all__ = [
+    "FrozenPassRate",
+    "HardFilter",
+    "PassRate",
+    "Position",
+    "Product",
+    "TeacherEntropy",
+    "TokenWeighting",
+    "Uniform",
+    "UniformTokens",
+    "Weighting",
+]

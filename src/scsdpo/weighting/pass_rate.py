@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.distributed import all_sum
+from scsdpo.policy import CausalLM
 from scsdpo.types import Outcomes
 from scsdpo.weighting._base import Weighting
 
@@ -60,3 +61,72 @@ class PassRate(Weighting):
         total, count = all_sum(torch.stack([raw.sum(), informative.double().sum()]))
         mean = total / count if count > 0 else total.new_ones(())
         return (raw / mean)[:, None].expand(-1, outcomes.rewards.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardFilter(Weighting):
+    """Keep the questions of medium difficulty. W_j = 1 if low <= p_j <= high, else 0
+
+    p_j = k_j / G, recomputed every step; no normalisation. With a batch outside the band no step
+    is taken.
+
+    Args:
+        low: smallest pass rate kept, in [0, 1].
+        high: largest pass rate kept, in [low, 1].
+
+    Raises:
+        ValueError: if the band is not within [0, 1].
+
+    Source:
+        "SDPO + hard filter" of arXiv:2605.27765: .2 and .8.
+    """
+
+    low: float = 0.2
+    high: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(
+                "`HardFilter(low=..., high=...)` must have 0 <= low <= high <= 1, "
+                f"got {self.low} and {self.high}"
+            )
+
+    @property
+    def needs_group(self) -> bool:
+        return True
+
+    def weigh(self, outcomes: Outcomes) -> Tensor:
+        p = outcomes.pass_rates
+        kept = ((p >= self.low) & (p <= self.high)).double()
+        return kept[:, None].expand(-1, outcomes.rewards.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(Weighting):
+    """Several weightings at once. W = prod_i W_i
+
+    Each factor is normalised by itself; their product is not normalised again.
+
+    Args:
+        factors: at least one.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    factors: tuple[Weighting, ...]
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("`Product(factors=...)` must name at least one weighting, got none")
+
+    @property
+    def needs_group(self) -> bool:
+        return any(factor.needs_group for factor in self.factors)
+
+    def configure(self, policy: CausalLM) -> None:
+        for factor in self.factors:
+            factor.configure(policy)
+
+    def weigh(self, outcomes: Outcomes) -> Tensor:
+        return torch.stack([factor.weigh(outcomes) for factor in self.factors]).prod(0)

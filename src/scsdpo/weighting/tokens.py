@@ -63,3 +63,37 @@ class TeacherEntropy(TokenWeighting):
         total, count = all_sum(torch.stack([raw.sum(), distilled.double().sum()]))
         mean = total / count if count > 0 else total.new_ones(())
         return torch.where(distilled, raw / mean, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position(TokenWeighting):
+    """Later tokens count more. u_t = floor + (1 - floor) sigmoid((t / T - centre) / width)
+
+    t = 1..T is the token's place in its response of T tokens. u rises from near `floor` to near 1;
+    it is not normalised.
+
+    Args:
+        floor: weight of the earliest tokens, in [0, 1]; 1 is `UniformTokens`.
+        centre: relative place at which the weight is half way.
+        width: of the rise, in relative places. Must be > 0.
+
+    Raises:
+        ValueError: if `floor` is outside [0, 1], or `width` <= 0.
+
+    Source:
+        Code of PW-OPSD, arXiv:2605.21606: (.25, .30, .10).
+    """
+
+    floor: float = 0.25
+    centre: float = 0.3
+    width: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"`Position(floor=...)` must be in [0, 1], got {self.floor}")
+        if not self.width > 0:
+            raise ValueError(f"`Position(width=...)` must be > 0, got {self.width}")
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        place = signals.mask.double().cumsum(-1) / signals.mask.sum(-1, keepdim=True).clamp(min=1)
+        return self.floor + (1 - self.floor) * torch.sigmoid((place - self.centre) / self.width)

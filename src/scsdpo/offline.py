@@ -1,0 +1,68 @@
+"""Commands that run a configuration's policy on its questions without training it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import lightning as L
+
+from scsdpo.cli import CLI, run_cli
+from scsdpo.data import TaskDataModule
+from scsdpo.errors import ConfigurationError
+from scsdpo.module import PolicyOptimizer
+
+Work = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(message)
+
+
+def own_parser(command: str, what: str) -> argparse.ArgumentParser:
+    """For a command's own options; what it does not know goes to the configuration."""
+    return _Parser(
+        prog=f"scsdpo {command}",
+        description=what,
+        epilog="Everything else is as in `scsdpo predict`: --config FILE, --model.KEY=VALUE, ...",
+        allow_abbrev=False,
+    )
+
+
+def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
+    """Build what `rest` configures as `scsdpo predict` would, and do `work` with it.
+
+    Raises:
+        ConfigurationError: for a mistake in the configuration, a checkpoint, or several devices.
+    """
+    if any(arg.startswith("--ckpt_path") for arg in rest):
+        raise ConfigurationError(
+            f"ckpt_path: `scsdpo {command}` runs a policy as it is loaded; write a checkpoint's "
+            "with `scsdpo export` and name it in --model.policy.name_or_path"
+        )
+
+    class Offline(CLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            if self.trainer.world_size > 1:
+                raise ConfigurationError(
+                    f"trainer.devices: `scsdpo {command}` runs on one device, set it to 1"
+                )
+            work(self.trainer, self.model, self.datamodule)
+
+    # LightningCLI and its messages read the command line.
+    sys.argv = ["scsdpo", "predict", *rest, "--trainer.logger=false"]
+    run_cli(Offline)
+
+
+def new_file(path: Path) -> Path:
+    """`path`, in a folder that exists then.
+
+    Raises:
+        ConfigurationError: if it is a folder.
+    """
+    if path.is_dir():
+        raise ConfigurationError(f"--out: {path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

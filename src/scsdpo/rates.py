@@ -1,0 +1,56 @@
+"""`scsdpo rates`: pass rates of the training questions before training, for `FrozenPassRate`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning as L
+
+from scsdpo.data import TaskDataModule
+from scsdpo.module import PolicyOptimizer
+from scsdpo.offline import new_file, own_parser, run_offline
+from scsdpo.weighting.frozen import FORMAT, fingerprint
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo rates` on the command line.
+    """
+    parser = own_parser("rates", "Measure the pass rate of every training question, once.")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, e.g. rates.json")
+    given, rest = parser.parse_known_args(args)
+    out = new_file(given.out)
+
+    def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
+        out.write_text(json.dumps(measure(trainer, model, data), indent=1) + "\n")
+        print(out)
+
+    run_offline("rates", rest, work)
+
+
+def measure(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> dict[str, object]:
+    """One pass over the training questions, with as many rollouts a question as in training.
+
+    Returns:
+        What `FrozenPassRate` reads: which policy it was, and successes and rollouts by question.
+    """
+    # Prediction runs over the validation questions with the validation's sampling. Batch 0 is
+    # drawn like no batch of training, which starts from 1.
+    data.val_sources = data.train_sources
+    model.val_sampling = model.sampling.at(0)
+    rates: dict[str, list[int]] = {}
+    for records in trainer.predict(model, data) or []:
+        for record in records:
+            counts = rates.setdefault(record["key"], [0, 0])
+            counts[0] += record["reward"] >= model.success_threshold
+            counts[1] += 1
+    return {
+        "format": FORMAT,
+        "policy": model.policy.name_or_path,
+        "fingerprint": fingerprint(model.policy.wrapped),
+        "sampling": asdict(model.sampling),
+        "rates": rates,
+    }

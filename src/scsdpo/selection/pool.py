@@ -1,0 +1,156 @@
+"""DAPO's dynamic sampling: collect informative groups until they make a batch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scsdpo.distributed import all_gather
+from scsdpo.selection._base import Judged, Selection
+from scsdpo.state import Stateful
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.verifiers import Verifier
+
+
+@dataclass(frozen=True)
+class _Spent(Verifier):
+    """Stands for the verifier of a prompt whose rollouts were judged before a restart."""
+
+    def verify(self, prompt: Prompt, response: str) -> Verdict:
+        raise RuntimeError(f"{prompt.key} was judged already")
+
+
+class InformativePool(Selection, Stateful):
+    """Learn from full batches of informative groups only.
+
+    Groups whose rewards differ go into a pool; the others are dropped. Each batch of questions is
+    one training step; the optimizer steps when the pool holds `questions` groups over all ranks,
+    or `max_batches` batches after the last time with what is there. What exceeds a full pool is
+    dropped: after the step it would be of an older policy. The pool is in the checkpoint.
+
+    Every rank holds the whole pool and learns from its share of it.
+
+    Args:
+        questions: groups of a full pool, over all ranks. Must be >= 1.
+        max_batches: batches after which a pool that is not full is used. Must be >= 1.
+
+    Raises:
+        ValueError: if an argument is below 1.
+
+    Source:
+        Yu et al. 2025 (DAPO), arXiv:2503.14476, section 3.2.
+    """
+
+    def __init__(self, questions: int, max_batches: int = 10) -> None:
+        super().__init__()
+        for name, value in (("questions", questions), ("max_batches", max_batches)):
+            if value < 1:
+                raise ValueError(f"`InformativePool({name}=...)` must be >= 1, got {value}")
+        self.questions, self.max_batches = questions, max_batches
+        self.groups: list[Judged] = []
+        self.batches = 0
+
+    @property
+    def needs_group(self) -> bool:
+        return True
+
+    def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
+        self.batches += 1
+        spread = (outcomes.rewards != outcomes.rewards[:, :1]).any(-1)
+        new = [_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
+        # In an order that does not depend on how the batch was spread over ranks.
+        self.groups += sorted(all_gather(new), key=lambda group: group[0].prompts[0].key)
+        if len(self.groups) < self.questions and self.batches < self.max_batches:
+            return ()
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = self.groups[: self.questions][rank::ranks]
+        self.groups, self.batches = [], 0
+        return (_joined(mine, like=(rollouts, outcomes)),)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"batches": self.batches, "groups": [_plain(group) for group in self.groups]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+        self.groups = [_restored(*group) for group in state["groups"]]
+
+
+def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
+    """One question's rollouts, on the CPU."""
+    one = slice(q, q + 1)
+    tensors: dict[str, Any] = {
+        n: t[one].cpu() for n, t in vars_of(rollouts).items() if isinstance(t, Tensor)
+    }
+    return (
+        replace(rollouts, prompts=rollouts.prompts[one], texts=rollouts.texts[one], **tensors),
+        Outcomes(
+            verdicts=outcomes.verdicts[one],
+            rewards=outcomes.rewards[one].cpu(),
+            successes=outcomes.successes[one].cpu(),
+            keys=outcomes.keys[one],
+        ),
+    )
+
+
+def _joined(groups: Sequence[Judged], like: Judged) -> Judged:
+    """One batch of several groups, of 0 questions if there are none; widths and device of all."""
+    rollouts, outcomes = like
+    width = max([group[0].ids.shape[-1] for group in groups], default=0)
+    device = rollouts.ids.device
+
+    def cat(name: str) -> Tensor:
+        empty = getattr(rollouts, name)[:0]
+        parts = [getattr(group[0], name) for group in groups]
+        if empty.ndim == 3:
+            empty = empty[..., :0]
+            parts = [torch.nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
+            empty = torch.nn.functional.pad(empty, (0, width))
+        return torch.cat([empty, *(part.to(device) for part in parts)])
+
+    names = [n for n, value in vars_of(rollouts).items() if isinstance(value, Tensor)]
+    tensors: dict[str, Any] = {name: cat(name) for name in names}
+    return (
+        replace(
+            rollouts,
+            prompts=tuple(prompt for group in groups for prompt in group[0].prompts),
+            texts=tuple(texts for group in groups for texts in group[0].texts),
+            **tensors,
+        ),
+        Outcomes(
+            verdicts=tuple(row for group in groups for row in group[1].verdicts),
+            rewards=torch.cat([outcomes.rewards[:0], *(g[1].rewards.to(device) for g in groups)]),
+            successes=torch.cat(
+                [outcomes.successes[:0], *(g[1].successes.to(device) for g in groups)]
+            ),
+            keys=tuple(key for group in groups for key in group[1].keys),
+        ),
+    )
+
+
+def vars_of(batch: Rollouts) -> dict[str, Any]:
+    """Field -> value."""
+    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+
+def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A group as tensors and primitives."""
+    rollouts, outcomes = group
+    (prompt,), (verdicts,) = rollouts.prompts, outcomes.verdicts
+    told = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
+    rest = {"verdicts": [asdict(v) for v in verdicts], "keys": outcomes.keys}
+    return (
+        vars_of(rollouts) | {"prompts": told},
+        {"rewards": outcomes.rewards, "successes": outcomes.successes, **rest},
+    )
+
+
+def _restored(rollouts: dict[str, Any], outcomes: dict[str, Any]) -> Judged:
+    prompt = Prompt(verifier=_Spent(), **rollouts["prompts"])
+    verdicts = tuple(Verdict(**verdict) for verdict in outcomes["verdicts"])
+    return (
+        Rollouts(**(rollouts | {"prompts": (prompt,)})),
+        Outcomes(**(outcomes | {"verdicts": (verdicts,)})),
+    )

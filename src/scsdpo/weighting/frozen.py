@@ -1,0 +1,122 @@
+"""Weights from pass rates that were measured once, before training."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy import CausalLM
+from scsdpo.types import Outcomes
+from scsdpo.weighting._base import Weighting
+
+FORMAT = "scsdpo rates 1"
+_COMMAND = "`scsdpo rates --out FILE` with this run's --config files"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenPassRate(Weighting):
+    """PACED's curriculum. W_j = w_j / mean of w over the file, w_j = p_j^solved (1 - p_j)^failed
+
+    p_j comes from one rollout pass before training (`scsdpo rates`) and never changes; the mean
+    runs over the whole training set. Questions with p_j in {0, 1} weigh 0 (where the exponent is
+    above 0) for good: what is out of reach at the start is never trained on.
+
+    The file must belong to this policy (its first weights are compared) and to this data (each
+    question must be in it).
+
+    Args:
+        path: what `scsdpo rates` wrote.
+        solved: exponent of p, >= 0.
+        failed: exponent of 1 - p, >= 0.
+
+    Raises:
+        ValueError: if an exponent is negative, the file is not there or not one of rates, or all
+            its weights are 0.
+        ConfigurationError: from `configure` or `weigh`, if the file is not of this policy or
+            lacks a question.
+
+    Source:
+        PACED, as stated in arXiv:2605.27765: p (1 - p).
+    """
+
+    path: str
+    solved: float = 1.0
+    failed: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("solved", "failed"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`FrozenPassRate({name}=...)` must be >= 0, got {value}")
+        if not self._mean > 0:
+            raise ValueError(
+                f"`FrozenPassRate(path={self.path})`: every weight is 0, nothing could be learned"
+            )
+
+    @cached_property
+    def _file(self) -> dict[str, Any]:
+        try:
+            content = json.loads(Path(self.path).read_text())
+        except OSError:
+            raise ValueError(
+                f"`FrozenPassRate(path={self.path})` cannot be read; write it with {_COMMAND}"
+            ) from None
+        except ValueError:
+            content = {}
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(
+                f"`FrozenPassRate(path={self.path})` is not a file of pass rates; write one with "
+                f"{_COMMAND}"
+            )
+        return content
+
+    @cached_property
+    def _raw(self) -> dict[str, float]:
+        rates = {key: right / of for key, (right, of) in self._file["rates"].items()}
+        return {key: p**self.solved * (1 - p) ** self.failed for key, p in rates.items()}
+
+    @cached_property
+    def _mean(self) -> float:
+        return sum(self._raw.values()) / max(len(self._raw), 1)
+
+    def configure(self, policy: CausalLM) -> None:
+        if fingerprint(policy.wrapped) != self._file["fingerprint"]:
+            raise ConfigurationError(
+                f"model.weighting.path: the rates of {self.path} were measured with another "
+                f"policy ({self._file['policy']}) than {policy.name_or_path}; write them again "
+                f"with {_COMMAND}"
+            )
+
+    def weigh(self, outcomes: Outcomes) -> Tensor:
+        missing = [key for key in outcomes.question_keys() if key not in self._raw]
+        if missing:
+            raise ConfigurationError(
+                f"model.weighting.path: {self.path} has no rate of question {missing[0]!r}: it "
+                f"was written for other training questions; write it again with {_COMMAND}"
+            )
+        weights = torch.tensor(
+            [self._raw[key] / self._mean for key in outcomes.keys],
+            dtype=torch.float64,
+            device=outcomes.rewards.device,
+        )
+        return weights[:, None].expand(-1, outcomes.rewards.shape[1])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of a model before training: names, shapes and a few values of what was loaded.
+
+    Values are compared in bfloat16, so that the dtype of loading does not matter; LoRA's factors
+    are left out.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in model.named_parameters():
+        if "lora_" not in name:
+            few = value.detach().flatten()[:64].to("cpu", torch.bfloat16).float().tolist()
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            digest.update(f"{plain} {tuple(value.shape)} {few}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""An enumerable policy: its logits are a table, looked up by prompt and previous token."""
+
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kernel_inputs import identity_head
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.verifiers import ExactMatch
+
+V, STATES = 6, 11
+Q, G = 4, 4
+SUCCESSES = (2, 0, 4, 1)
+"""Of each question's four rollouts; the first ones are right."""
+
+
+class TableChat:
+    """Two ids a prompt: enough to tell prompts apart."""
+
+    pad_id = 0
+
+    def render(self, messages):
+        text = "|".join(message["content"] for message in messages)
+        return (zlib.crc32(text.encode()) % 97, len(text))
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def state(prompt, previous):
+    """The row of the table that predicts the token after `previous` (the first: -1)."""
+    return (sum(prompt) + 3 * (previous + 1)) % STATES
+
+
+class Table(nn.Module):
+    """A second set of weights."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table.detach().clone(), requires_grad=False)
+
+    def pairs(self, model):
+        yield self.table, model.table
+
+
+@dataclass(frozen=True)
+class TableAdapter:
+    def current(self):
+        return None
+
+    def initial(self, model):
+        return Table(model.table)
+
+    def moving(self, model, name):
+        return Table(model.table)
+
+
+class TablePolicy(nn.Module):
+    """What `PolicyOptimizer` asks of a `CausalLM`, on a table [STATES, V] of float64 logits."""
+
+    vocabulary, adapter, chat, name_or_path = V, TableAdapter(), TableChat(), "table"
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(torch.randn(STATES, V, generator=generator).double())
+        self.head = identity_head(V).requires_grad_(False)
+
+    @property
+    def wrapped(self):
+        return self
+
+    def configure_model(self):
+        pass
+
+    def token_budget(self):
+        return 10**6
+
+    def sampling_mode(self):
+        return nullcontext(self)
+
+    def _hidden(self, table, rows):
+        places = [
+            state(prompt, previous)
+            for prompt, ids, mask in zip(rows.prompts, rows.ids, rows.mask, strict=True)
+            for previous in [-1, *ids[mask].tolist()][: int(mask.sum())]
+        ]
+        return table[places]
+
+    def run(self, weights, rows):
+        table = self.table if weights is None else weights.table
+        return self._hidden(table, rows).detach(), self.head
+
+    def forward(self, rows, loss):
+        return loss(self._hidden(self.table, rows), self.head)
+
+
+def judged(seed=0, temperature=0.8):
+    """Four questions of four rollouts, of lengths 1 to 5; the sampler's log-probs are off."""
+    generator = torch.Generator().manual_seed(seed)
+    policy = TablePolicy()
+    prompts = []
+    for q in range(Q):
+        messages = ({"role": "user", "content": f"question {q}?"},)
+        prompts.append(
+            Prompt(
+                key=f"toy/{q}",
+                messages=messages,
+                verifier=ExactMatch(),
+                answer=f"gold {q}",
+                ids=policy.chat.render(messages),
+            )
+        )
+    lengths = torch.randint(1, 6, (Q, G), generator=generator)
+    mask = torch.arange(5) < lengths[..., None]
+    ids = torch.randint(V, mask.shape, generator=generator) * mask
+    noise = -torch.rand(mask.shape, generator=generator).double() * 3
+    rewards = (torch.arange(G) < torch.tensor(SUCCESSES)[:, None]).float()
+    rollouts = Rollouts(
+        prompts=tuple(prompts),
+        ids=ids,
+        mask=mask,
+        sampling_logprobs=noise,
+        policy_logprobs=noise,
+        finished=torch.ones(Q, G, dtype=torch.bool),
+        texts=tuple(tuple(f"response {q} {g}" for g in range(G)) for q in range(Q)),
+        temperature=temperature,
+    )
+    said = [[f"wrong {q} {g}" if g >= k else "" for g in range(G)] for q, k in enumerate(SUCCESSES)]
+    verdicts = tuple(
+        tuple(Verdict(reward=r, feedback=words) for r, words in zip(*row, strict=True))
+        for row in zip(rewards.tolist(), said, strict=True)
+    )
+    outcomes = Outcomes(
+        verdicts=verdicts,
+        rewards=rewards,
+        successes=rewards > 0.5,
+        keys=tuple(prompt.key for prompt in prompts),
+    )
+    return rollouts, outcomes

@@ -1,0 +1,273 @@
+"""Routers, and what is remembered: pass rates, successes, the pool; it survives a restart."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+
+from kernel_inputs import outcomes
+from runs import Toys, data, module, trainer
+from scsdpo.advantage import (
+    AllOf,
+    Blend,
+    Every,
+    Failed,
+    GroupFailed,
+    GroupRelative,
+    HasTeacher,
+    LogitMix,
+    Never,
+    RateWithin,
+    Route,
+    Routed,
+    SelfDistillation,
+    Succeeded,
+    Surprise,
+    Warmup,
+    Weighted,
+)
+from scsdpo.errors import ConfigurationError
+from scsdpo.history import DecayedBeta, Instant, MovingAverage
+from scsdpo.schedule import Ramp
+from scsdpo.selection import Everything, InformativePool
+from scsdpo.state import nested_state
+from scsdpo.teacher import (
+    GoldSolution,
+    NoTeacher,
+    RememberedDemonstration,
+    Restart,
+    SiblingDemonstration,
+)
+from scsdpo.weighting import (
+    FrozenPassRate,
+    Uniform,
+)
+from scsdpo.weighting.frozen import FORMAT, fingerprint
+from table_policy import G, TableChat, TablePolicy, judged
+
+JSD = SelfDistillation()
+
+
+# ----------------------------------------------------------------------- routers and memory
+
+
+def rewarded(*successes, keys=None):
+    rewards = torch.stack([(torch.arange(4) < k).float() for k in successes])
+    plain = outcomes(rewards)
+    names = keys or tuple(f"q{i}" for i in range(len(successes)))
+    return replace(plain, keys=names)
+
+
+def test_routers_claim_what_they_say():
+    given, available = rewarded(2, 0, 4), torch.zeros(3, 4, dtype=torch.bool)
+    available[0] = True
+    right = torch.arange(4) < torch.tensor([[2], [0], [4]])
+    expected = {
+        Every(): torch.ones(3, 4, dtype=torch.bool),
+        Never(): torch.zeros(3, 4, dtype=torch.bool),
+        Failed(): ~right,
+        Succeeded(): right,
+        HasTeacher(): available,
+        GroupFailed(): torch.tensor([[False], [True], [False]]).expand(3, 4),
+        RateWithin(low=0.5, high=0.9): torch.tensor([[True], [False], [False]]).expand(3, 4),
+        AllOf(routers=(Failed(), HasTeacher())): ~right & available,
+    }
+    for router, claims in expected.items():
+        assert torch.equal(router.claims(given, available), claims), router
+
+
+def test_running_pass_rates_have_their_closed_forms():
+    average, beta = MovingAverage(follow=0.25), DecayedBeta(prior=1, decay=0.5)
+    seen = [rewarded(4, keys=("a",)), rewarded(2, keys=("b",)), rewarded(0, keys=("a",))]
+    rates = [(average.observe(o).item(), beta.observe(o).item()) for o in seen]
+    # a: 1, then 1 + (0 - 1) / 4. Beta: (1 + 4) / (2 + 4); two batches later 4 / 4 successes are 1.
+    assert [r[0] for r in rates] == [1.0, 0.5, 0.75]
+    assert [r[1] for r in rates] == pytest.approx([5 / 6, 3 / 6, (1 + 1) / (2 + 1 + 4)])
+    assert Instant().observe(seen[1]).tolist() == [0.5]
+    everything = DecayedBeta(prior=0, decay=1)
+    assert [everything.observe(o).item() for o in seen] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("make", [MovingAverage, DecayedBeta])
+def test_running_pass_rates_survive_a_reload(make):
+    first, second = make(), make()
+    first.observe(rewarded(4, 1))
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    again = rewarded(0, 3)
+    assert torch.equal(first.observe(again), second.observe(again))
+
+
+def test_a_ramp_and_a_warmup_follow_the_steps_taken():
+    ramp, warmup = Ramp(start=0.5, end=0.8, steps=3), Warmup(steps=2)
+    given, available = rewarded(2), torch.ones(1, 4, dtype=torch.bool)
+    values, claims = [], []
+    for _ in range(5):
+        values.append(ramp.value())
+        claims.append(bool(warmup.claims(given, available).all()))
+        ramp.after_step()
+        warmup.after_step()
+    assert values == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.8])
+    assert claims == [True, True, False, False, False]
+
+
+def test_state_is_found_wherever_it_is_nested():
+    rates, ramp = DecayedBeta(), Ramp(start=0, end=1, steps=2)
+    advantage = Blend(
+        parts=(
+            Weighted(advantage=SelfDistillation(target=LogitMix(share=ramp))),
+            Weighted(
+                advantage=Routed(
+                    routes=(
+                        Route(
+                            advantage=GroupRelative(),
+                            where=AllOf(routers=(RateWithin(low=0, high=1, rates=rates),)),
+                        ),
+                    )
+                )
+            ),
+        )
+    )
+    assert list(nested_state([advantage])) == [ramp, rates]
+
+
+def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload():
+    chat, (rollouts, right) = TableChat(), judged()
+    context = RememberedDemonstration(size=1)
+    plain = SiblingDemonstration().render(chat, rollouts, right)
+    assert context.render(chat, rollouts, right).ids == plain.ids  # nothing to remember yet
+    wrong = replace(right, successes=torch.zeros_like(right.successes))
+    reloaded = RememberedDemonstration(size=1)
+    reloaded.load_state_dict(pickle.loads(pickle.dumps(context.state_dict())))
+    for one in (context, reloaded):
+        told = one.render(chat, rollouts, wrong)
+        # question 0 succeeded with its rollouts 0 and 1: the last of them is shown to all
+        text = SiblingDemonstration().show(chat, rollouts.prompts[0], "response 0 1")
+        assert told.ids[0] == (text,) * G
+        assert told.available.tolist() == [[True] * 4, [False] * 4, [True] * 4, [True] * 4]
+
+
+def test_the_gold_solution_is_told_to_every_rollout():
+    chat, (rollouts, right) = TableChat(), judged()
+    told = GoldSolution().render(chat, rollouts, right)
+    text = SiblingDemonstration().show(chat, rollouts.prompts[2], "gold 2")
+    assert told.available.all() and told.ids[2] == (text,) * G
+
+
+# --------------------------------------------------------------------------------- the pool
+
+
+def test_the_pool_waits_for_informative_groups_and_gives_exactly_its_size():
+    pool = InformativePool(questions=3, max_batches=9)
+    rollouts, verdicts = judged()
+    assert pool.select(rollouts, verdicts) == ()  # questions 0 and 3
+    ((joined, result),) = pool.select(rollouts, verdicts)
+    assert result.keys == ("toy/0", "toy/3", "toy/0")
+    assert torch.equal(joined.ids[1], rollouts.ids[3]) and joined.texts[1] == rollouts.texts[3]
+    assert torch.equal(result.rewards[2], verdicts.rewards[0])
+    assert pool.groups == []
+
+
+def test_the_pool_is_used_at_its_cap_even_if_it_is_empty():
+    pool = InformativePool(questions=3, max_batches=2)
+    rollouts, verdicts = judged()
+    nothing = replace(verdicts, rewards=torch.zeros_like(verdicts.rewards))
+    assert pool.select(rollouts, nothing) == ()
+    ((joined, result),) = pool.select(rollouts, nothing)
+    assert len(joined.prompts) == 0 and result.rewards.shape == (0, G)
+
+
+def test_the_pool_survives_a_reload_without_objects_in_the_checkpoint(tmp_path):
+    first, second = (InformativePool(questions=4, max_batches=9) for _ in range(2))
+    rollouts, verdicts = judged()
+    first.select(rollouts, verdicts)
+    torch.save(first.state_dict(), tmp_path / "pool.pt")
+    second.load_state_dict(torch.load(tmp_path / "pool.pt", weights_only=True))
+    ((mine, _),), ((theirs, _),) = (pool.select(rollouts, verdicts) for pool in (first, second))
+    assert torch.equal(mine.ids, theirs.ids) and mine.texts == theirs.texts
+    assert [p.ids for p in mine.prompts] == [p.ids for p in theirs.prompts]
+
+
+def test_everything_is_learned_from_at_once():
+    assert Everything().select(*judged())[0][0].ids.shape[0] == 4
+
+
+MEMORIES = {
+    "pool": lambda: {
+        "advantage": GroupRelative(),
+        "teacher": NoTeacher(),
+        "weighting": Uniform(),
+        "selection": InformativePool(questions=7, max_batches=3),
+    },
+    "drift": lambda: {
+        "advantage": Routed(
+            routes=(
+                Route(advantage=JSD, where=Failed()),
+                Route(
+                    advantage=GroupRelative(modulator=Surprise()),
+                    where=RateWithin(low=0.3, high=0.7, rates=DecayedBeta()),
+                ),
+            )
+        ),
+        "teacher": Restart(every=2, context=RememberedDemonstration()),
+        "weighting": Uniform(),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_run_with_memory_resumes_bit_for_bit(qwen3, tmp_path, name):
+    class SaveHalfWay(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def fit(model, *callbacks, **kwargs):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, limit_val_batches=0, callbacks=list(callbacks))
+        run.fit(model, data(Toys(28)), **kwargs)
+        return run
+
+    def tensors(model):
+        return {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+    whole, resumed = (module(qwen3, **MEMORIES[name]()) for _ in range(2))
+    assert fit(whole, SaveHalfWay()).global_step > 1
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert any(v for k, v in saved.items() if k.endswith("_extra_state"))
+    fit(resumed, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.batches == whole.batches == 7
+    for key, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(resumed)[key], value, rtol=0, atol=0, msg=key)
+
+
+# ------------------------------------------------------------------------- frozen pass rates
+
+
+def rates(folder, policy, **changes):
+    content = {"format": FORMAT, "policy": "table", "fingerprint": fingerprint(policy)}
+    content |= {"rates": {"q0": [1, 4], "q1": [2, 4], "q2": [4, 4]}} | changes
+    (folder / "rates.json").write_text(json.dumps(content))
+    return str(folder / "rates.json")
+
+
+def test_frozen_pass_rates_weigh_by_the_files_mean_and_not_by_the_batch(tmp_path):
+    weighting = FrozenPassRate(path=rates(tmp_path, TablePolicy()))
+    # p (1 - p): 3/16, 4/16, 0, of mean 7/48; the batch's own pass rates do not matter
+    weights = weighting.weigh(rewarded(0, 4, keys=("q1", "q2")))[:, 0]
+    assert weights.tolist() == pytest.approx([(4 / 16) / (7 / 48), 0])
+
+
+def test_frozen_pass_rates_refuse_another_policy_and_other_data(tmp_path):
+    weighting = FrozenPassRate(path=rates(tmp_path, TablePolicy()))
+    weighting.configure(TablePolicy())
+    with pytest.raises(ConfigurationError, match="were measured with another policy"):
+        weighting.configure(TablePolicy(seed=1))
+    with pytest.raises(ConfigurationError, match="has no rate of question 'q9'"):
+        weighting.weigh(rewarded(1, keys=("q9",)))
+    with pytest.raises(ValueError, match="is not a file of pass rates"):
+        FrozenPassRate(path=rates(tmp_path, TablePolicy(), format="other"))
+    with pytest.raises(ValueError, match="every weight is 0"):
+        FrozenPassRate(path=rates(tmp_path, TablePolicy(), rates={"q0": [4, 4]}))

@@ -1,0 +1,368 @@
+"""Each method file's loss and gradient against its paper's formula, by hand, in plain loops.
+
+The policy is a table of logits; `Case` gives what a paper's formula is written in: probabilities of
+student and teacher after a prefix, rewards, lengths. The formulas below share no code with the
+package.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import scsdpo.lab  # noqa: F401
+from scsdpo.config_types import arguments
+from scsdpo.module import PolicyOptimizer
+from scsdpo.types import Sampling
+from scsdpo.weighting.frozen import FORMAT, fingerprint
+from table_policy import SUCCESSES, G, Q, TablePolicy, judged, state
+
+METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
+INF = math.inf
+
+
+def module(name, tmp_path, **changes):
+    """The method file's strategies around a table policy whose teacher is a little behind."""
+    policy = TablePolicy()
+    axes = yaml.safe_load((METHODS / f"{name}.yaml").read_text())["model"] | changes
+    if name == "sdpo-paced":
+        axes["weighting"]["init_args"]["path"] = str(rates_file(tmp_path, policy))
+    parser = ArgumentParser(exit_on_error=False)
+    for axis in axes:
+        parser.add_argument(f"--{axis}", type=arguments(PolicyOptimizer)[axis])
+    made = parser.instantiate_classes(parser.parse_object(axes))
+    model = PolicyOptimizer(policy, sampling=Sampling(n=G), **{axis: made[axis] for axis in axes})
+    model.configure_model()
+    with torch.no_grad():
+        policy.table += 0.3 * torch.randn(policy.table.shape, generator=generator(1)).double()
+    return model
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+PACED = (0.5, 0.25, 1.0, 0.75)
+"""Pass rates of the four questions before training."""
+
+
+def rates_file(folder, policy):
+    rates = {f"toy/{q}": [4 * p, 4] for q, p in enumerate(PACED)}
+    content = {"format": FORMAT, "policy": "table", "fingerprint": fingerprint(policy)}
+    (folder / "rates.json").write_text(json.dumps(content | {"rates": rates}))
+    return folder / "rates.json"
+
+
+class Case:
+    """One batch: `table` is the student's, with a gradient; `behind` the teacher's weights."""
+
+    def __init__(self, model, *, live=False):
+        self.rollouts, self.outcomes = judged()
+        self.chat, self.tau = model.policy.chat, self.rollouts.temperature
+        self.table = model.policy.table.detach().clone().requires_grad_()
+        self.behind = TablePolicy().table.detach()
+        if live:
+            self.behind = self.table.detach()
+
+    def rows(self):
+        return [(q, g) for q in range(Q) for g in range(G)]
+
+    def right(self, q, g):
+        return g < SUCCESSES[q]
+
+    def length(self, q, g):
+        return int(self.rollouts.mask[q, g].sum())
+
+    def y(self, q, g, t):
+        return int(self.rollouts.ids[q, g, t])
+
+    def _log_probs(self, table, prompt, q, g, t):
+        previous = self.y(q, g, t - 1) if t else -1
+        return (table[state(prompt, previous)] / self.tau).log_softmax(-1)
+
+    def log_s(self, q, g, t):
+        return self._log_probs(self.table, self.rollouts.prompts[q].ids, q, g, t)
+
+    def log_t(self, q, g, t, told):
+        text = f"question {q}?{told}\n\nCorrectly solve the original question.\n"
+        prompt = self.chat.render([{"role": "user", "content": text}])
+        return self._log_probs(self.behind, prompt, q, g, t)
+
+    def cap(self, q, g, t):
+        """min(S / S_rollout, 2), detached."""
+        log_s = self.log_s(q, g, t)[self.y(q, g, t)].detach()
+        return min(math.exp(log_s - self.rollouts.sampling_logprobs[q, g, t]), 2.0)
+
+
+def solution(text):
+    return f"\nCorrect solution:\n\n{text}\n\n"
+
+
+def sibling(case, q, g):
+    """SDPO's demonstration: the first other success; '' if there is none."""
+    others = [h for h in range(SUCCESSES[q]) if h != g]
+    return solution(f"response {q} {others[0]}") if others else ""
+
+
+def gold(case, q, g):
+    return solution(f"gold {q}")
+
+
+def sibling_or_feedback(case, q, g):
+    told = sibling(case, q, g)
+    if told or case.right(q, g):
+        return told
+    return (
+        f"\nThe following is feedback from your unsuccessful earlier attempt:\n\nwrong {q} {g}\n\n"
+    )
+
+
+def jsd(case, q, g, t, told):
+    """Jensen-Shannon on the whole vocabulary (its six tokens are within the top 100)."""
+    log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
+    m = (log_s.exp() + log_t.exp()) / 2
+    return sum(
+        p.exp()[v] * (p[v] - m[v].log()) / 2 for p in (log_s, log_t) for v in range(len(log_s))
+    )
+
+
+def forward_kl(clip):
+    def value(case, q, g, t, told):
+        log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
+        terms = [log_t.exp()[v] * (log_t[v] - log_s[v]) for v in range(len(log_s))]
+        return sum(torch.clamp(term, max=clip) for term in terms)
+
+    return value
+
+
+def pg(advantage, modulation=lambda *_: 1.0):
+    """-A log S(y): the gradient of -rho A at rho = 1. The value of -rho A is added back."""
+
+    def value(case, q, g, t, told):
+        a = advantage(case, q, g)
+        if told:
+            a = a * modulation(case, q, g, t, told, a)
+        log_s = case.log_s(q, g, t)[case.y(q, g, t)]
+        return -a * (1 + log_s - log_s.detach())
+
+    return value
+
+
+def grpo(case, q, g):
+    p = SUCCESSES[q] / G
+    if p in (0, 1):
+        return 0.0
+    std = math.sqrt(sum((float(case.right(q, h)) - p) ** 2 for h in range(G)) / (G - 1))
+    return (float(case.right(q, g)) - p) / (std + 1e-6)
+
+
+def centred(case, q, g):
+    return float(case.right(q, g)) - SUCCESSES[q] / G
+
+
+def leave_one_out(case, q, g):
+    return float(case.right(q, g)) - sum(case.right(q, h) for h in range(G) if h != g) / (G - 1)
+
+
+def maxrl(case, q, g):
+    return centred(case, q, g) / (SUCCESSES[q] / G) if SUCCESSES[q] else 0.0
+
+
+def sequence_mean(case, terms):
+    """mean over all rollouts of each one's token mean; rollouts without a loss count as 0."""
+    return sum(value / (Q * G * case.length(q, g)) for (q, g, t), value in terms.items())
+
+
+def token_mean_all(case, terms):
+    return sum(terms.values()) / sum(case.length(q, g) for q, g in case.rows())
+
+
+def token_mean_active(case, terms):
+    return sum(terms.values()) / sum(case.length(q, g) for q, g in {(q, g) for q, g, _ in terms})
+
+
+def distil(case, *, divergence=jsd, tell=sibling, weight=lambda p: 1.0, reduce=sequence_mean,
+           token=lambda case, q, g, t: 1.0):  # fmt: skip
+    """sum over tokens with a teacher of weight * importance * divergence, reduced."""
+    terms = {}
+    for q, g in case.rows():
+        told, w = tell(case, q, g), weight(SUCCESSES[q] / G)
+        if told and w:
+            for t in range(case.length(q, g)):
+                value = divergence(case, q, g, t, told)
+                terms[q, g, t] = w * token(case, q, g, t) * case.cap(q, g, t) * value
+    return reduce(case, terms)
+
+
+def policy_gradient(case, advantage, *, reduce=token_mean_all, tell=lambda *_: "", **kwargs):
+    terms = {}
+    for q, g in case.rows():
+        if advantage(case, q, g):
+            for t in range(case.length(q, g)):
+                told = tell(case, q, g)
+                value = pg(advantage, **kwargs)(case, q, g, t, told)
+                terms[q, g, t] = case.cap(q, g, t) * value
+    return reduce(case, terms)
+
+
+def normalised(power):
+    """SC-SDPO, eq. (16): over the questions with 0 < k < G, which are 0 and 3."""
+    kept = [k / G for k in SUCCESSES if 0 < k < G]
+    mean = sum((p * (1 - p)) ** power for p in kept) / len(kept)
+    return lambda p: (p * (1 - p)) ** power / mean if 0 < p < 1 else 0.0
+
+
+def paced(case):
+    mean = sum(p * (1 - p) for p in PACED) / len(PACED)
+    terms = {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        for t in range(case.length(q, g)) if told else ():
+            weight = PACED[q] * (1 - PACED[q]) / mean
+            terms[q, g, t] = weight * case.cap(q, g, t) * jsd(case, q, g, t, told)
+    return sequence_mean(case, terms)
+
+
+def hybrid(case):
+    terms = {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        for t in range(case.length(q, g)):
+            value = 0.9 * pg(centred)(case, q, g, t, "")
+            if told:
+                value = value + 0.1 * jsd(case, q, g, t, told)
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return sequence_mean(case, terms)
+
+
+def srpo(case):
+    """Wrong with a correct sibling: JSD times exp(-H_T) over its mean there; else GRPO."""
+    weights, terms = {}, {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        for t in range(case.length(q, g)):
+            if not case.right(q, g) and told:
+                log_t = case.log_t(q, g, t, told)
+                weights[q, g, t] = math.exp(sum(log_t.exp() * log_t))
+    mean = sum(weights.values()) / len(weights)
+    for q, g in case.rows():
+        for t in range(case.length(q, g)):
+            if (q, g, t) in weights:
+                value = weights[q, g, t] / mean * jsd(case, q, g, t, sibling(case, q, g))
+            elif grpo(case, q, g):
+                value = pg(grpo)(case, q, g, t, "")
+            else:
+                continue
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return token_mean_active(case, terms)
+
+
+def rlsd_factor(case, q, g, t, told, a):
+    difference = case.log_t(q, g, t, told) - case.log_s(q, g, t).detach()
+    ratio = math.exp(math.copysign(1, a) * float(difference[case.y(q, g, t)]))
+    return 0.5 + 0.5 * min(max(ratio, 0.8), 1.2)
+
+
+def drift_factor(case, q, g, t, told, a):
+    difference = case.log_s(q, g, t).detach() - case.log_t(q, g, t, told)
+    return min(math.exp(max(float(difference[case.y(q, g, t)]), 0)), 2.0)
+
+
+def drift(case):
+    """Beta(1, 1) after one group of four: rates 3/6, 1/6, 5/6, 2/6: medium, hard, easy, medium."""
+    terms = {}
+    for q, g in case.rows():
+        rate, told = (SUCCESSES[q] + 1) / (G + 2), sibling(case, q, g)
+        for t in range(case.length(q, g)):
+            if not case.right(q, g):
+                if not told:
+                    continue
+                value = jsd(case, q, g, t, told)
+            elif 0.2 <= rate <= 0.8:
+                value = pg(grpo, drift_factor)(case, q, g, t, told)
+            else:  # question 2, whose GRPO advantage is 0
+                continue
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return token_mean_active(case, terms)
+
+
+def position(case, q, g, t):
+    place = (t + 1) / case.length(q, g)
+    return 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
+
+
+def dr_grpo(case, terms):
+    return sum(terms.values()) / (Q * G * 2048)
+
+
+def dapo(case):
+    """The informative groups only, and their tokens only in the denominator."""
+    terms, tokens = {}, 0
+    for q in (0, 3):
+        for g in range(G):
+            tokens += case.length(q, g)
+            for t in range(case.length(q, g)):
+                terms[q, g, t] = case.cap(q, g, t) * pg(grpo)(case, q, g, t, "")
+    return sum(terms.values()) / tokens
+
+
+BY_HAND = {
+    "grpo": lambda c: policy_gradient(c, grpo),
+    "grpo-no-norm": lambda c: policy_gradient(c, centred),
+    "rloo": lambda c: policy_gradient(c, leave_one_out, reduce=sequence_mean),
+    "dr-grpo": lambda c: policy_gradient(c, centred, reduce=dr_grpo),
+    "maxrl": lambda c: policy_gradient(c, maxrl),
+    "dapo": dapo,
+    "sdpo": distil,
+    "sc-sdpo": lambda c: distil(c, weight=normalised(0.5)),
+    "sc-sdpo-1": lambda c: distil(c, weight=normalised(1)),
+    "sdpo-drop-degenerate": lambda c: distil(c, weight=lambda p: float(0 < p < 1)),
+    "sdpo-hard-filter": lambda c: distil(c, weight=lambda p: float(0.2 <= p <= 0.8)),
+    "sdpo-paced": paced,
+    "sdpo-feedback": lambda c: distil(c, tell=sibling_or_feedback),
+    "sdpo-hybrid": hybrid,
+    "stable-sdpo": distil,
+    "srpo": srpo,
+    "opsd": lambda c: distil(c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active),
+    "pw-opsd": lambda c: distil(
+        c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active, token=position
+    ),
+    "sdft": lambda c: distil(c, tell=gold, divergence=forward_kl(INF), reduce=token_mean_active),
+    "rlsd": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=rlsd_factor),
+    "drift": drift,
+}
+
+
+def one_step(model):
+    """Loss and gradient of the table, through the package."""
+    if hasattr(model.selection, "questions"):
+        model.selection.questions = 2
+    ((rollouts, outcomes),) = model.selection.select(*judged())
+    batch = model.prepare(rollouts, outcomes)
+    rows = list(range(len(rollouts.prompts) * G))
+    model.policy.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for output, _ in model.update.losses(model.policy, batch, rows, 40):
+        output.loss.backward()
+        loss += output.loss.detach()
+    return loss, model.policy.table.grad
+
+
+def test_every_method_file_is_checked_by_hand():
+    assert set(BY_HAND) == {path.stem for path in METHODS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_step_equals_the_papers_formula(name, tmp_path):
+    model = module(name, tmp_path)
+    case = Case(model, live=name == "rlsd")
+    expected = BY_HAND[name](case)
+    (gradient,) = torch.autograd.grad(expected, case.table)
+    loss, ours = one_step(model)
+    assert gradient.abs().max() > 1e-7
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-13)

@@ -1,0 +1,106 @@
+"""Bad arguments, and parts that do not fit together, end in words that name them."""
+
+import math
+
+import pytest
+
+from scsdpo.advantage import (
+    AllOf,
+    DivergenceMix,
+    GroupRelative,
+    LogitMix,
+    RateWithin,
+    ReferenceKL,
+    Route,
+    Routed,
+    Sampled,
+    SelfDistillation,
+    Surprise,
+    TeacherRatio,
+    Warmup,
+)
+from scsdpo.errors import ConfigurationError
+from scsdpo.history import DecayedBeta, MovingAverage
+from scsdpo.module import PolicyOptimizer
+from scsdpo.schedule import Constant, Ramp
+from scsdpo.selection import InformativePool
+from scsdpo.teacher import (
+    NoTeacher,
+    RememberedDemonstration,
+    Restart,
+)
+from scsdpo.types import Sampling
+from scsdpo.weighting import (
+    FrozenPassRate,
+    HardFilter,
+    Position,
+    Product,
+)
+from table_policy import TablePolicy
+
+JSD = SelfDistillation()
+
+
+PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HardFilter(low=0.9, high=0.1), r"`HardFilter\(low=..., high=...\)` must have"),
+        (lambda: Product(factors=()), "at least one weighting"),
+        (lambda: FrozenPassRate(path="no.json"), "cannot be read; write it with `scsdpo rates"),
+        (lambda: FrozenPassRate(path="no.json", solved=-1), r"`FrozenPassRate\(solved=...\)`"),
+        (lambda: Position(floor=2), r"`Position\(floor=...\)` must be in \[0, 1\], got 2"),
+        (lambda: Position(width=0), r"`Position\(width=...\)` must be > 0, got 0"),
+        (lambda: MovingAverage(follow=0), r"`MovingAverage\(follow=...\)`"),
+        (lambda: DecayedBeta(prior=-1), r"`DecayedBeta\(prior=...\)` must be >= 0, got -1"),
+        (lambda: DecayedBeta(decay=0), r"`DecayedBeta\(decay=...\)`"),
+        (lambda: Ramp(start=0, end=1, steps=0), r"`Ramp\(steps=...\)` must be >= 1, got 0"),
+        (lambda: Warmup(steps=-1), r"`Warmup\(steps=...\)` must be >= 0, got -1"),
+        (lambda: LogitMix(share=Constant(2.0)), r"`LogitMix\(share=...\)` must stay in \[0, 1\]"),
+        (lambda: LogitMix(share=Ramp(0.5, 1.5, 9)), "got 0.5 to 1.5"),
+        (lambda: DivergenceMix(most=2), r"`DivergenceMix\(most=...\)`"),
+        (lambda: DivergenceMix(sharpness=-1), r"`DivergenceMix\(sharpness=...\)`"),
+        (lambda: TeacherRatio(mix=2), r"`TeacherRatio\(mix=...\)`"),
+        (lambda: TeacherRatio(band=-1), r"`TeacherRatio\(band=...\)`"),
+        (lambda: Surprise(sharpness=-1), r"`Surprise\(sharpness=...\)`"),
+        (lambda: Surprise(cap=0), r"`Surprise\(cap=...\)` must be >= 1, got 0"),
+        (lambda: Routed(routes=()), "at least one route"),
+        (lambda: Routed(routes=(Route(advantage=JSD, weight=math.inf),)), r"`Route\(weight=...\)`"),
+        (lambda: AllOf(routers=()), "at least one router"),
+        (lambda: RateWithin(low=0.5, high=0.1), r"`RateWithin\(low=..., high=...\)` must have"),
+        (lambda: SelfDistillation(summand_clip=0), r"`SelfDistillation\(summand_clip=...\)`"),
+        (
+            lambda: SelfDistillation(alpha=1, support=Sampled(), summand_clip=1.0),
+            "has no summands to clip",
+        ),
+        (lambda: Restart(every=0), r"`Restart\(every=...\)` must be >= 1, got 0"),
+        (lambda: Restart(rate=2), r"`Restart\(rate=...\)` must be in \[0, 1\], got 2"),
+        (lambda: RememberedDemonstration(size=0), r"`RememberedDemonstration\(size=...\)`"),
+        (lambda: InformativePool(questions=0), r"`InformativePool\(questions=...\)`"),
+        (lambda: InformativePool(questions=1, max_batches=0), r"\(max_batches=...\)`"),
+    ],
+)
+def test_bad_arguments_name_class_argument_and_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("strategies", "message"),
+    [
+        (
+            {**PG, "advantage": GroupRelative(modulator=TeacherRatio())},
+            "GroupRelative needs a teacher, but model.teacher is NoTeacher",
+        ),
+        (
+            {**PG, "selection": InformativePool(questions=2), "sampling": Sampling(n=1)},
+            "model.selection: InformativePool compares the rollouts|model.advantage: GroupRelative",
+        ),
+        ({"advantage": ReferenceKL(), "teacher": NoTeacher()}, "ReferenceKL needs a reference"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(strategies, message):
+    with pytest.raises(ConfigurationError, match=message):
+        PolicyOptimizer(TablePolicy(), **strategies)
