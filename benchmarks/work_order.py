@@ -26,7 +26,7 @@ from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA
 from scsdpo.types import Prompt, Rollouts, Sampling, Verdict
-from scsdpo.verifiers import Verifier
+from scsdpo.verifiers import Verification, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,13 @@ class Ours:
 
     def __init__(self, policy: CausalLM, task: Path, order: Order, steps: int) -> None:
         self.policy, self.order = policy, order
-        sampling = Sampling(n=order.rollouts, max_new_tokens=order.tokens)
-        self.module = PolicyOptimizer(policy, SelfDistillation(), teacher=EMA(), sampling=sampling)
+        self.module = PolicyOptimizer(
+            policy,
+            SelfDistillation(),
+            teacher=EMA(),
+            sampling=Sampling(n=order.rollouts, max_new_tokens=order.tokens),
+            verification=Verification(workers=0),  # a coin is no work to hand out
+        )
         self.module.configure_model()
         self.module.to(policy.language_model.device)
         self.parameters = self.module.trained_parameters()

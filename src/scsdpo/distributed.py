@@ -11,12 +11,23 @@ T = TypeVar("T")
 
 
 def all_sum(value: Tensor) -> Tensor:
-    """The sum of `value` over all ranks, on each of them."""
+    """The sum of `value` over all ranks, on each of them, on the device of `value`."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def all_max(value: Tensor) -> Tensor:
+    """The largest `value` of all ranks, on each of them, on the device of `value`."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total
+    # NCCL knows no tensors of the host.
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else value.device
+    result = value.to(device, copy=True)
+    dist.all_reduce(result, op=operation)
+    return result.to(value.device)
 
 
 def all_gather(items: list[T]) -> list[T]:
@@ -26,15 +37,6 @@ def all_gather(items: list[T]) -> list[T]:
     gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
-
-
-def all_max(value: Tensor) -> Tensor:
-    """The largest `value` of all ranks, on each of them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    largest = value.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
