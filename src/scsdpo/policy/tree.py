@@ -99,6 +99,8 @@ class _Rectangle:
     """[B, t] places of the tokens on their paths, their own included; padded at the end."""
     known: Tensor
     """[B, t] bool: not padding."""
+    causal: bool
+    """No segments above: what a token sees needs no mask, for padding comes behind it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,11 +122,13 @@ class TokenTree(AttentionLayout):
     ) -> Tensor:
         mixed = []
         for i, rectangle in enumerate(self.rectangles):
+            causal = rectangle.causal and (window is None or window >= rectangle.keys.shape[1])
             attended = nn.functional.scaled_dot_product_attention(
                 _pick(query, rectangle.queries),
                 _pick(key, rectangle.keys),
                 _pick(value, rectangle.keys),
-                self.visible(i, window),
+                None if causal else self.visible(i, window),
+                is_causal=causal,
                 scale=1.0,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
@@ -167,7 +171,8 @@ def token_tree(prompts: Sequence[tuple[int, ...]], ids: Tensor, mask: Tensor) ->
     nodes, paths = prefix_tree(prompts)
     rows = [row[:n] for row, n in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
     leaves = [_Node(ids=row[:-1], path=paths[p]) for p, row in zip(prompts, rows, strict=True)]
-    groups = [*_alike(nodes), *_alike([leaf for leaf in leaves if leaf.ids])]
+    roots, inner = ([n for n in nodes if bool(n.path) is below] for below in (False, True))
+    groups = [*_alike(roots), *_alike(inner), *_alike([leaf for leaf in leaves if leaf.ids])]
     ordered = [node for group in groups for node in group]
     place = 0
     for node in ordered:
@@ -211,6 +216,7 @@ def _rectangle(nodes: Sequence[_Node], device: torch.device) -> _Rectangle:
         full=bool(inside.all()),
         keys=keys.to(device),
         known=known.to(device),
+        causal=not any(node.path for node in nodes),
     )
 
 
