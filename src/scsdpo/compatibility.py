@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from scsdpo.advantage import Advantage
 from scsdpo.errors import ConfigurationError
+from scsdpo.selection import Selection
 from scsdpo.weighting import TokenWeighting, Weighting
 
 if TYPE_CHECKING:
@@ -17,18 +18,17 @@ def check_axes(module: "PolicyOptimizer", token_weighting: TokenWeighting) -> No
         ConfigurationError: naming the keys and the remedy.
     """
     _check_voices(module, token_weighting)
-    for key, strategy in {"advantage": module.advantage, "weighting": module.weighting}.items():
-        assert isinstance(strategy, Advantage | Weighting)
+    compared: dict[str, Advantage | Weighting | Selection] = {
+        "advantage": module.advantage,
+        "weighting": module.weighting,
+        "selection": module.selection,
+    }
+    for key, strategy in compared.items():
         if strategy.needs_group and module.sampling.n == 1:
             raise ConfigurationError(
                 f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "
                 "set model.sampling.n above 1"
             )
-    if module.selection.needs_group and module.sampling.n == 1:
-        raise ConfigurationError(
-            f"model.selection: {type(module.selection).__name__} compares the rollouts of a "
-            "question: set model.sampling.n above 1"
-        )
     bounds = {
         "updates_per_rollout": (module.updates_per_rollout, 1),
         "max_bad_steps": (module.max_bad_steps, 1),

@@ -121,13 +121,14 @@ class SparseCredit(Credit):
 
     def mass(self, student: TokenLogits) -> Tensor:
         # sum_u c(u) - rest, for rest * S is subtracted everywhere and put back at `ids`.
-        inside = student.log_probs_at(self.ids).exp().sum(-1)
-        return self.values.sum(-1) - self.rest * inside
+        return self._own(student).sum(-1)
 
     def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
-        at_ids = student.log_probs_at(self.ids).exp()
-        own = self.values - self.rest[:, None] * at_ids
-        gradient.scatter_add_(-1, self.ids, -weighted(weight[:, None], own))
+        gradient.scatter_add_(-1, self.ids, -weighted(weight[:, None], self._own(student)))
+
+    def _own(self, student: TokenLogits) -> Tensor:
+        """[n, k]: what c has at `ids` beyond rest * S."""
+        return self.values - self.rest[:, None] * student.log_probs_at(self.ids).exp()
 
 
 @dataclass(frozen=True, eq=False)
