@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from scsdpo.lab import LEVELS, TINY, LabTasks, tiny_path
 from scsdpo.lab.evaluate import accuracy, respond, well_formed
-from scsdpo.lab.pretrain import RECORD, Mixture, examples, lab_tokenizer
+from scsdpo.lab.pretrain import RECORD, Mixture, examples, lab_tokenizer, pretrain
 from scsdpo.lab.warmup import Example, batches, build_policy, response_loss, save, warm_up
 from scsdpo.policy import CausalLM, Chat
 from scsdpo.teacher.templates import Templates
@@ -123,6 +123,30 @@ def test_response_loss_is_the_mean_over_learned_tokens(tokenizer, chat):
         logits = model(row[None]).logits[0, :-1]
         terms.append(cross_entropy(logits, row[1:], reduction="none")[mask[1:]])
     torch.testing.assert_close(response_loss(model, ids, learned), torch.cat(terms).mean())
+
+
+def test_shares_of_the_pitfalls_are_avoided_or_fatal_and_the_others_keep_their_range():
+    names = [f"pitfall {i}" for i in range(1000)]
+    mixture = Mixture(avoided=0.5, fatal=0.1)
+    rates = {name: mixture.rate(name) for name in names}
+    assert sum(rate == 0.01 for rate in rates.values()) == pytest.approx(500, abs=50)
+    assert sum(rate == 0.95 for rate in rates.values()) == pytest.approx(100, abs=30)
+    between = [rate for rate in rates.values() if rate not in (0.01, 0.95)]
+    assert 0.1 <= min(between) < 0.12 and 0.68 < max(between) <= 0.7
+    plain = {name: Mixture().rate(name) for name in names}
+    assert min(plain.values()) >= 0.1 and max(plain.values()) <= 0.7
+    assert sorted(names, key=plain.__getitem__)[-1] in {n for n, r in rates.items() if r == 0.95}
+
+
+def test_a_warm_up_goes_on_from_a_folder(tokenizer, tmp_path):
+    save(small(tokenizer), tokenizer, tmp_path / "start")
+    pretrain(tmp_path / "next", steps=0, start=tmp_path / "start")
+    first, second = (CausalLM(str(tmp_path / name)) for name in ("start", "next"))
+    first.configure_model()
+    second.configure_model()
+    mine = dict(second.language_model.named_parameters())
+    for name, parameter in first.language_model.named_parameters():
+        torch.testing.assert_close(mine[name], parameter, rtol=0, atol=0)
 
 
 def test_a_few_steps_lower_the_loss_and_the_folder_loads(tokenizer, chat, tmp_path):

@@ -65,10 +65,20 @@ def test_rollout_metrics_have_their_closed_form():
     rollouts, result = judged(successes, lengths, finished=lengths < 8)
     logged = rollout_metrics(rollouts, result, PassRate().weigh(result))
     assert logged["pass_rate"] == 0.5 and logged["informative"] == 0.5
+    assert logged["solve_none"] == 0.25 and logged["solve_all"] == 0.25
+    assert logged["medium"] == logged["central"] == 0.5
     assert logged["response_length"] == 4 and logged["truncated"] == 1 / 8
     assert logged["effective_questions"] == pytest.approx(2)  # two equal weights, two zeros
     logged = rollout_metrics(rollouts, result, Uniform().weigh(result))
     assert logged["effective_questions"] == pytest.approx(4)
+
+
+def test_medium_questions_have_an_eighth_to_seven_eighths_and_central_ones_a_quarter_to_three():
+    successes = (torch.arange(8) < torch.arange(9)[:, None]).float()  # k = 0..8 of 8
+    lengths = torch.ones(9, 8)
+    rollouts, result = judged(successes, lengths, finished=lengths > 0)
+    logged = rollout_metrics(rollouts, result, Uniform().weigh(result))
+    assert logged["medium"] == pytest.approx(7 / 9) and logged["central"] == pytest.approx(5 / 9)
 
 
 def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):

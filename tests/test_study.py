@@ -1,56 +1,111 @@
 """The study's arithmetic: pairing by seed, intervals, tables; the runs themselves are too long."""
 
-import importlib.util
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "study.py"
-spec = importlib.util.spec_from_file_location("study", PATH)
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import study
+import study_report
+
+SETTING = {"lr": 1e-4}
 
 
 def result(method, seed, value):
-    row = dict.fromkeys(study.COLUMNS, 1.0) | {"mean@16": value, "level1/mean@16": value}
-    curves = {"mean@16": [0.4, value], "pass rate": [0.3, 0.4]}
-    return row | {"method": method, "seed": seed, "curves": curves}
+    row = dict.fromkeys((*study_report.ENDS, *study_report.COSTS), 1.0)
+    shares = ("solve_none", "informative", "solve_all")
+    names = ("pass_rate", "medium", "response_length", "gradient_norm", "trained_rollouts", *shares)
+    return row | {
+        "method": method,
+        "seed": seed,
+        "setting": SETTING,
+        "before": 0.4,
+        "mean@16": value,
+        "level1/mean@16": value,
+        "windows": {"medium": [0.5, 0.25]},
+        "validated_at": [0, 50],
+        "validation": {k: [0.4, value] for k in ("mean@16", "maj@16", "level1/mean@16")},
+        "training": {name: [0.25, 0.5, 0.25] for name in names},
+    }
 
 
 def test_differences_are_paired_by_seed():
     """Seeds move both methods by 10 points; the second is ahead by 1 in each: told apart."""
     results = [result("a", s, 0.5 + 0.1 * s) for s in range(5)]
     results += [result("b", s, 0.51 + 0.1 * s) for s in range(4)]
-    (row,) = study.pairs(results, "mean@16")
-    assert row["n"] == 4 and row["mean"] == pytest.approx(0.01)
-    assert row["tells"] and row["low"] == pytest.approx(0.01)
-    text = study.markdown(results, [row])
-    assert "| b - a | 4 | +1.0 | +1.0 .. +1.0 | yes |" in text
+    rows = {row["method"]: row for row in study_report.pairs(results, "mean@16")}
+    row = rows["b"]
+    assert row["baseline"] == "a" and row["n"] == 4 and row["mean"] == pytest.approx(0.01)
+    assert row["tells"] and row["low"] == pytest.approx(0.01) and row["ahead"] == 4
+    assert rows["a"]["mean"] == pytest.approx(-0.01) and rows["a"]["ahead"] == 0
+    text = study_report.differences_table(list(rows.values()), "a")
+    assert "| b - a | mean@16 | +1.0 | +1.0 .. +1.0 | 4 of 4 | yes |" in text
 
 
-def test_a_bootstrap_interval_holds_the_mean_and_needs_two_seeds():
-    low, high = study.bootstrap([0.0, 1.0, 2.0, 3.0])
-    assert 0 <= low < 1.5 < high <= 3
-    assert all(math.isnan(x) for x in study.bootstrap([1.0]))
-    (row,) = study.pairs([result("a", 0, 0.5), result("b", 0, 0.9)], "mean@16")
-    assert not row["tells"]
+def test_a_bootstrap_interval_is_that_of_all_resamples():
+    """Of two values, a quarter of the resamples has the mean 0, a half 1/2, a quarter 1."""
+    low, high = study_report.bootstrap(torch.tensor([[0.0, 1.0], [3.0, 3.0]]), level=0.4)
+    assert low.tolist() == [0.5, 3.0] and high.tolist() == [0.5, 3.0]
+    low, high = study_report.bootstrap(torch.tensor([0.0, 1.0]), level=0.95)
+    assert (float(low), float(high)) == (0, 1)
+
+
+def test_one_seed_tells_nothing():
+    assert all(math.isnan(x) for x in study_report.bootstrap(torch.tensor([1.0])))
+    rows = study_report.pairs([result("a", 0, 0.5), result("b", 0, 0.9)], "mean@16")
+    assert not any(row["tells"] for row in rows)
+
+
+def test_a_running_mean_looks_back_ten_batches():
+    values = torch.arange(12.0)
+    expected = [sum(range(max(0, i - 9), i + 1)) / min(i + 1, 10) for i in range(12)]
+    torch.testing.assert_close(study_report.smooth(values).tolist(), expected)
 
 
 def test_a_summary_reads_a_log_of_training_and_validation():
-    train = {"train/pass_rate": 0.5, "train/medium": 1.0, "train/response_length": 20.0}
+    shares = ("solve_none", "informative", "solve_all", "medium", "central")
+    train = {f"train/{name}": 1.0 for name in shares}
+    train |= {"train/pass_rate": 0.5, "train/response_length": 20.0}
     step = {"train/gradient_norm": 2.0, "train/trained_rollouts": 8.0, "train/trained_tokens": 99.0}
     val = {"val/mean@16": 0.4, "val/maj@16": 0.5}
     log = [train | step, val, train, {"val/mean@16": 0.6, "val/maj@16": 0.7}]
-    found = study.summary(log, {"mean@16": 0.3, "maj@16": 0.2})
+    found = study.summary(log, {"mean@16": 0.3, "maj@16": 0.2}, val_every=25)
     assert found["before"] == 0.3 and found["mean@16"] == 0.6 and found["steps"] == 1
-    assert found["trained_rollouts"] == 8 and found["medium_by_window"] == [1.0]
-    assert found["curves"]["mean@16"] == [0.3, 0.4, 0.6]
+    assert found["trained_rollouts"] == 8 and found["windows"]["medium"] == [1.0]
+    assert found["validation"]["mean@16"] == [0.3, 0.4, 0.6]
+    assert found["validated_at"] == [0, 25, 50]
 
 
-def test_the_report_is_three_files(tmp_path, capsys):
-    study.report([result("a", s, 0.5) for s in range(2)], tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"study.json", "study.md", "study.png"}
+def test_each_method_takes_its_best_rate_and_the_lower_of_equals():
+    found = {("a", 1e-4): [0.5, 0.7], ("a", 3e-5): [0.6, 0.6], ("b", 1e-4): [0.2, 0.3]}
+    assert study.chosen(found) == {"a": 3e-5, "b": 1e-4}
+
+
+def test_a_run_that_failed_names_its_output_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "command", lambda *args: [sys.executable, "-c", "exit(3)"])
+    setting = study.Setting(
+        batches=1, questions_per_batch=1, lr=1.0, val_size=1, val_every=1, val_seed=0
+    )
+    folder = tmp_path / "sdpo" / "seed0"
+    assert study.run("sdpo", 0, setting=setting, folder=folder, out=tmp_path) is None
+    assert f"sdpo, seed 0: exit status 3, see {folder}/output.txt" in capsys.readouterr().err
+
+
+def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
+    results = [result(m, s, 0.5 + 0.1 * s) for m in ("a", "sdpo") for s in range(2)]
+    found = {("a", 1e-4): [0.5], ("sdpo", 1e-4): [0.25]}
+    study_report.write(results, found, [0.0, 0.5, 1.0, 1.0], ["sdpo", "absent"], tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    plots = {"validation.png", "training.png", "pass_rates.png", "against-sdpo.png"}
+    assert names == {"study.json", "study.md", *plots}
+    text = (tmp_path / "study.md").read_text()
+    assert "p = 0 25.0 %, between 25.0 %, p = 1 50.0 %" in text
+    assert "| a | 2 | 0.0001 | 55.0 ± 7.1 |" in text and "| sdpo | 25.0 |" in text
+    assert len(json.loads((tmp_path / "study.json").read_text())["runs"]) == 4
 
 
 def test_an_unknown_method_is_refused_with_the_choices(capsys):

@@ -15,6 +15,8 @@ that the teacher keeps its head on what a student wrote.
 import argparse
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from random import Random
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from scsdpo.lab import TINY, LabTasks, Question
 from scsdpo.lab.evaluate import measure
@@ -56,16 +58,29 @@ class Mixture:
         bare: share of examples without a demonstration.
         stumbling: share of taught examples that start behind a mistake.
         pitfall_rates: lowest and highest rate of a pitfall in bare responses.
+        avoided: share of pitfalls that a beginner hardly ever falls into; with `fatal`, below 1.
+        fatal: share of pitfalls that a beginner nearly always falls into.
     """
 
     bare: float = 0.3
     stumbling: float = 0.3
     pitfall_rates: tuple[float, float] = (0.1, 0.7)
+    avoided: float = 0.0
+    fatal: float = 0.0
 
     def rate(self, pitfall: str) -> float:
-        """How often a beginner falls into `pitfall`: uniform between the two, by hash."""
+        """How often a beginner falls into `pitfall`.
+
+        u in [0, 1] is the hash of its name: 0.01 below `avoided`, 0.95 above 1 - `fatal`, and
+        between them even from the lowest to the highest of `pitfall_rates`.
+        """
+        u = stable_hash("pitfall", pitfall) % 1001 / 1000
+        if u < self.avoided:
+            return 0.01
+        if u > 1 - self.fatal:
+            return 0.95
         low, high = self.pitfall_rates
-        return low + (high - low) * (stable_hash("pitfall", pitfall) % 1001) / 1000
+        return low + (high - low) * (u - self.avoided) / (1 - self.avoided - self.fatal)
 
 
 def examples(mixture: Mixture, seed: int) -> Iterator[Example]:
@@ -124,15 +139,30 @@ def tiny_config() -> Qwen3Config:
 
 
 def pretrain(
-    out: Path, *, steps: int, seed: int = 0, config: Qwen3Config | None = None
+    out: Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    config: Qwen3Config | None = None,
+    mixture: Mixture | None = None,
+    start: Path | None = None,
+    lr: float = 3e-3,
 ) -> list[float]:
-    """Warm up a fresh policy and write its folder; returns the losses."""
+    """Warm up a fresh policy, or the one in folder `start`, and write its folder.
+
+    Returns:
+        The losses, one a step.
+    """
     torch.manual_seed(seed)
-    tokenizer = lab_tokenizer()
-    model = build_policy(config or tiny_config(), tokenizer)
+    if start is None:
+        tokenizer = lab_tokenizer()
+        model = build_policy(config or tiny_config(), tokenizer)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
     losses = []
-    for loss in warm_up(model, chat, examples(Mixture(), seed), steps=steps):
+    for loss in warm_up(model, chat, examples(mixture or Mixture(), seed), steps=steps, lr=lr):
         losses.append(loss)
         if len(losses) % 50 == 0:
             print(f"step {len(losses)}/{steps}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
@@ -147,13 +177,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1300, help="of 64 examples")
     parser.add_argument("--questions", type=int, default=400, help="held out, to measure on")
+    parser.add_argument("--start", help="folder of the policy to go on from, or `tiny`")
+    parser.add_argument("--lr", type=float, default=3e-3, help="the highest of the schedule")
+    parser.add_argument("--avoided", type=float, default=0.0, help="see Mixture")
+    parser.add_argument("--fatal", type=float, default=0.0, help="see Mixture")
     args = parser.parse_args()
-    start = time.monotonic()
-    losses = pretrain(args.out, steps=args.steps, seed=args.seed)
-    seconds = time.monotonic() - start
+    if args.start is not None:
+        args.start = TINY if args.start == "tiny" else Path(args.start)
+    mixture = Mixture(avoided=args.avoided, fatal=args.fatal)
+    begin = time.monotonic()
+    losses = pretrain(
+        args.out, steps=args.steps, seed=args.seed, mixture=mixture, start=args.start, lr=args.lr
+    )
+    seconds = time.monotonic() - begin
     policy = CausalLM(str(args.out))
     record = {
-        "command": f"python -m scsdpo.lab.pretrain --seed {args.seed} --steps {args.steps}",
+        "command": shlex.join(["python", "-m", "scsdpo.lab.pretrain", *sys.argv[1:]]),
         "seed": args.seed,
         "steps": args.steps,
         "wall_seconds": round(seconds),

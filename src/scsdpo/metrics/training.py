@@ -11,7 +11,10 @@ from scsdpo.types import Outcomes, Rollouts
 
 
 def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> dict[str, float]:
-    """Of one rank's batch: pass rate, share of informative questions, lengths, and so on.
+    """Of one rank's batch: pass rate, lengths, and so on.
+
+    Shares of questions: `solve_none` (p = 0), `solve_all` (p = 1), `informative` (0 < p < 1),
+    `medium` (1/8 <= p <= 7/8), `central` (2/8 <= p <= 6/8).
 
     `effective_questions` is the effective sample size of the question weights,
     (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
@@ -23,8 +26,11 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
     return {
         "pass_rate": float(p.mean()),
         "reward": float(outcomes.rewards.double().mean()),
+        "solve_none": float((p == 0).double().mean()),
+        "solve_all": float((p == 1).double().mean()),
         "informative": float(((p > 0) & (p < 1)).double().mean()),
         "medium": float(((p >= 1 / 8) & (p <= 7 / 8)).double().mean()),
+        "central": float(((p >= 2 / 8) & (p <= 6 / 8)).double().mean()),
         "response_length": float(rollouts.lengths.double().mean()),
         "truncated": float((~rollouts.finished).double().mean()),
         "effective_questions": float(per_question.sum().square() / square) if square > 0 else 0.0,

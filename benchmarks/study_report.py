@@ -1,0 +1,315 @@
+"""Tables and plots of `study.py`: means over seeds, differences paired by seed."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+DRAWS = 10_000
+SMOOTH = 10
+"""Batches of the running mean in the plots of training."""
+ENDS = {"mean@16": "mean@16, %", "maj@16": "maj@16, %"}
+COSTS = {
+    "steps": "optimizer steps",
+    "trained_rollouts": "rollouts trained on",
+    "trained_tokens": "tokens trained on",
+    "cpu_seconds": "CPU seconds",
+    "response_length": "response length",
+    "gradient_norm": "gradient norm",
+}
+
+
+def bootstrap(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Percentile interval of the mean over the last dimension, resampling it with replacement.
+
+    Shapes:
+        values: [..., n]; both bounds: [...], nan where n < 2.
+    """
+    n = values.shape[-1]
+    if n < 2:
+        nothing = torch.full(values.shape[:-1], torch.nan)
+        return nothing, nothing
+    drawn = torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(0))
+    means = values.double()[..., drawn].mean(-1)
+    tail = (1 - level) / 2
+    return means.quantile(tail, dim=-1), means.quantile(1 - tail, dim=-1)
+
+
+def pairs(results: Sequence[dict], metric: str) -> list[dict]:
+    """`method` minus `baseline`, seed by seed, on the seeds that both have; every ordered pair.
+
+    `ahead` counts the seeds in which `method` has more; `tells`: 0 lies outside the interval.
+    """
+    by_method: dict[str, dict[int, float]] = {}
+    for result in results:
+        by_method.setdefault(result["method"], {})[result["seed"]] = result[metric]
+    rows = []
+    for method, baseline in permutations(by_method, 2):
+        seeds = sorted(by_method[method].keys() & by_method[baseline].keys())
+        gaps = torch.tensor([by_method[method][s] - by_method[baseline][s] for s in seeds])
+        low, high = (float(bound) for bound in bootstrap(gaps.double()))
+        rows.append(
+            {
+                "method": method,
+                "baseline": baseline,
+                "metric": metric,
+                "n": len(seeds),
+                "mean": float(gaps.double().mean()),
+                "low": low,
+                "high": high,
+                "ahead": int((gaps > 0).sum()),
+                "tells": low > 0 or high < 0,
+            }
+        )
+    return rows
+
+
+def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
+    """The runs of each method, in the order of `results`."""
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        groups.setdefault(result["method"], []).append(result)
+    return groups
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def ends_table(results: Sequence[dict]) -> str:
+    """Held-out accuracy at the end: mean and sample std over seeds, then the levels."""
+    levels = sorted({k for r in results for k in r if k.endswith("/mean@16")})
+    rows = []
+    for method, runs in by_method(results).items():
+        cells = [method, len(runs), f"{runs[0]['setting']['lr']:g}"]
+        for name in ENDS:
+            values = [100 * run[name] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}")
+        cells += [f"{100 * statistics.fmean(run[name] for run in runs):.1f}" for name in levels]
+        rows.append(cells)
+    return table(["method", "seeds", "lr", *ENDS.values(), *(f"{k}, %" for k in levels)], rows)
+
+
+def costs_table(results: Sequence[dict]) -> str:
+    """What a run takes and how it behaves, means over seeds."""
+    rows = []
+    for method, runs in by_method(results).items():
+        means = [statistics.fmean(run[name] for run in runs) for name in COSTS]
+        rows.append([method, *(f"{m:,.0f}" if m >= 100 else f"{m:.3g}" for m in means)])
+    return table(["method", *COSTS.values()], rows)
+
+
+def windows_table(results: Sequence[dict]) -> str:
+    """Share of questions with pass rate in [1/8, 7/8], window by window, means over seeds."""
+    rows: list[list[object]] = []
+    for method, runs in by_method(results).items():
+        windows = torch.tensor([run["windows"]["medium"] for run in runs]).mean(0)
+        rows.append([method, *(f"{100 * share:.1f}" for share in windows.tolist())])
+    header = [f"window {i + 1}" for i in range(len(results[0]["windows"]["medium"]))]
+    return table(["p in [1/8, 7/8], %", *header], rows)
+
+
+def differences_table(differences: Sequence[dict], baseline: str) -> str:
+    """Against one method, in points."""
+    rows: list[list[object]] = []
+    for row in differences:
+        if row["baseline"] == baseline:
+            mean, low, high = (100 * row[k] for k in ("mean", "low", "high"))
+            told = "yes" if row["tells"] else "no"
+            rows.append(
+                [
+                    f"{row['method']} - {baseline}",
+                    row["metric"],
+                    f"{mean:+.1f}",
+                    f"{low:+.1f} .. {high:+.1f}",
+                    f"{row['ahead']} of {row['n']}",
+                    told,
+                ]
+            )
+    return table(["points", "metric", "difference", "95 % interval", "ahead in", "told"], rows)
+
+
+def grid_table(found: dict[tuple[str, float], list[float]]) -> str:
+    """mean@16 at the end of the grid's runs."""
+    lrs = sorted({lr for _, lr in found})
+    rows: list[list[object]] = []
+    for method in dict.fromkeys(method for method, _ in found):
+        rows.append([method, *(f"{100 * statistics.fmean(found[method, lr]):.1f}" for lr in lrs)])
+    return table(["mean@16, %", *(f"lr {lr:g}" for lr in lrs)], rows)
+
+
+def markdown(
+    results: Sequence[dict],
+    found: dict[tuple[str, float], list[float]],
+    rates: Sequence[float],
+    differences: Sequence[dict],
+    baselines: Sequence[str],
+) -> str:
+    """All tables."""
+    none = sum(p == 0 for p in rates) / len(rates)
+    solved = sum(p == 1 for p in rates) / len(rates)
+    parts = [
+        f"Training questions before training ({len(rates)}): p = 0 {100 * none:.1f} %, between "
+        f"{100 * (1 - none - solved):.1f} %, p = 1 {100 * solved:.1f} %; mean p "
+        f"{100 * statistics.fmean(rates):.1f} %. Held-out mean@16 before: "
+        f"{100 * results[0]['before']:.1f} %.\n",
+        ends_table(results),
+        *(differences_table(differences, baseline) for baseline in baselines),
+        costs_table(results),
+        windows_table(results),
+    ]
+    if all(found.values()):
+        parts.append(grid_table(found))
+    return "\n".join(parts)
+
+
+def smooth(values: Tensor) -> Tensor:
+    """Mean of each value of the last dimension and up to `SMOOTH` - 1 before it."""
+    total = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
+    end = torch.arange(1, values.shape[-1] + 1)
+    begin = (end - SMOOTH).clamp(min=0)
+    return (total[..., end] - total[..., begin]) / (end - begin)
+
+
+def band(ax: Axes, x: Sequence[float], curves: Tensor, label: str) -> None:
+    """Mean over seeds and its 95 % bootstrap interval; curves [seeds, points]."""
+    (line,) = ax.plot(x, curves.mean(0).tolist(), label=label, linewidth=1.4)
+    low, high = bootstrap(curves.T)
+    ax.fill_between(x, low.tolist(), high.tolist(), alpha=0.12, color=line.get_color(), linewidth=0)
+
+
+def panels(results: Sequence[dict], drawn: dict[str, Callable]) -> Figure:
+    """A panel a title, three in a row; each takes (axes, method, runs) and draws one method."""
+    rows = -(-len(drawn) // 3)
+    figure = Figure(figsize=(12.6, 3.2 * rows), layout="constrained")
+    for i, (title, draw) in enumerate(drawn.items()):
+        ax = figure.add_subplot(rows, 3, i + 1)
+        for method, runs in by_method(results).items():
+            draw(ax, method, runs)
+        ax.set(title=title, xlabel="batch")
+        ax.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def validation_plot(results: Sequence[dict]) -> Figure:
+    """mean@16 and maj@16 on held-out questions, and mean@16 of each level."""
+
+    def draw(name: str) -> Callable:
+        def one(ax: Axes, method: str, runs: Sequence[dict]) -> None:
+            curves = 100 * torch.tensor([run["validation"][name] for run in runs])
+            band(ax, runs[0]["validated_at"], curves, method)
+
+        return one
+
+    levels = sorted({k for r in results for k in r["validation"] if k.endswith("/mean@16")})
+    names = [*ENDS, *levels]
+    return panels(results, {f"{name}, %": draw(name) for name in names})
+
+
+def training_plot(results: Sequence[dict]) -> Figure:
+    """What happened on the way: running means over `SMOOTH` batches."""
+
+    def draw(name: str, scale: float = 1.0) -> Callable:
+        def one(ax: Axes, method: str, runs: Sequence[dict]) -> None:
+            length = min(len(run["training"][name]) for run in runs)
+            curves = torch.tensor([run["training"][name][:length] for run in runs])
+            band(ax, range(1, length + 1), scale * smooth(curves), method)
+
+        return one
+
+    titles = {
+        "pass rate in training, %": draw("pass_rate", 100),
+        "questions with p in [1/8, 7/8], %": draw("medium", 100),
+        "response length, tokens": draw("response_length"),
+        "gradient norm before clipping": draw("gradient_norm"),
+        "rollouts trained on, a step": draw("trained_rollouts"),
+        "questions with p = 1, %": draw("solve_all", 100),
+    }
+    return panels(results, titles)
+
+
+def pass_rates_plot(results: Sequence[dict]) -> Figure:
+    """The batches' questions by pass rate: none, some or all of the rollouts right."""
+    groups = by_method(results)
+    figure = Figure(figsize=(2.6 * len(groups), 2.8), layout="constrained")
+    for ax, (method, runs) in zip(
+        figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups.items(), strict=True
+    ):
+        layers = [
+            100 * smooth(torch.tensor([run["training"][name] for run in runs])).mean(0)
+            for name in ("solve_none", "informative", "solve_all")
+        ]
+        batches = range(1, len(layers[0]) + 1)
+        colors = ("#c0504d", "#f2c14e", "#5b8c5a")
+        ax.stackplot(batches, *(layer.tolist() for layer in layers), colors=colors)
+        ax.set(title=method, xlabel="batch", xlim=(1, len(batches)), ylim=(0, 100))
+    figure.axes[0].set_ylabel("questions, %")
+    handles = figure.axes[0].collections
+    figure.legend(
+        handles, ["p = 0", "0 < p < 1", "p = 1"], loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
+def differences_plot(differences: Sequence[dict], baseline: str) -> Figure:
+    """Differences to one method with their intervals, a panel a metric."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, metric in zip(figure.subplots(1, len(ENDS), sharey=True), ENDS, strict=True):
+        rows = [r for r in differences if r["baseline"] == baseline and r["metric"] == metric]
+        for y, row in enumerate(rows):
+            mean, low, high = (100 * row[k] for k in ("mean", "low", "high"))
+            ax.plot([low, high], [y, y], color="tab:blue", linewidth=2)
+            ax.plot(mean, y, "o", color="tab:blue" if row["tells"] else "white", mec="tab:blue")
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set(title=f"{metric} - {baseline}'s, points", yticks=range(len(rows)))
+        ax.set_yticklabels([row["method"] for row in rows])
+        ax.grid(alpha=0.3, axis="x")
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def write(
+    results: Sequence[dict],
+    found: dict[tuple[str, float], list[float]],
+    rates: Sequence[float],
+    baselines: Sequence[str],
+    out: Path,
+) -> None:
+    """Write study.json, study.md and the plots; print the tables.
+
+    Args:
+        results: the runs, as study.py makes them.
+        found: the grid's final mean@16 by method and learning rate.
+        rates: pass rates of the training questions before training.
+        baselines: methods to compare the others with; those without a run are left out.
+        out: the folder.
+    """
+    differences = [row for metric in ENDS for row in pairs(results, metric)]
+    baselines = [b for b in baselines if b in by_method(results)]
+    series = ("training", "validation")
+    rows = [{k: v for k, v in r.items() if k not in series} for r in results]
+    grid = [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items()]
+    record = {"runs": rows, "differences": differences, "grid": grid}
+    (out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = markdown(results, found, rates, differences, baselines)
+    (out / "study.md").write_text(text)
+    figures = {
+        "validation": validation_plot(results),
+        "training": training_plot(results),
+        "pass_rates": pass_rates_plot(results),
+        **{f"against-{b}": differences_plot(differences, b) for b in baselines},
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=90)
+    print(text)
