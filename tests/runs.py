@@ -1,6 +1,7 @@
 """A whole training run in a second: a random model, a source of toy questions, a coin verifier."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -10,12 +11,18 @@ from scsdpo.advantage import SelfDistillation, TopK
 from scsdpo.data import Source, TaskDataModule
 from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
-from scsdpo.teacher import EMA
+from scsdpo.teacher import EMA, NoTeacher
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import Verifier
-from scsdpo.weighting import PassRate
+from scsdpo.weighting import PassRate, Uniform
 
-__all__ = ["Always", "Coin", "Toys", "data", "module", "trainer", "weights"]
+__all__ = ["Always", "Coin", "Toys", "data", "module", "strategies", "trainer", "weights"]
+
+
+def strategies(chat):
+    """What a data module asks of the module that it feeds."""
+    policy = SimpleNamespace(chat=chat)
+    return SimpleNamespace(policy=policy, teacher=NoTeacher(), weighting=Uniform())
 
 
 class Toys(Source):

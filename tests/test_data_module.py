@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning import Callback, LightningModule, Trainer
 
 from models import tokenizer
+from runs import strategies
 from scsdpo.data import PromptList, SciKnowEval, TaskDataModule, make_prompt
 from scsdpo.data.feed import Feed, Mixture, schedule
 from scsdpo.data.loader import EpochSampler
@@ -21,6 +22,7 @@ from scsdpo.data.rendered import Rendered
 from scsdpo.policy import Chat
 from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import ExactMatch
+from scsdpo.weighting import Uniform
 from shared import SHARED, needs_shared
 
 # Lightning's own, with torch 2.13.
@@ -166,6 +168,7 @@ class Recorder(LightningModule):
     def __init__(self, chat):
         super().__init__()
         self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
+        self.weighting = Uniform()
         self.layer = torch.nn.Linear(1, 1)
         self.trained, self.validated = [], []
 
@@ -321,7 +324,7 @@ def test_fewer_questions_than_a_batch_are_refused(chat):
 
 def trainer_of(chat, world_size):
     """As much of a trainer as the data module asks for."""
-    module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
+    module = strategies(chat)
     return SimpleNamespace(
         world_size=world_size, global_rank=0, overfit_batches=0, lightning_module=module
     )

@@ -43,6 +43,8 @@ from scsdpo.teacher import (
 )
 from scsdpo.weighting import (
     FrozenPassRate,
+    PassRate,
+    Product,
     Uniform,
 )
 from scsdpo.weighting.frozen import FORMAT, fingerprint
@@ -267,6 +269,10 @@ def test_frozen_pass_rates_refuse_another_policy_and_other_data(tmp_path):
         weighting.configure(TablePolicy(seed=1))
     with pytest.raises(ConfigurationError, match="has no rate of question 'q9'"):
         weighting.weigh(rewarded(1, keys=("q9",)))
+    both = Product(factors=(PassRate(), Product(factors=(weighting,))))
+    both.check_questions(iter(["q0", "q2"]))
+    with pytest.raises(ConfigurationError, match="has no rate of question 'q9'"):
+        both.check_questions(iter(["q0", "q9"]))
     with pytest.raises(ValueError, match="is not a file of pass rates"):
         FrozenPassRate(path=rates(tmp_path, TablePolicy(), format="other"))
     with pytest.raises(ValueError, match="every weight is 0"):

@@ -27,8 +27,11 @@ def test_rates_are_written_once_and_train_the_run_that_they_belong_to(qwen3, scs
     written["rates"] = {key: [1, 4] for key in written["rates"]}
     Path("rates.json").write_text(json.dumps(written))
     assert scsdpo("fit", "--config", TINY, "--config", PACED, *kept) in (0, None)
-    assert scsdpo("fit", "--config", TINY, "--config", PACED, *kept, "--data.train.seed=9") == 2
-    assert "has no rate of question" in capsys.readouterr().err
+    # Found before the weights are loaded, and also where only a later question is missing.
+    for other in ("--data.train.seed=9", "--data.train.size=5"):
+        arguments = ("--config", TINY, "--config", PACED, *kept, other)
+        assert scsdpo("fit", *arguments, "--model.policy.name_or_path=tiny") == 2
+        assert "has no rate of question" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from lightning import LightningModule, Trainer
 
 from coins import Coin
 from models import tokenizer
-from runs import Toys
+from runs import Toys, strategies
 from scsdpo.data import Math, Records, TaskDataModule
 from scsdpo.data import feed as feed_module
 from scsdpo.data.feed import Feed
 from scsdpo.policy import Chat
 from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import MathAnswer
+from scsdpo.weighting import Uniform
 from streams import Counting, Lines, lines, rows
 
 LIMIT = 64
@@ -101,6 +102,7 @@ class Recorder(LightningModule):
     def __init__(self, chat):
         super().__init__()
         self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
+        self.weighting = Uniform()
         self.layer = torch.nn.Linear(1, 1)
         self.asked = []
 
@@ -173,7 +175,7 @@ def test_weights_are_the_shares_of_the_sources_in_every_stretch_of_batches(chat,
 def test_ranks_share_the_questions_of_a_step_of_a_mixture(chat, tmp_path):
     def batches(ranks, rank):
         data = mixture(tmp_path)
-        module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
+        module = strategies(chat)
         data.trainer = SimpleNamespace(
             world_size=ranks, global_rank=rank, overfit_batches=0, lightning_module=module
         )
@@ -189,7 +191,7 @@ def test_ranks_share_the_questions_of_a_step_of_a_mixture(chat, tmp_path):
 
 def test_validation_of_a_stream_asks_its_first_questions_in_order(chat):
     data = TaskDataModule(Toys(), Counting(size=7), max_prompt_tokens=LIMIT)
-    module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
+    module = strategies(chat)
     data.trainer = SimpleNamespace(
         world_size=1, global_rank=0, overfit_batches=0, lightning_module=module
     )
@@ -201,7 +203,7 @@ def test_validation_of_a_stream_asks_its_first_questions_in_order(chat):
 
 def test_several_validation_sources_have_metrics_under_their_own_names(chat):
     data = TaskDataModule(Toys(), [Toys(2), Counting(size=2)], max_prompt_tokens=LIMIT)
-    module = SimpleNamespace(policy=SimpleNamespace(chat=chat), teacher=NoTeacher())
+    module = strategies(chat)
     data.trainer = SimpleNamespace(
         world_size=1, global_rank=0, overfit_batches=0, lightning_module=module
     )

@@ -34,6 +34,10 @@ class Feed(ABC):
     def __getitem__(self, number: int) -> Prompt:
         """The rendered prompt that is asked as `number`, from 0."""
 
+    def question_keys(self) -> Iterator[str]:
+        """Keys of the first pass's prompts, at most `FILTER_AHEAD`."""
+        return (self[number].key for number in range(min(len(self), FILTER_AHEAD)))
+
     @staticmethod
     def of(source: Source, chat: Chat, max_tokens: int, seed: int) -> "Feed":
         """The feed that fits the source's size and kind."""

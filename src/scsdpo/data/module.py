@@ -124,6 +124,9 @@ class TaskDataModule(LightningDataModule):
                     f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
+            module.weighting.check_questions(
+                key for feed in self.train_set.feeds for key in feed.question_keys()
+            )
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
 
     def _in_order(

@@ -1,6 +1,7 @@
 """The contract of a weighting."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -21,6 +22,15 @@ class Weighting(ABC):
 
         Raises:
             ConfigurationError: if the weighting was made for another one.
+        """
+
+    def check_questions(self, keys: Iterable[str]) -> None:  # noqa: B027 - most need not
+        """Look at the training questions' keys, before the weights are loaded.
+
+        They are made as they are asked for, which takes time: ask only if need be.
+
+        Raises:
+            ConfigurationError: if the weighting was made for others.
         """
 
     @abstractmethod

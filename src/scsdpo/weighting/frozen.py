@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,8 @@ class FrozenPassRate(Weighting):
     above 0) for good: what is out of reach at the start is never trained on.
 
     The file must belong to this policy (its first weights are compared) and to this data (each
-    question must be in it).
+    question must be in it; of a large or endless set, the first ones are looked at before training
+    and the others when they are drawn).
 
     Args:
         path: what `scsdpo rates` wrote.
@@ -38,8 +40,8 @@ class FrozenPassRate(Weighting):
     Raises:
         ValueError: if an exponent is negative, the file is not there or not one of rates, or all
             its weights are 0.
-        ConfigurationError: from `configure` or `weigh`, if the file is not of this policy or
-            lacks a question.
+        ConfigurationError: from `configure`, `check_questions` or `weigh`, if the file is not of
+            this policy or lacks a question.
 
     Source:
         PACED, as stated in arXiv:2605.27765: p (1 - p).
@@ -92,13 +94,16 @@ class FrozenPassRate(Weighting):
                 f"with {_COMMAND}"
             )
 
+    def check_questions(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key not in self._raw:
+                raise ConfigurationError(
+                    f"model.weighting.path: {self.path} has no rate of question {key!r}: it "
+                    f"was written for other training questions; write it again with {_COMMAND}"
+                )
+
     def weigh(self, outcomes: Outcomes) -> Tensor:
-        missing = [key for key in outcomes.question_keys() if key not in self._raw]
-        if missing:
-            raise ConfigurationError(
-                f"model.weighting.path: {self.path} has no rate of question {missing[0]!r}: it "
-                f"was written for other training questions; write it again with {_COMMAND}"
-            )
+        self.check_questions(outcomes.question_keys())
         weights = torch.tensor(
             [self._raw[key] / self._mean for key in outcomes.keys],
             dtype=torch.float64,

@@ -1,6 +1,8 @@
 """Weights from the pass rate of the current batch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import tee
 
 import torch
 from torch import Tensor
@@ -127,6 +129,10 @@ class Product(Weighting):
     def configure(self, policy: CausalLM) -> None:
         for factor in self.factors:
             factor.configure(policy)
+
+    def check_questions(self, keys: Iterable[str]) -> None:
+        for factor, own in zip(self.factors, tee(keys, len(self.factors)), strict=True):
+            factor.check_questions(own)
 
     def weigh(self, outcomes: Outcomes) -> Tensor:
         return torch.stack([factor.weigh(outcomes) for factor in self.factors]).prod(0)
