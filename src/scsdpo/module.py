@@ -25,7 +25,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
-from scsdpo.state import Stateful, nested_state
+from scsdpo.state import Stateful, memory
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 from scsdpo.update import Batch, Update
@@ -75,6 +75,9 @@ class PolicyOptimizer(L.LightningModule):
         ConfigurationError: if the strategies do not fit together.
     """
 
+    batches: Tensor
+    skipped: Tensor
+
     def __init__(
         self,
         policy: CausalLM,
@@ -107,18 +110,16 @@ class PolicyOptimizer(L.LightningModule):
         self.strict_loading = False  # frozen weights are not saved; `on_load_checkpoint` is strict
         self.policy, self.teacher, self.reference = policy, teacher, reference
         self.rollout, self.selection = rollout, selection
-        self.advantage, self.weighting = advantage, weighting
-        self.gap = gap
+        self.advantage, self.weighting, self.gap = advantage, weighting, gap
         self.sampling, self.val_sampling = sampling, val_sampling
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.max_tokens = max_grad_norm, max_tokens
         self.max_bad_steps, self.max_idle_batches = max_bad_steps, max_idle_batches
         self.success_threshold = success_threshold
         check_axes(self, token_weighting)
         # A bad setting of these fails here, and not after the weights were loaded.
         lr_scheduler(optimizer([nn.Parameter(torch.zeros(1))]))
-        self.max_tokens = max_tokens
         self.update = Update(
             teacher=teacher,
             reference=reference,
@@ -128,16 +129,14 @@ class PolicyOptimizer(L.LightningModule):
             needs=token_weighting.needs | advantage.needs | importance.needs,
         )
         self.verifiers = VerifierPool(verification)
-        nested = nested_state((advantage, weighting, token_weighting, teacher, reference))
-        deeper = nested_state((teacher.context, reference.context))
-        known = set(self.modules())
-        self.memory = nn.ModuleList(m for m in (*nested, *deeper) if m not in known)
+        contexts = (teacher.context, reference.context)
+        self.memory = memory(
+            self, (advantage, weighting, token_weighting, teacher, reference, *contexts)
+        )
         self.validation = ByCategory()
         # Counts batches, not steps: a batch that took no step must not be drawn again.
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
-        self.batches: Tensor
-        self.skipped: Tensor
         self.bad_steps = self.idle_batches = 0
 
     def setup(self, stage: str) -> None:

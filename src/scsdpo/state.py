@@ -17,6 +17,12 @@ class Stateful(nn.Module):
         """Called once after each optimizer step that was taken."""
 
 
+def memory(owner: nn.Module, strategies: Iterable[object]) -> nn.ModuleList:
+    """What `nested_state` finds and `owner` has not registered by itself."""
+    known = set(owner.modules())
+    return nn.ModuleList(part for part in nested_state(strategies) if part not in known)
+
+
 def nested_state(strategies: Iterable[object]) -> Iterator[nn.Module]:
     """The outermost modules inside strategies that are dataclasses, in the order of their fields.
 
