@@ -1,7 +1,7 @@
 """What is each method worth? Same policy, questions and steps; paired by seed.
 
-    python benchmarks/study.py [--methods grpo sdpo srpo sc-sdpo] [--seeds 5] [--out runs/study]
-                               [--lrs 3e-5 1e-4 3e-4] [--grid-seeds 2] [--batches 150] [--jobs 2]
+    python benchmarks/study.py [--methods grpo sdpo srpo sc-sdpo] [--seeds 5] [--batches 150]
+                               [--lrs 1e-5 3e-5 1e-4 3e-4] [--grid-seeds 1] [--jobs 2] [--out DIR]
 
 1. The start: the policy that ships with the package, warmed up further so that it has mastered
    some of the lab's questions, wavers on some and finds some out of reach (`scsdpo.lab.pretrain`).
@@ -11,8 +11,9 @@
 4. The runs: (method, seed) is one `scsdpo fit` with configs/tiny.yaml, in a process of its own,
    over the same training questions, each once. The seed sets their order and every draw.
 
-Whatever is in --out already is not done again: a stopped study goes on, and seeds or methods can be
-added. Writes study.json (a row a run, all paired differences), study.md (the tables) and plots.
+Whatever is in --out already is not done again: a stopped study goes on, and seeds, methods or rates
+can be added. Writes study.json (a row a run, all paired differences), study.md (the tables) and
+plots into --report.
 """
 
 import argparse
@@ -253,10 +254,11 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=150, help="of 16 questions")
     parser.add_argument("--val-every", type=int, default=50, help="batches between validations")
     parser.add_argument("--val-size", type=int, default=512, help="held-out questions")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
-    parser.add_argument("--grid-seeds", type=int, default=2)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 3e-4])
+    parser.add_argument("--grid-seeds", type=int, default=1)
     parser.add_argument("--grid-batches", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, a thread each")
+    parser.add_argument("--report", type=Path, help="folder of tables and plots, if not --out")
     parser.add_argument("--baselines", nargs="+", default=["sdpo", "sdpo-drop-degenerate"])
     given = parser.parse_args(args)
     known = sorted(p.stem for p in (ROOT / "configs" / "methods").glob("*.yaml"))
@@ -286,13 +288,15 @@ def main() -> None:
                 val_every=args.val_every,
                 val_seed=0,
             )
-            folder = args.out / method / f"seed{seed}"
+            folder = args.out / "runs" / f"{setting.lr:g}" / method / f"seed{seed}"
             jobs.append(partial(run, method, seed, setting=setting, folder=folder, out=args.out))
     results = in_parallel(jobs, args.jobs)
     order = {method: i for i, method in enumerate(args.methods)}
     results.sort(key=lambda r: (order[r["method"]], r["seed"]))
     counts = json.loads(rates.read_text())["rates"].values()
-    study_report.write(results, found, [s / n for s, n in counts], args.baselines, args.out)
+    report = args.report or args.out
+    report.mkdir(parents=True, exist_ok=True)
+    study_report.write(results, found, [s / n for s, n in counts], args.baselines, report)
     if len(results) < len(jobs):
         raise SystemExit(f"{len(jobs) - len(results)} of {len(jobs)} runs failed; run it again")
 

@@ -119,57 +119,47 @@ def windows_table(results: Sequence[dict]) -> str:
 
 
 def differences_table(differences: Sequence[dict], baseline: str) -> str:
-    """Against one method, in points."""
+    """Every other method minus one, in points; an interval without 0 is marked with a star."""
     rows: list[list[object]] = []
-    for row in differences:
-        if row["baseline"] == baseline:
+    own = [row for row in differences if row["baseline"] == baseline]
+    for method in dict.fromkeys(row["method"] for row in own):
+        cells: list[object] = [method]
+        for metric in ENDS:
+            (row,) = (r for r in own if r["method"] == method and r["metric"] == metric)
             mean, low, high = (100 * row[k] for k in ("mean", "low", "high"))
-            told = "yes" if row["tells"] else "no"
-            rows.append(
-                [
-                    f"{row['method']} - {baseline}",
-                    row["metric"],
-                    f"{mean:+.1f}",
-                    f"{low:+.1f} .. {high:+.1f}",
-                    f"{row['ahead']} of {row['n']}",
-                    told,
-                ]
-            )
-    return table(["points", "metric", "difference", "95 % interval", "ahead in", "told"], rows)
+            star = " *" if row["tells"] else ""
+            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){star}")
+            cells.append(f"{row['ahead']} of {row['n']}")
+        rows.append(cells)
+    header = [h for metric in ENDS for h in (f"{metric}, points (95 %)", "seeds ahead")]
+    return table([f"minus {baseline}", *header], rows)
 
 
-def grid_table(found: dict[tuple[str, float], list[float]]) -> str:
+def grid_table(grid: Sequence[dict]) -> str:
     """mean@16 at the end of the grid's runs."""
-    lrs = sorted({lr for _, lr in found})
+    lrs = sorted({row["lr"] for row in grid})
+    found = {(row["method"], row["lr"]): row["mean@16"] for row in grid}
     rows: list[list[object]] = []
-    for method in dict.fromkeys(method for method, _ in found):
-        rows.append([method, *(f"{100 * statistics.fmean(found[method, lr]):.1f}" for lr in lrs)])
+    for method in dict.fromkeys(row["method"] for row in grid):
+        means = [statistics.fmean(found[method, lr]) for lr in lrs]
+        rows.append([method, *(f"{100 * mean:.1f}" for mean in means)])
     return table(["mean@16, %", *(f"lr {lr:g}" for lr in lrs)], rows)
 
 
-def markdown(
-    results: Sequence[dict],
-    found: dict[tuple[str, float], list[float]],
-    rates: Sequence[float],
-    differences: Sequence[dict],
-    baselines: Sequence[str],
-) -> str:
-    """All tables."""
-    none = sum(p == 0 for p in rates) / len(rates)
-    solved = sum(p == 1 for p in rates) / len(rates)
+def markdown(record: dict, baselines: Sequence[str]) -> list[str]:
+    """All tables of what `write` puts into study.json."""
+    start, runs = record["start"], record["runs"]
     parts = [
-        f"Training questions before training ({len(rates)}): p = 0 {100 * none:.1f} %, between "
-        f"{100 * (1 - none - solved):.1f} %, p = 1 {100 * solved:.1f} %; mean p "
-        f"{100 * statistics.fmean(rates):.1f} %. Held-out mean@16 before: "
-        f"{100 * results[0]['before']:.1f} %.\n",
-        ends_table(results),
-        *(differences_table(differences, baseline) for baseline in baselines),
-        costs_table(results),
-        windows_table(results),
+        f"Before training, of {start['questions']:,} training questions: p = 0 "
+        f"{100 * start['solve_none']:.1f} %, between {100 * start['informative']:.1f} %, p = 1 "
+        f"{100 * start['solve_all']:.1f} %; mean p {100 * start['pass_rate']:.1f} %. Held-out "
+        f"mean@16: {100 * runs[0]['before']:.1f} %.\n",
+        ends_table(runs),
+        *(differences_table(record["differences"], baseline) for baseline in baselines),
+        costs_table(runs),
+        windows_table(runs),
     ]
-    if all(found.values()):
-        parts.append(grid_table(found))
-    return "\n".join(parts)
+    return [*parts, grid_table(record["grid"])] if record["grid"] else parts
 
 
 def smooth(values: Tensor) -> Tensor:
@@ -298,11 +288,20 @@ def write(
     differences = [row for metric in ENDS for row in pairs(results, metric)]
     baselines = [b for b in baselines if b in by_method(results)]
     series = ("training", "validation")
-    rows = [{k: v for k, v in r.items() if k not in series} for r in results]
-    grid = [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items()]
-    record = {"runs": rows, "differences": differences, "grid": grid}
+    record = {
+        "start": {
+            "questions": len(rates),
+            "pass_rate": statistics.fmean(rates),
+            "solve_none": statistics.fmean(p == 0 for p in rates),
+            "informative": statistics.fmean(0 < p < 1 for p in rates),
+            "solve_all": statistics.fmean(p == 1 for p in rates),
+        },
+        "runs": [{k: v for k, v in r.items() if k not in series} for r in results],
+        "differences": differences,
+        "grid": [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items() if v],
+    }
     (out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = markdown(results, found, rates, differences, baselines)
+    text = "\n".join(markdown(record, baselines))
     (out / "study.md").write_text(text)
     figures = {
         "validation": validation_plot(results),

@@ -42,8 +42,9 @@ def test_differences_are_paired_by_seed():
     assert row["baseline"] == "a" and row["n"] == 4 and row["mean"] == pytest.approx(0.01)
     assert row["tells"] and row["low"] == pytest.approx(0.01) and row["ahead"] == 4
     assert rows["a"]["mean"] == pytest.approx(-0.01) and rows["a"]["ahead"] == 0
-    text = study_report.differences_table(list(rows.values()), "a")
-    assert "| b - a | mean@16 | +1.0 | +1.0 .. +1.0 | 4 of 4 | yes |" in text
+    both = [*rows.values(), *study_report.pairs(results, "maj@16")]
+    text = study_report.differences_table(both, "a")
+    assert "| b | +1.0 (+1.0 .. +1.0) * | 4 of 4 | +0.0 (+0.0 .. +0.0) | 0 of 4 |" in text
 
 
 def test_a_bootstrap_interval_is_that_of_all_resamples():
