@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import study
 import study_report
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETTING = {"lr": 1e-4}
 
 
@@ -107,6 +108,21 @@ def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
     assert "p = 0 25.0 %, between 25.0 %, p = 1 50.0 %" in text
     assert "| a | 2 | 0.0001 | 55.0 ± 7.1 |" in text and "| sdpo | 25.0 |" in text
     assert len(json.loads((tmp_path / "study.json").read_text())["runs"]) == 4
+
+
+@pytest.mark.parametrize("rate", ["3e-5", "1e-4"])
+def test_the_tables_of_the_page_are_those_of_its_numbers(rate):
+    page = (DOCS / "study.md").read_text()
+    record = json.loads((DOCS / "study" / f"lr-{rate}.json").read_text())
+    assert len(record["runs"]) == 7 * 5
+    again = [
+        row for metric in study_report.ENDS for row in study_report.pairs(record["runs"], metric)
+    ]
+    assert record["differences"] == [pytest.approx(row) for row in again]
+    record["grid"] = json.loads((DOCS / "study" / "grid.json").read_text())
+    start, *tables = study_report.markdown(record, ["sdpo", "sdpo-drop-degenerate"])
+    assert " ".join(start.split()) in " ".join(page.split())
+    assert all(table in page for table in tables)
 
 
 def test_an_unknown_method_is_refused_with_the_choices(capsys):
