@@ -13,7 +13,7 @@
 
 Whatever is in --out already is not done again: a stopped study goes on, and seeds, methods or rates
 can be added. Writes study.json (a row a run, all paired differences), study.md (the tables) and
-plots into --report.
+plots into --report. Needs matplotlib: pip install 'scsdpo[report]'.
 """
 
 import argparse
@@ -47,6 +47,8 @@ METHODS = (
 START = ("--start", "tiny", "--steps", "300", "--lr", "1.5e-3", "--avoided", ".5", "--fatal", ".12")
 WINDOW = 50
 """Batches of a window of the pass-rate distribution, as in the paper."""
+QUESTIONS = 16
+"""Of a batch."""
 GRID_SEED = 1000
 """Seeds of the grid: this one and the next."""
 
@@ -95,18 +97,22 @@ def start_policy(out: Path) -> Path:
     return folder
 
 
-def start_rates(out: Path, start: Path, questions: int) -> Path:
-    """Step 2: the file with the pass rates of the training questions before training."""
+def start_rates(out: Path, start: Path, questions: int) -> list[float]:
+    """Step 2: the pass rates of the training questions before training; their file is in `out`."""
     file = out / "rates.json"
     if not file.exists():
         options = (
             f"--out={file}",
             f"--data.train.size={questions}",
             f"--model.policy.name_or_path={start}",
-            "--trainer.logger=false",
         )
         execute(lab("rates", *options), out / "rates.txt")
-    return file
+    rates = [right / of for right, of in json.loads(file.read_text())["rates"].values()]
+    if len(rates) != questions:
+        raise SystemExit(
+            f"{file} has {len(rates)} questions, not {questions}: choose another --out"
+        )
+    return rates
 
 
 def command(method: str, seed: int, setting: Setting, folder: Path, out: Path) -> list[str]:
@@ -206,35 +212,54 @@ def summary(log: Sequence[dict[str, float]], before: dict[str, float], val_every
     }
 
 
-def in_parallel(jobs: Iterable[partial], processes: int) -> list[dict]:
+def in_parallel(todo: Iterable[partial], processes: int) -> list[dict]:
     """The results of the runs that did not fail."""
     with ThreadPoolExecutor(processes) as pool:
-        return [result for result in pool.map(lambda job: job(), jobs) if result is not None]
+        return [result for result in pool.map(lambda job: job(), todo) if result is not None]
+
+
+def jobs(
+    args: argparse.Namespace,
+    folder: Path,
+    cells: Sequence[tuple[str, float]],
+    seeds: range,
+    **rest: int,
+) -> list[partial]:
+    """A run for each seed and (method, rate); `rest` is of the `Setting`."""
+    found = []
+    for seed in seeds:
+        for method, lr in cells:
+            setting = Setting(lr=lr, questions_per_batch=QUESTIONS, **rest)
+            into = folder / f"{lr:g}" / method / f"seed{seed}"
+            found.append(partial(run, method, seed, setting=setting, folder=into, out=args.out))
+    return found
 
 
 def grid(args: argparse.Namespace) -> dict[tuple[str, float], list[float]]:
     """Step 3: final mean@16 of every method at every rate, a value a grid seed."""
-    jobs = []
-    for seed in range(GRID_SEED, GRID_SEED + args.grid_seeds):
-        for method in args.methods:
-            for lr in args.lrs:
-                setting = Setting(
-                    batches=args.grid_batches,
-                    questions_per_batch=16,
-                    lr=lr,
-                    val_size=256,
-                    val_every=args.grid_batches,
-                    val_seed=1,
-                )
-                folder = args.out / "grid" / f"{lr:g}" / method / f"seed{seed}"
-                jobs.append(
-                    partial(run, method, seed, setting=setting, folder=folder, out=args.out)
-                )
+    todo = jobs(
+        args,
+        args.out / "grid",
+        [(method, lr) for method in args.methods for lr in args.lrs],
+        range(GRID_SEED, GRID_SEED + args.grid_seeds),
+        batches=args.grid_batches,
+        val_size=256,
+        val_every=args.grid_batches,
+        val_seed=1,
+    )
+    results = in_parallel(todo, args.jobs)
+    refuse_failures(results, todo)
     found: dict[tuple[str, float], list[float]] = {}
-    for result in in_parallel(jobs, args.jobs):
+    for result in results:
         key = (result["method"], result["setting"]["lr"])
         found.setdefault(key, []).append(result["mean@16"])
     return found
+
+
+def refuse_failures(results: Sequence[dict], todo: Sequence[partial]) -> None:
+    """End here if runs failed."""
+    if len(results) < len(todo):
+        raise SystemExit(f"{len(todo) - len(results)} of {len(todo)} runs failed; run it again")
 
 
 def chosen(found: dict[tuple[str, float], list[float]]) -> dict[str, float]:
@@ -267,6 +292,8 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--methods: {sorted(unknown)[0]} is none of {', '.join(known)}")
     if given.grid_batches > given.batches:
         parser.error("--grid-batches must not exceed --batches: PACED knows their questions only")
+    if given.batches % given.val_every:
+        parser.error("--batches must be a multiple of --val-every: the last validation is the end")
     return given
 
 
@@ -274,31 +301,27 @@ def main() -> None:
     args = parsed()
     args.out = args.out.resolve()
     start = start_policy(args.out)
-    rates = start_rates(args.out, start, 16 * args.batches)
-    found = grid(args) if len(args.lrs) > 1 else {(m, args.lrs[0]): [] for m in args.methods}
-    lrs = chosen(found) if len(args.lrs) > 1 else dict.fromkeys(args.methods, args.lrs[0])
-    jobs = []
-    for seed in range(args.seeds):
-        for method in args.methods:
-            setting = Setting(
-                batches=args.batches,
-                questions_per_batch=16,
-                lr=lrs[method],
-                val_size=args.val_size,
-                val_every=args.val_every,
-                val_seed=0,
-            )
-            folder = args.out / "runs" / f"{setting.lr:g}" / method / f"seed{seed}"
-            jobs.append(partial(run, method, seed, setting=setting, folder=folder, out=args.out))
-    results = in_parallel(jobs, args.jobs)
+    rates = start_rates(args.out, start, QUESTIONS * args.batches)
+    found = grid(args) if len(args.lrs) > 1 else {}
+    best = chosen(found) if found else dict.fromkeys(args.methods, args.lrs[0])
+    todo = jobs(
+        args,
+        args.out / "runs",
+        [(method, best[method]) for method in args.methods],
+        range(args.seeds),
+        batches=args.batches,
+        val_size=args.val_size,
+        val_every=args.val_every,
+        val_seed=0,
+    )
+    results = in_parallel(todo, args.jobs)
     order = {method: i for i, method in enumerate(args.methods)}
     results.sort(key=lambda r: (order[r["method"]], r["seed"]))
-    counts = json.loads(rates.read_text())["rates"].values()
     report = args.report or args.out
     report.mkdir(parents=True, exist_ok=True)
-    study_report.write(results, found, [s / n for s, n in counts], args.baselines, report)
-    if len(results) < len(jobs):
-        raise SystemExit(f"{len(jobs) - len(results)} of {len(jobs)} runs failed; run it again")
+    if results:
+        study_report.write(results, found, rates, args.baselines, report)
+    refuse_failures(results, todo)
 
 
 if __name__ == "__main__":

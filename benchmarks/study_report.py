@@ -46,13 +46,14 @@ def pairs(results: Sequence[dict], metric: str) -> list[dict]:
 
     `ahead` counts the seeds in which `method` has more; `tells`: 0 lies outside the interval.
     """
-    by_method: dict[str, dict[int, float]] = {}
-    for result in results:
-        by_method.setdefault(result["method"], {})[result["seed"]] = result[metric]
+    values = {
+        method: {run["seed"]: run[metric] for run in runs}
+        for method, runs in by_method(results).items()
+    }
     rows = []
-    for method, baseline in permutations(by_method, 2):
-        seeds = sorted(by_method[method].keys() & by_method[baseline].keys())
-        gaps = torch.tensor([by_method[method][s] - by_method[baseline][s] for s in seeds])
+    for method, baseline in permutations(values, 2):
+        seeds = sorted(values[method].keys() & values[baseline].keys())
+        gaps = torch.tensor([values[method][s] - values[baseline][s] for s in seeds])
         low, high = (float(bound) for bound in bootstrap(gaps.double()))
         rows.append(
             {
@@ -298,7 +299,7 @@ def write(
         },
         "runs": [{k: v for k, v in r.items() if k not in series} for r in results],
         "differences": differences,
-        "grid": [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items() if v],
+        "grid": [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items()],
     }
     (out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
     text = "\n".join(markdown(record, baselines))

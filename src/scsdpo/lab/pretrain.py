@@ -144,7 +144,7 @@ def pretrain(
     steps: int,
     seed: int = 0,
     config: Qwen3Config | None = None,
-    mixture: Mixture | None = None,
+    mixture: Mixture = Mixture(),
     start: Path | None = None,
     lr: float = 3e-3,
 ) -> list[float]:
@@ -162,7 +162,7 @@ def pretrain(
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
     chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
     losses = []
-    for loss in warm_up(model, chat, examples(mixture or Mixture(), seed), steps=steps, lr=lr):
+    for loss in warm_up(model, chat, examples(mixture, seed), steps=steps, lr=lr):
         losses.append(loss)
         if len(losses) % 50 == 0:
             print(f"step {len(losses)}/{steps}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
