@@ -22,9 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scsdpo.advantage import SelfDistillation
-from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt, Rollouts, Sampling, Verdict
 from scsdpo.verifiers import Verification, Verifier
 

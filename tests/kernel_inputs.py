@@ -14,7 +14,7 @@ from scsdpo.loss import (
     Voice,
     credit_loss,
 )
-from scsdpo.signals import Signals
+from scsdpo.loss.signals import Signals
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Outcomes, Verdict
 

@@ -30,10 +30,8 @@ from scsdpo.advantage import (
     Weighted,
 )
 from scsdpo.errors import ConfigurationError
-from scsdpo.history import DecayedBeta, Instant, MovingAverage
-from scsdpo.schedule import Ramp
 from scsdpo.selection import Everything, InformativePool
-from scsdpo.state import nested_state
+from scsdpo.state import DecayedBeta, Instant, MovingAverage, Ramp, nested_state
 from scsdpo.teacher import (
     GoldSolution,
     NoTeacher,

@@ -15,8 +15,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import scsdpo.lab  # noqa: F401
-from scsdpo.config_types import arguments
-from scsdpo.module import PolicyOptimizer
+from scsdpo.cli.config_types import arguments
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting.frozen import FORMAT, fingerprint
 from table_policy import SUCCESSES, G, Q, TablePolicy, judged, state

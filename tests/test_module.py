@@ -77,7 +77,7 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
 def test_a_run_that_never_learns_stops_with_the_reason(qwen3, tmp_path):
     run = trainer(tmp_path, max_steps=1, max_epochs=-1)
     with pytest.raises(TrainingStopped, match=r"2 batches in a row .* \(pass rate 0.00\)"):
-        run.fit(module(qwen3, max_idle_batches=2), data(Toys(verifier=Always(0.0))))
+        run.fit(module(qwen3, limits=Limits(max_idle_batches=2)), data(Toys(verifier=Always(0.0))))
 
 
 def test_feedback_teaches_a_batch_without_success_unless_the_weighting_drops_it(qwen3, tmp_path):
@@ -140,7 +140,7 @@ def test_a_non_finite_gradient_is_skipped_counted_and_reported(qwen3, tmp_path):
 
 
 def test_too_many_non_finite_steps_stop_the_run_with_the_reason(qwen3, tmp_path):
-    model = module(qwen3, advantage=GroupRelative(), teacher=NoTeacher(), max_bad_steps=2)
+    model = module(qwen3, advantage=GroupRelative(), teacher=NoTeacher(), limits=Limits(max_bad_steps=2))
     model.configure_model()
     before = weights(model)
     with (

@@ -73,9 +73,9 @@ def test_analyze_writes_the_four_measures_of_the_shipped_policy(scsdpo):  # noqa
 
 def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
     from scsdpo.advantage import SelfDistillation
-    from scsdpo.module import PolicyOptimizer
     from scsdpo.rollout import Rollout
     from scsdpo.teacher import Frozen
+    from scsdpo.training import PolicyOptimizer
     from scsdpo.types import Sampling
     from test_methods import Case, sibling
 

@@ -10,8 +10,8 @@ import torch
 
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
-from scsdpo.history import DecayedBeta
 from scsdpo.selection import InformativePool
+from scsdpo.state import DecayedBeta
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
@@ -47,7 +47,7 @@ def main() -> None:
         # Two rollouts a question: ranks often have different numbers of rows to run, or none.
         sampling=Sampling(n=2, max_new_tokens=6),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        max_tokens=60,
+        limits=Limits(max_tokens=60),
         **METHODS[method],
     )
     run = trainer(folder, devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from scsdpo.loss import Chunk, Credit
-from scsdpo.signals import Derivation
+from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Outcomes
 
 
@@ -24,11 +23,10 @@ class Plan:
     credit: Callable[[Chunk], Credit]
     """Credit of a chunk of tokens of active rollouts."""
     derivations: tuple[Derivation, ...] = ()
-    """Tables that `credit` reads with `chunk.derived`, made from signals before the first backward;
-    on every rank, so that they may sum over ranks."""
+    """Tables like those of `Advantage.derivations`, if they depend on the batch's outcomes."""
 
 
-class Advantage(ABC):
+class Advantage(NeedsSignals, ABC):
     """What credit does each vocabulary entry get at each position?"""
 
     @property
@@ -50,11 +48,6 @@ class Advantage(ABC):
     def objective_name(self) -> str:
         """What the mean objective is called in the log."""
         return "objective"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that a measuring pass must fill before the loss."""
-        return frozenset()
 
     @abstractmethod
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:

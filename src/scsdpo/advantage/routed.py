@@ -9,6 +9,7 @@ from torch import Tensor
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.blend import combined
 from scsdpo.advantage.router import Every, Router
+from scsdpo.loss import Derivation
 from scsdpo.types import Outcomes
 
 
@@ -71,6 +72,10 @@ class Routed(Advantage):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(route.advantage.needs for route in self.routes))
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return tuple(make for route in self.routes for make in route.advantage.derivations)
 
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         free = torch.ones_like(available)

@@ -8,27 +8,32 @@ from scsdpo.loss.importance import (
     SequenceImportance,
     TokenImportance,
 )
-from scsdpo.loss.kernel import LossOutput, Objective, Tokens, Voice, chunks, credit_loss
+from scsdpo.loss.kernel import LossOutput, Objective, TeacherOutput, Tokens, chunks, credit_loss
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
+from scsdpo.loss.signals import Derivation, NeedsSignals, Signals, mean_log_ratio
 
 __all__ = [
     "Buffers",
     "Chunk",
     "Credit",
     "DenseCredit",
+    "Derivation",
     "Head",
     "Importance",
     "LossOutput",
+    "NeedsSignals",
     "NoImportance",
     "Objective",
     "SamplerImportance",
     "SequenceImportance",
+    "Signals",
     "SparseCredit",
     "SumCredit",
+    "TeacherOutput",
     "TokenImportance",
     "TokenLogits",
     "Tokens",
-    "Voice",
     "chunks",
     "credit_loss",
+    "mean_log_ratio",
 ]

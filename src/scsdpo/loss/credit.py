@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.loss.logits import TokenLogits
-from scsdpo.signals import Derivation, Signals
+from scsdpo.loss.signals import Derivation, Signals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

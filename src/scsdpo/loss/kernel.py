@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from scsdpo.loss.credit import Chunk, Credit, weighted
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
-from scsdpo.signals import Signals
+from scsdpo.loss.signals import Signals
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
@@ -38,7 +38,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Voice:
+class TeacherOutput:
     """A teacher's side of the kernel: trunks already run, and a rule that combines their logits."""
 
     hidden: tuple[Tensor, ...]
@@ -48,7 +48,7 @@ class Voice:
     combine: Callable[[Callable[[], TokenLogits], tuple[TokenLogits, ...]], TokenLogits]
     """(student, computed when asked for; trunks) -> the target distribution."""
 
-    def tables(self, part: slice, temperature: float, buffers: Buffers) -> tuple[Tensor, ...]:
+    def logits(self, part: slice, temperature: float, buffers: Buffers) -> tuple[Tensor, ...]:
         """Per trunk, the logits [n, V] at the tokens of `part`."""
         return tuple(
             TokenLogits.of(hidden[part], head, temperature, buffers).logits
@@ -64,8 +64,8 @@ class Objective:
     """The advantage's plan."""
     importance: Callable[[Chunk], Tensor]
     """Detached factor [n] on the token's loss."""
-    teacher: Voice
-    reference: Voice
+    teacher: TeacherOutput
+    reference: TeacherOutput
     temperature: float
 
 
@@ -157,9 +157,9 @@ class _Work:
         self.products.recycle()
         objective = self.objective
 
-        def ask(voice: Voice) -> Callable[[], tuple[Tensor, ...]]:
-            """The voice's products for this chunk, made when first asked for."""
-            return cache(partial(voice.tables, part, objective.temperature, self.products))
+        def ask(output: TeacherOutput) -> Callable[[], tuple[Tensor, ...]]:
+            """The output's products for this chunk, made when first asked for."""
+            return cache(partial(output.logits, part, objective.temperature, self.products))
 
         made = TokenLogits.of(self.hidden[part], self.head, objective.temperature, self.products)
         teacher, reference = ask(objective.teacher), ask(objective.reference)
@@ -170,9 +170,11 @@ class _Work:
             gradient = self._gradient(
                 Chunk(
                     student=student,
-                    teacher=cache(partial(self._say, objective.teacher, teacher, block, student)),
+                    teacher=cache(
+                        partial(self._target, objective.teacher, teacher, block, student)
+                    ),
                     reference=cache(
-                        partial(self._say, objective.reference, reference, block, student)
+                        partial(self._target, objective.reference, reference, block, student)
                     ),
                     ids=self.tokens.ids[inside],
                     logprob=student.logprob(self.tokens.ids[inside]),
@@ -188,16 +190,16 @@ class _Work:
         rows = BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1])
         return len(logits), max(rows, 1)
 
-    def _say(
+    def _target(
         self,
-        voice: Voice,
+        output: TeacherOutput,
         tables: Callable[[], tuple[Tensor, ...]],
         block: slice,
         student: TokenLogits,
     ) -> TokenLogits:
-        """What a voice says at the tokens of a block."""
+        """The distribution that a teacher or reference gives at the tokens of a block."""
         trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
-        return voice.combine(lambda: student, trunks)
+        return output.combine(lambda: student, trunks)
 
     def _gradient(self, chunk: Chunk, scale: Tensor) -> Tensor:
         """[n, V] of a block: d loss / d (h W^T + b)."""

@@ -1,11 +1,12 @@
 """Policy: the language model that is trained, its tokenizer, and what of it is trained."""
 
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora, Weights
-from scsdpo.policy.causal_lm import CausalLM
+from scsdpo.policy.causal_lm import TINY_FOLDER, CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows, hidden_states
 
 __all__ = [
+    "TINY_FOLDER",
     "Adapter",
     "CausalLM",
     "Chat",

@@ -11,16 +11,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.advantage import Plan, TopK
+from scsdpo.advantage import Divergence, Plan, TopK
+from scsdpo.cli.offline import own_parser, run_offline
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
-from scsdpo.module import PolicyOptimizer
-from scsdpo.offline import own_parser, run_offline
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import NoTeacher
+from scsdpo.training import PolicyOptimizer
+from scsdpo.training.update import Batch
 from scsdpo.types import Prompt, Sampling
-from scsdpo.update import Batch
 
 MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
 """sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> None:
 
 def _plotter() -> Callable[[dict[str, Any], Path], None]:
     try:
-        from scsdpo.lab.figures import plot_analysis
+        from scsdpo.evaluation.figures import plot_analysis
     except ImportError as error:
         raise ConfigurationError(
             f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"
@@ -103,8 +103,8 @@ class Probe:
         support = TopK(k=100, tail=True)
         log_s, log_t = student.logprob(ids), teacher.logprob(ids)
         values = {
-            "reverse_kl": support.credit(1.0, student, teacher, ids).objective,
-            "jsd": support.credit(0.5, student, teacher, ids).objective,
+            "reverse_kl": support.credit(Divergence(alpha=1.0), student, teacher, ids).objective,
+            "jsd": support.credit(Divergence(alpha=0.5), student, teacher, ids).objective,
             "log_teacher_over_student": log_t - log_s,
             "half_log_student_over_mixture": (log_s - torch.logaddexp(log_s, log_t) + math.log(2))
             / 2,

@@ -20,9 +20,9 @@ from scsdpo.loss import (
     chunks,
     credit_loss,
 )
+from scsdpo.loss.signals import Signals
 from scsdpo.policy import CausalLM, Rows
 from scsdpo.reduction import Reduction
-from scsdpo.signals import Signals
 from scsdpo.teacher import Teacher
 from scsdpo.types import Rollouts, TeacherContexts
 from scsdpo.weighting import TokenWeighting

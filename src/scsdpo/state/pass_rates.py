@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.distributed import all_gather
-from scsdpo.state import Stateful
+from scsdpo.state.stateful import Stateful
 from scsdpo.types import Outcomes
 
 

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from scsdpo.advantage import Advantage
-from scsdpo.compatibility import check_axes
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance
@@ -27,8 +26,9 @@ from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
 from scsdpo.teacher import NoTeacher, Teacher
+from scsdpo.training.compatibility import check_axes
+from scsdpo.training.update import Batch, Update
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
-from scsdpo.update import Batch, Update
 from scsdpo.verifiers import Verification, VerifierPool, report_errors
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 

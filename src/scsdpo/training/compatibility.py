@@ -8,7 +8,7 @@ from scsdpo.selection import Selection
 from scsdpo.weighting import TokenWeighting, Weighting
 
 if TYPE_CHECKING:
-    from scsdpo.module import PolicyOptimizer
+    from scsdpo.training import PolicyOptimizer
 
 
 def check_axes(module: "PolicyOptimizer", token_weighting: TokenWeighting) -> None:
