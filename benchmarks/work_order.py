@@ -154,7 +154,7 @@ class Ours:
         batch = self.module.prepare(rollouts, self.module.judge(rollouts))
         rows = range(self.order.questions * self.order.rollouts)
         budget = self.policy.token_budget()
-        for output, _ in self.module.update.losses(self.policy, batch, list(rows), budget):
+        for output, _ in self.module.steps.update.losses(self.policy, batch, list(rows), budget):
             yield output.loss
 
     def update(self, rollouts: Rollouts) -> float:

@@ -10,11 +10,11 @@ from scsdpo.loss import (
     LossOutput,
     NoImportance,
     Objective,
+    Signals,
+    TeacherOutput,
     Tokens,
-    Voice,
     credit_loss,
 )
-from scsdpo.loss.signals import Signals
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Outcomes, Verdict
 
@@ -49,8 +49,8 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     return Tokens(ids=ids, places=torch.arange(n), scale=scale, signals=signals)
 
 
-def voice(hidden: Tensor, head: nn.Linear) -> Voice:
-    return Voice(hidden=(hidden,), heads=(Head.of(head),), combine=NoTeacher().combine)
+def teacher_output(hidden: Tensor, head: nn.Linear) -> TeacherOutput:
+    return TeacherOutput(hidden=(hidden,), heads=(Head.of(head),), combine=NoTeacher().combine)
 
 
 def run(
@@ -71,8 +71,8 @@ def run(
     objective = Objective(
         credit=plan.credit,
         importance=importance.weigh,
-        teacher=voice(teacher, head),
-        reference=voice(teacher, head),
+        teacher=teacher_output(teacher, head),
+        reference=teacher_output(teacher, head),
         temperature=temperature,
     )
     return credit_loss(student, head, batch, objective)

@@ -12,10 +12,10 @@ from torch import nn
 from kernel_inputs import run, tokens
 from oracle import clipped_gradient, divergence, supported
 from scsdpo.advantage import (
-    Divergence,
     Advantage,
     BatchStd,
     Blend,
+    Divergence,
     Full,
     GroupMean,
     GroupPassRate,

@@ -39,9 +39,7 @@ def test_golden_loss_and_gradient(path):
     logits = data["student_logits"].requires_grad_()
 
     output = run(
-        SelfDistillation(
-            divergence=Divergence(alpha=setting["alpha"]), support=support
-        ),
+        SelfDistillation(divergence=Divergence(alpha=setting["alpha"]), support=support),
         logits[mask],
         data["teacher_logits"][mask],
         tokens(

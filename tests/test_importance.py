@@ -5,8 +5,15 @@ from itertools import product
 import pytest
 import torch
 
-from kernel_inputs import identity_head, outcomes, voice
-from scsdpo.advantage import Divergence, GroupRelative, LeaveOneOut, Sampled, SelfDistillation, Unscaled
+from kernel_inputs import identity_head, outcomes, teacher_output
+from scsdpo.advantage import (
+    Divergence,
+    GroupRelative,
+    LeaveOneOut,
+    Sampled,
+    SelfDistillation,
+    Unscaled,
+)
 from scsdpo.advantage.group_relative import SequenceLevel
 from scsdpo.loss import (
     NoImportance,
@@ -55,7 +62,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         signals=signals,
     )
     head = identity_head(V)
-    target = voice(z.detach() if teacher is None else teacher, head)
+    target = teacher_output(z.detach() if teacher is None else teacher, head)
     objective = Objective(
         credit=plan.credit,
         importance=importance.weigh,

@@ -9,8 +9,8 @@ from torch import nn
 from kernel_inputs import identity_head, run, tokens
 from oracle import clipped_gradient, divergence, supported
 from scsdpo.advantage import (
-    Divergence,
     Blend,
+    Divergence,
     Full,
     GroupRelative,
     LeaveOneOut,
@@ -175,7 +175,10 @@ def test_forbidden_tokens_leave_everything_finite(alpha, support):
     from scsdpo.loss import TokenLogits
 
     credit = support.credit(
-        Divergence(alpha=alpha), TokenLogits(student), TokenLogits(teacher), torch.zeros(3, dtype=torch.long)
+        Divergence(alpha=alpha),
+        TokenLogits(student),
+        TokenLogits(teacher),
+        torch.zeros(3, dtype=torch.long),
     )
     gradient = credit.logits_gradient(TokenLogits(student))
     assert gradient.isfinite().all() and credit.objective.isfinite().all()

@@ -346,7 +346,7 @@ def one_step(model):
     rows = list(range(len(rollouts.prompts) * G))
     model.policy.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
-    for output, _ in model.update.losses(model.policy, batch, rows, 40):
+    for output, _ in model.steps.update.losses(model.policy, batch, rows, 40):
         output.loss.backward()
         loss += output.loss.detach()
     return loss, model.policy.table.grad

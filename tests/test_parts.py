@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from kernel_inputs import run, tokens
 from oracle import divergence, supported
 from scsdpo.advantage import (
-    Divergence,
     K1,
     K2,
     K3,
     Blend,
+    Divergence,
     DivergenceMix,
     EntropyBonus,
     Failed,
@@ -89,7 +89,10 @@ SAME = {
         {"advantage": SelfDistillation(target=DivergenceMix(sharpness=0))},
         {},
     ),
-    "a clip above every summand = none": ({"advantage": SelfDistillation(divergence=Divergence(summand_clip=99.0))}, {}),
+    "a clip above every summand = none": (
+        {"advantage": SelfDistillation(divergence=Divergence(summand_clip=99.0))},
+        {},
+    ),
     "a floor of 1 = uniform tokens": ({"token_weighting": Position(floor=1.0)}, {}),
     "a filter that keeps all = uniform": ({"weighting": HardFilter(low=0, high=1)}, {}),
     "a product with uniform = its other factor": (

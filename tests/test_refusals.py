@@ -5,8 +5,8 @@ import math
 import pytest
 
 from scsdpo.advantage import (
-    Divergence,
     AllOf,
+    Divergence,
     DivergenceMix,
     GroupRelative,
     LogitMix,
@@ -28,7 +28,7 @@ from scsdpo.teacher import (
     RememberedDemonstration,
     Restart,
 )
-from scsdpo.training import PolicyOptimizer
+from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting import (
     FrozenPassRate,
@@ -77,6 +77,8 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
             ),
             "has no summands to clip",
         ),
+        (lambda: Limits(max_grad_norm=0.0), r"`Limits\(max_grad_norm=...\)` must be > 0"),
+        (lambda: Limits(max_bad_steps=0), r"`Limits\(max_bad_steps=...\)` must be >= 1, got 0"),
         (lambda: Restart(every=0), r"`Restart\(every=...\)` must be >= 1, got 0"),
         (lambda: Restart(rate=2), r"`Restart\(rate=...\)` must be in \[0, 1\], got 2"),
         (lambda: RememberedDemonstration(size=0), r"`RememberedDemonstration\(size=...\)`"),

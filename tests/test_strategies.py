@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kernel_inputs import outcomes
 from scsdpo.advantage import (
-    Divergence,
     BatchStd,
     Blend,
+    Divergence,
     Full,
     GroupMean,
     GroupPassRate,
@@ -207,7 +207,10 @@ def test_uniform_weights_are_one():
         (lambda: GroupRelative(clip_low=2), r"`GroupRelative\(clip_low=...\)` must be in \[0, 1\]"),
         (lambda: GroupRelative(clip_high=-1), r"`GroupRelative\(clip_high=...\)`"),
         (lambda: Divergence(alpha=2), r"`Divergence\(alpha=...\)` must be in \[0, 1\]"),
-        (lambda: SelfDistillation(support=Sampled()), "set divergence.alpha to 1 .* got Divergence.alpha=0.5"),
+        (
+            lambda: SelfDistillation(support=Sampled()),
+            "set divergence.alpha to 1 .* got Divergence.alpha=0.5",
+        ),
         (lambda: TopK(k=0), r"`TopK\(k=...\)` must be >= 1, got 0"),
         (lambda: Blend(parts=()), "at least one advantage"),
         (lambda: TokenSum(constant=0), r"`TokenSum\(constant=...\)` must be > 0"),

@@ -11,7 +11,7 @@ from scsdpo.advantage import SelfDistillation
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.reduction import TokenMean
 from scsdpo.teacher import EMA, SiblingDemonstration
-from scsdpo.training.update import token_budget
+from scsdpo.training.micro_batches import token_budget
 from scsdpo.weighting import TeacherEntropy, UniformTokens
 
 

@@ -11,8 +11,9 @@ import torch
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
 from scsdpo.selection import InformativePool
-from scsdpo.state import DecayedBeta
+from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
+from scsdpo.training import Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
 
@@ -54,7 +55,8 @@ def main() -> None:
     run.fit(model, data(Toys(16), Toys(6)))
     if run.is_global_zero:
         logged = {k: float(v) for k, v in run.callback_metrics.items()}
-        torch.save((model.state_dict(), run.global_step, logged), out)
+        kept = {f"{name}.remembered": value for name, value in all_remembered(model).items()}
+        torch.save((model.state_dict() | kept, run.global_step, logged), out)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from scsdpo import contracts
+from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Outcomes
 
@@ -57,3 +59,36 @@ class Advantage(NeedsSignals, ABC):
             outcomes: the batch's verdicts.
             available: [Q, G] bool: the rollout has a teacher prompt.
         """
+
+    def planned(self, outcomes: Outcomes, available: Tensor) -> Plan:
+        """What `plan` gives, checked; and its first credit, before it is used.
+
+        Raises:
+            ConfigurationError: if masks or credit are not of the shapes that a `Plan` says.
+        """
+        plan, name = self.plan(outcomes, available), type(self).__name__
+        shape = tuple(outcomes.rewards.shape)
+        for field in ("active", "needs_teacher", "needs_reference"):
+            contracts.mask(
+                getattr(plan, field), of=f"{name}.plan, {field}", axes="[Q, G]", shape=shape
+            )
+        return replace(plan, credit=_CheckedCredit(name, plan.credit))
+
+
+class _CheckedCredit:
+    """A plan's credit; the first chunk's is checked, so that a batch pays once."""
+
+    def __init__(self, name: str, credit: Callable[[Chunk], Credit]) -> None:
+        self.name, self.credit, self.checked = name, credit, False
+
+    def __call__(self, chunk: Chunk) -> Credit:
+        credit = self.credit(chunk)
+        if not self.checked:
+            if not isinstance(credit, Credit):
+                raise ConfigurationError(
+                    f"`{self.name}`: a plan's credit must be a DenseCredit, SparseCredit or "
+                    f"SumCredit, got {type(credit).__name__}"
+                )
+            credit.check(self.name, chunk.student.logits.shape)
+            self.checked = True
+        return credit.to(chunk.logprob.dtype)

@@ -76,7 +76,7 @@ class Blend(Advantage):
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         parts = [part for part in self.parts if part.weight != 0]
         whole = torch.ones_like(available, dtype=torch.float64)
-        plans = [(p.weight * whole, p.advantage.plan(outcomes, available)) for p in parts]
+        plans = [(p.weight * whole, p.advantage.planned(outcomes, available)) for p in parts]
         return combined(plans, available)
 
 

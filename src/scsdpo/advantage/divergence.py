@@ -64,12 +64,10 @@ class Divergence:
         return self._clipped(s, t, log_s, log_t)
 
     def _log_mixture(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        """log M."""
+        """Log M."""
         return torch.logaddexp(log_s + math.log1p(-self.alpha), log_t + math.log(self.alpha))
 
-    def _centred(
-        self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _centred(self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alpha
         if alpha == 0:
             return t - s, _expect(t, log_t - log_s).sum(-1)
@@ -84,9 +82,7 @@ class Divergence:
             value = value + alpha * _expect(t, log_t - log_m).sum(-1)
         return weighted - s * mean, value
 
-    def _clipped(
-        self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _clipped(self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alpha
         if alpha == 0:
             summands, values = _expect(t, log_t - log_s), t

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo import contracts
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.blend import combined
 from scsdpo.advantage.router import Every, Router
@@ -81,8 +82,14 @@ class Routed(Advantage):
         free = torch.ones_like(available)
         plans = []
         for route in self.routes:
-            mine = free & route.where.claims(outcomes, available)
+            claimed = contracts.mask(
+                route.where.claims(outcomes, available),
+                of=f"{type(route.where).__name__}.claims",
+                axes="[Q, G]",
+                shape=tuple(available.shape),
+            )
+            mine = free & claimed
             free = free & ~mine
-            plan = route.advantage.plan(outcomes, available)
+            plan = route.advantage.planned(outcomes, available)
             plans.append((route.weight * mine.double(), plan))
         return combined(plans, available)

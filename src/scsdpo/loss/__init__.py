@@ -8,7 +8,16 @@ from scsdpo.loss.importance import (
     SequenceImportance,
     TokenImportance,
 )
-from scsdpo.loss.kernel import LossOutput, Objective, TeacherOutput, Tokens, chunks, credit_loss
+from scsdpo.loss.kernel import (
+    LossOutput,
+    Objective,
+    Observer,
+    TeacherOutput,
+    Tokens,
+    chunks,
+    credit_loss,
+    unobserved,
+)
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
 from scsdpo.loss.signals import Derivation, NeedsSignals, Signals, mean_log_ratio
 
@@ -24,6 +33,7 @@ __all__ = [
     "NeedsSignals",
     "NoImportance",
     "Objective",
+    "Observer",
     "SamplerImportance",
     "SequenceImportance",
     "Signals",
@@ -36,4 +46,5 @@ __all__ = [
     "chunks",
     "credit_loss",
     "mean_log_ratio",
+    "unobserved",
 ]

@@ -56,6 +56,15 @@ class TeacherOutput:
         )
 
 
+Observer = Callable[[Chunk, Tensor], None]
+"""Looks at a block of n tokens and at -d loss / d z [n, V], z its temperature-scaled logits, with
+all that multiplies the loss. The table is written over afterwards: copy what is to be kept."""
+
+
+def unobserved(chunk: Chunk, credit: Tensor) -> None:
+    """Nobody looks."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Objective:
     """What the kernel needs to know of the strategies."""
@@ -67,6 +76,7 @@ class Objective:
     teacher: TeacherOutput
     reference: TeacherOutput
     temperature: float
+    observe: Observer = unobserved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -212,6 +222,8 @@ class _Work:
         # The last use of the student's probabilities: the gradient takes their place.
         gradient = student.probs.mul_(mass[:, None])
         credit.subtract(gradient, scale, student)
+        if self.objective.observe is not unobserved:
+            self.objective.observe(chunk, gradient * -self.objective.temperature)
         return gradient
 
 

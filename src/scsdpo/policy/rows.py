@@ -23,6 +23,11 @@ class Rows:
     """[R, L] bool: True at response tokens; N of them in all."""
     pad_id: int
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of the responses, and of each distinct prompt once."""
+        return int(self.mask.sum()) + sum(map(len, set(self.prompts)))
+
 
 def hidden_states(model: PreTrainedModel, rows: Rows, *, share_prefixes: bool) -> Tensor:
     """Final hidden states that predict the response tokens, in row-major order.

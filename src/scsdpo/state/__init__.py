@@ -2,7 +2,7 @@
 
 from scsdpo.state.pass_rates import DecayedBeta, Instant, MovingAverage, PassRates
 from scsdpo.state.schedule import Constant, Ramp, Schedule
-from scsdpo.state.stateful import Stateful, memory, nested_state
+from scsdpo.state.stateful import Stateful, all_remembered, memory, nested_state, remember_all
 
 __all__ = [
     "Constant",
@@ -13,6 +13,8 @@ __all__ = [
     "Ramp",
     "Schedule",
     "Stateful",
+    "all_remembered",
     "memory",
     "nested_state",
+    "remember_all",
 ]

@@ -1,7 +1,8 @@
 """Strategies that remember: what they keep is checkpointed, wherever they are nested."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from torch import nn
 
@@ -9,12 +10,44 @@ from torch import nn
 class Stateful(nn.Module):
     """A part of a strategy that changes during training.
 
-    What it keeps in buffers or `get_extra_state` (tensors and primitives only) is in the
-    checkpoint. Every rank keeps the same: what depends on a rank's questions is gathered first.
+    What it keeps in buffers, and what `remembered` gives, is in the checkpoint. Every rank keeps
+    the same: what depends on a rank's questions is gathered first.
     """
 
     def after_step(self) -> None:
         """Called once after each optimizer step that was taken."""
+
+    def remembered(self) -> dict[str, Any]:
+        """What to save beyond buffers: tensors and primitives only.
+
+        Not `get_extra_state`, which a sharded load loses without a word.
+        """
+        return {}
+
+    def remember(self, remembered: Mapping[str, Any]) -> None:
+        """Take back what `remembered` gave."""
+
+
+def all_remembered(owner: nn.Module) -> dict[str, dict[str, Any]]:
+    """What each `Stateful` in `owner` remembers, by the module's name."""
+    parts = {n: m.remembered() for n, m in owner.named_modules() if isinstance(m, Stateful)}
+    return {name: kept for name, kept in parts.items() if kept}
+
+
+def remember_all(owner: nn.Module, remembered: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give back what `all_remembered` gave.
+
+    Raises:
+        ValueError: if something belongs to no part of `owner`, or a part has nothing.
+    """
+    parts = {n: m for n, m in owner.named_modules() if isinstance(m, Stateful)}
+    odd = remembered.keys() ^ {name for name, part in parts.items() if part.remembered()}
+    if odd:
+        raise ValueError(
+            f"what strategies remember does not fit this configuration, e.g. {min(odd)!r}"
+        )
+    for name, kept in remembered.items():
+        parts[name].remember(kept)
 
 
 def memory(owner: nn.Module, strategies: Iterable[object]) -> nn.ModuleList:

@@ -1,66 +1,33 @@
-"""The update: from a batch of judged rollouts to gradients, one optimizer step at a time."""
+"""The update: from a batch of judged rollouts to losses with a gradient."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from scsdpo.advantage import Plan
+from scsdpo import contracts
 from scsdpo.loss import (
-    Buffers,
-    Head,
+    Chunk,
+    Derivation,
     Importance,
     LossOutput,
     Objective,
-    TokenLogits,
+    Observer,
+    Signals,
     Tokens,
-    Voice,
-    chunks,
     credit_loss,
+    unobserved,
 )
-from scsdpo.loss.signals import Signals
-from scsdpo.policy import CausalLM, Rows
+from scsdpo.metrics import PhaseTimer
+from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction
 from scsdpo.teacher import Teacher
-from scsdpo.types import Rollouts, TeacherContexts
+from scsdpo.training.batch import Batch
+from scsdpo.training.forwards import Forwards
+from scsdpo.training.measure import measure
 from scsdpo.weighting import TokenWeighting
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """What is known of R = Q * G rollouts before the first forward. Rows are q * G + g."""
-
-    rollouts: Rollouts
-    plan: Plan
-    weights: Tensor
-    """[Q, G] float64 question and rollout weights."""
-    teacher: TeacherContexts
-    reference: TeacherContexts
-    old_logprobs: Tensor
-    """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
-
-    @property
-    def ids(self) -> Tensor:
-        """[R, L] response ids."""
-        return self.rollouts.ids.flatten(0, 1)
-
-    @property
-    def mask(self) -> Tensor:
-        """[R, L] bool response mask."""
-        return self.rollouts.mask.flatten(0, 1)
-
-    @property
-    def active(self) -> Tensor:
-        """[R] bool: rollouts that can get credit; the others enter no forward."""
-        wanted = self.plan.active & (self.weights > 0) & (self.rollouts.lengths > 0)
-        return wanted.flatten()
-
-    def student_prompts(self) -> list[tuple[int, ...]]:
-        """[R] prompt ids."""
-        group = self.rollouts.ids.shape[1]
-        return [prompt.ids for prompt in self.rollouts.prompts for _ in range(group)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +35,15 @@ class Update:
     """Turns rows of a batch into losses with a gradient, micro-batch by micro-batch.
 
     Args:
-        teacher: speaks where the plan needs it.
+        teacher: asked where the plan needs it.
         reference: the same, for the anchor.
         token_weighting: factor on each token.
         reduction: how tokens add up; denominators are those of the whole optimizer step.
         importance: factor on each token from the sampler's log-probs.
         needs: fields of `Signals` that the strategies ask for: a pass without gradient fills them.
+        derivations: tables that strategies make of them.
+        observe: called by the kernel with each block's credit; for looking, changes nothing.
+        timer: told when a teacher runs.
     """
 
     teacher: Teacher
@@ -82,6 +52,9 @@ class Update:
     reduction: Reduction
     importance: Importance
     needs: frozenset[str]
+    derivations: tuple[Derivation, ...] = ()
+    observe: Observer = unobserved
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def losses(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
@@ -96,232 +69,76 @@ class Update:
             max_tokens: budget of a micro-batch, in distinct tokens of its larger forward. It
                 changes memory and speed, and no number.
         """
-        step = _Step(self, policy, batch, rows, max_tokens)
+        forwards = self._forwards(policy, batch, rows, max_tokens)
+        signals = measure(forwards, self.needs)
+        for make in (*batch.plan.derivations, *self.derivations):
+            signals.derive(make)
+        scale = self._scale(forwards, signals)
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
-        for micro in step.micro_batches:
-            yield step.loss(micro), step.of_tokens(micro, sampled)
+        for micro in forwards.micro_batches:
+            yield self._loss(forwards, signals, scale, micro), forwards.of_tokens(micro, sampled)
 
     def measure(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
     ) -> Tensor:
         """[R, L]: log S(y) of the active ones among `rows`, without gradient; nan elsewhere."""
-        measuring = replace(self, needs=frozenset({"student_logprob"}))
-        step = _Step(measuring, policy, batch, rows, max_tokens)
-        measured = batch.mask & step.chosen[:, None]
-        return torch.where(measured, step.signals.student_logprob, torch.nan)
+        forwards = self._forwards(policy, batch, rows, max_tokens)
+        signals = measure(forwards, {"student_logprob"})
+        measured = batch.mask & forwards.chosen[:, None]
+        return torch.where(measured, signals.student_logprob, torch.nan)
 
+    def _forwards(
+        self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
+    ) -> Forwards:
+        teachers = {"teacher": self.teacher, "reference": self.reference}
+        return Forwards(policy, teachers, batch, rows, max_tokens=max_tokens, timer=self.timer)
 
-class _Step:
-    """One optimizer step: its denominators, signals and scales, made before the first backward."""
-
-    def __init__(
-        self,
-        update: Update,
-        policy: CausalLM,
-        batch: Batch,
-        rows: Sequence[int],
-        max_tokens: int,
-    ) -> None:
-        self.update, self.policy, self.batch = update, policy, batch
-        self.prompts = {
-            "student": batch.student_prompts(),
-            "teacher": [ids for group in batch.teacher.ids for ids in group],
-            "reference": [ids for group in batch.reference.ids for ids in group],
-        }
-        self.reads = {
-            "teacher": batch.plan.needs_teacher.flatten(),
-            "reference": batch.plan.needs_reference.flatten(),
-        }
-        active = batch.active
-        index = torch.tensor(rows, dtype=torch.long, device=active.device)
-        self.chosen = torch.zeros_like(active).index_fill_(0, index, True) & active
-        self.lengths = batch.mask.sum(-1)
-        self.temperature = batch.rollouts.temperature
-        self.micro_batches = token_budget(
-            self.chosen.nonzero()[:, 0].tolist(),
-            self.lengths.tolist(),
-            list(self.prompts.values()),
-            group=batch.rollouts.ids.shape[1],
-            max_tokens=max_tokens,
-        )
-        self.kept: dict[tuple[int, str], Voice] = {}
-        self.signals = self._measure()
-        for make in (*batch.plan.derivations, *update.importance.derivations):
-            self.signals.derive(make)
-        self.scale = self._scale(index)
-
-    def _scale(self, index: Tensor) -> Tensor:
+    def _scale(self, forwards: Forwards, signals: Signals) -> Tensor:
         """[R, L]: denominator, question weight and token weight of every token."""
-        batch, update = self.batch, self.update
+        batch, index = forwards.batch, forwards.index
         coefficients = torch.zeros_like(batch.weights.flatten())
-        coefficients[index] = update.reduction.coefficients(
-            self.lengths[index], batch.active[index]
+        coefficients[index] = self.reduction.coefficients(
+            forwards.lengths[index], batch.active[index]
         ).to(coefficients.dtype)
-        distilled = batch.mask & (self.reads["teacher"] & self.chosen)[:, None]
-        per_token = update.token_weighting.weigh(self.signals, distilled)
+        distilled = batch.mask & (forwards.reads["teacher"] & forwards.chosen)[:, None]
+        per_token = contracts.weights(
+            self.token_weighting.weigh(signals, distilled),
+            of=f"{type(self.token_weighting).__name__}.weigh",
+            axes="[R, L]",
+            shape=tuple(distilled.shape),
+        )
         return (coefficients * batch.weights.flatten())[:, None] * per_token
 
-    def _rows(self, micro: Sequence[int], prompts: list[tuple[int, ...]]) -> Rows:
-        width = int(self.lengths[list(micro)].max())
-        return Rows(
-            prompts=[prompts[row] for row in micro],
-            ids=self.batch.ids[list(micro), :width],
-            mask=self.batch.mask[list(micro), :width],
-            pad_id=self.policy.chat.pad_id,
-        )
-
-    def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
-        """[N]: the entries of `table` [R, L] at the micro-batch's tokens, in row-major order."""
-        return table[list(micro)][self.batch.mask[list(micro)]]
-
-    def voice(self, slot: str, micro: list[int]) -> Voice:
-        """The teacher or reference on a micro-batch; what was measured is not run again."""
-        kept = self.kept.pop((micro[0], slot), None)
-        return self._run_voice(slot, micro) if kept is None else kept
-
-    def _run_voice(self, slot: str, micro: list[int]) -> Voice:
-        teacher = self.update.teacher if slot == "teacher" else self.update.reference
-        reads = self.reads[slot][micro]
-        some = [row for row, wanted in zip(micro, reads.tolist(), strict=True) if wanted]
-        if not some:
-            return Voice(hidden=(), heads=(), combine=teacher.combine)
-        rows = self._rows(some, self.prompts[slot])
-        runs = [self.policy.run(trunk, rows) for trunk in teacher.trunks(self.policy)]
-        # Rows without this voice keep zeros: their logits are uniform and no credit reads them.
-        here = self.of_tokens(micro, self.reads[slot][:, None].expand_as(self.batch.mask))
-        return Voice(
-            hidden=tuple(_place(hidden, here) for hidden, _ in runs),
-            heads=tuple(Head.of(head) for _, head in runs),
-            combine=teacher.combine,
-        )
-
-    def loss(self, micro: list[int]) -> LossOutput:
+    def _loss(
+        self, forwards: Forwards, signals: Signals, scale: Tensor, micro: list[int]
+    ) -> LossOutput:
         """The micro-batch's share of the step's loss."""
-        mask = self.batch.mask
+        mask = forwards.batch.mask
         places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         tokens = Tokens(
-            ids=self.of_tokens(micro, self.batch.ids),
-            places=self.of_tokens(micro, places),
-            scale=self.of_tokens(micro, self.scale),
-            signals=self.signals,
+            ids=forwards.of_tokens(micro, forwards.batch.ids),
+            places=forwards.of_tokens(micro, places),
+            scale=forwards.of_tokens(micro, scale),
+            signals=signals,
         )
         objective = Objective(
-            credit=self.batch.plan.credit,
-            importance=self.update.importance.weigh,
-            teacher=self.voice("teacher", micro),
-            reference=self.voice("reference", micro),
-            temperature=self.temperature,
+            credit=forwards.batch.plan.credit,
+            importance=self._importance,
+            teacher=forwards.take("teacher", micro),
+            reference=forwards.take("reference", micro),
+            temperature=forwards.temperature,
+            observe=self.observe,
         )
-        loss = partial(credit_loss, tokens=tokens, objective=objective)
-        return self.policy(self._rows(micro, self.prompts["student"]), loss)
+        return forwards.loss(micro, partial(credit_loss, tokens=tokens, objective=objective))
 
-    @torch.no_grad()
-    def _measure(self) -> Signals:
-        """The signals that strategies need, of every chosen row; zeros elsewhere."""
-        sampled = self.batch.rollouts.sampling_logprobs.flatten(0, 1)
-        signals = Signals.unmeasured(self.batch.mask, sampled, self.batch.old_logprobs)
-        measures_student = any(name.startswith("student") for name in self.update.needs)
-        measures_teacher = any(name.startswith("teacher") for name in self.update.needs)
-        for micro in self.micro_batches if self.update.needs else []:
-            student = cache(partial(self._run_student, micro))
-            if measures_student:
-                tables = signals.student_logprob, signals.student_entropy
-                self._read(micro, student(), tables)
-            if measures_teacher:
-                voice = self.kept[micro[0], "teacher"] = self._run_voice("teacher", micro)
-                tables = signals.teacher_logprob, signals.teacher_entropy
-                if voice.hidden:
-                    self._read(micro, partial(self._say, voice, student), tables)
-        return signals
+    def _importance(self, chunk: Chunk) -> Tensor:
+        return contracts.numbers(
+            self.importance.weigh(chunk),
+            of=f"{type(self.importance).__name__}.weigh",
+            axes="[n]",
+            shape=tuple(chunk.ids.shape),
+        )
 
-    def _run_student(self, micro: list[int]) -> Callable[[slice, Buffers], TokenLogits]:
-        """The current policy on a micro-batch, without gradient: slice of tokens -> logits."""
-        rows = self._rows(micro, self.prompts["student"])
-        hidden, linear = self.policy.run(self.policy.adapter.current(), rows)
-        head = Head.of(linear)
-        return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
-
-    def _say(
-        self,
-        voice: Voice,
-        student: Callable[[], Callable[[slice, Buffers], TokenLogits]],
-        part: slice,
-        buffers: Buffers,
-    ) -> TokenLogits:
-        tables = voice.tables(part, self.temperature, buffers)
-        trunks = tuple(TokenLogits(table, buffers) for table in tables)
-        return voice.combine(lambda: student()(part, buffers), trunks)
-
-    def _read(
-        self,
-        micro: list[int],
-        logits: Callable[[slice, Buffers], TokenLogits],
-        tables: tuple[Tensor, Tensor],
-    ) -> None:
-        """Write log-prob and entropy of a micro-batch's tokens into two tables [R, L]."""
-        ids = self.of_tokens(micro, self.batch.ids)
-        values = ids.new_zeros((2, len(ids)), dtype=torch.float64)
-        buffers = Buffers()
-        for part in chunks(len(ids), self.policy.vocabulary, ids.device):
-            buffers.recycle()
-            here = logits(part, buffers)
-            values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
-        mask = torch.zeros_like(self.batch.mask)
-        mask[micro] = self.batch.mask[micro]
-        for table, row in zip(tables, values, strict=True):
-            table[mask] = row  # both in row-major order: a micro-batch's rows ascend
-
-
-def token_budget(
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    prompts: Sequence[Sequence[tuple[int, ...]]],
-    *,
-    group: int,
-    max_tokens: int,
-) -> list[list[int]]:
-    """Micro-batches of rows, longest questions first, siblings together, rows ascending.
-
-    A micro-batch holds as many rows as fit the budget; its tokens are those of its larger
-    forward, each distinct prompt counted once. A row that alone exceeds the budget is a
-    micro-batch of its own.
-
-    Args:
-        rows: indices q * group + g of the rollouts to run.
-        lengths: [R] response tokens.
-        prompts: for each forward (student, teacher, ...) the [R] prompts.
-        group: rollouts a question.
-        max_tokens: the budget.
-    """
-    longest: dict[int, int] = {}
-    for row in rows:
-        total = lengths[row] + max(len(each[row]) for each in prompts)
-        longest[row // group] = max(total, longest.get(row // group, 0))
-    order = sorted(rows, key=lambda row: (-longest[row // group], row))
-    batches: list[list[int]] = []
-    met: list[set[tuple[int, ...]]] = [set() for _ in prompts]
-    totals = [0 for _ in prompts]
-    for row in order:
-        own = [each[row] for each in prompts]
-        grown = [
-            total + lengths[row] + (0 if prompt in seen else len(prompt))
-            for total, prompt, seen in zip(totals, own, met, strict=True)
-        ]
-        if batches and max(grown) <= max_tokens:
-            batches[-1].append(row)
-            totals = grown
-            for seen, prompt in zip(met, own, strict=True):
-                seen.add(prompt)
-        else:
-            batches.append([row])
-            met, totals = [{prompt} for prompt in own], [lengths[row] + len(p) for p in own]
-    return [sorted(batch) for batch in batches]
-
-
-def _place(values: Tensor, here: Tensor) -> Tensor:
-    """Rows of `values` at the True places of `here` [N], zeros elsewhere."""
-    if bool(here.all()):
-        return values
-    full = values.new_zeros((len(here), *values.shape[1:]))
-    full[here] = values
-    return full
+    def observed_by(self, observe: Observer) -> "Update":
+        """The same, looked at."""
+        return replace(self, observe=observe)

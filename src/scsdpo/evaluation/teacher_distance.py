@@ -1,0 +1,195 @@
+"""How far the teacher is, by correctness and pass rate (Figure 4 of SC-SDPO)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from scsdpo.advantage import Divergence, Plan, TopK
+from scsdpo.data import TaskDataModule
+from scsdpo.errors import ConfigurationError
+from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
+from scsdpo.policy import CausalLM
+from scsdpo.teacher import NoTeacher
+from scsdpo.training import Batch, PolicyOptimizer
+from scsdpo.types import Prompt, Sampling
+
+MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
+"""sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
+BINS = 40
+
+
+@dataclass
+class Row:
+    """One response that has a teacher."""
+
+    key: str
+    pass_rate: float
+    correct: bool
+    tokens: int
+    values: dict[str, float]
+    """Mean over its tokens of each of `MEASURES`, nats."""
+
+
+@dataclass
+class Probe:
+    """Credit of zero everywhere, that writes down the four measures on the way.
+
+    Args:
+        mask: [R, L] response tokens; the tables have its shape.
+    """
+
+    mask: Tensor
+    tables: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tables = {name: torch.zeros(self.mask.shape).double() for name in MEASURES}
+
+    def credit(self, chunk: Chunk) -> Credit:
+        """Write the measures of the chunk's tokens into the tables."""
+        # In float64, or the rounding of a tail near 0 would show in the reverse KL.
+        student = TokenLogits(chunk.student.logits.double())
+        teacher, ids = TokenLogits(chunk.teacher().logits.double()), chunk.ids
+        support = TopK(k=100, tail=True)
+        log_s, log_t = student.logprob(ids), teacher.logprob(ids)
+        values = {
+            "reverse_kl": support.credit(Divergence(alpha=1.0), student, teacher, ids).objective,
+            "jsd": support.credit(Divergence(alpha=0.5), student, teacher, ids).objective,
+            "log_teacher_over_student": log_t - log_s,
+            "half_log_student_over_mixture": (log_s - torch.logaddexp(log_s, log_t) + math.log(2))
+            / 2,
+        }
+        for name, value in values.items():
+            self.tables[name].view(-1)[chunk.places.cpu()] = value.cpu()
+        zeros = torch.zeros_like(chunk.student.logits)
+        return DenseCredit(values=zeros, objective=torch.zeros_like(chunk.logprob))
+
+
+class _Analysis(L.LightningModule):
+    """Runs a `PolicyOptimizer`'s policy and teacher over batches of questions."""
+
+    def __init__(self, model: PolicyOptimizer, rollouts: int, questions: int) -> None:
+        super().__init__()
+        self.model, self.left = model, questions
+        self.sampling = replace(model.sampling.at(0), n=rollouts)
+
+    @property
+    def policy(self) -> CausalLM:
+        """What the data module renders prompts for."""
+        return self.model.policy
+
+    def configure_model(self) -> None:
+        self.model.configure_model()
+
+    def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Row]:
+        """A row for each response that has a teacher."""
+        prompts = prompts[: self.left]
+        self.left -= len(prompts)
+        return measure_batch(self.model, prompts, self.sampling) if prompts else []
+
+
+def measure_batch(
+    model: PolicyOptimizer, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[Row]:
+    """Sample, judge, and measure the teacher on every response that it has something to say on."""
+    rollouts = model.rollout.sample(model.policy, prompts, sampling)
+    outcomes = model.judge(rollouts)
+    chat = model.policy.chat
+    contexts = model.teacher.contexts(chat, rollouts, outcomes)
+    available = contexts.available.to(rollouts.ids.device)
+    probe = Probe(rollouts.mask.flatten(0, 1))
+    plan = Plan(
+        active=available,
+        needs_teacher=available,
+        needs_reference=torch.zeros_like(available),
+        credit=probe.credit,
+    )
+    batch = Batch(
+        rollouts=rollouts,
+        outcomes=outcomes,
+        plan=plan,
+        weights=torch.ones_like(outcomes.rewards).double(),
+        teacher=contexts,
+        reference=NoTeacher().contexts(chat, rollouts, outcomes),
+        old_logprobs=torch.full_like(rollouts.policy_logprobs, torch.nan).flatten(0, 1),
+    )
+    update = replace(model.steps.update, needs=frozenset(), derivations=())
+    budget = model.limits.token_budget(model.policy)
+    with torch.no_grad():
+        for _ in update.losses(model.policy, batch, list(range(batch.mask.shape[0])), budget):
+            pass
+    lengths, mask = batch.mask.sum(-1).tolist(), batch.mask.cpu()
+    rows = []
+    for i in batch.active.nonzero()[:, 0].tolist():
+        q, g = divmod(i, sampling.n)
+        means = {name: float(t[i][mask[i]].mean()) for name, t in probe.tables.items()}
+        rate, right = float(outcomes.pass_rates[q]), bool(outcomes.successes[q, g])
+        rows.append(Row(prompts[q].key, rate, right, lengths[i], means))
+    return rows
+
+
+def measure(
+    trainer: L.Trainer,
+    model: PolicyOptimizer,
+    data: TaskDataModule,
+    questions: int,
+    rollouts: int,
+) -> dict[str, Any]:
+    """The four measures of each response, their densities and their means by pass rate.
+
+    Questions without a success are left out, as in the paper, whatever the context says of them.
+
+    Raises:
+        ConfigurationError: if there is no teacher, or nothing was solved.
+    """
+    if not model.teacher.exists:
+        raise ConfigurationError(
+            "model.teacher: NoTeacher says nothing to measure; choose EMA, Frozen or Live"
+        )
+    predicted = trainer.predict(_Analysis(model, rollouts, questions), data) or []
+    rows = [row for batch in predicted for row in batch if row.pass_rate > 0]
+    if not rows:
+        raise ConfigurationError(
+            f"no question of {questions} was solved in {rollouts} tries, so that no teacher had "
+            "anything to say: take easier questions or a better policy"
+        )
+    return {
+        "policy": model.policy.name_or_path,
+        "rollouts": rollouts,
+        "measures": {name: _summary(rows, name) for name in MEASURES},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _summary(rows: Sequence[Row], name: str) -> dict[str, object]:
+    """Histograms on common bins by correctness, and mean and std by pass rate."""
+    values = torch.tensor([row.values[name] for row in rows]).double()
+    correct = torch.tensor([row.correct for row in rows])
+    rates = torch.tensor([row.pass_rate for row in rows]).double()
+    low, high = float(values.min()), float(values.max())
+    edges = torch.linspace(low, max(high, low + 1e-12), BINS + 1).double()
+
+    def density(some: Tensor) -> list[float]:
+        return torch.histogram(some, edges, density=True).hist.tolist() if len(some) else []
+
+    groups = [(float(p), values[rates == p]) for p in rates.unique()]
+    return {
+        "edges": edges.tolist(),
+        "density": {"correct": density(values[correct]), "incorrect": density(values[~correct])},
+        "mean": {
+            "correct": _mean(values[correct]),
+            "incorrect": _mean(values[~correct]),
+        },
+        "by_pass_rate": [
+            {"pass_rate": p, "n": len(v), "mean": _mean(v), "std": float(v.std(correction=0))}
+            for p, v in groups
+        ],
+    }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
