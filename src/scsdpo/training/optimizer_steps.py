@@ -1,8 +1,8 @@
 """The optimizer steps on one batch of rollouts."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import lightning as L
@@ -17,10 +17,12 @@ from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
 from scsdpo.metrics import GapCheck, log_figures, token_metrics
 from scsdpo.policy import CausalLM
+from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
+from scsdpo.types import stable_hash
 
 
 class OptimizerSteps(nn.Module):
@@ -118,7 +120,7 @@ class OptimizerSteps(nn.Module):
         """The loss here, and per micro-batch the kernel's output and the sampler's log-probs."""
         loss = torch.zeros((), dtype=torch.float64, device=host.device)
         outputs = []
-        with _unsynchronized(host):
+        with _unsynchronized(host), _seeded(host):
             budget = self.limits.token_budget(policy)
             for output, sampled in self.update.losses(policy, batch, rows, budget):
                 host.manual_backward(output.loss)
@@ -187,6 +189,15 @@ def _split(questions: int, group: int, parts: int) -> list[list[int]]:
     """Rows of each step: questions in order, in nearly equal parts."""
     rows = torch.arange(questions * group).view(questions, group)
     return [part.flatten().tolist() for part in rows.tensor_split(parts)]
+
+
+@contextmanager
+def _seeded(host: L.LightningModule) -> Iterator[None]:
+    """Dropout draws by the run's seed, step and rank, also in a run that was resumed."""
+    devices = [host.device] if host.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stable_hash(run_seed(), host.trainer.global_step, host.global_rank))
+        yield
 
 
 def _unsynchronized(host: L.LightningModule) -> AbstractContextManager[None]:
