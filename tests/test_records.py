@@ -25,19 +25,21 @@ def lasting(records):
 
 def test_lines_are_appended_extended_and_cut(tmp_path):
     file = JsonLines(tmp_path / "new" / "x.jsonl")
+    assert file.last == {}
     for number in range(4):
-        file.append({"n": number, "odd": math.nan, "far": [math.inf, 1.5]})
-    file.extend({"val": 1, "odd": 2})
-    assert lines(file.path)[-1] == {"n": 3, "odd": 2, "far": [None, 1.5], "val": 1}
-    file.extend({"val": 0})
-    assert len(lines(file.path)) == 4 and lines(file.path)[-1]["val"] == 0
+        file.append({"batch": number, "odd": math.nan, "far": [math.inf, 1.5]})
+    file.extend({"val": 1.25, "odd": 2})
+    assert file.last == lines(file.path)[-1]
+    assert file.last == {"batch": 3, "odd": 2, "far": [None, 1.5], "val": 1.25}
+    file.extend({"val": 0})  # a shorter line than before
+    assert len(lines(file.path)) == 4 and file.last["val"] == 0
     with file.path.open("a") as torn:
-        torn.write('{"n": 4, "od')  # a write that was killed
+        torn.write('{"batch": 4, "od')  # a write that was killed
     file.cut(9)
-    assert [line["n"] for line in lines(file.path)] == [0, 1, 2, 3]
-    file.cut(2)
-    file.append({"n": "new"})
-    assert [line["n"] for line in lines(file.path)] == [0, 1, "new"]
+    assert [line["batch"] for line in lines(file.path)] == [0, 1, 2, 3]
+    file.cut(1)
+    file.append({"batch": 7})
+    assert [line["batch"] for line in lines(file.path)] == [0, 1, 7]
 
 
 def test_another_runs_file_is_set_aside(tmp_path):
@@ -85,13 +87,14 @@ class SaveAt(L.Callback):
 
 
 def logger(tmp_path, version):
-    return CSVLogger(tmp_path, name="run", version=version)
+    return TensorBoardLogger(tmp_path, name="run", version=version)
 
 
 @pytest.mark.parametrize("version", ["same", "other"])
 def test_after_a_resume_every_batch_is_there_once(qwen3, tmp_path, version):
     def fit(folder, **settings):
-        made = trainer(tmp_path, logger=logger(tmp_path, folder), val_check_interval=2)
+        log = {"logger": logger(tmp_path, folder), "log_every_n_steps": 1}
+        made = trainer(tmp_path, val_check_interval=2, **log)
         made.callbacks.append(SaveAt(tmp_path / "run" / folder / "checkpoints" / "x.ckpt", 2))
         made.fit(module(qwen3), data(Toys(24)), **settings)
         return tmp_path / "run" / folder / "metrics.jsonl"
