@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import Source, source_key
 from scsdpo.data.rendered import Rendered, rendered, too_long, warn_dropped
+from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Prompt, stable_hash
 
@@ -88,7 +89,8 @@ class _Forward(Feed):
     def __getitem__(self, number: int) -> Prompt:
         if number <= self._at or self._at < 0:
             self._prompts, self._at = self._endless(), -1
-        prompt = next(itertools.islice(self._prompts, number - self._at - 1, None))
+        ahead, self._at = number - self._at - 1, -1  # after an error, reading starts again
+        prompt = next(itertools.islice(self._prompts, ahead, None))
         self._at = number
         return prompt
 
@@ -115,7 +117,7 @@ class _Forward(Feed):
 
 
 class Mixture(Dataset[Prompt]):
-    """Several feeds, by (which feed, number in it)."""
+    """Several feeds, by (which feed, number in it); what is wrong with one names its source."""
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
         self.feeds = feeds
@@ -125,7 +127,18 @@ class Mixture(Dataset[Prompt]):
 
     def __getitem__(self, draw: tuple[int, int]) -> Prompt:
         feed, number = draw
-        return self.feeds[feed][number]
+        with blamed_on(source_key("train", feed, len(self.feeds))):
+            return self.feeds[feed][number]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Prompt] | ConfigurationError:
+        """The prompts of a batch, or what is wrong with a source.
+
+        Not raised: what a worker process raises comes out of it as the text of a traceback.
+        """
+        try:
+            return [self[draw] for draw in draws]
+        except ConfigurationError as error:
+            return error
 
 
 def schedule(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:

@@ -12,11 +12,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import Source, source_key
 from scsdpo.data.feed import FILTER_AHEAD, Feed, Mixture
 from scsdpo.data.loader import EpochSampler, PromptBatch, QuestionLoader
 from scsdpo.data.rendered import Rendered
-from scsdpo.data.startup import check_start
+from scsdpo.data.startup import check_golds, check_start, warn_shared
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Prompt, stable_hash
@@ -114,10 +114,7 @@ class TaskDataModule(LightningDataModule):
         if stage == "fit":
             check_start(module, self.train_sources)
             self.train_set = Mixture(
-                [
-                    Feed.of(source, chat, self.max_prompt_tokens, stable_hash(self.seed, number))
-                    for number, source in enumerate(self.train_sources)
-                ]
+                [self._feed(number, chat) for number in range(len(self.train_sources))]
             )
             if len(self.train_set) < self.questions_per_batch:
                 raise ValueError(
@@ -128,22 +125,28 @@ class TaskDataModule(LightningDataModule):
                 key for feed in self.train_set.feeds for key in feed.question_keys()
             )
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
+        if stage == "fit" and self.val_set:
+            parts = cast(list[Rendered], self.val_set.datasets)
+            asked = [part.prompts[index] for part in parts for index in part.kept]
+            warn_shared(self.train_sources, asked)
+
+    def _feed(self, number: int, chat: Chat) -> Feed:
+        source, sources = self.train_sources[number], len(self.train_sources)
+        with blamed_on(source_key("train", number, sources)):
+            return Feed.of(source, chat, self.max_prompt_tokens, stable_hash(self.seed, number))
 
     def _in_order(
         self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
     ) -> ConcatDataset[Prompt]:
         """The first questions of each source; of several, categories begin with its name."""
-        return ConcatDataset(
-            [
-                Rendered(
-                    _head(source, most, named=len(sources) > 1),
-                    source.name,
-                    chat,
-                    self.max_prompt_tokens,
-                )
-                for source in sources
-            ]
-        )
+        parts = []
+        split = "train" if sources is self.train_sources else "val"
+        for number, source in enumerate(sources):
+            with blamed_on(source_key(split, number, len(sources))):
+                check_golds(source)
+                head = _head(source, most, named=len(sources) > 1)
+                parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
+        return ConcatDataset(parts)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
