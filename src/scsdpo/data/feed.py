@@ -3,6 +3,7 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -127,7 +128,7 @@ class Mixture(Dataset[Prompt]):
 
     def __getitem__(self, draw: tuple[int, int]) -> Prompt:
         feed, number = draw
-        with blamed_on(source_key("train", feed, len(self.feeds))):
+        with self._blamed(feed):
             return self.feeds[feed][number]
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Prompt] | ConfigurationError:
@@ -139,6 +140,15 @@ class Mixture(Dataset[Prompt]):
             return [self[draw] for draw in draws]
         except ConfigurationError as error:
             return error
+
+    def question_keys(self) -> Iterator[str]:
+        """Keys of each feed's first prompts."""
+        for number, feed in enumerate(self.feeds):
+            with self._blamed(number):
+                yield from feed.question_keys()
+
+    def _blamed(self, feed: int) -> AbstractContextManager[None]:
+        return blamed_on(source_key("train", feed, len(self.feeds)))
 
 
 def schedule(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:

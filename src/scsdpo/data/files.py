@@ -48,11 +48,11 @@ def _lines(path: Path) -> Numbered:
 
 def _line(line: bytes, where: str) -> Row | BrokenRow:
     try:
-        return _row(json.loads(line.decode()), where)
+        return _row(json.loads(line.decode().rstrip()), where)
     except UnicodeDecodeError as error:
         return BrokenRow(f"{where} is not UTF-8 text ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
-        return BrokenRow(f"{where} is not JSON ({error.msg} at character {error.pos + 1})")
+        return BrokenRow(f"{where} is not JSON ({error.msg}: character {error.pos + 1})")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 5,000 brackets
         return BrokenRow(f"{where} is not JSON ({error})")
 

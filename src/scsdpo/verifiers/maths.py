@@ -106,17 +106,21 @@ def _readable(answer: str) -> bool:
 
     Parsing takes 5 ms, and few texts need it.
     """
-    paired = all(
-        len(re.findall(rf"\\{start}(?![a-zA-Z])", answer))
-        == len(re.findall(rf"\\{end}(?![a-zA-Z])", answer))
-        for start, end in (("left", "right"), ("begin", "end"))
-    )
-    special = "\\boxed" in answer or _DOLLAR.search(answer)
     text = answer.strip()
+    if not _is_whole(text):
+        return False
+    special = "\\boxed" in answer or _DOLLAR.search(answer)
     said = text.strip("\"'$\\")  # math-verify cleans these away
-    if paired and said and not special and final_answer(f"\\boxed{{{text}}}") == text:
+    if said and not special and final_answer(f"\\boxed{{{text}}}") == text:
         return True
     return any(not isinstance(part, str) for part in _gold(answer))
+
+
+def _is_whole(text: str) -> bool:
+    r"""Whether braces, \left and \begin are closed: of a torn text math-verify reads a part."""
+    bare = re.sub(r"\\[\\{}]", " ", text)
+    pairs = ((r"\{", r"\}"), (r"\\left\b", r"\\right\b"), (r"\\begin\b", r"\\end\b"))
+    return all(len(re.findall(a, bare)) == len(re.findall(b, bare)) for a, b in pairs)
 
 
 def _unreadable(answer: str) -> str:
