@@ -109,8 +109,8 @@ def _readable(answer: str) -> bool:
     text = answer.strip()
     if not _is_whole(text):
         return False
-    special = "\\boxed" in answer or _DOLLAR.search(answer)
-    said = text.strip("\"'$\\")  # math-verify cleans these away
+    said = text.strip("\"'$\\ ")  # math-verify cleans these away
+    special = "\\boxed" in said or "\n" in said or _DOLLAR.search(said)
     if said and not special and final_answer(f"\\boxed{{{text}}}") == text:
         return True
     return any(not isinstance(part, str) for part in _gold(answer))
