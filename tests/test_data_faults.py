@@ -268,6 +268,17 @@ def test_an_unreadable_gold_answer_in_memory_is_an_error_at_start_up(chat, train
         run(chat, data, 1)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("many", [False, True])
+def test_a_broken_row_of_validation_names_val(chat, tmp_path, streaming, many):
+    path = damaged(tmp_path / "x.jsonl", BROKEN["torn"][0])
+    torn = Records(path, Coin(), prompt="question", streaming=streaming)
+    data = TaskDataModule(Toys(), [Toys(2), torn] if many else torn, questions_per_batch=1)
+    key = r"data.val\[1\]" if many else "data.val"
+    with pytest.raises(ConfigurationError, match=rf"^{key}: `Records.* line 5 is not JSON"):
+        run(chat, data, 1)
+
+
 def test_answers_after_the_first_20_000_are_not_checked(tmp_path, monkeypatch):
     monkeypatch.setattr("scsdpo.data.prompts.CHECK_AHEAD", 4)
     path = damaged(tmp_path / "x.jsonl", LACKING["gold"][0])

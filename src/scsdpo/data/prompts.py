@@ -84,4 +84,6 @@ def check_gold(prompt: Prompt, where: str) -> None:
     try:
         prompt.verifier.check(prompt)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(
+            f"{where}: {error}; no response could be right: mend the answer, or remove the row"
+        ) from error

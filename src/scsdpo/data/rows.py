@@ -116,7 +116,7 @@ class Rows:
             raise ValueError(
                 f"`{self.owner}`: {self.path} has no split {self.split!r}, only {', '.join(saved)}"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"`{self.owner}`: neither a file or folder here nor a set that the Hugging Face "
                 f"hub gives ({error})"

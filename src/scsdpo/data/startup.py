@@ -16,7 +16,7 @@ from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
 
-SHARED_AHEAD = 2_000
+SHARED_AHEAD = 1_000
 """Questions of a stream, or of a large source, that are compared with those of validation."""
 _WORD = "scsdpo"
 _log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ def check_start(module: Any, sources: Sequence[Source]) -> None:
         sources: of training questions; the first prompt of each is tried.
 
     Raises:
-        ValueError: if a source has no prompt, or they do not agree; with the remedy.
+        ConfigurationError: if a source has no prompt, a gold answer cannot be read, or they do not
+            agree; with the source's key and the remedy.
     """
     chat: Chat = module.policy.chat
     for number, source in enumerate(sources):
@@ -65,7 +66,6 @@ def check_golds(source: Source) -> None:
             check_gold(prompt, f"prompt {number} of {source.name!r}")
 
 
-@rank_zero_only
 def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> None:
     """Log, in one line, how many validation questions are among the first ones of training.
 
@@ -74,18 +74,26 @@ def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> None:
     Args:
         train: sources of training questions.
         val: the validation questions.
+
+    Raises:
+        ConfigurationError: if a source cannot be read.
     """
     keys: set[str] = set()
-    for source in train:
-        small = not source.sequential and len(source) <= CHECK_AHEAD
-        first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
-        keys.update(prompt.key for prompt in first)
-    both = [prompt.key for prompt in val if prompt.key in keys]
+    for number, source in enumerate(train):
+        with blamed_on(source_key("train", number, len(train))):
+            small = not source.sequential and len(source) <= CHECK_AHEAD
+            first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
+            keys.update(prompt.key for prompt in first)
+    _log_shared([prompt.key for prompt in val if prompt.key in keys], len(val))
+
+
+@rank_zero_only
+def _log_shared(both: Sequence[str], of: int) -> None:
     if both:
         _log.warning(
             "data.val: %d of %d questions, such as %s, are in data.train too: what is measured on "
             "them is not held out",
-            *(len(both), len(val), both[0]),
+            *(len(both), of, both[0]),
         )
 
 
