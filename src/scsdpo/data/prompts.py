@@ -73,9 +73,9 @@ def table_prompts(
         )
         for question, gold, turn in zip(questions, answers, systems, strict=True)
     ]
-    for index, row in enumerate(prompts):
+    for index, made in enumerate(prompts):
         if table.number(index) <= CHECK_AHEAD:
-            check_gold(row, table.where(index))
+            check_gold(made, table.where(index))
     return prompts
 
 
