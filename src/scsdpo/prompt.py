@@ -65,6 +65,15 @@ class Verifier(ABC):
         run: a verifier that cannot work at all is a mistake in the configuration.
         """
 
+    def check(self, prompt: Prompt) -> None:  # noqa: B027
+        """Whether `verify` can read the gold answer of `prompt`; without this, any.
+
+        Called in the training process, for the first 20,000 prompts of a source before training.
+
+        Raises:
+            ValueError: if it cannot, so that no response to the prompt would ever be right.
+        """
+
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """The verdict on one response. It may be slow, hang, raise or exit: `VerifierPool` contains

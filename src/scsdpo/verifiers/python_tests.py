@@ -59,6 +59,10 @@ class PythonTests(Verifier):
         """Run an empty program, so that a system without the means is found at the start."""
         _check_system()
 
+    def check(self, prompt: Prompt) -> None:
+        """Whether it is a list of tests."""
+        _tests(prompt.answer)
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the code."""
         try:
