@@ -13,9 +13,12 @@ from functools import cache
 from pathlib import Path
 
 from scsdpo.prompt import Prompt, Verdict
+from scsdpo.verifiers import landlock
 from scsdpo.verifiers._base import Verifier
 from scsdpo.verifiers.seccomp import ARCHITECTURES, program
 
+_READ_ANY_FILE = 1 << 2
+"""CAP_DAC_READ_SEARCH: root's Python may stand in another user's folder."""
 SANDBOX = Path(__file__).with_name("sandbox.py")
 # Possessive, lest a long run of blanks be divided in every way.
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
@@ -119,14 +122,13 @@ def _run(
     secret = secrets.token_hex(16)
     job = {
         "secret": secret,
-        "filter": program(platform.machine()).hex(),
+        **_walls(),
         "code": code,
         "tests": tests,
         "cpu_seconds": math.ceil(seconds),
         "memory_mb": memory_mb,
     }
     command = [sys.executable, "-I", "-B", str(SANDBOX)]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     timed_out = False
     with tempfile.TemporaryFile() as report:
         try:
@@ -136,7 +138,7 @@ def _run(
                 stdout=report,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                env=environment,
+                env={},
                 timeout=seconds,
                 check=False,
             )
@@ -146,6 +148,18 @@ def _run(
         lines = report.read().decode(errors="replace").split("\n")
     marked = [line.removeprefix(secret) for line in lines if line.startswith(f"{secret} ")]
     return [json.loads(line) for line in marked], timed_out
+
+
+@cache
+def _walls() -> dict[str, object]:
+    """What the kernel is told to keep the code from."""
+    interface = landlock.version()
+    return {
+        "filter": program(platform.machine()).hex(),
+        "ruleset": landlock.ruleset(interface).hex() if interface else "",
+        "readable": landlock.readable(),
+        "capabilities": _READ_ANY_FILE,
+    }
 
 
 @cache
