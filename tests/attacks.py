@@ -1,8 +1,8 @@
 """Ways out of a process, as programs: each hurts a decoy of the test's, or says that it could.
 
 A program knows its decoys by name: a process VICTIM with a secret in its environment, and its
-standard input from FILE; a file FILE with the secret, in FOLDER; a datagram socket at SOCKET; System V's
-QUEUE and SEGMENT; LINK, which leads to FILE and to a file of Python's in turns.
+standard input from FILE; a file FILE with the secret, in FOLDER; a datagram socket at SOCKET;
+System V's QUEUE and SEGMENT; LINK, which leads to FILE and to a file of Python's in turns.
 """
 
 import platform
@@ -70,7 +70,9 @@ SIGNALS = (
     Attack("a queued signal", "libc.sigqueue(VICTIM, 9, None)"),
     Attack("tgkill", "call(131 if ARM else 234, VICTIM, VICTIM, 9)"),
     Attack("a signal by pidfd", "signal.pidfd_send_signal(os.pidfd_open(VICTIM), 9)"),
-    Attack("a timer that signals", "hurts(libc.timer_create(0, None, ctypes.create_string_buffer(8)))"),
+    Attack(
+        "a timer that signals", "hurts(libc.timer_create(0, None, ctypes.create_string_buffer(8)))"
+    ),
     Attack("to outlive its parent", "hurts(libc.prctl(1, 0, 0, 0, 0))"),
     Attack("to leave its session", "hurts(os.setsid() or 0)", sure=False),
 )
@@ -156,7 +158,9 @@ CHANGING = (
         "call(463, -100, FILE.encode(), 0, b'user.x', how, 16)",
         sure=False,
     ),
-    Attack("a lock on a file of Python's", "fcntl.flock(open(os.__file__), fcntl.LOCK_EX); hurts(0)"),
+    Attack(
+        "a lock on a file of Python's", "fcntl.flock(open(os.__file__), fcntl.LOCK_EX); hurts(0)"
+    ),
     Attack("a record lock", "fcntl.lockf(open(os.__file__), fcntl.LOCK_SH); hurts(0)"),
     Attack("a lease", "fcntl.fcntl(open(os.__file__), 1024, 0); hurts(0)", sure=False),
     Attack("a message to a socket", _pair("DGRAM") + "a.sendto(b'HURT', SOCKET)"),

@@ -1,4 +1,4 @@
-"""The sandbox of PythonTests: no attack hurts its decoy, and each does where there is no sandbox."""
+"""The sandbox of PythonTests: no attack hurts its decoy, and each does without the sandbox."""
 
 import ctypes
 import itertools
@@ -177,6 +177,36 @@ def test_without_the_sandbox_it_hurts(attack, decoys, walls):
     assert hurt, said
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has what is dropped")
+@all_attacks(lambda attack: attack.landlock and "{VICTIM}" in attack.code)
+def test_even_without_landlock_root_keeps_other_processes_to_itself(attack, decoys, walls):
+    walls(ruleset="")
+    said = run(attack, decoys)
+    assert not decoys.hurt_by(said), said
+    walls(ruleset="", capabilities=0xFFFFFFFF)
+    said = run(attack, decoys)
+    assert decoys.hurt_by(said), said
+
+
+def test_what_a_kernel_without_landlock_leaves_open_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(landlock, "version", lambda: 0)
+    python_tests._tell_what_is_open.cache_clear()
+    PythonTests()
+    PythonTests()
+    assert len(caplog.messages) == 1
+    assert "no Landlock" in caplog.messages[0]
+    python_tests._tell_what_is_open.cache_clear()
+
+
+@pytest.mark.parametrize("interface", range(1, landlock.version() + 1))
+def test_every_version_of_landlock_that_this_kernel_has_keeps_the_secret(interface, decoys, walls):
+    walls(ruleset=landlock.ruleset(interface).hex())
+    (attack,) = (attack for attack in ATTACKS if attack.name == "a file")
+    said = run(attack, decoys)
+    assert "Permission denied" in said
+    assert not decoys.hurt_by(said)
+
+
 LOOK = """
 import os
 for number in range(64):
@@ -199,4 +229,3 @@ def test_it_inherits_no_descriptor_and_no_environment(decoys, monkeypatch):
     carrying = lambda *args, env, **options: run(*args, env=os.environ, **options)  # noqa: E731
     monkeypatch.setattr(subprocess, "run", carrying)
     assert decoys.hurt_by(feedback("import os; raise SystemExit(os.environ['TOKEN'])"))
-

@@ -57,4 +57,3 @@ def readable() -> list[str]:
     python = [sysconfig.get_path(name) for name in names] + site.getsitepackages()
     python.append(os.path.join(sys.base_prefix, "lib"))
     return sorted({*python, *_LIBRARIES, *_SYSTEM})
-

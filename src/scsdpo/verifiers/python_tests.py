@@ -1,6 +1,7 @@
 """Verifier that runs the tests of a program."""
 
 import json
+import logging
 import math
 import platform
 import re
@@ -24,6 +25,8 @@ SANDBOX = Path(__file__).with_name("sandbox.py")
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
 _END = re.compile(r"^[ \t]*+```[ \t\r]*+$", re.MULTILINE)
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PythonTests(Verifier):
@@ -33,11 +36,13 @@ class PythonTests(Verifier):
     `["assert add(1, 2) == 3"]`, run one after the other in the code's namespace until one fails;
     standard input is empty, and output is discarded.
 
-    The code runs in a process of its own, with limits on CPU time, wall-clock time and memory, and
-    under a system call filter: the kernel refuses it the network, other programs and processes,
-    signals, and every change of a file (`scsdpo.verifiers.seccomp`). It can read what the user can
-    read. It shares its process with the tests: a program that is written to deceive can make them
-    pass. Linux on x86-64 or arm64 only.
+    The code runs in a process of its own, with limits on CPU time, wall-clock time and memory, an
+    empty environment and no descriptor but its own, and under a system call filter: the kernel lets
+    it compute and read, and refuses the network, other programs and processes, signals, locks and
+    every change of a file (`scsdpo.verifiers.seccomp`). Where the kernel has Landlock, it can open
+    Python's own files alone (`scsdpo.verifiers.landlock`); where it has not, whatever the user can
+    read, which is logged. It shares its process with the tests: a program that is written to
+    deceive can make them pass. Linux on x86-64 or arm64 only.
 
     Args:
         seconds: wall-clock and CPU time of code and tests together. Keep it below
@@ -58,6 +63,7 @@ class PythonTests(Verifier):
             raise ValueError(f"`PythonTests(seconds=...)` must be > 0, got {self.seconds}")
         if self.memory_mb < 64:
             raise ValueError(f"`PythonTests(memory_mb=...)` must be >= 64, got {self.memory_mb}")
+        _tell_what_is_open()
 
     def prepare(self) -> None:
         """Run an empty program, so that a system without the means is found at the start."""
@@ -147,7 +153,16 @@ def _run(
         report.seek(0)
         lines = report.read().decode(errors="replace").split("\n")
     marked = [line.removeprefix(secret) for line in lines if line.startswith(f"{secret} ")]
-    return [json.loads(line) for line in marked], timed_out
+    return [_end(line) for line in marked], timed_out
+
+
+def _end(line: str) -> str | None:
+    """What a line of the report says; code that has found the secret may write anything."""
+    try:
+        end = json.loads(line)
+    except (ValueError, RecursionError):
+        end = line
+    return end if isinstance(end, str | None) else line
 
 
 @cache
@@ -160,6 +175,16 @@ def _walls() -> dict[str, object]:
         "readable": landlock.readable(),
         "capabilities": _READ_ANY_FILE,
     }
+
+
+@cache
+def _tell_what_is_open() -> None:
+    if sys.platform.startswith("linux") and not landlock.version():
+        _log.warning(
+            "PythonTests: this kernel has no Landlock, or has it switched off. The code that is "
+            "judged can change and reach nothing, but it can read what this user can read: files, "
+            "and, unless the user is root, the environment and the memory of the user's processes"
+        )
 
 
 @cache
