@@ -9,6 +9,8 @@ _DIGEST_BYTES = 8
 
 def valid(text: str) -> str:
     """The same text with halves of surrogate pairs joined, and U+FFFD for one that is alone."""
+    if text.isascii():
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

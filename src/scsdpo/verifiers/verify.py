@@ -4,8 +4,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.prompt import Prompt, Verdict
@@ -41,29 +40,31 @@ def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
     Its texts are valid, and cut where they are longer than `MAX_ANSWER`, `max_feedback` and
     `MAX_ERROR` characters.
     """
+    home = os.getpid()
+    try:
+        return _judged(prompt, response, max_feedback)
+    finally:
+        _end_copy(home)
+
+
+def _judged(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
     name = type(prompt.verifier).__name__
-    with one_process():
-        try:
-            verdict = prompt.verifier.verify(prompt, response)
-            if _is_sound(verdict):
-                return _tidy(verdict, max_feedback)
-            why = f"{name} returned {_shown(verdict)}"
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            why = f"{name}: {_shown(error)}"
+    try:
+        verdict = prompt.verifier.verify(prompt, response)
+        if _is_sound(verdict):
+            return _tidy(verdict, max_feedback)
+        why = f"{name} returned {_shown(verdict)}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        why = f"{name}: {_shown(error)}"
     return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    """What runs inside may fork: the copy of this process ends where the body does."""
-    home = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != home:
-            os._exit(0)
+def _end_copy(home: int) -> None:
+    """Where a verifier has forked and let the child return, the child ends here."""
+    if os.getpid() != home:
+        os._exit(0)
 
 
 def _tidy(verdict: Verdict, max_feedback: int) -> Verdict:
@@ -101,12 +102,13 @@ def prepare_all(verifiers: Iterable[Verifier]) -> None:
         ConfigurationError: if one cannot.
     """
     for verifier in {id(verifier): verifier for verifier in verifiers}.values():
-        with one_process():
-            try:
-                verifier.prepare()
-            except Exception as error:
-                name = type(verifier).__name__
-                raise ConfigurationError(f"{name} cannot work: {error}") from error
+        home = os.getpid()
+        try:
+            verifier.prepare()
+        except Exception as error:
+            raise ConfigurationError(f"{type(verifier).__name__} cannot work: {error}") from error
+        finally:
+            _end_copy(home)
 
 
 def report_errors(verdicts: Sequence[Sequence[Verdict]]) -> None:
