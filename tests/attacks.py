@@ -196,6 +196,8 @@ KERNEL = (
     Attack("clock_settime", "reaches(call(112 if ARM else 227, 0, struct.pack('ll', 0, 10**10)))"),
     Attack("settimeofday", "hurts(call(170 if ARM else 164, 0, 0))", sure=False),
     Attack("to poison memory", "hurts(libc.madvise(None, 0, 100))", sure=False),
+    Attack("out-of-band data", _pair() + "hurts(a.send(b'xy', socket.MSG_OOB))", sure=False),
+    Attack("a pipe of notifications", "hurts(os.pipe2(0o200)[0])", sure=False),
     Attack("to type into a terminal", "reaches(libc.ioctl(0, 0x5412, b'x'))"),
     Attack("a filter of its own", "reaches(libc.prctl(22, 2, None, 0, 0))"),
 )

@@ -91,6 +91,37 @@ def test_what_a_verdict_leaves_behind_ends_with_it(pool, tmp_path, how):
     assert not alive(verdict.answer)
 
 
+OWNER = """
+import sys
+from scsdpo.prompt import Prompt
+from scsdpo.verifiers import Verification, VerifierPool
+from strays import Strays
+if __name__ == "__main__":
+    pool = VerifierPool(Verification(workers=1, deadline=1.0))
+    prompt = Prompt(key="k", messages=(), verifier=Strays(), answer=sys.argv[1])
+    pool.verify([prompt], [["daemon hang"]])
+"""
+
+
+def test_what_a_verifier_started_ends_with_an_owner_that_is_killed(tmp_path):
+    (tmp_path / "owner.py").write_text(OWNER)
+    pid = tmp_path / "pid"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(tmp_path / "owner.py"), str(pid)]
+    with subprocess.Popen(command, env=environment) as owner:
+        wait_until(lambda: pid.exists() and pid.read_text(), seconds=20.0)
+        assert alive(pid.read_text())
+        owner.kill()
+    wait_until(lambda: not alive(pid.read_text()), seconds=5.0)
+
+
+def wait_until(condition, seconds):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 def test_without_a_guard_a_daemon_lives_on():
     code = "import strays; print(strays.daemon(), flush=True)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

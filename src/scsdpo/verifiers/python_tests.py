@@ -196,6 +196,6 @@ def _check_system() -> None:
     ends, _ = _run("", [], 60.0, 1024)
     if ends != [None]:
         raise ValueError(
-            "the kernel refuses the system call filter that PythonTests shuts code in with; allow "
-            "seccomp in this container"
+            "the kernel refuses the walls of PythonTests, a system call filter and, where it has "
+            "it, Landlock; allow seccomp in this container"
         )

@@ -31,7 +31,6 @@ _ALLOWED = {
     "dup2": (33, _NONE),
     "dup3": (292, 24),
     "pipe": (22, _NONE),
-    "pipe2": (293, 59),
     "stat": (4, _NONE),
     "fstat": (5, 80),
     "lstat": (6, _NONE),
@@ -104,7 +103,6 @@ _ALLOWED = {
     "epoll_pwait": (281, 22),
     "epoll_pwait2": (441, 441),
     "eventfd2": (290, 19),
-    "recvfrom": (45, 207),
     "shutdown": (48, 210),
     "getsockname": (51, 204),
     "getpeername": (52, 205),
@@ -135,6 +133,8 @@ _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3,
 _FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421  # other requests type into terminals
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _AF_UNIX, _SOCK_STREAM = 1, 1
+# Rarely used doors to the kernel that have had holes.
+_MSG_OOB, _O_NOTIFICATION_PIPE = 0x1, 0o200
 _MADV_GUARD_INSTALL, _MADV_GUARD_REMOVE = 102, 103
 
 
@@ -173,7 +173,9 @@ _CHECKED: tuple[Rule, ...] = (
     *((_MADVISE, (_is(2, advice),)) for advice in (_MADV_GUARD_INSTALL, _MADV_GUARD_REMOVE)),
     # A connected pair, whose messages have no address: asyncio wakes itself up by one.
     ((53, 199), (_is(0, _AF_UNIX), _with(1, _SOCK_STREAM), _without(1, 0xF ^ _SOCK_STREAM))),
-    ((44, 206), _null(4)),  # sendto
+    ((44, 206), (_without(3, _MSG_OOB), *_null(4))),  # sendto
+    ((45, 207), (_without(3, _MSG_OOB),)),  # recvfrom
+    ((293, 59), (_without(1, _O_NOTIFICATION_PIPE),)),  # pipe2
     # prlimit64: read limits, its own.
     ((302, 261), (_is(0, 0), *_null(2), _with(3, _ALL_BITS))),
 )
