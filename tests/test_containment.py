@@ -106,7 +106,7 @@ if __name__ == "__main__":
 def test_what_a_verifier_started_ends_with_an_owner_that_is_killed(tmp_path):
     (tmp_path / "owner.py").write_text(OWNER)
     pid = tmp_path / "pid"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(tmp_path / "owner.py"), str(pid)]
     with subprocess.Popen(command, env=environment) as owner:
         wait_until(lambda: pid.exists() and pid.read_text(), seconds=20.0)
@@ -124,7 +124,7 @@ def wait_until(condition, seconds):
 
 def test_without_a_guard_a_daemon_lives_on():
     code = "import strays; print(strays.daemon(), flush=True)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
