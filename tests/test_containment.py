@@ -11,7 +11,7 @@ import pytest
 
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers import Verification, VerifierPool, verify_all
-from scsdpo.verifiers.text import capped, capped_apart
+from scsdpo.verifiers.text import capped, capped_distinct
 from scsdpo.verifiers.verify import MAX_ANSWER, MAX_ERROR
 from strays import Served, Strays
 
@@ -178,7 +178,7 @@ def test_feedback_has_4000_characters_unless_told_otherwise(pool):
 
 
 def test_a_text_that_fits_is_kept():
-    for cap in (capped, capped_apart):
+    for cap in (capped, capped_distinct):
         assert cap("é" * 100, 100) == "é" * 100
         assert len(cap("é" * 101, 100)) == 100
 

@@ -102,12 +102,12 @@ def decoys(tmp_path):
 
 
 @pytest.fixture
-def walls(monkeypatch):
+def restrict(monkeypatch):
     """Sets what the kernel is told, beside or instead of what it would be."""
-    usual = python_tests._walls()
+    usual = python_tests._restrictions()
 
     def build(**changed):
-        monkeypatch.setattr(python_tests, "_walls", lambda: {**usual, **changed})
+        monkeypatch.setattr(python_tests, "_restrictions", lambda: {**usual, **changed})
 
     return build
 
@@ -161,15 +161,15 @@ def test_no_attack_gets_through(attack, decoys):
 
 
 @all_attacks(lambda attack: not attack.landlock)
-def test_the_filter_alone_holds_all_but_reading(attack, decoys, walls):
-    walls(ruleset="", capabilities=0xFFFFFFFF)
+def test_the_filter_alone_holds_all_but_reading(attack, decoys, restrict):
+    restrict(ruleset="", capabilities=0xFFFFFFFF)
     said = run(attack, decoys)
     assert not decoys.hurt_by(said, patience=0.02), said
 
 
 @all_attacks()
-def test_without_the_sandbox_it_hurts(attack, decoys, walls):
-    walls(**NOTHING)
+def test_without_the_sandbox_it_hurts(attack, decoys, restrict):
+    restrict(**NOTHING)
     said = run(attack, decoys)
     hurt = decoys.hurt_by(said, patience=2.0 if attack.sure else 0.2)
     if not hurt and not attack.sure:
@@ -179,32 +179,69 @@ def test_without_the_sandbox_it_hurts(attack, decoys, walls):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has what is dropped")
 @all_attacks(lambda attack: attack.landlock and "{VICTIM}" in attack.code)
-def test_even_without_landlock_root_keeps_other_processes_to_itself(attack, decoys, walls):
-    walls(ruleset="")
+def test_even_without_landlock_root_keeps_other_processes_to_itself(attack, decoys, restrict):
+    restrict(ruleset="")
     said = run(attack, decoys)
     assert not decoys.hurt_by(said), said
-    walls(ruleset="", capabilities=0xFFFFFFFF)
+    restrict(ruleset="", capabilities=0xFFFFFFFF)
     said = run(attack, decoys)
     assert decoys.hurt_by(said), said
 
 
 def test_what_a_kernel_without_landlock_leaves_open_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(landlock, "version", lambda: 0)
-    python_tests._tell_what_is_open.cache_clear()
+    python_tests._report_missing_layer.cache_clear()
     PythonTests()
     PythonTests()
     assert len(caplog.messages) == 1
     assert "no Landlock" in caplog.messages[0]
-    python_tests._tell_what_is_open.cache_clear()
+    python_tests._report_missing_layer.cache_clear()
 
 
 @pytest.mark.parametrize("interface", range(1, landlock.version() + 1))
-def test_every_version_of_landlock_that_this_kernel_has_keeps_the_secret(interface, decoys, walls):
-    walls(ruleset=landlock.ruleset(interface).hex())
+def test_every_version_of_landlock_that_this_kernel_has_keeps_the_secret(
+    interface, decoys, restrict
+):
+    restrict(ruleset=landlock.ruleset(interface).hex())
     (attack,) = (attack for attack in ATTACKS if attack.name == "a file")
     said = run(attack, decoys)
     assert "Permission denied" in said
     assert not decoys.hurt_by(said)
+
+
+def alive(process):
+    """Whether it runs; a zombie, for whom nobody waits, does not."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_it_ends_with_a_parent_that_is_killed(tmp_path):
+    code = "import time; open('/dev/null'); time.sleep(60)"
+    source = f"from scsdpo.verifiers import python_tests as p; p._run({code!r}, [], 60.0, 1024)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", source], env=environment)
+
+    def children():
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                stats.append((path.parent, path.read_text().rpartition(")")[2].split()))
+        return [path for path, fields in stats if fields[1] == str(parent.pid)]
+
+    def filtered(process):
+        return "\nSeccomp:\t2" in (process / "status").read_text()
+
+    limit = time.monotonic() + 20
+    while not (found := children()) or not filtered(found[0]):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    while alive(found[0]):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
 
 
 LOOK = """

@@ -26,6 +26,8 @@ END_SECONDS = 2.0
 _READ_BYTES = 1 << 20
 _BYTES_A_CHARACTER = 12
 """At most, in JSON: two halves of a surrogate pair."""
+_OTHER_CHARACTERS = 200
+"""At most: token, numbers and brackets of a verdict."""
 
 
 class Worker:
@@ -59,8 +61,8 @@ class Worker:
         self.started = self.prepared = False
         self._judge = self.process.pid
         self._token, self._rest = token.encode(), b""
-        texts = MAX_ANSWER + settings.max_feedback + MAX_ERROR
-        self._most = 2 * _BYTES_A_CHARACTER * texts
+        most = MAX_ANSWER + settings.max_feedback + MAX_ERROR + _OTHER_CHARACTERS
+        self._most_bytes = _BYTES_A_CHARACTER * most
 
     @property
     def idle(self) -> bool:
@@ -106,7 +108,7 @@ class Worker:
                 yield self._event(line.removeprefix(self._token))
             if not self.alive:
                 return
-        if len(self._rest) > self._most:
+        if len(self._rest) > self._most_bytes:
             yield ["gone", "it writes without end to the pipe that verdicts come by"]
 
     def _event(self, line: bytes) -> list[Any]:

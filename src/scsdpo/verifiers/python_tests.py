@@ -63,7 +63,7 @@ class PythonTests(Verifier):
             raise ValueError(f"`PythonTests(seconds=...)` must be > 0, got {self.seconds}")
         if self.memory_mb < 64:
             raise ValueError(f"`PythonTests(memory_mb=...)` must be >= 64, got {self.memory_mb}")
-        _tell_what_is_open()
+        _report_missing_layer()
 
     def prepare(self) -> None:
         """Run an empty program, so that a system without the means is found at the start."""
@@ -128,7 +128,7 @@ def _run(
     secret = secrets.token_hex(16)
     job = {
         "secret": secret,
-        **_walls(),
+        **_restrictions(),
         "code": code,
         "tests": tests,
         "cpu_seconds": math.ceil(seconds),
@@ -166,8 +166,8 @@ def _end(line: str) -> str | None:
 
 
 @cache
-def _walls() -> dict[str, object]:
-    """What the kernel is told to keep the code from."""
+def _restrictions() -> dict[str, object]:
+    """What the kernel is told to hold the code to."""
     interface = landlock.version()
     return {
         "filter": program(platform.machine()).hex(),
@@ -178,7 +178,7 @@ def _walls() -> dict[str, object]:
 
 
 @cache
-def _tell_what_is_open() -> None:
+def _report_missing_layer() -> None:
     if sys.platform.startswith("linux") and not landlock.version():
         _log.warning(
             "PythonTests: this kernel has no Landlock, or has it switched off. The code that is "
@@ -196,6 +196,6 @@ def _check_system() -> None:
     ends, _ = _run("", [], 60.0, 1024)
     if ends != [None]:
         raise ValueError(
-            "the kernel refuses the walls of PythonTests, a system call filter and, where it has "
-            "it, Landlock; allow seccomp in this container"
+            "the kernel refuses the restrictions that PythonTests runs code under, a system call "
+            "filter and, where it has it, Landlock; allow seccomp in this container"
         )

@@ -19,7 +19,7 @@ def capped(text: str, most: int) -> str:
     return valid(text if len(text) <= most else text[: most - len(CUT)] + CUT)
 
 
-def capped_apart(text: str, most: int) -> str:
+def capped_distinct(text: str, most: int) -> str:
     """`capped`, but texts that differ behind the cut still differ: they end in " [cut ...]" with a
     hash of the whole.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from scsdpo.errors import ConfigurationError
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers._base import Verifier
-from scsdpo.verifiers.text import capped, capped_apart
+from scsdpo.verifiers.text import capped, capped_distinct
 
 MAX_FEEDBACK = 4000
 """Characters, unless told otherwise."""
@@ -70,7 +70,7 @@ def _end_copy(home: int) -> None:
 def _tidy(verdict: Verdict, max_feedback: int) -> Verdict:
     return Verdict(
         reward=float(verdict.reward),
-        answer=None if verdict.answer is None else capped_apart(verdict.answer, MAX_ANSWER),
+        answer=None if verdict.answer is None else capped_distinct(verdict.answer, MAX_ANSWER),
         feedback=capped(verdict.feedback, max_feedback),
         error=capped(verdict.error, MAX_ERROR),
     )

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers.guard import children, end_children, guarded
+from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import contained, prepare_all
 
 GRACE = 1.0
@@ -52,7 +53,7 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
             jobs: list[tuple[int, Prompt, str]] = pickle.loads(chunks.get())
             prepare_all(prompt.verifier for _, prompt, _ in jobs)
         except Exception as error:
-            say("broken", f"{error}")
+            say("broken", capped(f"{error}", max_feedback))
             continue
         kept = children()
         say("ready", os.getpid())
