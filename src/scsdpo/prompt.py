@@ -62,7 +62,8 @@ class Verifier(ABC):
         """Whatever takes long the first time, such as imports; off the clock of any verdict.
 
         Called in each process that judges, at least once before `verify`. What it raises ends the
-        run: a verifier that cannot work at all is a mistake in the configuration.
+        run: a verifier that cannot work at all is a mistake in the configuration. Processes that
+        help it start here: what `verify` leaves behind is ended with its verdict.
         """
 
     def check(self, prompt: Prompt) -> None:  # noqa: B027
