@@ -1,14 +1,15 @@
 """One seed decides a run; what must stay comparable between runs does not move with it."""
 
 import math
+import sys
 
 import lightning as L
-import pytest
 import torch
 
 from runs import Toys, data, module, trainer, weights
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Lora
+from scsdpo.seeds import resolved
 from scsdpo.types import Sampling
 
 
@@ -106,9 +107,25 @@ def test_a_resumed_run_with_dropout_equals_an_undisturbed_one(qwen3, tmp_path):
     assert equal(weights(whole.policy), weights(resumed.policy))
 
 
-@pytest.mark.parametrize("section", ["sampling", "data"])
-def test_the_command_line_takes_a_number_or_auto(section, qwen3):
-    from scsdpo.seeds import resolved
+def test_the_flag_seeds_a_run_from_the_command_line(qwen3, tmp_path, monkeypatch):
+    """Nothing else differs between the two commands."""
+    from scsdpo.__main__ import main
+    from test_cli import VALID
 
+    states = []
+    for seed in (0, 1, 1):
+        folder = tmp_path / str(len(states))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        words = [f"--seed_everything={seed}", f"--model.policy.name_or_path={qwen3}"]
+        monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *VALID, *words])
+        assert main() in (0, None)
+        (saved,) = folder.rglob("last.ckpt")
+        states.append(torch.load(saved, weights_only=True)["state_dict"])
+    assert equal(states[1], states[2]) and not equal(states[0], states[1])
+
+
+def test_a_seed_is_a_number_or_auto():
     assert resolved("auto") == 0 and resolved(4) == 4
     assert Sampling(seed="auto").at(3) == Sampling(seed=0).at(3)
+    assert Sampling(seed="auto").seeded(7).seed == 7 and Sampling(seed=2).seeded(7).seed == 2
