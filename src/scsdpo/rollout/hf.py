@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.flight import Flight, Group
-from scsdpo.rollout.shared_prefix import PrefixCache, shared_prefix_attention
-from scsdpo.rollout.tape import Tape
+from scsdpo.rollout.continuous_batching import ContinuousBatcher
+from scsdpo.rollout.kv_cache import KVCache
+from scsdpo.rollout.response_buffer import ResponseBuffer
+from scsdpo.rollout.scheduler import Group, Scheduler
+from scsdpo.rollout.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights import digest
 from scsdpo.types import Prompt, Rollouts, Sampling
 
@@ -55,22 +57,17 @@ class HFRollout(Rollout):
         groups = _groups(prompts, sampling.n)
         with policy.sampling_mode() as model, shared_prefix_attention(model):
             _refuse_model(model)
-            tape = Tape(prompts, sampling, policy.chat, model.device)
-            Flight(model, tape, self._cache(groups, sampling.max_new_tokens)).run(groups)
-            return tape.rollouts(digest(policy))
-
-    def _cache(self, groups: Sequence[Group], new_tokens: int) -> PrefixCache:
-        """As many slots as the budget allows and the batch needs."""
-        longest = max(len(group.ids) for group in groups)
-        rows = max(len(group.rows) for group in groups)
-        in_budget = min(self.max_tokens // (longest + rows * new_tokens), self.max_rows // rows)
-        in_flight = max(min(in_budget, len(groups)), 1)
-        return PrefixCache(
-            prompts=in_flight,
-            prompt_tokens=longest,
-            rows=in_flight * rows,
-            new_tokens=new_tokens,
-        )
+            buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
+            scheduler = Scheduler(
+                groups,
+                max_tokens=self.max_tokens,
+                max_rows=self.max_rows,
+                max_new_tokens=sampling.max_new_tokens,
+            )
+            # The last token of a response is never read back.
+            cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
+            ContinuousBatcher(model, buffer, scheduler, cache).run()
+            return buffer.rollouts(digest(policy))
 
 
 def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
