@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.loss.logits import TokenLogits
+from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.attention import run_decoder
 from scsdpo.rollout.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.response_buffer import ResponseBuffer
@@ -43,6 +43,7 @@ class ContinuousBatcher:
         self.buffer = buffer
         self.scheduler = scheduler
         self.cache = cache
+        self.tables = Buffers()
         self.step = 0
         self.buckets: list[list[Request]] = [[] for _ in cache.limits]
         """What runs, by slot. The [R] tensors go from the last bucket to the first."""
@@ -145,8 +146,9 @@ class ContinuousBatcher:
     def _draw(self, hidden: Tensor) -> Tensor:
         """[R]: the next token of each response."""
         head = self.model.get_output_embeddings()
-        logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature).logits
-        ids = self.buffer.draw(logits, self.rows, self.drawn)
+        self.tables.recycle()
+        logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
+        ids = self.buffer.draw(logits.logits, self.rows, self.drawn)
         self.ended |= self.buffer.is_end(ids)
         self.drawn += 1
         self.step += 1
@@ -235,7 +237,7 @@ class ContinuousBatcher:
         old = {
             r: (b, slot) for b, bucket in enumerate(self.buckets) for slot, r in enumerate(bucket)
         }
-        moves = []
+        moves: list[Move] = []
         for target in reversed(range(len(buckets))):
             requests = buckets[target]
             seats: list[Request | None] = [None] * len(requests)

@@ -73,7 +73,7 @@ class _Strip:
     """Longest of them."""
     members: int
     """Most responses to one of them."""
-    rows: Tensor
+    rows: Tensor | slice
     """[r] their responses."""
     place: tuple[Tensor, slice, Tensor]
     """Of each of `rows` in the product: its prompt within the strip, all heads, its member."""
@@ -222,7 +222,7 @@ def _by_prompt(strip: _Strip, rows: Tensor, of_prompt: Tensor) -> Tensor:
     """[R, K, q, a] times the response's prompt's [p, K, a, b] -> [r, K, q, b]."""
     _, heads, queries, inner = rows.shape
     prompts = strip.prompts.stop - strip.prompts.start
-    packed = rows.new_zeros(prompts, heads, strip.members, queries, inner)
+    packed = rows.new_empty(prompts, heads, strip.members, queries, inner)
     packed[strip.place] = rows[strip.rows]
     product = _product(packed.view(prompts, heads, strip.members * queries, inner), of_prompt)
     return product.view(prompts, heads, strip.members, queries, -1)[strip.place]
@@ -236,7 +236,9 @@ def _strips(prompt_of: Tensor, lengths: Sequence[int]) -> list[_Strip]:
     for first, last in _cuts(counts, lengths, (0, len(lengths)), _MOST_HALVINGS):
         if (most := max(counts[first:last])) == 0:
             continue
-        rows = ((prompt_of >= first) & (prompt_of < last)).nonzero()[:, 0]
+        rows: Tensor | slice = slice(None)
+        if sum(counts[first:last]) < len(prompt_of):
+            rows = ((prompt_of >= first) & (prompt_of < last)).nonzero()[:, 0]
         place = (prompt_of[rows] - first, slice(None), rank[rows])
         longest = max(lengths[first:last])
         strips.append(_Strip(slice(first, last), longest, most, rows, place))
