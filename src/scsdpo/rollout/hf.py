@@ -11,6 +11,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.kv_cache import KVCache
+from scsdpo.rollout.merged import merged_adapters
 from scsdpo.rollout.response_buffer import ResponseBuffer
 from scsdpo.rollout.scheduler import Group, Scheduler
 from scsdpo.rollout.shared_prefix import shared_prefix_attention
@@ -25,19 +26,20 @@ class HFRollout(Rollout):
     """Samples with the policy's own transformers model.
 
     Each distinct prompt runs once, and the responses to it attend to that one copy of its keys
-    and values. Finished responses leave every few steps and waiting prompts take their place, so
-    memory is bounded whatever the batch; logits exist at the last position only. Which token is
-    drawn depends on (seed, prompt key, number in the group, position) and, to the rounding of
-    batched matrix products, on nothing else.
+    and values. Memory follows the tokens that are held, not `max_new_tokens`: finished responses
+    leave every few steps and waiting ones take their place, as many as are expected to fit; where
+    they do not after all, the youngest give way and are drawn again later. Logits exist at the
+    last position only. Which token is drawn depends on (seed, prompt key, number in the group,
+    position) and, to the rounding of batched matrix products, on nothing else.
 
     It needs whole weights on every device (one device or DDP, not FSDP), and layers of full or
-    sliding-window softmax attention.
+    sliding-window softmax attention; sliding layers keep their window only. LoRA factors are
+    merged into a copy of the weights that they adapt, while sampling, if there is memory for it.
 
     Args:
-        max_tokens: room for keys and values, in tokens, counted as if every response ran to
-            `max_new_tokens`; at least one group is always in flight. Must be >= 1.
-        max_rows: most responses in flight, for the logits are [max_rows, V] (a larger group runs
-            alone). Must be >= 1.
+        max_tokens: room for keys and values, in tokens, padding and room to grow included; a
+            single response and its prompt may exceed it. Must be >= 1.
+        max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
@@ -66,7 +68,8 @@ class HFRollout(Rollout):
             )
             # The last token of a response is never read back.
             cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
-            ContinuousBatcher(model, buffer, scheduler, cache).run()
+            with merged_adapters(model):
+                ContinuousBatcher(model, buffer, scheduler, cache).run()
             return buffer.rollouts(digest(policy))
 
 
