@@ -29,13 +29,13 @@ class Prefill(AttentionLayout):
 
     Args:
         cache: the buffers.
-        slots: [p] where the prompts are kept.
+        first: slot of the first prompt; the others follow.
         lengths: [p] tokens in each.
     """
 
-    def __init__(self, cache: KVCache, slots: Tensor, lengths: Tensor) -> None:
+    def __init__(self, cache: KVCache, first: int, lengths: Tensor) -> None:
         self.cache = cache
-        self.slots = slots
+        self.slots = slice(first, first + len(lengths))
         self.lengths = lengths
 
     def attend(
