@@ -102,3 +102,18 @@ def test_a_top_p_set_found_among_few_candidates_is_that_of_the_sorted_vocabulary
     torch.testing.assert_close(drawn.sampling_logprobs, everything.sampling_logprobs)
     reach = logits.softmax(-1).topk(1024).values.sum(-1)
     assert bool((reach > 0.95).all()) == (scale > 1)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 1000, 1024])
+def test_the_block_search_finds_the_place_of_the_whole_cumulative_sum(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, vocabulary, generator=generator)
+    logits[:, ::3] = -torch.inf
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    ids = draw(logits, uniform, Sampling()).ids
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    after = cumulative.gather(-1, ids[:, None])[:, 0]
+    before = torch.where(ids > 0, cumulative.gather(-1, (ids - 1).clamp(min=0)[:, None])[:, 0], 0)
+    # Float32 probabilities and sums are right to a few of their last digits.
+    assert (before - 1e-6 <= uniform).all() and (uniform <= after + 1e-6).all()
+    assert (ids % 3 != 0).all()

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Sampling, stable_hash
 
 _CANDIDATES = 1024
 """Most likely tokens among which a top-p set is looked for before the vocabulary is sorted."""
+
+_BLOCK = 128
+"""Vocabulary entries that are summed before they are searched."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,10 +114,30 @@ def _top_p_candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor, Ten
 def _search(probs: Tensor, uniform: Tensor) -> Tensor:
     """[n, 1]: the first place where the cumulative sum exceeds `uniform` of the total.
 
-    The total differs from 1 by rounding. A place of probability 0 is never returned: the sum does
-    not grow there, and the target stays below the total.
+    Blocks of the vocabulary are summed and searched first, then one block: float64 sums over all
+    of it take longer than the softmax. A place of probability 0 is never returned: the sum does not
+    grow there, and each target stays below the total of what is searched.
     """
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
+    n, vocabulary = probs.shape
+    if vocabulary % _BLOCK:
+        probs = nn.functional.pad(probs, (0, _BLOCK - vocabulary % _BLOCK))
+    blocks = probs.view(n, -1, _BLOCK)
+    sums = blocks.sum(-1).double()
+    before = sums.cumsum(-1)
+    total = before[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, _below(total))
+    block = torch.searchsorted(before, target, right=True)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(
+        -1, dtype=torch.float64
+    )
+    target = target - (before - sums).gather(-1, block)
+    # The block's float32 sum and the sum of its places differ by rounding: of the block's mass
+    # the same share is taken.
+    target = target / sums.gather(-1, block) * within[:, -1:]
+    target = torch.minimum(target, _below(within[:, -1:])).clamp(min=0)
+    return block * _BLOCK + torch.searchsorted(within, target, right=True)
+
+
+def _below(total: Tensor) -> Tensor:
+    """The next smaller number."""
+    return total.nextafter(torch.zeros_like(total))

@@ -9,9 +9,12 @@ from transformers import PreTrainedModel
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.flight import Flight, Group
-from scsdpo.rollout.shared_prefix import PrefixCache, shared_prefix_attention
-from scsdpo.rollout.tape import Tape
+from scsdpo.rollout.continuous_batching import ContinuousBatcher
+from scsdpo.rollout.kv_cache import KVCache
+from scsdpo.rollout.merged import merged_adapters
+from scsdpo.rollout.response_buffer import ResponseBuffer
+from scsdpo.rollout.scheduler import Group, Scheduler
+from scsdpo.rollout.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights import digest
 from scsdpo.types import Prompt, Rollouts, Sampling
 
@@ -23,19 +26,20 @@ class HFRollout(Rollout):
     """Samples with the policy's own transformers model.
 
     Each distinct prompt runs once, and the responses to it attend to that one copy of its keys
-    and values. Finished responses leave every few steps and waiting prompts take their place, so
-    memory is bounded whatever the batch; logits exist at the last position only. Which token is
-    drawn depends on (seed, prompt key, number in the group, position) and, to the rounding of
-    batched matrix products, on nothing else.
+    and values. Memory follows the tokens that are held, not `max_new_tokens`: finished responses
+    leave every few steps and waiting ones take their place, as many as are expected to fit; where
+    they do not after all, the youngest give way and are drawn again later. Logits exist at the
+    last position only. Which token is drawn depends on (seed, prompt key, number in the group,
+    position) and, to the rounding of batched matrix products, on nothing else.
 
     It needs whole weights on every device (one device or DDP, not FSDP), and layers of full or
-    sliding-window softmax attention.
+    sliding-window softmax attention; sliding layers keep their window only. LoRA factors are
+    merged into a copy of the weights that they adapt, while sampling, if there is memory for it.
 
     Args:
-        max_tokens: room for keys and values, in tokens, counted as if every response ran to
-            `max_new_tokens`; at least one group is always in flight. Must be >= 1.
-        max_rows: most responses in flight, for the logits are [max_rows, V] (a larger group runs
-            alone). Must be >= 1.
+        max_tokens: room for keys and values, in tokens, padding and room to grow included; a
+            single response and its prompt may exceed it. Must be >= 1.
+        max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
@@ -55,22 +59,18 @@ class HFRollout(Rollout):
         groups = _groups(prompts, sampling.n)
         with policy.sampling_mode() as model, shared_prefix_attention(model):
             _refuse_model(model)
-            tape = Tape(prompts, sampling, policy.chat, model.device)
-            Flight(model, tape, self._cache(groups, sampling.max_new_tokens)).run(groups)
-            return tape.rollouts(digest(policy))
-
-    def _cache(self, groups: Sequence[Group], new_tokens: int) -> PrefixCache:
-        """As many slots as the budget allows and the batch needs."""
-        longest = max(len(group.ids) for group in groups)
-        rows = max(len(group.rows) for group in groups)
-        in_budget = min(self.max_tokens // (longest + rows * new_tokens), self.max_rows // rows)
-        in_flight = max(min(in_budget, len(groups)), 1)
-        return PrefixCache(
-            prompts=in_flight,
-            prompt_tokens=longest,
-            rows=in_flight * rows,
-            new_tokens=new_tokens,
-        )
+            buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
+            scheduler = Scheduler(
+                groups,
+                max_tokens=self.max_tokens,
+                max_rows=self.max_rows,
+                max_new_tokens=sampling.max_new_tokens,
+            )
+            # The last token of a response is never read back.
+            cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
+            with merged_adapters(model):
+                ContinuousBatcher(model, buffer, scheduler, cache).run()
+            return buffer.rollouts(digest(policy))
 
 
 def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:

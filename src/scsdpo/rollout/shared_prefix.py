@@ -1,14 +1,13 @@
 """Attention of a group of responses to one prompt whose keys and values are stored once.
 
 The buffers live here, so no transformers cache and no attention mask is built, and the padding of
-prompts is on the right.
+prompts is on the right. Scores are float32 whatever the model's dtype.
 
-Shapes: P prompts in flight, R responses in flight, M most responses to one prompt, T longest
-prompt, t most tokens of a response so far, K key/value heads, q query heads to each of them,
-d head size.
+Shapes: P prompts in flight, R responses in flight, T longest prompt, t most tokens of a response
+of a bucket so far, K key/value heads, q query heads to each of them, d head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,79 +16,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import AttentionLayout, use_layouts
+from scsdpo.rollout.kv_cache import KVCache, LayerCache, Table
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Layer:
-    """Buffers of one layer. Zeros at first: a masked place must not hold NaN."""
-
-    prompt_keys: Tensor
-    """[P, K, T, d]."""
-    prompt_values: Tensor
-    keys: Tensor
-    """[R, K, t, d]."""
-    values: Tensor
-
-
-class PrefixCache:
-    """Preallocated keys and values: one slot a prompt, one slot a response; slots 0.. are in use.
-
-    Args:
-        prompts: slots for prompts.
-        prompt_tokens: longest prompt.
-        rows: slots for responses.
-        new_tokens: longest response that is read back; the last token of one never is.
-    """
-
-    def __init__(self, *, prompts: int, prompt_tokens: int, rows: int, new_tokens: int) -> None:
-        self.prompt_shape = (prompts, prompt_tokens)
-        self.row_shape = (rows, new_tokens)
-        self.layers: dict[int, _Layer] = {}
-
-    def layer(self, index: int, key: Tensor, value: Tensor) -> _Layer:
-        """The buffers of layer `index`, made to fit `key` and `value` when first asked for."""
-        if index not in self.layers:
-            self.layers[index] = _Layer(
-                prompt_keys=_zeros(self.prompt_shape, key),
-                prompt_values=_zeros(self.prompt_shape, value),
-                keys=_zeros(self.row_shape, key),
-                values=_zeros(self.row_shape, value),
-            )
-        return self.layers[index]
-
-    def move_prompts(self, to: Tensor, source: Tensor) -> None:
-        """Copy prompt slots `source` over the slots `to`."""
-        for layer in self.layers.values():
-            layer.prompt_keys[to] = layer.prompt_keys[source]
-            layer.prompt_values[to] = layer.prompt_values[source]
-
-    def move_rows(self, to: Tensor, source: Tensor, tokens: int) -> None:
-        """Copy the first `tokens` places of response slots `source` over the slots `to`."""
-        for layer in self.layers.values():
-            layer.keys[to, :, :tokens] = layer.keys[source, :, :tokens]
-            layer.values[to, :, :tokens] = layer.values[source, :, :tokens]
-
-
-def _zeros(shape: tuple[int, int], like: Tensor) -> Tensor:
-    slots, tokens = shape
-    return like.new_zeros(slots, like.shape[1], tokens, like.shape[3])
+_STRIP_COST = 4096
+"""Pairs of a query and a prompt token whose scores take as long as a product of their own."""
+_MOST_HALVINGS = 2
+"""Prompts are cut into at most 2 to the power of so many strips."""
 
 
 class Prefill(AttentionLayout):
-    """Prompts, padded on the right, attend causally; their keys and values are kept."""
+    """Prompts, padded on the right, attend causally; their keys and values are kept.
 
-    def __init__(self, cache: PrefixCache, first: int) -> None:
+    Args:
+        cache: the buffers.
+        first: slot of the first prompt; the others follow.
+        lengths: [p] tokens in each.
+    """
+
+    def __init__(self, cache: KVCache, first: int, lengths: Tensor) -> None:
         self.cache = cache
-        self.first = first
+        self.slots = slice(first, first + len(lengths))
+        self.lengths = lengths
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
     ) -> Tensor:
-        buffers = self.cache.layer(layer, key, value)
-        slots = slice(self.first, self.first + len(key))
+        self._keep(self.cache.layer(layer, key, value, window).prompts, key, value)
         tokens = key.shape[2]
-        buffers.prompt_keys[slots, :, :tokens] = key
-        buffers.prompt_values[slots, :, :tokens] = value
         mask = None
         if window is not None and window < tokens:
             ones = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device)
@@ -98,86 +51,231 @@ class Prefill(AttentionLayout):
             query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
         ).transpose(1, 2)
 
+    def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
+        tokens = key.shape[2]
+        if table.window is not None and table.window < tokens:
+            # The window before the response starts; a shorter prompt stands there whole.
+            first = (self.lengths - table.window).clamp(min=0)
+            places = first[:, None] + torch.arange(table.window, device=key.device)
+            index = places[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+            key, value = key.gather(2, index), value.gather(2, index)
+            tokens = table.window
+        table.keys[self.slots, :, :tokens] = key.to(table.keys.dtype)
+        table.values[self.slots, :, :tokens] = value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Strip:
+    """Neighbouring prompts whose responses meet them in one matrix product."""
+
+    prompts: slice
+    tokens: int
+    """Longest of them."""
+    members: int
+    """Most responses to one of them."""
+    rows: Tensor | slice
+    """[r] their responses."""
+    place: tuple[Tensor, slice, Tensor]
+    """Of each of `rows` in the product: its prompt within the strip, all heads, its member."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bucket:
+    """Responses that share a rectangle."""
+
+    index: int
+    rows: slice
+    slots: Tensor
+    """[n] 0, 1, ..."""
+
 
 class Decode(AttentionLayout):
     """One new token of every response attends to its prompt and to its own tokens so far.
 
     The scores against a prompt are one matrix product for all responses to it, so its keys are
-    read once, not once a response. Responses leave at different times: those that stay are
-    scattered into a rectangle [P, M] for the product and gathered from it again.
+    read once, not once a response. Neighbouring prompts share a batched product, a strip, padded
+    to the most responses that one of them has; where that wastes much, strips are cut.
 
     Args:
         cache: the buffers.
         prompt_of: [R] prompt slot of each response.
-        prompt_lengths: [P] tokens in each prompt.
+        prompt_lengths: [P] tokens of the prompt in each slot; 0 where there is none.
+        buckets: (bucket, responses in it); responses come in this order.
     """
 
-    def __init__(self, cache: PrefixCache, prompt_of: Tensor, prompt_lengths: Tensor) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        prompt_of: Tensor,
+        prompt_lengths: Sequence[int],
+        buckets: Sequence[tuple[int, int]],
+    ) -> None:
         self.cache = cache
-        self.starts = prompt_lengths[prompt_of]
-        self.prompt_tokens = int(prompt_lengths.max())
-        member = _rank_in_group(prompt_of, len(prompt_lengths))
-        self.rectangle = (len(prompt_lengths), int(member.max()) + 1)
-        self.place = (prompt_of, slice(None), member)
-        self.rows = torch.arange(len(prompt_of), device=prompt_of.device)
+        device = prompt_of.device
+        self.starts = torch.tensor(prompt_lengths, device=device)[prompt_of]
+        self.strips = _strips(prompt_of, prompt_lengths)
+        self.prompt_tokens = max(strip.tokens for strip in self.strips)
+        self.buckets: list[_Bucket] = []
+        first = 0
+        for bucket, rows in buckets:
+            slots = torch.arange(rows, device=device)
+            self.buckets.append(_Bucket(bucket, slice(first, first + rows), slots))
+            first += rows
 
-    def at(self, column: Tensor, tokens: int) -> None:
-        """Set where the new tokens go: place `column` [R] of each response, all below `tokens`."""
-        self.column = column
+    def at(self, columns: Tensor, tokens: Sequence[int]) -> None:
+        """Set the places `columns` [R] of the new tokens, each below `tokens` of its bucket."""
+        self.columns = columns
         self.tokens = tokens
-        self._biases: dict[int | None, Tensor] = {}
+        self._hidden: dict[int | None, list[Tensor]] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
     ) -> Tensor:
-        buffers = self.cache.layer(layer, key, value)
-        buffers.keys[self.rows, :, self.column] = key[:, :, 0]
-        buffers.values[self.rows, :, self.column] = value[:, :, 0]
-        own, prompts = slice(len(self.rows)), slice(self.rectangle[0])
-        grouped = query.reshape(len(self.rows), key.shape[1], -1, query.shape[-1])
-        scores = torch.cat(
-            [
-                self._by_prompt(grouped, buffers.prompt_keys[prompts, :, : self.prompt_tokens].mT),
-                grouped @ buffers.keys[own, :, : self.tokens].mT,
-            ],
-            dim=-1,
-        )
-        weights = (scores + self._bias(window)).softmax(-1).to(value.dtype)
-        to_prompt, to_own = weights.split([self.prompt_tokens, self.tokens], dim=-1)
-        mixed = to_own @ buffers.values[own, :, : self.tokens]
-        mixed += self._by_prompt(to_prompt, buffers.prompt_values[prompts, :, : self.prompt_tokens])
-        return mixed.view(len(self.rows), 1, -1, mixed.shape[-1])
+        with torch.autocast(query.device.type, enabled=False):
+            kept = self.cache.layer(layer, key, value, window)
+            query = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[-1])
+            return self._attend(kept, query, key.to(value.dtype), value, window)
 
-    def _by_prompt(self, rows: Tensor, of_prompt: Tensor) -> Tensor:
-        """[R, K, q, a] times the response's prompt's [P, K, a, b] -> [R, K, q, b]."""
-        prompts, members = self.rectangle
-        _, heads, queries, inner = rows.shape
-        packed = rows.new_empty(prompts, heads, members, queries, inner)
-        packed[self.place] = rows
-        product = packed.view(prompts, heads, members * queries, inner) @ of_prompt
-        return product.view(prompts, heads, members, queries, -1)[self.place]
+    def _attend(
+        self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> Tensor:
+        to_prompts = self._scores(query, layer.prompts)
+        to_own, mixed = [], []
+        places = self.columns if window is None else self.columns % window
+        hidden = self._hidden_places(window)
+        for bucket, tokens, hides in zip(self.buckets, self.tokens, hidden, strict=True):
+            table, rows = layer.buckets[bucket.index], bucket.rows
+            table.keys[bucket.slots, :, places[rows]] = key[rows, :, 0]
+            table.values[bucket.slots, :, places[rows]] = value[rows, :, 0]
+            own = (slice(len(bucket.slots)), slice(None), slice(tokens))
+            scores = _product(query[rows], table.keys[own].mT)
+            scores = torch.cat([to_prompts[rows], scores], -1).masked_fill_(hides, -torch.inf)
+            weights = scores.softmax(-1).to(value.dtype)
+            prompts = to_prompts.shape[-1]
+            to_own.append(weights[..., :prompts])
+            mixed.append(_product(weights[..., prompts:], table.values[own]))
+        result = _cat(mixed)
+        self._add_values(result, _cat(to_own), layer.prompts)
+        return result.view(len(query), 1, -1, result.shape[-1]).to(value.dtype)
 
-    def _bias(self, window: int | None) -> Tensor:
-        """[R, 1, 1, T + t]: 0 where the new token looks, -inf elsewhere."""
-        if window not in self._biases:
-            prompt = torch.arange(self.prompt_tokens, device=self.column.device)
-            own = torch.arange(self.tokens, device=self.column.device)
-            sees_prompt = prompt < self.starts[:, None]
-            sees_own = own <= self.column[:, None]
+    def _scores(self, query: Tensor, prompts: Table) -> Tensor:
+        """[R, K, q, T] float32: of each response's query against its prompt."""
+        scores: Tensor | None = None
+        width = prompts.keys.shape[2]
+        for strip in self.strips:
+            keys = prompts.keys[strip.prompts, :, : strip.tokens]
+            product = _by_prompt(strip, query, keys.mT)
+            if len(self.strips) == 1:
+                return product
+            if scores is None:
+                scores = product.new_zeros(*query.shape[:3], min(self.prompt_tokens, width))
+            scores[strip.rows, ..., : product.shape[-1]] = product
+        assert scores is not None
+        return scores
+
+    def _add_values(self, mixed: Tensor, weights: Tensor, prompts: Table) -> None:
+        """Add to `mixed` [R, K, q, d] what `weights` [R, K, q, T] read of the prompts."""
+        for strip in self.strips:
+            values = prompts.values[strip.prompts, :, : strip.tokens]
+            product = _by_prompt(strip, weights[..., : values.shape[2]], values)
+            if len(self.strips) == 1:
+                mixed += product
+            else:
+                mixed[strip.rows] += product
+
+    def _hidden_places(self, window: int | None) -> list[Tensor]:
+        """[n, 1, 1, T + t] for each bucket: what its new tokens do not see."""
+        if window not in self._hidden:
+            device = self.columns.device
+            width = self.prompt_tokens if window is None else min(self.prompt_tokens, window)
+            positions = torch.arange(width, device=device).expand(len(self.starts), -1)
+            if window is not None:  # prompts keep their last tokens, so many were dropped
+                positions = positions + (self.starts - window).clamp(min=0)[:, None]
+            hidden = positions >= self.starts[:, None]
             if window is not None:
-                oldest = self.column[:, None] - window + 1  # as a place of the response
-                sees_prompt &= prompt >= oldest + self.starts[:, None]
-                sees_own &= own >= oldest
-            hidden = ~torch.cat([sees_prompt, sees_own], dim=1)
-            bias = torch.zeros(hidden.shape, device=hidden.device)
-            self._biases[window] = bias.masked_fill_(hidden, -torch.inf)[:, None, None]
-        return self._biases[window]
+                hidden |= positions <= (self.starts + self.columns - window)[:, None]
+            self._hidden[window] = []
+            for bucket, tokens in zip(self.buckets, self.tokens, strict=True):
+                # A full window is a ring: all that it holds is seen.
+                own = torch.arange(tokens if window is None else min(tokens, window), device=device)
+                ahead = own > self.columns[bucket.rows, None]
+                of_bucket = torch.cat([hidden[bucket.rows], ahead], dim=1)
+                self._hidden[window].append(of_bucket[:, None, None])
+        return self._hidden[window]
 
 
-def _rank_in_group(group: Tensor, groups: int) -> Tensor:
-    """[R]: how many earlier entries of `group` [R] (values in [0, groups)) equal this one."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A @ b for [n, K, x, y] and [n, K, y, z], float32 if they are narrower."""
+    if a.dtype.itemsize >= torch.float32.itemsize:
+        return a @ b
+    if a.is_cuda:
+        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return product.view(*a.shape[:3], -1)
+    return a.float() @ b.float()
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _by_prompt(strip: _Strip, rows: Tensor, of_prompt: Tensor) -> Tensor:
+    """[R, K, q, a] times the response's prompt's [p, K, a, b] -> [r, K, q, b]."""
+    _, heads, queries, inner = rows.shape
+    prompts = strip.prompts.stop - strip.prompts.start
+    packed = rows.new_empty(prompts, heads, strip.members, queries, inner)
+    packed[strip.place] = rows[strip.rows]
+    product = _product(packed.view(prompts, heads, strip.members * queries, inner), of_prompt)
+    return product.view(prompts, heads, strip.members, queries, -1)[strip.place]
+
+
+def _strips(prompt_of: Tensor, lengths: Sequence[int]) -> list[_Strip]:
+    members = prompt_of.bincount(minlength=len(lengths))
+    rank = _rank_in_group(prompt_of, members)
+    counts = members.tolist()
+    strips = []
+    for first, last in _cuts(counts, lengths, (0, len(lengths)), _MOST_HALVINGS):
+        if (most := max(counts[first:last])) == 0:
+            continue
+        rows: Tensor | slice = slice(None)
+        if sum(counts[first:last]) < len(prompt_of):
+            rows = ((prompt_of >= first) & (prompt_of < last)).nonzero()[:, 0]
+        place = (prompt_of[rows] - first, slice(None), rank[rows])
+        longest = max(lengths[first:last])
+        strips.append(_Strip(slice(first, last), longest, most, rows, place))
+    return strips
+
+
+def _cuts(
+    members: Sequence[int], lengths: Sequence[int], bounds: tuple[int, int], halvings: int
+) -> list[tuple[int, int]]:
+    """Cut the prompts within `bounds` where most of a padded product is saved, and again."""
+    first, last = bounds
+
+    def costs(order: range) -> list[int]:
+        """Of a strip that ends with each prompt of `order`."""
+        most = longest = 0
+        found = []
+        for size, i in enumerate(order, start=1):
+            most, longest = max(most, members[i]), max(longest, lengths[i])
+            found.append(size * most * longest)
+        return found
+
+    ahead, behind = costs(range(first, last)), costs(range(last - 1, first - 1, -1))[::-1]
+    whole = ahead[-1]
+    if halvings == 0 or last - first < 2 or whole <= _STRIP_COST:
+        return [bounds]
+    cost, cut = min((ahead[i - first - 1] + behind[i - first], i) for i in range(first + 1, last))
+    if cost + _STRIP_COST >= whole:
+        return [bounds]
+    return [
+        *_cuts(members, lengths, (first, cut), halvings - 1),
+        *_cuts(members, lengths, (cut, last), halvings - 1),
+    ]
+
+
+def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
+    """[R]: how many earlier entries of `group` [R] equal this one; `sizes`: of each group."""
     order = group.argsort(stable=True)
-    sizes = group.bincount(minlength=groups)
     rank = torch.empty_like(group)
     rank[order] = (
         torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]

@@ -15,14 +15,14 @@ _UNDRAWN = -1
 """Stands where no token was drawn; no vocabulary has it."""
 
 
-class Tape:
+class ResponseBuffer:
     """One row a response, one place a token.
 
     Args:
         prompts: the Q questions; response i to question q is row q G + i.
         sampling: how to draw; its `max_new_tokens` is the number of places.
         chat: knows the ids that end a response.
-        device: where the tape lies.
+        device: where it lies.
     """
 
     def __init__(
@@ -55,6 +55,12 @@ class Tape:
         self.sampling_logprobs[rows, places] = drawn.sampling_logprobs.float()
         self.policy_logprobs[rows, places] = drawn.policy_logprobs.float()
         return drawn.ids
+
+    def forget(self, row: int) -> None:
+        """Row `row` will be drawn again from its start."""
+        self.ids[row] = _UNDRAWN
+        self.searched[row] = 0
+        self.stopped[row] = self.ids.shape[1] + 1
 
     def is_end(self, ids: Tensor) -> Tensor:
         """Whether each of `ids` ends a response."""

@@ -1,0 +1,319 @@
+"""Continuous batching: which responses are being drawn, and when others take their place."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.loss.logits import Buffers, TokenLogits
+from scsdpo.policy.attention import run_decoder
+from scsdpo.rollout.kv_cache import KVCache, Move, Size, blocks
+from scsdpo.rollout.response_buffer import ResponseBuffer
+from scsdpo.rollout.scheduler import Group, Request, Scheduler
+from scsdpo.rollout.shared_prefix import Decode, Prefill
+
+_PREFILL_TOKENS = 8192
+"""Most tokens (padding included) of one prompt pass; bounds its activations."""
+_STEPS_BETWEEN_RETIRING = 2
+"""Finished responses leave every so many steps; on a GPU the host waits for the device there."""
+_PROMPT_GAPS = 4
+"""Prompts close ranks when one slot in so many is empty."""
+
+
+class ContinuousBatcher:
+    """Draws responses. Those that run stand in buckets by length, the longest bucket first.
+
+    Args:
+        model: in eval mode, attending by layouts.
+        buffer: decides and keeps the draws.
+        scheduler: has what is to be drawn.
+        cache: of the scheduler's `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        buffer: ResponseBuffer,
+        scheduler: Scheduler,
+        cache: KVCache,
+    ) -> None:
+        self.model = model
+        self.buffer = buffer
+        self.scheduler = scheduler
+        self.cache = cache
+        self.tables = Buffers()
+        self.step = 0
+        self.buckets: list[list[Request]] = [[] for _ in cache.limits]
+        """What runs, by slot. The [R] tensors go from the last bucket to the first."""
+        self.prompts: list[Group | None] = []
+        """By slot; None is a gap."""
+        self.prompt_hidden: list[Tensor] = []
+        """[D] by prompt slot: what predicts the first token of every response."""
+        none = buffer.ids.new_zeros(0)
+        self.rows = none
+        """[R] rows of the buffer."""
+        self.drawn = none
+        """[R] tokens drawn so far."""
+        self.ended = none.bool()
+        """[R] an end of sequence was drawn."""
+        self.has_room = True
+        """Responses have left since others were last let in."""
+        self.first_started: dict[int, int] = {}
+        """Step at which the longest response of each bucket in use started."""
+        self.layout: Decode | None = None
+        """Made anew when responses came, left or moved."""
+        self.next_event = 0
+        """Step at which a response fills its bucket or reaches the cap."""
+
+    def run(self) -> None:
+        """Draw all responses."""
+        hidden: list[Tensor] = []
+        while self.scheduler.waiting or self.is_running:
+            if self.has_room and (new := self._admit()):
+                hidden.append(self._start(new))
+            ids = self._draw(torch.cat(hidden))
+            self.has_room = False
+            if self.step % _STEPS_BETWEEN_RETIRING == 0 or self.step >= self.next_event:
+                ids = ids[self._settle()]
+            hidden = [self._decode(ids)] if self.is_running else []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a response is being drawn."""
+        return any(self.buckets)
+
+    def _admit(self) -> list[Request]:
+        running = [self._tokens(request) for request in self._running()]
+        return self.scheduler.admit(running, self._held(self.buckets), self._prompt_size())
+
+    def _running(self) -> Iterator[Request]:
+        for bucket in reversed(self.buckets):
+            yield from bucket
+
+    def _tokens(self, request: Request) -> int:
+        return self.step - request.started
+
+    def _prompt_size(self) -> Size:
+        lengths = [len(group.ids) for group in self.prompts if group]
+        return Size(len(self.prompts), max(lengths, default=0))
+
+    def _sizes(self, buckets: Sequence[Sequence[Request]]) -> list[Size]:
+        """What the tokens drawn so far need of each bucket."""
+        sizes = []
+        for bucket, limit in zip(buckets, self.cache.limits, strict=True):
+            longest = max((self._tokens(request) for request in bucket), default=0)
+            sizes.append(Size(len(bucket), min(blocks(max(longest, 1)), limit)))
+        return sizes
+
+    def _held(self, buckets: Sequence[Sequence[Request]]) -> int:
+        """Tokens, as places in rectangles."""
+        return sum(size.tokens for size in self._sizes(buckets))
+
+    def _start(self, requests: list[Request]) -> Tensor:
+        """Let `requests` run; [r, D], what predicts the first token of each."""
+        new = dict.fromkeys(r.group for r in requests if r.group.slot < 0)
+        for group in new:
+            group.slot = len(self.prompts)
+            self.prompts.append(group)
+        for request in requests:
+            request.started = self.step
+        self.buckets[0].extend(requests)
+        self.cache.fit(self._prompt_size(), self._sizes(self.buckets))
+        for chunk in _chunks(list(new)):
+            self._prefill(chunk)
+        rows = torch.tensor([r.row for r in requests], device=self.rows.device)
+        self.rows = torch.cat([self.rows, rows])
+        self.drawn = torch.cat([self.drawn, torch.zeros_like(rows)])
+        self.ended = torch.cat([self.ended, torch.zeros_like(rows, dtype=torch.bool)])
+        self._expire()
+        return torch.stack([self.prompt_hidden[r.group.slot] for r in requests])
+
+    def _prefill(self, groups: list[Group]) -> None:
+        device = self.rows.device
+        width = max(len(g.ids) for g in groups)
+        ids = torch.tensor([[*g.ids, *[0] * (width - len(g.ids))] for g in groups], device=device)
+        positions = torch.arange(width, device=device).expand(len(groups), -1)
+        lengths = torch.tensor([len(g.ids) for g in groups], device=device)
+        layout = Prefill(self.cache, groups[0].slot, lengths)
+        hidden = run_decoder(self.model, layout, input_ids=ids, position_ids=positions)
+        _refuse_other_layers(self.model, self.cache)
+        at = torch.arange(len(groups), device=device)
+        self.prompt_hidden.extend(hidden[at, lengths - 1])
+
+    def _draw(self, hidden: Tensor) -> Tensor:
+        """[R]: the next token of each response."""
+        head = self.model.get_output_embeddings()
+        self.tables.recycle()
+        logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
+        ids = self.buffer.draw(logits.logits, self.rows, self.drawn)
+        self.ended |= self.buffer.is_end(ids)
+        self.drawn += 1
+        self.step += 1
+        return ids
+
+    def _settle(self) -> Tensor:
+        """Finished responses leave, grown ones move on, and the youngest give way to a shortage.
+
+        Returns the [R'] old places of those that stay.
+        """
+        self.ended |= self.buffer.is_stopped(self.rows, self.drawn)
+        before = list(self._running())
+        stay = self._retire(before)
+        if len(stay) == len(before) and self.step < self.next_event:
+            return torch.arange(len(before), device=self.rows.device)
+        buckets = self._make_room(stay)
+        moves = self._moves(buckets)
+        self.cache.fit(self._prompt_size(), self._sizes(buckets), moves)
+        self.buckets = buckets
+        place = {request: i for i, request in enumerate(before)}
+        order = torch.tensor([place[r] for r in self._running()], device=self.rows.device).long()
+        self.rows, self.drawn, self.ended = self.rows[order], self.drawn[order], self.ended[order]
+        self.has_room = True
+        self._expire()
+        return order
+
+    def _retire(self, running: list[Request]) -> list[Request]:
+        """Those that go on; the others are complete."""
+        stay: list[Request] = []
+        for request, ended in zip(running, self.ended.tolist(), strict=True):
+            tokens = self._tokens(request)
+            if ended or tokens == self.buffer.ids.shape[1]:
+                self.scheduler.finish(request, tokens)
+            else:
+                stay.append(request)
+        self._drop_prompts(self.scheduler.needs_prompt)
+        if self.prompts.count(None) * _PROMPT_GAPS > len(self.prompts):
+            self._close_gaps()
+        return stay
+
+    def _drop_prompts(self, is_kept: Callable[[Group], bool]) -> None:
+        for slot, group in enumerate(self.prompts):
+            if group and not is_kept(group):
+                group.slot = -1
+                self.prompts[slot] = None
+
+    def _close_gaps(self) -> None:
+        """Prompts keep their order: neighbours are of an age, and lose responses alike."""
+        kept = [group for group in self.prompts if group]
+        slots = [group.slot for group in kept]
+        self.cache.keep_prompts(slots)
+        self.prompt_hidden = [self.prompt_hidden[slot] for slot in slots]
+        self.prompts = [*kept]
+        for slot, group in enumerate(kept):
+            group.slot = slot
+        self.layout = None
+
+    def _sort(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """By the bucket that has room for the next token, in no order within."""
+        buckets: list[list[Request]] = [[] for _ in self.buckets]
+        for request in requests:
+            buckets[self.cache.bucket_of(self._tokens(request))].append(request)
+        return buckets
+
+    def _make_room(self, requests: list[Request]) -> list[list[Request]]:
+        """Buckets of what stays: all, if they fit beside their prompts, else the oldest."""
+        by_age = sorted(requests, key=self._tokens, reverse=True)
+        while True:
+            buckets = self._sort(by_age)
+            if self._held(buckets) + self._prompt_size().tokens <= self.cache.max_tokens:
+                return buckets
+            if not all(group and group.running for group in self.prompts):
+                self._drop_prompts(lambda group: group.running > 0)
+                self._close_gaps()
+            elif len(by_age) > 1:
+                self.buffer.forget(by_age[-1].row)
+                self.scheduler.put_back(by_age.pop())
+            else:
+                return buckets
+
+    def _moves(self, buckets: list[list[Request]]) -> list[Move]:
+        """Put each of `buckets` in the order of slots that copies least; the copies to make.
+
+        The last bucket comes first: what a response leaves behind is overwritten after it left.
+        """
+        old = {
+            r: (b, slot) for b, bucket in enumerate(self.buckets) for slot, r in enumerate(bucket)
+        }
+        moves: list[Move] = []
+        for target in reversed(range(len(buckets))):
+            requests = buckets[target]
+            seats: list[Request | None] = [None] * len(requests)
+            arriving = []
+            for request in requests:
+                origin, slot = old[request]
+                if origin == target and slot < len(seats):
+                    seats[slot] = request
+                else:
+                    arriving.append(request)
+            free = [slot for slot, request in enumerate(seats) if request is None]
+            for slot, request in zip(free, arriving, strict=True):
+                seats[slot] = request
+            buckets[target] = [request for request in seats if request]
+            moves += self._copies(
+                target, [(*old[r], s) for r, s in zip(arriving, free, strict=True)]
+            )
+        return moves
+
+    def _copies(self, target: int, copies: Sequence[tuple[int, int, int]]) -> Iterator[Move]:
+        """From (bucket, slot) to slot of `target`; within the bucket first."""
+        for origin in sorted({origin for origin, _, _ in copies}, reverse=True):
+            pairs = [(slot, seat) for bucket, slot, seat in copies if bucket == origin]
+            sources, targets = torch.tensor(pairs, device=self.rows.device).unbind(1)
+            yield Move(origin=origin, target=target, sources=sources, targets=targets)
+
+    def _expire(self) -> None:
+        """Responses came, left or moved: what was derived from who they are is void."""
+        self.layout = None
+        first = {
+            b: min(r.started for r in bucket) for b, bucket in enumerate(self.buckets) if bucket
+        }
+        self.first_started = first
+        full = [started + self.cache.buckets[b].width + 1 for b, started in first.items()]
+        capped = [started + self.buffer.ids.shape[1] for started in first.values()]
+        self.next_event = min([*full, *capped], default=self.step)
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """Run one token of each response; [R, D], what predicts the next."""
+        if self.layout is None:
+            self.layout = self._layout()
+        columns = self.drawn - 1
+        self.layout.at(columns, [self.step - s for s in reversed(self.first_started.values())])
+        positions = self.layout.starts + columns
+        return run_decoder(
+            self.model, self.layout, input_ids=ids[:, None], position_ids=positions[:, None]
+        )[:, 0]
+
+    def _layout(self) -> Decode:
+        slots = [request.group.slot for request in self._running()]
+        return Decode(
+            self.cache,
+            torch.tensor(slots, device=self.rows.device),
+            [len(group.ids) if group else 0 for group in self.prompts],
+            [(b, len(self.buckets[b])) for b in reversed(self.first_started)],
+        )
+
+
+def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
+    """Runs of `groups` that fit one prompt pass."""
+    chunk: list[Group] = []
+    for group in groups:
+        longest = max(len(g.ids) for g in [*chunk, group])
+        if chunk and (len(chunk) + 1) * longest > _PREFILL_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(group)
+    if chunk:
+        yield chunk
+
+
+def _refuse_other_layers(model: PreTrainedModel, cache: KVCache) -> None:
+    """Every layer must have come through our attention; some keep another kind of state."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(cache.layers) != layers:
+        raise ConfigurationError(
+            f"model.rollout: HFRollout stores keys and values only, and "
+            f"{layers - len(cache.layers)} of the {layers} layers of {type(model).__name__} have "
+            "none of transformers' attention interface: use VLLMRollout"
+        )

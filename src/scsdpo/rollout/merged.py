@@ -1,0 +1,62 @@
+"""Sampling with LoRA factors merged into a copy of the weights that they adapt."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scsdpo.policy.adapter import STUDENT
+
+
+@contextmanager
+def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Run plain layers of W + scale B A in the place of `model`'s LoRA layers.
+
+    One matrix product takes the place of three. W + scale B A is summed in the factors' dtype,
+    float32, and rounded to that of W; the policy's own weights are not touched. The copy takes the
+    memory of the weights that are adapted, from entry to exit. Where that is more than half of
+    what is free, and for layers that are not plain linear ones with plain LoRA factors (quantised,
+    DoRA), the adapted layers run as they are: the same numbers, slower.
+    """
+    adapted = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, LoraLayer) and _is_plain(layer)
+    ]
+    size = sum(layer.get_base_layer().weight.nbytes for _, _, layer in adapted)
+    if 2 * size > _free_bytes(model.device):
+        adapted = []
+    for parent, name, layer in adapted:
+        setattr(parent, name, _merged(layer))
+    try:
+        yield
+    finally:
+        for parent, name, layer in adapted:
+            setattr(parent, name, layer)
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    linear = type(layer.get_base_layer()) is nn.Linear
+    return linear and STUDENT in layer.lora_A and STUDENT not in layer.lora_variant
+
+
+def _merged(layer: LoraLayer) -> nn.Linear:
+    base = layer.get_base_layer()
+    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    delta: Tensor = layer.get_delta_weight(STUDENT)
+    merged.weight = nn.Parameter((base.weight + delta).to(base.weight.dtype), requires_grad=False)
+    merged.bias = base.bias
+    return merged
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        # What the allocator holds without using it is free too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
