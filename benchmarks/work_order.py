@@ -52,6 +52,9 @@ ORDERS = {
     "A2": Order(tokens=256, natural=True),
     # Tool prompts have about 1,500 tokens for a tokenizer that saw none of them.
     "B": Order(task="tooluse/test_a.json", questions=4, tokens=64, trained_on="sciknoweval"),
+    "E": Order(
+        task="tooluse/test_a.json", questions=3, rollouts=16, tokens=160, trained_on="sciknoweval"
+    ),
     "C": Order(questions=4, rollouts=4, vocabulary=151936, hidden=128, layers=2),
 }
 

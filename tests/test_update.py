@@ -11,7 +11,6 @@ from scsdpo.advantage import SelfDistillation
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.reduction import TokenMean
 from scsdpo.teacher import EMA, SiblingDemonstration
-from scsdpo.update import token_budget
 from scsdpo.weighting import TeacherEntropy, UniformTokens
 
 
@@ -142,21 +141,3 @@ def test_nothing_active_runs_nothing(policy):
     batch, update = parts(policy, advantage, **settings)
     nothing = replace(batch, weights=torch.zeros_like(batch.weights))
     assert list(update.losses(policy, nothing, ALL, 10**6)) == []
-
-
-def test_token_budget_keeps_siblings_together_longest_first_and_within_budget():
-    lengths = [2, 6, 2, 30, 2, 2]
-    prompts = [[(0, 0, 0)] * 2 + [(1,)] * 2 + [(2,)] * 2]
-    batches = token_budget(range(6), lengths, prompts, group=2, max_tokens=11)
-    # question 1 is longest and its second row alone is above the budget; question 0 fits: 3 + 8
-    assert batches == [[2], [3], [0, 1], [4, 5]]
-    assert token_budget([], lengths, prompts, group=2, max_tokens=20) == []
-
-
-def test_token_budget_counts_a_shared_prompt_once_and_the_larger_forward():
-    student = [(0,) * 5] * 4
-    teacher = [(1,) * 9, (2,) * 9, (1,) * 9, (2,) * 9]
-    lengths = [1] * 4
-    whole = token_budget(range(4), lengths, [student, teacher], group=4, max_tokens=22)
-    assert whole == [[0, 1, 2, 3]]  # 9 + 9 + 4
-    assert len(token_budget(range(4), lengths, [student, teacher], group=4, max_tokens=21)) == 2

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scsdpo.advantage import Plan
 from scsdpo.loss import (
@@ -20,7 +20,7 @@ from scsdpo.loss import (
     chunks,
     credit_loss,
 )
-from scsdpo.policy import CausalLM, Rows
+from scsdpo.policy import CausalLM, Rows, Trunk
 from scsdpo.reduction import Reduction
 from scsdpo.signals import Signals
 from scsdpo.teacher import Teacher
@@ -100,6 +100,7 @@ class Update:
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
         for micro in step.micro_batches:
             yield step.loss(micro), step.of_tokens(micro, sampled)
+            step.student.done(micro)
 
     def measure(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
@@ -123,10 +124,11 @@ class _Step:
         max_tokens: int,
     ) -> None:
         self.update, self.policy, self.batch = update, policy, batch
-        self.prompts = {
-            "student": batch.student_prompts(),
-            "teacher": [ids for group in batch.teacher.ids for ids in group],
-            "reference": [ids for group in batch.reference.ids for ids in group],
+        self.max_tokens = max_tokens
+        self.rows = {
+            "student": self._rows(batch.student_prompts()),
+            "teacher": self._rows([ids for group in batch.teacher.ids for ids in group]),
+            "reference": self._rows([ids for group in batch.reference.ids for ids in group]),
         }
         self.reads = {
             "teacher": batch.plan.needs_teacher.flatten(),
@@ -137,13 +139,10 @@ class _Step:
         self.chosen = torch.zeros_like(active).index_fill_(0, index, True) & active
         self.lengths = batch.mask.sum(-1)
         self.temperature = batch.rollouts.temperature
-        self.micro_batches = token_budget(
-            self.chosen.nonzero()[:, 0].tolist(),
-            self.lengths.tolist(),
-            list(self.prompts.values()),
-            group=batch.rollouts.ids.shape[1],
-            max_tokens=max_tokens,
-        )
+        chosen = self.chosen.nonzero()[:, 0].tolist()
+        self.student = policy.trunk(self.rows["student"], chosen, max_tokens)
+        self.micro_batches = self.student.micro_batches()
+        self.trunks = {slot: self._trunks(slot) for slot in self.reads}
         self.kept: dict[tuple[int, str], Voice] = {}
         self.signals = self._measure()
         for make in (*batch.plan.derivations, *update.importance.derivations):
@@ -161,14 +160,20 @@ class _Step:
         per_token = update.token_weighting.weigh(self.signals, distilled)
         return (coefficients * batch.weights.flatten())[:, None] * per_token
 
-    def _rows(self, micro: Sequence[int], prompts: list[tuple[int, ...]]) -> Rows:
-        width = int(self.lengths[list(micro)].max())
-        return Rows(
-            prompts=[prompts[row] for row in micro],
-            ids=self.batch.ids[list(micro), :width],
-            mask=self.batch.mask[list(micro), :width],
-            pad_id=self.policy.chat.pad_id,
-        )
+    def _rows(self, prompts: list[tuple[int, ...]]) -> Rows:
+        batch = self.batch
+        return Rows(prompts=prompts, ids=batch.ids, mask=batch.mask, pad_id=self.policy.chat.pad_id)
+
+    def _trunks(self, slot: str) -> list[Trunk]:
+        """Per set of weights of a teacher, the rows that it reads."""
+        reading = (self.reads[slot] & self.chosen).nonzero()[:, 0].tolist()
+        return [
+            self.policy.trunk(self.rows[slot], reading, self.max_tokens, weights)
+            for weights in self._teacher(slot).trunks(self.policy)
+        ]
+
+    def _teacher(self, slot: str) -> Teacher:
+        return self.update.teacher if slot == "teacher" else self.update.reference
 
     def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
         """[N]: the entries of `table` [R, L] at the micro-batch's tokens, in row-major order."""
@@ -180,18 +185,19 @@ class _Step:
         return self._run_voice(slot, micro) if kept is None else kept
 
     def _run_voice(self, slot: str, micro: list[int]) -> Voice:
-        teacher = self.update.teacher if slot == "teacher" else self.update.reference
+        teacher = self._teacher(slot)
         reads = self.reads[slot][micro]
         some = [row for row, wanted in zip(micro, reads.tolist(), strict=True) if wanted]
         if not some:
             return Voice(hidden=(), heads=(), combine=teacher.combine)
-        rows = self._rows(some, self.prompts[slot])
-        runs = [self.policy.run(trunk, rows) for trunk in teacher.trunks(self.policy)]
+        runs = [trunk.run(some, _with_head) for trunk in self.trunks[slot]]
+        for trunk in self.trunks[slot]:
+            trunk.done(some)
         # Rows without this voice keep zeros: their logits are uniform and no credit reads them.
         here = self.of_tokens(micro, self.reads[slot][:, None].expand_as(self.batch.mask))
         return Voice(
             hidden=tuple(_place(hidden, here) for hidden, _ in runs),
-            heads=tuple(Head.of(head) for _, head in runs),
+            heads=tuple(head for _, head in runs),
             combine=teacher.combine,
         )
 
@@ -213,7 +219,7 @@ class _Step:
             temperature=self.temperature,
         )
         loss = partial(credit_loss, tokens=tokens, objective=objective)
-        return self.policy(self._rows(micro, self.prompts["student"]), loss)
+        return self.student.run(micro, loss)
 
     @torch.no_grad()
     def _measure(self) -> Signals:
@@ -222,8 +228,11 @@ class _Step:
         signals = Signals.unmeasured(self.batch.mask, sampled, self.batch.old_logprobs)
         measures_student = any(name.startswith("student") for name in self.update.needs)
         measures_teacher = any(name.startswith("teacher") for name in self.update.needs)
+        current = self.policy.adapter.current()
+        chosen = self.chosen.nonzero()[:, 0].tolist()
+        trunk = self.policy.trunk(self.rows["student"], chosen, self.max_tokens, current)
         for micro in self.micro_batches if self.update.needs else []:
-            student = cache(partial(self._run_student, micro))
+            student = cache(partial(self._run_student, trunk, micro))
             if measures_student:
                 tables = signals.student_logprob, signals.student_entropy
                 self._read(micro, student(), tables)
@@ -232,13 +241,14 @@ class _Step:
                 tables = signals.teacher_logprob, signals.teacher_entropy
                 if voice.hidden:
                     self._read(micro, partial(self._say, voice, student), tables)
+            trunk.done(micro)
         return signals
 
-    def _run_student(self, micro: list[int]) -> Callable[[slice, Buffers], TokenLogits]:
+    def _run_student(
+        self, trunk: Trunk, micro: list[int]
+    ) -> Callable[[slice, Buffers], TokenLogits]:
         """The current policy on a micro-batch, without gradient: slice of tokens -> logits."""
-        rows = self._rows(micro, self.prompts["student"])
-        hidden, linear = self.policy.run(self.policy.adapter.current(), rows)
-        head = Head.of(linear)
+        hidden, head = trunk.run(micro, _with_head)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def _say(
@@ -272,50 +282,8 @@ class _Step:
             table[mask] = row  # both in row-major order: a micro-batch's rows ascend
 
 
-def token_budget(
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    prompts: Sequence[Sequence[tuple[int, ...]]],
-    *,
-    group: int,
-    max_tokens: int,
-) -> list[list[int]]:
-    """Micro-batches of rows, longest questions first, siblings together, rows ascending.
-
-    A micro-batch holds as many rows as fit the budget; its tokens are those of its larger
-    forward, each distinct prompt counted once. A row that alone exceeds the budget is a
-    micro-batch of its own.
-
-    Args:
-        rows: indices q * group + g of the rollouts to run.
-        lengths: [R] response tokens.
-        prompts: for each forward (student, teacher, ...) the [R] prompts.
-        group: rollouts a question.
-        max_tokens: the budget.
-    """
-    longest: dict[int, int] = {}
-    for row in rows:
-        total = lengths[row] + max(len(each[row]) for each in prompts)
-        longest[row // group] = max(total, longest.get(row // group, 0))
-    order = sorted(rows, key=lambda row: (-longest[row // group], row))
-    batches: list[list[int]] = []
-    met: list[set[tuple[int, ...]]] = [set() for _ in prompts]
-    totals = [0 for _ in prompts]
-    for row in order:
-        own = [each[row] for each in prompts]
-        grown = [
-            total + lengths[row] + (0 if prompt in seen else len(prompt))
-            for total, prompt, seen in zip(totals, own, met, strict=True)
-        ]
-        if batches and max(grown) <= max_tokens:
-            batches[-1].append(row)
-            totals = grown
-            for seen, prompt in zip(met, own, strict=True):
-                seen.add(prompt)
-        else:
-            batches.append([row])
-            met, totals = [{prompt} for prompt in own], [lengths[row] + len(p) for p in own]
-    return [sorted(batch) for batch in batches]
+def _with_head(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Head]:
+    return hidden, Head.of(head)
 
 
 def _place(values: Tensor, here: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora, Weights
 from scsdpo.policy.causal_lm import CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.rows import Rows, hidden_states
+from scsdpo.policy.rows import Rows
+from scsdpo.policy.trunk import Trunk
 
 __all__ = [
     "Adapter",
@@ -12,6 +13,6 @@ __all__ = [
     "FullFineTune",
     "Lora",
     "Rows",
+    "Trunk",
     "Weights",
-    "hidden_states",
 ]

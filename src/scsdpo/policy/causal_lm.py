@@ -1,8 +1,9 @@
 """The policy: a causal language model, its tokenizer, and what of it is trained."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
@@ -21,7 +22,8 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.rows import Rows, hidden_states
+from scsdpo.policy.rows import Rows
+from scsdpo.policy.trunk import SeparateRows, SharedPrompts, Trunk
 
 T = TypeVar("T")
 
@@ -138,30 +140,48 @@ class CausalLM(nn.Module):
         room = free // 2 // (widths * config.hidden_size * 4)
         return max(min(room, most), 1)
 
-    def forward(self, rows: Rows, loss: Callable[[Tensor, nn.Linear], T]) -> T:
-        """Trunk and loss in one root forward: `loss(hidden states [N, D], head)`.
+    def trunk(
+        self,
+        rows: Rows,
+        chosen: Sequence[int],
+        max_tokens: int,
+        weights: Weights | None = None,
+    ) -> Trunk:
+        """The `chosen` ones among `rows`, ready to run in micro-batches.
 
-        Under FSDP2 the head's weight is whole only inside this forward.
+        Args:
+            rows: responses of an optimizer step.
+            chosen: which of them will run.
+            max_tokens: tokens whose activations are alive at a time.
+            weights: another set than the trained ones, without gradient.
         """
-        model = self.language_model
-        return loss(self._hidden_states(model, rows), model.get_output_embeddings())
+        within = self if weights is None else partial(self.run, weights)
+        kind = SharedPrompts if self.share_prefixes else SeparateRows
+        return kind(within, rows, chosen, max_tokens)
+
+    def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
+        """Do `work` on the language model, in one root forward.
+
+        Under FSDP2 weights are whole only inside it: trunk and loss belong into one `work`.
+        """
+        return work(self._ready(self.language_model))
 
     def sampling_mode(self) -> AbstractContextManager[PreTrainedModel]:
         """The student for inference: eager, eval mode, no gradients, all restored on exit."""
         return _sampling(self.language_model)
 
-    def run(self, weights: Weights, rows: Rows) -> tuple[Tensor, nn.Linear]:
-        """Hidden states [N, D] and head of another set of weights, without gradient."""
+    def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
+        """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            return self._hidden_states(model, rows), model.get_output_embeddings()
+            return work(self._ready(model))
 
-    def _hidden_states(self, model: PreTrainedModel, rows: Rows) -> Tensor:
-        """With the model's layers compiled, if they are to be: a teacher's copy too."""
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        """With its layers compiled, if they are to be: a teacher's copy too."""
         if self.compile_layers and model not in self._compiled:
             self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
-        return hidden_states(model, rows, share_prefixes=self.share_prefixes)
+        return model
 
 
 @contextmanager
