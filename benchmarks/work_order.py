@@ -22,9 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scsdpo.advantage import SelfDistillation
-from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt, Rollouts, Sampling, Verdict
 from scsdpo.verifiers import Verification, Verifier
 
@@ -157,7 +157,7 @@ class Ours:
         batch = self.module.prepare(rollouts, self.module.judge(rollouts))
         rows = range(self.order.questions * self.order.rollouts)
         budget = self.policy.token_budget()
-        for output, _ in self.module.update.losses(self.policy, batch, list(rows), budget):
+        for output, _ in self.module.steps.update.losses(self.policy, batch, list(rows), budget):
             yield output.loss
 
     def update(self, rollouts: Rollouts) -> float:

@@ -21,8 +21,8 @@ from scsdpo.loss import NoImportance, TokenImportance
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import SequenceMean, TokenMean
 from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt
+from scsdpo.training import Batch, Update
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
-from scsdpo.update import Batch, Update
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
 
@@ -100,6 +100,7 @@ def parts(
     contexts = teacher.contexts(policy.chat, rollouts, outcomes)
     batch = Batch(
         rollouts=rollouts,
+        outcomes=outcomes,
         plan=advantage.plan(outcomes, contexts.available),
         weights=(weighting or Uniform()).weigh(outcomes),
         teacher=contexts,

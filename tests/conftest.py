@@ -26,3 +26,9 @@ def policy(qwen3):
     policy = CausalLM(str(qwen3))
     policy.configure_model()
     return policy
+
+
+@pytest.fixture(autouse=True)
+def no_seed_from_elsewhere(monkeypatch):
+    """`seed_everything` leaves its seed in the environment, for this process and its children."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")

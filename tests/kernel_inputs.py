@@ -6,15 +6,16 @@ from torch import Tensor, nn
 from scsdpo.advantage import Advantage
 from scsdpo.loss import (
     Head,
+    HeadGradient,
     Importance,
     LossOutput,
     NoImportance,
     Objective,
+    Signals,
+    TeacherOutput,
     Tokens,
-    Voice,
     credit_loss,
 )
-from scsdpo.signals import Signals
 from scsdpo.teacher import NoTeacher
 from scsdpo.types import Outcomes, Verdict
 
@@ -49,8 +50,8 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     return Tokens(ids=ids, places=torch.arange(n), scale=scale, signals=signals)
 
 
-def voice(hidden: Tensor, head: nn.Linear) -> Voice:
-    return Voice(hidden=(hidden,), heads=(Head.of(head),), combine=NoTeacher().combine)
+def teacher_output(hidden: Tensor, head: nn.Linear) -> TeacherOutput:
+    return TeacherOutput(hidden=(hidden,), heads=(Head.of(head),), combine=NoTeacher().combine)
 
 
 def run(
@@ -71,8 +72,15 @@ def run(
     objective = Objective(
         credit=plan.credit,
         importance=importance.weigh,
-        teacher=voice(teacher, head),
-        reference=voice(teacher, head),
+        teacher=teacher_output(teacher, head),
+        reference=teacher_output(teacher, head),
         temperature=temperature,
     )
-    return credit_loss(student, head, batch, objective)
+    return credit_loss(
+        student,
+        head,
+        Head.of(head),
+        tokens=batch,
+        objective=objective,
+        gradient=HeadGradient(1),
+    )

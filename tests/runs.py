@@ -9,9 +9,9 @@ import torch
 from coins import Always, Coin
 from scsdpo.advantage import SelfDistillation, TopK
 from scsdpo.data import Source, TaskDataModule
-from scsdpo.module import PolicyOptimizer
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import EMA, NoTeacher
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import Verifier
 from scsdpo.weighting import PassRate, Uniform

@@ -93,11 +93,11 @@ class TablePolicy(nn.Module):
         ]
         return table[places]
 
-    def trunk(self, rows, chosen, max_tokens, weights=None):
-        return TableTrunk(self, rows, chosen, weights)
+    def runner(self, rows, chosen, max_tokens, weights=None):
+        return TableRunner(self, rows, chosen, weights)
 
 
-class TableTrunk:
+class TableRunner:
     """All in one micro-batch."""
 
     def __init__(self, policy, rows, chosen, weights):

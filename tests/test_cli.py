@@ -12,7 +12,7 @@ from runs import Toys
 from scsdpo.__main__ import COMMANDS
 from scsdpo.__main__ import main as command
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
-from scsdpo.module import PolicyOptimizer
+from scsdpo.training import PolicyOptimizer
 
 VALID = [
     "--model.advantage.class_path=SelfDistillation",
@@ -111,7 +111,7 @@ COMMAND_LINE = {
     "got fp16",
     "--model.advantage.support.k=x": "model.advantage.support.k: must be int, got x",
     "--model.advantage.suport=TopK": "model.advantage.suport: SelfDistillation has no such "
-    "argument; did you mean `support`? (it takes: alpha, support, summand_clip, target)",
+    "argument; did you mean `support`? (it takes: divergence, support, target)",
     "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
     "you mean `TopK`?",
     "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
@@ -258,13 +258,13 @@ def test_a_bug_keeps_its_traceback(scsdpo, monkeypatch):
 
 
 def test_configurations_compose_and_print_config_round_trips(scsdpo, tmp_path):
-    (tmp_path / "a.yaml").write_text("model: {weighting: Uniform, max_tokens: 7}")
+    (tmp_path / "a.yaml").write_text("model: {weighting: Uniform, limits: {max_tokens: 7}}")
     (tmp_path / "b.yaml").write_text("model: {weighting: {class_path: PassRate}}")
     layers = ["--config=a.yaml", "--config=b.yaml", "--model.weighting.power=1"]
     code, printed, _ = scsdpo("fit", *layers, "--print_config")
     config = yaml.safe_load(printed)
     assert code == 0
-    assert config["model"]["max_tokens"] == 7
+    assert config["model"]["limits"]["max_tokens"] == 7
     assert config["model"]["weighting"] == {
         "class_path": "scsdpo.weighting.PassRate",
         "init_args": {"power": 1.0},

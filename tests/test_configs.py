@@ -9,10 +9,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from scsdpo.config_types import arguments
-from scsdpo.module import PolicyOptimizer
-from scsdpo.parser import Parser
+from scsdpo.cli.config_types import arguments
+from scsdpo.cli.parser import Parser
 from scsdpo.rollout import Rollout
+from scsdpo.training import PolicyOptimizer
 from shared import SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]

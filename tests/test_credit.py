@@ -15,6 +15,7 @@ from scsdpo.advantage import (
     Advantage,
     BatchStd,
     Blend,
+    Divergence,
     Full,
     GroupMean,
     GroupPassRate,
@@ -163,14 +164,16 @@ class Problem:
             value = (logprob - z_t).detach()
             return value + value * (logprob - logprob.detach())
         view = next(v for s, v in SUPPORTS.values() if s == advantage.support)
-        return divergence(advantage.alpha, *supported(z_s, z_t, **view))
+        return divergence(advantage.divergence.alpha, *supported(z_s, z_t, **view))
 
 
 distillations = st.builds(
-    lambda alpha, name: SelfDistillation(alpha=alpha, support=SUPPORTS[name][0]),
+    lambda alpha, name: SelfDistillation(
+        divergence=Divergence(alpha=alpha), support=SUPPORTS[name][0]
+    ),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     st.sampled_from(sorted(SUPPORTS)),
-) | st.just(SelfDistillation(alpha=1.0, support=Sampled()))
+) | st.just(SelfDistillation(divergence=Divergence(alpha=1.0), support=Sampled()))
 leaves = distillations | st.sampled_from(RELATIVE)
 importances = st.sampled_from(
     [NoImportance(), TokenImportance(cap=1.2), SamplerImportance(cap=1.2), SamplerImportance()]

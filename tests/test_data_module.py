@@ -16,9 +16,9 @@ from lightning import Callback, LightningModule, Trainer
 from models import tokenizer
 from runs import strategies
 from scsdpo.data import PromptList, SciKnowEval, TaskDataModule, make_prompt
-from scsdpo.data.feed import Feed, Mixture, schedule
 from scsdpo.data.loader import EpochSampler
 from scsdpo.data.rendered import Rendered
+from scsdpo.data.shuffled import Mixture, ShuffledSource, interleave
 from scsdpo.policy import Chat
 from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import ExactMatch
@@ -49,7 +49,7 @@ def rendered(source, chat, limit):
 
 
 def feed(chat, source, seed=0, limit=10_000):
-    return Feed.of(source, chat, limit, seed)
+    return ShuffledSource.of(source, chat, limit, seed)
 
 
 def number(prompt):
@@ -125,7 +125,7 @@ def test_epochs_follow_each_other_without_a_gap():
     for _ in range(4):
         draws += list(sampler)
         sampler.asked = len(draws)
-    assert draws == list(islice(schedule((12, 11)), 80))
+    assert draws == list(islice(interleave((12, 11)), 80))
 
 
 def test_a_run_resumed_with_other_batches_leaves_no_batch_half_full():
@@ -144,8 +144,8 @@ WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 @given(WEIGHTS, st.integers(0, 300))
 def test_the_schedule_can_start_anywhere_and_keeps_the_proportions(weights, start):
     period = sum(weights)
-    draws = list(islice(schedule(weights), start + 2 * period))
-    assert list(islice(schedule(weights, start), 2 * period)) == draws[start:]
+    draws = list(islice(interleave(weights), start + 2 * period))
+    assert list(islice(interleave(weights, start), 2 * period)) == draws[start:]
     for feed, weight in enumerate(weights):
         numbers = [number for chosen, number in draws if chosen == feed]
         assert numbers == list(range(len(numbers)))

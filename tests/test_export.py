@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import qwen3_folder
 from scsdpo.__main__ import main as command
-from scsdpo.checkpoint import Saved
+from scsdpo.cli.export import export, load_weights, make_policy
 from scsdpo.errors import ConfigurationError
-from scsdpo.export import export, load_weights, make_policy
 from scsdpo.policy.adapter import STUDENT
+from scsdpo.training.checkpoint import Saved
 from test_cli import VALID
 
 
@@ -55,7 +55,7 @@ def logits(model):
 
 def trained(ckpt, dtype=torch.float32):
     """Logits of a checkpoint, by Lightning's own way of loading it, and of its base."""
-    from scsdpo.module import PolicyOptimizer
+    from scsdpo.training import PolicyOptimizer
 
     module = PolicyOptimizer.load_from_checkpoint(ckpt)
     return logits(module.policy.language_model.to(dtype))

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from kernel_inputs import run, tokens
-from scsdpo.advantage import Full, Sampled, SelfDistillation, TopK
+from scsdpo.advantage import Divergence, Full, Sampled, SelfDistillation, TopK
 from scsdpo.loss import NoImportance, TokenImportance
 from scsdpo.reduction import TokenMean
 from shared import SHARED, needs_shared
@@ -39,7 +39,7 @@ def test_golden_loss_and_gradient(path):
     logits = data["student_logits"].requires_grad_()
 
     output = run(
-        SelfDistillation(alpha=setting["alpha"], support=support),
+        SelfDistillation(divergence=Divergence(alpha=setting["alpha"]), support=support),
         logits[mask],
         data["teacher_logits"][mask],
         tokens(

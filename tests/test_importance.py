@@ -5,10 +5,19 @@ from itertools import product
 import pytest
 import torch
 
-from kernel_inputs import identity_head, outcomes, voice
-from scsdpo.advantage import GroupRelative, LeaveOneOut, Sampled, SelfDistillation, Unscaled
+from kernel_inputs import identity_head, outcomes, teacher_output
+from scsdpo.advantage import (
+    Divergence,
+    GroupRelative,
+    LeaveOneOut,
+    Sampled,
+    SelfDistillation,
+    Unscaled,
+)
 from scsdpo.advantage.group_relative import SequenceLevel
 from scsdpo.loss import (
+    Head,
+    HeadGradient,
     NoImportance,
     Objective,
     SamplerImportance,
@@ -17,7 +26,7 @@ from scsdpo.loss import (
     Tokens,
     credit_loss,
 )
-from scsdpo.signals import Signals
+from scsdpo.loss.signals import Signals
 from scsdpo.weighting import PassRate, Uniform
 
 V, LENGTH = 3, 2
@@ -46,7 +55,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
     )
     signals.student_logprob.copy_(logprobs(z.detach()))
     plan = advantage.plan(outcomes(rewards), torch.ones(1, 2, dtype=torch.bool))
-    for make in (*plan.derivations, *importance.derivations):
+    for make in (*advantage.derivations, *importance.derivations):
         signals.derive(make)
     batch = Tokens(
         ids=ids,
@@ -55,7 +64,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         signals=signals,
     )
     head = identity_head(V)
-    target = voice(z.detach() if teacher is None else teacher, head)
+    target = teacher_output(z.detach() if teacher is None else teacher, head)
     objective = Objective(
         credit=plan.credit,
         importance=importance.weigh,
@@ -63,7 +72,10 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         reference=target,
         temperature=1.0,
     )
-    return credit_loss(z, head, batch, objective).loss
+    gradient = HeadGradient(1)
+    return credit_loss(
+        z, head, Head.of(head), tokens=batch, objective=objective, gradient=gradient
+    ).loss
 
 
 def expected_gradient(z, draw, advantage, importance, **tables):
@@ -109,7 +121,7 @@ def test_weights_are_one_where_sampler_and_trainer_agree():
 def test_token_weights_make_per_token_divergences_unbiased_at_each_position():
     """With independent positions the reverse KL's estimator needs each token's own weight only."""
     z, mu, target = logits(0).requires_grad_(), logits(1), logits(2)
-    advantage = SelfDistillation(alpha=1.0, support=Sampled())
+    advantage = SelfDistillation(divergence=Divergence(alpha=1.0), support=Sampled())
     ours = expected_gradient(
         z, mu, advantage, SamplerImportance(cap=NO_CAP), sampler=mu, teacher=target
     )
@@ -158,7 +170,7 @@ def test_a_weighted_estimator_is_unbiased_for_the_weighted_divergence(weighting)
     """sum_j W_j E_y[gradient] = d (sum_j W_j KL_j) / dz, one question with k = 1 and one with 2."""
     successes = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0]])
     weights = weighting.weigh(outcomes(successes))[:, 0]
-    advantage = SelfDistillation(alpha=1.0, support=Sampled())
+    advantage = SelfDistillation(divergence=Divergence(alpha=1.0), support=Sampled())
     students = [logits(seed).requires_grad_() for seed in (0, 1)]
     targets = [logits(seed) for seed in (2, 3)]
     total = torch.zeros((), dtype=torch.float64)

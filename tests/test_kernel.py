@@ -10,6 +10,7 @@ from kernel_inputs import identity_head, run, tokens
 from oracle import clipped_gradient, divergence, supported
 from scsdpo.advantage import (
     Blend,
+    Divergence,
     Full,
     GroupRelative,
     LeaveOneOut,
@@ -73,7 +74,7 @@ def test_divergences_equal_autograd_in_any_chunking(
         patch.setattr(kernel, "FEWEST_ROWS", 1)
         patch.setitem(kernel.BLOCK_BYTES, "cpu", 4 * 7 * 2)
         output = run(
-            SelfDistillation(alpha=alpha, support=strategy),
+            SelfDistillation(divergence=Divergence(alpha=alpha), support=strategy),
             student,
             teacher,
             tokens(ids, scale=scale, sampling_logprob=sampled),
@@ -125,7 +126,7 @@ def test_a_blend_is_the_weighted_sum_of_its_parts():
     rewards = torch.tensor([[1.0, 0, 0, 1]])
     parts = [
         (GroupRelative(), 0.9),
-        (SelfDistillation(alpha=0.5, support=TopK(k=3)), 0.1),
+        (SelfDistillation(support=TopK(k=3)), 0.1),
         (ReferenceAnchor(support=Full()), -2.0),
     ]
     blend = Blend(parts=tuple(Weighted(advantage=a, weight=w) for a, w in parts))
@@ -174,7 +175,10 @@ def test_forbidden_tokens_leave_everything_finite(alpha, support):
     from scsdpo.loss import TokenLogits
 
     credit = support.credit(
-        alpha, TokenLogits(student), TokenLogits(teacher), torch.zeros(3, dtype=torch.long)
+        Divergence(alpha=alpha),
+        TokenLogits(student),
+        TokenLogits(teacher),
+        torch.zeros(3, dtype=torch.long),
     )
     gradient = credit.logits_gradient(TokenLogits(student))
     assert gradient.isfinite().all() and credit.objective.isfinite().all()
@@ -220,7 +224,7 @@ def test_sampled_support_is_unbiased_for_the_reverse_kl():
     total_loss, total_gradient = 0.0, torch.zeros(1, vocabulary, dtype=torch.float64)
     for y in range(vocabulary):
         output = run(
-            SelfDistillation(alpha=1, support=Sampled()),
+            SelfDistillation(divergence=Divergence(alpha=1), support=Sampled()),
             z,
             target,
             tokens(torch.tensor([y])),
@@ -266,7 +270,7 @@ def test_as_an_advantage_the_jsd_is_log_m_over_s_not_its_negative():
 @pytest.mark.parametrize("support", [Full(), TopK(k=3), TopK(k=3, tail=False)])
 def test_divergence_is_zero_at_equality_and_positive_elsewhere(alpha, support):
     _, student, teacher, ids, scale = problem(hidden=7)
-    advantage = SelfDistillation(alpha=alpha, support=support)
+    advantage = SelfDistillation(divergence=Divergence(alpha=alpha), support=support)
     same = run(advantage, student, student.detach(), tokens(ids, scale=scale))
     same.loss.backward()
     torch.testing.assert_close(

@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from scsdpo.lab import LEVELS, TINY, LabTasks, tiny_path
+from scsdpo.lab import LEVELS, LabTasks
 from scsdpo.lab.evaluate import accuracy, respond, well_formed
 from scsdpo.lab.pretrain import RECORD, Mixture, examples, lab_tokenizer, pretrain
 from scsdpo.lab.warmup import Example, batches, build_policy, response_loss, save, warm_up
-from scsdpo.policy import CausalLM, Chat
+from scsdpo.policy import TINY_FOLDER, CausalLM, Chat
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import Sampling, stable_hash
 
@@ -29,7 +29,7 @@ def chat(tokenizer):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return AutoTokenizer.from_pretrained(TINY)
+    return AutoTokenizer.from_pretrained(TINY_FOLDER)
 
 
 def small(tokenizer):
@@ -189,19 +189,19 @@ def test_taught_examples_are_right_and_bare_ones_err_now_and_then():
 
 
 def test_the_shipped_folder_is_small_and_loads_as_any_checkpoint():
-    assert sum(file.stat().st_size for file in TINY.iterdir()) < 5e6
-    model = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32)
+    assert sum(file.stat().st_size for file in TINY_FOLDER.iterdir()) < 5e6
+    model = AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
     assert model.num_parameters() < 1.5e6
     assert model.config.head_dim == 64
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.config.max_position_embeddings >= 1024
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
     assert len(tokenizer) == model.config.vocab_size
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_the_record_names_how_the_weights_were_made():
-    record = json.loads((TINY / RECORD).read_text())
+    record = json.loads((TINY_FOLDER / RECORD).read_text())
     assert record["command"].startswith("python -m scsdpo.lab.pretrain")
     assert {"seed", "steps", "wall_seconds", "versions", "parameters"} <= set(record)
     for figures in (record["accuracy"]["bare"], record["accuracy"]["bare_sharp"]):
@@ -215,7 +215,7 @@ def test_the_record_names_how_the_weights_were_made():
 
 def test_the_shipped_policy_is_what_the_record_says():
     """200 draws of the 0.4 that were recorded: within 4 standard errors."""
-    record = json.loads((TINY / RECORD).read_text())["accuracy"]
+    record = json.loads((TINY_FOLDER / RECORD).read_text())["accuracy"]
     policy, tasks = CausalLM("tiny"), LabTasks("val", seed=11)
     policy.configure_model()
     prompts = [tasks[i] for i in range(100)]

@@ -30,10 +30,8 @@ from scsdpo.advantage import (
     Weighted,
 )
 from scsdpo.errors import ConfigurationError
-from scsdpo.history import DecayedBeta, Instant, MovingAverage
-from scsdpo.schedule import Ramp
 from scsdpo.selection import Everything, InformativePool
-from scsdpo.state import nested_state
+from scsdpo.state import DecayedBeta, Instant, MovingAverage, Ramp, nested_state
 from scsdpo.teacher import (
     GoldSolution,
     NoTeacher,
@@ -97,7 +95,7 @@ def test_running_pass_rates_have_their_closed_forms():
 def test_running_pass_rates_survive_a_reload(make):
     first, second = make(), make()
     first.observe(rewarded(4, 1))
-    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    second.remember(pickle.loads(pickle.dumps(first.remembered())))
     again = rewarded(0, 3)
     assert torch.equal(first.observe(again), second.observe(again))
 
@@ -142,7 +140,7 @@ def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload(
     assert context.render(chat, rollouts, right).ids == plain.ids  # nothing to remember yet
     wrong = replace(right, successes=torch.zeros_like(right.successes))
     reloaded = RememberedDemonstration(size=1)
-    reloaded.load_state_dict(pickle.loads(pickle.dumps(context.state_dict())))
+    reloaded.remember(pickle.loads(pickle.dumps(context.remembered())))
     for one in (context, reloaded):
         told = one.render(chat, rollouts, wrong)
         # question 0 succeeded with its rollouts 0 and 1: the last of them is shown to all
@@ -185,8 +183,8 @@ def test_the_pool_survives_a_reload_without_objects_in_the_checkpoint(tmp_path):
     first, second = (InformativePool(questions=4, max_batches=9) for _ in range(2))
     rollouts, verdicts = judged()
     first.select(rollouts, verdicts)
-    torch.save(first.state_dict(), tmp_path / "pool.pt")
-    second.load_state_dict(torch.load(tmp_path / "pool.pt", weights_only=True))
+    torch.save(first.remembered(), tmp_path / "pool.pt")
+    second.remember(torch.load(tmp_path / "pool.pt", weights_only=True))
     ((mine, _),), ((theirs, _),) = (pool.select(rollouts, verdicts) for pool in (first, second))
     assert torch.equal(mine.ids, theirs.ids) and mine.texts == theirs.texts
     assert [p.ids for p in mine.prompts] == [p.ids for p in theirs.prompts]
@@ -237,8 +235,8 @@ def test_a_run_with_memory_resumes_bit_for_bit(qwen3, tmp_path, name):
 
     whole, resumed = (module(qwen3, **MEMORIES[name]()) for _ in range(2))
     assert fit(whole, SaveHalfWay()).global_step > 1
-    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
-    assert any(v for k, v in saved.items() if k.endswith("_extra_state"))
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert any(saved["remembered"].values())
     fit(resumed, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.batches == whole.batches == 7
     for key, value in tensors(whole).items():

@@ -15,8 +15,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import scsdpo.lab  # noqa: F401
-from scsdpo.config_types import arguments
-from scsdpo.module import PolicyOptimizer
+from scsdpo.cli.config_types import arguments
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting.frozen import FORMAT, fingerprint
 from table_policy import SUCCESSES, G, Q, TablePolicy, judged, state
@@ -346,7 +346,7 @@ def one_step(model):
     rows = list(range(len(rollouts.prompts) * G))
     model.policy.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
-    for output, _ in model.update.losses(model.policy, batch, rows, 40):
+    for output, _ in model.steps.update.losses(model.policy, batch, rows, 40):
         output.loss.backward()
         loss += output.loss.detach()
     return loss, model.policy.table.grad

@@ -11,6 +11,7 @@ from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import TokenImportance
 from scsdpo.policy import CausalLM, FullFineTune, Lora
 from scsdpo.teacher import EMA, Feedback, Frozen, Live, NoTeacher, PlainPrompt, TrustRegion
+from scsdpo.training import Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import PassRate, TeacherEntropy, Uniform
 
@@ -69,7 +70,7 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
     run = trainer(tmp_path)
     run.fit(model, data(Toys(verifier=Always(reward))))
     assert run.global_step == 0
-    assert model.skipped == 3 and model.batches == 3
+    assert model.steps.skipped == 3 and model.batches == 3
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
@@ -77,7 +78,7 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
 def test_a_run_that_never_learns_stops_with_the_reason(qwen3, tmp_path):
     run = trainer(tmp_path, max_steps=1, max_epochs=-1)
     with pytest.raises(TrainingStopped, match=r"2 batches in a row .* \(pass rate 0.00\)"):
-        run.fit(module(qwen3, max_idle_batches=2), data(Toys(verifier=Always(0.0))))
+        run.fit(module(qwen3, limits=Limits(max_idle_batches=2)), data(Toys(verifier=Always(0.0))))
 
 
 def test_feedback_teaches_a_batch_without_success_unless_the_weighting_drops_it(qwen3, tmp_path):
@@ -135,12 +136,14 @@ def test_a_non_finite_gradient_is_skipped_counted_and_reported(qwen3, tmp_path):
     run = trainer(tmp_path)
     with pytest.warns(UserWarning, match="step skipped, not finite"):
         run.fit(model, data())
-    assert run.global_step == 2 and model.skipped == 1
+    assert run.global_step == 2 and model.steps.skipped == 1
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_too_many_non_finite_steps_stop_the_run_with_the_reason(qwen3, tmp_path):
-    model = module(qwen3, advantage=GroupRelative(), teacher=NoTeacher(), max_bad_steps=2)
+    model = module(
+        qwen3, advantage=GroupRelative(), teacher=NoTeacher(), limits=Limits(max_bad_steps=2)
+    )
     model.configure_model()
     before = weights(model)
     with (
@@ -248,7 +251,6 @@ def test_bf16_mixed_precision_trains_with_float32_masters(qwen3, tmp_path):
             "TeacherEntropy reads the teacher",
         ),
         ({"updates_per_rollout": 0}, "model.updates_per_rollout must be >= 1"),
-        ({"max_grad_norm": 0.0}, "model.max_grad_norm must be > 0"),
     ],
 )
 def test_strategies_that_do_not_fit_together_are_refused_before_any_weight_loads(

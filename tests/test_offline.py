@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scsdpo.lab import analysis
+from scsdpo.evaluation import teacher_distance
 from table_policy import G, TablePolicy, judged
 from test_configs import CONFIGS, scsdpo, small  # noqa: F401 - a fixture
 
@@ -60,7 +60,7 @@ def test_analyze_writes_the_four_measures_of_the_shipped_policy(scsdpo):  # noqa
     assert scsdpo("analyze", "--config", TINY, "--out", "figure", *options, *quiet) in (0, None)
     report = json.loads(Path("figure/analysis.json").read_text())
     assert Path("figure/analysis.png").stat().st_size > 0
-    assert set(report["measures"]) == set(analysis.MEASURES)
+    assert set(report["measures"]) == set(teacher_distance.MEASURES)
     assert len({row["key"] for row in report["rows"]}) <= 8
     for row in report["rows"]:
         assert row["pass_rate"] > 0 and row["values"]["jsd"] >= 0
@@ -73,9 +73,9 @@ def test_analyze_writes_the_four_measures_of_the_shipped_policy(scsdpo):  # noqa
 
 def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
     from scsdpo.advantage import SelfDistillation
-    from scsdpo.module import PolicyOptimizer
     from scsdpo.rollout import Rollout
     from scsdpo.teacher import Frozen
+    from scsdpo.training import PolicyOptimizer
     from scsdpo.types import Sampling
     from test_methods import Case, sibling
 
@@ -98,13 +98,13 @@ def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
         policy.table += 0.5
         policy.table[:, 0] += 1
     monkeypatch.setattr(model, "judge", lambda _: outcomes)
-    rows = analysis.measure_batch(model, rollouts.prompts, Sampling(n=G))
+    rows = teacher_distance.measure_batch(model, rollouts.prompts, Sampling(n=G))
     case, expected = Case(model), []
     for q, g in case.rows():
         told = sibling(case, q, g)
         if not told:
             continue
-        sums = dict.fromkeys(analysis.MEASURES, 0.0)
+        sums = dict.fromkeys(teacher_distance.MEASURES, 0.0)
         for t in range(case.length(q, g)):
             log_s, log_t = case.log_s(q, g, t).tolist(), case.log_t(q, g, t, told).tolist()
             log_m = [
@@ -118,7 +118,7 @@ def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
                 for x, m in zip(logs, log_m, strict=True)
             ]
             values = (sum(kl), sum(halves), log_t[y] - log_s[y], (log_s[y] - log_m[y]) / 2)
-            for name, value in zip(analysis.MEASURES, values, strict=True):
+            for name, value in zip(teacher_distance.MEASURES, values, strict=True):
                 sums[name] += value / case.length(q, g)
         expected.append(sums)
     assert len(rows) == len(expected) > 5

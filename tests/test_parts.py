@@ -12,6 +12,7 @@ from scsdpo.advantage import (
     K2,
     K3,
     Blend,
+    Divergence,
     DivergenceMix,
     EntropyBonus,
     Failed,
@@ -30,10 +31,9 @@ from scsdpo.advantage import (
     Weighted,
 )
 from scsdpo.loss import TokenLogits
-from scsdpo.module import PolicyOptimizer
+from scsdpo.loss.signals import Signals
 from scsdpo.reduction import TokenMean
-from scsdpo.schedule import Constant
-from scsdpo.signals import Signals
+from scsdpo.state import Constant
 from scsdpo.teacher import (
     EMA,
     Frozen,
@@ -41,6 +41,7 @@ from scsdpo.teacher import (
     Restart,
     TrustRegion,
 )
+from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting import (
     HardFilter,
@@ -88,7 +89,10 @@ SAME = {
         {"advantage": SelfDistillation(target=DivergenceMix(sharpness=0))},
         {},
     ),
-    "a clip above every summand = none": ({"advantage": SelfDistillation(summand_clip=99.0)}, {}),
+    "a clip above every summand = none": (
+        {"advantage": SelfDistillation(divergence=Divergence(summand_clip=99.0))},
+        {},
+    ),
     "a floor of 1 = uniform tokens": ({"token_weighting": Position(floor=1.0)}, {}),
     "a filter that keeps all = uniform": ({"weighting": HardFilter(low=0, high=1)}, {}),
     "a product with uniform = its other factor": (
@@ -217,7 +221,9 @@ def test_clipped_summands_equal_autograd(alpha, view, clip, seed):
         "top": (TopK(k=3, tail=False), 3, False),
         "top+tail": (TopK(k=3), 3, True),
     }[view]
-    advantage = SelfDistillation(alpha=alpha, support=support, summand_clip=clip)
+    advantage = SelfDistillation(
+        divergence=Divergence(alpha=alpha, summand_clip=clip), support=support
+    )
     output = run(advantage, student, teacher, tokens(torch.zeros(4, dtype=torch.long)))
     log_s, log_t = supported(student, teacher, k=k, tail=tail)
     s, t = log_s.exp(), log_t.exp()
@@ -237,7 +243,7 @@ def test_a_tail_that_float32_rounds_to_zero_on_one_side_stays_finite(alpha):
     """The teacher is certain, the student is not: log S / T of the tail must not be infinite."""
     student, teacher = torch.zeros(1, 5), torch.tensor([[40.0, 0, -1, -2, -3]])
     student.requires_grad_()
-    advantage = SelfDistillation(alpha=alpha, support=TopK(k=2))
+    advantage = SelfDistillation(divergence=Divergence(alpha=alpha), support=TopK(k=2))
     output = run(advantage, student, teacher, tokens(torch.tensor([0])))
     output.loss.backward()
     assert output.loss.isfinite() and student.grad.isfinite().all()

@@ -10,8 +10,8 @@ from models import qwen3_folder
 from scsdpo.policy import CausalLM, Lora, Rows
 from scsdpo.policy.adapter import STUDENT
 from scsdpo.policy.rows import separate_rows
+from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.policy.tree import SHORTEST_SHARED, prefix_tree
-from scsdpo.policy.trunk import SeparateRows, SharedPrompts
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
@@ -43,12 +43,12 @@ def gradient(policy, share, start=0):
     common = tuple(range(40, 40 + start))
     batch = replace(batch, prompts=[common + prompt for prompt in batch.prompts])
     chosen = list(range(len(batch.prompts)))
-    trunk = (SharedPrompts if share else SeparateRows)(policy, batch, chosen, 10**6)
-    hidden = trunk.run(chosen, lambda hidden, head: hidden)
+    runner = (SharedPrompts if share else SeparateRows)(policy, batch, chosen, 10**6)
+    hidden = runner.run(chosen, lambda hidden, head: hidden)
     loss = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
     policy.zero_grad()
     loss.backward()
-    trunk.done(chosen)
+    runner.done(chosen)
     return hidden.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -93,9 +93,9 @@ def forward(policy, start=0):
     batch = replace(rows(), prompts=[common + prompt for prompt in rows().prompts])
     policy.zero_grad()
     chosen = list(range(len(batch.prompts)))
-    trunk = policy.trunk(batch, chosen, 10**6)
-    trunk.run(chosen, lambda hidden, head: hidden.square().mean()).backward()
-    trunk.done(chosen)
+    runner = policy.runner(batch, chosen, 10**6)
+    runner.run(chosen, lambda hidden, head: hidden.square().mean()).backward()
+    runner.done(chosen)
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -133,7 +133,7 @@ def perturb_student(policy, scale=0.1):
 def run(policy, weights):
     """Hidden states of all rows under a set of weights."""
     chosen = list(range(len(rows().prompts)))
-    return policy.trunk(rows(), chosen, 10**6, weights).run(chosen, lambda hidden, head: hidden)
+    return policy.runner(rows(), chosen, 10**6, weights).run(chosen, lambda hidden, head: hidden)
 
 
 def test_lora_trains_factors_only_in_float32(qwen3):

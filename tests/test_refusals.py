@@ -6,6 +6,7 @@ import pytest
 
 from scsdpo.advantage import (
     AllOf,
+    Divergence,
     DivergenceMix,
     GroupRelative,
     LogitMix,
@@ -20,15 +21,14 @@ from scsdpo.advantage import (
     Warmup,
 )
 from scsdpo.errors import ConfigurationError
-from scsdpo.history import DecayedBeta, MovingAverage
-from scsdpo.module import PolicyOptimizer
-from scsdpo.schedule import Constant, Ramp
 from scsdpo.selection import InformativePool
+from scsdpo.state import Constant, DecayedBeta, MovingAverage, Ramp
 from scsdpo.teacher import (
     NoTeacher,
     RememberedDemonstration,
     Restart,
 )
+from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting import (
     FrozenPassRate,
@@ -70,11 +70,15 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (lambda: Routed(routes=(Route(advantage=JSD, weight=math.inf),)), r"`Route\(weight=...\)`"),
         (lambda: AllOf(routers=()), "at least one router"),
         (lambda: RateWithin(low=0.5, high=0.1), r"`RateWithin\(low=..., high=...\)` must have"),
-        (lambda: SelfDistillation(summand_clip=0), r"`SelfDistillation\(summand_clip=...\)`"),
+        (lambda: Divergence(summand_clip=0), r"`Divergence\(summand_clip=...\)`"),
         (
-            lambda: SelfDistillation(alpha=1, support=Sampled(), summand_clip=1.0),
+            lambda: SelfDistillation(
+                divergence=Divergence(alpha=1, summand_clip=1.0), support=Sampled()
+            ),
             "has no summands to clip",
         ),
+        (lambda: Limits(max_grad_norm=0.0), r"`Limits\(max_grad_norm=...\)` must be > 0"),
+        (lambda: Limits(max_bad_steps=0), r"`Limits\(max_bad_steps=...\)` must be >= 1, got 0"),
         (lambda: Restart(every=0), r"`Restart\(every=...\)` must be >= 1, got 0"),
         (lambda: Restart(rate=2), r"`Restart\(rate=...\)` must be in \[0, 1\], got 2"),
         (lambda: RememberedDemonstration(size=0), r"`RememberedDemonstration\(size=...\)`"),

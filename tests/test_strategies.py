@@ -12,6 +12,7 @@ from kernel_inputs import outcomes
 from scsdpo.advantage import (
     BatchStd,
     Blend,
+    Divergence,
     Full,
     GroupMean,
     GroupPassRate,
@@ -26,8 +27,8 @@ from scsdpo.advantage import (
     Unscaled,
     Weighted,
 )
+from scsdpo.loss.signals import Signals
 from scsdpo.reduction import SequenceMean, TokenMean, TokenSum
-from scsdpo.signals import Signals
 from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
 
 G = 8
@@ -37,7 +38,7 @@ ADVANTAGES = [
     GroupRelative(scale=BatchStd()),
     GroupRelative(scale=GroupPassRate()),
     SelfDistillation(),
-    SelfDistillation(alpha=1, support=Sampled()),
+    SelfDistillation(divergence=Divergence(alpha=1), support=Sampled()),
     ReferenceAnchor(support=Full()),
     Blend(parts=(Weighted(advantage=GroupRelative()), Weighted(advantage=SelfDistillation()))),
 ]
@@ -205,8 +206,11 @@ def test_uniform_weights_are_one():
         (lambda: BatchStd(eps=-1), r"`BatchStd\(eps=...\)`"),
         (lambda: GroupRelative(clip_low=2), r"`GroupRelative\(clip_low=...\)` must be in \[0, 1\]"),
         (lambda: GroupRelative(clip_high=-1), r"`GroupRelative\(clip_high=...\)`"),
-        (lambda: SelfDistillation(alpha=2), r"`SelfDistillation\(alpha=...\)` must be in \[0, 1\]"),
-        (lambda: SelfDistillation(support=Sampled()), "set alpha to 1, got 0.5"),
+        (lambda: Divergence(alpha=2), r"`Divergence\(alpha=...\)` must be in \[0, 1\]"),
+        (
+            lambda: SelfDistillation(support=Sampled()),
+            "set divergence.alpha to 1 .* got Divergence.alpha=0.5",
+        ),
         (lambda: TopK(k=0), r"`TopK\(k=...\)` must be >= 1, got 0"),
         (lambda: Blend(parts=()), "at least one advantage"),
         (lambda: TokenSum(constant=0), r"`TokenSum\(constant=...\)` must be > 0"),

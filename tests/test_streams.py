@@ -17,8 +17,8 @@ from coins import Coin
 from models import tokenizer
 from runs import Toys, strategies
 from scsdpo.data import Math, Records, TaskDataModule
-from scsdpo.data import feed as feed_module
-from scsdpo.data.feed import Feed
+from scsdpo.data import shuffled as shuffled_module
+from scsdpo.data.shuffled import ShuffledSource
 from scsdpo.policy import Chat
 from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import MathAnswer
@@ -47,17 +47,21 @@ def asked(feed, count, start=0):
 
 def test_a_pass_over_a_stream_asks_each_question_once_shuffled_within_windows(chat, tmp_path):
     source = Lines(lines(tmp_path / "x", range(10)), window=4)
-    feed = Feed.of(source, chat, LIMIT, seed=0)
+    feed = ShuffledSource.of(source, chat, LIMIT, seed=0)
     passes = [asked(feed, 10, 10 * n) for n in range(3)]
     for order in passes:
         assert [sorted(order[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(set(map(tuple, passes))) == 3
-    assert asked(Feed.of(source, chat, LIMIT, seed=0), 30) == [*passes[0], *passes[1], *passes[2]]
-    assert asked(Feed.of(source, chat, LIMIT, seed=1), 10) != passes[0]
+    assert asked(ShuffledSource.of(source, chat, LIMIT, seed=0), 30) == [
+        *passes[0],
+        *passes[1],
+        *passes[2],
+    ]
+    assert asked(ShuffledSource.of(source, chat, LIMIT, seed=1), 10) != passes[0]
 
 
 def test_a_stream_can_be_asked_from_any_number_on_and_back_again(chat):
-    feed = Feed.of(Counting(), chat, LIMIT, seed=0)
+    feed = ShuffledSource.of(Counting(), chat, LIMIT, seed=0)
     order = asked(feed, 40)
     assert asked(feed, 20, 20) == order[20:]
     assert asked(pickle.loads(pickle.dumps(feed)), 10, 30) == order[30:]
@@ -66,7 +70,7 @@ def test_a_stream_can_be_asked_from_any_number_on_and_back_again(chat):
 
 def test_long_questions_of_a_stream_are_left_out_counted_and_logged(chat, caplog):
     with caplog.at_level(logging.WARNING):
-        order = asked(Feed.of(Counting(), chat, LIMIT, seed=0), 40)
+        order = asked(ShuffledSource.of(Counting(), chat, LIMIT, seed=0), 40)
     assert sorted(order) == [n for n in range(50) if n % 5 != 4]
     assert len(caplog.messages) == 4  # the 1st, 2nd, 4th and 8th of 10
     assert caplog.messages[-1].startswith("counting: 8 of ")
@@ -74,19 +78,19 @@ def test_long_questions_of_a_stream_are_left_out_counted_and_logged(chat, caplog
 
 
 def test_a_large_source_asks_each_question_that_fits_once_a_pass(chat, monkeypatch):
-    monkeypatch.setattr(feed_module, "FILTER_AHEAD", 4)
-    feed = Feed.of(Toys(12), chat, len(chat.render(Toys(1)[0].messages)), seed=0)
+    monkeypatch.setattr(shuffled_module, "FILTER_AHEAD", 4)
+    feed = ShuffledSource.of(Toys(12), chat, len(chat.render(Toys(1)[0].messages)), seed=0)
     assert sorted(asked(feed, 10)) == list(range(10))  # 10 and 11 have one token more
     assert sorted(asked(feed, 10, 10)) == list(range(10))
 
 
 def test_a_stream_of_which_nothing_fits_or_that_is_empty_is_refused(chat, tmp_path):
     with pytest.raises(ValueError, match=r"1000 prompts of 'counting' in a row .* raise the limit"):
-        Feed.of(Counting(), chat, 3, seed=0)[0]
+        ShuffledSource.of(Counting(), chat, 3, seed=0)[0]
     with pytest.raises(ValueError, match=r"2 prompts of 'y' in a row .* raise the limit"):
-        Feed.of(Lines(lines(tmp_path / "y", range(2))), chat, 3, seed=0)
+        ShuffledSource.of(Lines(lines(tmp_path / "y", range(2))), chat, 3, seed=0)
     with pytest.raises(ValueError, match="'x' has no prompts"):
-        Feed.of(Lines(lines(tmp_path / "x", [])), chat, LIMIT, seed=0)[0]
+        ShuffledSource.of(Lines(lines(tmp_path / "x", [])), chat, LIMIT, seed=0)[0]
 
 
 @pytest.mark.parametrize("name", ["size", "window"])

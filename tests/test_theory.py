@@ -62,13 +62,13 @@ def test_the_remainder_of_proposition_1_is_of_third_order(p):
 
 def test_every_strategy_has_its_row_in_the_docs():
     import scsdpo.advantage
-    import scsdpo.history
     import scsdpo.loss
     import scsdpo.reduction
     import scsdpo.selection
+    import scsdpo.state
     import scsdpo.teacher
     import scsdpo.weighting
-    from scsdpo.config_types import choices
+    from scsdpo.cli.config_types import choices
 
     bases = [
         *("Advantage", "Router", "Target", "Modulator", "Estimator", "Support", "Baseline"),
@@ -83,7 +83,7 @@ def test_every_strategy_has_its_row_in_the_docs():
         scsdpo.reduction.Reduction,
         scsdpo.loss.Importance,
         scsdpo.selection.Selection,
-        scsdpo.history.PassRates,
+        scsdpo.state.PassRates,
     ]
     shipped = {name for kind in kinds for name in choices([kind]) if _shipped(kind, name)}
     missing = {name for name in shipped if not re.search(rf"\b{name}\b", DOCS)}

@@ -10,9 +10,10 @@ import torch
 
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
-from scsdpo.history import DecayedBeta
 from scsdpo.selection import InformativePool
+from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
+from scsdpo.training import Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
 
@@ -47,14 +48,15 @@ def main() -> None:
         # Two rollouts a question: ranks often have different numbers of rows to run, or none.
         sampling=Sampling(n=2, max_new_tokens=6),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        max_tokens=60,
+        limits=Limits(max_tokens=60),
         **METHODS[method],
     )
     run = trainer(folder, devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2)
     run.fit(model, data(Toys(16), Toys(6)))
     if run.is_global_zero:
         logged = {k: float(v) for k, v in run.callback_metrics.items()}
-        torch.save((model.state_dict(), run.global_step, logged), out)
+        kept = {f"{name}.remembered": value for name, value in all_remembered(model).items()}
+        torch.save((model.state_dict() | kept, run.global_step, logged), out)
 
 
 if __name__ == "__main__":

@@ -35,22 +35,22 @@ def usage() -> str:
 def run(args: Sequence[str]) -> None:
     """Run one command; imports wait until it is known which, so that help comes at once."""
     if args[0] == "export":
-        from scsdpo.export import main as export
+        from scsdpo.cli.export import main as export
 
         export(args[1:])
         return
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     if args[0] == "rates":
-        from scsdpo.rates import main as rates
+        from scsdpo.cli.rates import main as rates
 
         rates(args[1:])
     elif args[0] == "analyze":
-        from scsdpo.lab.analysis import main as analyze
+        from scsdpo.cli.analyze import main as analyze
 
         analyze(args[1:])
     else:
-        from scsdpo.cli import main as lightning
+        from scsdpo.cli.lightning_cli import main as lightning
 
         lightning()
 

@@ -1,11 +1,10 @@
-"""Questions and verdicts, without torch: the processes that judge responses import this alone."""
+"""Questions, verdicts and who gives them, without torch: the processes that judge responses import
+this alone.
+"""
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from scsdpo.verifiers import Verifier
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
@@ -49,3 +48,25 @@ class Verdict:
     """What is wrong, in words that the teacher may be shown; empty: nothing to say."""
     error: str = ""
     """Why the verifier itself failed; counted and logged, never a silent zero."""
+
+
+class Verifier(ABC):
+    """Judges a response: (prompt, response text) -> `Verdict`.
+
+    A verifier is a frozen dataclass in a module that can be imported: prompts carry it to the
+    processes that judge. It has no state, so that its verdicts do not depend on what was judged
+    before.
+    """
+
+    def prepare(self) -> None:  # noqa: B027
+        """Whatever takes long the first time, such as imports; off the clock of any verdict.
+
+        Called in each process that judges, at least once before `verify`. What it raises ends the
+        run: a verifier that cannot work at all is a mistake in the configuration.
+        """
+
+    @abstractmethod
+    def verify(self, prompt: Prompt, response: str) -> Verdict:
+        """The verdict on one response. It may be slow, hang, raise or exit: `VerifierPool` contains
+        all of that.
+        """

@@ -5,14 +5,16 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from scsdpo.prompt import Message, Prompt, Verdict, stable_hash
+from scsdpo.seeds import Seed, resolved
 
 __all__ = [
+    "JudgedBatch",
     "Message",
     "Outcomes",
     "Prompt",
@@ -54,7 +56,8 @@ class Sampling:
         stop: strings that end a response. The token that completes one is the response's last;
             ids and text keep it. Special tokens have no text.
         seed: the draw of response i to a prompt depends on (seed, prompt key, i) and on nothing
-            else: not on the batch, its order, or the device count.
+            else: not on the batch, its order, or the device count. `auto`: in training the run's
+            seed (`seed_everything`), in validation 0, so that runs stay comparable in pairs.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -67,7 +70,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = "auto"
 
     def __post_init__(self) -> None:
         checks = {
@@ -94,9 +97,13 @@ class Sampling:
         """The strings that end a response to `prompt`."""
         return (*self.stop, *prompt.stop)
 
+    def seeded(self, auto: int) -> "Sampling":
+        """The same sampling with `auto` in the place of a seed that was left open."""
+        return replace(self, seed=auto) if self.seed == "auto" else self
+
     def at(self, step: int) -> "Sampling":
         """The same sampling with a seed of its own for `step`, so that steps draw afresh."""
-        return replace(self, seed=stable_hash(self.seed, step))
+        return replace(self, seed=stable_hash(resolved(self.seed), step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -150,6 +157,17 @@ class Outcomes(_ToDevice):
     def pass_rates(self) -> Tensor:
         """[Q] float64: share of successes among a question's rollouts, p = k / G."""
         return self.successes.double().mean(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class JudgedBatch:
+    """One rank's share of a batch of questions, answered and judged."""
+
+    split: Literal["train", "val", "test"]
+    rollouts: Rollouts
+    outcomes: Outcomes
+    weights: Tensor
+    """[Q, G] float64: `Weighting.weigh` in training; ones elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from scsdpo.lab import tiny_path
+from scsdpo.policy import TINY_FOLDER
 
 FLAGS = (
     "--worker-extension-cls=scsdpo.rollout.WeightReceiver",
@@ -35,7 +35,7 @@ class Running:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS]
-        where = [f"--model={tiny_path()}", "--host=127.0.0.1", f"--port={self.port}"]
+        where = [f"--model={TINY_FOLDER}", "--host=127.0.0.1", f"--port={self.port}"]
         environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

@@ -4,7 +4,7 @@ from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
-from scsdpo.advantage.divergence import centred_credit
+from scsdpo.advantage.divergence import Divergence
 from scsdpo.advantage.group_relative import (
     Baseline,
     BatchStd,
@@ -46,6 +46,7 @@ __all__ = [
     "Baseline",
     "BatchStd",
     "Blend",
+    "Divergence",
     "DivergenceMix",
     "EntropyBonus",
     "Estimator",
@@ -85,5 +86,4 @@ __all__ = [
     "Unscaled",
     "Warmup",
     "Weighted",
-    "centred_credit",
 ]

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from scsdpo.loss import Chunk, Credit
-from scsdpo.signals import Derivation
+from scsdpo import contracts
+from scsdpo.errors import ConfigurationError
+from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Outcomes
 
 
@@ -24,11 +25,10 @@ class Plan:
     credit: Callable[[Chunk], Credit]
     """Credit of a chunk of tokens of active rollouts."""
     derivations: tuple[Derivation, ...] = ()
-    """Tables that `credit` reads with `chunk.derived`, made from signals before the first backward;
-    on every rank, so that they may sum over ranks."""
+    """Tables like those of `Advantage.derivations`, if they depend on the batch's outcomes."""
 
 
-class Advantage(ABC):
+class Advantage(NeedsSignals, ABC):
     """What credit does each vocabulary entry get at each position?"""
 
     @property
@@ -51,11 +51,6 @@ class Advantage(ABC):
         """What the mean objective is called in the log."""
         return "objective"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that a measuring pass must fill before the loss."""
-        return frozenset()
-
     @abstractmethod
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         """The plan for one batch of rollouts.
@@ -64,3 +59,36 @@ class Advantage(ABC):
             outcomes: the batch's verdicts.
             available: [Q, G] bool: the rollout has a teacher prompt.
         """
+
+    def planned(self, outcomes: Outcomes, available: Tensor) -> Plan:
+        """What `plan` gives, checked; and its first credit, before it is used.
+
+        Raises:
+            ConfigurationError: if masks or credit are not of the shapes that a `Plan` says.
+        """
+        plan, name = self.plan(outcomes, available), type(self).__name__
+        shape = tuple(outcomes.rewards.shape)
+        for field in ("active", "needs_teacher", "needs_reference"):
+            contracts.mask(
+                getattr(plan, field), of=f"{name}.plan, {field}", axes="[Q, G]", shape=shape
+            )
+        return replace(plan, credit=_CheckedCredit(name, plan.credit))
+
+
+class _CheckedCredit:
+    """A plan's credit; the first chunk's is checked, so that a batch pays once."""
+
+    def __init__(self, name: str, credit: Callable[[Chunk], Credit]) -> None:
+        self.name, self.credit, self.checked = name, credit, False
+
+    def __call__(self, chunk: Chunk) -> Credit:
+        credit = self.credit(chunk)
+        if not self.checked:
+            if not isinstance(credit, Credit):
+                raise ConfigurationError(
+                    f"`{self.name}`: a plan's credit must be a DenseCredit, SparseCredit or "
+                    f"SumCredit, got {type(credit).__name__}"
+                )
+            credit.check(self.name, chunk.student.logits.shape)
+            self.checked = True
+        return credit.to(chunk.logprob.dtype)

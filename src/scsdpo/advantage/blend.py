@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
-from scsdpo.loss import Chunk, Credit, SparseCredit, SumCredit
+from scsdpo.loss import Chunk, Credit, Derivation, SparseCredit, SumCredit
 from scsdpo.types import Outcomes
 
 
@@ -69,10 +69,14 @@ class Blend(Advantage):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(part.advantage.needs for part in self.parts))
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return tuple(make for part in self.parts for make in part.advantage.derivations)
+
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         parts = [part for part in self.parts if part.weight != 0]
         whole = torch.ones_like(available, dtype=torch.float64)
-        plans = [(p.weight * whole, p.advantage.plan(outcomes, available)) for p in parts]
+        plans = [(p.weight * whole, p.advantage.planned(outcomes, available)) for p in parts]
         return combined(plans, available)
 
 

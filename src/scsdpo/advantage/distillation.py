@@ -1,6 +1,5 @@
 """Credit from a divergence to a target distribution: the teacher's, or the reference's."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage.divergence import Divergence
 from scsdpo.advantage.support import Support, TopK
 from scsdpo.advantage.target import AsTaught, Target
 from scsdpo.loss import Chunk, Credit, TokenLogits
@@ -15,34 +15,18 @@ from scsdpo.types import Outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Divergence(Advantage):
+class _Distillation(Advantage):
     """Shared by the two targets: what divergence, on what support."""
 
-    alpha: float = 0.5
+    divergence: Divergence = Divergence()
     support: Support = TopK()
-    summand_clip: float = math.inf
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if not 0 <= self.alpha <= 1:
+        if self.support.sampled and self.divergence != Divergence(alpha=1.0):
             raise ValueError(
-                f"`{name}(alpha=...)` must be in [0, 1] (0 forward KL, 1 reverse KL, between them "
-                f"skewed JSD), got {self.alpha}"
-            )
-        if self.support.sampled and self.alpha != 1:
-            raise ValueError(
-                f"`{name}(support=Sampled)` estimates the reverse KL only: set alpha to 1, "
-                f"got {self.alpha}"
-            )
-        if not self.summand_clip > 0:
-            raise ValueError(
-                f"`{name}(summand_clip=...)` must be > 0 (.inf: no clipping), "
-                f"got {self.summand_clip}"
-            )
-        if self.support.sampled and self.summand_clip != math.inf:
-            raise ValueError(
-                f"`{name}(support=Sampled)` has no summands to clip: set summand_clip to .inf, "
-                f"got {self.summand_clip}"
+                f"`{type(self).__name__}(support=Sampled)` estimates the reverse KL only, and has "
+                "no summands to clip: set divergence.alpha to 1 and divergence.summand_clip to "
+                f".inf, got {self.divergence}"
             )
 
     @property
@@ -54,13 +38,11 @@ class _Divergence(Advantage):
         """The distribution to move towards."""
 
     def _credit(self, chunk: Chunk) -> Credit:
-        return self.support.credit(
-            self.alpha, chunk.student, self.goal(chunk), chunk.ids, self.summand_clip
-        )
+        return self.support.credit(self.divergence, chunk.student, self.goal(chunk), chunk.ids)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfDistillation(_Divergence):
+class SelfDistillation(_Distillation):
     """Distillation from the self-teacher. c(v) = S(v) (A(v) - sum_u S(u) A(u))
 
     with A = T/S (alpha = 0, forward KL), log T - log S (alpha = 1, reverse KL) or
@@ -72,10 +54,8 @@ class SelfDistillation(_Divergence):
     to the student and the same prompt, objective and gradient are 0.
 
     Args:
-        alpha: in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 the JSD of the paper.
-        support: `Full()`, `TopK(k, tail)` or, with alpha = 1, `Sampled()`.
-        summand_clip: largest summand of the divergence's sum over the vocabulary, in nats, > 0; a
-            clipped one gives no credit. inf: none.
+        divergence: which one; alpha = 0.5 is the JSD of the paper.
+        support: `Full()`, `TopK(k, tail)` or, with alpha = 1 and no clip, `Sampled()`.
         target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`.
 
     Shapes:
@@ -83,7 +63,7 @@ class SelfDistillation(_Divergence):
         mean is).
 
     Raises:
-        ValueError: if `alpha` is outside [0, 1], or `Sampled` meets another alpha than 1.
+        ValueError: if `Sampled` meets another divergence than the reverse KL.
 
     Source:
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802; SC-SDPO, arXiv:2605.27765; OPSD,
@@ -109,7 +89,7 @@ class SelfDistillation(_Divergence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceAnchor(_Divergence):
+class ReferenceAnchor(_Distillation):
     """Exact divergence to the reference policy, every rollout. alpha = 1: KL(S || R)
 
     The KL term of PPO and GRPO without an estimator's noise: blend it with a coefficient, e.g.
@@ -117,15 +97,14 @@ class ReferenceAnchor(_Divergence):
     per-token divergence at the sampled prefixes.
 
     Args:
-        alpha: as in `SelfDistillation`; 1 is the usual KL(S || R).
+        divergence: as in `SelfDistillation`; alpha = 1 is the usual KL(S || R).
         support: as in `SelfDistillation`.
-        summand_clip: as in `SelfDistillation`.
 
     Raises:
         ValueError: as `SelfDistillation`.
     """
 
-    alpha: float = 1.0
+    divergence: Divergence = Divergence(alpha=1.0)
 
     @property
     def needs_reference(self) -> bool:

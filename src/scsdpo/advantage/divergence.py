@@ -1,13 +1,15 @@
 """Divergences between student and target on a common support, as centred credit."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def centred_credit(alpha: float, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Credit and value of the divergence between S and T.
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
+class Divergence:
+    """How far S is from T, in nats.
 
         alpha = 0   forward KL   sum_v T log(T / S)                        A = T / S
         alpha = 1   reverse KL   sum_v S log(S / T)                        A = log T - log S
@@ -17,66 +19,84 @@ def centred_credit(alpha: float, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, 
     and in each case c(v) = S(v) (A(v) - sum_u S(u) A(u)), which is minus the gradient w.r.t.
     log S. Note the sign: d JSD / d S(v) = (1 - a) log(S / M) is the descent coefficient; as an
     advantage it is (1 - a) log(M / S). The skewed form vanishes as a -> 0 or 1, so the two ends
-    are cases of their own. Entries with S = 0 get no credit; nats; objective >= 0, 0 iff S = T.
+    are cases of their own. Entries with S = 0 get no credit; >= 0, 0 iff S = T.
+
+    With `summand_clip` every summand f_v is clipped from above: sum_v min(f_v, clip), which may be
+    negative. A clipped summand gives no credit, the others T, -S (log(S/T) + 1) or
+    (1 - a) S log(M/S), minus the derivative w.r.t. log S(v); then c is centred.
 
     Args:
-        alpha: in [0, 1].
-        log_s: [n, B] log-probs that sum to one in the exponent; -inf allowed.
-        log_t: [n, B] of the target, on the same places.
+        alpha: a in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 the JSD of the paper.
+        summand_clip: largest summand of the sum over the vocabulary, > 0. inf: none.
 
-    Returns:
-        values [n, B] and objective [n].
+    Raises:
+        ValueError: if an argument is outside its range.
 
     Source:
-        arXiv:2601.20802 and its code; METHODS in docs/methods.md.
+        arXiv:2601.20802 and its code; OPSD, arXiv:2601.18734, for the clip.
     """
-    s, t = log_s.exp(), log_t.exp()
-    if alpha == 0:
-        return t - s, _expect(t, log_t - log_s).sum(-1)
-    if alpha == 1:
-        weighted = _expect(s, log_t - log_s)
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-alpha), log_t + math.log(alpha))
-        weighted = _expect(s, log_m - log_s) * (1 - alpha)
-    mean = weighted.sum(-1, keepdim=True)
-    objective = -mean[:, 0]
-    if alpha != 1:
-        objective = objective + alpha * _expect(t, log_t - log_m).sum(-1)
-    return weighted - s * mean, objective
 
+    alpha: float = 0.5
+    summand_clip: float = math.inf
 
-def clipped_credit(
-    alpha: float, log_s: Tensor, log_t: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """The same divergences with every summand clipped from above. objective = sum_v min(f_v, clip)
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(
+                "`Divergence(alpha=...)` must be in [0, 1] (0 forward KL, 1 reverse KL, between "
+                f"them skewed JSD), got {self.alpha}"
+            )
+        if not self.summand_clip > 0:
+            raise ValueError(
+                "`Divergence(summand_clip=...)` must be > 0 (.inf: no clipping), "
+                f"got {self.summand_clip}"
+            )
 
-    f_v is the summand of token v: T log(T/S), S log(S/T), or (1 - a) S log(S/M) + a T log(T/M). A
-    clipped one gives no credit, the others T, -S (log(S/T) + 1) or (1 - a) S log(M/S), minus the
-    derivative w.r.t. log S(v); then c is centred. Summands, and so the objective, may be negative.
+    def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Credit [n, B] and value [n] of the divergence at n positions.
 
-    Args:
-        alpha: in [0, 1].
-        log_s: [n, B] log-probs.
-        log_t: [n, B] of the target, on the same places.
-        clip: largest summand, nats.
+        Args:
+            log_s: [n, B] log-probs that sum to one in the exponent; -inf allowed.
+            log_t: [n, B] of the target, on the same places.
+        """
+        s, t = log_s.exp(), log_t.exp()
+        if self.summand_clip == math.inf:
+            return self._centred(s, t, log_s, log_t)
+        return self._clipped(s, t, log_s, log_t)
 
-    Returns:
-        values [n, B] and objective [n].
-    """
-    s, t = log_s.exp(), log_t.exp()
-    if alpha == 0:
-        summands, values = _expect(t, log_t - log_s), t
-    elif alpha == 1:
-        summands = _expect(s, log_s - log_t)
-        values = -(summands + s)
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-alpha), log_t + math.log(alpha))
-        own = (1 - alpha) * _expect(s, log_s - log_m)
-        summands, values = own + alpha * _expect(t, log_t - log_m), -own
-    values = torch.where(summands < clip, values, 0.0)
-    # Centred, as S may be renormalised on its support; where it is not, S adds no gradient.
-    centred = values - s * values.sum(-1, keepdim=True)
-    return centred, summands.clamp(max=clip).sum(-1)
+    def _log_mixture(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        """Log M."""
+        return torch.logaddexp(log_s + math.log1p(-self.alpha), log_t + math.log(self.alpha))
+
+    def _centred(self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha
+        if alpha == 0:
+            return t - s, _expect(t, log_t - log_s).sum(-1)
+        if alpha == 1:
+            weighted = _expect(s, log_t - log_s)
+        else:
+            log_m = self._log_mixture(log_s, log_t)
+            weighted = _expect(s, log_m - log_s) * (1 - alpha)
+        mean = weighted.sum(-1, keepdim=True)
+        value = -mean[:, 0]
+        if alpha != 1:
+            value = value + alpha * _expect(t, log_t - log_m).sum(-1)
+        return weighted - s * mean, value
+
+    def _clipped(self, s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha
+        if alpha == 0:
+            summands, values = _expect(t, log_t - log_s), t
+        elif alpha == 1:
+            summands = _expect(s, log_s - log_t)
+            values = -(summands + s)
+        else:
+            log_m = self._log_mixture(log_s, log_t)
+            own = (1 - alpha) * _expect(s, log_s - log_m)
+            summands, values = own + alpha * _expect(t, log_t - log_m), -own
+        values = torch.where(summands < self.summand_clip, values, 0.0)
+        # Centred, as S may be renormalised on its support; where it is not, S adds no gradient.
+        centred = values - s * values.sum(-1, keepdim=True)
+        return centred, summands.clamp(max=self.summand_clip).sum(-1)
 
 
 def _expect(p: Tensor, x: Tensor) -> Tensor:

@@ -10,8 +10,14 @@ from torch import Tensor
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.modulator import Modulator, Unmodulated
 from scsdpo.distributed import all_sum
-from scsdpo.loss import Chunk, Credit, SparseCredit
-from scsdpo.signals import Derivation, mean_log_ratio
+from scsdpo.loss import (
+    Chunk,
+    Credit,
+    Derivation,
+    NeedsSignals,
+    SparseCredit,
+    mean_log_ratio,
+)
 from scsdpo.types import Outcomes
 
 
@@ -144,18 +150,8 @@ def _spread(rewards: Tensor) -> Tensor:
     return (rewards != rewards[:, :1]).any(-1, keepdim=True)
 
 
-class RatioLevel(ABC):
+class RatioLevel(NeedsSignals, ABC):
     """Over what the importance ratio rho of the PPO clip is taken."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that must be measured first."""
-        return frozenset()
-
-    @property
-    def derivations(self) -> tuple[Derivation, ...]:
-        """Tables that `log_ratio` reads."""
-        return ()
 
     @abstractmethod
     def log_ratio(self, chunk: Chunk) -> Tensor:
@@ -254,6 +250,10 @@ class GroupRelative(Advantage):
     def needs(self) -> frozenset[str]:
         return self.level.needs
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return self.level.derivations
+
     def advantages(self, rewards: Tensor) -> Tensor:
         """A [Q, G] float64."""
         wide = rewards.double()
@@ -268,7 +268,6 @@ class GroupRelative(Advantage):
             needs_teacher=asked,
             needs_reference=nobody,
             credit=partial(self._credit, advantages.flatten(), asked.flatten()),
-            derivations=self.level.derivations,
         )
 
     def _credit(self, advantages: Tensor, asked: Tensor, chunk: Chunk) -> Credit:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo import contracts
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.blend import combined
 from scsdpo.advantage.router import Every, Router
+from scsdpo.loss import Derivation
 from scsdpo.types import Outcomes
 
 
@@ -72,12 +74,22 @@ class Routed(Advantage):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(route.advantage.needs for route in self.routes))
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return tuple(make for route in self.routes for make in route.advantage.derivations)
+
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         free = torch.ones_like(available)
         plans = []
         for route in self.routes:
-            mine = free & route.where.claims(outcomes, available)
+            claimed = contracts.mask(
+                route.where.claims(outcomes, available),
+                of=f"{type(route.where).__name__}.claims",
+                axes="[Q, G]",
+                shape=tuple(available.shape),
+            )
+            mine = free & claimed
             free = free & ~mine
-            plan = route.advantage.plan(outcomes, available)
+            plan = route.advantage.planned(outcomes, available)
             plans.append((route.weight * mine.double(), plan))
         return combined(plans, available)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scsdpo.history import Instant, PassRates
-from scsdpo.state import Stateful
+from scsdpo.state import Instant, PassRates, Stateful
 from scsdpo.types import Outcomes
 
 

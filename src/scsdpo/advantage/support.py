@@ -1,13 +1,12 @@
 """Supports: the part of the vocabulary on which student and teacher are compared."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from scsdpo.advantage.divergence import centred_credit, clipped_credit
+from scsdpo.advantage.divergence import Divergence
 from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
 
 
@@ -21,17 +20,9 @@ class Support(ABC):
 
     @abstractmethod
     def credit(
-        self,
-        alpha: float,
-        student: TokenLogits,
-        target: TokenLogits,
-        ids: Tensor,
-        clip: float = math.inf,
+        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
-        """Credit of the divergence `alpha` on this support.
-
-        `ids` [n] are the sampled tokens; `clip` bounds each summand of the divergence from above.
-        """
+        """Credit of the divergence on this support; `ids` [n] are the sampled tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +30,9 @@ class Full(Support):
     """Every token of the vocabulary."""
 
     def credit(
-        self,
-        alpha: float,
-        student: TokenLogits,
-        target: TokenLogits,
-        ids: Tensor,
-        clip: float = math.inf,
+        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
-        values, objective = _credit(alpha, student.log_probs, target.log_probs, clip)
+        values, objective = divergence.credit(student.log_probs, target.log_probs)
         return DenseCredit(values=values, objective=objective)
 
 
@@ -77,35 +63,24 @@ class TopK(Support):
             raise ValueError(f"`TopK(k=...)` must be >= 1, got {self.k}")
 
     def credit(
-        self,
-        alpha: float,
-        student: TokenLogits,
-        target: TokenLogits,
-        ids: Tensor,
-        clip: float = math.inf,
+        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         if self.k >= student.logits.shape[-1]:
-            return Full().credit(alpha, student, target, ids, clip)
+            return Full().credit(divergence, student, target, ids)
         top = student.logits.topk(self.k, dim=-1).indices
         log_s, log_t = student.log_probs_at(top), target.log_probs_at(top)
         if not self.tail:
             both = log_s.log_softmax(-1), log_t.log_softmax(-1)
-            values, objective = _credit(alpha, *both, clip)
+            values, objective = divergence.credit(*both)
             rest = torch.zeros_like(objective)
             return SparseCredit(ids=top, values=values, rest=rest, objective=objective)
         tail_s = _log_rest(log_s)
         buckets_s = torch.cat([log_s, tail_s], dim=-1)
         buckets_t = torch.cat([log_t, _log_rest(log_t)], dim=-1)
-        values, objective = _credit(alpha, buckets_s, buckets_t, clip)
+        values, objective = divergence.credit(buckets_s, buckets_t)
         tail_mass = tail_s[:, 0].exp()
         rest = torch.where(tail_mass > 0, values[:, -1] / tail_mass, 0.0)
         return SparseCredit(ids=top, values=values[:, :-1], rest=rest, objective=objective)
-
-
-def _credit(alpha: float, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    if clip == math.inf:
-        return centred_credit(alpha, log_s, log_t)
-    return clipped_credit(alpha, log_s, log_t, clip)
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
@@ -130,12 +105,7 @@ class Sampled(Support):
         return True
 
     def credit(
-        self,
-        alpha: float,
-        student: TokenLogits,
-        target: TokenLogits,
-        ids: Tensor,
-        clip: float = math.inf,
+        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         value = target.logprob(ids) - student.logprob(ids)
         return SparseCredit(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from scsdpo.advantage.divergence import centred_credit
+from scsdpo.advantage.divergence import Divergence
 from scsdpo.loss import TokenLogits
-from scsdpo.schedule import Constant, Schedule
+from scsdpo.state import Constant, Schedule
 
 
 class Target(ABC):
@@ -80,7 +80,7 @@ class DivergenceMix(Target):
             raise ValueError(f"`DivergenceMix(sharpness=...)` must be >= 0, got {self.sharpness}")
 
     def of(self, student: TokenLogits, teacher: TokenLogits) -> TokenLogits:
-        _, jsd = centred_credit(0.5, student.log_probs, teacher.log_probs)
+        _, jsd = Divergence(alpha=0.5).credit(student.log_probs, teacher.log_probs)
         share = 2 * self.most * (torch.sigmoid(self.sharpness * jsd) - 0.5)
         # Of log-probs and not of logits: an offset of one of them must not matter.
         return TokenLogits(torch.lerp(teacher.log_probs, student.log_probs, share[:, None]))

@@ -2,5 +2,6 @@
 
 from scsdpo.callbacks.before_after import BeforeAfter, before_after_table
 from scsdpo.callbacks.prediction_writer import PredictionWriter
+from scsdpo.callbacks.rollouts import RolloutCallback
 
-__all__ = ["BeforeAfter", "PredictionWriter", "before_after_table"]
+__all__ = ["BeforeAfter", "PredictionWriter", "RolloutCallback", "before_after_table"]

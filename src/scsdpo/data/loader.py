@@ -1,12 +1,12 @@
 """The order in which questions are asked, and their batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, cast
 
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from scsdpo.data.feed import Mixture, schedule
+from scsdpo.data.shuffled import Mixture, interleave
 from scsdpo.types import Prompt
 
 
@@ -27,7 +27,7 @@ class PromptBatch:
 
 
 class EpochSampler(DistributedSampler):
-    """A rank's share of the endless `schedule` of draws, cut into epochs of whole batches.
+    """A rank's share of the endless `interleave` of draws, cut into epochs of whole batches.
 
     Rank r of R takes draws r, r + R, ...: the questions of a step are the same for every R. What
     does not fill a batch at the end of an epoch is asked first in the next one. An iteration starts
@@ -35,7 +35,7 @@ class EpochSampler(DistributedSampler):
 
     Args:
         questions: what is drawn.
-        weights: of its feeds, as in `schedule`.
+        weights: of its sources, as in `interleave`.
         batch_size: questions per step, over all ranks; a multiple of `num_replicas`.
         num_replicas: R.
         rank: r.
@@ -64,7 +64,7 @@ class EpochSampler(DistributedSampler):
         rest = self.epoch_size - self.asked % self.epoch_size
         # Only a run that was resumed with other batches has a rest that does not fill any.
         rest = rest // self.batch_size * self.batch_size or self.epoch_size
-        return islice(schedule(self.weights, self.asked), self.rank, rest, self.num_replicas)
+        return islice(interleave(self.weights, self.asked), self.rank, rest, self.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: Lightning's next epoch starts where a limit on steps ended a run; ours not."""
@@ -90,3 +90,40 @@ class QuestionLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, with any number of ranks."""
         cast(EpochSampler, self.sampler).asked = state_dict["asked"]
+
+
+class EvaluationSampler(DistributedSampler):
+    """A rank's share of questions that are asked once, whatever the number of ranks.
+
+    Rank r of R asks r, r + R, ...: each step has the questions that it has on one rank. Where they
+    do not divide, the last shares are smaller by one.
+
+    Args:
+        questions: what is asked, in order.
+        num_replicas: R.
+        rank: r.
+    """
+
+    def __init__(self, questions: Dataset[Prompt], *, num_replicas: int, rank: int) -> None:
+        super().__init__(questions, num_replicas, rank, shuffle=False)
+        self.share = range(rank, len(cast(Sized, questions)), num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share)
+
+
+class EvaluationLoader(DataLoader):
+    """Batches over an `EvaluationSampler`, as many on every rank: the last one may be empty."""
+
+    def __len__(self) -> int:
+        sampler = cast(EvaluationSampler, self.sampler)
+        most = -(-len(cast(Sized, sampler.dataset)) // sampler.num_replicas)
+        return -(-most // cast(int, self.batch_size))
+
+    def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
+        batches = super().__iter__()
+        for _ in range(len(self)):
+            yield next(batches, PromptBatch(()))

@@ -10,15 +10,22 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader
 
 from scsdpo.data._base import Source
-from scsdpo.data.feed import FILTER_AHEAD, Feed, Mixture
-from scsdpo.data.loader import EpochSampler, PromptBatch, QuestionLoader
+from scsdpo.data.loader import (
+    EpochSampler,
+    EvaluationLoader,
+    EvaluationSampler,
+    PromptBatch,
+    QuestionLoader,
+)
 from scsdpo.data.rendered import Rendered
+from scsdpo.data.shuffled import FILTER_AHEAD, Mixture, ShuffledSource
 from scsdpo.data.startup import check_start
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
+from scsdpo.seeds import Seed, resolved
 from scsdpo.types import Prompt, stable_hash
 
 _SHARES = 10_000
@@ -39,7 +46,7 @@ class TaskDataModule(LightningDataModule):
         questions_per_batch: Q, over all ranks; must be a multiple of their number.
         val_questions_per_batch: the same for validation; the last batch may be smaller.
         max_prompt_tokens: longer prompts are dropped, counted and logged.
-        seed: of the order of training questions.
+        seed: of the order of training questions; `auto`: the run's (`seed_everything`).
         num_workers: processes that render prompts ahead; 0: the training process does.
         train_weights: share of each source in `train` among the questions of any stretch of
             batches; `[]`: by its number of questions, so that an epoch is a pass over all.
@@ -57,7 +64,7 @@ class TaskDataModule(LightningDataModule):
         questions_per_batch: int = 32,
         val_questions_per_batch: int = 32,
         max_prompt_tokens: int = 2048,
-        seed: int = 0,
+        seed: Seed = "auto",
         num_workers: int = 0,
         train_weights: Sequence[float] = (),
     ) -> None:
@@ -98,24 +105,34 @@ class TaskDataModule(LightningDataModule):
         self.num_workers = num_workers
 
     def setup(self, stage: str) -> None:
+        """Lightning's hook: `set_up_for` the Trainer's module."""
+        self.set_up_for(cast(Any, self.trainer).lightning_module, stage)
+
+    def set_up_for(self, module: Any, stage: str = "fit") -> None:
         """Open the sources and leave out prompts that are too long for the policy's tokenizer.
+
+        Needs no Trainer: afterwards `train_dataloader` and `val_dataloader` give batches.
+
+        Args:
+            module: the `PolicyOptimizer` that is to learn from the questions.
+            stage: `fit`, or anything else for the validation questions alone.
 
         Raises:
             ConfigurationError: for any trouble with the user's data.
         """
         with blamed_on("data"):
-            self._setup(stage)
+            self._setup(module, stage)
 
-    def _setup(self, stage: str) -> None:
+    def _setup(self, module: Any, stage: str) -> None:
         # Rendering a batch takes milliseconds and a step takes seconds.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        module = cast(Any, self.trainer).lightning_module
-        chat = module.policy.chat
+        chat = self.chat = module.policy.chat
         if stage == "fit":
             check_start(module, self.train_sources)
+            seed, limit = resolved(self.seed), self.max_prompt_tokens
             self.train_set = Mixture(
                 [
-                    Feed.of(source, chat, self.max_prompt_tokens, stable_hash(self.seed, number))
+                    ShuffledSource.of(source, chat, limit, stable_hash(seed, number))
                     for number, source in enumerate(self.train_sources)
                 ]
             )
@@ -125,7 +142,7 @@ class TaskDataModule(LightningDataModule):
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
             module.weighting.check_questions(
-                key for feed in self.train_set.feeds for key in feed.question_keys()
+                key for source in self.train_set.sources for key in source.question_keys()
             )
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
 
@@ -147,9 +164,8 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
-        if cast(Any, self.trainer).overfit_batches:
-            chat = cast(Any, self.trainer).lightning_module.policy.chat
-            first = self._in_order(self.train_sources, chat, most=FILTER_AHEAD)
+        if self.trainer is not None and cast(Any, self.trainer).overfit_batches:
+            first = self._in_order(self.train_sources, self.chat, most=FILTER_AHEAD)
             return self._loader(first, self.questions_per_batch)
         ranks, rank = self._ranks()
         sampler = EpochSampler(
@@ -171,28 +187,39 @@ class TaskDataModule(LightningDataModule):
         """In lowest terms, since the schedule's period is their sum."""
         total = sum(self.train_weights)
         weights = [max(1, round(_SHARES * weight / total)) for weight in self.train_weights]
-        weights = weights or [len(feed) for feed in self.train_set.feeds]
+        weights = weights or [len(source) for source in self.train_set.sources]
         return [weight // gcd(*weights) for weight in weights]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """In order. With several ranks some questions may come twice, so that shares are even."""
+        """In order, each question once."""
         return self._loader(self.val_set, self.val_questions_per_batch) if self.val_set else []
 
-    def _loader(self, questions: ConcatDataset[Prompt], batch_size: int) -> DataLoader:
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """As for validation, but that Lightning makes it anew, without empty batches."""
+        if not self.val_set:
+            return []
+        return self._loader(self.val_set, self.val_questions_per_batch, kind=DataLoader)
+
+    def _loader(
+        self,
+        questions: ConcatDataset[Prompt],
+        batch_size: int,
+        kind: type[DataLoader] = EvaluationLoader,
+    ) -> DataLoader:
         ranks, rank = self._ranks()
-        return DataLoader(
+        # On one rank what Lightning knows as unshuffled; on several, it replaces samplers that are
+        # not for several.
+        many = ranks > 1
+        sampler = EvaluationSampler(questions, num_replicas=ranks, rank=rank) if many else None
+        return (kind if many else DataLoader)(
             questions,
             batch_size=batch_size // ranks,
-            # On one rank what Lightning knows as unshuffled; on several, it replaces any other.
-            sampler=DistributedSampler(questions, ranks, rank, shuffle=False)
-            if ranks > 1
-            else None,
+            sampler=sampler,
             collate_fn=PromptBatch,
             num_workers=self.num_workers,
         )
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
 
     def transfer_batch_to_device(
         self, batch: PromptBatch, device: torch.device, dataloader_idx: int
@@ -202,6 +229,8 @@ class TaskDataModule(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks, and which one this is."""
+        if self.trainer is None:
+            return 1, 0
         trainer = cast(Any, self.trainer)
         for name in ("questions_per_batch", "val_questions_per_batch"):
             if (questions := getattr(self, name)) % trainer.world_size:

@@ -28,10 +28,10 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from scsdpo.lab import TINY, LabTasks, Question
+from scsdpo.lab import LabTasks, Question
 from scsdpo.lab.evaluate import measure
 from scsdpo.lab.warmup import Example, build_policy, save, train_tokenizer, warm_up
-from scsdpo.policy import CausalLM, Chat
+from scsdpo.policy import TINY_FOLDER, CausalLM, Chat
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import stable_hash
 
@@ -173,7 +173,7 @@ def pretrain(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=TINY, help="folder to write")
+    parser.add_argument("--out", type=Path, default=TINY_FOLDER, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1300, help="of 64 examples")
     parser.add_argument("--questions", type=int, default=400, help="held out, to measure on")
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--fatal", type=float, default=0.0, help="see Mixture")
     args = parser.parse_args()
     if args.start is not None:
-        args.start = TINY if args.start == "tiny" else Path(args.start)
+        args.start = TINY_FOLDER if args.start == "tiny" else Path(args.start)
     mixture = Mixture(avoided=args.avoided, fatal=args.fatal)
     begin = time.monotonic()
     losses = pretrain(

@@ -8,27 +8,45 @@ from scsdpo.loss.importance import (
     SequenceImportance,
     TokenImportance,
 )
-from scsdpo.loss.kernel import LossOutput, Objective, Tokens, Voice, chunks, credit_loss
+from scsdpo.loss.kernel import (
+    HeadGradient,
+    LossOutput,
+    Objective,
+    Observer,
+    TeacherOutput,
+    Tokens,
+    chunks,
+    credit_loss,
+    unobserved,
+)
 from scsdpo.loss.logits import Buffers, Head, TokenLogits
+from scsdpo.loss.signals import Derivation, NeedsSignals, Signals, mean_log_ratio
 
 __all__ = [
     "Buffers",
     "Chunk",
     "Credit",
     "DenseCredit",
+    "Derivation",
     "Head",
+    "HeadGradient",
     "Importance",
     "LossOutput",
+    "NeedsSignals",
     "NoImportance",
     "Objective",
+    "Observer",
     "SamplerImportance",
     "SequenceImportance",
+    "Signals",
     "SparseCredit",
     "SumCredit",
+    "TeacherOutput",
     "TokenImportance",
     "TokenLogits",
     "Tokens",
-    "Voice",
     "chunks",
     "credit_loss",
+    "mean_log_ratio",
+    "unobserved",
 ]

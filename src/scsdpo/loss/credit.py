@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo import contracts
 from scsdpo.loss.logits import TokenLogits
-from scsdpo.signals import Derivation, Signals
+from scsdpo.loss.signals import Derivation, Signals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,6 +62,18 @@ class Credit(ABC):
     """[n]: the loss of each token; its gradient is `logits_gradient`."""
 
     @abstractmethod
+    def check(self, of: str, shape: tuple[int, ...]) -> None:
+        """Check the tables against (n, V) = `shape`.
+
+        Raises:
+            ConfigurationError: naming `of`, what came and what was expected.
+        """
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> "Credit":
+        """The same with its numbers in `dtype`, in which the chunk is computed."""
+
+    @abstractmethod
     def mass(self, student: TokenLogits) -> Tensor:
         """[n]: the coefficient of S(v) in the gradient."""
 
@@ -87,6 +100,15 @@ class DenseCredit(Credit):
     values: Tensor
     objective: Tensor
 
+    def check(self, of: str, shape: tuple[int, ...]) -> None:
+        _numbers(self.values, f"{of}, credit.values", "[n, V]", shape)
+        _numbers(self.objective, f"{of}, credit.objective", "[n]", shape[:1])
+
+    def to(self, dtype: torch.dtype) -> Credit:
+        if self.values.dtype == self.objective.dtype == dtype:
+            return self
+        return DenseCredit(self.values.to(dtype), self.objective.to(dtype))
+
     def mass(self, student: TokenLogits) -> Tensor:
         return self.values.sum(-1)
 
@@ -112,6 +134,19 @@ class SparseCredit(Credit):
     values: Tensor
     rest: Tensor
     objective: Tensor
+
+    def check(self, of: str, shape: tuple[int, ...]) -> None:
+        n, k = shape[0], self.ids.shape[-1]
+        contracts.indices(self.ids, of=f"{of}, credit.ids", axes="[n, k]", shape=(n, k))
+        _numbers(self.values, f"{of}, credit.values", "[n, k]", (n, k))
+        _numbers(self.rest, f"{of}, credit.rest", "[n]", (n,))
+        _numbers(self.objective, f"{of}, credit.objective", "[n]", (n,))
+
+    def to(self, dtype: torch.dtype) -> Credit:
+        if self.values.dtype == self.rest.dtype == self.objective.dtype == dtype:
+            return self
+        numbers = (table.to(dtype) for table in (self.values, self.rest, self.objective))
+        return SparseCredit(self.ids, *numbers)
 
     @staticmethod
     def nothing(chunk: Chunk) -> "SparseCredit":
@@ -142,6 +177,14 @@ class SumCredit(Credit):
 
     parts: tuple[tuple[Tensor, Credit], ...]
 
+    def check(self, of: str, shape: tuple[int, ...]) -> None:
+        for w, part in self.parts:
+            _numbers(w, f"{of}, weight of a credit", "[n]", shape[:1])
+            part.check(of, shape)
+
+    def to(self, dtype: torch.dtype) -> Credit:
+        return SumCredit(tuple((w.to(dtype), part.to(dtype)) for w, part in self.parts))
+
     @property
     def objective(self) -> Tensor:  # type: ignore[override]
         return torch.stack([weighted(w, part.objective) for w, part in self.parts]).sum(0)
@@ -152,6 +195,10 @@ class SumCredit(Credit):
     def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
         for w, part in self.parts:
             part.subtract(gradient, weight * w, student)
+
+
+def _numbers(table: Tensor, of: str, axes: str, shape: tuple[int, ...]) -> None:
+    contracts.numbers(table, of=of, axes=axes, shape=shape)
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:

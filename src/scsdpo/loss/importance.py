@@ -7,21 +7,11 @@ import torch
 from torch import Tensor
 
 from scsdpo.loss.credit import Chunk
-from scsdpo.signals import Derivation, sampler_log_ratio
+from scsdpo.loss.signals import Derivation, NeedsSignals, sampler_log_ratio
 
 
-class Importance(ABC):
+class Importance(NeedsSignals, ABC):
     """A detached factor on each token's loss, from the sampler's and the trainer's log-probs."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that a measuring pass must fill before the loss."""
-        return frozenset()
-
-    @property
-    def derivations(self) -> tuple[Derivation, ...]:
-        """Tables made from signals, on every rank, before the first backward."""
-        return ()
 
     @abstractmethod
     def weigh(self, chunk: Chunk) -> Tensor:

@@ -2,6 +2,22 @@
 
 from scsdpo.metrics.gap import GapCheck
 from scsdpo.metrics.groups import ByCategory, MajAtK, MeanAtK
-from scsdpo.metrics.training import rollout_metrics, token_metrics
+from scsdpo.metrics.phases import PhaseTimer
+from scsdpo.metrics.training import (
+    log_figures,
+    phase_metrics,
+    rollout_metrics,
+    token_metrics,
+)
 
-__all__ = ["ByCategory", "GapCheck", "MajAtK", "MeanAtK", "rollout_metrics", "token_metrics"]
+__all__ = [
+    "ByCategory",
+    "GapCheck",
+    "MajAtK",
+    "MeanAtK",
+    "PhaseTimer",
+    "log_figures",
+    "phase_metrics",
+    "rollout_metrics",
+    "token_metrics",
+]

@@ -1,17 +1,35 @@
-"""What the log shows of a training step."""
+"""What the log shows of a training step: figures of the whole batch, the same on every rank."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.distributed import all_sum
+from scsdpo.distributed import all_max, all_sum
 from scsdpo.loss import LossOutput
+from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.types import Outcomes, Rollouts
+
+PHASES = ("rollout", "verify", "teacher", "student", "step")
+"""Of a training step, in order; their tokens and seconds are logged."""
+
+
+def log_figures(
+    module: L.LightningModule, prefix: str, figures: Mapping[str, float], *, shown: str = ""
+) -> None:
+    """Log figures that every rank knows alike, each under `prefix/name`; `shown` in the bar too."""
+    for name, value in figures.items():
+        module.log(
+            f"{prefix}/{name}",
+            value,
+            prog_bar=name == shown,
+            batch_size=1,
+        )
 
 
 def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> dict[str, float]:
-    """Of one rank's batch: pass rate, lengths, and so on.
+    """Of the batch over all ranks: pass rate, lengths, and so on.
 
     Shares of questions: `solve_none` (p = 0), `solve_all` (p = 1), `informative` (0 < p < 1),
     `medium` (1/8 <= p <= 7/8), `central` (2/8 <= p <= 6/8).
@@ -20,21 +38,44 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
     (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
     """
     p = outcomes.pass_rates
+    of_questions = {
+        "pass_rate": p,
+        "solve_none": p == 0,
+        "solve_all": p == 1,
+        "informative": (p > 0) & (p < 1),
+        "medium": (p >= 1 / 8) & (p <= 7 / 8),
+        "central": (p >= 2 / 8) & (p <= 6 / 8),
+    }
+    of_rollouts = {
+        "reward": outcomes.rewards,
+        "response_length": rollouts.lengths,
+        "truncated": ~rollouts.finished,
+    }
+    errors = sum(bool(verdict.error) for group in outcomes.verdicts for verdict in group)
     per_question = weights.double().mean(-1)
-    square = per_question.square().sum()
-    errors = [bool(verdict.error) for group in outcomes.verdicts for verdict in group]
+    others = [len(p), outcomes.rewards.numel(), errors]
+    sums = [value.double().sum() for value in (*of_questions.values(), *of_rollouts.values())]
+    sums += [per_question.sum(), per_question.square().sum(), *(p.new_tensor(n) for n in others)]
+    *total, weight, square, questions, count, failed = all_sum(torch.stack(sums)).tolist()
+    shares = dict(zip((*of_questions, *of_rollouts), total, strict=True))
     return {
-        "pass_rate": float(p.mean()),
-        "reward": float(outcomes.rewards.double().mean()),
-        "solve_none": float((p == 0).double().mean()),
-        "solve_all": float((p == 1).double().mean()),
-        "informative": float(((p > 0) & (p < 1)).double().mean()),
-        "medium": float(((p >= 1 / 8) & (p <= 7 / 8)).double().mean()),
-        "central": float(((p >= 2 / 8) & (p <= 6 / 8)).double().mean()),
-        "response_length": float(rollouts.lengths.double().mean()),
-        "truncated": float((~rollouts.finished).double().mean()),
-        "effective_questions": float(per_question.sum().square() / square) if square > 0 else 0.0,
-        "verifier_errors": float(sum(errors)),
+        **{name: shares[name] / questions for name in of_questions},
+        **{name: shares[name] / count for name in of_rollouts},
+        "effective_questions": weight**2 / square if square > 0 else 0.0,
+        "verifier_errors": failed,
+    }
+
+
+def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
+    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time."""
+    seconds, tokens = timer.take()
+    names = ("rollout", "teacher", "student")
+    taken = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+    counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
+    slowest, everyone = all_max(taken.to(device)), all_sum(counts.to(device))
+    return {
+        **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest.tolist(), strict=True)},
+        **{f"tokens/{phase}": n for phase, n in zip(names, everyone.tolist(), strict=True)},
     }
 
 

@@ -1,18 +1,19 @@
 """Policy: the language model that is trained, its tokenizer, and what of it is trained."""
 
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora, Weights
-from scsdpo.policy.causal_lm import CausalLM
+from scsdpo.policy.causal_lm import TINY_FOLDER, CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows
-from scsdpo.policy.trunk import Trunk
+from scsdpo.policy.runner import Runner
 
 __all__ = [
+    "TINY_FOLDER",
     "Adapter",
     "CausalLM",
     "Chat",
     "FullFineTune",
     "Lora",
     "Rows",
-    "Trunk",
+    "Runner",
     "Weights",
 ]

@@ -11,6 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.prompt import stable_hash
+from scsdpo.seeds import Seed, resolved
+
 STUDENT = "default"
 """Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
 
@@ -105,6 +108,7 @@ class Lora(Adapter):
         use_dora: weight-decomposed variant.
         exclude_modules: names left out of `target_modules`.
         layers_to_transform: indices of the only layers to adapt; empty adapts all.
+        seed: of the factors' first values; `auto`: the run's (`seed_everything`).
 
     Source:
         Hu et al. 2021, arXiv:2106.09685; fields are those of `peft.LoraConfig`.
@@ -118,6 +122,7 @@ class Lora(Adapter):
     use_dora: bool = False
     exclude_modules: list[str] = field(default_factory=list)
     layers_to_transform: list[int] = field(default_factory=list)
+    seed: Seed = "auto"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -133,13 +138,17 @@ class Lora(Adapter):
     def _config(self) -> LoraConfig:
         # peft spells "none of them" as None.
         settings = {name: value if value != [] else None for name, value in asdict(self).items()}
+        del settings["seed"]
         return LoraConfig(task_type="CAUSAL_LM", **settings)
 
     def dtype(self, device_is_gpu: bool) -> torch.dtype:
         return torch.bfloat16 if device_is_gpu else torch.float32
 
     def wrap(self, model: PreTrainedModel) -> nn.Module:
-        return get_peft_model(model, self._config(), adapter_name=STUDENT)
+        # A generator state of its own: what was drawn before does not matter.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_hash("adapter", resolved(self.seed)))
+            return get_peft_model(model, self._config(), adapter_name=STUDENT)
 
     def language_model(self, model: nn.Module) -> PreTrainedModel:
         assert isinstance(model, PeftModel)

@@ -23,12 +23,14 @@ from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows
-from scsdpo.policy.trunk import SeparateRows, SharedPrompts, Trunk
+from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 
 T = TypeVar("T")
 
 TINY = "tiny"
 """`name_or_path` of the policy that ships with the package."""
+TINY_FOLDER = Path(__file__).parent / TINY
+"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
@@ -73,7 +75,7 @@ class CausalLM(nn.Module):
         self.compile_layers = compile_layers
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._dtype = dtype
-        self._path = _resolve(name_or_path)
+        self._path = str(TINY_FOLDER) if name_or_path == TINY else name_or_path
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
         self.model: nn.Module | None = None
         self.register_state_dict_post_hook(_drop_unsaved)
@@ -140,13 +142,13 @@ class CausalLM(nn.Module):
         room = free // 2 // (widths * config.hidden_size * 4)
         return max(min(room, most), 1)
 
-    def trunk(
+    def runner(
         self,
         rows: Rows,
         chosen: Sequence[int],
         max_tokens: int,
         weights: Weights | None = None,
-    ) -> Trunk:
+    ) -> Runner:
         """The `chosen` ones among `rows`, ready to run in micro-batches.
 
         Args:
@@ -207,14 +209,6 @@ def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metad
     start = f"{prefix}model."
     for key in [k for k in state if k.startswith(start) and not module.adapter.is_saved(k)]:
         del state[key]
-
-
-def _resolve(name_or_path: str) -> str:
-    if name_or_path != TINY:
-        return name_or_path
-    from scsdpo.lab import tiny_path
-
-    return str(tiny_path())
 
 
 def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:

@@ -20,6 +20,11 @@ class Rows:
     """[R, L] bool: True at response tokens; N of them in all."""
     pad_id: int
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of the responses, and of each distinct prompt once."""
+        return int(self.mask.sum()) + sum(map(len, set(self.prompts)))
+
     def at(self, chosen: Sequence[int]) -> "Rows":
         """Some of them, without the padding that only others need."""
         index = list(chosen)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Sampling, stable_hash
 
 _CANDIDATES = 1024
@@ -36,7 +37,7 @@ def uniforms(prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
     for row, (prompt, i) in zip(
         rows, ((p, i) for p in prompts for i in range(sampling.n)), strict=True
     ):
-        generator.manual_seed(stable_hash(sampling.seed, prompt.key, i))
+        generator.manual_seed(stable_hash(resolved(sampling.seed), prompt.key, i))
         row.uniform_(generator=generator)
     return rows
 

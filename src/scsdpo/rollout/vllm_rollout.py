@@ -11,6 +11,7 @@ from torch import Tensor
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
+from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Rollouts, Sampling, stable_hash
 
 TESTED = "0.32.0"
@@ -42,7 +43,7 @@ class Request:
                 "min_p": sampling.min_p,
                 "max_tokens": sampling.max_new_tokens,
                 # 62 bits, so that + i stays within 64.
-                "seed": stable_hash(sampling.seed, prompt.key) >> 1,
+                "seed": stable_hash(resolved(sampling.seed), prompt.key) >> 1,
                 "stop": list(stops),
                 "include_stop_str_in_output": True,
                 "detokenize": bool(stops),

@@ -1,6 +1,6 @@
 """DAPO's dynamic sampling: collect informative groups until they make a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -70,12 +70,12 @@ class InformativePool(Selection, Stateful):
         self.groups, self.batches = [], 0
         return (_joined(mine, like=(rollouts, outcomes)),)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def remembered(self) -> dict[str, Any]:
         return {"batches": self.batches, "groups": [_plain(group) for group in self.groups]}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.batches = state["batches"]
-        self.groups = [_restored(*group) for group in state["groups"]]
+    def remember(self, remembered: Mapping[str, Any]) -> None:
+        self.batches = remembered["batches"]
+        self.groups = [_restored(*group) for group in remembered["groups"]]
 
 
 def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:

@@ -1,5 +1,8 @@
 """A context that remembers earlier successes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from scsdpo.distributed import all_gather
 from scsdpo.policy.chat import Chat
 from scsdpo.state import Stateful
@@ -56,8 +59,8 @@ class RememberedDemonstration(Context, Stateful):
             others = [kept for kept in self.kept.get(key, []) if kept != text]
             self.kept[key] = [*others, text][-self.size :]
 
-    def get_extra_state(self) -> dict[str, list[str]]:
-        return self.kept
+    def remembered(self) -> dict[str, Any]:
+        return {"kept": self.kept}
 
-    def set_extra_state(self, state: dict[str, list[str]]) -> None:
-        self.kept = dict(state)
+    def remember(self, remembered: Mapping[str, Any]) -> None:
+        self.kept = dict(remembered["kept"])

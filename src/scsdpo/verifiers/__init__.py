@@ -1,6 +1,6 @@
 """Verifiers: what is a right answer, and what to say of a wrong one."""
 
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
 from scsdpo.verifiers.function import Callable
 from scsdpo.verifiers.maths import MathAnswer

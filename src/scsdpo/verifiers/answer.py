@@ -3,8 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 
 _NO_ANSWER = "The response has no final answer between <answer> and </answer> tags."
 _LETTER = re.compile(r"[\s(\[*\"'`]*([A-Za-z])[\s*\"'`]*(?:$|[.:)\]])")

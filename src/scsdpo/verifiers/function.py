@@ -5,8 +5,7 @@ from collections.abc import Callable as Function
 from dataclasses import dataclass
 from functools import lru_cache
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.answer import last_answer
 
 MAX_ANSWER = 300

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.seccomp import ARCHITECTURES, program
 
 SANDBOX = Path(__file__).with_name("sandbox.py")

@@ -6,8 +6,7 @@ from typing import Any
 
 import re2
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.tool_call_reference import reference_verdict
 
 _HEADER = re.compile(r"^[ \t]*(Action|Action Input)[ \t]*:[ \t]*", re.MULTILINE)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.prompt import Prompt, Verdict
-from scsdpo.verifiers._base import Verifier
+from scsdpo.prompt import Prompt, Verdict, Verifier
 
 _log = logging.getLogger(__name__)
 

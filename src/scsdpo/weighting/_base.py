@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from scsdpo import contracts
 from scsdpo.policy import CausalLM
 from scsdpo.types import Outcomes
 
@@ -35,4 +36,17 @@ class Weighting(ABC):
 
     @abstractmethod
     def weigh(self, outcomes: Outcomes) -> Tensor:
-        """Weights [Q, G] float64 >= 0, known before any forward; 0 drops the rollout's work."""
+        """Weights [Q, G] >= 0 and finite, known before any forward; 0 drops the rollout's work."""
+
+    def weights(self, outcomes: Outcomes) -> Tensor:
+        """What `weigh` gives, as float64.
+
+        Raises:
+            ConfigurationError: if that is no such table.
+        """
+        return contracts.weights(
+            self.weigh(outcomes),
+            of=f"{type(self).__name__}.weigh",
+            axes="[Q, G]",
+            shape=tuple(outcomes.rewards.shape),
+        )

@@ -135,4 +135,4 @@ class Product(Weighting):
             factor.check_questions(own)
 
     def weigh(self, outcomes: Outcomes) -> Tensor:
-        return torch.stack([factor.weigh(outcomes) for factor in self.factors]).prod(0)
+        return torch.stack([factor.weights(outcomes) for factor in self.factors]).prod(0)

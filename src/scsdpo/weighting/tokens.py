@@ -7,16 +7,11 @@ import torch
 from torch import Tensor
 
 from scsdpo.distributed import all_sum
-from scsdpo.signals import Signals
+from scsdpo.loss import NeedsSignals, Signals
 
 
-class TokenWeighting(ABC):
+class TokenWeighting(NeedsSignals, ABC):
     """A factor on each token's loss, from signals of the whole batch."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that a measuring pass must fill; none: no pass, no cost."""
-        return frozenset()
 
     @abstractmethod
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:

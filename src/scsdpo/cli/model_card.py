@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from scsdpo.checkpoint import Saved
+from scsdpo.training.checkpoint import Saved
 
 _CARD = """\
 ---

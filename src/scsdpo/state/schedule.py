@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scsdpo.state import Stateful
+from scsdpo.state.stateful import Stateful
 
 
 class Schedule(ABC):

@@ -1,72 +1,26 @@
-"""`scsdpo analyze`: how far the teacher is, by correctness and pass rate (Figure 4 of SC-SDPO)."""
+"""How far the teacher is, by correctness and pass rate (Figure 4 of SC-SDPO)."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.advantage import Plan, TopK
+from scsdpo.advantage import Divergence, Plan, TopK
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
-from scsdpo.module import PolicyOptimizer
-from scsdpo.offline import own_parser, run_offline
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import NoTeacher
+from scsdpo.training import Batch, PolicyOptimizer
 from scsdpo.types import Prompt, Sampling
-from scsdpo.update import Batch
 
 MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
 """sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
 BINS = 40
-
-
-def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: what follows `scsdpo analyze` on the command line.
-    """
-    parser = own_parser(
-        "analyze",
-        "Sample responses to the validation questions, and measure how far the configured teacher "
-        "is from the policy on each: means over a response's tokens.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--questions", type=int, default=128, help="at most so many")
-    parser.add_argument("--rollouts", type=int, default=16, help="responses to each question")
-    parser.add_argument("--no-plot", action="store_true", help="numbers only, without matplotlib")
-    given, rest = parser.parse_known_args(args)
-    for name in ("questions", "rollouts"):
-        if getattr(given, name) < 1:
-            raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
-    plot = None if given.no_plot else _plotter()
-
-    def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
-        report = measure(trainer, model, data, given.questions, given.rollouts)
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "analysis.json").write_text(json.dumps(report, indent=1) + "\n")
-        if plot is not None:
-            plot(report, given.out / "analysis.png")
-        print(given.out)
-
-    run_offline("analyze", rest, work)
-
-
-def _plotter() -> Callable[[dict[str, Any], Path], None]:
-    try:
-        from scsdpo.lab.figures import plot_analysis
-    except ImportError as error:
-        raise ConfigurationError(
-            f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"
-        ) from error
-    return plot_analysis
 
 
 @dataclass
@@ -103,8 +57,8 @@ class Probe:
         support = TopK(k=100, tail=True)
         log_s, log_t = student.logprob(ids), teacher.logprob(ids)
         values = {
-            "reverse_kl": support.credit(1.0, student, teacher, ids).objective,
-            "jsd": support.credit(0.5, student, teacher, ids).objective,
+            "reverse_kl": support.credit(Divergence(alpha=1.0), student, teacher, ids).objective,
+            "jsd": support.credit(Divergence(alpha=0.5), student, teacher, ids).objective,
             "log_teacher_over_student": log_t - log_s,
             "half_log_student_over_mixture": (log_s - torch.logaddexp(log_s, log_t) + math.log(2))
             / 2,
@@ -156,14 +110,15 @@ def measure_batch(
     )
     batch = Batch(
         rollouts=rollouts,
+        outcomes=outcomes,
         plan=plan,
         weights=torch.ones_like(outcomes.rewards).double(),
         teacher=contexts,
         reference=NoTeacher().contexts(chat, rollouts, outcomes),
         old_logprobs=torch.full_like(rollouts.policy_logprobs, torch.nan).flatten(0, 1),
     )
-    update = replace(model.update, needs=frozenset())
-    budget = model.policy.token_budget() if model.max_tokens == "auto" else model.max_tokens
+    update = replace(model.steps.update, needs=frozenset(), derivations=())
+    budget = model.limits.token_budget(model.policy)
     with torch.no_grad():
         for _ in update.losses(model.policy, batch, list(range(batch.mask.shape[0])), budget):
             pass

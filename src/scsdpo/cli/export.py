@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from scsdpo.checkpoint import Saved
+from scsdpo.cli.model_card import model_card
 from scsdpo.errors import ConfigurationError, blamed_on
-from scsdpo.model_card import model_card
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT
+from scsdpo.training.checkpoint import Saved
 
 
 class _Parser(argparse.ArgumentParser):

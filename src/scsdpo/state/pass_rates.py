@@ -1,14 +1,15 @@
 """Pass rates of questions: of this batch alone, or with what is remembered of earlier ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scsdpo.distributed import all_gather
-from scsdpo.state import Stateful
+from scsdpo.state.stateful import Stateful
 from scsdpo.types import Outcomes
 
 
@@ -48,11 +49,11 @@ class _Remembered(PassRates, Stateful):
         rates = [self._rate(self.kept[key]) for key in outcomes.keys]
         return torch.tensor(rates, dtype=torch.float64, device=outcomes.rewards.device)
 
-    def get_extra_state(self) -> dict[str, object]:
+    def remembered(self) -> dict[str, Any]:
         return {"batches": self.batches, "kept": self.kept}
 
-    def set_extra_state(self, state: dict[str, object]) -> None:
-        self.batches, self.kept = state["batches"], dict(state["kept"])  # type: ignore
+    def remember(self, remembered: Mapping[str, Any]) -> None:
+        self.batches, self.kept = remembered["batches"], dict(remembered["kept"])
 
     @abstractmethod
     def _follow(self, kept: Sequence[float], right: float, group: int) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from scsdpo.config_types import argument, arguments, choices, classes, find, spell
+from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
 
 Sections = Mapping[str, type]
 

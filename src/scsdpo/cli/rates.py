@@ -7,9 +7,9 @@ from pathlib import Path
 
 import lightning as L
 
+from scsdpo.cli.offline import new_file, own_parser, run_offline
 from scsdpo.data import TaskDataModule
-from scsdpo.module import PolicyOptimizer
-from scsdpo.offline import new_file, own_parser, run_offline
+from scsdpo.training import PolicyOptimizer
 from scsdpo.weighting.frozen import FORMAT, fingerprint
 
 

@@ -19,7 +19,7 @@ FILTER_AHEAD = 20_000
 _TRIES = 1_000
 
 
-class Feed(ABC):
+class ShuffledSource(ABC):
     """Number -> prompt: pass after pass over a source, each in an order of its own.
 
     The prompt at a number is the same each time and in every process, so that a place in a run is
@@ -39,14 +39,14 @@ class Feed(ABC):
         return (self[number].key for number in range(min(len(self), FILTER_AHEAD)))
 
     @staticmethod
-    def of(source: Source, chat: Chat, max_tokens: int, seed: int) -> "Feed":
-        """The feed that fits the source's size and kind."""
+    def of(source: Source, chat: Chat, max_tokens: int, seed: int) -> "ShuffledSource":
+        """The form that fits the source's size and kind."""
         if source.sequential or len(source) > FILTER_AHEAD:
-            return _Forward(source, chat, max_tokens, seed)
+            return _Streamed(source, chat, max_tokens, seed)
         return _Permuted(Rendered(source, source.name, chat, max_tokens), seed)
 
 
-class _Permuted(Feed):
+class _Permuted(ShuffledSource):
     """A permutation a pass, each prompt once: for sources that are filtered before training."""
 
     def __init__(self, prompts: Rendered, seed: int) -> None:
@@ -65,7 +65,7 @@ def _permutation(seed: int, size: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class _Forward(Feed):
+class _Streamed(ShuffledSource):
     """Prompts as they come, too long ones left out on the way; each once a pass.
 
     Numbers are asked in rising order; for a lower one than before, reading starts again.
@@ -115,28 +115,28 @@ class _Forward(Feed):
 
 
 class Mixture(Dataset[Prompt]):
-    """Several feeds, by (which feed, number in it)."""
+    """Several shuffled sources, by (which one, number in it)."""
 
-    def __init__(self, feeds: Sequence[Feed]) -> None:
-        self.feeds = feeds
+    def __init__(self, sources: Sequence[ShuffledSource]) -> None:
+        self.sources = sources
 
     def __len__(self) -> int:
-        return sum(map(len, self.feeds))
+        return sum(map(len, self.sources))
 
     def __getitem__(self, draw: tuple[int, int]) -> Prompt:
-        feed, number = draw
-        return self.feeds[feed][number]
+        source, number = draw
+        return self.sources[source][number]
 
 
-def schedule(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
-    """Endless draws (which feed, number in it), from draw `start` on.
+def interleave(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
+    """Endless draws (which source, number in it), from draw `start` on.
 
-    Of the feeds, the one comes next that is furthest behind its share. So each stretch of draws has
-    the proportions of the weights, to within a question or so, and sum(weights) draws have each
-    feed exactly as often as its weight says.
+    Of the sources, the one comes next that is furthest behind its share. So each stretch of draws
+    has the proportions of the weights, to within a question or so, and sum(weights) draws have
+    each source exactly as often as its weight says.
 
     Args:
-        weights: one a feed; > 0.
+        weights: one a source; > 0.
         start: draws to leave out.
     """
     period = sum(weights)
@@ -145,7 +145,7 @@ def schedule(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]
     credit = [0] * len(weights)
     for draw in itertools.count():
         credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
-        chosen = max(range(len(weights)), key=lambda feed: (credit[feed], -feed))
+        chosen = max(range(len(weights)), key=lambda source: (credit[source], -source))
         credit[chosen] -= period
         if draw >= start:
             yield chosen, counts[chosen]

@@ -23,7 +23,7 @@ States = dict[int, tuple[Tensor, Tensor]]
 """By layer, keys and values [N, K, d]."""
 
 
-class Trunk(ABC):
+class Runner(ABC):
     """Some responses of a step, each after its prompt, under one set of weights.
 
     With gradients enabled they are those of separate rows, whatever the micro-batches.
@@ -42,7 +42,7 @@ class Trunk(ABC):
         """These rows will not be run again, and their backward, if there is one, has run."""
 
 
-class SeparateRows(Trunk):
+class SeparateRows(Runner):
     """One padded row per response, its prompt run again in each; for any attention there is.
 
     Args:
@@ -72,7 +72,7 @@ class SeparateRows(Trunk):
         pass
 
 
-class SharedPrompts(Trunk):
+class SharedPrompts(Runner):
     """Every common start of prompts runs once, forward and backward, whatever the budget.
 
     Prompts run in pieces. A piece leaves keys and values, to which its responses attend,

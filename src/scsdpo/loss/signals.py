@@ -49,8 +49,8 @@ class Signals:
     def derive(self, make: "Derivation") -> Tensor:
         """`make(self)` [R, L], made once: a return-to-go, a softmax over the group, a mean ratio.
 
-        What a plan lists as its `derivations` is made on every rank before the first backward, and
-        may therefore sum over ranks.
+        What a strategy or a plan lists as its `derivations` is made on every rank before the first
+        backward, and may therefore sum over ranks.
         """
         if make not in self._derived:
             self._derived[make] = make(self)
@@ -60,6 +60,23 @@ class Signals:
 Derivation = Callable[[Signals], Tensor]
 """From measured tables to a table [R, L] of one's own. Compared by identity: name a function, or a
 method of a frozen dataclass."""
+
+
+class NeedsSignals:
+    """Mixin: a strategy that may look beyond a chunk."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Signals` that a measuring pass must fill; none: no pass, no cost."""
+        return frozenset()
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Tables made from them before the first backward, on every rank: they may sum over ranks.
+
+        Read with `chunk.derived`.
+        """
+        return ()
 
 
 def mean_log_ratio(signals: Signals) -> Tensor:

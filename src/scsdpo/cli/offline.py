@@ -8,10 +8,10 @@ from typing import NoReturn
 
 import lightning as L
 
-from scsdpo.cli import CLI, run_cli
+from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.module import PolicyOptimizer
+from scsdpo.training import PolicyOptimizer
 
 Work = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
 

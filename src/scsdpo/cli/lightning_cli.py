@@ -9,12 +9,12 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from scsdpo.checkpoint import Checkpoint
-from scsdpo.config_types import Builder
+from scsdpo.cli.config_types import Builder
+from scsdpo.cli.parser import SECTIONS, Parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
-from scsdpo.module import PolicyOptimizer
-from scsdpo.parser import SECTIONS, Parser
+from scsdpo.training import PolicyOptimizer
+from scsdpo.training.checkpoint import Checkpoint
 
 
 class CLI(LightningCLI):

@@ -1,0 +1,1 @@
+"""The command line: one file a command, and what turns users' mistakes into one line."""

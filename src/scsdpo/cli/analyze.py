@@ -1,0 +1,56 @@
+"""`scsdpo analyze`: how far the teacher is, by correctness and pass rate."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from scsdpo.cli.offline import own_parser, run_offline
+from scsdpo.data import TaskDataModule
+from scsdpo.errors import ConfigurationError
+from scsdpo.evaluation.teacher_distance import measure
+from scsdpo.training import PolicyOptimizer
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo analyze` on the command line.
+    """
+    parser = own_parser(
+        "analyze",
+        "Sample responses to the validation questions, and measure how far the configured teacher "
+        "is from the policy on each: means over a response's tokens.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--questions", type=int, default=128, help="at most so many")
+    parser.add_argument("--rollouts", type=int, default=16, help="responses to each question")
+    parser.add_argument("--no-plot", action="store_true", help="numbers only, without matplotlib")
+    given, rest = parser.parse_known_args(args)
+    for name in ("questions", "rollouts"):
+        if getattr(given, name) < 1:
+            raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
+    plot = None if given.no_plot else _plotter()
+
+    def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
+        report = measure(trainer, model, data, given.questions, given.rollouts)
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "analysis.json").write_text(json.dumps(report, indent=1) + "\n")
+        if plot is not None:
+            plot(report, given.out / "analysis.png")
+        print(given.out)
+
+    run_offline("analyze", rest, work)
+
+
+def _plotter() -> Callable[[dict[str, Any], Path], None]:
+    try:
+        from scsdpo.evaluation.figures import plot_analysis
+    except ImportError as error:
+        raise ConfigurationError(
+            f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"
+        ) from error
+    return plot_analysis

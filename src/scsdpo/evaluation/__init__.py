@@ -1,0 +1,1 @@
+"""Evaluation: what a policy and its teacher can do, measured without training."""

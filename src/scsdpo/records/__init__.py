@@ -1,0 +1,8 @@
+"""Records: what a run leaves behind beside its checkpoints."""
+
+from scsdpo.records.folder import run_folder
+from scsdpo.records.jsonl import JsonLines
+from scsdpo.records.metrics_file import MetricsFile
+from scsdpo.records.recorded import Recorded
+
+__all__ = ["JsonLines", "MetricsFile", "Recorded", "run_folder"]

@@ -1,0 +1,83 @@
+"""Lines of JSON that survive the process that writes them."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_LONGEST = 2**22
+"""Bytes in which the last line of a file is looked for."""
+
+
+class JsonLines:
+    """A file of one JSON object a line, written by one process.
+
+    Each line is one write that reached the disk before the next begins, so that a run which is
+    killed at any moment leaves whole lines. A number that is not finite is null.
+
+    Args:
+        path: its folder is made if need be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("ab") as file:
+            _durably(file.fileno(), _line(record), file.seek(0, os.SEEK_END))
+
+    def extend(self, more: Mapping[str, Any]) -> None:
+        """Add keys to the last line, which must be there, or write them over."""
+        with self.path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - _LONGEST, 0))
+            last = file.read().splitlines(keepends=True)[-1]
+            line = _line(json.loads(last) | more)
+            _durably(file.fileno(), line, end - len(last))
+            file.truncate(end - len(last) + len(line))
+
+    def cut(self, lines: int) -> None:
+        """Keep the first `lines` lines; what a killed write left is removed too."""
+        if not self.path.exists():
+            return
+        kept = 0
+        with self.path.open("r+b") as file:
+            for _ in range(lines):
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                kept += len(line)
+            file.truncate(kept)
+            os.fsync(file.fileno())
+
+    def set_aside(self) -> None:
+        """Give the name free: another run's file becomes `NAME.1.jsonl`, `NAME.2.jsonl`, ..."""
+        number = 1
+        while self.path.exists():
+            aside = self.path.with_suffix(f".{number}{self.path.suffix}")
+            if not aside.exists():
+                self.path.rename(aside)
+            number += 1
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _durably(descriptor: int, content: bytes, at: int) -> None:
+    os.pwrite(descriptor, content, at)
+    os.fsync(descriptor)

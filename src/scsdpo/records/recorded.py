@@ -1,0 +1,29 @@
+"""A LightningModule that knows what it logged for a batch."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+
+class Recorded(L.LightningModule):
+    """Counts the batches asked, and keeps the names of what was logged since the last record."""
+
+    batches: Tensor
+    """Of training questions since the run began; not steps, for a batch may take none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._logged: set[str] = set()
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and the name is remembered."""
+        super().log(name, value, *args, **kwargs)
+        self._logged.add(name)
+
+    def take_logged(self) -> set[str]:
+        """Names logged since the last time it was asked."""
+        logged, self._logged = self._logged, set()
+        return logged

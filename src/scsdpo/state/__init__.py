@@ -1,0 +1,20 @@
+"""State: what is remembered over steps, and what changes with them."""
+
+from scsdpo.state.pass_rates import DecayedBeta, Instant, MovingAverage, PassRates
+from scsdpo.state.schedule import Constant, Ramp, Schedule
+from scsdpo.state.stateful import Stateful, all_remembered, memory, nested_state, remember_all
+
+__all__ = [
+    "Constant",
+    "DecayedBeta",
+    "Instant",
+    "MovingAverage",
+    "PassRates",
+    "Ramp",
+    "Schedule",
+    "Stateful",
+    "all_remembered",
+    "memory",
+    "nested_state",
+    "remember_all",
+]

@@ -1,0 +1,10 @@
+"""Training: the module that composes the strategies, and the optimizer step."""
+
+from scsdpo.training.batch import Batch
+from scsdpo.training.limits import Limits
+from scsdpo.training.module import PolicyOptimizer
+from scsdpo.training.optimizer_steps import OptimizerSteps
+from scsdpo.training.trace import BatchTrace
+from scsdpo.training.update import Update
+
+__all__ = ["Batch", "BatchTrace", "Limits", "OptimizerSteps", "PolicyOptimizer", "Update"]

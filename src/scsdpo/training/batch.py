@@ -1,0 +1,44 @@
+"""A batch of judged rollouts, ready to be learned from."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scsdpo.advantage import Plan
+from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What is known of R = Q * G rollouts before the first forward. Rows are q * G + g."""
+
+    rollouts: Rollouts
+    outcomes: Outcomes
+    plan: Plan
+    weights: Tensor
+    """[Q, G] float64 question and rollout weights."""
+    teacher: TeacherContexts
+    reference: TeacherContexts
+    old_logprobs: Tensor
+    """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
+
+    @property
+    def ids(self) -> Tensor:
+        """[R, L] response ids."""
+        return self.rollouts.ids.flatten(0, 1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, L] bool response mask."""
+        return self.rollouts.mask.flatten(0, 1)
+
+    @property
+    def active(self) -> Tensor:
+        """[R] bool: rollouts that can get credit; the others enter no forward."""
+        wanted = self.plan.active & (self.weights > 0) & (self.rollouts.lengths > 0)
+        return wanted.flatten()
+
+    def student_prompts(self) -> list[tuple[int, ...]]:
+        """[R] prompt ids."""
+        group = self.rollouts.ids.shape[1]
+        return [prompt.ids for prompt in self.rollouts.prompts for _ in range(group)]

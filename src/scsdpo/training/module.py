@@ -1,0 +1,342 @@
+"""The LightningModule: prompts, rollouts, verdicts, teacher, advantage, weighting, one loss."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from scsdpo.advantage import Advantage
+from scsdpo.callbacks import RolloutCallback
+from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.loss import Importance, NoImportance, Observer, unobserved
+from scsdpo.metrics import (
+    ByCategory,
+    GapCheck,
+    log_figures,
+    phase_metrics,
+    rollout_metrics,
+)
+from scsdpo.policy import CausalLM
+from scsdpo.records import MetricsFile, Recorded
+from scsdpo.reduction import Reduction, SequenceMean
+from scsdpo.rollout import HFRollout, Rollout
+from scsdpo.selection import Everything, Selection
+from scsdpo.state import all_remembered, memory, remember_all
+from scsdpo.teacher import NoTeacher, Teacher
+from scsdpo.training.batch import Batch
+from scsdpo.training.limits import Limits
+from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
+from scsdpo.training.strategies import Strategies
+from scsdpo.training.trace import BatchTrace, trace_update
+from scsdpo.types import JudgedBatch, Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.verifiers import Verification, VerifierPool, report_errors
+from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
+
+
+class PolicyOptimizer(Recorded):
+    """Self-distillation policy optimization, composed of strategies.
+
+    Each batch of questions is answered, judged, and learned from:
+
+        rollouts = rollout.sample(policy, prompts, sampling)
+        outcomes = judge(rollouts)
+        contexts = teacher.contexts(...)
+        weights  = weighting.weigh(outcomes)
+        plan     = advantage.plan(outcomes, contexts.available)
+        loss     = sum_t reduction * weight * token weight * importance * objective_t
+
+    Args:
+        policy: the language model that is trained.
+        advantage: what credit each vocabulary entry gets at each position.
+        teacher: what the model would have said had it known more.
+        weighting: how much each question and rollout counts.
+        rollout: which responses are learned from.
+        selection: which groups of them, and when: `Everything()`, or `InformativePool` (DAPO).
+        token_weighting: how much each token counts.
+        reduction: how token losses add up.
+        importance: correction for the sampler's distribution.
+        reference: a second teacher, for anchors.
+        gap: how far sampler and trainer may disagree.
+        sampling: how training responses are drawn; `n` is the group size G.
+        val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
+        verification: how responses are judged: processes and deadlines.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: stepped once per optimizer step taken.
+        updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
+        success_threshold: reward from which a rollout counts as a success.
+        limits: clip of the gradient, budget of a micro-batch, and when to give up.
+
+    Raises:
+        ConfigurationError: if the strategies do not fit together.
+    """
+
+    def __init__(
+        self,
+        policy: CausalLM,
+        advantage: Advantage,
+        teacher: Teacher = NoTeacher(),
+        weighting: Weighting = Uniform(),
+        rollout: Rollout = HFRollout(),
+        selection: Selection = Everything(),
+        token_weighting: TokenWeighting = UniformTokens(),
+        reduction: Reduction = SequenceMean(),
+        importance: Importance = NoImportance(),
+        reference: Teacher = NoTeacher(),
+        gap: GapCheck = GapCheck(),
+        sampling: Sampling = Sampling(),
+        val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
+        verification: Verification = Verification(),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
+            o, factor=1.0
+        ),
+        updates_per_rollout: int = 1,
+        success_threshold: float = 0.5,
+        limits: Limits = Limits(),
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights are not saved; `on_load_checkpoint` is strict
+        self.policy, self.teacher, self.reference = policy, teacher, reference
+        self.rollout, self.selection = rollout, selection
+        self.advantage, self.weighting = advantage, weighting
+        self.sampling, self.val_sampling = sampling, val_sampling.seeded(0)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.updates_per_rollout = updates_per_rollout
+        self.success_threshold, self.limits = success_threshold, limits
+        strategies = Strategies(
+            teacher=teacher,
+            reference=reference,
+            advantage=advantage,
+            weighting=weighting,
+            token_weighting=token_weighting,
+            reduction=reduction,
+            importance=importance,
+            selection=selection,
+        )
+        strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
+        # A bad setting of these fails here, and not after the weights were loaded.
+        lr_scheduler(optimizer([nn.Parameter(torch.zeros(1))]))
+        self.steps = OptimizerSteps(
+            strategies.update(),
+            limits=limits,
+            gap=gap,
+            objective_name=advantage.objective_name,
+            per_batch=updates_per_rollout,
+        )
+        self.timer = self.steps.update.timer
+        self.verifiers = VerifierPool(verification)
+        self.memory = memory(self, strategies.remembering())
+        self.validation = ByCategory()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Every run keeps its metrics, whatever the logger."""
+        return [MetricsFile()]
+
+    def setup(self, stage: str) -> None:
+        """Start the processes that judge; they are ready before the weights are."""
+        self.verifiers.start()
+
+    def configure_model(self) -> None:
+        """Load the weights, the teacher's after the policy's; a second call does nothing."""
+        with blamed_on("model.policy"):
+            self.policy.configure_model()
+        self.weighting.configure(self.policy)
+        self.teacher.configure(self.policy, "teacher")
+        self.reference.configure(self.policy, "reference")
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over what is trained, in float32."""
+        parameters = trained_parameters(self.policy)
+        wrong = {p.dtype for p in parameters} - {torch.float32, torch.float64}
+        if wrong:
+            raise ConfigurationError(
+                f"trainable parameters must be float32, got {wrong.pop()}: a bf16 weight of 0.02 "
+                "does not move at lr 1e-5; use `trainer.precision: bf16-mixed`, or model.policy "
+                "with adapter Lora and dtype auto"
+            )
+        optimizer = self.optimizer(parameters)
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
+        """One batch of questions: sample, judge, select, prepare, learn."""
+        self._check_size(prompts)
+        self.batches += 1
+        rollouts = self.sample(prompts, self.sampling.at(int(self.batches)))
+        outcomes = self.judge(rollouts)
+        chosen = self.selection.select(rollouts, outcomes)
+        prepared = [self.prepare(*judged) for judged in chosen]
+        self._report(rollouts, outcomes, prepared)
+        for batch in prepared:
+            self.steps.learn(self, self.policy, batch)
+        log_figures(self, "train", phase_metrics(self.timer, self.device))
+
+    def _check_size(self, prompts: Sequence[Prompt]) -> None:
+        if len(prompts) < self.updates_per_rollout:
+            raise ConfigurationError(
+                f"model.updates_per_rollout={self.updates_per_rollout} needs at least as many "
+                f"questions per batch, got {len(prompts)}: raise data.questions_per_batch"
+            )
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """Responses of the policy as it is now."""
+        with self.timer("rollout"):
+            rollouts = self.rollout.sample(self.policy, prompts, sampling)
+        self.timer.count("rollout", int(rollouts.lengths.sum()))
+        return rollouts
+
+    def judge(self, rollouts: Rollouts) -> Outcomes:
+        """Verdicts of each prompt's verifier; those that failed are logged."""
+        with self.timer("verify"):
+            verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
+        report_errors(verdicts)
+        rewards = torch.tensor(
+            [[verdict.reward for verdict in group] for group in verdicts],
+            dtype=torch.float32,
+            device=rollouts.ids.device,
+        )
+        return Outcomes(
+            verdicts=verdicts,
+            rewards=rewards.view(rollouts.ids.shape[:2]),
+            successes=(rewards >= self.success_threshold).view(rollouts.ids.shape[:2]),
+            keys=tuple(prompt.key for prompt in rollouts.prompts),
+        )
+
+    def prepare(self, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
+        """Contexts, weights and plan: everything before the first forward."""
+        contexts = self.teacher.contexts(self.policy.chat, rollouts, outcomes)
+        references = self.reference.contexts(self.policy.chat, rollouts, outcomes)
+        available = contexts.available.to(rollouts.ids.device).view_as(outcomes.successes)
+        return Batch(
+            rollouts=rollouts,
+            outcomes=outcomes,
+            plan=self.advantage.planned(outcomes, available),
+            weights=self.weighting.weights(outcomes),
+            teacher=contexts,
+            reference=references,
+            old_logprobs=torch.full_like(
+                rollouts.policy_logprobs, torch.nan, dtype=torch.float64
+            ).flatten(0, 1),
+        )
+
+    def _report(self, rollouts: Rollouts, outcomes: Outcomes, prepared: Iterable[Batch]) -> None:
+        """Log what was sampled, and show callbacks what is learned from."""
+        weights = [outcomes.rewards[:0].double(), *(batch.weights for batch in prepared)]
+        figures = rollout_metrics(rollouts, outcomes, torch.cat(weights))
+        log_figures(self, "train", figures, shown="pass_rate")
+        for batch in prepared:
+            self._show("train", batch.rollouts, batch.outcomes, batch.weights)
+
+    def _show(
+        self,
+        split: Literal["train", "val", "test"],
+        rollouts: Rollouts,
+        outcomes: Outcomes,
+        weights: Tensor,
+    ) -> None:
+        batch = JudgedBatch(split=split, rollouts=rollouts, outcomes=outcomes, weights=weights)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RolloutCallback):
+                callback.on_rollouts(self.trainer, self, batch)
+
+    def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
+        """Answer, judge and learn from `prompts`, all but the step: what would each token get?
+
+        Needs no Trainer, takes no step and changes nothing, neither weights nor what strategies
+        remember. `selection` is not asked: every question is traced.
+
+        Args:
+            prompts: the questions of one batch, as a data source yields them.
+            observe: sees each block of tokens with its credit over the whole vocabulary.
+
+        Returns:
+            Rollouts, verdicts, contexts, weights, and tables [Q, G, L] of each token's credit.
+        """
+        self.configure_model()
+        chat = self.policy.chat
+        asked = [p if p.ids else replace(p, ids=chat.render(p.messages)) for p in prompts]
+        kept = copy.deepcopy(all_remembered(self))
+        rollouts = self.sample(asked, self.sampling.at(int(self.batches) + 1))
+        try:
+            batch = self.prepare(rollouts, self.judge(rollouts))
+        finally:
+            remember_all(self, kept)
+        budget = self.limits.token_budget(self.policy)
+        update = self.steps.update
+        return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
+        """Sample with `val_sampling` and judge."""
+        self._evaluate("val", prompts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean@k and maj@k, overall and by category."""
+        self._log_evaluation("val")
+
+    def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
+        """As validation."""
+        self._evaluate("test", prompts)
+
+    def on_test_epoch_end(self) -> None:
+        """As validation, under `test/`."""
+        self._log_evaluation("test")
+
+    def _evaluate(self, split: Literal["val", "test"], prompts: Sequence[Prompt]) -> None:
+        if not prompts:  # the last batch of fewer questions than ranks
+            return
+        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        outcomes = self.judge(rollouts)
+        self.validation.update(rollouts, outcomes)
+        self._show(split, rollouts, outcomes, torch.ones_like(outcomes.rewards).double())
+
+    def _log_evaluation(self, split: Literal["val", "test"]) -> None:
+        k = self.val_sampling.n
+        log_figures(self, split, self.validation.compute(k, self.device), shown=f"mean@{k}")
+        self.validation.reset()
+        self.timer.take()  # what evaluation took belongs to no training step
+
+    def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Responses and verdicts, one record per rollout."""
+        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        outcomes = self.judge(rollouts)
+        return [
+            {"key": prompt.key, "response": text, **asdict(verdict)}
+            for prompt, texts, verdicts in zip(
+                prompts, rollouts.texts, outcomes.verdicts, strict=True
+            )
+            for text, verdict in zip(texts, verdicts, strict=True)
+        ]
+
+    def teardown(self, stage: str) -> None:
+        """Let the rollout's engine go, and the processes that judge."""
+        self.rollout.close()
+        self.verifiers.close()
+
+    # --------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What strategies remember beyond buffers, in this one place."""
+        checkpoint["remembered"] = all_remembered(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model: every saved key must be there, and no other."""
+        self.configure_model()
+        saved, own = set(checkpoint["state_dict"]), set(self.state_dict())
+        if saved != own:
+            odd = sorted(saved ^ own)
+            raise ConfigurationError(
+                f"the checkpoint does not fit this configuration: {len(saved - own)} of its "
+                f"tensors have no place here and {len(own - saved)} are missing from it, "
+                f"e.g. {odd[0]!r}; use the run's own config.yaml"
+            )
+        with blamed_on("the checkpoint"):
+            remember_all(self, checkpoint["remembered"])

@@ -1,0 +1,208 @@
+"""The optimizer steps on one batch of rollouts."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from scsdpo.distributed import all_sum, sum_gradients
+from scsdpo.errors import TrainingStopped
+from scsdpo.loss import LossOutput
+from scsdpo.metrics import GapCheck, log_figures, token_metrics
+from scsdpo.policy import CausalLM
+from scsdpo.seeds import run_seed
+from scsdpo.state import Stateful
+from scsdpo.training.batch import Batch
+from scsdpo.training.limits import Limits
+from scsdpo.training.update import Update
+from scsdpo.types import stable_hash
+
+
+class OptimizerSteps(nn.Module):
+    """Split, measure, accumulate, clip, step or skip, count, report.
+
+    A step of which nothing can be learned is not taken: optimizer, schedule and teachers stay as
+    they are, and it is counted. So is one whose loss or gradient is not finite.
+
+    Args:
+        update: makes the losses.
+        limits: of a step's gradient and memory, and of steps that achieve nothing.
+        gap: how far sampler and trainer may disagree.
+        objective_name: what the mean objective is called in the log.
+        per_batch: steps on one batch, split by question.
+    """
+
+    skipped: Tensor
+    """Steps that were not taken, in all."""
+    bad: Tensor
+    """Non-finite steps in a row."""
+    idle: Tensor
+    """Batches in a row without anything to learn from."""
+
+    def __init__(
+        self,
+        update: Update,
+        *,
+        limits: Limits,
+        gap: GapCheck,
+        objective_name: str,
+        per_batch: int,
+    ) -> None:
+        super().__init__()
+        self.update, self.limits, self.gap = update, limits, gap
+        self.objective_name, self.per_batch = objective_name, per_batch
+        for name in ("skipped", "bad", "idle"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    def learn(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
+        """All steps on `batch`.
+
+        Args:
+            host: gives optimizer, schedule, backward and log.
+            policy: is run, and gets the gradient.
+            batch: what is learned from.
+
+        Raises:
+            TrainingStopped: if a limit on steps that achieve nothing is reached, or the sampler
+                disagrees with the trainer.
+        """
+        questions, group = batch.outcomes.rewards.shape
+        parts = _split(questions, group, self.per_batch)
+        old = self._measured(policy, batch, parts[1:])
+        for number, rows in enumerate(parts):
+            self._take(host, policy, batch if number == 0 else old, rows)
+
+    def _measured(self, policy: CausalLM, batch: Batch, later: Sequence[Sequence[int]]) -> Batch:
+        """`batch` with the log-probs before the first step, for the rows of later steps."""
+        rows = [row for part in later for row in part]
+        if not rows:
+            return batch
+        with self.update.timer("student"):
+            old = self.update.measure(policy, batch, rows, self.limits.token_budget(policy))
+        return replace(batch, old_logprobs=old)
+
+    def _take(
+        self, host: L.LightningModule, policy: CausalLM, batch: Batch, rows: Sequence[int]
+    ) -> None:
+        """One optimizer step on `rows`, unless nothing there can be learned from."""
+        here = batch.active[rows]
+        active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
+        if active == 0:
+            self._idle(host)
+            return
+        self.idle.zero_()
+        with self.update.timer("student"):
+            loss, outputs = self._accumulate(host, policy, batch, rows)
+        with self.update.timer("step"):
+            parameters = trained_parameters(policy)
+            sum_gradients(parameters)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
+        gap = self._gap(batch, rows, outputs)
+        seen = token_metrics([o for o, _ in outputs], self.objective_name)
+        counts = {"trained_rollouts": active, "trained_tokens": tokens}
+        log_figures(host, "train", figures | seen | gap | counts)
+        self.gap.judge(gap)
+        with self.update.timer("step"):
+            self._step(host, policy, figures, norm)
+
+    def _accumulate(
+        self, host: L.LightningModule, policy: CausalLM, batch: Batch, rows: Sequence[int]
+    ) -> tuple[Tensor, list[tuple[LossOutput, Tensor]]]:
+        """The loss here, and per micro-batch the kernel's output and the sampler's log-probs."""
+        loss = torch.zeros((), dtype=torch.float64, device=host.device)
+        outputs = []
+        with _unsynchronized(host), _seeded(host):
+            budget = self.limits.token_budget(policy)
+            for output, sampled in self.update.losses(policy, batch, rows, budget):
+                host.manual_backward(output.loss)
+                loss += output.loss.detach().double()
+                outputs.append((output, sampled))
+        return loss, outputs
+
+    def _gap(
+        self, batch: Batch, rows: Sequence[int], outputs: Sequence[tuple[LossOutput, Tensor]]
+    ) -> dict[str, float]:
+        # Later steps on a batch: the sampler's weights are those before the first of them.
+        old = batch.old_logprobs[rows]
+        if bool(old.isnan().all()):
+            return self.gap.measure([(output.logprob, sampled) for output, sampled in outputs])
+        return self.gap.measure([(old, batch.rollouts.policy_logprobs.flatten(0, 1)[rows])])
+
+    def _idle(self, host: L.LightningModule) -> None:
+        """Nothing to learn from: counted."""
+        self.skipped += 1
+        self.idle += 1
+        log_figures(host, "train", {"skipped": float(self.skipped)})
+        if self.idle >= self.limits.max_idle_batches:
+            rate = float(host.trainer.callback_metrics["train/pass_rate"])
+            raise TrainingStopped(
+                f"{int(self.idle)} batches in a row had nothing to learn from (pass rate "
+                f"{rate:.2f}): the questions are all too hard or all mastered, or the verifier "
+                "does not accept the policy's format; look at `scsdpo predict`"
+            )
+
+    def _step(
+        self, host: L.LightningModule, policy: CausalLM, figures: dict[str, float], norm: Tensor
+    ) -> None:
+        """Clip and step; a non-finite loss or gradient is skipped, counted and reported."""
+        optimizer = host.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        if all(map(math.isfinite, figures.values())):
+            self.bad.zero_()
+            parameters = trained_parameters(policy)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
+            optimizer.step()
+            host.lr_schedulers().step()  # type: ignore[union-attr]
+            self.update.teacher.after_step(policy)
+            self.update.reference.after_step(policy)
+            for part in host.modules():
+                if isinstance(part, Stateful):
+                    part.after_step()
+        else:
+            self.bad += 1
+            self.skipped += 1
+            rank_zero_warn(f"step skipped, not finite: {figures}")
+            log_figures(host, "train", {"skipped": float(self.skipped)})
+        optimizer.zero_grad()
+        if self.bad >= self.limits.max_bad_steps:
+            raise TrainingStopped(
+                f"{int(self.bad)} steps in a row were not finite (last: {figures}); the weights "
+                "are those before the first of them. Lower the learning rate, or check the data"
+            )
+
+
+def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer moves."""
+    return [p for p in policy.parameters() if p.requires_grad]
+
+
+def _split(questions: int, group: int, parts: int) -> list[list[int]]:
+    """Rows of each step: questions in order, in nearly equal parts."""
+    rows = torch.arange(questions * group).view(questions, group)
+    return [part.flatten().tolist() for part in rows.tensor_split(parts)]
+
+
+@contextmanager
+def _seeded(host: L.LightningModule) -> Iterator[None]:
+    """Dropout draws by the run's seed, step and rank, also in a run that was resumed."""
+    devices = [host.device] if host.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stable_hash(run_seed(), host.trainer.global_step, host.global_rank))
+        yield
+
+
+def _unsynchronized(host: L.LightningModule) -> AbstractContextManager[None]:
+    """Under DDP, backward without its own all-reduce: `sum_gradients` makes the only one, so that
+    ranks may run different numbers of micro-batches.
+    """
+    strategy = host.trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()

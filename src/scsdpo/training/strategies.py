@@ -1,0 +1,102 @@
+"""The strategies of a method, and which of them cannot work together."""
+
+from dataclasses import dataclass
+
+from scsdpo.advantage import Advantage
+from scsdpo.errors import ConfigurationError
+from scsdpo.loss import Importance
+from scsdpo.reduction import Reduction
+from scsdpo.selection import Selection
+from scsdpo.teacher import Teacher
+from scsdpo.training.update import Update
+from scsdpo.weighting import TokenWeighting, Weighting
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Strategies:
+    """What a method is made of, beside the policy and how it is sampled."""
+
+    teacher: Teacher
+    reference: Teacher
+    advantage: Advantage
+    weighting: Weighting
+    token_weighting: TokenWeighting
+    reduction: Reduction
+    importance: Importance
+    selection: Selection
+
+    def update(self) -> Update:
+        """What turns a batch into losses."""
+        looking = (self.token_weighting, self.advantage, self.importance)
+        return Update(
+            teacher=self.teacher,
+            reference=self.reference,
+            token_weighting=self.token_weighting,
+            reduction=self.reduction,
+            importance=self.importance,
+            needs=frozenset().union(*(each.needs for each in looking)),
+            derivations=tuple(make for each in looking for make in each.derivations),
+        )
+
+    def remembering(self) -> tuple[object, ...]:
+        """Those that may keep something over steps."""
+        contexts = (self.teacher.context, self.reference.context)
+        own = (self.advantage, self.weighting, self.token_weighting, self.selection)
+        return (*own, self.teacher, self.reference, *contexts)
+
+    def check(self, *, group: int, updates_per_rollout: int) -> None:
+        """Check them against each other, before any weight is loaded.
+
+        Args:
+            group: G, rollouts a question.
+            updates_per_rollout: optimizer steps a batch.
+
+        Raises:
+            ConfigurationError: naming the keys and the remedy.
+        """
+        self._check_teachers()
+        compared: dict[str, Advantage | Weighting | Selection] = {
+            "advantage": self.advantage,
+            "weighting": self.weighting,
+            "selection": self.selection,
+        }
+        for key, strategy in compared.items():
+            if strategy.needs_group and group == 1:
+                raise ConfigurationError(
+                    f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "
+                    "set model.sampling.n above 1"
+                )
+        if updates_per_rollout < 1:
+            raise ConfigurationError(
+                f"model.updates_per_rollout must be >= 1, got {updates_per_rollout}"
+            )
+
+    def _check_teachers(self) -> None:
+        advantage = type(self.advantage).__name__
+        entropy = any(name.startswith("teacher") for name in self.token_weighting.needs)
+        if entropy and not self.teacher.exists:
+            raise ConfigurationError(
+                f"model.token_weighting: {type(self.token_weighting).__name__} reads the teacher, "
+                "but model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion"
+            )
+        if self.advantage.needs_teacher and not self.teacher.exists:
+            raise ConfigurationError(
+                f"model.advantage: {advantage} needs a teacher, but model.teacher is NoTeacher: "
+                "choose EMA, Frozen, Live or TrustRegion"
+            )
+        if self.teacher.exists and not (self.advantage.needs_teacher or entropy):
+            raise ConfigurationError(
+                f"model.teacher: {type(self.teacher).__name__} is never asked, because "
+                f"model.advantage is {advantage}: set model.teacher to NoTeacher"
+            )
+        if self.advantage.needs_reference and not self.reference.exists:
+            raise ConfigurationError(
+                f"model.advantage: {advantage} needs a reference, but model.reference is "
+                "NoTeacher: set it to Frozen with the context PlainPrompt"
+            )
+        if self.reference.exists and not self.advantage.needs_reference:
+            raise ConfigurationError(
+                f"model.reference: {type(self.reference).__name__} is never asked, because "
+                f"model.advantage is {advantage}: set model.reference to NoTeacher, or Blend the "
+                "advantage with a ReferenceAnchor"
+            )
