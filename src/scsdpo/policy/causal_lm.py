@@ -21,6 +21,7 @@ from transformers import (
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
@@ -74,6 +75,7 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
         self._compiled: WeakSet[nn.Module] = WeakSet()
+        self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         self._path = str(TINY_FOLDER) if name_or_path == TINY else name_or_path
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
@@ -124,23 +126,39 @@ class CausalLM(nn.Module):
         return self.attn_implementation == "sdpa"
 
     def token_budget(self) -> int:
-        """Tokens of a training micro-batch for which half of the free memory has room.
+        """Tokens of a step whose activations fit in half of the free memory, measured once.
 
-        Activations are counted as 40 hidden sizes a token and layer (2 and one layer's 40 under
-        gradient checkpointing). On CPU at most 2048, to keep its memory small.
+        The other half is left for chunks of logits, the head's gradient, and the keys and values of
+        prompts. On CPU at most 1024: more tokens at a time are no faster there.
         """
-        config = self.language_model.config.get_text_config()
         device = self.language_model.device
-        layers = config.num_hidden_layers
-        widths = 2 * layers + 40 if self.gradient_checkpointing else 40 * layers
         if device.type == "cuda":
             # What the allocator holds without using it is free too.
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free, most = torch.cuda.mem_get_info(device)[0] + unused, 2**17
         else:
-            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**11
-        room = free // 2 // (widths * config.hidden_size * 4)
-        return max(min(room, most), 1)
+            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**10
+        fixed, a_token = self.memory_line()
+        return max(min(int((free // 2 - fixed) / a_token), most), 1)
+
+    def memory_line(self) -> tuple[float, float]:
+        """Bytes of gradients and casts, and bytes of activations a token, as they would be now."""
+        device = self.language_model.device
+        narrow = torch.is_autocast_enabled(device.type)
+        key = torch.get_autocast_dtype(device.type) if narrow else None
+        if key not in self._memory_lines:
+            embedding = self.language_model.get_input_embeddings()
+            self._memory_lines[key] = memory_line(self._probe, embedding, device)
+        fixed, a_token = self._memory_lines[key]
+        learned = [p for p in self.parameters() if p.requires_grad]
+        return fixed + sum(p.numel() * p.element_size() for p in learned), a_token
+
+    def _probe(self, tokens: int) -> Tensor:
+        """Hidden states of a response of that length."""
+        pad, device = self.chat.pad_id, self.language_model.device
+        ids = torch.full((1, tokens), pad, device=device)
+        rows = Rows(prompts=[(pad,)], ids=ids, mask=torch.ones_like(ids).bool(), pad_id=pad)
+        return self.runner(rows, [0], tokens).run([0], lambda hidden, head: hidden)
 
     def runner(
         self,
