@@ -64,6 +64,7 @@ def run(
     head: nn.Linear | None = None,
     importance: Importance = NoImportance(),
     temperature: float = 1.0,
+    gradient: HeadGradient | None = None,
 ) -> LossOutput:
     """The kernel on `student` and `teacher` hidden states [N, D], the reference = the teacher."""
     rewards = torch.zeros(1, max(len(batch.ids), 1)) if rewards is None else rewards
@@ -82,5 +83,5 @@ def run(
         Head.of(head),
         tokens=batch,
         objective=objective,
-        gradient=HeadGradient(1),
+        gradient=gradient or HeadGradient(1),
     )

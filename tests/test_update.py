@@ -8,6 +8,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from batches import ALL, METHODS, G, Q, double_policy, exact_norm, gradient, parts
 from scsdpo.advantage import SelfDistillation
+from scsdpo.loss import Head
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.reduction import TokenMean
 from scsdpo.teacher import EMA, SiblingDemonstration
@@ -141,3 +142,26 @@ def test_nothing_active_runs_nothing(policy):
     batch, update = parts(policy, advantage, **settings)
     nothing = replace(batch, weights=torch.zeros_like(batch.weights))
     assert list(update.losses(policy, nothing, ALL, 10**6)) == []
+
+
+def test_the_head_is_cast_once_a_step_for_each_set_of_weights(qwen3, monkeypatch):
+    """Also where a teacher is measured first: hidden states are kept, and no head with each."""
+    policy = CausalLM(str(qwen3))
+    policy.configure_model()
+    advantage, settings = METHODS["hybrid+anchor+entropy"]()
+    batch, update = parts(policy, advantage, **settings)
+    cast = []
+    of = Head.of
+    monkeypatch.setattr(Head, "of", staticmethod(lambda linear: cast.append(linear) or of(linear)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradient(policy, batch, update, budget=40)[2] > 2
+    assert len(cast) == len(set(cast)) == 3  # student, teacher, reference
+
+
+def test_nothing_of_a_step_is_left_when_its_losses_had_no_backward(policy):
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    with torch.no_grad():
+        assert list(update.losses(policy, batch, ALL, 60))
+    list(update.losses(policy, batch, ALL, 60))
+    assert all(parameter.grad is None for parameter in policy.parameters())
