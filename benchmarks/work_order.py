@@ -146,7 +146,7 @@ class Ours:
         self.module.configure_model()
         self.module.to(policy.language_model.device)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.prompts = load_prompts(policy, task, order, order.questions * steps)
 
     def rollouts(self, step: int) -> Rollouts:

@@ -137,12 +137,14 @@ class SharedPrompts(Runner):
     def _start(self, i: int) -> None:
         piece = self._pieces[i]
 
-        def work(model: PreTrainedModel) -> _Running:
+        def work(model: PreTrainedModel) -> tuple[Tensor, States]:
             if piece.kept or not torch.is_grad_enabled():
-                return _Running(*self._run_prompts(model, piece))
-            return _Running(*checkpoint(self._run_prompts, model, piece, use_reentrant=False))
+                return self._run_prompts(model, piece)
+            return checkpoint(self._run_prompts, model, piece, use_reentrant=False)
 
-        self._running[i] = running = self._within(work)
+        # Plain containers come out of the forward: in these FSDP2 finds the tensors at which a
+        # backward will start, and gathers weights for it.
+        self._running[i] = running = _Running(*self._within(work))
         start = 0
         for segment in piece.segments:
             self._places[segment] = Place(running.memory, slice(start, start + len(segment.ids)))
