@@ -145,8 +145,6 @@ def fit(args: argparse.Namespace, out: Path) -> None:
             "--model.val_sampling.max_new_tokens=48",
             f"--model.optimizer.lr={args.lr}",
             f"--seed_everything={args.seed}",
-            f"--model.sampling.seed={args.seed}",
-            f"--data.seed={args.seed}",
             "--trainer.limit_val_batches=0",
             "--checkpoint.monitor=null",
             "--checkpoint.save_top_k=0",

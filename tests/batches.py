@@ -101,8 +101,8 @@ def parts(
     batch = Batch(
         rollouts=rollouts,
         outcomes=outcomes,
-        plan=advantage.plan(outcomes, contexts.available),
-        weights=(weighting or Uniform()).weigh(outcomes),
+        plan=advantage.planned(outcomes, contexts.available),
+        weights=(weighting or Uniform()).weights(outcomes),
         teacher=contexts,
         reference=reference.contexts(policy.chat, rollouts, outcomes),
         old_logprobs=torch.full(rollouts.mask.flatten(0, 1).shape, torch.nan),

@@ -2,9 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from lightning import LightningModule, Trainer
 
 from coins import Coin
 from scsdpo.data import Stream, make_prompt
+from scsdpo.teacher import NoTeacher
+from scsdpo.weighting import Uniform
 
 
 class Lines(Stream):
@@ -52,3 +58,42 @@ def rows(path, count):
         "".join(json.dumps({"question": f"{n}?", "answer": n}) + "\n" for n in range(count))
     )
     return str(path)
+
+
+class Recorder(LightningModule):
+    """Notes the questions that it is asked."""
+
+    def __init__(self, chat):
+        super().__init__()
+        self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
+        self.weighting = Uniform()
+        self.layer = torch.nn.Linear(1, 1)
+        self.asked = []
+
+    def training_step(self, batch, batch_idx):
+        self.asked.append([prompt.messages[-1]["content"].strip() for prompt in batch])
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        raise AssertionError("there are no such questions")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
+def run(chat, data, steps, save=None, resume=None):
+    """The questions of each step, up to step `steps`."""
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        max_steps=steps,
+        limit_val_batches=0,
+    )
+    module = Recorder(chat)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
+    if save:
+        trainer.save_checkpoint(save)
+    return module.asked

@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_read_is_named(scsdpo, tmp_path):
         (["--model.optimizer.lr=-1"], "model.optimizer: Invalid learning rate: -1"),
         (
             ["--data.train=ToolUse", "--data.train.path=none.json"],
-            "data: `ToolUse(path='none.json')`: none.json",
+            "data.train: `ToolUse(path='none.json')`: none.json",
         ),
         (["--data.questions_per_batch=100"], "data: `TaskDataModule(questions_per_batch=100)`"),
     ],

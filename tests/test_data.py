@@ -219,10 +219,10 @@ def test_a_set_that_the_hub_does_not_give_is_named(monkeypatch):
 
 def test_a_bad_gold_answer_is_named_before_training(tmp_path):
     rows = [GOOD | {"answer": '[{"Action": "f", "Action_Input": "{}"}]'}, GOOD]
-    with pytest.raises(ValueError, match=r"`ToolUse\(path=.*row 2: the gold answer .* must read"):
+    with pytest.raises(ValueError, match=r"`ToolUse\(path=.*line 3: the gold answer .* must read"):
         len(ToolUse(rows_file(tmp_path / "x.json", rows, "lines")))
     rows_file(tmp_path / "train.json", [GOOD | {"system": "s"}], "lines")
-    with pytest.raises(ValueError, match=r"row 1: the answer must be the letter .* got 'a'"):
+    with pytest.raises(ValueError, match=r"line 1: the answer must be the letter .* got 'a'"):
         len(SciKnowEval("biology", "train", source=str(tmp_path)))
 
 

@@ -86,3 +86,28 @@ def test_python_of_the_readme_runs(name, tmp_path, monkeypatch):
     (code,) = blocks(name, "python")
     code = code.replace("L.Trainer(", 'L.Trainer(accelerator="cpu", enable_progress_bar=False, ')
     exec(compile(code.replace("max_steps=10", "max_steps=1"), name, "exec"), {})
+
+
+def test_python_of_runs_md_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/pass_rate": 0.5}\n')
+    record, figure, batch = blocks("docs/runs.md", "python")
+    scope = {}
+    for code in (record, figure, batch):
+        exec(compile(code, "docs/runs.md", "exec"), scope)
+    assert scope["pass_rates"] == [(1, 0.5)]
+    assert scope["trace"].credit.shape == scope["batch"].rollouts.mask.shape
+    assert "nan" in capsys.readouterr().out
+
+
+def test_every_figure_of_a_run_is_in_the_table_of_runs_md(qwen3, tmp_path):
+    from runs import data, module, trainer
+
+    table = (ROOT / "docs/runs.md").read_text()
+    run = trainer(tmp_path)
+    run.fit(module(qwen3), data())
+    for name in run.callback_metrics:
+        if name.startswith("train/"):
+            *_, last = name.removeprefix("train/").split("/")
+            spelled = last.replace("logprob_gap_max", "_max")
+            assert f"`{spelled}`" in table or f"/{spelled}`" in table, name

@@ -148,6 +148,61 @@ def test_ordinary_programs_run():
     assert judge(code, tests=["assert f(3) == 6"]).reward == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "import sympy\nx = sympy.symbols('x')\ny = sympy.integrate(2 * x, x)",
+            "SystemExit: x**2",
+        ),
+        ("import numpy\ny = numpy.linalg.inv(numpy.eye(2) / 2).sum()", "SystemExit: 4.0"),
+        (
+            "import asyncio\nasync def g():\n  await asyncio.sleep(0.01)\n"
+            "  return await asyncio.to_thread(sum, await asyncio.gather(*map(h, range(3))))\n"
+            "async def h(n):\n  await asyncio.sleep(0)\n  return n\ny = asyncio.run(g())",
+            "SystemExit: 3",
+        ),
+        (
+            "from concurrent.futures import ThreadPoolExecutor as Pool\nwith Pool(8) as pool:\n"
+            "  y = sum(pool.map(lambda n: n * n, range(9)))",
+            "SystemExit: 204",
+        ),
+        (
+            "import signal, time\nsignal.signal(signal.SIGALRM, lambda *_: 1 / 0)\n"
+            "signal.setitimer(signal.ITIMER_REAL, 0.01)\ntime.sleep(9)",
+            "ZeroDivisionError",
+        ),
+        (
+            "import datetime, zoneinfo\n"
+            "y = datetime.datetime(2020, 7, 1, tzinfo=zoneinfo.ZoneInfo('UTC')).tzname()",
+            "SystemExit: UTC",
+        ),
+        (
+            "import os, resource\ny = os.cpu_count() > 0 < resource.getrlimit(0)[0]",
+            "SystemExit: True",
+        ),
+        (
+            "import os, socket\na, b = socket.socketpair()\na.send(b'x')\ny = b.recv(9)",
+            "SystemExit: b'x'",
+        ),
+    ],
+)
+def test_what_a_program_may_need_is_there(code, said):
+    feedback = judge(f"{code}\nraise SystemExit(y)").feedback
+    assert said in feedback
+
+
+@pytest.mark.parametrize("line", ["[1]", "[" * 9999, "{", '"\\ud800"', "3"])
+def test_a_forged_report_makes_no_error(line):
+    code = f"""
+import gc, os
+(job,) = [thing for thing in gc.get_objects() if isinstance(thing, dict) and "secret" in thing]
+os.write(3, (job["secret"] + " " + {line!r} + "\\n").encode())
+os._exit(0)
+"""
+    assert judge(code).feedback.startswith("The code failed before any test: ")
+
+
 @pytest.mark.parametrize("answer", ["", "x", "[]", "{}", "[1]", "[" * 9999])
 def test_an_unreadable_gold_answer_is_an_error(answer):
     verifier = PythonTests()

@@ -1,5 +1,6 @@
 """Two processes give the numbers of one, whatever each of them has to run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,10 @@ SCRIPT = Path(__file__).parent / "two_ranks.py"
 SHARE = Path(__file__).parent / "rank_gradient.py"
 
 
-def train(folder, world, out, method):
+def train(folder, world, out, method, root=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(SCRIPT), str(folder), str(world), str(out), method]
+    root = folder if root is None else root
+    command = [sys.executable, SCRIPT, folder, str(world), out, method, root]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(out, weights_only=False)
@@ -40,6 +42,25 @@ def test_two_processes_train_as_one(qwen3, tmp_path, method):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
     for name in ("train/loss", "train/pass_rate", "train/gradient_norm", "val/mean@2", "val/maj@2"):
         assert logged_two[name] == pytest.approx(logged[name], rel=1e-3, abs=1e-5), name
+
+
+def test_every_figure_is_that_of_the_whole_batch_whatever_the_number_of_ranks(qwen3, tmp_path):
+    """Seven validation questions are seven questions on 1, 2 and 3 ranks."""
+    records = []
+    for world in (1, 2, 3):
+        folder = tmp_path / f"{world}"
+        folder.mkdir()
+        train(qwen3, world, folder / "out.pt", "metrics", root=folder)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records.append([json.loads(line) for line in lines])
+    one = records[0]
+    assert len(one) == 6 and "val/mean@2" in one[2] and one[-1]["train/effective_questions"] > 1
+    for many in records[1:]:
+        for record, expected in zip(many, one, strict=True):
+            assert record.keys() == expected.keys()
+            for name in expected.keys() - {"time"}:
+                if not name.startswith("train/seconds"):
+                    assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-6), name
 
 
 def step(folder, out, method, split, norm):

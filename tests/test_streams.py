@@ -10,8 +10,6 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-import torch
-from lightning import LightningModule, Trainer
 
 from coins import Coin
 from models import tokenizer
@@ -20,10 +18,8 @@ from scsdpo.data import Math, Records, TaskDataModule
 from scsdpo.data import shuffled as shuffled_module
 from scsdpo.data.shuffled import ShuffledSource
 from scsdpo.policy import Chat
-from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import MathAnswer
-from scsdpo.weighting import Uniform
-from streams import Counting, Lines, lines, rows
+from streams import Counting, Lines, lines, rows, run
 
 LIMIT = 64
 """In tokens: the long questions of `Counting` are over it."""
@@ -102,25 +98,6 @@ def test_sizes_below_1_are_refused(name):
 # --- runs -----------------------------------------------------------------------------------------
 
 
-class Recorder(LightningModule):
-    def __init__(self, chat):
-        super().__init__()
-        self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
-        self.weighting = Uniform()
-        self.layer = torch.nn.Linear(1, 1)
-        self.asked = []
-
-    def training_step(self, batch, batch_idx):
-        self.asked.append([prompt.messages[-1]["content"].strip() for prompt in batch])
-        return self.layer(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        raise AssertionError("there are no such questions")
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters())
-
-
 def mixture(tmp_path, **arguments):
     """A finite stream, a file at once and an endless stream."""
     sources = [
@@ -130,23 +107,6 @@ def mixture(tmp_path, **arguments):
     ]
     settings = {"questions_per_batch": 4, "max_prompt_tokens": LIMIT} | arguments
     return TaskDataModule(sources, [], **settings)
-
-
-def run(chat, data, steps, save=None, resume=None):
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        max_steps=steps,
-        limit_val_batches=0,
-    )
-    module = Recorder(chat)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
-    if save:
-        trainer.save_checkpoint(save)
-    return module.asked
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,4 @@
-"""Train a few steps and save the weights: `two_ranks.py FOLDER WORLD OUT METHOD`.
+"""Train a few steps and save the weights: `two_ranks.py MODEL WORLD OUT METHOD FOLDER`.
 
 A program of its own, because Lightning starts the second process by running it again.
 """
@@ -24,6 +24,7 @@ METHODS = {
         "teacher": NoTeacher(),
         "weighting": Uniform(),
     },
+    "metrics": {"token_weighting": TeacherEntropy()},
     # A pool over all ranks, and pass rates that every rank remembers.
     "memory": {
         "advantage": Routed(
@@ -41,18 +42,31 @@ METHODS = {
 }
 
 
+QUESTIONS = {
+    "metrics": {
+        "train": Toys(18),
+        "val": Toys(7),
+        "questions_per_batch": 6,
+        "val_questions_per_batch": 6,
+    }
+}
+"""A number that 1, 2 and 3 ranks divide, and one for validation that 2 and 3 do not."""
+
+
 def main() -> None:
-    folder, world, out, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    folder, world, out, method, root = sys.argv[1:]
     model = module(
-        folder,
+        Path(folder),
         # Two rollouts a question: ranks often have different numbers of rows to run, or none.
         sampling=Sampling(n=2, max_new_tokens=6),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         limits=Limits(max_tokens=60),
         **METHODS[method],
     )
-    run = trainer(folder, devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2)
-    run.fit(model, data(Toys(16), Toys(6)))
+    strategy = "auto" if world == "1" else "ddp"
+    run = trainer(root, devices=int(world), strategy=strategy, max_epochs=2)
+    questions = QUESTIONS.get(method, {"train": Toys(16), "val": Toys(6)})
+    run.fit(model, data(**questions))
     if run.is_global_zero:
         logged = {k: float(v) for k, v in run.callback_metrics.items()}
         kept = {f"{name}.remembered": value for name, value in all_remembered(model).items()}

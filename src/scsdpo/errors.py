@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 MISTAKES = (ValueError, OSError, ImportError)
 """What a constructor raises when it was given something that cannot work. Anything else, and
-these very errors once training runs, is a bug and keeps its traceback."""
+these very errors once training runs (but for reading data), is a bug and keeps its traceback."""
 
 
 class ConfigurationError(ValueError):
@@ -20,7 +20,7 @@ class TrainingStopped(RuntimeError):
 def blamed_on(key: str) -> Iterator[None]:
     """Turn a mistake inside the block into a `ConfigurationError` that begins with `key`.
 
-    For work that the constructor put off: opening data, loading weights.
+    For work that the constructor put off: opening and reading data, loading weights.
     """
     try:
         yield

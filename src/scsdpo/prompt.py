@@ -62,7 +62,17 @@ class Verifier(ABC):
         """Whatever takes long the first time, such as imports; off the clock of any verdict.
 
         Called in each process that judges, at least once before `verify`. What it raises ends the
-        run: a verifier that cannot work at all is a mistake in the configuration.
+        run: a verifier that cannot work at all is a mistake in the configuration. Processes that
+        help it start here: what `verify` leaves behind is ended with its verdict.
+        """
+
+    def check(self, prompt: Prompt) -> None:  # noqa: B027
+        """Whether `verify` can read the gold answer of `prompt`; without this, any.
+
+        Called in the training process, for the first 20,000 prompts of a source before training.
+
+        Raises:
+            ValueError: if it cannot, so that no response to the prompt would ever be right.
         """
 
     @abstractmethod

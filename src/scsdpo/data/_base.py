@@ -10,6 +10,9 @@ from torch.utils.data import Dataset
 
 from scsdpo.types import Prompt, stable_hash
 
+CHECK_AHEAD = 20_000
+"""So many rows of a source have their gold answers checked by their verifiers."""
+
 
 class Source(Dataset[Prompt], ABC):
     """A set of prompts by index: index -> `Prompt`.
@@ -95,3 +98,8 @@ class Stream(Source):
             Random(stable_hash(seed, number)).shuffle(window)
             yield from window
             number += 1
+
+
+def source_key(split: str, number: int, sources: int) -> str:
+    """The configuration's key of a source in `train` or `val`, of so many there."""
+    return f"data.{split}[{number}]" if sources > 1 else f"data.{split}"

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from scsdpo.data.shuffled import Mixture, interleave
+from scsdpo.errors import ConfigurationError
 from scsdpo.types import Prompt
 
 
@@ -14,10 +15,14 @@ class PromptBatch:
     """The questions of a step, until the data module hands them over as a tuple.
 
     Not a sequence, lest Lightning's precision plugins rebuild every prompt in search of tensors.
+
+    Args:
+        prompts: the questions, or why there are none.
     """
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = tuple(prompts)
+    def __init__(self, prompts: Sequence[Prompt] | ConfigurationError) -> None:
+        self.fault = prompts if isinstance(prompts, ConfigurationError) else None
+        self.prompts = () if isinstance(prompts, ConfigurationError) else tuple(prompts)
 
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self.prompts)
@@ -80,6 +85,8 @@ class QuestionLoader(DataLoader):
     def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
         sampler = cast(EpochSampler, self.sampler)
         for batch in super().__iter__():
+            if batch.fault:
+                raise batch.fault
             sampler.asked += len(batch) * sampler.num_replicas
             yield batch
 

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import Source, source_key
 from scsdpo.data.loader import (
     EpochSampler,
     EvaluationLoader,
@@ -22,7 +22,7 @@ from scsdpo.data.loader import (
 )
 from scsdpo.data.rendered import Rendered
 from scsdpo.data.shuffled import FILTER_AHEAD, Mixture, ShuffledSource
-from scsdpo.data.startup import check_start
+from scsdpo.data.startup import check_golds, check_start, warn_shared
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.seeds import Seed, resolved
@@ -129,38 +129,39 @@ class TaskDataModule(LightningDataModule):
         chat = self.chat = module.policy.chat
         if stage == "fit":
             check_start(module, self.train_sources)
-            seed, limit = resolved(self.seed), self.max_prompt_tokens
             self.train_set = Mixture(
-                [
-                    ShuffledSource.of(source, chat, limit, stable_hash(seed, number))
-                    for number, source in enumerate(self.train_sources)
-                ]
+                [self._shuffled(number, chat) for number in range(len(self.train_sources))]
             )
             if len(self.train_set) < self.questions_per_batch:
                 raise ValueError(
                     f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
-            module.weighting.check_questions(
-                key for source in self.train_set.sources for key in source.question_keys()
-            )
+            module.weighting.check_questions(self.train_set.question_keys())
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
+        if stage == "fit" and self.val_set:
+            parts = cast(list[Rendered], self.val_set.datasets)
+            asked = [part.prompts[index] for part in parts for index in part.kept]
+            warn_shared(self.train_sources, asked)
+
+    def _shuffled(self, number: int, chat: Chat) -> ShuffledSource:
+        source, sources = self.train_sources[number], len(self.train_sources)
+        seed = stable_hash(resolved(self.seed), number)
+        with blamed_on(source_key("train", number, sources)):
+            return ShuffledSource.of(source, chat, self.max_prompt_tokens, seed)
 
     def _in_order(
         self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
     ) -> ConcatDataset[Prompt]:
         """The first questions of each source; of several, categories begin with its name."""
-        return ConcatDataset(
-            [
-                Rendered(
-                    _head(source, most, named=len(sources) > 1),
-                    source.name,
-                    chat,
-                    self.max_prompt_tokens,
-                )
-                for source in sources
-            ]
-        )
+        parts = []
+        split = "train" if sources is self.train_sources else "val"
+        for number, source in enumerate(sources):
+            with blamed_on(source_key(split, number, len(sources))):
+                check_golds(source)
+                head = _head(source, most, named=len(sources) > 1)
+                parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
+        return ConcatDataset(parts)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""

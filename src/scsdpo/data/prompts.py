@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.data.table import Table
 from scsdpo.types import Message, Prompt, stable_hash
 from scsdpo.verifiers import Verifier
@@ -60,12 +60,30 @@ def table_prompts(
     """A prompt of source `name` for each row; `prompt`, `answer` and `system` name the columns.
 
     `instruction` follows each question.
+
+    Raises:
+        ValueError: if a row has no question or no answer, or the verifier cannot read the answer;
+            with the number of the row.
     """
     questions, answers = table.texts(prompt), table.texts(answer)
     systems = table.texts(system, optional=True) if system else [""] * len(questions)
-    return [
+    prompts = [
         make_prompt(
             name, question=question + instruction, answer=gold, verifier=verifier, system=turn
         )
         for question, gold, turn in zip(questions, answers, systems, strict=True)
     ]
+    for index, made in enumerate(prompts):
+        if table.number(index) <= CHECK_AHEAD:
+            check_gold(made, table.where(index))
+    return prompts
+
+
+def check_gold(prompt: Prompt, where: str) -> None:
+    """Raise a ValueError that begins with `where` if the verifier cannot read the gold answer."""
+    try:
+        prompt.verifier.check(prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error}; no response could be right: mend the answer, or remove the row"
+        ) from error

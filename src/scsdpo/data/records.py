@@ -1,20 +1,23 @@
 """Prompts from rows of questions and answers."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import get_worker_info
 
 from scsdpo.data._base import Source, Stream
+from scsdpo.data.files import BrokenRow
 from scsdpo.data.prompts import PromptList, table_prompts
-from scsdpo.data.rows import Rows, good_rows
+from scsdpo.data.rows import Rows
 from scsdpo.data.table import Table
 from scsdpo.types import Prompt
 from scsdpo.verifiers import MathAnswer, ToolCall, Verifier
-from scsdpo.verifiers.tool_call import gold_calls
 
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -26,7 +29,9 @@ class Records(Stream):
 
     At once, every row is checked before training. As a stream, rows are read as they are needed,
     for sets larger than memory or disk: columns are checked before training, and a row without a
-    question or an answer is left out, counted and logged.
+    question, or without an answer that the verifier can read, is left out, counted and logged. A
+    row that cannot be read at all (no JSON, no UTF-8, half a surrogate pair) ends the run, unless
+    `max_broken_rows` lets it be left out too. Of gold answers the first 20,000 are checked.
 
     Args:
         path: a file of JSON lines, a JSON list or Parquet; a folder that `datasets` saved; or the
@@ -42,9 +47,11 @@ class Records(Stream):
         streaming: read as a stream.
         size: questions of an epoch, and of a validation, of a stream; nominal.
         window: questions of a stream in memory, within which they are shuffled.
+        max_broken_rows: rows of a stream that may be broken in each pass; a resumed run meets them
+            again, and counts them again. Of what is read at once, none may.
 
     Raises:
-        ValueError: if `size` or `window` is below 1.
+        ValueError: if `size` or `window` is below 1, or `max_broken_rows` below 0.
     """
 
     def __init__(
@@ -62,15 +69,20 @@ class Records(Stream):
         streaming: bool = False,
         size: int = 10_000,
         window: int = 1_000,
+        max_broken_rows: int = 0,
     ) -> None:
         super().__init__(size=size, window=window)
+        kind = type(self).__name__
+        if max_broken_rows < 0:
+            raise ValueError(f"`{kind}(max_broken_rows=...)` must be >= 0, got {max_broken_rows}")
+        self.max_broken_rows = max_broken_rows
         self.path = path
         self.verifier = verifier
         self.columns = {"prompt": prompt, "answer": answer} | ({"system": system} if system else {})
         self.instruction = instruction
         self.streaming = streaming
+        self._told: Counter[str] = Counter()
         self._name = name or Path(path).stem
-        kind = type(self).__name__
         self.rows = Rows(path=path, owner=f"{kind}(path={path!r})", split=split, subset=subset)
 
     @property
@@ -103,19 +115,47 @@ class Records(Stream):
         if not self.streaming:
             yield from self.prompts
             return
-        left_out = 0
-        tables = good_rows(self.rows.stream(), self.rows.owner, self.path)
-        for number, table in enumerate(tables, start=1):
-            if number == 1:
-                self._check_columns(table)
+        broken = left_out = 0
+        checked = False
+        for number, row in enumerate(self.rows.stream(), start=1):
+            if not checked and isinstance(row, Table):
+                self._check_columns(row)
+                checked = True
             try:
-                (prompt,) = self._prompts(table)
+                prompt = self._prompt(row)
+            except BrokenRow as error:
+                broken += 1
+                if broken > self.max_broken_rows:
+                    raise ValueError(self._too_many(broken, error)) from error
+                self._tell("broken rows left out", broken, number, error)
             except ValueError as error:
                 left_out += 1
-                if left_out.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
-                    _warn_left_out(self.name, left_out, number, str(error))
-                continue
-            yield prompt
+                self._tell("rows left out", left_out, number, error)
+            else:
+                yield prompt
+
+    def _prompt(self, row: Table | BrokenRow) -> Prompt:
+        if isinstance(row, BrokenRow):
+            raise row
+        # A missing column is an error with the row's number, like one without a value.
+        rows = [dict.fromkeys(self.columns.values()) | row.rows[0]]
+        (prompt,) = self._prompts(replace(row, rows=rows))
+        return prompt
+
+    def _too_many(self, broken: int, error: BrokenRow) -> str:
+        count = f", broken row {broken} of this pass" if self.max_broken_rows else ""
+        return (
+            f"{error}{count}; mend it, or leave broken rows out with `max_broken_rows`, which is "
+            f"{self.max_broken_rows}"
+        )
+
+    def _tell(self, what: str, count: int, read: int, why: ValueError) -> None:
+        """Log the 1st, 2nd, 4th, 8th, ...: not a line for each, nor one in each pass or worker."""
+        worker = get_worker_info()
+        if count <= self._told[what] or count.bit_count() > 1 or (worker and worker.id > 0):
+            return
+        self._told[what] = count
+        _warn(self.name, count, read, what, str(why))
 
     def _prompts(self, table: Table) -> list[Prompt]:
         return table_prompts(
@@ -128,8 +168,8 @@ class Records(Stream):
 
 
 @rank_zero_only
-def _warn_left_out(name: str, count: int, read: int, why: str) -> None:
-    _log.warning("%s: %d of %d rows left out, the last because %s", name, count, read, why)
+def _warn(*said: object) -> None:
+    _log.warning("%s: %d of %d %s, the last because %s", *said)
 
 
 class Math(Records):
@@ -150,6 +190,7 @@ class Math(Records):
         streaming: as in `Records`.
         size: as in `Records`.
         window: as in `Records`.
+        max_broken_rows: as in `Records`.
     """
 
     def __init__(
@@ -166,6 +207,7 @@ class Math(Records):
         streaming: bool = False,
         size: int = 10_000,
         window: int = 1_000,
+        max_broken_rows: int = 0,
     ) -> None:
         super().__init__(
             path,
@@ -180,13 +222,14 @@ class Math(Records):
             streaming=streaming,
             size=size,
             window=window,
+            max_broken_rows=max_broken_rows,
         )
 
     def _prompts(self, table: Table) -> list[Prompt]:
         column = self.columns["answer"]
         results = [text.rpartition("####")[2].strip() for text in table.texts(column)]
         rows = [{**row, column: result} for row, result in zip(table.rows, results, strict=True)]
-        return super()._prompts(Table(owner=table.owner, place=table.place, rows=rows))
+        return super()._prompts(replace(table, rows=rows))
 
 
 class ToolUse(PromptList):
@@ -221,10 +264,4 @@ class ToolUse(PromptList):
         """One prompt a row; a row whose gold answer cannot be read is an error."""
         table = Table.read(self.path, f"ToolUse(path={str(self.path)!r})")
         system = "system" if "system" in table.columns else ""
-        prompts = table_prompts(table, self.name, self.verifier, system=system)
-        for number, prompt in enumerate(prompts, start=1):
-            try:
-                gold_calls(prompt.answer)
-            except ValueError as error:
-                raise ValueError(f"`{table.owner}`: row {number}: {error}") from error
-        return prompts
+        return table_prompts(table, self.name, self.verifier, system=system)

@@ -1,17 +1,15 @@
 """Rows of a file, of a saved folder or of a set on the hub, at once or as a stream."""
 
-import itertools
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scsdpo.data.table import Row, Table
+from scsdpo.data.files import BrokenRow, read_rows
+from scsdpo.data.table import Table, check_file
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_log = logging.getLogger(__name__)
+_FORMATS = (".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +37,50 @@ class Rows:
         """
         if self._is_file:
             return Table.read(self._place, self.owner)
-        return Table(owner=self.owner, place=self.path, rows=list(self._dataset(streaming=False)))
+        rows = [row for table in self._of_dataset(streaming=False) for row in table.rows]
+        return Table(owner=self.owner, place=self.path, rows=rows)
 
-    def stream(self) -> Iterator[Row]:
-        """One row after the other.
+    def stream(self) -> Iterator[Table | BrokenRow]:
+        """One row after the other, each as a table of its own; or what is wrong with it.
 
         Raises:
-            FileNotFoundError, ValueError: as `table`.
+            FileNotFoundError, ValueError: as `table`; also on the way, if not a row but the file or
+                the set cannot be read.
         """
-        if self._is_file and self._place.is_file() and self._place.stat().st_size:
-            import datasets  # slow to import
+        empty = True
+        for row in self._of_file() if self._is_file else self._of_dataset(streaming=True):
+            empty = False
+            yield row
+        if empty:
+            Table(owner=self.owner, place=self.path, rows=[])  # raises
 
-            kind = _FORMATS.get(self._place.suffix, "json")
-            files = str(self._place)
-            yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-        elif self._is_file:
-            Table.read(self._place, self.owner)  # says what is wrong
-        else:
-            yield from self._dataset(streaming=True)
+    def _of_file(self) -> Iterator[Table | BrokenRow]:
+        check_file(self._place, self.owner)
+        number, place = 0, str(self._place)
+        try:
+            unit, rows = read_rows(self._place)
+            for number, row in rows:
+                if isinstance(row, BrokenRow):
+                    yield BrokenRow(f"`{self.owner}`: {place}, {row}")
+                else:
+                    yield Table(
+                        owner=self.owner, place=place, rows=[row], unit=unit, numbers=[number]
+                    )
+        except (ValueError, OSError, RecursionError) as error:
+            raise self._unreadable(number, error) from error
+
+    def _of_dataset(self, *, streaming: bool) -> Iterator[Table]:
+        number = 0
+        rows = self._dataset(streaming=streaming)
+        try:
+            for number, row in enumerate(rows, start=1):
+                yield Table(owner=self.owner, place=self.path, rows=[row], numbers=[number])
+        except (ValueError, OSError) as error:
+            raise self._unreadable(number, error) from error
+
+    def _unreadable(self, number: int, error: Exception) -> ValueError:
+        after = f" after row {number}" if number else ""
+        return ValueError(f"`{self.owner}`: cannot read {self.path}{after}: {error}")
 
     @property
     def _place(self) -> Path:
@@ -92,21 +116,8 @@ class Rows:
             raise ValueError(
                 f"`{self.owner}`: {self.path} has no split {self.split!r}, only {', '.join(saved)}"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"`{self.owner}`: neither a file or folder here nor a set that the Hugging Face "
                 f"hub gives ({error})"
             ) from error
-
-
-def good_rows(rows: Iterator[Row], owner: str, place: str) -> Iterator[Table]:
-    """Each row of a stream as a table of its own; the caller skips those that are no good.
-
-    Raises:
-        ValueError: if there is no row.
-    """
-    first = next(rows, None)
-    for row in itertools.chain([first] if first else [], rows):
-        yield Table(owner=owner, place=place, rows=[row])
-    if first is None:
-        raise ValueError(f"`{owner}`: {place} has no rows; check how it was written")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from scsdpo.data.files import Row
 from scsdpo.data.prompts import PromptList, table_prompts
-from scsdpo.data.table import Row, Table
+from scsdpo.data.table import Table
 from scsdpo.types import Prompt
 from scsdpo.verifiers import MultipleChoice
 
@@ -106,14 +107,7 @@ class SciKnowEval(PromptList):
                 _load_hub(self.source, owner), self.domain, self.split, level=self.level
             )
             table = Table(owner=owner, place=f"{self.source}, {self.domain}", rows=rows)
-        prompts = table_prompts(table, self.name, self.verifier, system="system")
-        for number, prompt in enumerate(prompts, start=1):
-            if not re.fullmatch("[A-Z]", prompt.answer):
-                raise ValueError(
-                    f"`{owner}`: {table.place}, row {number}: the answer must be the letter of an "
-                    f"option, got {prompt.answer!r}"
-                )
-        return prompts
+        return table_prompts(table, self.name, self.verifier, system="system")
 
 
 def hub_split(

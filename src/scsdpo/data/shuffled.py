@@ -3,14 +3,16 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import Source, source_key
 from scsdpo.data.rendered import Rendered, rendered, too_long, warn_dropped
+from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Prompt, stable_hash
 
@@ -88,7 +90,8 @@ class _Streamed(ShuffledSource):
     def __getitem__(self, number: int) -> Prompt:
         if number <= self._at or self._at < 0:
             self._prompts, self._at = self._endless(), -1
-        prompt = next(itertools.islice(self._prompts, number - self._at - 1, None))
+        ahead, self._at = number - self._at - 1, -1  # after an error, reading starts again
+        prompt = next(itertools.islice(self._prompts, ahead, None))
         self._at = number
         return prompt
 
@@ -115,7 +118,7 @@ class _Streamed(ShuffledSource):
 
 
 class Mixture(Dataset[Prompt]):
-    """Several shuffled sources, by (which one, number in it)."""
+    """Several shuffled sources, by (which one, number in it); what is wrong names the source."""
 
     def __init__(self, sources: Sequence[ShuffledSource]) -> None:
         self.sources = sources
@@ -125,7 +128,27 @@ class Mixture(Dataset[Prompt]):
 
     def __getitem__(self, draw: tuple[int, int]) -> Prompt:
         source, number = draw
-        return self.sources[source][number]
+        with self._blamed(source):
+            return self.sources[source][number]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Prompt] | ConfigurationError:
+        """The prompts of a batch, or what is wrong with a source.
+
+        Not raised: what a worker process raises comes out of it as the text of a traceback.
+        """
+        try:
+            return [self[draw] for draw in draws]
+        except ConfigurationError as error:
+            return error
+
+    def question_keys(self) -> Iterator[str]:
+        """Keys of each source's first prompts."""
+        for number, source in enumerate(self.sources):
+            with self._blamed(number):
+                yield from source.question_keys()
+
+    def _blamed(self, source: int) -> AbstractContextManager[None]:
+        return blamed_on(source_key("train", source, len(self.sources)))
 
 
 def interleave(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:

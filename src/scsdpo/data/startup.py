@@ -2,17 +2,22 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from scsdpo.data._base import Source
+from scsdpo.data._base import CHECK_AHEAD, Source, source_key
+from scsdpo.data.prompts import check_gold
 from scsdpo.data.rendered import rendered
+from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
 
+SHARED_AHEAD = 1_000
+"""Questions of a stream, or of a large source, that are compared with those of validation."""
 _WORD = "scsdpo"
 _log = logging.getLogger(__name__)
 
@@ -27,20 +32,69 @@ def check_start(module: Any, sources: Sequence[Source]) -> None:
         sources: of training questions; the first prompt of each is tried.
 
     Raises:
-        ValueError: if a source has no prompt, or they do not agree; with the remedy.
+        ConfigurationError: if a source has no prompt, a gold answer cannot be read, or they do not
+            agree; with the source's key and the remedy.
     """
     chat: Chat = module.policy.chat
-    for source in sources:
-        prompt = next(source.read(), None)
-        if prompt is None:
-            raise ValueError(f"{source.name!r} has no prompts; check where they come from")
-        header = _header(chat, prompt, source.name)
-        found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
-        found += [f"padding is {_shown(chat, chat.pad_id)}"]
-        if module.teacher.exists:
-            found.append(_teacher(module, rendered(prompt, chat), source.name))
-        rank_zero_info(f"{source.name}: {'; '.join(found)}")
+    for number, source in enumerate(sources):
+        with blamed_on(source_key("train", number, len(sources))):
+            _check_source(module, source)
     _log_unread(chat)
+
+
+def _check_source(module: Any, source: Source) -> None:
+    chat: Chat = module.policy.chat
+    prompt = next(source.read(), None)
+    if prompt is None:
+        raise ValueError(f"{source.name!r} has no prompts; check where they come from")
+    check_golds(source)
+    header = _header(chat, prompt, source.name)
+    found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
+    found += [f"padding is {_shown(chat, chat.pad_id)}"]
+    if module.teacher.exists:
+        found.append(_teacher(module, rendered(prompt, chat), source.name))
+    rank_zero_info(f"{source.name}: {'; '.join(found)}")
+
+
+def check_golds(source: Source) -> None:
+    """Raise a ValueError if a verifier cannot read one of the first gold answers of a source.
+
+    A stream checks its own as they come.
+    """
+    if not source.sequential:
+        for number, prompt in enumerate(islice(source.read(), CHECK_AHEAD), start=1):
+            check_gold(prompt, f"prompt {number} of {source.name!r}")
+
+
+def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> None:
+    """Log, in one line, how many validation questions are among the first ones of training.
+
+    By key: a source of another name has other questions.
+
+    Args:
+        train: sources of training questions.
+        val: the validation questions.
+
+    Raises:
+        ConfigurationError: if a source cannot be read.
+    """
+    keys: set[str] = set()
+    for number, source in enumerate(train):
+        with blamed_on(source_key("train", number, len(train))):
+            small = not source.sequential and len(source) <= CHECK_AHEAD
+            first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
+            keys.update(prompt.key for prompt in first)
+    _log_shared([prompt.key for prompt in val if prompt.key in keys], len(val))
+
+
+@rank_zero_only
+def _log_shared(both: Sequence[str], of: int) -> None:
+    if both:
+        _log.warning(
+            "data.val: %d of %d questions, such as %s, are in data.train too: what is measured on "
+            "them is not held out",
+            *(len(both), of, both[0]),
+        )
 
 
 @rank_zero_only

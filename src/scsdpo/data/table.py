@@ -1,12 +1,14 @@
 """Rows of a file, with errors that say which argument is to be mended."""
 
 import difflib
-import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from scsdpo.data.files import BrokenRow, Row, read_rows
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,8 @@ class Table:
         owner: the class that reads the rows, as error messages name it.
         place: the file or set that holds them, as error messages name it.
         rows: one mapping from column to value each; at least one.
+        unit: what they are counted in, "row" or "line".
+        numbers: of each; empty: from 1.
 
     Raises:
         ValueError: if there is no row.
@@ -25,6 +29,8 @@ class Table:
     owner: str
     place: str
     rows: list[Row]
+    unit: str = "row"
+    numbers: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -38,15 +44,26 @@ class Table:
             FileNotFoundError: if there is no such file.
             ValueError: if it has no rows, or cannot be read; with the number of the broken line.
         """
-        if not path.is_file():
-            what = "is a folder; name a file in it" if path.is_dir() else "does not exist"
-            raise FileNotFoundError(f"`{owner}`: {path} {what}")
-        reader = _read_parquet if path.suffix == ".parquet" else _read_json
+        check_file(path, owner)
+        rows, numbers = [], []
         try:
-            rows = reader(path)
-        except (ValueError, RecursionError) as error:
+            unit, numbered = read_rows(path)
+            for number, row in numbered:
+                if isinstance(row, BrokenRow):
+                    raise row
+                rows.append(row)
+                numbers.append(number)
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"`{owner}`: cannot read {path}: {error}") from error
-        return cls(owner=owner, place=str(path), rows=rows)
+        return cls(owner=owner, place=str(path), rows=rows, unit=unit, numbers=numbers)
+
+    def number(self, index: int) -> int:
+        """Number of the row at `index`."""
+        return self.numbers[index] if self.numbers else index + 1
+
+    def where(self, index: int) -> str:
+        """What the row at `index` is called in errors."""
+        return f"`{self.owner}`: {self.place}, {self.unit} {self.number(index)}"
 
     @property
     def columns(self) -> list[str]:
@@ -71,11 +88,12 @@ class Table:
 
         Raises:
             ValueError: if there is no such column, or a value is not what it must be.
+            BrokenRow: if a value is no text at all.
         """
         self.check(column, self.owner)
         return [
-            self._text(row.get(column), f"row {number}, column {column!r}", optional)
-            for number, row in enumerate(self.rows, start=1)
+            self._text(row.get(column), f"{self.where(index)}, column {column!r}", optional)
+            for index, row in enumerate(self.rows)
         ]
 
     def _text(self, value: object, where: str, optional: bool) -> str:
@@ -83,38 +101,18 @@ class Table:
             return ""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
+        if isinstance(value, str) and (half := _SURROGATE.search(value)):
+            raise BrokenRow(
+                f"{where} must be a text, got half a surrogate pair, {half[0]!r} at character "
+                f"{half.start() + 1}"
+            )
         if isinstance(value, str) and (optional or value.strip()):
             return value
-        raise ValueError(
-            f"`{self.owner}`: {self.place}, {where} must be a text or a number, got {value!r}"
-        )
+        raise ValueError(f"{where} must be a text or a number, got {value!r}")
 
 
-def _read_json(path: Path) -> list[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if text.lstrip().startswith("["):
-        return [_row(row, f"item {number}") for number, row in enumerate(json.loads(text), start=1)]
-    rows = []
-    # Not `splitlines`, which also splits at characters that stand in JSON strings as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(_row(json.loads(line), f"line {number}"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"line {number} is not JSON ({error})") from error
-    return rows
-
-
-def _row(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object with columns, but {type(value).__name__}")
-    return value
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet  # type: ignore[import-untyped]  # comes with `datasets`, slow to import
-
-    return pyarrow.parquet.read_table(path).to_pylist()
+def check_file(path: Path, owner: str) -> None:
+    """Raise a FileNotFoundError if there is no such file."""
+    if not path.is_file():
+        what = "is a folder; name a file in it" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"`{owner}`: {path} {what}")

@@ -15,7 +15,8 @@ class JsonLines:
     """A file of one JSON object a line, written by one process.
 
     Each line is one write that reached the disk before the next begins, so that a run which is
-    killed at any moment leaves whole lines. A number that is not finite is null.
+    killed at any moment leaves whole lines. Each has a `batch`: the batches of training questions
+    asked so far. A number that is not finite is null.
 
     Args:
         path: its folder is made if need be.
@@ -32,27 +33,37 @@ class JsonLines:
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Add keys to the last line, which must be there, or write them over."""
+        last = self._tail()
+        line = _line(json.loads(last) | more)
         with self.path.open("r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(end - _LONGEST, 0))
-            last = file.read().splitlines(keepends=True)[-1]
-            line = _line(json.loads(last) | more)
-            _durably(file.fileno(), line, end - len(last))
-            file.truncate(end - len(last) + len(line))
+            start = file.seek(0, os.SEEK_END) - len(last)
+            _durably(file.fileno(), line, start)
+            file.truncate(start + len(line))
 
-    def cut(self, lines: int) -> None:
-        """Keep the first `lines` lines; what a killed write left is removed too."""
+    def cut(self, batch: int) -> None:
+        """Keep the lines whose `batch` is at most `batch`; what a killed write left goes too."""
         if not self.path.exists():
             return
         kept = 0
         with self.path.open("r+b") as file:
-            for _ in range(lines):
-                line = file.readline()
-                if not line.endswith(b"\n"):
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["batch"] > batch:
                     break
                 kept += len(line)
             file.truncate(kept)
             os.fsync(file.fileno())
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line; empty if there is none."""
+        if not self.path.exists():
+            return {}
+        return json.loads(self._tail() or b"{}")
+
+    def _tail(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _LONGEST, 0))
+            return (file.read().splitlines(keepends=True) or [b""])[-1]
 
     def set_aside(self) -> None:
         """Give the name free: another run's file becomes `NAME.1.jsonl`, `NAME.2.jsonl`, ..."""

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,27 @@ class MetricsFile(L.Callback):
     seconds), every `train/*` figure that was logged for the batch and, where a validation
     followed, its `val/*` figures. A validation of the whole set before training is line 0.
 
-    A checkpoint knows how many lines there were: a run that goes on from it cuts what came after,
-    so that no batch is there twice. In another folder than the checkpoint's, it begins with a copy
-    of the lines up to there. A run that starts anew in an old folder sets the old file aside.
+    A run that goes on from a checkpoint cuts what came after it, so that no batch is there twice;
+    in another folder than the checkpoint's it begins with a copy of the lines up to there. A run
+    that starts anew in an old folder sets the old file aside.
     """
 
     def __init__(self) -> None:
-        self.lines = 0
-        self._resumed = False
         self._file: JsonLines | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"lines": self.lines}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lines, self._resumed = state_dict["lines"], True
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Recorded)
         folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
-        if self._resumed:
-            before = Path(trainer.ckpt_path or "").parent.parent / NAME
-            if before.exists() and not self._file.path.exists():
-                shutil.copyfile(before, self._file.path)
-            self._file.cut(self.lines)
-        else:
+        if pl_module.batches == 0:
             self._file.set_aside()
+            return
+        before = Path(trainer.ckpt_path or "").parent.parent / NAME
+        if before.exists() and not self._file.path.exists():
+            shutil.copyfile(before, self._file.path)
+        self._file.cut(int(pl_module.batches))
 
     def on_train_batch_end(
         self,
@@ -59,26 +51,23 @@ class MetricsFile(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, Recorded)
-        self._append(trainer, int(pl_module.batches), pl_module.take_logged())
+        self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = [name for name in trainer.callback_metrics if name.startswith("val/")]
-        whole = trainer.num_sanity_val_steps == float("inf")
-        if trainer.state.fn != "fit" or (trainer.sanity_checking and not whole):
+        whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
+        if trainer.state.fn == "fit" and whole:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What was logged since the last time, into the line of the batch."""
+        assert isinstance(pl_module, Recorded)
+        logged, metrics = pl_module.take_logged(), trainer.callback_metrics
+        if self._file is None:
             return
-        if self.lines == 0:
-            self._append(trainer, 0, names)
-        elif self._file is not None:
-            self._file.extend(_values(trainer, names))
-
-    def _append(self, trainer: L.Trainer, batch: int, names: Iterable[str]) -> None:
-        self.lines += 1
-        if self._file is not None:
+        batch = int(pl_module.batches)
+        figures = {name: float(metrics[name]) for name in sorted(logged) if name in metrics}
+        if self._file.last.get("batch") == batch:
+            self._file.extend(figures)
+        else:
             place = {"batch": batch, "step": trainer.global_step, "time": time.time()}
-            self._file.append(place | _values(trainer, names))
-
-
-def _values(trainer: L.Trainer, names: Iterable[str]) -> dict[str, float]:
-    metrics = trainer.callback_metrics
-    return {name: float(metrics[name]) for name in sorted(names) if name in metrics}
+            self._file.append(place | figures)

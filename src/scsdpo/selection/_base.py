@@ -21,6 +21,10 @@ class Selection(ABC):
     def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
         """The batch to learn from now, or none yet; the same on every rank."""
 
+    def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
+        """What of one batch would be learned from; nothing is remembered."""
+        return rollouts, outcomes
+
 
 @dataclass(frozen=True)
 class Everything(Selection):

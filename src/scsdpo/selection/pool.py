@@ -59,8 +59,7 @@ class InformativePool(Selection, Stateful):
 
     def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
         self.batches += 1
-        spread = (outcomes.rewards != outcomes.rewards[:, :1]).any(-1)
-        new = [_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
+        new = _informative(rollouts, outcomes)
         # In an order that does not depend on how the batch was spread over ranks.
         self.groups += sorted(all_gather(new), key=lambda group: group[0].prompts[0].key)
         if len(self.groups) < self.questions and self.batches < self.max_batches:
@@ -70,12 +69,21 @@ class InformativePool(Selection, Stateful):
         self.groups, self.batches = [], 0
         return (_joined(mine, like=(rollouts, outcomes)),)
 
+    def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
+        return _joined(_informative(rollouts, outcomes), like=(rollouts, outcomes))
+
     def remembered(self) -> dict[str, Any]:
         return {"batches": self.batches, "groups": [_plain(group) for group in self.groups]}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
         self.batches = remembered["batches"]
         self.groups = [_restored(*group) for group in remembered["groups"]]
+
+
+def _informative(rollouts: Rollouts, outcomes: Outcomes) -> list[Judged]:
+    """The groups whose rewards differ."""
+    spread = (outcomes.rewards != outcomes.rewards[:, :1]).any(-1)
+    return [_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
 
 
 def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:

@@ -28,8 +28,8 @@ class PlainPrompt(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
-    """What one rollout's teacher is told; both empty: nothing."""
+class PrivilegedInfo:
+    """What one rollout's teacher is told and the student was not; both empty: nothing."""
 
     demonstration: str = ""
     feedback: str = ""
@@ -49,15 +49,17 @@ class _Reprompt(Context):
             )
 
     @abstractmethod
-    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
         """What to tell the teacher of this rollout."""
 
     def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
         questions, group = rollouts.ids.shape[:2]
-        rendered: dict[tuple[int, _Told], tuple[int, ...]] = {}
+        rendered: dict[tuple[int, PrivilegedInfo], tuple[int, ...]] = {}
         table = []
         for q in range(questions):
-            told = [self.tell(q, g, rollouts, outcomes) for g in range(group)]
+            told = [self.privileged(q, g, rollouts, outcomes) for g in range(group)]
             for one in told:
                 if (q, one) not in rendered:
                     rendered[q, one] = self._fit(chat, rollouts.prompts[q], one)
@@ -66,9 +68,9 @@ class _Reprompt(Context):
 
     def show(self, chat: Chat, prompt: Prompt, demonstration: str) -> tuple[int, ...]:
         """The teacher prompt that shows `demonstration`; empty if that cannot be done."""
-        return self._fit(chat, prompt, _Told(demonstration=demonstration))
+        return self._fit(chat, prompt, PrivilegedInfo(demonstration=demonstration))
 
-    def _fit(self, chat: Chat, prompt: Prompt, told: _Told) -> tuple[int, ...]:
+    def _fit(self, chat: Chat, prompt: Prompt, told: PrivilegedInfo) -> tuple[int, ...]:
         """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands
         at the end); template and question stay whole, or there is no context.
         """
@@ -117,8 +119,12 @@ class SiblingDemonstration(_Reprompt):
     exclude_self: bool = True
     strip_thinking: bool = True
 
-    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
-        return _Told(demonstration=self.demonstration(question, rollout, rollouts, outcomes))
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
+        return PrivilegedInfo(
+            demonstration=self.demonstration(question, rollout, rollouts, outcomes)
+        )
 
     def demonstration(
         self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
@@ -152,8 +158,10 @@ class Feedback(_Reprompt):
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
     """
 
-    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
-        return _Told(feedback=_own_feedback(question, rollout, outcomes))
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
+        return PrivilegedInfo(feedback=_own_feedback(question, rollout, outcomes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +182,13 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
     both: bool = False
 
-    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
         demonstration = self.demonstration(question, rollout, rollouts, outcomes)
         if demonstration and not self.both:
-            return _Told(demonstration=demonstration)
-        return _Told(
+            return PrivilegedInfo(demonstration=demonstration)
+        return PrivilegedInfo(
             demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
         )
 
@@ -197,8 +207,10 @@ class GoldSolution(_Reprompt):
         OPSD, arXiv:2601.18734.
     """
 
-    def tell(self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes) -> _Told:
-        return _Told(demonstration=rollouts.prompts[question].answer)
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=rollouts.prompts[question].answer)
 
 
 def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:

@@ -133,6 +133,7 @@ class PolicyOptimizer(Recorded):
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())
         self.validation = ByCategory()
+        self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its metrics, whatever the logger."""
@@ -144,11 +145,14 @@ class PolicyOptimizer(Recorded):
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
+        if self._configured:
+            return
         with blamed_on("model.policy"):
             self.policy.configure_model()
         self.weighting.configure(self.policy)
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
+        self._configured = True
 
     def configure_optimizers(self) -> Any:
         """One optimizer over what is trained, in float32."""
@@ -250,7 +254,7 @@ class PolicyOptimizer(Recorded):
         """Answer, judge and learn from `prompts`, all but the step: what would each token get?
 
         Needs no Trainer, takes no step and changes nothing, neither weights nor what strategies
-        remember. `selection` is not asked: every question is traced.
+        remember. With a pool the batch's own informative groups are traced.
 
         Args:
             prompts: the questions of one batch, as a data source yields them.
@@ -265,7 +269,8 @@ class PolicyOptimizer(Recorded):
         kept = copy.deepcopy(all_remembered(self))
         rollouts = self.sample(asked, self.sampling.at(int(self.batches) + 1))
         try:
-            batch = self.prepare(rollouts, self.judge(rollouts))
+            judged = self.selection.preview(rollouts, self.judge(rollouts))
+            batch = self.prepare(*judged)
         finally:
             remember_all(self, kept)
         budget = self.limits.token_budget(self.policy)

@@ -4,10 +4,11 @@ from scsdpo.prompt import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
 from scsdpo.verifiers.function import Callable
 from scsdpo.verifiers.maths import MathAnswer
-from scsdpo.verifiers.pool import Verification, VerifierPool
+from scsdpo.verifiers.pool import VerifierPool
 from scsdpo.verifiers.python_tests import PythonTests
 from scsdpo.verifiers.regex import Regex
 from scsdpo.verifiers.tool_call import ToolCall
+from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import report_errors, verify_all
 
 __all__ = [

@@ -46,6 +46,13 @@ class MultipleChoice(Verifier):
 
     strict: bool = True
 
+    def check(self, prompt: Prompt) -> None:
+        """Whether it is the letter of an option."""
+        if not re.fullmatch("[A-Z]", prompt.answer.strip()):
+            raise ValueError(
+                f"the answer must be the letter of an option (A, B, ...), got {prompt.answer!r}"
+            )
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the letter, else whatever the block holds."""
         text = last_answer(response)

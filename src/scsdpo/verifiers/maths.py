@@ -1,6 +1,7 @@
 """Verifier of mathematical answers."""
 
 import logging
+import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
@@ -12,6 +13,8 @@ from scsdpo.verifiers.answer import last_answer
 MAX_ANSWER = 300
 r"""Characters of a final answer: a longer one is no answer, and its parsing would take its time."""
 _TAIL = 200
+_DOLLAR = re.compile(r"(?<!\\)\$")
+"""Opens or ends mathematics, where \\$ is a currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +33,16 @@ class MathAnswer(Verifier):
         """Import sympy and build the parser."""
         _parsed("1")
 
+    def check(self, prompt: Prompt) -> None:
+        """Whether it is mathematics, or at least a text that a response can write in a box."""
+        if not _readable(prompt.answer):
+            raise ValueError(_unreadable(prompt.answer))
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the same for equal answers, however spelled."""
         gold = _gold(prompt.answer)
         if not gold:
-            return Verdict(
-                reward=0.0, error=f"the gold answer {prompt.answer!r} cannot be read as mathematics"
-            )
+            return Verdict(reward=0.0, error=_unreadable(prompt.answer))
         written = final_answer(response)
         answer = _parsed(written) if written else []
         if not answer:
@@ -81,7 +87,8 @@ def _library() -> ModuleType:
 
 def _parsed(text: str) -> list[Any]:
     """The expression, then its text; empty if it is none."""
-    wrapped = text if "$" in text or "\\boxed" in text else f"\\boxed{{{text}}}"
+    bare = "\\boxed" not in text and not _DOLLAR.search(text)
+    wrapped = f"\\boxed{{{text}}}" if bare else text
     return _library().parse(wrapped, parsing_timeout=None) or _library().parse(
         text, parsing_timeout=None
     )
@@ -90,6 +97,33 @@ def _parsed(text: str) -> list[Any]:
 @lru_cache(4096)
 def _gold(answer: str) -> list[Any]:
     return _parsed(answer)
+
+
+@lru_cache(20_000)
+def _readable(answer: str) -> bool:
+    """Whether a response could be right: one with the same text in a box, or an equal expression.
+
+    Parsing takes 5 ms, and few texts need it.
+    """
+    text = answer.strip()
+    if not _is_whole(text):
+        return False
+    said = text.strip("\"'$\\ ")  # math-verify cleans these away
+    special = "\\boxed" in said or "\n" in said or _DOLLAR.search(said)
+    if said and not special and final_answer(f"\\boxed{{{text}}}") == text:
+        return True
+    return any(not isinstance(part, str) for part in _gold(answer))
+
+
+def _is_whole(text: str) -> bool:
+    r"""Whether braces, \left and \begin are closed: of a torn text math-verify reads a part."""
+    bare = re.sub(r"\\[\\{}]", " ", text)
+    pairs = ((r"\{", r"\}"), (r"\\left\b", r"\\right\b"), (r"\\begin\b", r"\\end\b"))
+    return all(len(re.findall(a, bare)) == len(re.findall(b, bare)) for a, b in pairs)
+
+
+def _unreadable(answer: str) -> str:
+    return f"the gold answer {answer!r} cannot be read as mathematics"
 
 
 def _spelling(parsed: list[Any]) -> str:

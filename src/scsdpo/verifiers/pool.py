@@ -8,13 +8,13 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers.process import Worker
+from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import verify_all
 
 CHUNK_SECONDS = 0.05
@@ -27,52 +27,20 @@ START_FAILURES = 3
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
-class Verification:
-    """How responses are judged.
-
-    Args:
-        workers: processes that judge, on each rank. 0: the training process does, and a verifier
-            that hangs hangs the run.
-        deadline: seconds that one verdict may take; then its process is killed, and the rollout
-            gets reward 0 and an `error`.
-        memory_mb: MiB that a process may hold. A verifier that asks for more gets a MemoryError;
-            a process that holds half of it after a verdict is replaced.
-
-    Raises:
-        ValueError: if an argument is outside its range.
-    """
-
-    workers: int = 2
-    deadline: float = 10.0
-    memory_mb: int = 4096
-
-    def __post_init__(self) -> None:
-        checks = {
-            "workers": (self.workers >= 0, ">= 0"),
-            "deadline": (0 < self.deadline < float("inf"), "> 0 and finite, in seconds"),
-            "memory_mb": (self.memory_mb >= 256, ">= 256, which Python itself may need"),
-        }
-        for name, (good, rule) in checks.items():
-            if not good:
-                raise ValueError(
-                    f"`Verification({name}=...)` must be {rule}, got {getattr(self, name)}"
-                )
-
-
 class VerifierPool:
     """Judges batches of responses in processes that it starts, kills and replaces.
 
     A verifier that hangs, raises, exits, outgrows its memory or returns nonsense costs its own
     rollout only. Rollouts are sent in chunks of about 50 ms of work; where one hangs, the rest of
-    its chunk is judged by another process. The processes end with the pool and, because their
+    its chunk is judged by another process. What a verifier starts and leaves behind is ended, also
+    if it has left its session (on Linux). The processes end with the pool and, because their
     standard input closes then, with the process that owns it, however that one ends.
 
     A verifier that cannot be sent to another process, for its class stands in a function or in the
     program itself, is judged in this one.
 
     Args:
-        settings: number of processes, deadline, memory.
+        settings: number of processes, deadline, memory, length of feedback.
     """
 
     def __init__(self, settings: Verification) -> None:
@@ -94,9 +62,7 @@ class VerifierPool:
                 self.remove(worker)
         missing = self.settings.workers - len(self._workers)
         limit = time.monotonic() + START_SECONDS
-        self._workers += [
-            Worker(self.settings.deadline, self.settings.memory_mb, limit) for _ in range(missing)
-        ]
+        self._workers += [Worker(self.settings, limit) for _ in range(missing)]
 
     def close(self) -> None:
         """End the processes; the next batch starts new ones."""
@@ -125,7 +91,7 @@ class VerifierPool:
         return tuple(
             tuple(next(judged) for _ in group)
             if self._is_portable(prompt)
-            else verify_all([prompt], [group])[0]
+            else verify_all([prompt], [group], max_feedback=self.settings.max_feedback)[0]
             for prompt, group in zip(prompts, texts, strict=True)
         )
 
@@ -232,28 +198,32 @@ class _Batch:
             if worker.out in heard:
                 for event in worker.events():
                     self._note(worker, *event)
-            elif time.monotonic() > worker.limit:
+            # Also after it was heard: one that never stops writing is heard every time.
+            if worker.alive and not worker.idle and time.monotonic() > worker.limit:
                 deadline = self.pool.settings.deadline if worker.prepared else START_SECONDS
                 self._lost(worker, f"no verdict within {deadline:g} s")
 
     def _note(self, worker: Worker, kind: str, *rest: Any) -> None:
         if kind == "ready":
-            worker.ready(time.monotonic() + self.pool.settings.deadline)
+            worker.ready(rest[0], time.monotonic() + self.pool.settings.deadline)
         elif kind == "verdict":
-            number, reward, answer, feedback, error, seconds = rest
-            worker.judged(number, time.monotonic() + self.pool.settings.deadline)
-            self.done[number] = Verdict(
-                reward=reward, answer=answer, feedback=feedback, error=error
-            )
-            self.pool.took(self.jobs[number][0], seconds)
-            if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
-                self.pool.remove(worker)
+            self._judged(worker, *rest)
         elif kind == "broken":
             raise ConfigurationError(
                 f"data: a verifier cannot be used in a worker process: {rest[0]}"
             )
         else:
-            self._lost(worker, f"its process died ({rest[0]})")
+            self._lost(worker, rest[0])
+
+    def _judged(self, worker: Worker, number: int, *fields: Any) -> None:
+        if not worker.numbers or number != worker.numbers[0]:
+            return  # it has answered twice
+        reward, answer, feedback, error, seconds = fields
+        worker.judged(number, time.monotonic() + self.pool.settings.deadline)
+        self.done[number] = Verdict(reward=reward, answer=answer, feedback=feedback, error=error)
+        self.pool.took(self.jobs[number][0], seconds)
+        if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
+            self.pool.remove(worker)
 
     def _lost(self, worker: Worker, why: str) -> None:
         """The verdict that a process was at, and with it the process; the others are still due."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,26 +12,39 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scsdpo.verifiers.verification import Verification
+from scsdpo.verifiers.verify import MAX_ANSWER, MAX_ERROR
+
 # Not `multiprocessing`: to fork beside torch's threads is unsafe, and its other ways of starting
 # run the user's program once more.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from scsdpo.verifiers.worker import main; main(float(sys.argv[2]), int(sys.argv[3]))"
+    "from scsdpo.verifiers.worker import main; main(*json.loads(sys.argv[2]))"
 )
+END_SECONDS = 2.0
+"""Most that a process may take to end what a verifier has started, before it is killed itself."""
+_READ_BYTES = 1 << 20
+_BYTES_A_CHARACTER = 12
+"""At most, in JSON: two halves of a surrogate pair."""
+_OTHER_CHARACTERS = 200
+"""At most: token, numbers and brackets of a verdict."""
 
 
 class Worker:
     """A process that judges one chunk of jobs at a time.
 
+    `process` guards another one, which judges, and ends what that one leaves behind.
+
     Args:
-        deadline: seconds a verdict may take, as the process itself keeps it.
-        memory_mb: MiB that it may hold.
+        settings: what the process itself keeps of deadline, memory and length of feedback.
         limit: until when it must be ready, in seconds of the monotonic clock.
     """
 
-    def __init__(self, deadline: float, memory_mb: int, limit: float) -> None:
-        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(deadline), str(memory_mb)]
-        # In a session of its own: Ctrl-C is for the owner, and what it started dies with it.
+    def __init__(self, settings: Verification, limit: float) -> None:
+        token = secrets.token_hex(16)
+        kept = (token, settings.deadline, settings.memory_mb, settings.max_feedback)
+        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(kept)]
+        # In a session of its own: Ctrl-C is for the owner.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -45,7 +59,10 @@ class Worker:
         self.numbers: deque[int] = deque()
         """Jobs that it has and has not judged yet, in order."""
         self.started = self.prepared = False
-        self._rest = b""
+        self._judge = self.process.pid
+        self._token, self._rest = token.encode(), b""
+        most = MAX_ANSWER + settings.max_feedback + MAX_ERROR + _OTHER_CHARACTERS
+        self._most_bytes = _BYTES_A_CHARACTER * most
 
     @property
     def idle(self) -> bool:
@@ -62,8 +79,9 @@ class Worker:
         except BrokenPipeError:  # it died since; its end of the other pipe says so
             return
 
-    def ready(self, limit: float) -> None:
+    def ready(self, judge: int, limit: float) -> None:
         """It has started or, with jobs, prepared; the first verdict is due at `limit`."""
+        self._judge = judge
         self.started, self.prepared, self.limit = True, bool(self.numbers), limit
 
     def judged(self, number: int, limit: float) -> None:
@@ -73,25 +91,44 @@ class Worker:
         self.limit = limit
 
     def events(self) -> Iterator[list[Any]]:
-        """What it has said; the last event of all is `["gone", how]`."""
-        while True:
-            try:
-                data = os.read(self.out, 1 << 20)
-            except BlockingIOError:
+        """What it has said, as far as it can be read at once; lines without the token are not its.
+
+        The last event of all is `["gone", how]`.
+        """
+        try:
+            data = os.read(self.out, _READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            yield ["gone", f"its process died ({self._ending()})"]
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(self._token):
+                yield self._event(line.removeprefix(self._token))
+            if not self.alive:
                 return
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
-                if not self.alive:
-                    return
-            if not data:
-                yield ["gone", _ending(self.process.wait())]
-                return
+        if len(self._rest) > self._most_bytes:
+            yield ["gone", "it writes without end to the pipe that verdicts come by"]
+
+    def _event(self, line: bytes) -> list[Any]:
+        try:
+            event: list[Any] = json.loads(line)
+        except ValueError:
+            return ["gone", "something was written into the middle of its verdict"]
+        return event
+
+    def _ending(self) -> str:
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
     def resident(self) -> int:
         """Bytes of memory that it holds; 0 where the system does not say (other than Linux)."""
         try:
-            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+            pages = Path(f"/proc/{self._judge}/statm").read_text().split()[1]
         except (FileNotFoundError, ProcessLookupError):
             return 0
         return int(pages) * os.sysconf("SC_PAGESIZE")
@@ -103,14 +140,13 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and all that it started; it leaves no zombie."""
-        with suppress(ProcessLookupError, PermissionError):  # gone; macOS: a zombie
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.terminate()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         with suppress(BrokenPipeError):  # what it had not read yet
             self.input.close()
         assert self.process.stdout is not None
         self.process.stdout.close()
-
-
-def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

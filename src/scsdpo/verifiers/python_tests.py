@@ -1,6 +1,7 @@
 """Verifier that runs the tests of a program."""
 
 import json
+import logging
 import math
 import platform
 import re
@@ -13,12 +14,17 @@ from functools import cache
 from pathlib import Path
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
+from scsdpo.verifiers import landlock
 from scsdpo.verifiers.seccomp import ARCHITECTURES, program
 
+_READ_ANY_FILE = 1 << 2
+"""CAP_DAC_READ_SEARCH: root's Python may stand in another user's folder."""
 SANDBOX = Path(__file__).with_name("sandbox.py")
 # Possessive, lest a long run of blanks be divided in every way.
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
 _END = re.compile(r"^[ \t]*+```[ \t\r]*+$", re.MULTILINE)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +35,13 @@ class PythonTests(Verifier):
     `["assert add(1, 2) == 3"]`, run one after the other in the code's namespace until one fails;
     standard input is empty, and output is discarded.
 
-    The code runs in a process of its own, with limits on CPU time, wall-clock time and memory, and
-    under a system call filter: the kernel refuses it the network, other programs and processes,
-    signals, and every change of a file (`scsdpo.verifiers.seccomp`). It can read what the user can
-    read. It shares its process with the tests: a program that is written to deceive can make them
-    pass. Linux on x86-64 or arm64 only.
+    The code runs in a process of its own, with limits on CPU time, wall-clock time and memory, an
+    empty environment and no descriptor but its own, and under a system call filter: the kernel lets
+    it compute and read, and refuses the network, other programs and processes, signals, locks and
+    every change of a file (`scsdpo.verifiers.seccomp`). Where the kernel has Landlock, it can open
+    Python's own files alone (`scsdpo.verifiers.landlock`); where it has not, whatever the user can
+    read, which is logged. It shares its process with the tests: a program that is written to
+    deceive can make them pass. Linux on x86-64 or arm64 only.
 
     Args:
         seconds: wall-clock and CPU time of code and tests together. Keep it below
@@ -54,10 +62,15 @@ class PythonTests(Verifier):
             raise ValueError(f"`PythonTests(seconds=...)` must be > 0, got {self.seconds}")
         if self.memory_mb < 64:
             raise ValueError(f"`PythonTests(memory_mb=...)` must be >= 64, got {self.memory_mb}")
+        _report_missing_layer()
 
     def prepare(self) -> None:
         """Run an empty program, so that a system without the means is found at the start."""
         _check_system()
+
+    def check(self, prompt: Prompt) -> None:
+        """Whether it is a list of tests."""
+        _tests(prompt.answer)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the code."""
@@ -118,14 +131,13 @@ def _run(
     secret = secrets.token_hex(16)
     job = {
         "secret": secret,
-        "filter": program(platform.machine()).hex(),
+        **_restrictions(),
         "code": code,
         "tests": tests,
         "cpu_seconds": math.ceil(seconds),
         "memory_mb": memory_mb,
     }
     command = [sys.executable, "-I", "-B", str(SANDBOX)]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     timed_out = False
     with tempfile.TemporaryFile() as report:
         try:
@@ -135,7 +147,7 @@ def _run(
                 stdout=report,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                env=environment,
+                env={},
                 timeout=seconds,
                 check=False,
             )
@@ -144,7 +156,38 @@ def _run(
         report.seek(0)
         lines = report.read().decode(errors="replace").split("\n")
     marked = [line.removeprefix(secret) for line in lines if line.startswith(f"{secret} ")]
-    return [json.loads(line) for line in marked], timed_out
+    return [_end(line) for line in marked], timed_out
+
+
+def _end(line: str) -> str | None:
+    """What a line of the report says; code that has found the secret may write anything."""
+    try:
+        end = json.loads(line)
+    except (ValueError, RecursionError):
+        end = line
+    return end if isinstance(end, str | None) else line
+
+
+@cache
+def _restrictions() -> dict[str, object]:
+    """What the kernel is told to hold the code to."""
+    interface = landlock.version()
+    return {
+        "filter": program(platform.machine()).hex(),
+        "ruleset": landlock.ruleset(interface).hex() if interface else "",
+        "readable": landlock.readable(),
+        "capabilities": _READ_ANY_FILE,
+    }
+
+
+@cache
+def _report_missing_layer() -> None:
+    if sys.platform.startswith("linux") and not landlock.version():
+        _log.warning(
+            "PythonTests: this kernel has no Landlock, or has it switched off. The code that is "
+            "judged can change and reach nothing, but it can read what this user can read: files, "
+            "and, unless the user is root, the environment and the memory of the user's processes"
+        )
 
 
 @cache
@@ -156,6 +199,6 @@ def _check_system() -> None:
     ends, _ = _run("", [], 60.0, 1024)
     if ends != [None]:
         raise ValueError(
-            "the kernel refuses the system call filter that PythonTests shuts code in with; allow "
-            "seccomp in this container"
+            "the kernel refuses the restrictions that PythonTests runs code under, a system call "
+            "filter and, where it has it, Landlock; allow seccomp in this container"
         )

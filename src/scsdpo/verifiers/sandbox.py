@@ -11,11 +11,17 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 
 NO_NEW_PRIVILEGES, SECCOMP, FILTER, DIE_WITH_PARENT = 38, 22, 2, 1
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's, on every machine
+PATH_BENEATH, READ_FILE, READ_FOLDER = 1, 1 << 2, 1 << 2 | 1 << 3
+CAPABILITIES = 0x20080522  # the version of capset's interface
 MESSAGE = 200
 REPORT_BYTES = 1 << 16
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Program(ctypes.Structure):
@@ -31,7 +37,11 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    shut_in(bytes.fromhex(job["filter"]), job["cpu_seconds"], job["memory_mb"])
+    os.close(nothing)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    limit(job["cpu_seconds"], job["memory_mb"])
+    code, ruleset = bytes.fromhex(job["filter"]), bytes.fromhex(job["ruleset"])
+    shut_in(code, ruleset, job["readable"], job["capabilities"])
     secret = job["secret"]
 
     def say(failure: str | None) -> None:
@@ -47,8 +57,8 @@ def main() -> None:
     os._exit(0)
 
 
-def shut_in(code: bytes, cpu_seconds: int, memory_mb: int) -> None:
-    """Set limits and install the system call filter; raises OSError if the kernel refuses."""
+def limit(cpu_seconds: int, memory_mb: int) -> None:
+    """Set the limits that the kernel keeps by itself."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_mb << 20,
@@ -56,18 +66,49 @@ def shut_in(code: bytes, cpu_seconds: int, memory_mb: int) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
-    for limit, value in limits.items():
-        resource.setrlimit(limit, (value, value))
-    libc = ctypes.CDLL(None, use_errno=True)
+    for which, value in limits.items():
+        resource.setrlimit(which, (value, value))
+
+
+def shut_in(code: bytes, ruleset: bytes, readable: list[str], capabilities: int) -> None:
+    """All that cannot be undone, the filter last; raises OSError if the kernel refuses."""
+    check(libc.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0))
+    check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+    if ruleset:
+        read_only(ruleset, readable)
+    keep_capabilities(capabilities)
     array = ctypes.create_string_buffer(code, len(code))
     program = Program(len(code) // 8, ctypes.addressof(array))
-    for option in (
-        (DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0),
-        (NO_NEW_PRIVILEGES, 1, 0, 0, 0),
-        (SECCOMP, FILTER, ctypes.byref(program), 0, 0),
-    ):
-        if libc.prctl(*option):
-            raise OSError(ctypes.get_errno(), "prctl")
+    check(libc.prctl(SECCOMP, FILTER, ctypes.byref(program), 0, 0))
+
+
+def read_only(ruleset: bytes, readable: list[str]) -> None:
+    """By Landlock: of all files, these and what is in these folders can be opened, for reading."""
+    handle = check(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
+    for path in filter(os.path.exists, readable):
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rights = READ_FOLDER if os.path.isdir(path) else READ_FILE
+        check(libc.syscall(ADD_RULE, handle, PATH_BENEATH, struct.pack("=Qi", rights, place), 0))
+        os.close(place)
+    check(libc.syscall(RESTRICT_SELF, handle, 0))
+    os.close(handle)
+
+
+def keep_capabilities(kept: int) -> None:
+    """Of what root may and a user may not, keep no more than this."""
+    header = struct.pack("=Ii", CAPABILITIES, 0)
+    sets = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: low words, high
+    check(libc.capget(header, sets))
+    _, permitted, *_ = struct.unpack("=6I", sets.raw)
+    check(libc.capset(header, struct.pack("=6I", permitted & kept, permitted & kept, *[0] * 4)))
+
+
+def check(result: int) -> int:
+    """The result of a call of the C library's, unless it failed."""
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def run(source: str, names: dict[str, object], *, is_test: bool) -> str | None:

@@ -47,6 +47,10 @@ class ToolCall(Verifier):
                 f"{self.compatibility!r}"
             )
 
+    def check(self, prompt: Prompt) -> None:
+        """Whether it is a list of calls."""
+        gold_calls(prompt.answer)
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the sorted calls in canonical spelling."""
         try:

@@ -2,17 +2,23 @@
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.prompt import Prompt, Verdict, Verifier
+from scsdpo.verifiers.text import capped, capped_distinct
+
+MAX_FEEDBACK = 4000
+"""Characters, unless told otherwise."""
+MAX_ANSWER, MAX_ERROR = 20_000, 500
 
 _log = logging.getLogger(__name__)
 
 
 def verify_all(
-    prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, max_feedback: int = MAX_FEEDBACK
 ) -> tuple[tuple[Verdict, ...], ...]:
     """Verdicts [Q][G] on the responses `texts` [Q][G] to `prompts` [Q].
 
@@ -22,21 +28,59 @@ def verify_all(
     """
     prepare_all(prompt.verifier for prompt in prompts)
     return tuple(
-        tuple(contained(prompt, text) for text in group)
+        tuple(contained(prompt, text, max_feedback) for text in group)
         for prompt, group in zip(prompts, texts, strict=True)
     )
 
 
-def contained(prompt: Prompt, response: str) -> Verdict:
-    """The verdict, or one with an `error` if the verifier did not give any."""
+def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
+    """The verdict, or one with an `error` if the verifier did not give any.
+
+    Its texts are valid, and cut where they are longer than `MAX_ANSWER`, `max_feedback` and
+    `MAX_ERROR` characters.
+    """
+    home = os.getpid()
+    try:
+        return _judged(prompt, response, max_feedback)
+    finally:
+        _end_copy(home)
+
+
+def _judged(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
     name = type(prompt.verifier).__name__
     try:
         verdict = prompt.verifier.verify(prompt, response)
         if _is_sound(verdict):
-            return verdict
-        return Verdict(reward=0.0, error=f"{name} returned {verdict!r}"[:500])
-    except (Exception, SystemExit) as error:
-        return Verdict(reward=0.0, error=f"{name}: {error!r}"[:500])
+            return _tidy(verdict, max_feedback)
+        why = f"{name} returned {_shown(verdict)}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        why = f"{name}: {_shown(error)}"
+    return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
+
+
+def _end_copy(home: int) -> None:
+    """Where a verifier has forked and let the child return, the child ends here."""
+    if os.getpid() != home:
+        os._exit(0)
+
+
+def _tidy(verdict: Verdict, max_feedback: int) -> Verdict:
+    return Verdict(
+        reward=float(verdict.reward),
+        answer=None if verdict.answer is None else capped_distinct(verdict.answer, MAX_ANSWER),
+        feedback=capped(verdict.feedback, max_feedback),
+        error=capped(verdict.error, MAX_ERROR),
+    )
+
+
+def _shown(thing: object) -> str:
+    """Its `repr`, which may do anything."""
+    try:
+        return repr(thing)
+    except Exception:
+        return f"a {type(thing).__name__} that cannot be shown"
 
 
 def _is_sound(verdict: object) -> bool:
@@ -57,10 +101,13 @@ def prepare_all(verifiers: Iterable[Verifier]) -> None:
         ConfigurationError: if one cannot.
     """
     for verifier in {id(verifier): verifier for verifier in verifiers}.values():
+        home = os.getpid()
         try:
             verifier.prepare()
         except Exception as error:
             raise ConfigurationError(f"{type(verifier).__name__} cannot work: {error}") from error
+        finally:
+            _end_copy(home)
 
 
 def report_errors(verdicts: Sequence[Sequence[Verdict]]) -> None:

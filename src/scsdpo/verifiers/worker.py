@@ -1,8 +1,12 @@
 """What a worker process of `VerifierPool` runs.
 
 It reads pickled chunks of (prompt, response) from its standard input, each behind its length, and
-writes one line of JSON an event: `["ready"]`, `["verdict", ...]`, `["broken", why]`.
-The verifiers' own prints go to standard error.
+writes a line an event: a token, by which the owner tells its lines from whatever else a verifier
+may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["broken", why]`. The
+verifiers' own prints go to standard error.
+
+What a verifier starts while it prepares may stay; what it starts for a verdict and leaves behind is
+ended before the verdict is told. The process above this one (`guarded`) ends the rest.
 """
 
 import json
@@ -17,14 +21,17 @@ from queue import SimpleQueue
 from typing import BinaryIO
 
 from scsdpo.prompt import Prompt
+from scsdpo.verifiers.guard import children, end_children, guarded
+from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import contained, prepare_all
 
 GRACE = 1.0
 """Seconds after the deadline at which the kernel ends a worker whose owner is gone."""
 
 
-def main(deadline: float, memory_mb: int) -> None:
+def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None:
     """Judge until standard input closes."""
+    guarded()
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -37,25 +44,27 @@ def main(deadline: float, memory_mb: int) -> None:
     threading.Thread(target=_receive, args=(source, chunks), daemon=True).start()
 
     def say(*event: object) -> None:
-        sink.write(json.dumps(event) + "\n")
+        sink.write(f"\n{token}{json.dumps(event)}\n")
         sink.flush()
 
-    say("ready")
+    say("ready", os.getpid())
     while True:
         try:
             jobs: list[tuple[int, Prompt, str]] = pickle.loads(chunks.get())
             prepare_all(prompt.verifier for _, prompt, _ in jobs)
         except Exception as error:
-            say("broken", f"{error}")
+            say("broken", capped(f"{error}", max_feedback))
             continue
-        say("ready")
+        kept = children()
+        say("ready", os.getpid())
         for number, prompt, response in jobs:
             begin = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, deadline + GRACE)
-            verdict = contained(prompt, response)
+            verdict = contained(prompt, response, max_feedback)
+            end_children(kept)
             signal.setitimer(signal.ITIMER_REAL, 0)
             taken = time.monotonic() - begin
-            fields = (float(verdict.reward), verdict.answer, verdict.feedback, verdict.error)
+            fields = (verdict.reward, verdict.answer, verdict.feedback, verdict.error)
             say("verdict", number, *fields, taken)
 
 

@@ -1,0 +1,41 @@
+"""How responses are judged."""
+
+from dataclasses import dataclass
+
+from scsdpo.verifiers.verify import MAX_FEEDBACK
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
+class Verification:
+    """How responses are judged.
+
+    Args:
+        workers: processes that judge, on each rank. 0: the training process does, and a verifier
+            that hangs hangs the run.
+        deadline: seconds that one verdict may take; then its process is killed, and the rollout
+            gets reward 0 and an `error`.
+        memory_mb: MiB that a process may hold. A verifier that asks for more gets a MemoryError;
+            a process that holds half of it after a verdict is replaced.
+        max_feedback: characters of feedback that are kept; what is longer ends in " [cut]".
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    workers: int = 2
+    deadline: float = 10.0
+    memory_mb: int = 4096
+    max_feedback: int = MAX_FEEDBACK
+
+    def __post_init__(self) -> None:
+        checks = {
+            "workers": (self.workers >= 0, ">= 0"),
+            "deadline": (0 < self.deadline < float("inf"), "> 0 and finite, in seconds"),
+            "memory_mb": (self.memory_mb >= 256, ">= 256, which Python itself may need"),
+            "max_feedback": (self.max_feedback >= 100, ">= 100, in characters"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise ValueError(
+                    f"`Verification({name}=...)` must be {rule}, got {getattr(self, name)}"
+                )

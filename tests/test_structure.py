@@ -1,0 +1,64 @@
+"""The shape of the house: rooms, imports that run down, and how large a file or function may be."""
+
+import ast
+import inspect
+from itertools import chain
+from pathlib import Path
+
+from scsdpo.training import PolicyOptimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "scsdpo"
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(path):
+    """Modules of the package that a file imports at its top, for type checkers alone too."""
+    body = ast.parse(path.read_text()).body
+    inner = chain.from_iterable(block.body for block in body if isinstance(block, ast.If))
+    for node in [*body, *inner]:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scsdpo"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in FILES else node.module
+
+
+def test_few_files_stand_loose():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+def test_no_import_runs_in_a_circle():
+    """Also between rooms: what a room imports never imports the room."""
+    rooms = {}
+    for name, path in FILES.items():
+        room = ".".join(name.split(".")[:2])
+        others = {".".join(other.split(".")[:2]) for other in imports(path)} - {room, "scsdpo"}
+        rooms.setdefault(room, set()).update(others)
+
+    def reached(room, seen):
+        for other in rooms.get(room, set()) - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+
+    assert not [room for room in rooms if room in reached(room, set())]
+
+
+def test_files_and_functions_stay_small():
+    for path in [*FILES.values(), *(ROOT / "benchmarks").glob("*.py")]:
+        assert path.read_text().count("\n") <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0]
+                is_doc = ast.get_docstring(node, clean=False) is not None
+                doc = first.end_lineno - first.lineno + 1 if is_doc else 0
+                assert node.end_lineno - node.lineno + 1 - doc <= 60, (path, node.name)
+
+
+def test_the_module_takes_at_most_19_arguments_and_its_step_reads_in_12_lines():
+    assert len(inspect.signature(PolicyOptimizer).parameters) <= 19
+    body = inspect.getsource(PolicyOptimizer.training_step).splitlines()
+    assert len(body) - 2 <= 12  # but for its first line and its docstring

@@ -1,0 +1,137 @@
+"""`PolicyOptimizer.trace`: every token's credit is what autograd of the logged loss says."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from runs import Toys, data, strategies
+from runs import module as toy_module
+from scsdpo.rollout import Rollout
+from scsdpo.state import DecayedBeta, all_remembered
+from scsdpo.types import Verdict
+from scsdpo.verifiers import Verification, Verifier
+from table_policy import SUCCESSES, G, Q, V, judged, state
+from test_methods import BY_HAND, Case, module
+
+
+@dataclass(frozen=True)
+class AsJudged(Verifier):
+    """The verdicts of `table_policy.judged`, read off a response's text."""
+
+    def verify(self, prompt, response):
+        q, g = map(int, response.split()[1:])
+        right = g < SUCCESSES[q]
+        return Verdict(reward=float(right), feedback="" if right else f"wrong {q} {g}")
+
+
+class Drawn(Rollout):
+    """The rollouts of `table_policy.judged`, whatever is asked."""
+
+    def sample(self, policy, prompts, sampling):
+        rollouts, _ = judged()
+        return replace(rollouts, prompts=tuple(prompts))
+
+
+class TokenCase(Case):
+    """With logits [V] of its own, divided by the temperature, at every token."""
+
+    def __init__(self, model, *, live):
+        super().__init__(model, live=live)
+        self.z = {}
+
+    def log_s(self, q, g, t):
+        if (q, g, t) not in self.z:
+            previous = self.y(q, g, t - 1) if t else -1
+            row = self.table[state(self.rollouts.prompts[q].ids, previous)] / self.tau
+            self.z[q, g, t] = row.detach().requires_grad_()
+        return self.z[q, g, t].log_softmax(-1)
+
+
+def traced(name, tmp_path):
+    """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
+    model = module(name, tmp_path, verification={"workers": 0})
+    model.rollout = Drawn()
+    prompts = [replace(prompt, verifier=AsJudged()) for prompt in judged()[0].prompts]
+    width = judged()[0].mask.shape[-1]
+    questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
+    table = torch.zeros(questions * G * width, V, dtype=torch.float64)
+
+    def observe(chunk, credit):
+        table[chunk.places] = credit
+
+    trace = model.trace(prompts, observe=observe)
+    return model, trace, table.view(questions, G, width, V)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tmp_path):
+    model, trace, table = traced(name, tmp_path)
+    case = TokenCase(model, live=name == "rlsd")
+    expected = BY_HAND[name](case)
+    gradients = torch.autograd.grad(expected, list(case.z.values()), allow_unused=True)
+    by_token = torch.zeros_like(table)
+    for (q, g, t), gradient in zip(case.z, gradients, strict=True):
+        if gradient is not None:
+            by_token[{3: 1}.get(q, q) if name == "dapo" else q, g, t] = -gradient
+    assert by_token.abs().max() > 1e-7
+    assert trace.loss == pytest.approx(expected.item(), rel=1e-10)
+    torch.testing.assert_close(table, by_token, rtol=1e-10, atol=1e-13)
+    known = ~trace.credit.isnan()
+    ids = trace.batch.rollouts.ids[..., None]
+    sampled = by_token.gather(-1, ids)[..., 0]
+    torch.testing.assert_close(trace.credit[known], sampled[known], rtol=1e-10, atol=1e-13)
+    pull = by_token.abs().sum(-1)
+    torch.testing.assert_close(trace.magnitude[known], pull[known], rtol=1e-10, atol=1e-13)
+    assert not pull[~known].any()  # what was not run has no gradient
+
+
+def test_a_trace_shows_log_probs_of_both_sides_where_they_were_computed(tmp_path):
+    model, trace, _ = traced("sc-sdpo", tmp_path)
+    case = Case(model)
+    read = ~trace.teacher_logprob.isnan()
+    assert torch.equal(read, ~trace.credit.isnan())
+    for q, g, t in read.nonzero().tolist():
+        first = next(h for h in range(SUCCESSES[q]) if h != g)
+        told = f"\nCorrect solution:\n\nresponse {q} {first}\n\n"
+        y = case.y(q, g, t)
+        assert float(trace.logprob[q, g, t]) == pytest.approx(case.log_s(q, g, t)[y].item())
+        assert float(trace.teacher_logprob[q, g, t]) == pytest.approx(
+            float(case.log_t(q, g, t, told)[y])
+        )
+
+
+def test_a_trace_from_python_needs_no_trainer_and_changes_nothing(qwen3):
+    from scsdpo.advantage import GroupRelative, RateWithin, Route, Routed
+    from scsdpo.teacher import NoTeacher
+    from scsdpo.weighting import Uniform
+
+    where = RateWithin(low=0.0, high=1.0, rates=DecayedBeta())
+    model = toy_module(
+        qwen3,
+        advantage=Routed(routes=(Route(advantage=GroupRelative(), where=where),)),
+        teacher=NoTeacher(),
+        weighting=Uniform(),
+        verification=Verification(workers=0),
+    )
+    questions = data()
+    questions.set_up_for(model)
+    batch = next(iter(questions.train_dataloader()))
+    before = {name: value.clone() for name, value in model.state_dict().items()} or None
+    first = model.trace(batch)
+    assert all_remembered(model)["memory.0"] == {"batches": 0, "kept": {}}
+    second = model.trace(batch)
+    assert first.batch.rollouts.texts == second.batch.rollouts.texts
+    torch.testing.assert_close(first.credit, second.credit, rtol=0, atol=0, equal_nan=True)
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in (before or {}).items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert first.credit.shape == first.batch.rollouts.mask.shape
+
+
+def test_validation_questions_can_be_had_without_a_trainer_too(policy):
+    questions = data(Toys(8), Toys(3))
+    questions.set_up_for(strategies(policy.chat), "validate")
+    assert [p.key for batch in questions.val_dataloader() for p in batch] == [
+        f"toy/{i}" for i in range(3)
+    ]
