@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import run_decoder
-from scsdpo.policy.layout import Memory, PackedSegments, Place
+from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
+from scsdpo.policy.segment_attention import Memory
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
 
 T = TypeVar("T")
