@@ -1,15 +1,17 @@
 """One SDPO update, side by side with TRL's SDPOTrainer on the same work orders.
 
-    python benchmarks/step.py [--orders A A2 B C] [--trl PYTHON] [--repeats 3] [--rounds 1]
-    python benchmarks/step.py --growth
+    python benchmarks/step.py [--orders A A2 B C E] [--order JSON] [--trl PYTHON] [--repeats 3]
+    python benchmarks/step.py --growth [rollouts prompt_tokens tokens budget vocabulary]
     python benchmarks/step.py --gpu
 
 Both systems run in processes of their own, alternating, with the same number of threads. Prints
 one JSON line a run and, per order, the ratios TRL / ours of update seconds (medians) and of peak
-memory above the resident model and libraries. `share_of_products` is the part of our update's time
-that its matrix products would take at the machine's own rate (a 2,048-square product). `--growth`
-prints how our update's time and memory grow with rollouts a question, prompt length, vocabulary and
-tokens. `--gpu` runs Qwen3-0.6B's and Qwen3-8B's shapes (`benchmarks/gpu.py`), if there is a GPU.
+memory above the resident model and libraries. `--order` takes one more order, e.g.
+'{"questions": 5, "rollouts": 6, "tokens": 200}' (fields of `work_order.Order`).
+`share_of_products` is the part of our update's time that its matrix products would take at the
+machine's own rate (a 2,048-square product) if each distinct token ran once. `--growth` prints how
+our update's time and memory grow along one size at a time. `--gpu` runs Qwen3-0.6B's and Qwen3-8B's
+shapes (`benchmarks/gpu.py`), if there is a GPU.
 """
 
 import argparse
@@ -26,6 +28,14 @@ import torch
 from work_order import ORDERS, Order, make_model, run_ours
 
 ROOT = Path(__file__).resolve().parents[1]
+SWEEPS = {
+    "rollouts": ({}, [2, 4, 8, 16, 32]),
+    "prompt_tokens": ({}, [128, 512, 1024, 2048, 4096]),
+    "tokens": ({}, [64, 128, 256, 512, 1024, 2048]),
+    "budget": (asdict(ORDERS["E"]), [2048, 4096, 8192, 16384]),
+    "vocabulary": ({}, [8192, 32768, 151936]),
+}
+"""By size that varies: what else is not as in the smallest order, and its values."""
 
 
 def child(python: str, *args: str) -> dict:
@@ -55,9 +65,8 @@ def trl(order: Order, model: Path, args: argparse.Namespace) -> dict:
     return child(args.trl, str(script), str(model), str(task), *flags)
 
 
-def compare(name: str, args: argparse.Namespace, folder: Path) -> None:
+def compare(name: str, order: Order, args: argparse.Namespace, folder: Path) -> None:
     """Alternate the two systems, then print the ratios of the medians."""
-    order = ORDERS[name]
     model = make_model(order, args.shared, folder / name)
     runs: dict[str, list[dict]] = {"scsdpo": [], "trl": []}
     for _ in range(args.rounds):
@@ -78,30 +87,23 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> None:
 
 def growth(args: argparse.Namespace, folder: Path) -> None:
     """Time and memory of our update along one size at a time."""
-    sweeps = {
-        "rollouts": [2, 4, 8, 16, 32],
-        "prompt_tokens": [128, 512, 1024, 2048, 4096],
-        "vocabulary": [8192, 32768, 151936],
-        "tokens": [32, 64, 128, 256],
-    }
-    for size, values in sweeps.items():
+    for size in args.growth or SWEEPS:
+        settings, values = SWEEPS[size]
         for value in values:
-            # The longer the responses, the larger the vocabulary that would multiply them.
-            large = {"vocabulary": 151936} if size == "tokens" else {}
-            settings = {"questions": 4, "rollouts": 4, "tokens": 64, **large, size: value}
-            order = Order(**settings)
+            order = Order(**{"questions": 4, "rollouts": 4, "tokens": 64, **settings, size: value})
             model = make_model(order, args.shared, folder / f"{size}{value}")
             print(json.dumps({size: value, **ours(order, model, args)}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=list(ORDERS))
+    parser.add_argument("--orders", nargs="*", default=list(ORDERS), choices=list(ORDERS))
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--trl", default=sys.executable, help="a Python that has trl 1.16")
     parser.add_argument("--repeats", type=int, default=3, help="steps a run")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each system, alternating")
-    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--order", type=json.loads, help="fields of one more order")
+    parser.add_argument("--growth", nargs="*", choices=list(SWEEPS), help="along which sizes; all")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,11 +119,14 @@ def main() -> None:
             from gpu import run_shapes
 
             run_shapes(args.shared, Path(folder), args.repeats)
-        elif args.growth:
+        elif args.growth is not None:
             growth(args, Path(folder))
         else:
-            for name in args.orders:
-                compare(name, args, Path(folder))
+            orders = {name: ORDERS[name] for name in args.orders}
+            if args.order:
+                orders["given"] = Order(**args.order)
+            for name, order in orders.items():
+                compare(name, order, args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from scsdpo.advantage import Advantage
 from scsdpo.loss import (
     Head,
+    HeadGradient,
     Importance,
     LossOutput,
     NoImportance,
@@ -63,6 +64,7 @@ def run(
     head: nn.Linear | None = None,
     importance: Importance = NoImportance(),
     temperature: float = 1.0,
+    gradient: HeadGradient | None = None,
 ) -> LossOutput:
     """The kernel on `student` and `teacher` hidden states [N, D], the reference = the teacher."""
     rewards = torch.zeros(1, max(len(batch.ids), 1)) if rewards is None else rewards
@@ -75,4 +77,11 @@ def run(
         reference=teacher_output(teacher, head),
         temperature=temperature,
     )
-    return credit_loss(student, head, batch, objective)
+    return credit_loss(
+        student,
+        head,
+        Head.of(head),
+        tokens=batch,
+        objective=objective,
+        gradient=gradient or HeadGradient(1),
+    )

@@ -93,12 +93,25 @@ class TablePolicy(nn.Module):
         ]
         return table[places]
 
-    def run(self, weights, rows):
-        table = self.table if weights is None else weights.table
-        return self._hidden(table, rows).detach(), self.head
+    def runner(self, rows, chosen, max_tokens, weights=None):
+        return TableRunner(self, rows, chosen, weights)
 
-    def forward(self, rows, loss):
-        return loss(self._hidden(self.table, rows), self.head)
+
+class TableRunner:
+    """All in one micro-batch."""
+
+    def __init__(self, policy, rows, chosen, weights):
+        self.policy, self.rows, self.chosen, self.weights = policy, rows, chosen, weights
+
+    def micro_batches(self):
+        return [self.chosen] if self.chosen else []
+
+    def run(self, micro, loss):
+        table = (self.weights or self.policy).table
+        return loss(self.policy._hidden(table, self.rows.at(micro)), self.policy.head)
+
+    def done(self, micro):
+        pass
 
 
 def judged(seed=0, temperature=0.8):

@@ -29,6 +29,7 @@ from scsdpo.advantage import (
     Unscaled,
     Weighted,
 )
+from scsdpo.advantage.support import largest
 from scsdpo.loss import (
     NoImportance,
     SamplerImportance,
@@ -291,3 +292,11 @@ def test_the_gradient_is_given_away_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call backward once only"):
         loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(5, 8195, 100), (3, 40, 2), (4, 16, 15), (2, 1000, 1)])
+def test_the_largest_are_those_of_topk(shape):
+    rows, vocabulary, k = shape
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[:, :3] = -torch.inf
+    assert torch.equal(largest(logits, k), logits.topk(k, dim=-1).indices)

@@ -16,6 +16,8 @@ from scsdpo.advantage import (
 )
 from scsdpo.advantage.group_relative import SequenceLevel
 from scsdpo.loss import (
+    Head,
+    HeadGradient,
     NoImportance,
     Objective,
     SamplerImportance,
@@ -70,7 +72,10 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         reference=target,
         temperature=1.0,
     )
-    return credit_loss(z, head, batch, objective).loss
+    gradient = HeadGradient(1)
+    return credit_loss(
+        z, head, Head.of(head), tokens=batch, objective=objective, gradient=gradient
+    ).loss
 
 
 def expected_gradient(z, draw, advantage, importance, **tables):

@@ -21,7 +21,7 @@ from scsdpo.advantage import (
     Unscaled,
     Weighted,
 )
-from scsdpo.loss import TokenImportance, kernel
+from scsdpo.loss import HeadGradient, TokenImportance, kernel
 
 SUPPORTS = {
     "full": (Full(), {"k": None, "tail": False}),
@@ -278,3 +278,27 @@ def test_divergence_is_zero_at_equality_and_positive_elsewhere(alpha, support):
     )
     assert student.grad.abs().max() < 1e-14
     assert (run(advantage, student, teacher, tokens(ids, scale=scale)).objective > 0).all()
+
+
+def test_the_heads_gradient_is_summed_over_micro_batches_and_given_by_the_last():
+    torch.manual_seed(0)
+    hidden, target = torch.randn(2, 10, 4, dtype=torch.float64)
+    ids = torch.randint(7, (10,))
+    whole, split = (nn.Linear(4, 7, bias=True, dtype=torch.float64) for _ in range(2))
+    split.load_state_dict(whole.state_dict())
+    advantage = SelfDistillation()
+    run(advantage, hidden, target, tokens(ids), head=whole).loss.backward()
+    gradient = HeadGradient(2)
+    for part in (slice(0, 6), slice(6, 10)):
+        assert split.weight.grad is None
+        output = run(
+            advantage,
+            hidden[part],
+            target[part],
+            tokens(ids[part]),
+            head=split,
+            gradient=gradient,
+        )
+        output.loss.backward()
+    torch.testing.assert_close(split.weight.grad, whole.weight.grad)
+    torch.testing.assert_close(split.bias.grad, whole.bias.grad)

@@ -119,15 +119,20 @@ class Poison(torch.autograd.Function):
 
 def poisoned(model, steps):
     """The module with a nan gradient in the first `steps` optimizer steps."""
-    original, count = model.policy.forward, [0]
+    original, count = model.policy.runner, [0]
 
-    def forward(rows, loss):
-        count[0] += 1
-        if count[0] > steps:
-            return original(rows, loss)
-        return original(rows, lambda hidden, head: loss(Poison.apply(hidden), head))
+    def runner(rows, chosen, max_tokens, weights=None):
+        made = original(rows, chosen, max_tokens, weights)
+        if weights is None and len(rows.prompts) > 1:  # not the probe's
+            count[0] += 1
+            if count[0] <= steps:
+                run = made.run
+                made.run = lambda micro, loss: run(
+                    micro, lambda hidden, head: loss(Poison.apply(hidden), head)
+                )
+        return made
 
-    model.policy.forward = forward
+    model.policy.runner = runner
     return model
 
 

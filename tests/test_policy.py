@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from models import qwen3_folder
-from scsdpo.policy import CausalLM, Lora, Rows, hidden_states
+from scsdpo.policy import CausalLM, Lora, Rows
 from scsdpo.policy.adapter import STUDENT
-from scsdpo.policy.tree import SHORTEST_SHARED, prefix_tree, token_tree
+from scsdpo.policy.rows import separate_rows
+from scsdpo.policy.runner import SeparateRows, SharedPrompts
+from scsdpo.policy.tree import SHORTEST_SHARED, prefix_tree
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
@@ -40,10 +42,13 @@ def gradient(policy, share, start=0):
     batch = rows()
     common = tuple(range(40, 40 + start))
     batch = replace(batch, prompts=[common + prompt for prompt in batch.prompts])
-    hidden = hidden_states(policy.language_model, batch, share_prefixes=share)
+    chosen = list(range(len(batch.prompts)))
+    runner = (SharedPrompts if share else SeparateRows)(policy, batch, chosen, 10**6)
+    hidden = runner.run(chosen, lambda hidden, head: hidden)
     loss = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
     policy.zero_grad()
     loss.backward()
+    runner.done(chosen)
     return hidden.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -63,7 +68,7 @@ def test_shared_prefixes_equal_separate_rows_gradient_included(model, start, req
 
 def test_separate_rows_equal_the_model_on_one_unpadded_sequence(policy):
     batch = rows()
-    flat = hidden_states(policy.language_model, batch, share_prefixes=False)
+    flat = separate_rows(policy.language_model, batch)
     start = 0
     for prompt, ids, n in zip(batch.prompts, batch.ids, batch.mask.sum(-1).tolist(), strict=True):
         sequence = torch.tensor([[*prompt, *ids[:n].tolist()]])
@@ -87,7 +92,10 @@ def forward(policy, start=0):
     common = tuple(range(40, 40 + start))
     batch = replace(rows(), prompts=[common + prompt for prompt in rows().prompts])
     policy.zero_grad()
-    policy(batch, lambda hidden, head: hidden.square().mean()).backward()
+    chosen = list(range(len(batch.prompts)))
+    runner = policy.runner(batch, chosen, 10**6)
+    runner.run(chosen, lambda hidden, head: hidden.square().mean()).backward()
+    runner.done(chosen)
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -122,6 +130,12 @@ def perturb_student(policy, scale=0.1):
                 parameter.add_(scale * torch.randn_like(parameter))
 
 
+def run(policy, weights):
+    """Hidden states of all rows under a set of weights."""
+    chosen = list(range(len(rows().prompts)))
+    return policy.runner(rows(), chosen, 10**6, weights).run(chosen, lambda hidden, head: hidden)
+
+
 def test_lora_trains_factors_only_in_float32(qwen3):
     policy = load(qwen3, adapter=Lora(r=4))
     trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
@@ -133,9 +147,9 @@ def test_lora_trains_factors_only_in_float32(qwen3):
 def test_lora_initial_weights_are_the_base_with_adapters_off(qwen3):
     policy, plain = load(qwen3, adapter=Lora(r=4)), load(qwen3)
     perturb_student(policy)
-    expected, _ = plain.run(plain.adapter.current(), rows())
-    initial, _ = policy.run(policy.adapter.initial(policy.wrapped), rows())
-    student, _ = policy.run(policy.adapter.current(), rows())
+    expected = run(plain, plain.adapter.current())
+    initial = run(policy, policy.adapter.initial(policy.wrapped))
+    student = run(policy, policy.adapter.current())
     torch.testing.assert_close(initial, expected)
     assert not torch.allclose(student, expected)
 
@@ -144,11 +158,11 @@ def test_a_moving_lora_copy_starts_as_the_student_and_stays_when_it_moves(qwen3)
     policy = load(qwen3, adapter=Lora(r=4))
     perturb_student(policy)
     moving = policy.adapter.moving(policy.wrapped, "teacher")
-    student, _ = policy.run(policy.adapter.current(), rows())
-    before, _ = policy.run(moving, rows())
+    student = run(policy, policy.adapter.current())
+    before = run(policy, moving)
     torch.testing.assert_close(before, student)
     perturb_student(policy)
-    after, _ = policy.run(moving, rows())
+    after = run(policy, moving)
     torch.testing.assert_close(after, before)
 
 
@@ -157,8 +171,8 @@ def test_running_a_lora_teacher_leaves_the_student_trainable(qwen3):
     policy = load(qwen3, adapter=Lora(r=4, lora_dropout=0.1))
     moving = policy.adapter.moving(policy.wrapped, "teacher")
     policy.train()
-    policy.run(moving, rows())
-    policy.run(policy.adapter.initial(policy.wrapped), rows())
+    run(policy, moving)
+    run(policy, policy.adapter.initial(policy.wrapped))
     assert policy.language_model.training
     _, grads = gradient(policy, True)
     assert grads and all(f".{STUDENT}." in name for name in grads)
@@ -211,17 +225,8 @@ def test_lora_on_the_head_is_refused():
 def test_every_common_start_is_one_segment_and_short_ones_are_not_shared():
     long, short = tuple(range(100, 100 + SHORTEST_SHARED)), (1, 2, 3)
     prompts = [(*long, 7, 8), (*long, 9), long, (*short, 4), (*short, 5), (*long, 7, 8)]
-    nodes, paths = prefix_tree(prompts)
-    assert set(paths) == set(prompts)
-    for prompt, path in paths.items():
-        assert tuple(i for node in path for i in node.ids) == prompt
-    assert sum(len(node.ids) for node in nodes) == len(long) + 2 + 1 + 4 + 4
-
-
-def test_a_tree_runs_each_distinct_token_once():
-    batch = rows()
-    tree = token_tree(batch.prompts, batch.ids, batch.mask)
-    distinct = sum(map(len, set(batch.prompts)))
-    # the last token of a response predicts nothing
-    assert len(tree.ids) == distinct + int(batch.mask.sum()) - len(batch.prompts)
-    assert len(tree.predicts) == batch.mask.sum()
+    roots, ends = prefix_tree(prompts, 1000)
+    assert set(ends) == set(prompts)
+    for prompt, end in ends.items():
+        assert tuple(i for segment in end.line for i in segment.ids) == prompt
+    assert sum(root.tokens() for root in roots) == len(long) + 2 + 1 + 4 + 4

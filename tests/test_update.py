@@ -8,10 +8,10 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from batches import ALL, METHODS, G, Q, double_policy, exact_norm, gradient, parts
 from scsdpo.advantage import SelfDistillation
+from scsdpo.loss import Head
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.reduction import TokenMean
 from scsdpo.teacher import EMA, SiblingDemonstration
-from scsdpo.training.micro_batches import token_budget
 from scsdpo.weighting import TeacherEntropy, UniformTokens
 
 
@@ -144,19 +144,24 @@ def test_nothing_active_runs_nothing(policy):
     assert list(update.losses(policy, nothing, ALL, 10**6)) == []
 
 
-def test_token_budget_keeps_siblings_together_longest_first_and_within_budget():
-    lengths = [2, 6, 2, 30, 2, 2]
-    prompts = [[(0, 0, 0)] * 2 + [(1,)] * 2 + [(2,)] * 2]
-    batches = token_budget(range(6), lengths, prompts, group=2, max_tokens=11)
-    # question 1 is longest and its second row alone is above the budget; question 0 fits: 3 + 8
-    assert batches == [[2], [3], [0, 1], [4, 5]]
-    assert token_budget([], lengths, prompts, group=2, max_tokens=20) == []
+def test_the_head_is_cast_once_a_step_for_each_set_of_weights(qwen3, monkeypatch):
+    """Also where a teacher is measured first: hidden states are kept, and no head with each."""
+    policy = CausalLM(str(qwen3))
+    policy.configure_model()
+    advantage, settings = METHODS["hybrid+anchor+entropy"]()
+    batch, update = parts(policy, advantage, **settings)
+    cast = []
+    of = Head.of
+    monkeypatch.setattr(Head, "of", staticmethod(lambda linear: cast.append(linear) or of(linear)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradient(policy, batch, update, budget=40)[2] > 2
+    assert len(cast) == len(set(cast)) == 3  # student, teacher, reference
 
 
-def test_token_budget_counts_a_shared_prompt_once_and_the_larger_forward():
-    student = [(0,) * 5] * 4
-    teacher = [(1,) * 9, (2,) * 9, (1,) * 9, (2,) * 9]
-    lengths = [1] * 4
-    whole = token_budget(range(4), lengths, [student, teacher], group=4, max_tokens=22)
-    assert whole == [[0, 1, 2, 3]]  # 9 + 9 + 4
-    assert len(token_budget(range(4), lengths, [student, teacher], group=4, max_tokens=21)) == 2
+def test_nothing_of_a_step_is_left_when_its_losses_had_no_backward(policy):
+    advantage, settings = METHODS["sc-sdpo"]()
+    batch, update = parts(policy, advantage, **settings)
+    with torch.no_grad():
+        assert list(update.losses(policy, batch, ALL, 60))
+    list(update.losses(policy, batch, ALL, 60))
+    assert all(parameter.grad is None for parameter in policy.parameters())

@@ -9,6 +9,7 @@ from scsdpo.loss.importance import (
     TokenImportance,
 )
 from scsdpo.loss.kernel import (
+    HeadGradient,
     LossOutput,
     Objective,
     Observer,
@@ -28,6 +29,7 @@ __all__ = [
     "DenseCredit",
     "Derivation",
     "Head",
+    "HeadGradient",
     "Importance",
     "LossOutput",
     "NeedsSignals",

@@ -92,19 +92,64 @@ class LossOutput:
     """H(S), nats."""
 
 
+class HeadGradient:
+    """The head's gradient, summed in one table over the micro-batches of a step.
+
+    The last of their backwards gives it away; all of them must be scaled alike.
+
+    Args:
+        micro_batches: how many there will be.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.left = micro_batches
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def start(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Make the tables, in float32 at least; a frozen head gets none, and costs nothing."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if self.weight is None and weight.requires_grad:
+            self.weight = torch.zeros_like(weight, dtype=wide)
+        if self.bias is None and bias is not None and bias.requires_grad:
+            self.bias = torch.zeros_like(bias, dtype=wide)
+
+    def give(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Weight's and bias's gradient, times `factor`, in the last backward; before, none."""
+        self.left -= 1
+        if self.left:
+            return None, None
+        made = [None if g is None else g.mul_(factor).to(dtype) for g in (self.weight, self.bias)]
+        self.weight = self.bias = None
+        return made[0], made[1]
+
+
 def credit_loss(
-    hidden: Tensor, head: nn.Linear, tokens: Tokens, objective: Objective
+    hidden: Tensor,
+    linear: nn.Linear,
+    head: Head,
+    *,
+    tokens: Tokens,
+    objective: Objective,
+    gradient: HeadGradient,
 ) -> LossOutput:
     """Loss = sum_t scale_t * importance_t * objective_t, with the gradient that credit defines.
 
     The gradient w.r.t. hidden states and head is made in the forward, chunk by chunk, so that
     never more than one chunk of logits per model is alive: memory is O(chunk * V), not O(N * V).
-    The head's gradient is summed in float32 at least; a frozen head costs nothing.
+
+    Args:
+        hidden: of the student.
+        linear: its head, which gets the gradient.
+        head: `linear` in the dtype of its product.
+        tokens: of the micro-batch.
+        objective: of the micro-batch.
+        gradient: of the head, over the step.
 
     Shapes:
         hidden [N, D] -> scalar loss and three [N] logs; N = 0 gives 0 and zero gradients.
     """
-    arguments = (hidden, head.weight, head.bias, Head.of(head), tokens, objective)
+    arguments = (hidden, linear.weight, linear.bias, head, gradient, tokens, objective)
     outputs = _CreditLoss.apply(*arguments)
     return LossOutput(loss=outputs[0], objective=outputs[1], logprob=outputs[2], entropy=outputs[3])
 
@@ -127,12 +172,14 @@ class _CreditLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        gradient: HeadGradient,
         tokens: Tokens,
         objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Work(hidden.detach(), head, tokens, objective)
-            gradients = _Gradients.zeros(hidden, weight, bias)
+            gradient.start(weight, bias)
+            gradients = _Gradients(torch.empty_like(hidden), gradient, weight.dtype)
             for part in chunks(len(hidden), len(weight), hidden.device):
                 gradients.add(part, work.hidden[part], work.run(part), head.weight)
         ctx.gradients = gradients
@@ -149,7 +196,7 @@ class _CreditLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the credit loss gave its gradients away: call backward once only")
-        return (*gradients.times(grad_loss), None, None, None)
+        return (*gradients.times(grad_loss), None, None, None, None)
 
 
 class _Work:
@@ -229,41 +276,28 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Gradients:
-    """Of the loss w.r.t. hidden states, weight and bias; the head's summed in float32 at least."""
+    """Of the loss w.r.t. hidden states and head."""
 
     hidden: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    head: HeadGradient
     dtype: torch.dtype
-
-    @staticmethod
-    def zeros(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "_Gradients":
-        """A frozen head gets none, and costs nothing."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-
-        def like(parameter: Tensor | None) -> Tensor | None:
-            if parameter is None or not parameter.requires_grad:
-                return None
-            return torch.zeros_like(parameter, dtype=wide)
-
-        return _Gradients(torch.empty_like(hidden), like(weight), like(bias), weight.dtype)
+    """Of the head."""
 
     def add(self, part: slice, hidden: Tensor, logits: Tensor, weight: Tensor) -> None:
         """Through the head's product, from the gradient w.r.t. the logits of `part` [n, V]."""
-        narrow = logits.to(weight.dtype)
+        narrow, head = logits.to(weight.dtype), self.head
         if self.hidden.dtype == narrow.dtype:
             torch.mm(narrow, weight, out=self.hidden[part])
         else:
             self.hidden[part] = narrow @ weight
-        if self.weight is not None and self.weight.dtype == narrow.dtype:
-            torch.addmm(self.weight, narrow.T, hidden, out=self.weight)
-        elif self.weight is not None:
-            self.weight.add_(narrow.T @ hidden)
-        if self.bias is not None:
-            self.bias.add_(logits.sum(0))
+        if head.weight is not None and head.weight.dtype == narrow.dtype:
+            torch.addmm(head.weight, narrow.T, hidden, out=head.weight)
+        elif head.weight is not None:
+            head.weight.add_(narrow.T @ hidden)
+        if head.bias is not None:
+            head.bias.add_(logits.sum(0))
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Chain rule with d / d loss; called once, and the tables are given away."""
-        scaled = [None if g is None else g.mul_(factor) for g in (self.weight, self.bias)]
-        head = [None if g is None else g.to(self.dtype) for g in scaled]
-        return self.hidden.mul_(factor.to(self.hidden.dtype)), head[0], head[1]
+        hidden = self.hidden.mul_(factor.to(self.hidden.dtype))
+        return (hidden, *self.head.give(factor, self.dtype))

@@ -3,7 +3,8 @@
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora, Weights
 from scsdpo.policy.causal_lm import TINY_FOLDER, CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.rows import Rows, hidden_states
+from scsdpo.policy.rows import Rows
+from scsdpo.policy.runner import Runner
 
 __all__ = [
     "TINY_FOLDER",
@@ -13,6 +14,6 @@ __all__ = [
     "FullFineTune",
     "Lora",
     "Rows",
+    "Runner",
     "Weights",
-    "hidden_states",
 ]

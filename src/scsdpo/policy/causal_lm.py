@@ -1,8 +1,9 @@
 """The policy: a causal language model, its tokenizer, and what of it is trained."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
@@ -20,8 +21,10 @@ from transformers import (
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.rows import Rows, hidden_states
+from scsdpo.policy.rows import Rows
+from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 
 T = TypeVar("T")
 
@@ -72,6 +75,7 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
         self._compiled: WeakSet[nn.Module] = WeakSet()
+        self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         self._path = str(TINY_FOLDER) if name_or_path == TINY else name_or_path
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
@@ -122,48 +126,82 @@ class CausalLM(nn.Module):
         return self.attn_implementation == "sdpa"
 
     def token_budget(self) -> int:
-        """Tokens of a training micro-batch for which half of the free memory has room.
+        """Tokens of a step whose activations fit in half of the free memory, measured once.
 
-        Activations are counted as 40 hidden sizes a token and layer (2 and one layer's 40 under
-        gradient checkpointing). On CPU at most 2048, to keep its memory small.
+        The other half is left for chunks of logits, the head's gradient, and the keys and values of
+        prompts. On CPU at most 1024: more tokens at a time are no faster there.
         """
-        config = self.language_model.config.get_text_config()
         device = self.language_model.device
-        layers = config.num_hidden_layers
-        widths = 2 * layers + 40 if self.gradient_checkpointing else 40 * layers
         if device.type == "cuda":
             # What the allocator holds without using it is free too.
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free, most = torch.cuda.mem_get_info(device)[0] + unused, 2**17
         else:
-            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**11
-        room = free // 2 // (widths * config.hidden_size * 4)
-        return max(min(room, most), 1)
+            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**10
+        fixed, a_token = self.memory_line()
+        return max(min(int((free // 2 - fixed) / a_token), most), 1)
 
-    def forward(self, rows: Rows, loss: Callable[[Tensor, nn.Linear], T]) -> T:
-        """Trunk and loss in one root forward: `loss(hidden states [N, D], head)`.
+    def memory_line(self) -> tuple[float, float]:
+        """Bytes of gradients and casts, and bytes of activations a token, as they would be now."""
+        device = self.language_model.device
+        narrow = torch.is_autocast_enabled(device.type)
+        key = torch.get_autocast_dtype(device.type) if narrow else None
+        if key not in self._memory_lines:
+            embedding = self.language_model.get_input_embeddings()
+            self._memory_lines[key] = memory_line(self._probe, embedding, device)
+        fixed, a_token = self._memory_lines[key]
+        learned = [p for p in self.parameters() if p.requires_grad]
+        return fixed + sum(p.numel() * p.element_size() for p in learned), a_token
 
-        Under FSDP2 the head's weight is whole only inside this forward.
+    def _probe(self, tokens: int) -> Tensor:
+        """Hidden states of a response of that length."""
+        pad, device = self.chat.pad_id, self.language_model.device
+        ids = torch.full((1, tokens), pad, device=device)
+        rows = Rows(prompts=[(pad,)], ids=ids, mask=torch.ones_like(ids).bool(), pad_id=pad)
+        return self.runner(rows, [0], tokens).run([0], lambda hidden, head: hidden)
+
+    def runner(
+        self,
+        rows: Rows,
+        chosen: Sequence[int],
+        max_tokens: int,
+        weights: Weights | None = None,
+    ) -> Runner:
+        """The `chosen` ones among `rows`, ready to run in micro-batches.
+
+        Args:
+            rows: responses of an optimizer step.
+            chosen: which of them will run.
+            max_tokens: tokens whose activations are alive at a time.
+            weights: another set than the trained ones, without gradient.
         """
-        model = self.language_model
-        return loss(self._hidden_states(model, rows), model.get_output_embeddings())
+        within = self if weights is None else partial(self.run, weights)
+        kind = SharedPrompts if self.share_prefixes else SeparateRows
+        return kind(within, rows, chosen, max_tokens)
+
+    def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
+        """Do `work` on the language model, in one root forward.
+
+        Under FSDP2 weights are whole only inside it: trunk and loss belong into one `work`.
+        """
+        return work(self._ready(self.language_model))
 
     def sampling_mode(self) -> AbstractContextManager[PreTrainedModel]:
         """The student for inference: eager, eval mode, no gradients, all restored on exit."""
         return _sampling(self.language_model)
 
-    def run(self, weights: Weights, rows: Rows) -> tuple[Tensor, nn.Linear]:
-        """Hidden states [N, D] and head of another set of weights, without gradient."""
+    def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
+        """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            return self._hidden_states(model, rows), model.get_output_embeddings()
+            return work(self._ready(model))
 
-    def _hidden_states(self, model: PreTrainedModel, rows: Rows) -> Tensor:
-        """With the model's layers compiled, if they are to be: a teacher's copy too."""
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        """With its layers compiled, if they are to be: a teacher's copy too."""
         if self.compile_layers and model not in self._compiled:
             self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
-        return hidden_states(model, rows, share_prefixes=self.share_prefixes)
+        return model
 
 
 @contextmanager

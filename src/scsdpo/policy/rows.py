@@ -1,19 +1,16 @@
-"""Rows of tokens, prompt then response, and the hidden states that predict each response token."""
+"""Rows of tokens, prompt then response, and the plain way to run them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-
-from scsdpo.policy.attention import run_decoder
-from scsdpo.policy.tree import token_tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rows:
-    """A micro-batch: R responses, each after a prompt of its own or one that it shares."""
+    """R responses, each after a prompt of its own or one that it shares."""
 
     prompts: Sequence[tuple[int, ...]]
     """[R] prompt ids; equal ones are run once."""
@@ -28,31 +25,21 @@ class Rows:
         """Tokens of the responses, and of each distinct prompt once."""
         return int(self.mask.sum()) + sum(map(len, set(self.prompts)))
 
-
-def hidden_states(model: PreTrainedModel, rows: Rows, *, share_prefixes: bool) -> Tensor:
-    """Final hidden states that predict the response tokens, in row-major order.
-
-    Both ways give the same numbers, to the rounding of the attention's summation order. The plain
-    way is one padded row per response. With `share_prefixes` the micro-batch is a `TokenTree`:
-    every common start runs once, forward and backward, and nothing is padded.
-
-    Args:
-        model: for shared prefixes, one that `use_layouts` was called on.
-        rows: the micro-batch.
-        share_prefixes: which way.
-
-    Shapes:
-        returns [N, D], N = rows.mask.sum().
-    """
-    if not share_prefixes:
-        return _separate(model, rows)[rows.mask]
-    tree = token_tree(rows.prompts, rows.ids, rows.mask)
-    hidden = run_decoder(model, tree, input_ids=tree.ids[None], position_ids=tree.positions[None])
-    return nn.functional.embedding(tree.predicts, hidden[0])
+    def at(self, chosen: Sequence[int]) -> "Rows":
+        """Some of them, without the padding that only others need."""
+        index = list(chosen)
+        mask = self.mask[index]
+        width = int(mask.sum(-1).max())
+        return Rows(
+            prompts=[self.prompts[row] for row in index],
+            ids=self.ids[index, :width],
+            mask=mask[:, :width],
+            pad_id=self.pad_id,
+        )
 
 
-def _separate(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """[R, L, D] with one padded-right row per response."""
+def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """[N, D] hidden states that predict the response tokens, in row-major order."""
     device = rows.ids.device
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
     lengths = rows.mask.sum(-1)
@@ -74,4 +61,4 @@ def _separate(model: PreTrainedModel, rows: Rows) -> Tensor:
     # The state at place t predicts the token at t + 1.
     predicts = starts[:, None] - 1 + torch.arange(rows.ids.shape[1], device=device)
     index = predicts.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index)
+    return hidden.gather(1, index)[rows.mask]

@@ -1,17 +1,21 @@
 """The forwards of one optimizer step: student, teacher and reference on its micro-batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from scsdpo.loss import Buffers, Head, LossOutput, TeacherOutput, TokenLogits
+from scsdpo.loss import Buffers, Head, HeadGradient, LossOutput, TeacherOutput, TokenLogits
 from scsdpo.metrics import PhaseTimer
-from scsdpo.policy import CausalLM, Rows
+from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.teacher import Teacher
 from scsdpo.training.batch import Batch
-from scsdpo.training.micro_batches import token_budget
 
+T = TypeVar("T")
+Loss = Callable[..., LossOutput]
+"""`credit_loss` of a micro-batch; what is left to give is the head and its gradient."""
 LogitsOf = Callable[[slice, Buffers], TokenLogits]
 """Slice of a micro-batch's tokens -> their logits, made in the buffers."""
 
@@ -24,7 +28,7 @@ class Forwards:
         teachers: `teacher` and `reference`.
         batch: the rollouts and what is known of them.
         rows: those of this optimizer step; the active ones of them are run.
-        max_tokens: budget of a micro-batch, in distinct tokens of its larger forward.
+        max_tokens: tokens whose activations are alive at a time.
         timer: told when a teacher runs.
     """
 
@@ -39,10 +43,15 @@ class Forwards:
         timer: PhaseTimer,
     ) -> None:
         self.policy, self.teachers, self.batch, self.timer = policy, teachers, batch, timer
-        self.prompts = {
+        prompts = {
             "student": batch.student_prompts(),
             "teacher": [ids for group in batch.teacher.ids for ids in group],
             "reference": [ids for group in batch.reference.ids for ids in group],
+        }
+        pad, self._max_tokens = policy.chat.pad_id, max_tokens
+        self._rows = {
+            slot: Rows(prompts=each, ids=batch.ids, mask=batch.mask, pad_id=pad)
+            for slot, each in prompts.items()
         }
         self.reads = {
             "teacher": batch.plan.needs_teacher.flatten(),
@@ -55,30 +64,64 @@ class Forwards:
         """[R] bool: the rows that are run."""
         self.lengths = batch.mask.sum(-1)
         self.temperature = batch.rollouts.temperature
-        self.micro_batches = token_budget(
-            self.chosen.nonzero()[:, 0].tolist(),
-            self.lengths.tolist(),
-            list(self.prompts.values()),
-            group=batch.rollouts.ids.shape[1],
-            max_tokens=max_tokens,
-        )
+        self._student = self._runner("student", self.chosen)
+        self.micro_batches = self._student.micro_batches()
+        self._heads: dict[nn.Linear, Head] = {}
+        self._measured: Runner | None = None
+        self._teachers: dict[str, list[Runner]] = {}
         self._kept: dict[tuple[int, str], TeacherOutput] = {}
+
+    def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
+        chosen = wanted.nonzero()[:, 0].tolist()
+        return self.policy.runner(self._rows[slot], chosen, self._max_tokens, weights)
+
+    def _tokens(self, slot: str, wanted: Tensor) -> int:
+        return self._rows[slot].at(wanted.nonzero()[:, 0].tolist()).distinct_tokens
+
+    def _with_head(
+        self, use: Callable[[Tensor, nn.Linear, Head], T]
+    ) -> Callable[[Tensor, nn.Linear], T]:
+        """`use`, which also wants the head in the dtype of its product."""
+        return lambda hidden, linear: use(hidden, linear, self._cast(linear))
+
+    def _cast(self, linear: nn.Linear) -> Head:
+        """Once a step; but what needs no cast is under FSDP2 gone when its forward ends."""
+        if linear in self._heads:
+            return self._heads[linear]
+        head = Head.of(linear)
+        if head.weight.dtype != linear.weight.dtype:
+            self._heads[linear] = head
+        return head
 
     def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
         """[N]: the entries of `table` [R, L] at the micro-batch's tokens, in row-major order."""
         return table[list(micro)][self.batch.mask[list(micro)]]
 
-    def loss(self, micro: list[int], loss: Callable[[Tensor, nn.Linear], LossOutput]) -> LossOutput:
-        """The student's forward with `loss(hidden states [N, D], head)` at its end; a gradient."""
-        rows = self._rows(micro, self.prompts["student"])
-        self.timer.count("student", rows.distinct_tokens)
-        return self.policy(rows, loss)
+    def losses(
+        self, loss_of: Callable[[list[int]], Loss]
+    ) -> Iterator[tuple[list[int], LossOutput]]:
+        """The student's forward on each micro-batch, with its loss at the end; a gradient.
+
+        The caller runs backward on each before asking for the next.
+
+        Args:
+            loss_of: of a micro-batch, from hidden states [N, D] and the head.
+        """
+        if self.micro_batches:
+            self.timer.count("student", self._tokens("student", self.chosen))
+        gradient = HeadGradient(len(self.micro_batches))
+        for micro in self.micro_batches:
+            loss = partial(loss_of(micro), gradient=gradient)
+            yield micro, self._student.run(micro, self._with_head(loss))
+            self._student.done(micro)
 
     def student(self, micro: list[int]) -> LogitsOf:
-        """The current policy on a micro-batch, without gradient."""
-        rows = self._rows(micro, self.prompts["student"])
-        hidden, linear = self.policy.run(self.policy.adapter.current(), rows)
-        head = Head.of(linear)
+        """The current policy on a micro-batch, without gradient; each micro-batch once."""
+        if self._measured is None:
+            current = self.policy.adapter.current()
+            self._measured = self._runner("student", self.chosen, current)
+        hidden, head = self._measured.run(micro, self._with_head(_both))
+        self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def keep(self, slot: str, micro: list[int]) -> TeacherOutput:
@@ -97,25 +140,32 @@ class Forwards:
         if not some:
             return TeacherOutput(hidden=(), heads=(), combine=teacher.combine)
         with self.timer("teacher"):
-            rows = self._rows(some, self.prompts[slot])
-            self.timer.count("teacher", rows.distinct_tokens)
-            runs = [self.policy.run(trunk, rows) for trunk in teacher.trunks(self.policy)]
+            runners = self._asked(slot)
+            runs = [runner.run(some, self._with_head(_both)) for runner in runners]
+            for runner in runners:
+                runner.done(some)
             # Rows that it does not read keep zeros: uniform logits, and no credit reads them.
             here = self.of_tokens(micro, reads[:, None].expand_as(self.batch.mask))
             return TeacherOutput(
                 hidden=tuple(_place(hidden, here) for hidden, _ in runs),
-                heads=tuple(Head.of(head) for _, head in runs),
+                heads=tuple(head for _, head in runs),
                 combine=teacher.combine,
             )
 
-    def _rows(self, micro: Sequence[int], prompts: list[tuple[int, ...]]) -> Rows:
-        width = int(self.lengths[list(micro)].max())
-        return Rows(
-            prompts=[prompts[row] for row in micro],
-            ids=self.batch.ids[list(micro), :width],
-            mask=self.batch.mask[list(micro), :width],
-            pad_id=self.policy.chat.pad_id,
-        )
+    def _asked(self, slot: str) -> list[Runner]:
+        """Per set of weights of a teacher, the rows that it reads."""
+        if slot not in self._teachers:
+            reading = self.reads[slot] & self.chosen
+            self.timer.count("teacher", self._tokens(slot, reading))
+            self._teachers[slot] = [
+                self._runner(slot, reading, weights)
+                for weights in self.teachers[slot].trunks(self.policy)
+            ]
+        return self._teachers[slot]
+
+
+def _both(hidden: Tensor, linear: nn.Linear, head: Head) -> tuple[Tensor, Head]:
+    return hidden, head
 
 
 def _place(values: Tensor, here: Tensor) -> Tensor:

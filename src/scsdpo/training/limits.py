@@ -14,8 +14,8 @@ class Limits:
 
     Args:
         max_grad_norm: clip on the gradient's norm. inf: none.
-        max_tokens: budget of a micro-batch, in distinct tokens; `auto` takes it from free memory.
-            It changes memory and speed, and no number.
+        max_tokens: distinct tokens whose activations are in memory at a time; `auto` measures
+            how many fit. It changes memory and speed, and no number.
         max_bad_steps: non-finite steps in a row after which the run stops.
         max_idle_batches: batches in a row without anything to learn from after which it stops:
             they take no step, so that `trainer.max_steps` alone would wait for ever.
@@ -40,5 +40,5 @@ class Limits:
                 raise ValueError(f"`Limits({name}=...)` must be >= 1, got {value}")
 
     def token_budget(self, policy: CausalLM) -> int:
-        """Tokens of a micro-batch now."""
+        """Tokens at a time, as memory is now."""
         return policy.token_budget() if self.max_tokens == "auto" else self.max_tokens

@@ -25,7 +25,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction
 from scsdpo.teacher import Teacher
 from scsdpo.training.batch import Batch
-from scsdpo.training.forwards import Forwards
+from scsdpo.training.forwards import Forwards, Loss
 from scsdpo.training.measure import measure
 from scsdpo.weighting import TokenWeighting
 
@@ -66,8 +66,8 @@ class Update:
             policy: is run, and gets the gradient.
             batch: the rollouts and what is known of them.
             rows: those of this optimizer step.
-            max_tokens: budget of a micro-batch, in distinct tokens of its larger forward. It
-                changes memory and speed, and no number.
+            max_tokens: tokens whose activations are alive at a time. It changes memory and speed,
+                and no number.
         """
         forwards = self._forwards(policy, batch, rows, max_tokens)
         signals = measure(forwards, self.needs)
@@ -75,8 +75,8 @@ class Update:
             signals.derive(make)
         scale = self._scale(forwards, signals)
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
-        for micro in forwards.micro_batches:
-            yield self._loss(forwards, signals, scale, micro), forwards.of_tokens(micro, sampled)
+        for micro, output in forwards.losses(partial(self._loss, forwards, signals, scale)):
+            yield output, forwards.of_tokens(micro, sampled)
 
     def measure(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
@@ -109,10 +109,8 @@ class Update:
         )
         return (coefficients * batch.weights.flatten())[:, None] * per_token
 
-    def _loss(
-        self, forwards: Forwards, signals: Signals, scale: Tensor, micro: list[int]
-    ) -> LossOutput:
-        """The micro-batch's share of the step's loss."""
+    def _loss(self, forwards: Forwards, signals: Signals, scale: Tensor, micro: list[int]) -> Loss:
+        """The micro-batch's share of the step's loss, once the student has run."""
         mask = forwards.batch.mask
         places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         tokens = Tokens(
@@ -129,7 +127,7 @@ class Update:
             temperature=forwards.temperature,
             observe=self.observe,
         )
-        return forwards.loss(micro, partial(credit_loss, tokens=tokens, objective=objective))
+        return partial(credit_loss, tokens=tokens, objective=objective)
 
     def _importance(self, chunk: Chunk) -> Tensor:
         return contracts.numbers(

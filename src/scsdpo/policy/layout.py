@@ -1,0 +1,140 @@
+"""One forward of the decoder over segments of tokens laid end to end, without padding.
+
+A token sees its own segment up to itself, and whole the segments above, which run along with it or
+ran before.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scsdpo.policy.attention import AttentionLayout
+from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
+from scsdpo.policy.tree import Segment
+
+
+class Place(NamedTuple):
+    """Where the keys and values of a segment that ran before are."""
+
+    memory: Memory
+    tokens: slice
+
+
+class PackedSegments(AttentionLayout):
+    """N tokens of segments, and who of them attends to whom.
+
+    Args:
+        segments: each after those above it, subtrees in one go; together not empty.
+        before: the segments above that ran in an earlier forward.
+        device: of the model.
+        keep: whether keys and values are wanted afterwards (`states`).
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        before: dict[Segment, Place],
+        device: torch.device,
+        *,
+        keep: bool,
+    ) -> None:
+        self.starts: dict[Segment, int] = {}
+        place = 0
+        ids: list[int] = []
+        positions: list[Tensor] = []
+        for segment in segments:
+            self.starts[segment] = place
+            place += len(segment.ids)
+            ids.extend(segment.ids)
+            positions.append(torch.arange(len(segment.ids)) + segment.position)
+        self.ids = torch.tensor(ids, device=device)
+        """[N] int64."""
+        self.positions = torch.cat(positions).to(device)
+        """[N] int64: in its own prompt and response."""
+        own = [self._own(group, device) for group in _alike(segments)]
+        above = [
+            self._above(segment, below, before) for segment, below in _families(segments).items()
+        ]
+        self._attention = SegmentAttention(own, above, self.positions)
+        self._states: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+    ) -> Tensor:
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):
+            narrow = torch.get_autocast_dtype(kind)
+            query, key, value = (x.to(narrow) for x in (query, key, value))
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self._states is not None:
+            self._states[layer] = key, value
+        return self._attention.attend(query, key, value, layer=layer, window=window)[None]
+
+    def states(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per layer keys and values [N, K, d], with their graph; given away once.
+
+        A layer that is recomputed in the backward must not leave them here again: the layout is
+        part of the graph, and would hold itself alive.
+        """
+        states, self._states = self._states, None
+        assert states is not None
+        return states
+
+    def span(self, segment: Segment) -> slice:
+        """The places of its tokens."""
+        return slice(self.starts[segment], self.starts[segment] + len(segment.ids))
+
+    def _own(self, segments: Sequence[Segment], device: torch.device) -> Own:
+        longest = max(len(segment.ids) for segment in segments)
+        steps = torch.arange(longest)
+        lengths = torch.tensor([len(segment.ids) for segment in segments])[:, None]
+        starts = torch.tensor([self.starts[segment] for segment in segments])[:, None]
+        padded = starts + torch.minimum(steps, lengths - 1)
+        real = (steps < lengths).flatten().nonzero()[:, 0]
+        places = padded.flatten()[real]
+        first = int(places[0])
+        whole = len(places) == padded.numel() and bool(
+            (places == first + torch.arange(len(places))).all()
+        )
+        return Own(
+            padded=padded.to(device),
+            real=real.to(device),
+            places=places.to(device),
+            whole=slice(first, first + len(places)) if whole else None,
+        )
+
+    def _above(
+        self, segment: Segment, below: Sequence[Segment], before: dict[Segment, Place]
+    ) -> Above:
+        here = segment in self.starts
+        memory, keys = (None, self.span(segment)) if here else before[segment]
+        return Above(
+            queries=slice(self.starts[below[0]], self.span(below[-1]).stop),
+            memory=memory,
+            keys=keys,
+            position=segment.position,
+            nearest=min(each.position for each in below),
+            farthest=max(each.position + len(each.ids) for each in below) - 1,
+        )
+
+
+def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
+    """For each segment above some of `segments`, these; they follow one another."""
+    families: dict[Segment, list[Segment]] = {}
+    for segment in segments:
+        for above in segment.path:
+            families.setdefault(above, []).append(segment)
+    return families
+
+
+def _alike(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Groups of segments that differ in length by a quarter at most, or little, longest first."""
+    groups: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda segment: -len(segment.ids)):
+        if groups and 3 * len(groups[-1][0].ids) <= 4 * len(segment.ids) + 48:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups

@@ -1,0 +1,229 @@
+"""The responses of an optimizer step after their prompts, in micro-batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from scsdpo.policy.attention import run_decoder
+from scsdpo.policy.layout import PackedSegments, Place
+from scsdpo.policy.rows import Rows, separate_rows
+from scsdpo.policy.segment_attention import Memory
+from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
+
+T = TypeVar("T")
+Loss = Callable[[Tensor, nn.Linear], T]
+"""From hidden states [N, D], which predict N response tokens, and the head."""
+Within = Callable[[Callable[[PreTrainedModel], T]], T]
+"""Runs work on the model where its weights are whole and in force."""
+States = dict[int, tuple[Tensor, Tensor]]
+"""By layer, keys and values [N, K, d]."""
+
+
+class Runner(ABC):
+    """Some responses of a step, each after its prompt, under one set of weights.
+
+    With gradients enabled they are those of separate rows, whatever the micro-batches.
+    """
+
+    @abstractmethod
+    def micro_batches(self) -> list[list[int]]:
+        """Every row once, in an order that suits; rows of one micro-batch ascend."""
+
+    @abstractmethod
+    def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
+        """`loss(hidden states, head)` of the rows of `micro`, in row-major order."""
+
+    @abstractmethod
+    def done(self, micro: Sequence[int]) -> None:
+        """These rows will not be run again, and their backward, if there is one, has run."""
+
+
+class SeparateRows(Runner):
+    """One padded row per response, its prompt run again in each; for any attention there is.
+
+    Args:
+        within: the weights.
+        rows: the step's responses.
+        chosen: those to run.
+        budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
+    """
+
+    def __init__(self, within: Within, rows: Rows, chosen: Sequence[int], budget: int) -> None:
+        self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
+
+    def micro_batches(self) -> list[list[int]]:
+        """Rows of similar length together, as each is padded to the longest; longest first."""
+        lengths = self._rows.mask.sum(-1).tolist()
+        sizes = {row: len(self._rows.prompts[row]) + lengths[row] for row in self._chosen}
+        longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
+        return filled(longest_first, sizes, self._budget)
+
+    def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
+        rows = self._rows.at(micro)
+        return self._within(
+            lambda model: loss(separate_rows(model, rows), model.get_output_embeddings())
+        )
+
+    def done(self, micro: Sequence[int]) -> None:
+        pass
+
+
+class SharedPrompts(Runner):
+    """Every common start of prompts runs once, forward and backward, whatever the budget.
+
+    Prompts run in pieces. A piece leaves keys and values, to which its responses attend,
+    micro-batch by micro-batch. What these send back to them adds up, and goes through the piece's
+    graph in one backward when its last response is done.
+
+    Args:
+        within: the weights.
+        rows: the step's responses.
+        chosen: those to run.
+        budget: tokens whose activations are alive at a time, prompts' and responses' together.
+    """
+
+    def __init__(self, within: Within, rows: Rows, chosen: Sequence[int], budget: int) -> None:
+        self._within = within
+        roots, ends = prefix_tree(
+            [rows.prompts[row] for row in chosen], max(budget, SHORTEST_SHARED)
+        )
+        self._pieces = list(pieces(roots, budget))
+        self._piece_of = {s: i for i, piece in enumerate(self._pieces) for s in piece.segments}
+        ranks = {segment: rank for rank, segment in enumerate(self._piece_of)}
+        # In the order of the tree, so that responses to one prompt follow one another.
+        self._ends = {row: ends[rows.prompts[row]] for row in chosen}
+        self._rank = {row: (ranks[end], row) for row, end in self._ends.items()}
+        lengths, ids = rows.mask.sum(-1).tolist(), rows.ids.tolist()
+        self._ids = {row: tuple(ids[row][: lengths[row]]) for row in chosen}
+        self._waiting: list[set[int]] = [set() for _ in self._pieces]
+        for row, end in self._ends.items():
+            for segment in end.line:
+                self._waiting[self._piece_of[segment]].add(row)
+        self._running: dict[int, _Running] = {}
+        self._places: dict[Segment, Place] = {}
+
+    def micro_batches(self) -> list[list[int]]:
+        lengths = {row: len(ids) for row, ids in self._ids.items()}
+        ending: list[list[int]] = [[] for _ in self._pieces]
+        for row in sorted(self._ends, key=self._rank.__getitem__):
+            ending[self._piece_of[self._ends[row]]].append(row)
+        return [
+            batch
+            for piece, rows in zip(self._pieces, ending, strict=True)
+            for batch in filled(rows, lengths, piece.room)
+        ]
+
+    def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
+        above = {self._piece_of[segment] for row in micro for segment in self._ends[row].line}
+        for i in sorted(above - self._running.keys()):  # a piece after those above it
+            self._start(i)
+        return self._within(
+            lambda model: loss(self._hidden_states(model, micro), model.get_output_embeddings())
+        )
+
+    def done(self, micro: Sequence[int]) -> None:
+        for waiting in self._waiting:
+            waiting.difference_update(micro)
+        for i in sorted(self._running, reverse=True):  # a piece before those above it
+            if not self._waiting[i]:
+                for segment in self._pieces[i].segments:
+                    del self._places[segment]
+                self._running.pop(i).backward()
+
+    def _start(self, i: int) -> None:
+        piece = self._pieces[i]
+
+        def work(model: PreTrainedModel) -> tuple[Tensor, States]:
+            if piece.kept or not torch.is_grad_enabled():
+                return self._run_prompts(model, piece)
+            return checkpoint(self._run_prompts, model, piece, use_reentrant=False)
+
+        # Plain containers come out of the forward: in these FSDP2 finds the tensors at which a
+        # backward will start, and gathers weights for it.
+        self._running[i] = running = _Running(*self._within(work))
+        start = 0
+        for segment in piece.segments:
+            self._places[segment] = Place(running.memory, slice(start, start + len(segment.ids)))
+            start += len(segment.ids)
+
+    def _run_prompts(self, model: PreTrainedModel, piece: Piece) -> tuple[Tensor, States]:
+        """[S, D] hidden states that predict what follows each of S segments, and its states."""
+        layout = PackedSegments(piece.segments, self._places, model.device, keep=True)
+        hidden = run_decoder(
+            model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+        )
+        last = torch.tensor([layout.span(segment).stop - 1 for segment in piece.segments])
+        return nn.functional.embedding(last.to(hidden.device), hidden[0]), layout.states()
+
+    def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
+        """[N, D] that predict the tokens of responses, in row-major order."""
+        # A response's last token predicts nothing and is left out.
+        leaves = {row: Segment(self._ids[row][:-1], self._ends[row].line) for row in micro}
+        tables, starts, total = [], {}, 0
+        for i in sorted({self._piece_of[self._ends[row]] for row in micro}):
+            starts[i] = total
+            tables.append(self._running[i].last)
+            total += len(tables[-1])
+        packed = [leaves[row] for row in sorted(micro, key=self._rank.__getitem__)]
+        packed = [leaf for leaf in packed if leaf.ids]
+        if packed:
+            layout = PackedSegments(packed, self._places, model.device, keep=False)
+            hidden = run_decoder(
+                model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+            )
+            tables.append(hidden[0])
+        predicts = []
+        for row in micro:
+            i = self._piece_of[self._ends[row]]
+            predicts.append(starts[i] + self._pieces[i].segments.index(self._ends[row]))
+            if leaves[row].ids:
+                span = layout.span(leaves[row])
+                predicts.extend(range(total + span.start, total + span.stop))
+        places = torch.tensor(predicts, device=model.device)
+        return nn.functional.embedding(places, torch.cat(tables))
+
+
+class _Running:
+    """A piece of prompts that ran, until its responses are done.
+
+    Args:
+        last: [S, D] hidden states that predict what follows each segment.
+        states: per layer keys and values.
+    """
+
+    def __init__(self, last: Tensor, states: States) -> None:
+        self.memory = Memory(states)
+        self.last = last.detach().requires_grad_(last.requires_grad)
+        self._roots, self._states = last, states
+
+    def backward(self) -> None:
+        """Send what the responses sent back through the prompts' graph."""
+        if self.last.grad is None and not self.memory.gradients:
+            return
+        # The last hidden states are always among the roots: what FSDP2 gathers for the backward
+        # of a forward, it gathers when a gradient enters through the forward's output.
+        of_last = torch.zeros_like(self.last) if self.last.grad is None else self.last.grad
+        pairs = [(self._roots, of_last)]
+        for layer, sums in self.memory.gradients.items():
+            pairs += zip(self._states[layer], sums, strict=True)
+        learned = [(root, sums.to(root.dtype)) for root, sums in pairs if root.requires_grad]
+        torch.autograd.backward([root for root, _ in learned], [sums for _, sums in learned])
+
+
+def filled(rows: Sequence[int], sizes: Mapping[int, int], budget: int) -> list[list[int]]:
+    """As many rows as fit together the budget, in their order; one that exceeds it goes alone."""
+    batches: list[list[int]] = []
+    total = 0
+    for row in rows:
+        if batches and total + sizes[row] <= budget:
+            batches[-1].append(row)
+            total += sizes[row]
+        else:
+            batches.append([row])
+            total = sizes[row]
+    return [sorted(batch) for batch in batches]
