@@ -8,13 +8,16 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.parser import SECTIONS, Parser
+from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.checkpoint import Checkpoint
 
 
 class CLI(LightningCLI):
@@ -57,9 +60,21 @@ class CLI(LightningCLI):
         if self.config[self.subcommand].trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        trainer._signal_connector = _NoHandlers(trainer)
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            launcher = trainer.strategy.launcher
+            Handlers.launched = staticmethod(lambda: launcher.procs)
+        return trainer
+
+
+class _NoHandlers(_SignalConnector):
+    """Leaves signals to `scsdpo.cli.signals`."""
+
+    def register_signal_handlers(self) -> None:
+        """None."""
 
 
 def main() -> None:

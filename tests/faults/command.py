@@ -1,0 +1,99 @@
+"""The command in a process of its own, stopped somewhere: `command.py FOLDER` reads jobs.
+
+One process that forks each run, since imports take longer than a run does. A job is a line of JSON
+on standard input, its end a line on standard output; meanwhile `FOLDER/marks` says what the run is
+at.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from functools import wraps
+from pathlib import Path
+
+import torch
+
+import runs  # noqa: F401 - its sources go by `runs.Toys`
+import scsdpo.cli.lightning_cli  # noqa: F401 - before the forks
+from scsdpo.__main__ import main as command
+from scsdpo.checkpoints import Checkpoint
+from scsdpo.rollout import HFRollout
+from scsdpo.training import OptimizerSteps, PolicyOptimizer
+from scsdpo.verifiers import VerifierPool
+
+_MOMENT = 0.03
+"""Seconds by which each phase is longer, so that a signal finds it."""
+
+
+def marked(owner, name, phase, folder, seconds=_MOMENT):
+    """Let the method write the phase before it works."""
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def marking(self, *args, **kwargs):
+        with (folder / "marks").open("a") as file:
+            file.write(f"{phase}\n")
+        time.sleep(seconds)
+        return method(self, *args, **kwargs)
+
+    setattr(owner, name, marking)
+
+
+def slowed_saving(folder):
+    """Write a checkpoint in pieces, with pauses."""
+    save = torch.save
+
+    def slowly(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        whole = Path(path).read_bytes()
+        with open(path, "wb") as file:
+            for start in range(0, len(whole), len(whole) // 4 + 1):
+                file.write(whole[start : start + len(whole) // 4 + 1])
+                file.flush()
+                time.sleep(0.03)
+
+    torch.save = slowly
+
+
+def run(job):
+    folder = Path(job["folder"])
+    os.chdir(folder)
+    os.environ.update(job.get("environment", {}))
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    warnings.simplefilter("ignore")
+    marked(PolicyOptimizer, "configure_model", "start", folder)
+    marked(HFRollout, "sample", "sampling", folder)
+    marked(VerifierPool, "verify", "verifying", folder)
+    marked(OptimizerSteps, "learn", "update", folder)
+    marked(PolicyOptimizer, "on_validation_epoch_start", "validation", folder)
+    marked(Checkpoint, "_write", "saving", folder)
+    if job.get("slow"):
+        slowed_saving(folder)
+    sys.argv = ["scsdpo", *job["args"]]
+    try:
+        code = command()
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        if (child := os.fork()) == 0:
+            with contextlib.suppress(BaseException):
+                run(job)
+            os._exit(99)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
