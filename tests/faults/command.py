@@ -5,12 +5,11 @@ on standard input, its end a line on standard output; meanwhile `FOLDER/marks` s
 at.
 """
 
-import contextlib
 import json
 import os
 import sys
 import time
-import warnings
+import traceback
 from functools import wraps
 from pathlib import Path
 
@@ -58,19 +57,30 @@ def slowed_saving(folder):
     torch.save = slowly
 
 
+def raising_at(batch):
+    """A bug between sampling and update."""
+    learn = OptimizerSteps.learn
+
+    def failing(self, host, *args):
+        return 1 / 0 if int(host.batches) == batch else learn(self, host, *args)
+
+    OptimizerSteps.learn = failing
+
+
 def run(job):
     folder = Path(job["folder"])
     os.chdir(folder)
     os.environ.update(job.get("environment", {}))
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    warnings.simplefilter("ignore")
     marked(PolicyOptimizer, "configure_model", "start", folder)
     marked(HFRollout, "sample", "sampling", folder)
     marked(VerifierPool, "verify", "verifying", folder)
     marked(OptimizerSteps, "learn", "update", folder)
     marked(PolicyOptimizer, "on_validation_epoch_start", "validation", folder)
     marked(Checkpoint, "_write", "saving", folder)
+    if "bug_at" in job:
+        raising_at(job["bug_at"])
     if job.get("slow"):
         slowed_saving(folder)
     sys.argv = ["scsdpo", *job["args"]]
@@ -87,9 +97,12 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if (child := os.fork()) == 0:
-            with contextlib.suppress(BaseException):
+            try:
                 run(job)
-            os._exit(99)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(99)
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-
 from stopping import last, marks, same_end, send, share, wait_for
 
 KILLS = share("KILLS", 5, 20)

@@ -1,6 +1,5 @@
 """When a run saves, and under which names."""
 
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from scsdpo.checkpoints.resumable import Resumable
+from scsdpo.checkpoints.saying import say
 from scsdpo.checkpoints.slurm import hand_over
 from scsdpo.checkpoints.writing import (
     WholeFiles,
@@ -120,8 +120,8 @@ class Checkpoint(ModelCheckpoint):
             hand_over(trainer, self._folder / LAST, exception.signum)
         elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
             self._rescue(trainer)
-        if trainer.is_global_zero and self._place is not None:
-            _say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
+        if self._place is not None:
+            say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -182,7 +182,7 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.save_checkpoint(content, part)
             install(part, self._folder / LAST, self._folder / PREVIOUS)
         except (OSError, RuntimeError) as error:  # the failure itself is what must be seen
-            _say(f"the state after batch {place[0]} could not be saved: {error}")
+            say(f"the state after batch {place[0]} could not be saved: {error}")
             return
         self.last_model_path = f"{self.dirpath}/{LAST}"
         self._place = place
@@ -217,7 +217,3 @@ class Checkpoint(ModelCheckpoint):
 def _is_sharded(trainer: L.Trainer) -> bool:
     """Whether to save takes all ranks."""
     return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-
-
-def _say(text: str) -> None:
-    print(f"scsdpo: {' '.join(text.split())}", file=sys.stderr)

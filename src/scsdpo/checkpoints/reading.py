@@ -28,8 +28,6 @@ class Saved:
     """Optimizer steps taken."""
     resumable: bool
     """Whether training can go on from it: not from weights only."""
-    optimizer_steps: int
-    """Steps of the learning-rate schedule."""
 
     @property
     def model(self) -> dict[str, Any]:
@@ -53,7 +51,6 @@ class Saved:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             given = content["hyper_parameters"]
             model = {k: v for k, v in given.items() if k != "_instantiator"}
-            schedules = content.get("lr_schedulers", [])
             return cls(
                 path=path,
                 config=content.get("config", {}) | {"model": model},
@@ -61,7 +58,6 @@ class Saved:
                 metrics=content.get("metrics", {}),
                 step=content["global_step"],
                 resumable="lr_schedulers" in content,
-                optimizer_steps=schedules[0]["last_epoch"] if schedules else 0,
             )
         except (pickle.UnpicklingError, RuntimeError, *_WRONG) as error:
             raise ValueError(_unreadable(path, file)) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage
 from scsdpo.callbacks import RolloutCallback
-from scsdpo.checkpoints import Resumable
+from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -350,15 +350,9 @@ class PolicyOptimizer(Resumable):
     # --------------------------------------------------------------- checkpoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model: every saved key must be there, and no other."""
+        """Refuse one of another model, and of another method unless that change was said."""
         self.configure_model()
-        saved, own = set(checkpoint["state_dict"]), set(self.state_dict())
-        if saved != own:
-            odd = sorted(saved ^ own)
-            raise ConfigurationError(
-                f"the checkpoint does not fit this configuration: {len(saved - own)} of its "
-                f"tensors have no place here and {len(own - saved)} are missing from it, "
-                f"e.g. {odd[0]!r}; use the run's own config.yaml"
-            )
+        other = self.policy_only or any(change.of_memory for change in self.changed)
+        fit_weights(checkpoint["state_dict"], self.state_dict(), policy_only=other)
         with blamed_on("the checkpoint"):
             super().on_load_checkpoint(checkpoint)
