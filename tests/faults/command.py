@@ -1,8 +1,10 @@
-"""The command in a process of its own, stopped somewhere: `command.py FOLDER` reads jobs.
+"""The command in a process of its own, to be stopped somewhere.
 
-One process that forks each run, since imports take longer than a run does. A job is a line of JSON
-on standard input, its end a line on standard output; meanwhile `FOLDER/marks` says what the run is
-at.
+`command.py` reads jobs and forks each run, since imports take longer than a run does. A job is a
+line of JSON on standard input, its end a line on standard output; meanwhile `marks` in the job's
+folder says what the run is at. `command.py fit ...` is one run on several ranks, in the folder
+`FAULTS_AT`; each rank writes its process and its marks, for the first starts the others by the same
+line.
 """
 
 import json
@@ -27,13 +29,13 @@ _MOMENT = 0.03
 """Seconds by which each phase is longer, so that a signal finds it."""
 
 
-def marked(owner, name, phase, folder, seconds=_MOMENT):
+def marked(owner, name, phase, path, seconds=_MOMENT):
     """Let the method write the phase before it works."""
     method = getattr(owner, name)
 
     @wraps(method)
     def marking(self, *args, **kwargs):
-        with (folder / "marks").open("a") as file:
+        with path.open("a") as file:
             file.write(f"{phase}\n")
         time.sleep(seconds)
         return method(self, *args, **kwargs)
@@ -67,18 +69,22 @@ def raising_at(batch):
     OptimizerSteps.learn = failing
 
 
+def mark_phases(path):
+    marked(PolicyOptimizer, "configure_model", "start", path)
+    marked(HFRollout, "sample", "sampling", path)
+    marked(VerifierPool, "verify", "verifying", path)
+    marked(OptimizerSteps, "learn", "update", path)
+    marked(PolicyOptimizer, "on_validation_epoch_start", "validation", path)
+    marked(Checkpoint, "_write", "saving", path)
+
+
 def run(job):
     folder = Path(job["folder"])
     os.chdir(folder)
     os.environ.update(job.get("environment", {}))
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    marked(PolicyOptimizer, "configure_model", "start", folder)
-    marked(HFRollout, "sample", "sampling", folder)
-    marked(VerifierPool, "verify", "verifying", folder)
-    marked(OptimizerSteps, "learn", "update", folder)
-    marked(PolicyOptimizer, "on_validation_epoch_start", "validation", folder)
-    marked(Checkpoint, "_write", "saving", folder)
+    mark_phases(folder / "marks")
     if "bug_at" in job:
         raising_at(job["bug_at"])
     if job.get("slow"):
@@ -93,7 +99,17 @@ def run(job):
     os._exit(code or 0)
 
 
+def run_ranks():
+    rank = os.environ.get("LOCAL_RANK", "0")
+    folder = Path(os.environ["FAULTS_AT"])
+    (folder / f"process.{rank}").write_text(str(os.getpid()))
+    mark_phases(folder / f"marks.{rank}")
+    sys.exit(command())
+
+
 def main() -> None:
+    if sys.argv[1:]:
+        run_ranks()
     for line in sys.stdin:
         job = json.loads(line)
         if (child := os.fork()) == 0:

@@ -47,22 +47,23 @@ def share(name: str, few: int, all_of_them: int) -> int:
     return int(os.environ.get(f"FAULTS_{name}", default))
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that runs the command."""
+    path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+    kept = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
 class Commands:
     """A process that runs the command again and again, each time in a fork."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")]),
-        }
-        environment.pop("PL_GLOBAL_SEED", None)
         self.process = subprocess.Popen(
             [sys.executable, HERE / "command.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment(),
             text=True,
         )
 
@@ -98,9 +99,9 @@ class Commands:
         self.process.stdout.close()
 
 
-def marks(folder: Path) -> list[str]:
+def marks(folder: Path, name: str = "marks") -> list[str]:
     """What the runs in `folder` have been at so far."""
-    path = folder / "marks"
+    path = folder / name
     return path.read_text().splitlines() if path.exists() else []
 
 
