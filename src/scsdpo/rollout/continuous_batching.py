@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.attention import run_decoder
@@ -71,6 +72,7 @@ class ContinuousBatcher:
         """Draw all responses."""
         hidden: list[Tensor] = []
         while self.scheduler.waiting or self.is_running:
+            interrupt.check()
             if self.has_room and (new := self._admit()):
                 hidden.append(self._start(new))
             ids = self._draw(torch.cat(hidden))

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from scsdpo import interrupt
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
@@ -123,6 +124,7 @@ class OptimizerSteps(nn.Module):
         with _unsynchronized(host), _seeded(host):
             budget = self.limits.token_budget(policy)
             for output, sampled in self.update.losses(policy, batch, rows, budget):
+                interrupt.check()
                 host.manual_backward(output.loss)
                 loss += output.loss.detach().double()
                 outputs.append((output, sampled))
@@ -157,6 +159,7 @@ class OptimizerSteps(nn.Module):
         optimizer = host.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         if all(map(math.isfinite, figures.values())):
+            interrupt.close_window()
             self.bad.zero_()
             parameters = trained_parameters(policy)
             torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
