@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped
 
 COMMANDS = {
     "fit": "train a policy",
@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if training stopped itself."""
+    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a disk stopped the run."""
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -68,6 +68,10 @@ def main() -> int:
     except ConfigurationError as error:
         return _fail(error, 2)
     except TrainingStopped as error:
+        return _fail(error, 3)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
         return _fail(error, 3)
     return 0
 

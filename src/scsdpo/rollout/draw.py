@@ -112,9 +112,11 @@ def _search(probs: Tensor, uniform: Tensor) -> Tensor:
     """[n, 1]: the first place where the cumulative sum exceeds `uniform` of the total.
 
     The total differs from 1 by rounding. A place of probability 0 is never returned: the sum does
-    not grow there, and the target stays below the total.
+    not grow there, and the target stays below the total. Probabilities that are not numbers give
+    the last place, whose log-prob is none either: who sampled sees that.
     """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
+    place = torch.searchsorted(cumulative, target, right=True)
+    return place.clamp_(max=probs.shape[-1] - 1)

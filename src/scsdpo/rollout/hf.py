@@ -1,7 +1,7 @@
 """Rollouts in process: the transformers model itself, on CPU or GPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -58,6 +58,12 @@ class HFRollout(Rollout):
             tape = Tape(prompts, sampling, policy.chat, model.device)
             Flight(model, tape, self._cache(groups, sampling.max_new_tokens)).run(groups)
             return tape.rollouts(digest(policy))
+
+    def rows(self, responses: int) -> int:
+        return max(min(self.max_rows, responses), 1)
+
+    def with_rows(self, rows: int) -> Rollout:
+        return replace(self, max_rows=min(self.max_rows, rows))
 
     def _cache(self, groups: Sequence[Group], new_tokens: int) -> PrefixCache:
         """As many slots as the budget allows and the batch needs."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scsdpo.advantage import Advantage
 from scsdpo.callbacks import RolloutCallback
-from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import (
     ByCategory,
@@ -29,7 +29,10 @@ from scsdpo.selection import Everything, Selection
 from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
+from scsdpo.training.budget import Budget, noticed
+from scsdpo.training.finite import check_sampled, spoiled
 from scsdpo.training.limits import Limits
+from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
@@ -130,14 +133,18 @@ class PolicyOptimizer(Recorded):
             per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
+        self.room = Budget(
+            "responses in flight",
+            "lower sampling.max_new_tokens or data.max_prompt_tokens, or use VLLMRollout",
+        )
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())
         self.validation = ByCategory()
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its metrics, whatever the logger."""
-        return [MetricsFile()]
+        """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
+        return [MetricsFile(), OnFailure(self.steps)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -192,8 +199,21 @@ class PolicyOptimizer(Recorded):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """Responses of the policy as it is now."""
         with self.timer("rollout"):
-            rollouts = self.rollout.sample(self.policy, prompts, sampling)
+            rollouts = self._sampled(prompts, sampling)
         self.timer.count("rollout", int(rollouts.lengths.sum()))
+        return rollouts
+
+    def _sampled(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """With fewer rows in flight where memory does not suffice for all; finite ones."""
+
+        def attempt(rows: int) -> Rollouts:
+            with noticed():
+                return self.rollout.with_rows(rows).sample(self.policy, prompts, sampling)
+
+        most = self.rollout.rows(len(prompts) * sampling.n)
+        least = most if self.rollout.with_rows(1) is self.rollout else 1
+        rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
+        check_sampled(rollouts, self)
         return rollouts
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
@@ -298,7 +318,7 @@ class PolicyOptimizer(Recorded):
     def _evaluate(self, split: Literal["val", "test"], prompts: Sequence[Prompt]) -> None:
         if not prompts:  # the last batch of fewer questions than ranks
             return
-        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        rollouts = self._sampled(prompts, self.val_sampling)
         outcomes = self.judge(rollouts)
         self.validation.update(rollouts, outcomes)
         self._show(split, rollouts, outcomes, torch.ones_like(outcomes.rewards).double())
@@ -311,7 +331,7 @@ class PolicyOptimizer(Recorded):
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
-        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        rollouts = self._sampled(prompts, self.val_sampling)
         outcomes = self.judge(rollouts)
         return [
             {"key": prompt.key, "response": text, **asdict(verdict)}
@@ -329,7 +349,13 @@ class PolicyOptimizer(Recorded):
     # --------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What strategies remember beyond buffers, in this one place."""
+        """What strategies remember beyond buffers, in this one place.
+
+        Raises:
+            TrainingStopped: if weights are not finite, so that no good checkpoint gives way to it.
+        """
+        if fault := spoiled(checkpoint["state_dict"].items()):
+            raise TrainingStopped(f"{fault}; nothing was saved, go on from an older checkpoint")
         checkpoint["remembered"] = all_remembered(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
