@@ -34,13 +34,13 @@ def save_last_good(trainer: L.Trainer, *, whole: bool) -> None:
 
     Args:
         trainer: whose run failed.
-        whole: False in the middle of an optimizer's step.
+        whole: False if the batch under way has moved the weights.
     """
     module = trainer.lightning_module
     folder = next(iter(_folders(trainer)), None)
     if folder is None or not trainer.is_global_zero:
         return
-    reason = "" if whole else "an optimizer's step was under way"
+    reason = "" if whole else "the batch under way has moved the weights"
     if is_sharded(module):
         reason = "its shards lie on several ranks"
     reason = reason or spoiled(module.named_parameters())

@@ -188,6 +188,7 @@ class PolicyOptimizer(Recorded):
         for batch in prepared:
             self.steps.learn(self, self.policy, batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
+        self.steps.under_way = False
 
     def _check_size(self, prompts: Sequence[Prompt]) -> None:
         if len(prompts) < self.updates_per_rollout:

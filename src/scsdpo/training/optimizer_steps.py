@@ -69,7 +69,7 @@ class OptimizerSteps(nn.Module):
         self.objective_name, self.per_batch = objective_name, per_batch
         self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
         self.under_way = False
-        """Whether weights, optimizer and teachers are between two steps' states."""
+        """Whether the batch under way has moved weights, and they are those after no batch."""
         self._norm: float | None = None
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -239,7 +239,6 @@ class OptimizerSteps(nn.Module):
         for part in host.modules():
             if isinstance(part, Stateful):
                 part.after_step()
-        self.under_way = False
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
