@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped
+from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
 
 COMMANDS = {
     "fit": "train a policy",
@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a disk stopped the run."""
+    """Exit code: 0; 2 after a mistake of the user's; 3 if the run stopped or was stopped."""
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -69,14 +69,16 @@ def main() -> int:
         return _fail(error, 2)
     except TrainingStopped as error:
         return _fail(error, 3)
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        return _fail(error, 3)
+    except Exception as error:
+        if words := explanation(error):
+            return _fail(words, 3)
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            return _fail(error, 3)
+        raise
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"scsdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

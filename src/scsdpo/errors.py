@@ -30,6 +30,20 @@ class TrainingStopped(RuntimeError):
     """The run stopped itself; the message says why and what to do."""
 
 
+_NOTE = "scsdpo: "
+
+
+def explain(error: BaseException, words: str) -> None:
+    """Say what is behind `error`; the command shows that instead of a traceback."""
+    error.add_note(f"{_NOTE}{words}")
+
+
+def explanation(error: BaseException) -> str:
+    """What `explain` said of it; '' if nothing."""
+    notes = vars(error).get("__notes__", [])
+    return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), "")
+
+
 def first_line(error: BaseException) -> str:
     """What `error` says, at most 300 characters of its first line; its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -16,7 +16,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from runs import Toys, data, module, trainer
-from scsdpo.errors import TrainingStopped
+from scsdpo.errors import TrainingStopped, explanation
 from scsdpo.training import Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy
@@ -93,6 +93,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except TrainingStopped as error:
-        print(f"scsdpo: error: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"scsdpo: error: {explanation(error) or error}", file=sys.stderr)
         sys.exit(3)

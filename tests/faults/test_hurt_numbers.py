@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import scsdpo
-from runs import Toys, data, module, trainer
+from runs import Always, Toys, data, module, trainer
 from scsdpo.advantage import GroupRelative
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.teacher import NoTeacher
@@ -144,6 +144,15 @@ def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(qwen3
     ):
         run.save_checkpoint(good)
     assert good.read_bytes() == before
+
+
+def test_batches_that_teach_nothing_are_said_long_before_the_run_stops(qwen3, tmp_path):
+    """Noise shows: the mean log-prob is that of a uniform draw from 264 tokens, ln 264 = 5.58."""
+    noise = Sampling(n=4, max_new_tokens=8, temperature=100)
+    model = module(qwen3, sampling=noise)
+    said = r"10 batches in a row .* -5\.5\d nats a token .noise over the whole vocabulary: -5\.58"
+    with pytest.warns(UserWarning, match=said):
+        trainer(tmp_path).fit(model, data(Toys(44, verifier=Always(0.0))))
 
 
 def test_a_temperature_of_noise_is_refused():

@@ -22,17 +22,19 @@ _VERBS = (
     "finalize",
 )
 
+Errors = type[Exception] | tuple[type[Exception], ...]
+
 
 class Outage:
     """Tries something that may fail, says so once, tries again later, and says when it works.
 
     Args:
         what: it is, in messages.
-        errors: that count as its failing; others are raised.
+        errors: those that count as its failing; others are raised.
         pause: seconds without a try after a failure.
     """
 
-    def __init__(self, what: str, errors: type[Exception], pause: float = 0.0) -> None:
+    def __init__(self, what: str, errors: Errors, pause: float = 0.0) -> None:
         self.what, self.errors, self.pause = what, errors, pause
         self._since: float | None = None
 

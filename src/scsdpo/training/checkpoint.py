@@ -4,11 +4,14 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from scsdpo.training.saving import disk_outage, save_unless_disk_fails
 
 
 class Checkpoint(ModelCheckpoint):
@@ -17,6 +20,10 @@ class Checkpoint(ModelCheckpoint):
     Lightning writes `last.ckpt` only together with a new best one, and leaves out the steps after
     the last validation.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._outage = disk_outage()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -37,6 +44,25 @@ class Checkpoint(ModelCheckpoint):
     ) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint["metrics"] = metrics
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """A disk that fails costs this checkpoint, and not the run."""
+        only = self.save_weights_only
+        self._written = save_unless_disk_fails(
+            trainer, filepath, weights_only=only, outage=self._outage
+        )
+        if not self._written:
+            return
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """An older one stays where the newer could not be written."""
+        if self._written:
+            super()._remove_checkpoint(trainer, filepath)
 
     def _due(self, trainer: L.Trainer) -> bool:
         every = self.every_n_epochs or 0

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import lightning as L
 
-from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
+from scsdpo.errors import ConfigurationError, explain, first_line
 from scsdpo.training.finite import spoiled
 from scsdpo.training.last_good import save_last_good, told
 from scsdpo.training.rank_watch import RankWatch, broke_off
@@ -56,7 +56,7 @@ class OnFailure(L.Callback):
         if self._trained and isinstance(exception, Exception):
             save_last_good(trainer, whole=not self._steps.under_way)
         if lost is not None:
-            raise TrainingStopped(_named(trainer, *lost)) from exception
+            explain(exception, _named(trainer, *lost))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._watch is not None:

@@ -30,6 +30,8 @@ from scsdpo.types import stable_hash
 
 T = TypeVar("T")
 
+IDLE_WARNING = 10
+"""Batches in a row without anything to learn from after which that is said."""
 LARGEST_GROWTH = 1e3
 """Of the weights' norm in one step: more has destroyed what they were."""
 
@@ -121,7 +123,7 @@ class OptimizerSteps(nn.Module):
         here = batch.active[rows]
         active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
         if active == 0:
-            self._idle(host)
+            self._idle(host, policy, batch)
             return
         self.idle.zero_()
         with self.update.timer("student"):
@@ -170,11 +172,19 @@ class OptimizerSteps(nn.Module):
             return self.gap.measure([(output.logprob, sampled) for output, sampled in outputs])
         return self.gap.measure([(old, batch.rollouts.policy_logprobs.flatten(0, 1)[rows])])
 
-    def _idle(self, host: L.LightningModule) -> None:
-        """Nothing to learn from: counted."""
+    def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
+        """Nothing to learn from: counted, and after a while said."""
         self.skipped += 1
         self.idle += 1
         log_figures(host, "train", {"skipped": float(self.skipped)})
+        if self.idle == IDLE_WARNING:
+            rollouts = batch.rollouts
+            mean = float(rollouts.policy_logprobs[rollouts.mask].double().mean())
+            rank_zero_warn(
+                f"{IDLE_WARNING} batches in a row had nothing to learn from; the last responses' "
+                f"mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
+                f"{-math.log(policy.vocabulary):.2f})"
+            )
         if self.idle >= self.limits.max_idle_batches:
             rate = float(host.trainer.callback_metrics["train/pass_rate"])
             raise TrainingStopped(
