@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: train test test-vllm lint types clean
+.PHONY: train test test-vllm test-faults lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -19,6 +19,9 @@ test: $(INSTALLED)
 # dynamo.
 test-vllm: $(VLLM_INSTALLED)
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/real_vllm
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from scsdpo.cli.signals import Handlers, leave
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
 from scsdpo.interrupt import Interrupted
 
 COMMANDS = {
@@ -60,8 +60,8 @@ def run(args: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if training stopped itself; 143 or 130 if it
-    was asked to by a signal.
+    """Exit code: 0; 2 after a mistake of the user's; 3 if the run stopped itself or was stopped by
+    a fault; 143 or 130 if it was asked to stop by a signal.
     """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
@@ -74,6 +74,12 @@ def main() -> int:
         return _fail(error, 2)
     except TrainingStopped as error:
         return _fail(error, 3)
+    except Exception as error:
+        if words := explanation(error):
+            return _fail(words, 3)
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            return _fail(error, 3)
+        raise
 
 
 def _run(args: Sequence[str]) -> int:
@@ -90,7 +96,7 @@ def _run(args: Sequence[str]) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"scsdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

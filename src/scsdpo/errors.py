@@ -1,5 +1,6 @@
 """Errors that end a run with one readable line instead of a traceback."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,12 +9,44 @@ MISTAKES = (ValueError, OSError, ImportError)
 these very errors once training runs (but for reading data), is a bug and keeps its traceback."""
 
 
+DISK_FAULTS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
+"""Full, over quota, read-only, not ours, over a limit, broken, gone: no bug, wherever it is."""
+
+
 class ConfigurationError(ValueError):
     """The user's configuration or data cannot work; the message names the key and the remedy."""
 
 
 class TrainingStopped(RuntimeError):
     """The run stopped itself; the message says why and what to do."""
+
+
+_NOTE = "scsdpo: "
+
+
+def explain(error: BaseException, words: str) -> None:
+    """Say what is behind `error`; the command shows that instead of a traceback."""
+    error.add_note(f"{_NOTE}{words}")
+
+
+def explanation(error: BaseException) -> str:
+    """What `explain` said of it; '' if nothing."""
+    notes = vars(error).get("__notes__", [])
+    return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), "")
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, at most 300 characters of its first line; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextmanager

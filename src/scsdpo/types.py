@@ -49,7 +49,7 @@ class Sampling:
     Args:
         n: responses per prompt, G.
         max_new_tokens: cap on a response's length in tokens, end-of-sequence included.
-        temperature: > 0; the trainer's distributions use the same one.
+        temperature: in (0, 100], above it is noise; the trainer's distributions use the same one.
         top_p: keep the smallest set of most likely tokens whose mass reaches `top_p`; 1 keeps all.
         top_k: keep the `top_k` most likely tokens; 0 keeps all.
         min_p: keep tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
@@ -76,7 +76,10 @@ class Sampling:
         checks = {
             "n": (self.n >= 1, ">= 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
-            "temperature": (self.temperature > 0, "> 0; for nearly greedy decoding write 0.01"),
+            "temperature": (
+                0 < self.temperature <= 100,
+                "> 0 and <= 100; for nearly greedy decoding write 0.01",
+            ),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (self.top_k >= 0, ">= 0; 0 keeps every token"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]; 0 keeps every token"),

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+
+from scsdpo.records import Outage
 
 
 class BeforeAfter(L.Callback):
@@ -50,9 +53,13 @@ class BeforeAfter(L.Callback):
         if log_dir is not None:
             result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
             folder = Path(log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
-            console.print(f"files of this run: {folder}", soft_wrap=True)
+            if Outage("before_after.json", OSError).attempt(partial(_write, folder, result)):
+                console.print(f"files of this run: {folder}", soft_wrap=True)
+
+
+def _write(folder: Path, result: Mapping[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:

@@ -1,7 +1,7 @@
 """Checkpoints: when they are written, how, and what they hold."""
 
 from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
-from scsdpo.checkpoints.choosing import newest, whole_neighbour
+from scsdpo.checkpoints.choosing import newest, newest_whole
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
 from scsdpo.checkpoints.reading import Saved
@@ -24,9 +24,9 @@ __all__ = [
     "fit_weights",
     "install",
     "newest",
+    "newest_whole",
     "part_of",
     "remove_parts",
     "say",
     "under_way",
-    "whole_neighbour",
 ]

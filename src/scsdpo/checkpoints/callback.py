@@ -26,6 +26,7 @@ from scsdpo.checkpoints.writing import (
 )
 from scsdpo.distributed import all_max
 from scsdpo.interrupt import Interrupted
+from scsdpo.records import Outage
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -59,6 +60,9 @@ class Checkpoint(ModelCheckpoint):
         self._place: tuple[int, int] | None = None
         """Batch, and last validated batch, of the last state that was saved."""
         self._time = time.monotonic()
+        # torch's writer raises a RuntimeError where a disk is full.
+        self._outage = Outage("saving a checkpoint", (OSError, RuntimeError))
+        self._written = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():
@@ -166,8 +170,9 @@ class Checkpoint(ModelCheckpoint):
                 set_aside(self._folder, (LAST, PREVIOUS))
             trainer.strategy.barrier()
         self.last_model_path = f"{self.dirpath}/{LAST}"
-        self._write(trainer, self.last_model_path, aside=self._folder / PREVIOUS)
-        self._place, self._time = place, time.monotonic()
+        self._time = time.monotonic()
+        if self._write(trainer, self.last_model_path, aside=self._folder / PREVIOUS):
+            self._place = place
 
     def _rescue(self, trainer: L.Trainer) -> None:
         """`last.ckpt` by rank 0 alone: others may wait elsewhere, or be gone."""
@@ -196,22 +201,35 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """One of the best."""
-        self._write(trainer, filepath)
+        self._written = self._write(trainer, filepath)
+        if not self._written:
+            return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> None:
-        if is_remote(filepath):
-            trainer.save_checkpoint(filepath, self.save_weights_only)
-            return
-        part = part_of(filepath)
-        trainer.save_checkpoint(part, self.save_weights_only)
-        if trainer.is_global_zero:
-            install(part, Path(filepath), aside)
-        trainer.strategy.barrier()
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """An older one stays where the newer could not be written."""
+        if self._written:
+            super()._remove_checkpoint(trainer, filepath)
+
+    def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
+        """Whether it was written, the same on every rank; what a disk refuses is tried again with
+        the next. A state that must not be saved raises.
+        """
+        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        part = filepath if is_remote(filepath) else part_of(filepath)
+
+        def write() -> None:
+            trainer.strategy.save_checkpoint(content, part)
+            if trainer.is_global_zero and not is_remote(filepath):
+                install(Path(part), Path(filepath), aside)
+
+        done = self._outage.attempt(write)
+        # In the place of Lightning's barrier, to which a rank that failed would not come.
+        return not bool(all_max(torch.tensor(float(not done))))
 
 
 def _is_sharded(trainer: L.Trainer) -> bool:

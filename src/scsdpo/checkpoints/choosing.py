@@ -45,9 +45,9 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
     )
 
 
-def whole_neighbour(path: Path) -> Path | None:
-    """The newest whole checkpoint in the folder of one that cannot be used."""
-    for other in _newest_first(path.parent.glob("*.ckpt")):
+def newest_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder."""
+    for other in _newest_first(folder.glob("*.ckpt")):
         try:
             return Saved.read(other).path
         except ValueError:

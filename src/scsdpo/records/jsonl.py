@@ -14,9 +14,9 @@ _LONGEST = 2**22
 class JsonLines:
     """A file of one JSON object a line, written by one process.
 
-    Each line is one write that reached the disk before the next begins, so that a run which is
-    killed at any moment leaves whole lines. Each has a `batch`: the batches of training questions
-    asked so far. A number that is not finite is null.
+    Each line reached the disk before the next begins, so that a run which is killed at any moment
+    leaves whole lines, and a disk that is full leaves those before. Each has a `batch`: the batches
+    of training questions asked so far. A number that is not finite is null.
 
     Args:
         path: its folder is made if need be.
@@ -28,8 +28,9 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            _durably(file.fileno(), _line(record), file.seek(0, os.SEEK_END))
+            _durably(file.fileno(), _line(record), file.seek(0, os.SEEK_END), b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Add keys to the last line, which must be there, or write them over."""
@@ -37,7 +38,7 @@ class JsonLines:
         line = _line(json.loads(last) | more)
         with self.path.open("r+b") as file:
             start = file.seek(0, os.SEEK_END) - len(last)
-            _durably(file.fileno(), line, start)
+            _durably(file.fileno(), line, start, last)
             file.truncate(start + len(line))
 
     def cut(self, batch: int) -> None:
@@ -89,6 +90,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _durably(descriptor: int, content: bytes, at: int) -> None:
-    os.pwrite(descriptor, content, at)
-    os.fsync(descriptor)
+def _durably(descriptor: int, content: bytes, at: int, before: bytes) -> None:
+    """Write `content` at `at`, to the end; where the disk refuses, what was there before stays."""
+    try:
+        _write_all(descriptor, content, at)
+        os.fsync(descriptor)
+    except OSError:
+        _write_all(descriptor, before, at)  # its blocks are there already
+        os.ftruncate(descriptor, at + len(before))
+        raise
+
+
+def _write_all(descriptor: int, content: bytes, at: int) -> None:
+    """A disk that is nearly full takes a part, and says so with the next."""
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], at + written)

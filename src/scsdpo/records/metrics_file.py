@@ -9,6 +9,7 @@ import lightning as L
 
 from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
+from scsdpo.records.outage import Outage, guard
 from scsdpo.records.recorded import Recorded
 
 NAME = "metrics.jsonl"
@@ -23,11 +24,18 @@ class MetricsFile(L.Callback):
 
     A run that goes on from a checkpoint cuts what came after it, so that no batch is there twice;
     in another folder than the checkpoint's it begins with a copy of the lines up to there. A run
-    that starts anew in an old folder sets the old file aside.
+    that starts anew in an old folder sets the old file aside. Lines that cannot be written (a full
+    disk, a folder that is gone) wait for the next that can.
     """
 
     def __init__(self) -> None:
         self._file: JsonLines | None = None
+        self._waiting: list[dict[str, Any]] = []
+        self._outage = Outage(NAME, OSError)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            guard(logger)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recorded)
@@ -64,10 +72,17 @@ class MetricsFile(L.Callback):
         logged, metrics = pl_module.take_logged(), trainer.callback_metrics
         if self._file is None:
             return
-        batch = int(pl_module.batches)
         figures = {name: float(metrics[name]) for name in sorted(logged) if name in metrics}
-        if self._file.last.get("batch") == batch:
-            self._file.extend(figures)
-        else:
-            place = {"batch": batch, "step": trainer.global_step, "time": time.time()}
-            self._file.append(place | figures)
+        place = {"batch": int(pl_module.batches), "step": trainer.global_step, "time": time.time()}
+        self._waiting.append(place | figures)
+        while self._waiting and self._outage.attempt(self._write_one):
+            self._waiting.pop(0)
+
+    def _write_one(self) -> None:
+        assert self._file is not None
+        record = self._waiting[0]
+        if self._file.last.get("batch") != record["batch"]:
+            self._file.append(record)
+            return
+        of_batch = ("batch", "step", "time")
+        self._file.extend({name: value for name, value in record.items() if name not in of_batch})

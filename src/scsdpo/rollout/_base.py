@@ -18,5 +18,13 @@ class Rollout(ABC):
         again. Tensors are on the policy's device.
         """
 
+    def rows(self, responses: int) -> int:
+        """How many of so many responses are in flight at a time."""
+        return responses
+
+    def with_rows(self, rows: int) -> "Rollout":
+        """The same with at most `rows` in flight; itself if that is not its to decide."""
+        return self
+
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what sampling holds: engines, files, connections. Sampling may go on after."""

@@ -126,7 +126,7 @@ def _search(probs: Tensor, uniform: Tensor) -> Tensor:
     before = sums.cumsum(-1)
     total = before[:, -1:]
     target = torch.minimum(uniform[:, None] * total, _below(total))
-    block = torch.searchsorted(before, target, right=True)
+    block = torch.searchsorted(before, target, right=True).clamp_(max=before.shape[-1] - 1)
     within = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(
         -1, dtype=torch.float64
     )
@@ -135,7 +135,8 @@ def _search(probs: Tensor, uniform: Tensor) -> Tensor:
     # the same share is taken.
     target = target / sums.gather(-1, block) * within[:, -1:]
     target = torch.minimum(target, _below(within[:, -1:])).clamp(min=0)
-    return block * _BLOCK + torch.searchsorted(within, target, right=True)
+    place = block * _BLOCK + torch.searchsorted(within, target, right=True)
+    return place.clamp_(max=vocabulary - 1)
 
 
 def _below(total: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rollouts in process: the transformers model itself, on CPU or GPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -71,6 +71,12 @@ class HFRollout(Rollout):
             with merged_adapters(model):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
             return buffer.rollouts(digest(policy))
+
+    def rows(self, responses: int) -> int:
+        return max(min(self.max_rows, responses), 1)
+
+    def with_rows(self, rows: int) -> Rollout:
+        return replace(self, max_rows=min(self.max_rows, rows))
 
 
 def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:

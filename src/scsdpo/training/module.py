@@ -15,7 +15,7 @@ from scsdpo.advantage import Advantage
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.distributed import Agreement
-from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import (
     ByCategory,
@@ -32,7 +32,10 @@ from scsdpo.selection import Everything, Selection
 from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
+from scsdpo.training.budget import Budget, noticed
+from scsdpo.training.finite import check_sampled, spoiled
 from scsdpo.training.limits import Limits
+from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
@@ -133,14 +136,18 @@ class PolicyOptimizer(Resumable):
             per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
+        self.room = Budget(
+            "responses in flight",
+            "lower sampling.max_new_tokens or data.max_prompt_tokens, or use VLLMRollout",
+        )
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())
         self.validation = ByCategory()
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its metrics, whatever the logger."""
-        return [MetricsFile()]
+        """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
+        return [MetricsFile(), OnFailure()]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -201,8 +208,21 @@ class PolicyOptimizer(Resumable):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """Responses of the policy as it is now."""
         with self.timer("rollout"):
-            rollouts = self.rollout.sample(self.policy, prompts, sampling)
+            rollouts = self._sampled(prompts, sampling)
         self.timer.count("rollout", int(rollouts.lengths.sum()))
+        return rollouts
+
+    def _sampled(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """With fewer rows in flight where memory does not suffice for all; finite ones."""
+
+        def attempt(rows: int) -> Rollouts:
+            with noticed():
+                return self.rollout.with_rows(rows).sample(self.policy, prompts, sampling)
+
+        most = self.rollout.rows(len(prompts) * sampling.n)
+        least = most if self.rollout.with_rows(1) is self.rollout else 1
+        rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
+        check_sampled(rollouts, self)
         return rollouts
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
@@ -315,7 +335,7 @@ class PolicyOptimizer(Resumable):
     def _evaluate(self, split: Literal["val", "test"], prompts: Sequence[Prompt]) -> None:
         if not prompts:  # the last batch of fewer questions than ranks
             return
-        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        rollouts = self._sampled(prompts, self.val_sampling)
         outcomes = self.judge(rollouts)
         self.validation.update(rollouts, outcomes)
         self._show(split, rollouts, outcomes, torch.ones_like(outcomes.rewards).double())
@@ -332,7 +352,7 @@ class PolicyOptimizer(Resumable):
         """Responses and verdicts, one record per rollout."""
         interrupt.begin_run(Agreement.of_ranks())
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
-        rollouts = self.rollout.sample(self.policy, prompts, self.val_sampling)
+        rollouts = self._sampled(prompts, self.val_sampling)
         outcomes = self.judge(rollouts)
         return [
             {"key": prompt.key, "response": text, **asdict(verdict)}
@@ -348,6 +368,16 @@ class PolicyOptimizer(Resumable):
         self.verifiers.close()
 
     # --------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As a `Resumable`, but for weights that are not finite.
+
+        Raises:
+            TrainingStopped: if there are any, so that no good checkpoint gives way to them.
+        """
+        if fault := spoiled(checkpoint["state_dict"].items()):
+            raise TrainingStopped(f"{fault}; nothing was saved, go on from an older checkpoint")
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""

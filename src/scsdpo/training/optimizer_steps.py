@@ -1,9 +1,11 @@
 """The optimizer steps on one batch of rollouts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import lightning as L
 import torch
@@ -21,9 +23,18 @@ from scsdpo.policy import CausalLM
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
+from scsdpo.training.budget import REMEDY, Budget, agreed
+from scsdpo.training.finite import blamed, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
 from scsdpo.types import stable_hash
+
+T = TypeVar("T")
+
+IDLE_WARNING = 10
+"""Batches in a row without anything to learn from after which that is said."""
+LARGEST_GROWTH = 1e3
+"""Of the weights' norm in one step: more has destroyed what they were."""
 
 
 class OptimizerSteps(nn.Module):
@@ -59,6 +70,8 @@ class OptimizerSteps(nn.Module):
         super().__init__()
         self.update, self.limits, self.gap = update, limits, gap
         self.objective_name, self.per_batch = objective_name, per_batch
+        self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
+        self._norm: float | None = None
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
@@ -85,9 +98,22 @@ class OptimizerSteps(nn.Module):
         rows = [row for part in later for row in part]
         if not rows:
             return batch
+
+        def measured(budget: int) -> Tensor:
+            with agreed(policy):
+                return self.update.measure(policy, batch, rows, budget)
+
         with self.update.timer("student"):
-            old = self.update.measure(policy, batch, rows, self.limits.token_budget(policy))
+            old = self._within_memory(measured, policy, batch, rows)
         return replace(batch, old_logprobs=old)
+
+    def _within_memory(
+        self, work: Callable[[int], T], policy: CausalLM, batch: Batch, rows: Sequence[int]
+    ) -> T:
+        """`work(token budget)`, again from its start with a smaller one if memory runs out."""
+        return self.room.run(
+            work, most=self.limits.token_budget(policy), extent=partial(_extent, batch, rows)
+        )
 
     def _take(
         self, host: L.LightningModule, policy: CausalLM, batch: Batch, rows: Sequence[int]
@@ -96,11 +122,12 @@ class OptimizerSteps(nn.Module):
         here = batch.active[rows]
         active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
         if active == 0:
-            self._idle(host)
+            self._idle(host, policy, batch)
             return
         self.idle.zero_()
         with self.update.timer("student"):
-            loss, outputs = self._accumulate(host, policy, batch, rows)
+            work = partial(self._accumulate, host, policy, batch, rows)
+            loss, outputs = self._within_memory(work, policy, batch, rows)
         with self.update.timer("step"):
             parameters = trained_parameters(policy)
             sum_gradients(parameters)
@@ -113,16 +140,22 @@ class OptimizerSteps(nn.Module):
         log_figures(host, "train", figures | seen | gap | counts)
         self.gap.judge(gap)
         with self.update.timer("step"):
-            self._step(host, policy, figures, norm)
+            self._step(host, policy, figures, norm, outputs)
 
     def _accumulate(
-        self, host: L.LightningModule, policy: CausalLM, batch: Batch, rows: Sequence[int]
+        self,
+        host: L.LightningModule,
+        policy: CausalLM,
+        batch: Batch,
+        rows: Sequence[int],
+        budget: int,
     ) -> tuple[Tensor, list[tuple[LossOutput, Tensor]]]:
         """The loss here, and per micro-batch the kernel's output and the sampler's log-probs."""
+        for parameter in trained_parameters(policy):
+            parameter.grad = None  # of an attempt that memory did not suffice for
         loss = torch.zeros((), dtype=torch.float64, device=host.device)
         outputs = []
-        with _unsynchronized(host), _seeded(host):
-            budget = self.limits.token_budget(policy)
+        with agreed(policy), _unsynchronized(host), _seeded(host):
             for output, sampled in self.update.losses(policy, batch, rows, budget):
                 interrupt.check()
                 host.manual_backward(output.loss)
@@ -139,11 +172,19 @@ class OptimizerSteps(nn.Module):
             return self.gap.measure([(output.logprob, sampled) for output, sampled in outputs])
         return self.gap.measure([(old, batch.rollouts.policy_logprobs.flatten(0, 1)[rows])])
 
-    def _idle(self, host: L.LightningModule) -> None:
-        """Nothing to learn from: counted."""
+    def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
+        """Nothing to learn from: counted, and after a while said."""
         self.skipped += 1
         self.idle += 1
         log_figures(host, "train", {"skipped": float(self.skipped)})
+        if self.idle == IDLE_WARNING:
+            rollouts = batch.rollouts
+            mean = float(rollouts.policy_logprobs[rollouts.mask].double().mean())
+            rank_zero_warn(
+                f"{IDLE_WARNING} batches in a row had nothing to learn from; the last responses' "
+                f"mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
+                f"{-math.log(policy.vocabulary):.2f})"
+            )
         if self.idle >= self.limits.max_idle_batches:
             rate = float(host.trainer.callback_metrics["train/pass_rate"])
             raise TrainingStopped(
@@ -153,7 +194,12 @@ class OptimizerSteps(nn.Module):
             )
 
     def _step(
-        self, host: L.LightningModule, policy: CausalLM, figures: dict[str, float], norm: Tensor
+        self,
+        host: L.LightningModule,
+        policy: CausalLM,
+        figures: dict[str, float],
+        norm: Tensor,
+        outputs: Sequence[tuple[LossOutput, Tensor]],
     ) -> None:
         """Clip and step; a non-finite loss or gradient is skipped, counted and reported."""
         optimizer = host.optimizers()
@@ -161,31 +207,65 @@ class OptimizerSteps(nn.Module):
         if all(map(math.isfinite, figures.values())):
             interrupt.close_window()
             self.bad.zero_()
-            parameters = trained_parameters(policy)
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
-            optimizer.step()
-            host.lr_schedulers().step()  # type: ignore[union-attr]
-            self.update.teacher.after_step(policy)
-            self.update.reference.after_step(policy)
-            for part in host.modules():
-                if isinstance(part, Stateful):
-                    part.after_step()
-        else:
-            self.bad += 1
-            self.skipped += 1
-            rank_zero_warn(f"step skipped, not finite: {figures}")
-            log_figures(host, "train", {"skipped": float(self.skipped)})
+            self._move(host, policy, optimizer, norm)
+            optimizer.zero_grad()
+            return
+        what, of_weights = blamed([output for output, _ in outputs], figures, host)
         optimizer.zero_grad()
+        if of_weights:
+            raise TrainingStopped(f"{what}; go on from an older checkpoint")
+        self.bad += 1
+        self.skipped += 1
+        rank_zero_warn(f"step skipped, not finite: {what}")
+        log_figures(host, "train", {"skipped": float(self.skipped)})
         if self.bad >= self.limits.max_bad_steps:
             raise TrainingStopped(
-                f"{int(self.bad)} steps in a row were not finite (last: {figures}); the weights "
+                f"{int(self.bad)} steps in a row were not finite (last: {what}); the weights "
                 "are those before the first of them. Lower the learning rate, or check the data"
             )
+
+    def _move(
+        self,
+        host: L.LightningModule,
+        policy: CausalLM,
+        optimizer: LightningOptimizer,
+        norm: Tensor,
+    ) -> None:
+        """The optimizer's step and all that follows from it; the weights must survive it."""
+        parameters = trained_parameters(policy)
+        before = weight_norm(parameters) if self._norm is None else self._norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
+        optimizer.step()
+        self._norm = weight_norm(parameters)
+        if not self._norm <= LARGEST_GROWTH * (before + 1):  # + 1: factors may begin at 0
+            raise TrainingStopped(
+                f"an optimizer's step took the policy's weights from a norm of {before:.4g} to "
+                f"{self._norm:.4g}: go on from an older checkpoint with a lower learning rate "
+                f"than {optimizer.param_groups[0]['lr']:g}"
+            )
+        host.lr_schedulers().step()  # type: ignore[union-attr]
+        self.update.teacher.after_step(policy)
+        self.update.reference.after_step(policy)
+        for part in host.modules():
+            if isinstance(part, Stateful):
+                part.after_step()
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
     """What the optimizer moves."""
     return [p for p in policy.parameters() if p.requires_grad]
+
+
+def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
+    """Tokens below which a budget puts each of `rows` into a micro-batch of its own, and tokens
+    above which one holds them all.
+    """
+    active = batch.active[rows]
+    lengths = batch.mask[rows].sum(-1)[active].tolist()
+    contexts = (batch.teacher.ids, batch.reference.ids)
+    prompts = (batch.student_prompts(), *([ids for g in c for ids in g] for c in contexts))
+    longest = max((len(ids) for each in prompts for ids in each), default=0)
+    return max(min(lengths, default=1), 1), sum(length + longest for length in lengths)
 
 
 def _split(questions: int, group: int, parts: int) -> list[list[int]]:

@@ -25,6 +25,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction
 from scsdpo.teacher import Teacher
 from scsdpo.training.batch import Batch
+from scsdpo.training.budget import agreed
 from scsdpo.training.forwards import Forwards, Loss
 from scsdpo.training.measure import measure
 from scsdpo.weighting import TokenWeighting
@@ -70,7 +71,8 @@ class Update:
                 and no number.
         """
         forwards = self._forwards(policy, batch, rows, max_tokens)
-        signals = measure(forwards, self.needs)
+        with agreed(policy):  # collectives follow
+            signals = measure(forwards, self.needs)
         for make in (*batch.plan.derivations, *self.derivations):
             signals.derive(make)
         scale = self._scale(forwards, signals)

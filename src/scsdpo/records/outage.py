@@ -1,0 +1,105 @@
+"""What is written beside a run may fail without costing it: loggers, records."""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from scsdpo.errors import first_line
+
+PAUSE = 60.0
+"""Seconds in which a logger that failed is left alone: one that waits for a network waits long."""
+_VERBS = (
+    "log_metrics",
+    "log_hyperparams",
+    "log_graph",
+    "save",
+    "after_save_checkpoint",
+    "finalize",
+)
+
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+class Outage:
+    """Tries something that may fail, says so once, tries again later, and says when it works.
+
+    Args:
+        what: it is, in messages.
+        errors: those that count as its failing; others are raised.
+        pause: seconds without a try after a failure.
+    """
+
+    def __init__(self, what: str, errors: Errors, pause: float = 0.0) -> None:
+        self.what, self.errors, self.pause = what, errors, pause
+        self._since: float | None = None
+
+    def attempt(self, work: Callable[[], Any]) -> bool:
+        """Whether `work` was done."""
+        if self._since is not None and time.monotonic() < self._since + self.pause:
+            return False
+        try:
+            work()
+        except self.errors as error:
+            if self._since is None:
+                warnings.warn(
+                    f"{self.what} failed, the run goes on and it is tried again: "
+                    f"{type(error).__name__}: {first_line(error)}",
+                    stacklevel=2,
+                )
+            self._since = time.monotonic()
+            return False
+        if self._since is not None:
+            rank_zero_info(f"{self.what} works again")
+            self._since = None
+        return True
+
+
+class _Guarded:
+    """A logger's verb that never raises."""
+
+    def __init__(self, verb: Callable[..., Any], logger: Logger, outage: Outage) -> None:
+        self.verb, self.logger, self.outage = verb, logger, outage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not self.outage.attempt(lambda: self.verb(*args, **kwargs)):
+            _forget_writer(self.logger)
+
+
+def guard(logger: Logger) -> None:
+    """A failure of the logger costs lines of its log, and never the run; once for each logger."""
+    if isinstance(logger.log_metrics, _Guarded):
+        return
+    outage = Outage(f"the logger {type(logger).__name__}", Exception, PAUSE)
+    for name in _VERBS:
+        if hasattr(logger, name):
+            setattr(logger, name, _Guarded(getattr(logger, name), logger, outage))
+    if isinstance(logger, TensorBoardLogger):
+        _silence_writers()
+
+
+def _forget_writer(logger: Logger) -> None:
+    """TensorBoard's writer raises its first error for ever; the next line opens another file."""
+    if isinstance(logger, TensorBoardLogger):
+        logger._experiment = None
+
+
+def _silence_writers() -> None:
+    """TensorBoard's thread prints a traceback of what it raises again in ours."""
+    before = threading.excepthook
+    if isinstance(before, _ButWriters):
+        return
+    threading.excepthook = _ButWriters(before)
+
+
+class _ButWriters:
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self.before = before
+
+    def __call__(self, args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self.before(args)

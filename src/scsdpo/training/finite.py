@@ -1,0 +1,102 @@
+"""What is not finite, named for what it is: weights of policy or teacher, logits, gradient."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from scsdpo.distributed import all_max
+from scsdpo.errors import TrainingStopped
+from scsdpo.loss import LossOutput
+from scsdpo.types import Rollouts
+
+LARGEST = 1e15
+"""Of a weight; float32 squares overflow at 2e19, and norms with them."""
+
+
+def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
+    """In words, which of the model's weights are no finite numbers below `LARGEST`; '': none.
+
+    Args:
+        named: parameters or saved tensors of a `PolicyOptimizer`, by name.
+    """
+    weights = [(name, _local(tensor)) for name, tensor in named if tensor.is_floating_point()]
+    weights = [(name, tensor) for name, tensor in weights if tensor.numel()]
+    if not weights:
+        return ""
+    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
+    sound = (extremes.abs() < LARGEST).all(-1).tolist()
+    bad = [name for (name, _), good in zip(weights, sound, strict=True) if not good]
+    if not bad:
+        return ""
+    return (
+        f"the {_owner(bad[0])}'s weights are not finite: {len(bad)} of {len(weights)} tensors, "
+        f"e.g. {bad[0]}"
+    )
+
+
+def weight_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Of all of them together; inf or nan where one is spoiled."""
+    norm = torch.nn.utils.get_total_norm(parameters)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
+    """Stop a run whose policy gave no distribution to draw from.
+
+    Args:
+        rollouts: what was sampled.
+        model: has the policy and its teachers; looked at only then.
+
+    Raises:
+        TrainingStopped: saying whether the weights or the logits are at fault.
+    """
+    if bool(rollouts.policy_logprobs.where(rollouts.mask, 0.0).isfinite().all()):
+        return
+    fault = spoiled(model.named_parameters()) or (
+        "the policy's logits are not finite, though its weights are: they overflow on the way"
+    )
+    raise TrainingStopped(
+        f"nothing can be sampled: {fault}. Go on from an older checkpoint with a lower learning "
+        "rate, or check model.policy"
+    )
+
+
+def blamed(
+    outputs: Sequence[LossOutput], figures: dict[str, float], model: nn.Module
+) -> tuple[str, bool]:
+    """In words, what made a step's loss or gradient non-finite; and whether it is weights.
+
+    Args:
+        outputs: of this rank's micro-batches; all ranks ask together.
+        figures: loss and gradient norm.
+        model: has the policy and its teachers.
+    """
+    if fault := spoiled(model.named_parameters()):
+        return fault, True
+    kinds = {
+        "the policy's logits": [output.logprob for output in outputs],
+        "the objective, and so the teacher's logits or the advantage's credit": [
+            output.objective for output in outputs
+        ],
+    }
+    # Log-probs first: where they are not finite, neither is what is made of them.
+    bad = torch.tensor(
+        [float(any(not bool(t.isfinite().all()) for t in each)) for each in kinds.values()]
+    )
+    found = [name for name, flag in zip(kinds, all_max(bad).tolist(), strict=True) if flag]
+    what = found[0] if found else "the gradient alone (its norm, or a micro-batch's backward)"
+    return f"{what}: {figures}", False
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _owner(name: str) -> str:
+    """policy, teacher or reference; under LoRA their factors lie inside the policy."""
+    for owner in ("reference", "teacher"):
+        if owner in name.split("."):
+            return owner
+    return "policy"
