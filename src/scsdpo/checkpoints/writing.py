@@ -48,21 +48,23 @@ class WholeFiles(TorchCheckpointIO):
 def install(part: Path, path: Path, aside: Path | None = None) -> None:
     """Give a whole `part` its name; what had it becomes `aside`, or goes.
 
-    At every moment `path` or `aside` is whole, and for files `path` is.
+    At every moment one of `path` and `aside` is whole, and with files `path` is.
     """
     _sync(part)
-    if aside is not None and path.is_dir():
+    folders = path.is_dir() or part.is_dir()
+    if aside is None or not path.exists():
+        if folders:
+            _discard(path)
+    elif folders:
         _discard(aside)
         path.rename(aside)  # a folder has one name only
-    elif aside is not None and path.exists():
+    else:
         second = part_of(aside)
         second.unlink(missing_ok=True)
         os.link(path, second)
         if aside.is_dir():
             _discard(aside)
         second.replace(aside)
-    if path.is_dir():
-        _discard(path)
     part.replace(path)
     _sync_entry(path.parent)
 
