@@ -59,14 +59,21 @@ def install(part: Path, path: Path, aside: Path | None = None) -> None:
         _discard(aside)
         path.rename(aside)  # a folder has one name only
     else:
-        second = part_of(aside)
-        second.unlink(missing_ok=True)
-        os.link(path, second)
         if aside.is_dir():
             _discard(aside)
-        second.replace(aside)
+        _second_name(path, aside)
     part.replace(path)
     _sync_entry(path.parent)
+
+
+def _second_name(path: Path, aside: Path) -> None:
+    second = part_of(aside)
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:  # some file systems have no links; there `path` is gone for a moment
+        path.rename(second)
+    second.replace(aside)
 
 
 def remove_parts(folder: Path) -> None:
