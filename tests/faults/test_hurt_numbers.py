@@ -1,5 +1,6 @@
 """What is not finite is named for what it is, and never the only state on disk."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hurt import newest
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from scsdpo.training.last_good import NAME, newest_checkpoint
 from torch import Tensor
 
 import scsdpo
 from runs import Always, Toys, data, module, trainer
 from scsdpo.advantage import GroupRelative
+from scsdpo.checkpoints import LAST, Checkpoint
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Limits
@@ -39,7 +40,9 @@ class At(Callback):
 
 def fit(model, root, act=lambda module: None, **settings):
     """A run that saves each step as `step=N.ckpt`; the trainer."""
-    saved = ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    folder = {"dirpath": root / "checkpoints", "filename": "{step}"}
+    every = {"every_n_train_steps": 1, "save_top_k": -1}
+    saved = Checkpoint(every_minutes=math.inf, save_last=True, **folder, **every)
     callbacks = [saved, At(act)]
     run = trainer(root, enable_checkpointing=True, callbacks=callbacks, **settings)
     model.trainer = run
@@ -66,17 +69,17 @@ def test_policy_weights_are_named_and_nothing_of_them_is_saved(qwen3, tmp_path, 
     run, go = fit(module(qwen3), tmp_path, poison("policy", value))
     with pytest.raises(TrainingStopped, match=said):
         go()
-    newest = newest_checkpoint(run)
-    assert newest.name == "step=2.ckpt" and finite(newest)
-    assert not (tmp_path / "checkpoints" / NAME).exists()
+    kept = newest(run)
+    assert kept.name == "step=2.ckpt" and finite(kept)
+    assert not (tmp_path / "checkpoints" / LAST).exists()
 
 
-def test_a_teacher_is_named_and_nothing_of_it_is_saved(qwen3, tmp_path, caplog):
+def test_a_teacher_is_named_and_nothing_of_it_is_saved(qwen3, tmp_path, capsys):
     run, go = fit(module(qwen3), tmp_path, poison("teacher", torch.nan))
     with pytest.raises(TrainingStopped, match="the teacher's weights are not finite: 1 of"):
         go()
-    assert newest_checkpoint(run).name == "step=2.ckpt"
-    assert "is not saved (the teacher's weights are not finite" in caplog.text
+    assert newest(run).name == "step=2.ckpt"
+    assert "could not be saved: the teacher's weights are not finite" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused_at_the_start(qwen3, tmp_path):
@@ -93,10 +96,10 @@ def test_a_step_that_destroys_the_weights_is_the_last(qwen3, tmp_path):
     run, go = fit(module(qwen3, optimizer=lr), tmp_path)
     with pytest.raises(TrainingStopped, match=r"from a norm of .* lower learning rate than 1e\+30"):
         go()
-    assert newest_checkpoint(run) is None  # the first step did it, and it was not saved
+    assert newest(run) is None  # the first step did it, and it was not saved
 
 
-def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tmp_path, caplog):
+def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tmp_path, capsys):
     settings = {"advantage": GroupRelative(), "teacher": NoTeacher()}
     model = module(qwen3, **settings, limits=Limits(max_bad_steps=2))
 
@@ -110,10 +113,10 @@ def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tm
         pytest.raises(TrainingStopped, match="2 steps in a row were not finite"),
     ):
         go()
-    path = tmp_path / "checkpoints" / NAME
+    path = tmp_path / "checkpoints" / LAST
     assert finite(path)
     assert torch.load(path, weights_only=True)["global_step"] == 2
-    assert f"the last good state, after step 2, is saved: {path}" in caplog.text
+    assert f"the state after batch 3 is in {path}" in capsys.readouterr().err
 
 
 def test_logits_that_overflow_are_named(qwen3, tmp_path):
@@ -127,7 +130,7 @@ def test_logits_that_overflow_are_named(qwen3, tmp_path):
     _, go = fit(module(qwen3), tmp_path, act)
     with pytest.raises(TrainingStopped, match="nothing can be sampled: the policy's logits are"):
         go()
-    assert finite(tmp_path / "checkpoints" / NAME)
+    assert finite(tmp_path / "checkpoints" / LAST)
 
 
 def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(qwen3, tmp_path):

@@ -121,7 +121,8 @@ class Checkpoint(ModelCheckpoint):
             return
         if isinstance(exception, Interrupted):  # on every rank
             self._save_last(trainer)
-            hand_over(trainer, self._folder / LAST, exception.signum)
+            if self._place is not None and not is_remote(self.last_model_path):
+                hand_over(trainer, self._folder / LAST, exception.signum)
         elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
             self._rescue(trainer)
         if self._place is not None:

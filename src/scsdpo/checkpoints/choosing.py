@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from."""
 
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,15 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder."""
-    for other in _newest_first(folder.glob("*.ckpt")):
-        try:
-            return Saved.read(other).path
-        except ValueError:
-            continue
-    return None
+    """The newest whole checkpoint in a folder, whoever wrote it."""
+    return next(filter(_is_whole, _newest_first(folder.glob("*.ckpt"))), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """A torn file lacks the zip's directory, which comes last; a folder, what is written last."""
+    if path.is_dir():
+        return (path / "meta.pt").exists() and (path / ".metadata").exists()
+    return zipfile.is_zipfile(path)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -62,8 +62,8 @@ class SafePoint:
             loops["state_dict"]["combined_loader"] = self._loaders
             if "metrics" in checkpoint:
                 checkpoint["metrics"] = self._metrics
-        batches = int(checkpoint["state_dict"]["batches"])
-        _between_batches(loops, module.trainer, validated=self.validated == batches)
+        batch, validated = self.place(module)
+        _between_batches(loops, module.trainer, validated=batch == validated)
 
 
 def under_way(trainer: L.Trainer) -> bool:
@@ -89,10 +89,7 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
     for count in _counts(batch):
         count["ready"] = count["started"] = count["completed"] = count["processed"]
     finished = batch["current"]["processed"]
-    due = not under_way(trainer) and trainer.fit_loop.epoch_loop._should_check_val_fx(
-        trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
-    )
-    pending = bool(finished) and due and not validated
+    pending = bool(finished) and not validated and not under_way(trainer) and _is_due(trainer)
     batch["is_last_batch"] = bool(finished) and finished >= trainer.num_training_batches
     if batch["is_last_batch"] and not pending:
         _end_epoch(loops)
@@ -105,6 +102,12 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
     validation |= {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
     stepped = max(batch["total"]["processed"] - 1, 0)
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = stepped
+
+
+def _is_due(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the batch that was just finished."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
 
 
 def _end_epoch(loops: dict[str, Any]) -> None:
