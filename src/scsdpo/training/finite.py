@@ -52,7 +52,8 @@ def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
     Raises:
         TrainingStopped: saying whether the weights or the logits are at fault.
     """
-    if bool(rollouts.policy_logprobs.where(rollouts.mask, 0.0).isfinite().all()):
+    # The policy's own log-probs may be unknown: vLLM gives none of a cut distribution.
+    if bool(rollouts.sampling_logprobs.where(rollouts.mask, 0.0).isfinite().all()):
         return
     fault = spoiled(model.named_parameters()) or (
         "the policy's logits are not finite, though its weights are: they overflow on the way"
