@@ -310,13 +310,13 @@ def last(tmp_path, run="runs"):
     return torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_last_ckpt_is_the_last_state_and_the_command_line_wins_over_it(scsdpo, tmp_path):
     assert scsdpo("fit")[0] == 0
     saved = last(tmp_path)
     assert saved["global_step"] == 3  # validation was at 2
     assert set(saved["metrics"]) > {"val/mean@2", "train/loss"}
-    assert [path.name for path in (tmp_path / "runs" / "checkpoints").iterdir()] == ["last.ckpt"]
+    kept = {path.name for path in (tmp_path / "runs" / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "previous.ckpt"}
     restored = PolicyOptimizer.load_from_checkpoint(tmp_path / "runs" / "checkpoints" / "last.ckpt")
     assert restored.sampling.n == 2
     for name, value in restored.state_dict().items():
@@ -350,7 +350,7 @@ def test_last_ckpt_is_written_at_each_validation_not_only_at_a_new_best(
         scsdpo("fit", "--trainer.max_steps=6", *best)
     assert last(tmp_path)["global_step"] == 4
     kept = {path.name for path in (tmp_path / "runs" / "checkpoints").iterdir()}
-    assert kept == {"last.ckpt", "epoch=0-step=2.ckpt"}
+    assert kept == {"last.ckpt", "previous.ckpt", "epoch=0-step=2.ckpt"}
 
 
 def test_checkpointing_can_be_turned_off(scsdpo, tmp_path):

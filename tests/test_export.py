@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import qwen3_folder
 from scsdpo.__main__ import main as command
+from scsdpo.checkpoints import Saved
 from scsdpo.cli.export import export, load_weights, make_policy
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import STUDENT
-from scsdpo.training.checkpoint import Saved
 from test_cli import VALID
 
 

@@ -1,10 +1,14 @@
 """The command `scsdpo`: dispatches to the commands and turns users' mistakes into one line."""
 
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 
+from scsdpo.cli.signals import Handlers, leave
 from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
+from scsdpo.interrupt import Interrupted
 
 COMMANDS = {
     "fit": "train a policy",
@@ -56,15 +60,16 @@ def run(args: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if the run stopped or was stopped."""
+    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a fault stopped the run; 143
+    or 130 if it was asked to by a signal.
+    """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
     try:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise ConfigurationError(f"{args[0]}: no such command; choose {', '.join(COMMANDS)}")
-        run(args)
+        with Handlers():
+            return _run(args)
     except ConfigurationError as error:
         return _fail(error, 2)
     except TrainingStopped as error:
@@ -75,6 +80,19 @@ def main() -> int:
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             return _fail(error, 3)
         raise
+
+
+def _run(args: Sequence[str]) -> int:
+    try:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise ConfigurationError(f"{args[0]}: no such command; choose {', '.join(COMMANDS)}")
+        run(args)
+    except Interrupted as stop:
+        code = leave(stop)
+        if any(not thread.daemon for thread in threading.enumerate()[1:]):
+            sys.stderr.flush()
+            os._exit(code)  # threads that wait for an answer would be waited for
+        return code
     return 0
 
 

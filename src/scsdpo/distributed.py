@@ -1,4 +1,4 @@
-"""Sums and maxima over ranks; with one process they are the identity."""
+"""Sums, maxima and agreements over ranks; with one process the former are the identity."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -52,3 +52,42 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
+
+
+class Agreement:
+    """How ranks agree to give up a window (`scsdpo.interrupt`): by keys of the store they met at.
+
+    Not by a collective, which a rank that waits in another one would never join. Who gives a window
+    up writes so, unless "keep" stands there, which the last rank to arrive at its end writes.
+    """
+
+    def __init__(self) -> None:
+        self._store = dist.PrefixStore("scsdpo", dist.distributed_c10d._get_default_store())
+        self._arrived = -1
+
+    @classmethod
+    def of_ranks(cls) -> "Agreement | None":
+        """None with one process."""
+        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls() if many else None
+
+    def heard(self) -> int:
+        return int(self._store.get("asked")) if self._store.check(["asked"]) else 0
+
+    def tell(self, signum: int) -> None:
+        self._store.set("asked", str(signum))
+
+    def give_up(self, window: int, signum: int) -> int:
+        said = self._store.compare_set(f"window/{window}", "", str(signum)).decode()
+        return 0 if said == "keep" else int(said)
+
+    def arrive(self, window: int) -> bool | None:
+        key = f"window/{window}"
+        if self._arrived != window:
+            self._arrived = window
+            if self._store.add(f"{key}/there", 1) == dist.get_world_size():
+                # Everyone has read what was said of the window before.
+                self._store.delete_key(f"window/{window - 1}")
+                self._store.delete_key(f"window/{window - 1}/there")
+                return self._store.compare_set(key, "", "keep") == b"keep"
+        return self._store.get(key) == b"keep" if self._store.check([key]) else None

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from runs import Toys, data, module, trainer
+from scsdpo.checkpoints import Checkpoint
 from scsdpo.errors import TrainingStopped, explanation
 from scsdpo.training import Limits
 from scsdpo.types import Sampling
@@ -75,7 +75,8 @@ def main() -> None:
         limits=Limits(max_tokens=60),
         token_weighting=TeacherEntropy(),
     )
-    saved = ModelCheckpoint(Path(root) / "checkpoints", every_n_train_steps=1)
+    each = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    saved = Checkpoint(dirpath=Path(root) / "checkpoints", **each)
     run = trainer(
         root,
         devices=2,

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import scsdpo
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter
+from scsdpo.checkpoints import Checkpoint
 from scsdpo.records import JsonLines, Outage, outage
-from scsdpo.training.checkpoint import Checkpoint
-from scsdpo.training.last_good import newest_checkpoint
+from scsdpo.training.newest import newest_checkpoint
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_the_table_at_the_end_is_printed_where_its_file_cannot_be_written(
 
 def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(qwen3, small_disk, tmp_path):
     """The model has 700 KB, the file system 64: no checkpoint can be written there."""
-    saved = Checkpoint(small_disk, save_last=True, every_n_epochs=1)
+    saved = Checkpoint(dirpath=small_disk, save_last=True, every_n_epochs=1)
     run = trainer(tmp_path, callbacks=[saved], enable_checkpointing=True, max_epochs=2)
     with pytest.warns(UserWarning, match="saving a checkpoint failed, the run goes on") as warned:
         run.fit(module(qwen3), data())
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(qwen3, small
 
 
 def test_an_older_checkpoint_stays_where_the_newer_does_not_fit(qwen3, tmp_path, monkeypatch):
-    saved = Checkpoint(tmp_path / "kept", "{epoch}", save_top_k=1, every_n_epochs=1)
+    saved = Checkpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=1)
     run = trainer(tmp_path, callbacks=[saved], enable_checkpointing=True, max_epochs=2)
     save = run.strategy.save_checkpoint
 

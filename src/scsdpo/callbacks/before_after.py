@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from rich.console import Console
@@ -17,12 +18,21 @@ class BeforeAfter(L.Callback):
 
     "Before" is Lightning's sanity check run over the whole validation set
     (`trainer.num_sanity_val_steps: -1`), or the first validation of a run without one; "after" is
-    the last validation. The numbers are also written to `before_after.json` among the run's files.
+    the last validation. A run that goes on from a checkpoint keeps the "before" of its start. The
+    numbers are also written to `before_after.json` among the run's files.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints."""
+        return {"before": self.before, "after": self.after}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The run's start is that of its first part."""
+        self.before, self.after = state_dict["before"], state_dict["after"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         values = {

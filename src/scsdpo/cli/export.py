@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from scsdpo.checkpoints import Saved
 from scsdpo.cli.model_card import model_card
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT
-from scsdpo.training.checkpoint import Saved
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +63,7 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigurationError(f"--out: {out} is not empty; choose a new folder")
     with blamed_on("--ckpt"):
-        saved = Saved.read(ckpt)
+        saved = Saved.read_weights(ckpt)
     policy = make_policy(saved)
     if adapter and not isinstance(policy.adapter, Lora):
         raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")

@@ -2,19 +2,26 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
+from scsdpo.cli.monitor import check_monitor
 from scsdpo.cli.parser import SECTIONS, Parser
+from scsdpo.cli.resume import compared, resolved
+from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.checkpoint import Checkpoint
+
+_COMPARED = (*SECTIONS, "seed_everything")
+"""Parts of the configuration that a checkpoint holds."""
 
 
 class CLI(LightningCLI):
@@ -33,12 +40,6 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's configuration win over the command line."""
 
-    def before_instantiate_classes(self) -> None:
-        path = str(self.config[self.subcommand].ckpt_path or "last")
-        named = path in ("best", "last", "hpc", "registry") or ":" in path  # by Lightning, or a URL
-        if not named and not Path(path).exists():
-            raise ConfigurationError(f"ckpt_path: {path} does not exist")
-
     def instantiate_classes(self) -> None:
         builder = Builder(self.config[self.subcommand].as_dict(), SECTIONS)
         self.parser.add_instantiator(builder, object)
@@ -51,15 +52,52 @@ class CLI(LightningCLI):
         config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
         # With this, `PolicyOptimizer.load_from_checkpoint` makes objects of what is described.
         maker = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        self.model.save_hyperparameters(json.loads(config)["model"] | maker, logger=False)
+        described = json.loads(config)
+        self.model.save_hyperparameters(described["model"] | maker, logger=False)
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.config = {key: described[key] for key in described if key in _COMPARED}
+                check_monitor(
+                    callback,
+                    self.model.val_sampling.n,
+                    self.trainer.callbacks,  # type: ignore[attr-defined]
+                )
+        self._choose_checkpoint(described)
+
+    def _choose_checkpoint(self, described: dict[str, Any]) -> None:
+        """Find it and compare it before any weight is loaded, and before config.yaml is written."""
+        command = self.subcommand
+        assert command is not None
+        given = self.config[command].ckpt_path
+        if given is not None and ":" in str(given):  # a URL, which Lightning reads
+            return
+        saved = resolved(given, self.trainer, described, command)
+        if saved is None:
+            return
+        self.model.changed = compared(saved, described, command)
+        self.model.policy_only = command != "fit"
+        for config in (self.config, self.config_init):
+            config[command].ckpt_path = str(saved.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        trainer._signal_connector = _NoHandlers(trainer)
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            launcher = trainer.strategy.launcher
+            Handlers.launched = staticmethod(lambda: launcher.procs)
+        return trainer
+
+
+class _NoHandlers(_SignalConnector):
+    """Leaves signals to `scsdpo.cli.signals`."""
+
+    def register_signal_handlers(self) -> None:
+        """None."""
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from scsdpo.training.checkpoint import Saved
+from scsdpo.checkpoints import Saved
 
 _CARD = """\
 ---

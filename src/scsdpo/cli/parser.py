@@ -11,11 +11,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import scsdpo.callbacks
 import scsdpo.lab  # noqa: F401 - so that their classes go by short names
+from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.checkpoint import Checkpoint
 
 SECTIONS: dict[str, type] = {
     "model": PolicyOptimizer,

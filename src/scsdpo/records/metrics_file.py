@@ -43,7 +43,7 @@ class MetricsFile(L.Callback):
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
-        if pl_module.batches == 0:
+        if pl_module.batches == 0 and not trainer.ckpt_path:
             self._file.set_aside()
             return
         before = Path(trainer.ckpt_path or "").parent.parent / NAME

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length, not_quantised
@@ -99,6 +100,7 @@ class Colocated(Engine):
         chosen = {"cuda": "bfloat16"}.get(device, "float32") if self.dtype == "auto" else self.dtype
         with _class_kept(type(policy.language_model.get_decoder()), self.enforce_eager):
             llm = self._make(LLM, policy.chat.tokenizer.name_or_path, chosen)
+        llm.llm_engine.step = _looking(llm.llm_engine.step)
         (described,) = llm.collective_rpc("scsdpo_describe")
         not_quantised(described["quantization"], "vLLM, told so by the checkpoint's config,")
         return llm
@@ -140,6 +142,16 @@ class Colocated(Engine):
             use_tqdm=False,
         )
         return [[_answer(completion) for completion in output.outputs] for output in outputs]
+
+
+def _looking(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The engine's step, which looks first whether the run was asked to stop."""
+
+    def looking() -> Any:
+        interrupt.check()
+        return step()
+
+    return looking
 
 
 def _answer(completion: Any) -> Answer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import TokenLogits
 from scsdpo.policy.attention import run_decoder
@@ -66,6 +67,7 @@ class Flight:
         hidden: list[Tensor] = []
         step = 0
         while waiting or len(self.row):
+            interrupt.check()
             if self._is_worth_admitting():
                 while chunk := self._next(waiting):
                     hidden.append(self._admit(chunk))

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.delivery import Delivery, write_weights
@@ -92,8 +93,12 @@ class Servers(Engine):
         def ask(server: Server, share: Sequence[Request]) -> list[list[Answer]]:
             return self._patiently(server, lambda: self._ask(server, share, offer))
 
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            parts = list(pool.map(ask, self.servers, shares))
+        pool = ThreadPoolExecutor(len(self.servers))
+        asked = [pool.submit(ask, *each) for each in zip(self.servers, shares, strict=True)]
+        pool.shutdown(wait=False)
+        while wait(asked, _PAUSE).not_done:
+            interrupt.check()  # the process ends then, and with its connections their requests
+        parts = [each.result() for each in asked]
         answers = [parts[q % len(parts)][q // len(parts)] for q in range(len(requests))]
         return offer.version, answers
 

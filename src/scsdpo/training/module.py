@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from scsdpo import interrupt
 from scsdpo.advantage import Advantage
 from scsdpo.callbacks import RolloutCallback
+from scsdpo.checkpoints import Resumable, fit_weights
+from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import (
@@ -22,7 +25,7 @@ from scsdpo.metrics import (
     rollout_metrics,
 )
 from scsdpo.policy import CausalLM
-from scsdpo.records import MetricsFile, Recorded
+from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
@@ -41,7 +44,7 @@ from scsdpo.verifiers import Verification, VerifierPool, report_errors
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
-class PolicyOptimizer(Recorded):
+class PolicyOptimizer(Resumable):
     """Self-distillation policy optimization, composed of strategies.
 
     Each batch of questions is answered, judged, and learned from:
@@ -144,7 +147,7 @@ class PolicyOptimizer(Recorded):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
-        return [MetricsFile(), OnFailure(self.steps)]
+        return [MetricsFile(), OnFailure()]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -176,19 +179,24 @@ class PolicyOptimizer(Recorded):
 
     # ------------------------------------------------------------------ training
 
+    def on_fit_start(self) -> None:
+        """From here on a signal asks the run to stop, and does not end it."""
+        interrupt.begin_run(Agreement.of_ranks())
+
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""
         self._check_size(prompts)
+        interrupt.open_window()
         self.batches += 1
         rollouts = self.sample(prompts, self.sampling.at(int(self.batches)))
         outcomes = self.judge(rollouts)
+        interrupt.meet()
         chosen = self.selection.select(rollouts, outcomes)
         prepared = [self.prepare(*judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
             self.steps.learn(self, self.policy, batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
-        self.steps.under_way = False
 
     def _check_size(self, prompts: Sequence[Prompt]) -> None:
         if len(prompts) < self.updates_per_rollout:
@@ -300,6 +308,13 @@ class PolicyOptimizer(Recorded):
 
     # ---------------------------------------------------------------- evaluation
 
+    def on_validation_epoch_start(self) -> None:
+        """A validation can be given up as a whole; the ranks meet at its end."""
+        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.open_window()
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """Sample with `val_sampling` and judge."""
         self._evaluate("val", prompts)
@@ -307,6 +322,7 @@ class PolicyOptimizer(Recorded):
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
         self._log_evaluation("val")
+        super().on_validation_epoch_end()
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """As validation."""
@@ -325,6 +341,8 @@ class PolicyOptimizer(Recorded):
         self._show(split, rollouts, outcomes, torch.ones_like(outcomes.rewards).double())
 
     def _log_evaluation(self, split: Literal["val", "test"]) -> None:
+        interrupt.meet()
+        interrupt.close_window()
         k = self.val_sampling.n
         log_figures(self, split, self.validation.compute(k, self.device), shown=f"mean@{k}")
         self.validation.reset()
@@ -332,6 +350,8 @@ class PolicyOptimizer(Recorded):
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
+        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
         rollouts = self._sampled(prompts, self.val_sampling)
         outcomes = self.judge(rollouts)
         return [
@@ -350,25 +370,22 @@ class PolicyOptimizer(Recorded):
     # --------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What strategies remember beyond buffers, in this one place.
+        """Refuse a state that must not take a good one's place.
 
         Raises:
-            TrainingStopped: if weights are not finite, so that no good checkpoint gives way to it.
+            TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        if fault := spoiled(checkpoint["state_dict"].items()):
-            raise TrainingStopped(f"{fault}; nothing was saved, go on from an older checkpoint")
-        checkpoint["remembered"] = all_remembered(self)
+        fault = spoiled(checkpoint["state_dict"].items())
+        if fault or self.steps.under_way:
+            raise TrainingStopped(
+                f"{fault or 'an optimizer step was broken off'}; nothing is saved"
+            )
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model: every saved key must be there, and no other."""
+        """Refuse one of another model, and of another method unless that change was said."""
         self.configure_model()
-        saved, own = set(checkpoint["state_dict"]), set(self.state_dict())
-        if saved != own:
-            odd = sorted(saved ^ own)
-            raise ConfigurationError(
-                f"the checkpoint does not fit this configuration: {len(saved - own)} of its "
-                f"tensors have no place here and {len(own - saved)} are missing from it, "
-                f"e.g. {odd[0]!r}; use the run's own config.yaml"
-            )
+        other = self.policy_only or any(change.of_memory for change in self.changed)
+        fit_weights(checkpoint["state_dict"], self.state_dict(), policy_only=other)
         with blamed_on("the checkpoint"):
-            remember_all(self, checkpoint["remembered"])
+            super().on_load_checkpoint(checkpoint)

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from scsdpo import interrupt
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
@@ -71,7 +72,7 @@ class OptimizerSteps(nn.Module):
         self.objective_name, self.per_batch = objective_name, per_batch
         self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
         self.under_way = False
-        """Whether the batch under way has moved weights, and they are those after no batch."""
+        """Whether weights, optimizer and teachers are between two steps' states."""
         self._norm: float | None = None
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -158,6 +159,7 @@ class OptimizerSteps(nn.Module):
         outputs = []
         with agreed(policy), _unsynchronized(host), _seeded(host):
             for output, sampled in self.update.losses(policy, batch, rows, budget):
+                interrupt.check()
                 host.manual_backward(output.loss)
                 loss += output.loss.detach().double()
                 outputs.append((output, sampled))
@@ -205,6 +207,7 @@ class OptimizerSteps(nn.Module):
         optimizer = host.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         if all(map(math.isfinite, figures.values())):
+            interrupt.close_window()
             self.bad.zero_()
             self._move(host, policy, optimizer, norm)
             optimizer.zero_grad()
@@ -249,6 +252,7 @@ class OptimizerSteps(nn.Module):
         for part in host.modules():
             if isinstance(part, Stateful):
                 part.after_step()
+        self.under_way = False
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers.process import Worker
@@ -23,6 +24,8 @@ CHUNK_JOBS = 64
 START_SECONDS = 120.0
 """Most that a process may take to start, or to prepare a verifier."""
 START_FAILURES = 3
+LOOK_SECONDS = 0.2
+"""Between two looks at whether the run was asked to stop."""
 
 _log = logging.getLogger(__name__)
 
@@ -192,8 +195,9 @@ class _Batch:
     def _attend(self) -> None:
         """Wait for an event of some process, or for the first deadline."""
         at_work = [worker for worker in self.pool.workers if not worker.idle]
-        first = min(worker.limit for worker in at_work)
-        heard = wait([worker.out for worker in at_work], max(0.0, first - time.monotonic()))
+        first = min(worker.limit for worker in at_work) - time.monotonic()
+        heard = wait([worker.out for worker in at_work], min(max(0.0, first), LOOK_SECONDS))
+        interrupt.check()
         for worker in at_work:
             if worker.out in heard:
                 for event in worker.events():

@@ -1,0 +1,32 @@
+"""Checkpoints: when they are written, how, and what they hold."""
+
+from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
+from scsdpo.checkpoints.choosing import newest, whole_neighbour
+from scsdpo.checkpoints.comparing import Change, Rule, changes
+from scsdpo.checkpoints.fitting import fit_weights
+from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.resumable import Resumable
+from scsdpo.checkpoints.safe_point import SafePoint, under_way
+from scsdpo.checkpoints.saying import say
+from scsdpo.checkpoints.writing import WholeFiles, install, part_of, remove_parts
+
+__all__ = [
+    "LAST",
+    "PREVIOUS",
+    "Change",
+    "Checkpoint",
+    "Resumable",
+    "Rule",
+    "SafePoint",
+    "Saved",
+    "WholeFiles",
+    "changes",
+    "fit_weights",
+    "install",
+    "newest",
+    "part_of",
+    "remove_parts",
+    "say",
+    "under_way",
+    "whole_neighbour",
+]

@@ -1,0 +1,236 @@
+"""When a run saves, and under which names."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from scsdpo.checkpoints.resumable import Resumable
+from scsdpo.checkpoints.saving import disk_outage, everywhere
+from scsdpo.checkpoints.saying import say
+from scsdpo.checkpoints.slurm import hand_over
+from scsdpo.checkpoints.writing import (
+    WholeFiles,
+    install,
+    is_remote,
+    part_of,
+    remove_parts,
+    set_aside,
+)
+from scsdpo.distributed import all_max
+from scsdpo.interrupt import Interrupted
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class Checkpoint(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, and with `save_last` the last two states whatever is best.
+
+    They are `last.ckpt` and `previous.ckpt`, and are written every so many minutes, at each
+    validation and at the end. What is written is whole under its name, or not there; what another
+    run has left in the folder under these names becomes `last.1.ckpt`, ...
+
+    Args:
+        every_minutes: time between two states, looked at after each batch; 0: after each batch,
+            .inf: at validations only.
+        **kwargs: of `ModelCheckpoint`, for the best states.
+
+    Raises:
+        ValueError: if `every_minutes` is negative.
+    """
+
+    def __init__(self, every_minutes: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not every_minutes >= 0:
+            raise ValueError(
+                f"`Checkpoint(every_minutes=...)` must be >= 0, got {every_minutes}; .inf: never"
+            )
+        own = self._train_time_interval  # Lightning's way to say it
+        self.every_seconds = own.total_seconds() if own else 60 * every_minutes
+        self.config: dict[str, Any] = {}
+        """The run's configuration by section, if it is known; for a resume to compare."""
+        self._place: tuple[int, int] | None = None
+        """Batch, and last validated batch, of the last state that was saved."""
+        self._time = time.monotonic()
+        self._outage, self._written = disk_outage(), True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():
+            # Nothing in there is overwritten.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """In another folder than the checkpoint's, the best ones are counted anew."""
+        if state_dict["dirpath"] == self.dirpath:
+            super().load_state_dict(state_dict)
+
+    # -------------------------------------------------------------------- when
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._time = time.monotonic()
+        if trainer.is_global_zero and not is_remote(self.dirpath or ""):
+            remove_parts(self._folder)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Not Lightning's, which looks for states from before a manual optimizer step."""
+        every = self._every_n_train_steps
+        if every and trainer.global_step % every == 0 and self._is_new_step(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        due = time.monotonic() - self._time >= self.every_seconds
+        if all_max(torch.tensor(float(due), device=pl_module.device)):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save_last(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the state after the last finished batch, if it is still there, and say where."""
+        assert isinstance(pl_module, Resumable)
+        if not self._may_save(trainer) or pl_module.safe_point.batch < 0:
+            return
+        if isinstance(exception, Interrupted):  # on every rank
+            self._save_last(trainer)
+            hand_over(trainer, self._folder / LAST, exception.signum)
+        elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
+            self._rescue(trainer)
+        if self._place is not None:
+            say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint["metrics"] = metrics
+        checkpoint["config"] = self.config
+
+    # --------------------------------------------------------------------- how
+
+    @property
+    def _folder(self) -> Path:
+        assert self.dirpath is not None
+        return Path(self.dirpath)
+
+    def _is_new_step(self, trainer: L.Trainer) -> bool:
+        return not self._should_skip_saving_checkpoint(trainer)
+
+    def _may_save(self, trainer: L.Trainer) -> bool:
+        quick = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return not quick and trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _due_place(self, trainer: L.Trainer) -> tuple[int, int] | None:
+        """Where the run is, unless that is saved already."""
+        module = trainer.lightning_module
+        assert isinstance(module, Resumable)
+        place = module.safe_point.place(module)
+        return place if self.save_last and place != self._place else None
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        if self._may_save(trainer):
+            self._save_last_checkpoint(trainer, {})
+
+    def _save_last_checkpoint(
+        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        """`last.ckpt`, unless it is this very state already."""
+        if (place := self._due_place(trainer)) is None:
+            return
+        if self._place is None and self._is_another_runs(trainer):
+            if trainer.is_global_zero:
+                set_aside(self._folder, (LAST, PREVIOUS))
+            trainer.strategy.barrier()
+        last = f"{self.dirpath}/{LAST}"
+        if self._write(trainer, last, aside=self._folder / PREVIOUS):
+            self.last_model_path, self._place = last, place
+        self._time = time.monotonic()
+
+    def _rescue(self, trainer: L.Trainer) -> None:
+        """`last.ckpt` by rank 0 alone: others may wait elsewhere, or be gone."""
+        place = self._due_place(trainer)
+        if place is None or not trainer.is_global_zero or is_remote(self.dirpath or ""):
+            return
+        if self._place is None and self._is_another_runs(trainer):
+            set_aside(self._folder, (LAST, PREVIOUS))
+        part = part_of(self._folder / LAST)
+        try:
+            content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            trainer.strategy.save_checkpoint(content, part)
+            install(part, self._folder / LAST, self._folder / PREVIOUS)
+        except (OSError, RuntimeError) as error:  # the failure itself is what must be seen
+            say(f"the state after batch {place[0]} could not be saved: {error}")
+            return
+        self.last_model_path = f"{self.dirpath}/{LAST}"
+        self._place = place
+
+    def _is_another_runs(self, trainer: L.Trainer) -> bool:
+        """What is in the folder: not if this run goes on from there."""
+        if is_remote(self.dirpath or ""):
+            return False
+        source = Path(trainer.ckpt_path or "/").absolute()
+        return source.parent != self._folder.absolute()
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """One of the best."""
+        self._written = self._write(trainer, filepath)
+        if not self._written:
+            return
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
+        """Whether it is there now: a disk that refuses costs this checkpoint, and not the run."""
+        if is_remote(filepath):
+            trainer.save_checkpoint(filepath, self.save_weights_only)
+            return True
+        part = part_of(filepath)
+        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        written = everywhere(
+            self._outage, lambda: trainer.strategy.save_checkpoint(content, part)
+        ) and everywhere(
+            self._outage,
+            lambda: install(part, Path(filepath), aside) if trainer.is_global_zero else None,
+        )
+        if not written and trainer.is_global_zero:
+            remove_parts(self._folder)
+        return written
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """An older one stays where the newer could not be written."""
+        if self._written:
+            super()._remove_checkpoint(trainer, filepath)
+
+
+def _is_sharded(trainer: L.Trainer) -> bool:
+    """Whether to save takes all ranks."""
+    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)

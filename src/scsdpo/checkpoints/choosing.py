@@ -1,0 +1,69 @@
+"""Which checkpoint a run goes on from."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from scsdpo.checkpoints.comparing import Rule, changes
+from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.saying import say
+
+_MOST = 8
+"""Candidates that an error lists."""
+_FIRM = (Rule.REFUSE, Rule.WARN)
+
+
+def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved:
+    """The newest whole checkpoint under a folder of runs that agrees with a configuration.
+
+    Those that are torn are passed over, and named.
+
+    Args:
+        folder: holds runs, or is one.
+        config: by section.
+        whole_run: data and method must agree too, and training must be able to go on from it.
+
+    Raises:
+        ValueError: listing the candidates.
+    """
+    against = []
+    for path in _newest_first(folder.rglob("*.ckpt")):
+        try:
+            saved = Saved.read(path)
+        except ValueError as error:
+            say(f"passed over: {error}")
+            continue
+        if (why := _objection(saved, config, whole_run=whole_run)) is None:
+            return saved
+        against.append(f"{path} ({why})")
+    if not against:
+        raise ValueError(f"there is no whole checkpoint under {folder}; leave it out to begin")
+    more = f", and {len(against) - _MOST} more" if len(against) > _MOST else ""
+    raise ValueError(
+        f"no checkpoint under {folder} is of this configuration: {'; '.join(against[:_MOST])}{more}"
+        "; name one to go on from it"
+    )
+
+
+def whole_neighbour(path: Path) -> Path | None:
+    """The newest whole checkpoint in the folder of one that cannot be used."""
+    for other in _newest_first(path.parent.glob("*.ckpt")):
+        try:
+            return Saved.read(other).path
+        except ValueError:
+            continue
+    return None
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(filter(Path.exists, paths), key=lambda path: -path.stat().st_mtime_ns)
+
+
+def _objection(saved: Saved, config: Mapping[str, Any], *, whole_run: bool) -> str | None:
+    if whole_run and not saved.resumable:
+        return "weights only"
+    rules = _FIRM if whole_run else (Rule.REFUSE,)
+    odd = [change for change in changes(saved.config, config) if change.rule in rules]
+    if not whole_run:
+        odd = [change for change in odd if change.key != "model.optimizer"]
+    return str(odd[0]) if odd else None

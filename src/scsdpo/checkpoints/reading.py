@@ -1,0 +1,100 @@
+"""What a checkpoint holds, read without running anything of it."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_META = "meta.pt"
+"""Of a sharded checkpoint, a folder: all but weights and optimizer; it is written last."""
+_ZIP = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint of `scsdpo fit`."""
+
+    path: Path
+    config: dict[str, Any]
+    """The run's configuration by section; of weights only, its section `model`."""
+    weights: dict[str, Tensor]
+    """The module's state, memory-mapped; empty for a sharded checkpoint."""
+    metrics: dict[str, float]
+    """The last ones that were logged; none in a checkpoint of weights only."""
+    step: int
+    """Optimizer steps taken."""
+    resumable: bool
+    """Whether training can go on from it: not from weights only."""
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The configuration's section `model`."""
+        return self.config["model"]
+
+    @classmethod
+    def read(cls, path: Path) -> "Saved":
+        """Read a checkpoint, which may be sharded.
+
+        Raises:
+            ValueError: if there is none, it is torn, or it was not written by `scsdpo fit`.
+        """
+        sharded = (path / _META).exists()
+        if path.is_dir() and not sharded:
+            raise ValueError(_folder(path))
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        file = path / _META if sharded else path
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            given = content["hyper_parameters"]
+            model = {k: v for k, v in given.items() if k != "_instantiator"}
+            return cls(
+                path=path,
+                config=content.get("config", {}) | {"model": model},
+                weights={} if sharded else content["state_dict"],
+                metrics=content.get("metrics", {}),
+                step=content["global_step"],
+                resumable="lr_schedulers" in content,
+            )
+        except (pickle.UnpicklingError, RuntimeError, *_WRONG) as error:
+            raise ValueError(_unreadable(path, file)) from error
+
+    @classmethod
+    def read_weights(cls, path: Path) -> "Saved":
+        """Read a checkpoint that is one file.
+
+        Raises:
+            ValueError: as `read`, and if it is sharded.
+        """
+        if (path / _META).exists():
+            raise ValueError(
+                f"{path} is a sharded checkpoint; make it one file with "
+                f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+            )
+        return cls.read(path)
+
+
+_WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
+"""What `torch.load` and look-ups raise for files of other kinds."""
+
+
+def _folder(path: Path) -> str:
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return f"{path} is an exported policy; name it in model.policy.name_or_path"
+    held = sorted(path.rglob("last.ckpt"))
+    hint = f"; did you mean {held[-1]}?" if held else ""
+    return f"{path} is a folder{hint}"
+
+
+def _unreadable(path: Path, file: Path) -> str:
+    with file.open("rb") as start:
+        begun = start.read(4)
+    if begun in (b"", _ZIP):
+        try:
+            torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, *_WRONG):
+            return f"{path} is torn: it was not written to its end"
+    return f"{path} is not a checkpoint of `scsdpo fit`"

@@ -1,0 +1,110 @@
+"""The state after the last finished batch, also while the next one is under way."""
+
+import copy
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from torch import Tensor
+
+from scsdpo.records import Recorded
+from scsdpo.state import all_remembered
+
+
+class SafePoint:
+    """What was after the last finished batch, but for weights and optimizer.
+
+    A batch that is given up before its first optimizer step has changed neither: the checkpoint
+    that `into` completes is then the one that was due after the batch before, and the questions
+    are asked again.
+    """
+
+    def __init__(self) -> None:
+        self.validated = -1
+        """The batch after which validation was last gone through."""
+        self.batch = self.step = -1
+        """The last finished batch, and optimizer steps then; -1: training has not begun."""
+        self._buffers: dict[str, Tensor] = {}
+        self._remembered: dict[str, dict[str, Any]] = {}
+        self._metrics: dict[str, float] = {}
+        self._loaders: Any = None
+
+    def keep(self, module: Recorded) -> None:
+        """Take down what is now."""
+        trainer = module.trainer
+        self.batch, self.step = int(module.batches), trainer.global_step
+        own = ((n, b) for n, b in module.named_buffers() if not n.startswith("policy."))
+        self._buffers = {name: buffer.clone() for name, buffer in own}
+        self._remembered = copy.deepcopy(all_remembered(module))
+        self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._loaders = _position(trainer)
+
+    def place(self, module: Recorded) -> tuple[int, int]:
+        """The last finished batch, and the last one that a validation followed."""
+        batch = self.batch if under_way(module.trainer) else int(module.batches)
+        return batch, self.validated
+
+    def is_whole(self, trainer: L.Trainer) -> bool:
+        """Whether the weights are still those after the last finished batch."""
+        return not under_way(trainer) or self.step == trainer.global_step
+
+    def into(self, checkpoint: dict[str, Any], module: Recorded) -> None:
+        """Complete what Lightning saves: the loops, and all else, between two batches."""
+        checkpoint["remembered"] = all_remembered(module)
+        checkpoint["validated"] = self.validated
+        if module.trainer.state.fn != "fit":
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        if under_way(module.trainer):
+            state = checkpoint["state_dict"]
+            state.update({k: v for k, v in self._buffers.items() if k in state})
+            checkpoint["remembered"] = self._remembered
+            loops["state_dict"]["combined_loader"] = self._loaders
+            if "metrics" in checkpoint:
+                checkpoint["metrics"] = self._metrics
+        batches = int(checkpoint["state_dict"]["batches"])
+        _between_batches(loops, module.trainer, validated=self.validated == batches)
+
+
+def under_way(trainer: L.Trainer) -> bool:
+    """Whether a batch was begun and not finished."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    assert isinstance(progress, _ProcessedTracker)
+    return progress.ready > progress.processed
+
+
+def _position(trainer: L.Trainer) -> Any:
+    loader = trainer.fit_loop._combined_loader
+    return loader._state_dicts() if loader is not None else []
+
+
+def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bool) -> None:
+    """Lightning's counters as they are after the last finished batch.
+
+    Lightning itself counts an epoch that `max_steps` cuts short as complete, skips a validation
+    that was due and not done, and goes on amid one where that was broken off.
+    """
+    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    broken_off = under_way(trainer)
+    for count in (batch["total"], batch["current"]):
+        count["ready"] = count["started"] = count["completed"] = count["processed"]
+    finished = batch["current"]["processed"]
+    last = bool(finished) and finished >= trainer.num_training_batches
+    batch["is_last_batch"] = last
+    due = not broken_off and trainer.fit_loop.epoch_loop._should_check_val_fx(
+        trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
+    )
+    pending = due and not validated and bool(finished)
+    for count in (epoch["total"], epoch["current"]):
+        if last and not pending:
+            count["processed"] = count["completed"] = count["started"]
+        elif finished and count["processed"] == count["started"]:  # cut short
+            count["processed"] = count["completed"] = count["started"] - 1
+    if last and not pending:
+        batch["current"] = dict.fromkeys(batch["current"], 0)
+    # What Lightning takes for "amid an evaluation", of which nothing was done.
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    begun = {"ready": int(pending), "started": int(pending), "processed": 0, "completed": 0}
+    validation |= {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
+    stepped = max(batch["total"]["processed"] - 1, 0)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = stepped

@@ -1,0 +1,32 @@
+"""SLURM: the checkpoint where a requeued job looks for it."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+
+def hand_over(trainer: L.Trainer, path: Path, signum: int) -> None:
+    """Name a checkpoint as Lightning's requeue finds it, and let the job be requeued.
+
+    Lightning resumes from `hpc_ckpt_N.ckpt` in `trainer.default_root_dir`, if no other is named.
+    A preempted job (SIGTERM) is requeued by SLURM itself, one whose time is over is not.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not trainer.is_global_zero:
+        return
+    name = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+    name.symlink_to(os.path.relpath(path, name.parent))
+    requeue = environment.requeue_signal or signal.SIGUSR1
+    if environment.auto_requeue and signum == requeue:
+        subprocess.run(["scontrol", "requeue", job_id()], check=False)
+
+
+def job_id() -> str:
+    """Of this job, or of this task of an array."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]

@@ -1,0 +1,105 @@
+"""Checkpoints on disk, files and folders: whole under their name, or not there."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+PART = ".part"
+"""Ending of what is being written; such a thing is nobody's checkpoint."""
+
+
+def part_of(path: Path | str) -> Path:
+    """Where `path` is written before it has its name: in the same folder, so that one rename is
+    enough, whatever else is mounted where.
+    """
+    return Path(f"{path}{PART}")
+
+
+def is_remote(path: Path | str) -> bool:
+    """Whether it is a URL, which fsspec writes in its own way."""
+    return "://" in str(path)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes beside the target, reaches the disk, and renames.
+
+    Lightning's own goes through memory and TMPDIR, and copies from there onto the target.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
+    ) -> None:
+        if is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        named = target.suffix == PART  # whoever asked for a part gives it its name
+        part = target if named else part_of(target)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, part)
+        if not named:
+            install(part, target)
+
+
+def install(part: Path, path: Path, aside: Path | None = None) -> None:
+    """Give a whole `part` its name; what had it becomes `aside`, or goes.
+
+    At every moment `path` or `aside` is whole, and for files `path` is.
+    """
+    _sync(part)
+    if aside is not None and path.is_dir():
+        _discard(aside)
+        path.rename(aside)  # a folder has one name only
+    elif aside is not None and path.exists():
+        second = part_of(aside)
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+        if aside.is_dir():
+            _discard(aside)
+        second.replace(aside)
+    if path.is_dir():
+        _discard(path)
+    part.replace(path)
+    _sync_entry(path.parent)
+
+
+def remove_parts(folder: Path) -> None:
+    """What killed writes have left."""
+    for part in folder.glob(f"*{PART}"):
+        _discard(part)
+
+
+def set_aside(folder: Path, names: tuple[str, ...]) -> None:
+    """Give names free that another run's checkpoints have: `last.ckpt` becomes `last.1.ckpt`."""
+    taken = [folder / name for name in names if (folder / name).exists()]
+    number = 1
+    while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in taken):
+        number += 1
+    for path in taken:
+        path.rename(path.with_suffix(f".{number}{path.suffix}"))
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Until the disk has it, with all that is in it."""
+    for inner in path.rglob("*") if path.is_dir() else ():
+        _sync_entry(inner)
+    _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
