@@ -11,6 +11,8 @@ from selectors import EVENT_READ, DefaultSelector
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+from scsdpo.interrupt import RankLost, rank_lost
+
 GRACE = 20.0
 """Seconds that the main thread has to end by itself, by the collective's own error."""
 _CONNECT = 60.0
@@ -83,6 +85,7 @@ class RankWatch:
             (int(rank), said) if said else (peer, "was lost: its process or machine is gone")
         )
         self._known.set()
+        rank_lost()
         if self.rank == 0:
             self._forward(*self._lost)
         threading.Thread(target=self._insist, daemon=True).start()
@@ -110,7 +113,8 @@ class RankWatch:
 def broke_off(error: BaseException) -> bool:
     """Whether a collective failed, as it does when another rank is gone."""
     words = ("gloo", "NCCL", "onnection", "TCPStore", "Broken pipe", "Socket")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, RankLost)
 
 
 def _connections(trainer: L.Trainer) -> dict[int, socket.socket]:
