@@ -102,6 +102,27 @@ def test_twice_at_the_least_the_run_stops_with_the_remedy_and_keeps_the_state(qw
         torch.testing.assert_close(state["state_dict"][name], parameter.data, rtol=0, atol=0)
 
 
+def test_memory_that_runs_out_in_the_optimizer_stops_the_run_and_saves_no_half(qwen3, tmp_path):
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["taken"] == 1:
+                next(iter(self.param_groups[0]["params"])).data.add_(1)
+                raise CUDA
+            self.param_groups[0]["taken"] += 1
+            return super().step(closure)
+
+    def optimizer(parameters):
+        made = Greedy(parameters, lr=0.1)
+        made.param_groups[0]["taken"] = 0
+        return made
+
+    saved = Checkpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_minutes=0)
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[saved])
+    with pytest.raises(TrainingStopped, match=r"out of memory in the optimizer .* Lora"):
+        run.fit(module(qwen3, optimizer=optimizer), data())
+    assert torch.load(newest_checkpoint(run), weights_only=True)["global_step"] == 1
+
+
 def test_another_error_of_the_same_type_is_not_taken_for_memory(qwen3, tmp_path):
     with pytest.raises(RuntimeError, match="shapes"):
         fitted(qwen3, tmp_path, error=RuntimeError("shapes cannot be multiplied"), at=(2,))

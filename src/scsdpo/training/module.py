@@ -138,7 +138,8 @@ class PolicyOptimizer(Resumable):
         self.timer = self.steps.update.timer
         self.room = Budget(
             "responses in flight",
-            "lower sampling.max_new_tokens or data.max_prompt_tokens, or use VLLMRollout",
+            "lower max_new_tokens of model.sampling and model.val_sampling or "
+            "data.max_prompt_tokens, or use VLLMRollout",
         )
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())

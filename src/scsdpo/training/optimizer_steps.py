@@ -23,7 +23,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
-from scsdpo.training.budget import REMEDY, Budget, agreed
+from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
 from scsdpo.training.finite import blamed, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
@@ -238,7 +238,11 @@ class OptimizerSteps(nn.Module):
         before = weight_norm(parameters) if self._norm is None else self._norm
         torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
         self.under_way = True
-        optimizer.step()
+        try:
+            with noticed():
+                optimizer.step()
+        except OutOfMemory as error:  # some weights may have moved, and others not
+            raise TrainingStopped(f"out of memory in the optimizer ({error}): {REMEDY}") from None
         self._norm = weight_norm(parameters)
         if not self._norm <= LARGEST_GROWTH * (before + 1):  # + 1: factors may begin at 0
             raise TrainingStopped(
