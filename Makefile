@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
+FAULTS ?= all
+
 .PHONY: train test test-vllm test-faults lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
@@ -20,8 +22,9 @@ test: $(INSTALLED)
 test-vllm: $(VLLM_INSTALLED)
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest tests/real_vllm
 
+# Runs that are killed, stopped and hurt; FAULTS=share takes a share of the kills and signals.
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Colocated, Download, Servers, SharedFolder, VLLMRollout
 from scsdpo.rollout.delivery import write_weights
@@ -238,6 +239,20 @@ def test_a_server_that_is_not_well_is_asked_again(policy, canned):
     assert rollouts.ids.tolist() == [[[5], [5]]] and rollouts.finished.all()
     assert rollouts.sampling_logprobs.tolist() == [[[-1.0], [-1.0]]]
     assert rollouts.version == digest(policy)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_servers(policy, canned):
+    canned.answers |= ready(policy) | {"/inference/v1/generate": error(500, "busy")}
+    interrupt.begin_run(None)
+    interrupt.open_window()
+    threading.Timer(0.3, interrupt.ask, [15]).start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(interrupt.Interrupted):
+            sample(policy, Servers([canned.url], Download(), patience=3))
+    finally:
+        interrupt.reset()
+    assert time.monotonic() - start < 2
 
 
 def test_responses_from_other_weights_are_never_returned(policy, canned):

@@ -39,3 +39,45 @@ def test_a_second_interrupt_ends_at_once(commands, tmp_path):
     send(process, signum)
     assert commands.end() == code
     assert marks(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_a_run_without_training_ends_between_two_tokens(command, commands, tmp_path):
+    process = commands.begin(tmp_path, command=command)
+    wait_for(tmp_path, "sampling", times=1)
+    send(process, SIGNALS["TERM"][0])
+    assert commands.end() == 143
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+EPOCHS = [
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.val_check_interval=1.0",
+    "--trainer.max_steps=-1",
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=3",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_epochs(commands, tmp_path_factory):
+    """Two epochs of three batches, validated before and at the end of each."""
+    folder = tmp_path_factory.mktemp("epochs")
+    assert commands.run(folder, *EPOCHS) == 0, (folder / "err").read_text()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("phase", "times"),
+    [("validation", 2), ("validation", 3), ("saving", 3), ("saving", 4), ("update", 4)],
+)
+def test_a_run_by_epochs_goes_on_from_an_epochs_end(
+    phase, times, commands, undisturbed_epochs, tmp_path
+):
+    """Amid its validation, before or after it, and in the first batch of the next one."""
+    process = commands.begin(tmp_path, *EPOCHS, "--checkpoint.every_minutes=0")
+    wait_for(tmp_path, phase, times=times)
+    send(process, SIGNALS["TERM"][0])
+    assert commands.end() == 143
+    assert commands.run(tmp_path, *EPOCHS, "--ckpt_path=last") == 0, (tmp_path / "err").read_text()
+    same_end(tmp_path, undisturbed_epochs)

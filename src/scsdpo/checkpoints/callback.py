@@ -93,7 +93,8 @@ class Checkpoint(ModelCheckpoint):
     ) -> None:
         """Not Lightning's, which looks for states from before a manual optimizer step."""
         every = self._every_n_train_steps
-        if every and trainer.global_step % every == 0 and self._is_new_step(trainer):
+        new = not self._should_skip_saving_checkpoint(trainer)
+        if every and new and trainer.global_step % every == 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         due = time.monotonic() - self._time >= self.every_seconds
         if all_max(torch.tensor(float(due), device=pl_module.device)):
@@ -101,10 +102,6 @@ class Checkpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._save_last(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         self._save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -119,7 +116,8 @@ class Checkpoint(ModelCheckpoint):
             return
         if isinstance(exception, Interrupted):  # on every rank
             self._save_last(trainer)
-            hand_over(trainer, self._folder / LAST, exception.signum)
+            if self._place is not None and not is_remote(self.last_model_path):
+                hand_over(trainer, self._folder / LAST, exception.signum)
         elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
             self._rescue(trainer)
         if self._place is not None:
@@ -138,9 +136,6 @@ class Checkpoint(ModelCheckpoint):
     def _folder(self) -> Path:
         assert self.dirpath is not None
         return Path(self.dirpath)
-
-    def _is_new_step(self, trainer: L.Trainer) -> bool:
-        return not self._should_skip_saving_checkpoint(trainer)
 
     def _may_save(self, trainer: L.Trainer) -> bool:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -194,8 +189,8 @@ class Checkpoint(ModelCheckpoint):
         """What is in the folder: not if this run goes on from there."""
         if is_remote(self.dirpath or ""):
             return False
-        source = Path(trainer.ckpt_path or "/").absolute()
-        return source.parent != self._folder.absolute()
+        source = Path(trainer.ckpt_path or "/").resolve()
+        return source.parent != self._folder.resolve()
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """One of the best."""

@@ -73,8 +73,9 @@ class Change:
 
     @property
     def of_memory(self) -> bool:
-        """Whether what strategies remember may be of another kind."""
-        return self.key.split(".")[1:2] != [] and self.key.split(".")[1] in _MEMORY
+        """Whether what strategies keep may be of another kind: a class was exchanged."""
+        strategy = self.key.split(".")[1:2]
+        return strategy != [] and strategy[0] in _MEMORY and isinstance(self.now, Mapping | list)
 
     def __str__(self) -> str:
         return f"{self.key}: {_spell(self.before)} -> {_spell(self.now)}"

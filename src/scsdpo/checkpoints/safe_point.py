@@ -62,8 +62,8 @@ class SafePoint:
             loops["state_dict"]["combined_loader"] = self._loaders
             if "metrics" in checkpoint:
                 checkpoint["metrics"] = self._metrics
-        batches = int(checkpoint["state_dict"]["batches"])
-        _between_batches(loops, module.trainer, validated=self.validated == batches)
+        batch, validated = self.place(module)
+        _between_batches(loops, module.trainer, validated=batch == validated)
 
 
 def under_way(trainer: L.Trainer) -> bool:
@@ -81,30 +81,43 @@ def _position(trainer: L.Trainer) -> Any:
 def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bool) -> None:
     """Lightning's counters as they are after the last finished batch.
 
-    Lightning itself counts an epoch that `max_steps` cuts short as complete, skips a validation
-    that was due and not done, and goes on amid one where that was broken off.
+    Lightning itself counts an epoch that `max_steps` cuts short as complete, forgets where the data
+    were after a complete one, skips a validation that was due and not done, and goes on amid one
+    that was broken off.
     """
-    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    broken_off = under_way(trainer)
-    for count in (batch["total"], batch["current"]):
+    batch = loops["epoch_loop.batch_progress"]
+    for count in _counts(batch):
         count["ready"] = count["started"] = count["completed"] = count["processed"]
     finished = batch["current"]["processed"]
-    last = bool(finished) and finished >= trainer.num_training_batches
-    batch["is_last_batch"] = last
-    due = not broken_off and trainer.fit_loop.epoch_loop._should_check_val_fx(
-        trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
-    )
-    pending = due and not validated and bool(finished)
-    for count in (epoch["total"], epoch["current"]):
-        if last and not pending:
-            count["processed"] = count["completed"] = count["started"]
-        elif finished and count["processed"] == count["started"]:  # cut short
+    pending = bool(finished) and not validated and not under_way(trainer) and _is_due(trainer)
+    batch["is_last_batch"] = bool(finished) and finished >= trainer.num_training_batches
+    if batch["is_last_batch"] and not pending:
+        _end_epoch(loops)
+    elif finished:
+        for count in _counts(loops["epoch_progress"]):  # also if `max_steps` has cut it short
             count["processed"] = count["completed"] = count["started"] - 1
-    if last and not pending:
-        batch["current"] = dict.fromkeys(batch["current"], 0)
     # What Lightning takes for "amid an evaluation", of which nothing was done.
     validation = loops["epoch_loop.val_loop.batch_progress"]
     begun = {"ready": int(pending), "started": int(pending), "processed": 0, "completed": 0}
     validation |= {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
     stepped = max(batch["total"]["processed"] - 1, 0)
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = stepped
+
+
+def _is_due(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the batch that was just finished."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+
+
+def _end_epoch(loops: dict[str, Any]) -> None:
+    """The next epoch is ready: else Lightning would not restore where the data are."""
+    for count in _counts(loops["epoch_progress"]):
+        count["processed"] = count["completed"] = count["started"]
+        count["ready"] = count["started"] + 1
+    batch = loops["epoch_loop.batch_progress"]
+    batch |= {"current": dict.fromkeys(batch["current"], 0), "is_last_batch": False}
+
+
+def _counts(progress: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    return progress["total"], progress["current"]

@@ -48,23 +48,32 @@ class WholeFiles(TorchCheckpointIO):
 def install(part: Path, path: Path, aside: Path | None = None) -> None:
     """Give a whole `part` its name; what had it becomes `aside`, or goes.
 
-    At every moment `path` or `aside` is whole, and for files `path` is.
+    At every moment one of `path` and `aside` is whole, and with files `path` is.
     """
     _sync(part)
-    if aside is not None and path.is_dir():
+    folders = path.is_dir() or part.is_dir()
+    if aside is None or not path.exists():
+        if folders:
+            _discard(path)
+    elif folders:
         _discard(aside)
         path.rename(aside)  # a folder has one name only
-    elif aside is not None and path.exists():
-        second = part_of(aside)
-        second.unlink(missing_ok=True)
-        os.link(path, second)
+    else:
         if aside.is_dir():
             _discard(aside)
-        second.replace(aside)
-    if path.is_dir():
-        _discard(path)
+        _second_name(path, aside)
     part.replace(path)
     _sync_entry(path.parent)
+
+
+def _second_name(path: Path, aside: Path) -> None:
+    second = part_of(aside)
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:  # some file systems have no links; there `path` is gone for a moment
+        path.rename(second)
+    second.replace(aside)
 
 
 def remove_parts(folder: Path) -> None:

@@ -18,6 +18,7 @@ from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
+from scsdpo.interrupt import Interrupted
 from scsdpo.training import PolicyOptimizer
 
 _COMPARED = (*SECTIONS, "seed_everything")
@@ -78,6 +79,13 @@ class CLI(LightningCLI):
         self.model.policy_only = command != "fit"
         for config in (self.config, self.config_init):
             config[command].ckpt_path = str(saved.path)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Interrupted:  # Lightning then lets nothing go
+            self.model.teardown(subcommand)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:

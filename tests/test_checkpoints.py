@@ -1,0 +1,198 @@
+"""Checkpoints are whole or not there; what changed is found; a run stops only where it may."""
+
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from scsdpo import interrupt
+from scsdpo.checkpoints import (
+    Checkpoint,
+    Rule,
+    Saved,
+    WholeFiles,
+    changes,
+    install,
+    part_of,
+    remove_parts,
+)
+from scsdpo.distributed import Agreement
+
+
+def write(path, text, folder):
+    """A checkpoint that is a file, or a folder with a file."""
+    part = part_of(path)
+    if folder:
+        part.mkdir()
+        (part / "shard").write_text(text)
+    else:
+        part.write_text(text)
+    return part
+
+
+def read(path):
+    return (path / "shard" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("kinds", [(False,) * 3, (True,) * 3, (False, True, False)])
+def test_the_last_two_are_kept_whether_files_or_folders(kinds, tmp_path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for number, folder in enumerate(kinds):
+        install(write(last, str(number), folder), last, previous)
+        assert read(last) == str(number)
+        assert number == 0 or read(previous) == str(number - 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt"}
+
+
+def test_what_killed_writes_have_left_goes(tmp_path):
+    write(tmp_path / "last.ckpt", "", folder=True)
+    write(tmp_path / "best.ckpt", "", folder=False)
+    (tmp_path / "last.ckpt").touch()
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.ckpt"
+    WholeFiles().save_checkpoint({"a": torch.ones(2)}, path)
+
+    def killed(content, to):
+        to.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        WholeFiles().save_checkpoint({"a": torch.zeros(2)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.ones(2))
+
+
+def test_a_negative_time_is_refused():
+    with pytest.raises(ValueError, match=r"`Checkpoint\(every_minutes=...\)` must be >= 0, got -1"):
+        Checkpoint(every_minutes=-1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "torn folder"])
+def test_a_sharded_checkpoint_is_read_by_its_last_file(kind, tmp_path):
+    content = {"hyper_parameters": {}, "global_step": 3, "lr_schedulers": []}
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    torch.save(content, path / "meta.pt")
+    if kind == "folder":
+        saved = Saved.read(path)
+        assert saved.step == 3 and saved.resumable and not saved.weights
+        return
+    whole = (path / "meta.pt").read_bytes()
+    (path / "meta.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is torn"):
+        Saved.read(path)
+
+
+def config(**model):
+    """A configuration with one object of each kind."""
+    described = {
+        "policy": {"name_or_path": "a", "adapter": {"class_path": "x.Lora", "init_args": {"r": 8}}},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
+        "teacher": {"class_path": "x.EMA", "init_args": {"rate": 0.05}},
+    }
+    return {"model": described | model, "seed_everything": 0}
+
+
+@pytest.mark.parametrize(
+    ("now", "said", "rule"),
+    [
+        (
+            config(optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-6}}),
+            "model.optimizer.lr: 0.0001 -> 3e-06",
+            Rule.EFFECT,
+        ),
+        (
+            config(optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-4}}),
+            "model.optimizer: AdamW -> SGD",
+            Rule.REFUSE,
+        ),
+        (
+            config(teacher={"class_path": "x.Frozen", "init_args": {}}),
+            "model.teacher: EMA -> Frozen",
+            Rule.WARN,
+        ),
+        (
+            config(
+                policy={
+                    "name_or_path": "a",
+                    "adapter": {"class_path": "x.Lora", "init_args": {"r": 4}},
+                }
+            ),
+            "model.policy.adapter.r: 8 -> 4",
+            Rule.REFUSE,
+        ),
+        (config() | {"seed_everything": 1}, "seed_everything: 0 -> 1", Rule.WARN),
+    ],
+)
+def test_a_change_is_one_key_with_both_values_and_a_rule(now, said, rule):
+    (change,) = changes(config(), now)
+    assert (str(change), change.rule) == (said, rule)
+
+
+def test_a_new_argument_with_a_default_and_what_is_no_part_of_a_run_are_no_changes():
+    old = config()
+    new = config(teacher={"class_path": "x.EMA", "init_args": {"rate": 0.05, "more": 1}})
+    assert changes(old, new | {"ckpt_path": "x"}) == []
+
+
+@pytest.fixture
+def run():
+    yield interrupt
+    interrupt.reset()
+
+
+def test_only_what_is_open_can_be_given_up(run):
+    run.begin_run(None)
+    run.ask(signal.SIGTERM)
+    run.check()  # nothing is open
+    with pytest.raises(run.Interrupted) as stop:
+        run.open_window()
+    assert stop.value.signum == signal.SIGTERM
+    run.close_window()
+    run.check()
+    run.ask(signal.SIGINT)  # the first one counts
+    with pytest.raises(run.Interrupted) as stop:
+        run.open_window()
+    assert stop.value.signum == signal.SIGTERM
+
+
+@pytest.fixture
+def agreements(monkeypatch):
+    """Two ranks in one process, at one store."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    return Agreement(), Agreement()
+
+
+def test_a_window_is_given_up_by_all_ranks_or_none(agreements):
+    first, second = agreements
+    assert first.arrive(1) is None  # waits
+    assert second.give_up(1, 15) == 15
+    assert first.arrive(1) is False and first.give_up(1, 0) == 15
+    # All were there: too late.
+    assert first.arrive(2) is None
+    assert second.arrive(2) is True
+    assert first.give_up(2, 15) == 0 and first.arrive(2) is True
+    assert first.heard() == 0
+    second.tell(2)
+    assert first.heard() == 2
+
+
+def test_ranks_that_wait_at_the_end_of_a_window_leave_it_when_another_is_asked(agreements, run):
+    mine, other = agreements
+    run.begin_run(mine)
+    run.open_window()
+    threading.Timer(0.1, other.tell, [15]).start()
+    start = time.monotonic()
+    with pytest.raises(run.Interrupted):
+        run.meet()
+    assert time.monotonic() - start < 5
+    assert other.give_up(1, 0) == 15
