@@ -60,8 +60,8 @@ def run(args: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if the run stopped itself or was stopped by
-    a fault; 143 or 130 if it was asked to stop by a signal.
+    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a fault stopped the run; 143
+    or 130 if it was asked to by a signal.
     """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):

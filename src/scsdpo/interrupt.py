@@ -25,6 +25,10 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+class RankLost(RuntimeError):
+    """Another rank is gone, and will not come to where this one waits for it."""
+
+
 class Ranks(Protocol):
     """How several ranks agree."""
 
@@ -55,6 +59,7 @@ class _Run:
     window: int = 0
     ranks: Ranks | None = None
     looked: float = 0.0
+    lost: bool = False
 
 
 _run = _Run()
@@ -63,6 +68,11 @@ _run = _Run()
 def ask(signum: int) -> None:
     """Ask the run to stop; the first signal counts."""
     _run.signum = _run.signum or signum
+
+
+def rank_lost() -> None:
+    """Let whoever looks know that another rank is gone; from any thread."""
+    _run.lost = True
 
 
 def is_under_way() -> bool:
@@ -102,7 +112,10 @@ def check() -> None:
 
     Raises:
         Interrupted: then, on every rank.
+        RankLost: if another rank is gone.
     """
+    if _run.lost:
+        raise RankLost("another rank is gone")
     if _run.open and (signum := _asked()):
         if _run.ranks is not None and _run.agreed:
             signum = _run.ranks.give_up(_run.window, signum)

@@ -75,7 +75,8 @@ def main() -> None:
         limits=Limits(max_tokens=60),
         token_weighting=TeacherEntropy(),
     )
-    saved = Checkpoint(dirpath=Path(root) / "checkpoints", save_last=True, every_minutes=0)
+    each = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    saved = Checkpoint(dirpath=Path(root) / "checkpoints", **each)
     run = trainer(
         root,
         devices=2,

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from hurt import newest
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +20,7 @@ from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.records import JsonLines, Outage, outage
+from scsdpo.training.newest import newest_checkpoint
 
 
 @pytest.fixture
@@ -210,13 +210,11 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(qwen3, small
         run.fit(module(qwen3), data())
     assert run.global_step == 6
     assert sum("saving a checkpoint failed" in str(w.message) for w in warned) == 1
-    assert newest(run) is None  # what is there is torn, and not taken for whole
+    assert newest_checkpoint(run) is None  # what is there is torn, and not taken for whole
 
 
 def test_an_older_checkpoint_stays_where_the_newer_does_not_fit(qwen3, tmp_path, monkeypatch):
-    saved = Checkpoint(
-        dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=1, every_n_epochs=1
-    )
+    saved = Checkpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=1)
     run = trainer(tmp_path, callbacks=[saved], enable_checkpointing=True, max_epochs=2)
     save = run.strategy.save_checkpoint
 
@@ -228,7 +226,7 @@ def test_an_older_checkpoint_stays_where_the_newer_does_not_fit(qwen3, tmp_path,
     run.strategy.save_checkpoint = first_only
     with pytest.warns(UserWarning, match="saving a checkpoint failed"):
         run.fit(module(qwen3), data())
-    assert newest(run).name == "epoch=0.ckpt"
+    assert newest_checkpoint(run).name == "epoch=0.ckpt"
 
 
 def test_a_folder_that_cannot_be_written_at_the_start_is_one_line(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hurt import newest
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import scsdpo
@@ -20,6 +19,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.training import Limits
 from scsdpo.training.budget import CALM, Budget, OutOfMemory
+from scsdpo.training.newest import newest_checkpoint
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -96,11 +96,31 @@ def test_twice_at_the_least_the_run_stops_with_the_remedy_and_keeps_the_state(qw
     ):
         run.fit(model, data())
     assert second.calls == 31
-    state = torch.load(newest(run), weights_only=True)
+    state = torch.load(newest_checkpoint(run), weights_only=True)
     assert state["global_step"] == run.global_step >= 1
-    now = model.state_dict()
-    now["batches"] = now["batches"] - 1  # the one under way is asked again
-    assert_equal(state["state_dict"], now, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(state["state_dict"][name], parameter.data, rtol=0, atol=0)
+
+
+def test_memory_that_runs_out_in_the_optimizer_stops_the_run_and_saves_no_half(qwen3, tmp_path):
+    class Greedy(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.param_groups[0]["taken"] == 1:
+                next(iter(self.param_groups[0]["params"])).data.add_(1)
+                raise CUDA
+            self.param_groups[0]["taken"] += 1
+            return super().step(closure)
+
+    def optimizer(parameters):
+        made = Greedy(parameters, lr=0.1)
+        made.param_groups[0]["taken"] = 0
+        return made
+
+    saved = Checkpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_minutes=0)
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[saved])
+    with pytest.raises(TrainingStopped, match=r"out of memory in the optimizer .* Lora"):
+        run.fit(module(qwen3, optimizer=optimizer), data())
+    assert torch.load(newest_checkpoint(run), weights_only=True)["global_step"] == 1
 
 
 def test_another_error_of_the_same_type_is_not_taken_for_memory(qwen3, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hurt import newest
 from lightning import Callback
 from torch import Tensor
 
@@ -20,10 +19,8 @@ from scsdpo.checkpoints import LAST, Checkpoint
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Limits
+from scsdpo.training.newest import newest_checkpoint
 from scsdpo.types import Sampling
-
-# Lightning's, and false: nothing is to be saved before a step.
-pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 
 
 class At(Callback):
@@ -40,9 +37,8 @@ class At(Callback):
 
 def fit(model, root, act=lambda module: None, **settings):
     """A run that saves each step as `step=N.ckpt`; the trainer."""
-    folder = {"dirpath": root / "checkpoints", "filename": "{step}"}
-    every = {"every_n_train_steps": 1, "save_top_k": -1}
-    saved = Checkpoint(every_minutes=math.inf, save_last=True, **folder, **every)
+    each = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    saved = Checkpoint(math.inf, dirpath=root / "checkpoints", filename="{step}", **each)
     callbacks = [saved, At(act)]
     run = trainer(root, enable_checkpointing=True, callbacks=callbacks, **settings)
     model.trainer = run
@@ -69,17 +65,17 @@ def test_policy_weights_are_named_and_nothing_of_them_is_saved(qwen3, tmp_path, 
     run, go = fit(module(qwen3), tmp_path, poison("policy", value))
     with pytest.raises(TrainingStopped, match=said):
         go()
-    kept = newest(run)
-    assert kept.name == "step=2.ckpt" and finite(kept)
+    newest = newest_checkpoint(run)
+    assert newest.name == "step=2.ckpt" and finite(newest)
     assert not (tmp_path / "checkpoints" / LAST).exists()
 
 
-def test_a_teacher_is_named_and_nothing_of_it_is_saved(qwen3, tmp_path, capsys):
+def test_a_teacher_is_named_and_nothing_of_it_is_saved(qwen3, tmp_path, capfd):
     run, go = fit(module(qwen3), tmp_path, poison("teacher", torch.nan))
     with pytest.raises(TrainingStopped, match="the teacher's weights are not finite: 1 of"):
         go()
-    assert newest(run).name == "step=2.ckpt"
-    assert "could not be saved: the teacher's weights are not finite" in capsys.readouterr().err
+    assert newest_checkpoint(run).name == "step=2.ckpt"
+    assert "could not be saved: the teacher's weights are not finite" in capfd.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused_at_the_start(qwen3, tmp_path):
@@ -96,10 +92,10 @@ def test_a_step_that_destroys_the_weights_is_the_last(qwen3, tmp_path):
     run, go = fit(module(qwen3, optimizer=lr), tmp_path)
     with pytest.raises(TrainingStopped, match=r"from a norm of .* lower learning rate than 1e\+30"):
         go()
-    assert newest(run) is None  # the first step did it, and it was not saved
+    assert newest_checkpoint(run) is None  # the first step did it, and it was not saved
 
 
-def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tmp_path, capsys):
+def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tmp_path, capfd):
     settings = {"advantage": GroupRelative(), "teacher": NoTeacher()}
     model = module(qwen3, **settings, limits=Limits(max_bad_steps=2))
 
@@ -116,7 +112,7 @@ def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tm
     path = tmp_path / "checkpoints" / LAST
     assert finite(path)
     assert torch.load(path, weights_only=True)["global_step"] == 2
-    assert f"the state after batch 3 is in {path}" in capsys.readouterr().err
+    assert f"the state after batch 3 is in {path}" in capfd.readouterr().err
 
 
 def test_logits_that_overflow_are_named(qwen3, tmp_path):
@@ -142,9 +138,7 @@ def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(qwen3
     before = good.read_bytes()
     with torch.no_grad():
         poison("teacher", torch.inf)(model)
-    with pytest.raises(
-        TrainingStopped, match=r"the teacher's weights are not .* nothing was saved"
-    ):
+    with pytest.raises(TrainingStopped, match=r"the teacher's weights are not .* nothing is saved"):
         run.save_checkpoint(good)
     assert good.read_bytes() == before
 

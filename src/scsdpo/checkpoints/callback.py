@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from scsdpo.checkpoints.resumable import Resumable
+from scsdpo.checkpoints.saving import disk_outage, everywhere
 from scsdpo.checkpoints.saying import say
 from scsdpo.checkpoints.slurm import hand_over
 from scsdpo.checkpoints.writing import (
@@ -26,7 +27,6 @@ from scsdpo.checkpoints.writing import (
 )
 from scsdpo.distributed import all_max
 from scsdpo.interrupt import Interrupted
-from scsdpo.records import Outage
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -60,9 +60,7 @@ class Checkpoint(ModelCheckpoint):
         self._place: tuple[int, int] | None = None
         """Batch, and last validated batch, of the last state that was saved."""
         self._time = time.monotonic()
-        # torch's writer raises a RuntimeError where a disk is full.
-        self._outage = Outage("saving a checkpoint", (OSError, RuntimeError))
-        self._written = True
+        self._outage, self._written = disk_outage(), True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():
@@ -164,10 +162,10 @@ class Checkpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 set_aside(self._folder, (LAST, PREVIOUS))
             trainer.strategy.barrier()
-        self.last_model_path = f"{self.dirpath}/{LAST}"
+        last = f"{self.dirpath}/{LAST}"
+        if self._write(trainer, last, aside=self._folder / PREVIOUS):
+            self.last_model_path, self._place = last, place
         self._time = time.monotonic()
-        if self._write(trainer, self.last_model_path, aside=self._folder / PREVIOUS):
-            self._place = place
 
     def _rescue(self, trainer: L.Trainer) -> None:
         """`last.ckpt` by rank 0 alone: others may wait elsewhere, or be gone."""
@@ -205,26 +203,27 @@ class Checkpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
+    def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
+        """Whether it is there now: a disk that refuses costs this checkpoint, and not the run."""
+        if is_remote(filepath):
+            trainer.save_checkpoint(filepath, self.save_weights_only)
+            return True
+        part = part_of(filepath)
+        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        written = everywhere(
+            self._outage, lambda: trainer.strategy.save_checkpoint(content, part)
+        ) and everywhere(
+            self._outage,
+            lambda: install(part, Path(filepath), aside) if trainer.is_global_zero else None,
+        )
+        if not written and trainer.is_global_zero:
+            remove_parts(self._folder)
+        return written
+
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """An older one stays where the newer could not be written."""
         if self._written:
             super()._remove_checkpoint(trainer, filepath)
-
-    def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
-        """Whether it was written, the same on every rank; what a disk refuses is tried again with
-        the next. A state that must not be saved raises.
-        """
-        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        part = filepath if is_remote(filepath) else part_of(filepath)
-
-        def write() -> None:
-            trainer.strategy.save_checkpoint(content, part)
-            if trainer.is_global_zero and not is_remote(filepath):
-                install(Path(part), Path(filepath), aside)
-
-        done = self._outage.attempt(write)
-        # In the place of Lightning's barrier, to which a rank that failed would not come.
-        return not bool(all_max(torch.tensor(float(not done))))
 
 
 def _is_sharded(trainer: L.Trainer) -> bool:

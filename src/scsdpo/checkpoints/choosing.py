@@ -46,16 +46,15 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
     )
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder, whoever wrote it."""
-    return next(filter(_is_whole, _newest_first(folder.glob("*.ckpt"))), None)
+def newest_whole(*folders: Path) -> Path | None:
+    """The newest whole checkpoint in some folders, whoever wrote it; nothing is loaded."""
+    found = (path for folder in folders for path in folder.glob("*.ckpt"))
+    return next(filter(_is_whole, _newest_first(found)), None)
 
 
 def _is_whole(path: Path) -> bool:
-    """A torn file lacks the zip's directory, which comes last; a folder, what is written last."""
-    if path.is_dir():
-        return (path / "meta.pt").exists() and (path / ".metadata").exists()
-    return zipfile.is_zipfile(path)
+    """What comes last is there: a file's table of contents, a folder's `meta.pt`."""
+    return (path / "meta.pt").exists() if path.is_dir() else zipfile.is_zipfile(path)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -13,6 +13,7 @@ from scsdpo.types import Rollouts
 
 LARGEST = 1e15
 """Of a weight; float32 squares overflow at 2e19, and norms with them."""
+_OWNERS = ("policy", "teacher", "reference")
 
 
 def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -21,8 +22,8 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         named: parameters or saved tensors of a `PolicyOptimizer`, by name.
     """
-    weights = [(name, _local(tensor)) for name, tensor in named if tensor.is_floating_point()]
-    weights = [(name, tensor) for name, tensor in weights if tensor.numel()]
+    kept = [(n, t) for n, t in named if n.split(".")[0] in _OWNERS and t.is_floating_point()]
+    weights = [(name, _local(tensor)) for name, tensor in kept if _local(tensor).numel()]
     if not weights:
         return ""
     extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
@@ -97,7 +98,4 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _owner(name: str) -> str:
     """policy, teacher or reference; under LoRA their factors lie inside the policy."""
-    for owner in ("reference", "teacher"):
-        if owner in name.split("."):
-            return owner
-    return "policy"
+    return next(owner for owner in reversed(_OWNERS) if owner in name.split("."))

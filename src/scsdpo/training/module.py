@@ -138,7 +138,8 @@ class PolicyOptimizer(Resumable):
         self.timer = self.steps.update.timer
         self.room = Budget(
             "responses in flight",
-            "lower sampling.max_new_tokens or data.max_prompt_tokens, or use VLLMRollout",
+            "lower max_new_tokens of model.sampling and model.val_sampling or "
+            "data.max_prompt_tokens, or use VLLMRollout",
         )
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())
@@ -370,13 +371,16 @@ class PolicyOptimizer(Resumable):
     # --------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As a `Resumable`, but for weights that are not finite.
+        """Refuse a state that must not take a good one's place.
 
         Raises:
-            TrainingStopped: if there are any, so that no good checkpoint gives way to them.
+            TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        if fault := spoiled(checkpoint["state_dict"].items()):
-            raise TrainingStopped(f"{fault}; nothing was saved, go on from an older checkpoint")
+        fault = spoiled(checkpoint["state_dict"].items())
+        if fault or self.steps.under_way:
+            raise TrainingStopped(
+                f"{fault or 'an optimizer step was broken off'}; nothing is saved"
+            )
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

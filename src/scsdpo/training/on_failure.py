@@ -1,13 +1,11 @@
 """What happens when a run fails: other ranks are told, and one that was lost is named."""
 
-from pathlib import Path
-
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scsdpo.checkpoints import newest_whole
 from scsdpo.errors import ConfigurationError, explain, first_line
+from scsdpo.interrupt import Interrupted
 from scsdpo.training.finite import spoiled
+from scsdpo.training.newest import told
 from scsdpo.training.rank_watch import RankWatch, broke_off
 
 _NEWS = 10.0
@@ -15,17 +13,21 @@ _NEWS = 10.0
 
 
 class OnFailure(L.Callback):
-    """Tell the other ranks, and name one that was lost; check weights at start.
+    """Tell the other ranks, and learn which one was lost; refuse spoiled weights at the start.
 
-    The last good state is saved by `Checkpoint`.
+    That the state is saved is `Checkpoint`'s.
     """
 
     def __init__(self) -> None:
         self._watch: RankWatch | None = None
+        self.lost: tuple[int, str] | None = None
+        """A rank and what became of it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             self._watch = RankWatch(trainer, lambda rank, said: _named(trainer, rank, said))
+            # Behind those that save, which Lightning puts last.
+            trainer.callbacks = [*trainer.callbacks, _LastWords(self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if fault := spoiled(pl_module.named_parameters()):
@@ -35,21 +37,30 @@ class OnFailure(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        lost = None
-        if self._watch is not None:
-            if broke_off(exception):
-                lost = self._watch.lost(_NEWS)
-            self._watch.end(f"failed: {first_line(exception)}")
-        if lost is not None:
-            explain(exception, _named(trainer, *lost))
+        if self._watch is None:
+            return
+        if broke_off(exception):
+            self.lost = self._watch.lost(_NEWS)
+        stopped = isinstance(exception, Interrupted)  # and so have all
+        self._watch.end("bye" if stopped else f"failed: {first_line(exception)}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._watch is not None:
             self._watch.end("bye")
 
 
+class _LastWords(L.Callback):
+    """Names a rank that was lost, and what has been saved since."""
+
+    def __init__(self, failure: OnFailure) -> None:
+        self._failure = failure
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self._failure.lost is not None:
+            explain(exception, _named(trainer, *self._failure.lost))
+
+
 def _named(trainer: L.Trainer, rank: int, said: str) -> str:
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    newest = next(filter(None, (newest_whole(Path(folder)) for folder in folders if folder)), None)
-    place = f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    return f"rank {rank} {said}; {place}"
+    return f"rank {rank} {said}; {told(trainer)}"

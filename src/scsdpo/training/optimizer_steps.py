@@ -23,7 +23,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
-from scsdpo.training.budget import REMEDY, Budget, agreed
+from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
 from scsdpo.training.finite import blamed, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
@@ -71,6 +71,8 @@ class OptimizerSteps(nn.Module):
         self.update, self.limits, self.gap = update, limits, gap
         self.objective_name, self.per_batch = objective_name, per_batch
         self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
+        self.under_way = False
+        """Whether weights, optimizer and teachers are between two steps' states."""
         self._norm: float | None = None
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -235,7 +237,12 @@ class OptimizerSteps(nn.Module):
         parameters = trained_parameters(policy)
         before = weight_norm(parameters) if self._norm is None else self._norm
         torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
-        optimizer.step()
+        self.under_way = True
+        try:
+            with noticed():
+                optimizer.step()
+        except OutOfMemory as error:  # some weights may have moved, and others not
+            raise TrainingStopped(f"out of memory in the optimizer ({error}): {REMEDY}") from None
         self._norm = weight_norm(parameters)
         if not self._norm <= LARGEST_GROWTH * (before + 1):  # + 1: factors may begin at 0
             raise TrainingStopped(
@@ -249,6 +256,7 @@ class OptimizerSteps(nn.Module):
         for part in host.modules():
             if isinstance(part, Stateful):
                 part.after_step()
+        self.under_way = False
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:

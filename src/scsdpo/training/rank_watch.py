@@ -5,11 +5,15 @@ import secrets
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from selectors import EVENT_READ, DefaultSelector
 
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+from scsdpo.errors import first_line
+from scsdpo.interrupt import RankLost, rank_lost
 
 GRACE = 20.0
 """Seconds that the main thread has to end by itself, by the collective's own error."""
@@ -33,7 +37,15 @@ class RankWatch:
         self.rank, self.report = trainer.global_rank, report
         self._lost: tuple[int, str] | None = None
         self._known, self._ended = threading.Event(), threading.Event()
-        self._peers = _connections(trainer)
+        self._peers: dict[int, socket.socket] = {}
+        try:
+            self._peers = _connections(trainer)
+        except OSError as error:  # a firewall, say
+            warnings.warn(
+                f"rank {self.rank} cannot watch the others ({first_line(error)}): a lost one is "
+                "noticed when a collective's own deadline is over",
+                stacklevel=2,
+            )
         os.register_at_fork(after_in_child=self._close)
         _disarm_lightning()
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
@@ -83,6 +95,7 @@ class RankWatch:
             (int(rank), said) if said else (peer, "was lost: its process or machine is gone")
         )
         self._known.set()
+        rank_lost()
         if self.rank == 0:
             self._forward(*self._lost)
         threading.Thread(target=self._insist, daemon=True).start()
@@ -110,7 +123,8 @@ class RankWatch:
 def broke_off(error: BaseException) -> bool:
     """Whether a collective failed, as it does when another rank is gone."""
     words = ("gloo", "NCCL", "onnection", "TCPStore", "Broken pipe", "Socket")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, RankLost)
 
 
 def _connections(trainer: L.Trainer) -> dict[int, socket.socket]:
@@ -136,7 +150,8 @@ def _accepted(server: socket.socket, count: int, token: str) -> dict[int, socket
     while len(peers) < count:
         peer, _ = server.accept()
         peer.settimeout(_CONNECT)
-        came, _, rank = peer.recv(len(token) + 9, socket.MSG_WAITALL).decode().partition(" ")
+        said = peer.recv(len(token) + 9, socket.MSG_WAITALL).decode(errors="replace")
+        came, _, rank = said.partition(" ")
         if came != token:  # somebody else's
             peer.close()
             continue
