@@ -77,7 +77,7 @@ def begin_run(ranks: Ranks | None) -> None:
 
 def reset() -> None:
     """Nobody asked, and nothing is under way."""
-    _run.__init__()  # type: ignore[misc]
+    vars(_run).update(vars(_Run()))
 
 
 def open_window(*, agreed: bool = True) -> None:
