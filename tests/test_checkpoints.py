@@ -200,3 +200,11 @@ def test_ranks_that_wait_at_the_end_of_a_window_leave_it_when_another_is_asked(a
         run.meet()
     assert time.monotonic() - start < 5
     assert other.give_up(1, 0) == 15
+
+
+def test_ranks_do_not_wait_for_ever(agreements, run, monkeypatch):
+    monkeypatch.setattr(run, "_PATIENCE", 0.1)
+    run.begin_run(agreements[0])
+    run.open_window()
+    with pytest.raises(TimeoutError, match="one of them is lost"):
+        run.meet()
