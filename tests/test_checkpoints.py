@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; what changed is found; a run stops only where it may."""
 
+import os
 import signal
 import threading
 import time
@@ -51,6 +52,9 @@ def test_what_killed_writes_have_left_goes(tmp_path):
     write(tmp_path / "last.ckpt", "", folder=True)
     write(tmp_path / "best.ckpt", "", folder=False)
     (tmp_path / "last.ckpt").touch()
+    os.utime(tmp_path / "best.ckpt.part", (0, 0))
+    remove_parts(tmp_path, untouched=600)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "last.ckpt.part"}
     remove_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -196,3 +200,11 @@ def test_ranks_that_wait_at_the_end_of_a_window_leave_it_when_another_is_asked(a
         run.meet()
     assert time.monotonic() - start < 5
     assert other.give_up(1, 0) == 15
+
+
+def test_ranks_do_not_wait_for_ever(agreements, run, monkeypatch):
+    monkeypatch.setattr(run, "_PATIENCE", 0.1)
+    run.begin_run(agreements[0])
+    run.open_window()
+    with pytest.raises(TimeoutError, match="one of them is lost"):
+        run.meet()

@@ -67,6 +67,7 @@ def small(folder):
         "--model.sampling.n=4",
         "--model.val_sampling.max_new_tokens=6",
         "--model.val_sampling.n=2",
+        "--checkpoint.monitor=val/mean@2",
         "--data.questions_per_batch=2",
         "--data.val_questions_per_batch=4",
         "--trainer.limit_train_batches=2",

@@ -11,6 +11,8 @@ from typing import Protocol
 
 _LOOK_SECONDS = 0.1
 """Between two questions to the other ranks."""
+_PATIENCE = 1800.0
+"""Seconds that ranks wait for each other, as long as in a collective of torch."""
 
 
 class Interrupted(BaseException):
@@ -87,7 +89,7 @@ def begin_run(ranks: Ranks | None) -> None:
 
 def reset() -> None:
     """Nobody asked, and nothing is under way."""
-    _run.__init__()  # type: ignore[misc]
+    vars(_run).update(vars(_Run()))
 
 
 def open_window(*, agreed: bool = True) -> None:
@@ -128,11 +130,15 @@ def meet() -> None:
 
     Raises:
         Interrupted: on every rank, if one of them gave the window up.
+        TimeoutError: if one of them does not come.
     """
     check()
     if _run.ranks is None:
         return
+    limit = time.monotonic() + _PATIENCE
     while (kept := _run.ranks.arrive(_run.window)) is None:
+        if time.monotonic() > limit:
+            raise TimeoutError(f"not all ranks came within {_PATIENCE:g} s: one of them is lost")
         time.sleep(0.002)
         check()
     if not kept:

@@ -29,6 +29,8 @@ from scsdpo.distributed import all_max
 from scsdpo.interrupt import Interrupted
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_ABANDONED = 600.0
+"""Seconds after which nobody can still be at a write."""
 
 
 class Checkpoint(ModelCheckpoint):
@@ -82,6 +84,8 @@ class Checkpoint(ModelCheckpoint):
         self._time = time.monotonic()
         if trainer.is_global_zero and not is_remote(self.dirpath or ""):
             remove_parts(self._folder)
+            if trainer.ckpt_path is not None:  # in another folder, of a run that may be alive
+                remove_parts(Path(trainer.ckpt_path).parent, untouched=_ABANDONED)
 
     def on_train_batch_end(
         self,

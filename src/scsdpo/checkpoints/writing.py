@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,16 @@ def _second_name(path: Path, aside: Path) -> None:
     second.replace(aside)
 
 
-def remove_parts(folder: Path) -> None:
-    """What killed writes have left."""
+def remove_parts(folder: Path, *, untouched: float = 0.0) -> None:
+    """Remove what killed writes have left.
+
+    Args:
+        folder: of checkpoints.
+        untouched: seconds for which nobody wrote there; in the folder of a run that may be alive.
+    """
     for part in folder.glob(f"*{PART}"):
-        _discard(part)
+        if time.time() - part.stat().st_mtime >= untouched:
+            _discard(part)
 
 
 def set_aside(folder: Path, names: tuple[str, ...]) -> None:

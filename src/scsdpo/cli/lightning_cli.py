@@ -55,14 +55,12 @@ class CLI(LightningCLI):
         maker = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
         described = json.loads(config)
         self.model.save_hyperparameters(described["model"] | maker, logger=False)
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, Checkpoint):
-                callback.config = {key: described[key] for key in described if key in _COMPARED}
-                check_monitor(
-                    callback,
-                    self.model.val_sampling.n,
-                    self.trainer.callbacks,  # type: ignore[attr-defined]
-                )
+        for saver in self.trainer.checkpoint_callbacks:
+            if isinstance(saver, Checkpoint):
+                saver.config = {key: described[key] for key in described if key in _COMPARED}
+                if self.subcommand == "fit":
+                    others = self.trainer.callbacks  # type: ignore[attr-defined]
+                    check_monitor(saver, self.model.val_sampling.n, others)
         self._choose_checkpoint(described)
 
     def _choose_checkpoint(self, described: dict[str, Any]) -> None:
