@@ -22,6 +22,10 @@ REMEDY = (
     "model.policy.gradient_checkpointing to true, or use model.policy.adapter Lora"
 )
 """Of an update that does not fit."""
+SAMPLING_REMEDY = (
+    "lower max_new_tokens of model.sampling and model.val_sampling or data.max_prompt_tokens, or "
+    "use VLLMRollout"
+)
 _SIGNS = (
     "can't allocate memory",  # the CPU's allocator, a plain RuntimeError
     "CUDA error: out of memory",  # outside torch's allocator

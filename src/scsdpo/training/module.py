@@ -32,7 +32,7 @@ from scsdpo.selection import Everything, Selection
 from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
-from scsdpo.training.budget import Budget, noticed
+from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled, spoiled
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
@@ -136,11 +136,7 @@ class PolicyOptimizer(Resumable):
             per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
-        self.room = Budget(
-            "responses in flight",
-            "lower max_new_tokens of model.sampling and model.val_sampling or "
-            "data.max_prompt_tokens, or use VLLMRollout",
-        )
+        self.room = Budget("responses in flight", SAMPLING_REMEDY)
         self.verifiers = VerifierPool(verification)
         self.memory = memory(self, strategies.remembering())
         self.validation = ByCategory()
