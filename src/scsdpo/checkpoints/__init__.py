@@ -1,7 +1,7 @@
 """Checkpoints: when they are written, how, and what they hold."""
 
 from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
-from scsdpo.checkpoints.choosing import newest, newest_whole
+from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
 from scsdpo.checkpoints.reading import Saved
@@ -29,4 +29,5 @@ __all__ = [
     "remove_parts",
     "say",
     "under_way",
+    "usable_neighbour",
 ]

@@ -46,6 +46,16 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
     )
 
 
+def usable_neighbour(path: Path) -> Path | None:
+    """The newest checkpoint of `scsdpo fit` in the folder of one that cannot be used."""
+    for other in _newest_first(path.parent.glob("*.ckpt")):
+        try:
+            return Saved.read(other).path
+        except ValueError:
+            continue
+    return None
+
+
 def newest_whole(*folders: Path) -> Path | None:
     """The newest whole checkpoint in some folders, whoever wrote it; nothing is loaded."""
     found = (path for folder in folders for path in folder.glob("*.ckpt"))

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from scsdpo.checkpoints import Change, Rule, Saved, changes, newest, newest_whole, say
+from scsdpo.checkpoints import Change, Rule, Saved, changes, newest, say, usable_neighbour
 from scsdpo.errors import ConfigurationError, blamed_on
 
 
@@ -74,7 +74,7 @@ def _whole(path: Path, *, resumable: bool) -> Saved:
     try:
         saved = Saved.read(path)
     except ValueError as error:
-        other = newest_whole(path.parent) if path.parent.is_dir() and not path.is_dir() else None
+        other = usable_neighbour(path) if path.parent.is_dir() and not path.is_dir() else None
         hint = f"; {other} is whole" if other is not None else ""
         raise ValueError(f"{error}{hint}") from error
     if resumable and not saved.resumable:
