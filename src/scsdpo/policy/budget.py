@@ -39,7 +39,8 @@ def memory_line(
 
         hook = embedding.register_forward_hook(start)
         try:
-            with torch.enable_grad():
+            # Lightning predicts in inference mode.
+            with torch.inference_mode(False), torch.enable_grad():
                 hidden = run(tokens)
                 # Not `backward`: gradients that are there stay, and DDP's hooks asleep.
                 torch.autograd.grad(hidden.float().square().mean(), starts[-1:])
