@@ -1,5 +1,7 @@
 """Policies that vLLM can hold, prompts for them, and the trainer's view of what was sampled."""
 
+import copy
+
 import torch
 
 from models import olmo3_folder, qwen3_folder
@@ -50,7 +52,12 @@ def short_and_long(policy):
 
 
 def gaps(policy, rollouts):
-    """|log S of a plain forward - the sampler's| at the sampled tokens, a tensor per prompt."""
+    """|log S of a plain forward - the sampler's| at the sampled tokens, a tensor per prompt.
+
+    The forward is in the policy's dtype and in float64, and the nearer of the two counts: two
+    float32 forwards on one side of the exact value and on the other are 1.05e-5 nats apart on some
+    processors, where on others no two are 1e-5.
+    """
     found = []
     for q, start in enumerate(rollouts.prompts):
         rows = []
@@ -60,9 +67,16 @@ def gaps(policy, rollouts):
             response = ids[mask]
             sequence = torch.tensor([[*start.ids, *response.tolist()]])
             with policy.sampling_mode() as model:
-                z = model(sequence, use_cache=False).logits[0, len(start.ids) - 1 : -1]
-            log_probs = (z / rollouts.temperature).log_softmax(-1)
-            rows.append((log_probs.gather(-1, response[:, None])[:, 0] - said[mask]).abs())
+                both = [
+                    each(sequence, use_cache=False).logits[0, len(start.ids) - 1 : -1].double()
+                    for each in (model, copy.deepcopy(model).double())
+                ]
+            distances = [
+                (z / rollouts.temperature).log_softmax(-1).gather(-1, response[:, None])[:, 0]
+                - said[mask]
+                for z in both
+            ]
+            rows.append(torch.stack(distances).abs().amin(0))
         found.append(torch.cat(rows))
     return found
 
