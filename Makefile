@@ -13,8 +13,9 @@ FAULTS ?= all
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
 
+# Two processes with a thread each: with more threads than cores they would wait for each other by spinning.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Against the real vLLM, its CPU build, in an environment of its own. Two OpenMP runtimes on the same
 # cores would spin, hence one thread; vLLM compiles some functions even when told to be eager, hence no
