@@ -1,6 +1,6 @@
 """One batch from the inside: what each token gets, without taking a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -61,7 +61,7 @@ def trace_update(
     rows, loss = list(range(shape[0] * shape[1])), 0.0
     order: list[Tensor] = []
     with torch.no_grad():
-        seen = update.observed_by(partial(_in_order, order, look))
+        seen = replace(update, observe=partial(_in_order, order, look))
         for output, _ in seen.losses(policy, batch, rows, max_tokens):
             loss += float(output.loss)
             places = torch.cat(order) if order else torch.zeros(0, dtype=torch.long)

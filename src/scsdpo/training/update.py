@@ -1,7 +1,7 @@
 """The update: from a batch of judged rollouts to losses with a gradient."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -138,7 +138,3 @@ class Update:
             axes="[n]",
             shape=tuple(chunk.ids.shape),
         )
-
-    def observed_by(self, observe: Observer) -> "Update":
-        """The same, looked at."""
-        return replace(self, observe=observe)
