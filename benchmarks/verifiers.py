@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scsdpo.data import Records
-from scsdpo.data.feed import Feed
+from scsdpo.data.shuffled import ShuffledSource
 from scsdpo.policy import CausalLM
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers import (
@@ -71,9 +71,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.jsonl"
         path.write_text('{"prompt": "How many of these are there?", "answer": 1}\n' * 5_000)
-        source = Records(str(path), MultipleChoice(), streaming=True)
-        feed = Feed.of(source, CausalLM("tiny").chat, 256, seed=0)
-        took = seconds(lambda: (feed[0], feed[4_999]), repeats=1)
+        source = Records(str(path), MathAnswer(), streaming=True)
+        questions_in_order = ShuffledSource.of(source, CausalLM("tiny").chat, 256, seed=0)
+        took = seconds(lambda: (questions_in_order[0], questions_in_order[4_999]), repeats=1)
         print(f"5,000 questions of a stream, read again: {took:.2f} s")
 
 

@@ -1,6 +1,7 @@
 """The shape of the house: rooms, imports that run down, and how large a file or function may be."""
 
 import ast
+import importlib
 import inspect
 from itertools import chain
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_no_import_runs_in_a_circle():
         return seen
 
     assert not [room for room in rooms if room in reached(room, set())]
+
+
+def test_every_name_that_a_benchmark_imports_exists():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scsdpo"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), path
 
 
 def test_files_and_functions_stay_small():
