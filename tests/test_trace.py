@@ -51,7 +51,7 @@ class TokenCase(Case):
 def traced(name, tmp_path):
     """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
     model = module(name, tmp_path, verification={"workers": 0})
-    model.rollout = Drawn()
+    model.answering.rollout = Drawn()
     prompts = [replace(prompt, verifier=AsJudged()) for prompt in judged()[0].prompts]
     width = judged()[0].mask.shape[-1]
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
