@@ -57,8 +57,8 @@ def traced(name, tmp_path):
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
     table = torch.zeros(questions * G * width, V, dtype=torch.float64)
 
-    def observe(chunk, credit):
-        table[chunk.places] = credit
+    def observe(seen):
+        table[seen.chunk.places] = seen.credit
 
     trace = model.trace(prompts, observe=observe)
     return model, trace, table.view(questions, G, width, V)

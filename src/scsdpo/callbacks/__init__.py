@@ -3,11 +3,13 @@
 from scsdpo.callbacks.before_after import BeforeAfter, before_after_table
 from scsdpo.callbacks.prediction_writer import PredictionWriter
 from scsdpo.callbacks.rollouts import RolloutCallback, show_rollouts
+from scsdpo.callbacks.run_records import RunRecords
 
 __all__ = [
     "BeforeAfter",
     "PredictionWriter",
     "RolloutCallback",
+    "RunRecords",
     "before_after_table",
     "show_rollouts",
 ]

@@ -1,5 +1,6 @@
 """Records: what a run leaves behind beside its checkpoints."""
 
+from scsdpo.records.batch_files import BatchFiles
 from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.metrics_file import MetricsFile
@@ -13,9 +14,11 @@ from scsdpo.records.schema import (
     RolloutRecord,
     TokenRecord,
 )
+from scsdpo.records.token_trace import TokenTrace
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BatchFiles",
     "HealthRecord",
     "JsonLines",
     "MetricsFile",
@@ -25,5 +28,6 @@ __all__ = [
     "Recorded",
     "RolloutRecord",
     "TokenRecord",
+    "TokenTrace",
     "run_folder",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage
-from scsdpo.callbacks import show_rollouts
+from scsdpo.callbacks import RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
@@ -34,7 +34,7 @@ from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
-from scsdpo.types import JudgedBatch, Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
@@ -137,8 +137,10 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
-        return [MetricsFile(), OnFailure()]
+        """Every run keeps its figures and responses, and what is good when it fails."""
+        given = [type(callback) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        own = (MetricsFile, RunRecords, OnFailure)
+        return [kind() for kind in own if kind not in given]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -186,7 +188,7 @@ class PolicyOptimizer(Resumable):
         prepared = [self.prepare(*judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
-            self.steps.learn(self, self.policy, batch)
+            self._learn(batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
 
     def _check_size(self, prompts: Sequence[Prompt]) -> None:
@@ -222,18 +224,15 @@ class PolicyOptimizer(Resumable):
         )
 
     def _report(self, rollouts: Rollouts, outcomes: Outcomes, prepared: Iterable[Batch]) -> None:
-        """Log what was sampled, and show callbacks what is learned from."""
+        """Log what was sampled."""
         weights = [outcomes.rewards[:0].double(), *(batch.weights for batch in prepared)]
         figures = rollout_metrics(rollouts, outcomes, torch.cat(weights))
         log_figures(self, "train", figures, shown="pass_rate")
-        for batch in prepared:
-            judged = JudgedBatch(
-                split="train",
-                rollouts=batch.rollouts,
-                outcomes=batch.outcomes,
-                weights=batch.weights,
-            )
-            show_rollouts(self, judged)
+
+    def _learn(self, batch: Batch) -> None:
+        """Show callbacks what is learned from, and learn."""
+        show_rollouts(self, batch.judged(self.advantage.objective_name))
+        self.steps.learn(self, self.policy, batch)
 
     def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
         """Answer, judge and learn from `prompts`, all but the step: what would each token get?
