@@ -138,9 +138,9 @@ class PolicyOptimizer(Resumable):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its figures and responses, and what is good when it fails."""
-        given = [type(callback) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (MetricsFile, RunRecords, OnFailure)
-        return [kind() for kind in own if kind not in given]
+        return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
