@@ -12,9 +12,10 @@ from scsdpo.interrupt import Interrupted
 
 COMMANDS = {
     "fit": "train a policy",
-    "validate": "measure a policy on the validation questions",
-    "test": "the same, logged under test/",
+    "validate": "measure a policy on the validation questions: accuracy with intervals",
+    "test": "the same, under the name test",
     "predict": "write a policy's responses and their verdicts",
+    "compare": "compare policies question by question, or methods seed by seed",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "rates": "measure the training questions' pass rates, for FrozenPassRate",
     "analyze": "measure what the teacher says, by correctness and by pass rate",
@@ -45,7 +46,15 @@ def run(args: Sequence[str]) -> None:
         return
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    if args[0] == "rates":
+    if args[0] in ("validate", "test"):
+        from scsdpo.cli.evaluate import main as evaluate
+
+        evaluate("test" if args[0] == "test" else "validate", args[1:])
+    elif args[0] == "predict":
+        from scsdpo.cli.predict import main as predict
+
+        predict(args[1:])
+    elif args[0] == "rates":
         from scsdpo.cli.rates import main as rates
 
         rates(args[1:])

@@ -4,7 +4,7 @@ from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
 from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
-from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.reading import Saved, checkpoint_in
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.safe_point import SafePoint, under_way
 from scsdpo.checkpoints.saying import say
@@ -21,6 +21,7 @@ __all__ = [
     "Saved",
     "WholeFiles",
     "changes",
+    "checkpoint_in",
     "fit_weights",
     "install",
     "newest",

@@ -77,6 +77,14 @@ class Saved:
         return cls.read(path)
 
 
+def checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest state of the run that it is; None: neither."""
+    last = path / "checkpoints" / "last.ckpt"
+    if last.exists():
+        return last
+    return path if path.is_file() or (path / _META).exists() else None
+
+
 _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
 """What `torch.load` and look-ups raise for files of other kinds."""
 

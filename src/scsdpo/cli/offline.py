@@ -26,7 +26,7 @@ def own_parser(command: str, what: str) -> argparse.ArgumentParser:
     return _Parser(
         prog=f"scsdpo {command}",
         description=what,
-        epilog="Everything else is as in `scsdpo predict`: --config FILE, --model.KEY=VALUE, ...",
+        epilog="Everything else is as in `scsdpo fit`: --config FILE, --model.KEY=VALUE, ...",
         allow_abbrev=False,
     )
 

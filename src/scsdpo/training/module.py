@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -28,6 +28,7 @@ from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.answering import Answering
 from scsdpo.training.batch import Batch
 from scsdpo.training.evaluation import Evaluation
+from scsdpo.training.evaluation_files import EvaluationFiles
 from scsdpo.training.finite import spoiled
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
@@ -139,8 +140,8 @@ class PolicyOptimizer(Resumable):
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its figures and responses, and what is good when it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = (MetricsFile, RunRecords, OnFailure)
-        return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
+        own = (MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation), OnFailure())
+        return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -275,7 +276,7 @@ class PolicyOptimizer(Resumable):
 
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
-        self.evaluation.end(self, self.val_sampling.n, "val")
+        self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
@@ -284,11 +285,19 @@ class PolicyOptimizer(Resumable):
 
     def on_test_epoch_end(self) -> None:
         """As validation, under `test/`."""
-        self.evaluation.end(self, self.val_sampling.n, "test")
+        self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
         return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
+
+    def described(self) -> dict[str, Any]:
+        """Of an evaluation: which policy, and how it is asked and judged."""
+        return {
+            "policy": self.policy.name_or_path,
+            "sampling": asdict(self.val_sampling),
+            "success_threshold": self.success_threshold,
+        }
 
     def teardown(self, stage: str) -> None:
         """Let the rollout's engine go, and the processes that judge."""
