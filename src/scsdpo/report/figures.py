@@ -1,0 +1,160 @@
+"""What a report shows, section by section."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from scsdpo.report.curves import line_panel, over_batches, stack_panels, window_panel
+from scsdpo.report.panels import Panel
+from scsdpo.report.reading import Run
+
+PASS_RATES = {
+    "solve_all": ("all", "mastered, p = 1"),
+    "informative": ("some", "in between"),
+    "solve_none": ("none", "out of reach, p = 0"),
+}
+PHASES = {
+    f"seconds/{name}": (f"phase-{i}", label)
+    for i, (name, label) in enumerate(
+        {
+            "rollout": "sampling",
+            "verify": "verifying",
+            "teacher": "teacher",
+            "student": "student",
+            "step": "optimizer",
+        }.items()
+    )
+}
+SHOWN_ELSEWHERE = {"reward", "solve_none", "solve_all", "informative", "central", "medium"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and panels under it."""
+
+    name: str
+    title: str
+    lead: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+def learning(runs: Sequence[Run]) -> Section:
+    """Figures 2 and 3 of the paper."""
+    medium = Panel(
+        name="medium",
+        title="Questions of medium difficulty, %",
+        note="Share of questions with pass rate in [1/8, 7/8], window by window.",
+        x_label=over_batches(runs),
+        layers=[],
+        paper="Figure 3",
+    )
+    panels = [
+        line_panel(
+            runs, "pass_rate", "Pass rate in training, %",
+            "Mean pass rate of a batch's questions.", scale=100, paper="Figure 3",
+        ),
+        window_panel(runs, {"medium": ("some", "[1/8, 7/8]")}, medium),
+        line_panel(
+            runs, "gradient_norm", "Gradient norm", "Before clipping.", log=True, paper="Figure 3",
+        ),
+        line_panel(
+            runs, "response_length", "Response length, tokens",
+            "Mean of a batch, end of sequence included.", paper="Figure 2",
+        ),
+    ]  # fmt: skip
+    return Section(
+        name="learning",
+        title="Learning",
+        lead="Pass rate, difficulty, gradient and length as training goes on.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def difficulty(runs: Sequence[Run]) -> Section:
+    """Figure 5 of the paper."""
+    x_label = over_batches(runs)
+    stack = Panel(
+        name="pass-rates",
+        title="Questions by pass rate, %",
+        note="Mastered below, out of reach above; only what is in between teaches.",
+        x_label=x_label,
+        layers=[],
+        ceiling=100,
+        steps=True,
+        paper="Figure 5",
+    )
+    bands = Panel(
+        name="bands",
+        title="Questions in the middle, %",
+        note="Share with pass rate in [2/8, 6/8], window by window.",
+        x_label=x_label,
+        layers=[],
+        paper="Figure 5",
+    )
+    panels = [
+        *stack_panels(runs, PASS_RATES, stack, scale=100),
+        window_panel(runs, {"central": "[2/8, 6/8]"}, bands),
+        line_panel(
+            runs, "effective_questions", "Effective questions a batch",
+            "(sum of weights)² / sum of squared weights.",
+        ),
+    ]  # fmt: skip
+    return Section(
+        name="difficulty",
+        title="What there was to learn from",
+        lead="Mastered, in between, out of reach: how the questions moved.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def trust(runs: Sequence[Run]) -> Section:
+    """Whether the numbers can be believed."""
+    shown = (
+        ("divergence", "Divergence of student and teacher, nats",
+         "Mean over trained tokens; falling alone is no sign of learning.", 1.0),
+        ("objective", "Objective", "Mean over trained tokens.", 1.0),
+        ("entropy", "Entropy of the policy, nats", "Mean over trained tokens.", 1.0),
+        ("loss", "Loss", "With weights and importance, as stepped on.", 1.0),
+        ("logprob_gap", "Gap of sampler and trainer, nats",
+         "Mean |log S(trainer) - log S(sampler)|; zero but for rounding.", 1.0),
+        ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch.", 1.0),
+        ("truncated", "Truncated responses, %", "Those that reached the cap on tokens.", 100.0),
+        ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed.", 1.0),
+    )  # fmt: skip
+    panels = [
+        line_panel(runs, name, title, note, scale=scale, log=name in ("divergence", "logprob_gap"))
+        for name, title, note, scale in shown
+    ]
+    return Section(
+        name="trust",
+        title="Signals and trust",
+        lead="What the step was made of, and whether sampler and trainer are the same policy.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def cost(runs: Sequence[Run]) -> Section:
+    """Time, tokens, memory."""
+    stack = Panel(
+        name="seconds",
+        title="Seconds a batch, by phase",
+        note="Of the slowest rank.",
+        x_label=over_batches(runs),
+        layers=[],
+        steps=True,
+    )
+    tokens = (
+        ("tokens/rollout", "Tokens sampled a batch", "All ranks."),
+        ("tokens/teacher", "Tokens through the teacher a batch", "A prompt counts once."),
+        ("tokens/student", "Tokens through the student a batch", "A prompt counts once."),
+        ("trained_tokens", "Tokens that got credit a batch", "The rest was not run."),
+    )
+    panels = [
+        *stack_panels(runs, PHASES, stack),
+        *(line_panel(runs, name, title, note) for name, title, note in tokens),
+    ]
+    return Section(
+        name="cost",
+        title="Time, tokens, memory",
+        lead="Where a batch's time goes.",
+        panels=[panel for panel in panels if panel],
+    )

@@ -1,0 +1,31 @@
+"""Data for the page's scripts: compressed, and in letters that no parser of HTML stumbles over."""
+
+import base64
+import hashlib
+import json
+import math
+import zlib
+from typing import Any
+
+
+def pack(value: Any) -> str:
+    """JSON, deflated, in base64. What a response says cannot end a script element in it."""
+    text = json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # A lone surrogate, which a broken row may hold, is no UTF-8.
+    return base64.b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode()
+
+
+def plain(value: Any) -> Any:
+    """Numbers to six digits, none that is not finite, and everything else as it was."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def content_hash(text: str) -> str:
+    """As a content security policy names a script or style that stands in the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,63 @@
+"""Colors, told apart by people who see red and green alike (Okabe and Ito), on white and on black.
+
+Runs differ in their dashes too, so that no plot speaks by color alone.
+"""
+
+LIGHT = {
+    "run-0": "#0072b2",
+    "run-1": "#d55e00",
+    "run-2": "#007a5a",
+    "run-3": "#b0578d",
+    "run-4": "#8a6d00",
+    "run-5": "#3f8fc4",
+    "run-6": "#5f5f6b",
+    "run-7": "#7a4fb0",
+    "right": "#0072b2",
+    "wrong": "#d55e00",
+    "none": "#e3a587",
+    "some": "#e9e2cf",
+    "all": "#6fa8cf",
+    "phase-0": "#0072b2",
+    "phase-1": "#a9c9dd",
+    "phase-2": "#e0a33a",
+    "phase-3": "#d55e00",
+    "phase-4": "#8b8b93",
+}
+"""A tone's color on white."""
+
+DARK = LIGHT | {
+    "run-0": "#56a9e0",
+    "run-1": "#f08a3c",
+    "run-2": "#2fbd95",
+    "run-3": "#dd8fbd",
+    "run-4": "#d9bd3d",
+    "run-5": "#8cc8ee",
+    "run-6": "#a9a9b5",
+    "run-7": "#b592e8",
+    "right": "#56a9e0",
+    "wrong": "#f08a3c",
+    "none": "#8a4a2a",
+    "some": "#4a463b",
+    "all": "#2f6d9c",
+    "phase-0": "#4795cb",
+    "phase-1": "#2c4f66",
+    "phase-2": "#d9a441",
+    "phase-3": "#dd7432",
+    "phase-4": "#77777f",
+}
+"""The same on black."""
+
+RUNS = 8
+DASHES = ("", "6 3", "2 2", "8 3 2 3")
+"""Of runs 0, 1, 2, 3, then again; an SVG dash array, "" solid."""
+
+
+def run_tone(run: int) -> str:
+    """Of the run of that number."""
+    return f"run-{run % RUNS}"
+
+
+def dashes(tone: str) -> str:
+    """The dash array of a tone's lines."""
+    kind, _, number = tone.partition("-")
+    return DASHES[int(number) % len(DASHES)] if kind == "run" else ""
