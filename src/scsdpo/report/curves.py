@@ -67,30 +67,28 @@ def _lines(tone: str, label: str, x: Sequence[float], y: Sequence[float | None])
     ]
 
 
-def window_panel(runs: Sequence[Run], names: dict[str, str], panel: Panel) -> Panel | None:
-    """Means of shares over windows of batches, in percent, into the layers of `panel`.
+def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
+    """Means of a share over windows of batches, in percent, into the layers of `panel`.
 
     Windows are 50 batches, as in the paper, of a run that has 200; a quarter of a shorter one.
     """
     layers = []
     for i, run in enumerate(runs):
-        for part, (name, label) in enumerate(names.items()):
-            x, y = run.curve(name)
-            size = 50 if 200 <= len(run.training) == len(x) else max(1, len(x) // 4)
-            starts = range(0, len(x) - size + 1, size)
-            windows = [mean(y[s : s + size]) for s in starts]
-            shares = [None if w is None else 100 * w for w in windows]
-            nothing = [None] * len(shares)
-            layers.append(
-                Dots(
-                    tone=run_tone(i + part if len(runs) == 1 else i),
-                    label=run.name if len(names) == 1 else label,
-                    x=[mean(x[s : s + size]) or 0.0 for s in starts],
-                    y=shares,
-                    low=nothing,
-                    high=nothing,
-                )
+        x, y = run.curve(name)
+        size = 50 if 200 <= len(run.training) == len(x) else max(1, len(x) // 4)
+        starts = range(0, len(x) - size + 1, size)
+        windows = [mean(y[s : s + size]) for s in starts]
+        nothing = [None] * len(windows)
+        layers.append(
+            Dots(
+                tone=run_tone(i),
+                label=run.name,
+                x=[mean(x[s : s + size]) or 0.0 for s in starts],
+                y=[None if w is None else 100 * w for w in windows],
+                low=nothing,
+                high=nothing,
             )
+        )
     layers = [layer for layer in layers if layer.x]
     return replace(panel, layers=layers) if layers else None
 
@@ -124,10 +122,9 @@ def stack_panels(
             above = [b + h for b, h in zip(below, heights, strict=True)]
             layers.append(Area(tone=tone, label=label, x=x, low=below, high=above))
             below = above
-        own = replace(panel, layers=layers)
         several = len(runs) > 1
-        panels.append(
-            replace(own, name=f"{own.name}-{i}", title=f"{own.title}: {run.name}") if several else own
-        )
+        title = f"{panel.title}: {run.name}" if several else panel.title
+        name = f"{panel.name}-{i}" if several else panel.name
+        panels.append(replace(panel, layers=layers, name=name, title=title, run=i))
     return panels
 

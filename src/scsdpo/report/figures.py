@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from scsdpo.report.curves import line_panel, over_batches, stack_panels, window_panel
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run
+from scsdpo.report.teacher import distances
+from scsdpo.report.teacher import panels as distance_panels
 
 PASS_RATES = {
     "solve_all": ("all", "mastered, p = 1"),
@@ -33,6 +35,8 @@ class Section:
 
     name: str
     title: str
+    short: str
+    """The title in the navigation."""
     lead: str
     panels: list[Panel] = field(default_factory=list)
 
@@ -52,7 +56,7 @@ def learning(runs: Sequence[Run]) -> Section:
             runs, "pass_rate", "Pass rate in training, %",
             "Mean pass rate of a batch's questions.", scale=100, paper="Figure 3",
         ),
-        window_panel(runs, {"medium": ("some", "[1/8, 7/8]")}, medium),
+        window_panel(runs, "medium", medium),
         line_panel(
             runs, "gradient_norm", "Gradient norm", "Before clipping.", log=True, paper="Figure 3",
         ),
@@ -64,6 +68,7 @@ def learning(runs: Sequence[Run]) -> Section:
     return Section(
         name="learning",
         title="Learning",
+        short="Learning",
         lead="Pass rate, difficulty, gradient and length as training goes on.",
         panels=[panel for panel in panels if panel],
     )
@@ -92,7 +97,7 @@ def difficulty(runs: Sequence[Run]) -> Section:
     )
     panels = [
         *stack_panels(runs, PASS_RATES, stack, scale=100),
-        window_panel(runs, {"central": "[2/8, 6/8]"}, bands),
+        window_panel(runs, "central", bands),
         line_panel(
             runs, "effective_questions", "Effective questions a batch",
             "(sum of weights)² / sum of squared weights.",
@@ -101,6 +106,7 @@ def difficulty(runs: Sequence[Run]) -> Section:
     return Section(
         name="difficulty",
         title="What there was to learn from",
+        short="Questions",
         lead="Mastered, in between, out of reach: how the questions moved.",
         panels=[panel for panel in panels if panel],
     )
@@ -127,6 +133,7 @@ def trust(runs: Sequence[Run]) -> Section:
     return Section(
         name="trust",
         title="Signals and trust",
+        short="Signals",
         lead="What the step was made of, and whether sampler and trainer are the same policy.",
         panels=[panel for panel in panels if panel],
     )
@@ -155,6 +162,25 @@ def cost(runs: Sequence[Run]) -> Section:
     return Section(
         name="cost",
         title="Time, tokens, memory",
+        short="Cost",
         lead="Where a batch's time goes.",
         panels=[panel for panel in panels if panel],
+    )
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """In the order of the page, without empty ones."""
+    all_of_them = [learning(runs), difficulty(runs), teacher(runs), trust(runs), cost(runs)]
+    return [section for section in all_of_them if section.panels]
+
+
+def teacher(runs: Sequence[Run]) -> Section:
+    """Figure 4 of the paper."""
+    found, source = distances(runs)
+    return Section(
+        name="teacher",
+        title="How far the teacher is",
+        short="Teacher",
+        lead=f"By correctness, and by the question's pass rate. {source}",
+        panels=distance_panels(found, runs),
     )

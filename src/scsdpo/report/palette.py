@@ -4,6 +4,14 @@ Runs differ in their dashes too, so that no plot speaks by color alone.
 """
 
 LIGHT = {
+    "page": "#fbfbf9",
+    "card": "#ffffff",
+    "wash": "#f1f0ec",
+    "ink": "#1c1e22",
+    "soft": "#626873",
+    "rule": "#e6e5e0",
+    "faint": "#c9c9c4",
+    "focus": "#0072b2",
     "run-0": "#0072b2",
     "run-1": "#d55e00",
     "run-2": "#007a5a",
@@ -14,6 +22,8 @@ LIGHT = {
     "run-7": "#7a4fb0",
     "right": "#0072b2",
     "wrong": "#d55e00",
+    "student": "#a06f00",
+    "teacher": "#7a4fb0",
     "none": "#e3a587",
     "some": "#e9e2cf",
     "all": "#6fa8cf",
@@ -26,6 +36,14 @@ LIGHT = {
 """A tone's color on white."""
 
 DARK = LIGHT | {
+    "page": "#121316",
+    "card": "#191b1f",
+    "wash": "#23262b",
+    "ink": "#e8e7e4",
+    "soft": "#9ba1ab",
+    "rule": "#2a2d33",
+    "faint": "#484c54",
+    "focus": "#6bb8ea",
     "run-0": "#56a9e0",
     "run-1": "#f08a3c",
     "run-2": "#2fbd95",
@@ -36,6 +54,8 @@ DARK = LIGHT | {
     "run-7": "#b592e8",
     "right": "#56a9e0",
     "wrong": "#f08a3c",
+    "student": "#e0b44a",
+    "teacher": "#b592e8",
     "none": "#8a4a2a",
     "some": "#4a463b",
     "all": "#2f6d9c",

@@ -49,6 +49,13 @@ class Run:
         """The same, read."""
         return yaml.safe_load(self.config_text) or {}
 
+    @cached_property
+    def environment(self) -> list[tuple[str, str]]:
+        """What it ran on, as far as its folder says."""
+        first, _, _ = self.config_text.partition("\n")
+        name, _, number = first.removeprefix("# ").partition("==")
+        return [(name, number)] if number else []
+
     def names(self, prefix: str) -> list[str]:
         """Of all figures that begin so, without it."""
         found = dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix))

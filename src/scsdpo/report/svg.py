@@ -28,6 +28,8 @@ def draw(panel: Panel) -> tuple[str, dict[str, Any]]:
         "title": panel.title,
         "x": panel.x_label,
         "steps": panel.steps,
+        "run": panel.run,
+        "stacked": any(isinstance(layer, Area) for layer in panel.layers),
         "box": [LEFT, TOP, RIGHT, BOTTOM],
         "domain": [x.low, x.high, y.low, y.high],
         "log": panel.log,
