@@ -26,7 +26,9 @@ def made_up_run(folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE)
     lines = [{"batch": 0, "step": 0, "time": 1e9} | validation(draw, 0.0)]
     for batch in range(1, batches + 1):
         share = batch / batches
-        lines.append({"batch": batch, "step": batch, "time": 1e9 + 2 * batch} | figures(draw, share))
+        lines.append(
+            {"batch": batch, "step": batch, "time": 1e9 + 2 * batch} | figures(draw, share)
+        )
         traced = batch % 10 == 1
         responses(folder, draw, "train", batch, share, traced=traced, text=text)
         if batch % VALIDATE_EVERY == 0:

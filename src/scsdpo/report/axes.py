@@ -42,7 +42,7 @@ def ticks(low: float, high: float, about: int, *, log: bool = False) -> list[flo
 def limits(
     values: Iterable[float], floor: float | None, ceiling: float | None, *, log: bool = False
 ) -> tuple[float, float]:
-    """Ends of an axis that shows all values, with a little room, at round numbers."""
+    """Ends of an axis that shows all values, with a little room beyond those not fixed."""
     values = list(values)
     if log:
         low, high = min(values), max(values)
@@ -50,9 +50,12 @@ def limits(
     low = min(values) if floor is None else min(floor, *values)
     high = max(values) if ceiling is None else max(ceiling, *values)
     if low == high:
-        low, high = (0.0, high * 2) if high > 0 else (low - 1, high + 1)
-    step = _step((high - low) / 4) / 2
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
+    room = 0.06 * (high - low)
+    return (
+        low if low == floor else low - room,
+        high if high == ceiling else high + room,
+    )
 
 
 def _step(rough: float) -> float:

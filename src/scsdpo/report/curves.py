@@ -11,11 +11,19 @@ SMOOTH = 10
 """Points of the running mean, where there are three times as many."""
 
 
+def slug(name: str) -> str:
+    """A figure's name as that of a panel and of a file."""
+    return name.replace("/", "-").replace("_", "-").replace("@", "-at-")
+
 
 def over_batches(runs: Sequence[Run]) -> str:
     """Name of the horizontal axis: each batch is a step unless some batch took none."""
-    steps = all(line["batch"] == line["step"] for run in runs for line in run.lines)
-    return "training step" if steps else "batch of questions"
+    return "training step" if one_step_a_batch(runs) else "batch of questions"
+
+
+def one_step_a_batch(runs: Sequence[Run]) -> bool:
+    """Whether the two count the same in all runs."""
+    return all(line["batch"] == line["step"] for run in runs for line in run.lines)
 
 
 def line_panel(
@@ -45,7 +53,7 @@ def line_panel(
             layers += _lines(run_tone(i), runs[i].name, x, y)
     wide = log and min(values) > 0 and max(values) > 100 * min(values)
     return Panel(
-        name=name.replace("/", "-"),
+        name=slug(name),
         title=title,
         note=note,
         x_label=over_batches(runs),
@@ -127,4 +135,3 @@ def stack_panels(
         name = f"{panel.name}-{i}" if several else panel.name
         panels.append(replace(panel, layers=layers, name=name, title=title, run=i))
     return panels
-

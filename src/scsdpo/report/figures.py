@@ -1,9 +1,10 @@
 """What a report shows, section by section."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from scsdpo.report.curves import line_panel, over_batches, stack_panels, window_panel
+from scsdpo.report import validations
+from scsdpo.report.curves import line_panel, over_batches, slug, stack_panels, window_panel
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run
 from scsdpo.report.teacher import distances
@@ -26,7 +27,11 @@ PHASES = {
         }.items()
     )
 }
-SHOWN_ELSEWHERE = {"reward", "solve_none", "solve_all", "informative", "central", "medium"}
+NO_PANEL = {
+    "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
+    "logprob_gap_share", "trained_rollouts", "negative_entropy",
+}  # fmt: skip
+"""Training figures that others show already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,17 @@ class Section:
     """The title in the navigation."""
     lead: str
     panels: list[Panel] = field(default_factory=list)
+
+
+def validation(runs: Sequence[Run]) -> Section:
+    """Accuracy on held-out questions."""
+    return Section(
+        name="validation",
+        title="Validation",
+        short="Validation",
+        lead="On questions that were not trained on, unless data.val says otherwise.",
+        panels=validations.panels(runs),
+    )
 
 
 def learning(runs: Sequence[Run]) -> Section:
@@ -170,8 +186,31 @@ def cost(runs: Sequence[Run]) -> Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """In the order of the page, without empty ones."""
-    all_of_them = [learning(runs), difficulty(runs), teacher(runs), trust(runs), cost(runs)]
-    return [section for section in all_of_them if section.panels]
+    makers = (validation, learning, difficulty, teacher, trust, cost)
+    made = [make(runs) for make in makers]
+    made.append(others(runs, {panel.name for section in made for panel in section.panels}))
+    return [section for section in made if section.panels]
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """All of a page."""
+    return [panel for section in sections(runs) for panel in section.panels]
+
+
+def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
+    """Figures that nobody here knows: those of a user's own callbacks."""
+    names = dict.fromkeys(name for run in runs for name in run.names("train/"))
+    left = [
+        name for name in names if slug(name) not in shown and name not in NO_PANEL | PHASES.keys()
+    ]
+    found = [line_panel(runs, name, name, f"train/{name}") for name in left]
+    return Section(
+        name="others",
+        title="Other figures",
+        short="Others",
+        lead="What else was logged.",
+        panels=[panel for panel in found if panel],
+    )
 
 
 def teacher(runs: Sequence[Run]) -> Section:

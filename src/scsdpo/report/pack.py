@@ -4,8 +4,13 @@ import base64
 import hashlib
 import json
 import math
+import re
 import zlib
 from typing import Any
+
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def pack(value: Any) -> str:
@@ -24,6 +29,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def readable(text: str) -> str:
+    """Marks that would turn or hide the text around them, by their numbers instead."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def content_hash(text: str) -> str:

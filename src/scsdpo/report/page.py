@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from scsdpo.report import palette, svg
 from scsdpo.report.configs import differences, parts
+from scsdpo.report.curves import one_step_a_batch
 from scsdpo.report.figures import Section, sections
-from scsdpo.report.pack import content_hash, pack
+from scsdpo.report.pack import content_hash, pack, readable
 from scsdpo.report.panels import Line, Panel
 from scsdpo.report.reading import Run
 from scsdpo.report.responses import Embedded, embed
@@ -74,6 +75,7 @@ def _page(runs: Sequence[Run], shown: list[dict[str, Any]], embedded: Embedded) 
     environment = Environment(
         loader=PackageLoader("scsdpo.report"),
         autoescape=True,
+        finalize=_readable,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -93,11 +95,16 @@ def _page(runs: Sequence[Run], shown: list[dict[str, Any]], embedded: Embedded) 
         differences=differences(runs) if len(runs) > 1 else [],
         embedded=embedded,
         room=embedded.room,
+        unit="step" if one_step_a_batch(runs) else "batch",
         panels=pack(panels),
         index=pack(embedded.index),
         version=version("scsdpo"),
         date=time.strftime("%Y-%m-%d"),
     )
+
+
+def _readable(value: Any) -> Any:
+    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _shown(section: Section) -> dict[str, Any]:

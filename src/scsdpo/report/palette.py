@@ -27,11 +27,11 @@ LIGHT = {
     "none": "#e3a587",
     "some": "#e9e2cf",
     "all": "#6fa8cf",
-    "phase-0": "#0072b2",
-    "phase-1": "#a9c9dd",
-    "phase-2": "#e0a33a",
-    "phase-3": "#d55e00",
-    "phase-4": "#8b8b93",
+    "phase-0": "#4b93c4",
+    "phase-1": "#b5d3e4",
+    "phase-2": "#e9c98a",
+    "phase-3": "#d98f5f",
+    "phase-4": "#9a9aa3",
 }
 """A tone's color on white."""
 
@@ -59,10 +59,10 @@ DARK = LIGHT | {
     "none": "#8a4a2a",
     "some": "#4a463b",
     "all": "#2f6d9c",
-    "phase-0": "#4795cb",
+    "phase-0": "#2f6d9c",
     "phase-1": "#2c4f66",
-    "phase-2": "#d9a441",
-    "phase-3": "#dd7432",
+    "phase-2": "#8f7338",
+    "phase-3": "#96562f",
     "phase-4": "#77777f",
 }
 """The same on black."""

@@ -87,7 +87,9 @@ def summarize(runs: Sequence[Run]) -> Summary:
 def _made_of(run: Run) -> str:
     model = run.config.get("model") or {}
     policy = ((model.get("policy") or {}).get("init_args") or {}).get("name_or_path", "")
-    axes = [short(str((model.get(a) or {}).get("class_path", ""))) for a in ("advantage", "weighting")]
+    axes = [
+        short(str((model.get(a) or {}).get("class_path", ""))) for a in ("advantage", "weighting")
+    ]
     return " · ".join(part for part in (str(policy), *axes) if part)
 
 
@@ -105,7 +107,9 @@ def _tiles(run: Run) -> list[Tile]:
     rate = run.recent("pass_rate")
     if rate is not None:
         tiles.append(
-            Tile(label="pass rate in training", value=f"{100 * rate:.0f} %", detail="last 10 batches")
+            Tile(
+                label="pass rate in training", value=f"{100 * rate:.0f} %", detail="last 10 batches"
+            )
         )
     if run.training:
         tiles.append(Tile(label="optimizer steps", value=f"{run.lines[-1]['step']:,}"))
@@ -168,10 +172,10 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
         cells = [
             f"{100 * c.before:.1f} → {100 * c.after:.1f} ({c.points:+.1f})"
             if (c := found.get(kind))
-            else "–"
+            else "-"
             for kind in kinds
         ]
-        steps = f"{run.lines[-1]['step']:,}" if run.lines else "–"
+        steps = f"{run.lines[-1]['step']:,}" if run.lines else "-"
         rows.append([run.name, *cells, steps, duration(run)])
     return rows
 

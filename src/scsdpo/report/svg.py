@@ -1,4 +1,4 @@
-"""Panels as SVG, in classes that the page's style sheet colors: nothing in it depends on a theme."""
+"""Panels as SVG, in classes that the style sheet of the page colors in either theme."""
 
 from collections.abc import Iterator, Sequence
 from functools import singledispatch

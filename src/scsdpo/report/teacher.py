@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scsdpo.report.panels import Dots, Layer, Panel, Stairs
+from scsdpo.report.curves import slug
 from scsdpo.report.palette import run_tone
+from scsdpo.report.panels import Dots, Layer, Panel, Stairs
 from scsdpo.report.reading import Run, json_lines, mean
 
 MEASURES = {
@@ -87,7 +88,7 @@ def measured(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _over_mixture(s: float, t: float) -> float:
-    """log S / M, M = (S + T) / 2, from log S and log T."""
+    """The logarithm of S / M, M = (S + T) / 2, from log S and log T."""
     top = max(s, t)
     return s - (top + math.log(math.exp(s - top) + math.exp(t - top)) - math.log(2))
 
@@ -116,7 +117,7 @@ def _density(name: str, found: Sequence[Distance]) -> Panel:
                 Stairs(tone=tone, label=f"{label} ({len(own)})", edges=edges, heights=heights)
             )
     return Panel(
-        name=f"{name}-density",
+        name=slug(f"{name}-density"),
         title=MEASURES[name],
         note="Density of responses, right and wrong; each a mean over its tokens, the outer 2 % at "
         "the ends.",
@@ -130,9 +131,7 @@ def _by_pass_rate(name: str, found: Sequence[Distance], runs: Sequence[Run]) -> 
     layers: list[Layer] = []
     for i in sorted({d.run for d in found}):
         rates = sorted({d.pass_rate for d in found if d.run == i})
-        groups = [
-            [d.values[name] for d in found if d.run == i and d.pass_rate == r] for r in rates
-        ]
+        groups = [[d.values[name] for d in found if d.run == i and d.pass_rate == r] for r in rates]
         means = [sum(group) / len(group) for group in groups]
         spreads = [
             math.sqrt(sum((v - m) ** 2 for v in group) / len(group))
@@ -149,7 +148,7 @@ def _by_pass_rate(name: str, found: Sequence[Distance], runs: Sequence[Run]) -> 
             )
         )
     return Panel(
-        name=f"{name}-by-pass-rate",
+        name=slug(f"{name}-by-pass-rate"),
         title=f"{MEASURES[name].removesuffix(', nats')} by pass rate",
         note="Mean of responses and one standard deviation, by their question's pass rate.",
         x_label="pass rate of the question",

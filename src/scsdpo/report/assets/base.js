@@ -20,7 +20,8 @@ function make(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child != null && child !== false));
+  const present = children.flat().filter((child) => child != null && child !== false);
+  element.append(...present.map((child) => (child instanceof Node ? child : readable(child))));
   return element;
 }
 
@@ -30,11 +31,16 @@ function makeSvg(tag, attributes) {
   return element;
 }
 
+/** Marks that would turn or hide the text around them, by their numbers instead. */
+const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const readable = (text) =>
+  String(text).replace(CONTROLS, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 /** Three significant digits: 0.0123, 45.6, 1,234, 1.2e-7. */
 function short(value, digits = 3) {
   if (value == null) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && size < 1e-4) return value.toExponential(digits - 1);
+  if (size !== 0 && size < 1e-3) return value.toExponential(digits - 1);
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(digits)));
 }

@@ -27,23 +27,23 @@ function showResponse(question, response, trace) {
     ["gold", question.target],
     ["reward", short(response.reward)],
     ["weight", here.split === "train" ? short(response.weight) : null],
-    ["pass rate", `${short(question.pass_rate)} of ${question.samples}`],
+    ["pass rate", `${short(question.pass_rate)} of ${question.samples} responses`],
     ["tokens", `${response.n_tokens}${response.finish_reason === "length" ? ", truncated" : ""}`],
     ["got credit", here.split === "train" ? (response.active ? "yes" : "no") : null],
   ];
   map = null;
-  byId("response").replaceChildren(
-    make("h3", {}, `Step ${here.batch}, response ${response.sample + 1} of ${question.samples}: `, make("span", { class: `verdict ${verdict}` }, verdict)),
+  byId("response").replaceChildren(make("div", {},
+    make("h3", {}, `${unit[0].toUpperCase()}${unit.slice(1)} ${here.batch}, response ${response.sample + 1} of ${question.samples}: `, make("span", { class: `verdict ${verdict}` }, verdict)),
     make("div", { class: "facts-row" }, facts.filter(([, value]) => value !== null && value !== "").map(([name, value]) => make("span", {}, `${name} `, make("b", {}, String(value))))),
     make("div", { class: "pips", role: "group", "aria-label": "Siblings" }, siblings.map((r) => pip(question, r))),
+    make("div", { class: "said" }, question.messages.flatMap((m) => [make("small", {}, m.role), m.content])),
     response.error ? make("p", { class: "note" }, `The verifier failed: ${response.error}`) : null,
     response.feedback ? make("p", { class: "note" }, `Feedback: ${response.feedback}`) : null,
     ...(trace ? creditMap(trace) : [make("div", { class: "plain" }, response.output || "(empty)"), make("p", { class: "note" }, response.traced ? "Its tokens are not in this page: it was made to stay under 10 MB." : "Its tokens were not traced.")]),
-    fold("Question", question.messages.map((m) => `${m.role}: ${m.content}`).join("\n\n")),
     response.teacher_prompt == null
       ? make("p", { class: "note" }, here.split === "train" ? "No teacher read anything before this response." : "")
       : fold("What the teacher read before this response", response.teacher_prompt),
-  );
+  ));
   if (trace) paint();
 }
 

@@ -4,6 +4,7 @@ const SUCCESS = 1, FAILED = 2, LENGTH = 4, TRACED = 8;
 const chunks = new Map();
 const filters = byId("filters");
 let index = null;
+const unit = byId("responses")?.dataset.unit; // a batch of questions, or the step on it
 const here = { run: 0, split: "train", batch: null, key: null, sample: null };
 let questions = [];
 
@@ -60,16 +61,22 @@ function drawStrip() {
       const height = 5 + 39 * rate;
       const kind = b.batch === here.batch ? "now" : matches(b, want) ? "match" : "";
       const bar = { x: i * 10 + 1, y: 46 - height, width: 8, height, class: kind };
-      return [makeSvg("rect", bar), makeSvg("rect", { x: i * 10, y: 0, width: 10, height: 46, class: "hit", "data-batch": b.batch })];
+      const traced = b.questions.some((q) => q[4].some((bits) => bits & TRACED));
+      const hit = { x: i * 10, y: 0, width: 10, height: 46, class: "hit", "data-batch": b.batch };
+      return [
+        makeSvg("rect", bar),
+        ...(traced ? [makeSvg("rect", { x: i * 10 + 1, y: 44, width: 8, height: 2, class: "traced" })] : []),
+        makeSvg("rect", hit),
+      ];
     }),
   );
   const shown = entry();
-  byId("strip-first").textContent = all.length ? `step ${all[0].batch}` : "";
-  byId("strip-last").textContent = all.length > 1 ? `step ${all.at(-1).batch}` : "";
+  byId("strip-first").textContent = all.length ? `${unit} ${all[0].batch}` : "";
+  byId("strip-last").textContent = all.length > 1 ? `${unit} ${all.at(-1).batch}` : "";
   const found = shown ? matches(shown, want) : 0;
   const total = shown ? shown.questions.reduce((n, q) => n + q[4].length, 0) : 0;
   const words = shown
-    ? `step ${here.batch}: ${shown.questions.length} question${shown.questions.length === 1 ? "" : "s"}, ${found} of ${total} responses pass the filters`
+    ? `${unit} ${here.batch}: ${shown.questions.length} question${shown.questions.length === 1 ? "" : "s"}, ${found} of ${total} responses pass the filters`
     : "nothing was written of this run and split";
   byId("strip-now").textContent = words;
   strip.setAttribute("aria-valuemin", all[0]?.batch ?? 0);
@@ -101,7 +108,7 @@ function drawQuestions() {
       ),
     ];
   });
-  byId("questions").replaceChildren(...(cards.length ? cards : [make("p", { class: "note" }, "No response of this step passes the filters.")]));
+  byId("questions").replaceChildren(...(cards.length ? cards : [make("p", { class: "note" }, "Nothing here passes the filters.")]));
 }
 
 function pip(question, response, passes = true) {
@@ -174,7 +181,7 @@ function openStep(run, x) {
   openBatch(batch);
   byId("responses").scrollIntoView({ behavior: "instant" });
   byId("strip").focus({ preventScroll: true });
-  say(`step ${batch}`);
+  say(`${unit} ${batch}`);
 }
 
 function move(by) {
