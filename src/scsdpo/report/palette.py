@@ -21,7 +21,7 @@ LIGHT = {
     "run-6": "#5f5f6b",
     "run-7": "#7a4fb0",
     "right": "#0072b2",
-    "wrong": "#d55e00",
+    "wrong": "#bf5000",
     "student": "#a06f00",
     "teacher": "#7a4fb0",
     "none": "#e3a587",
