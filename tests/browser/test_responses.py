@@ -47,9 +47,7 @@ def test_from_the_curve_to_the_step_to_the_question_to_the_response(opened, runs
     key = question.locator("p").get_attribute("title")
     question.locator(".pip").nth(5).click()
     page.wait_for_selector('#response h3:has-text("response 6 of 8")')
-    (line,) = (
-        x for x in records(run, "rollouts", step) if (x["key"], x["sample"]) == (key, 5)
-    )
+    (line,) = (x for x in records(run, "rollouts", step) if (x["key"], x["sample"]) == (key, 5))
     assert opened_response(page)[2] == ("right" if line["success"] else "wrong")
     facts = page.locator("#response .facts-row").inner_text()
     assert f"answer {line['answer']}" in facts and f"tokens {line['n_tokens']}" in facts

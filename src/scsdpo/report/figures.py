@@ -29,7 +29,7 @@ PHASES = {
 }
 NO_PANEL = {
     "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
-    "logprob_gap_share", "trained_rollouts", "negative_entropy",
+    "logprob_gap_share", "trained_rollouts", "negative_entropy", "verifier_errors",
 }  # fmt: skip
 """Training figures that others show already."""
 
@@ -80,6 +80,11 @@ def learning(runs: Sequence[Run]) -> Section:
             runs, "response_length", "Response length, tokens",
             "Mean of a batch, end of sequence included.", paper="Figure 2",
         ),
+        line_panel(
+            runs, "truncated", "Truncated responses, %",
+            "Those that reached the cap on tokens.", scale=100,
+        ),
+        line_panel(runs, "entropy", "Entropy of the policy, nats", "Mean over trained tokens."),
     ]  # fmt: skip
     return Section(
         name="learning",
@@ -132,19 +137,19 @@ def trust(runs: Sequence[Run]) -> Section:
     """Whether the numbers can be believed."""
     shown = (
         ("divergence", "Divergence of student and teacher, nats",
-         "Mean over trained tokens; falling alone is no sign of learning.", 1.0),
-        ("objective", "Objective", "Mean over trained tokens.", 1.0),
-        ("entropy", "Entropy of the policy, nats", "Mean over trained tokens.", 1.0),
-        ("loss", "Loss", "With weights and importance, as stepped on.", 1.0),
+         "Mean over trained tokens; falling alone is no sign of learning."),
+        ("objective", "Objective", "Mean over trained tokens."),
+        ("loss", "Loss", "With weights and importance, as stepped on."),
         ("logprob_gap", "Gap of sampler and trainer, nats",
-         "Mean |log S(trainer) - log S(sampler)|; zero but for rounding.", 1.0),
-        ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch.", 1.0),
-        ("truncated", "Truncated responses, %", "Those that reached the cap on tokens.", 100.0),
-        ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed.", 1.0),
+         "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
+        ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
+        ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
     )  # fmt: skip
+    logs = ("divergence", "logprob_gap", "logprob_gap_max")
     panels = [
-        line_panel(runs, name, title, note, scale=scale, log=name in ("divergence", "logprob_gap"))
-        for name, title, note, scale in shown
+        line_panel(runs, name, title, note, log=name in logs)
+        for name, title, note in shown
+        if name != "verifier_errors" or any(any(run.curve(name)[1]) for run in runs)
     ]
     return Section(
         name="trust",

@@ -16,7 +16,7 @@ from scsdpo.report.configs import differences, parts
 from scsdpo.report.curves import one_step_a_batch
 from scsdpo.report.figures import Section, sections
 from scsdpo.report.pack import content_hash, pack, readable
-from scsdpo.report.panels import Line, Panel
+from scsdpo.report.panels import Dots, Line, Panel
 from scsdpo.report.reading import Run
 from scsdpo.report.responses import Embedded, embed
 from scsdpo.report.summary import Summary, summarize
@@ -29,7 +29,7 @@ SCRIPTS = ("base.js", "plots.js", "explorer.js", "credit.js")
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A panel with its SVG, and the entries of its legend: tone, dashes, label."""
+    """A panel with its SVG and what the scripts need of it."""
 
     panel: Panel
     svg: Markup
@@ -37,12 +37,16 @@ class Drawn:
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
-        """Empty where one layer needs no name."""
+        """Tone, label, and "dots" or dashes; empty where one layer needs no name."""
         layers = [each for each in self.panel.layers if not (isinstance(each, Line) and each.weak)]
+        alone = {each.tone: isinstance(each, Dots) and not each.joined for each in layers}
         entries = dict.fromkeys((each.tone, each.label) for each in layers)
         if len(entries) < 2:
             return []
-        return [(tone, palette.dashes(tone), label) for tone, label in entries]
+        return [
+            (tone, label, "dots" if alone[tone] else palette.dashes(tone))
+            for tone, label in entries
+        ]
 
 
 def drawn(panel: Panel) -> Drawn:

@@ -82,6 +82,7 @@ class Panel:
         ceiling: and up to it; None: as the data do.
         log: logarithmic vertical axis; every value must then be > 0.
         steps: x is a batch of training questions, so that a click leads there.
+        names: of x = 0, 1, 2, ..., where x is no number.
         run: the only one that it is of.
         paper: the figure of the SC-SDPO paper that it corresponds to, if any.
     """
@@ -95,5 +96,6 @@ class Panel:
     ceiling: float | None = None
     log: bool = False
     steps: bool = False
+    names: Sequence[str] = ()
     run: int | None = None
     paper: str = ""

@@ -50,6 +50,9 @@ def _figure(panel: Panel) -> Figure:
         draw(layer, ax)
     ax.set(xlabel=panel.x_label, ylabel=fill(panel.title, 34))
     ax.margins(x=0.01)
+    if panel.names:
+        ax.set_xticks(range(len(panel.names)), panel.names)
+        ax.set_xlim(-0.5, len(panel.names) - 0.5)
     if panel.log:
         ax.set_yscale("log")
     elif panel.floor is not None:

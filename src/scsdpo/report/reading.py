@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
@@ -15,6 +15,7 @@ from scsdpo.errors import ConfigurationError
 MOST_POINTS = 400
 """Of a curve; a longer one is shown as means of neighboring batches."""
 
+T = TypeVar("T")
 Line = dict[str, Any]
 Curve = tuple[list[float], list[float | None]]
 
@@ -81,6 +82,15 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Of those that are known; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def spread(values: Sequence[T]) -> list[T]:
+    """The last, the first, the middle, the middles of the halves, and so on: each once."""
+    order, step = list(values[-1:]), len(values)
+    while step >= 1:
+        order += values[::step]
+        step //= 2
+    return list(dict.fromkeys(order))
 
 
 def read_runs(given: Sequence[str]) -> list[Run]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scsdpo.report.pack import pack
-from scsdpo.report.reading import Run, json_lines
+from scsdpo.report.reading import Run, json_lines, spread
 
+SCHEMA = 1
+"""Of the records that are read; `scsdpo.records` cannot be asked without loading torch."""
 SUCCESS, ERROR, LENGTH, TRACED, ACTIVE = 1, 2, 4, 8, 16
 """Bits of a response in the index, by which the page filters."""
 
@@ -62,7 +64,7 @@ def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
     embedded.found = len(files)
     taken = 0
     for file in _by_worth(files):
-        lines = [line for line in json_lines(file.path) if line["schema_version"] == 1]
+        lines = [line for line in json_lines(file.path) if line["schema_version"] == SCHEMA]
         if not lines:
             continue
         content = _questions(lines) if file.kind == "rollouts" else [_trace(x) for x in lines]
@@ -102,15 +104,6 @@ def _by_worth(files: Sequence[_File]) -> list[_File]:
         for rank, batch in enumerate([*spread(first), *spread(others)]):
             ranks[run, split, batch] = rank
     return sorted(files, key=lambda f: (ranks[f.run, f.split, f.batch], f.run, f.split, f.kind))
-
-
-def spread(values: Sequence[int]) -> list[int]:
-    """The last, the first, the middle, the middles of the halves, and so on: each once."""
-    order, step = list(values[-1:]), len(values)
-    while step >= 1:
-        order += values[::step]
-        step //= 2
-    return list(dict.fromkeys(order))
 
 
 def _questions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

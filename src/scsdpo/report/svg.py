@@ -27,6 +27,7 @@ def draw(panel: Panel) -> tuple[str, dict[str, Any]]:
         "name": panel.name,
         "title": panel.title,
         "x": panel.x_label,
+        "names": list(panel.names),
         "steps": panel.steps,
         "run": panel.run,
         "stacked": any(isinstance(layer, Area) for layer in panel.layers),
@@ -41,9 +42,13 @@ def _axes(panel: Panel) -> tuple[Axis, Axis]:
     xs, ys = zip(*(extent(layer) for layer in panel.layers), strict=True)
     across = [value for values in xs for value in values] or [0.0, 1.0]
     up = [value for values in ys for value in values] or [0.0, 1.0]
+    if panel.names:
+        across += [-0.5, len(panel.names) - 0.5]
     left, right = min(across), max(across)
     if left == right:
         left, right = left - 1, right + 1
+    elif not (panel.steps or panel.names) and any(isinstance(x, Dots) for x in panel.layers):
+        left, right = left - 0.03 * (right - left), right + 0.03 * (right - left)
     bottom, top = limits(up, panel.floor, panel.ceiling, log=panel.log)
     return Axis(left, right, LEFT, RIGHT), Axis(bottom, top, BOTTOM, TOP, panel.log)
 
@@ -79,10 +84,11 @@ def _frame(panel: Panel, x: Axis, y: Axis) -> Iterator[str]:
         at = _n(y.place(value))
         yield f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>'
         yield f'<text class="tick y" x="{LEFT - 6}" y="{at}">{shown(value)}</text>'
-    for value in ticks(x.low, x.high, 5):
+    names = {float(i): escape(name) for i, name in enumerate(panel.names)}
+    for value, name in (names or {v: shown(v) for v in ticks(x.low, x.high, 5)}).items():
         at = _n(x.place(value))
         yield f'<path class="mark" d="M{at} {BOTTOM}v4"/>'
-        yield f'<text class="tick x" x="{at}" y="{BOTTOM + 16}">{shown(value)}</text>'
+        yield f'<text class="tick x" x="{at}" y="{BOTTOM + 16}">{name}</text>'
     middle = (LEFT + RIGHT) / 2
     yield f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>'
     yield f'<text class="label" x="{middle}" y="{BOTTOM + 33}">{escape(panel.x_label)}</text>'

@@ -9,7 +9,7 @@ from typing import Any
 from scsdpo.report.curves import slug
 from scsdpo.report.palette import run_tone
 from scsdpo.report.panels import Dots, Layer, Panel, Stairs
-from scsdpo.report.reading import Run, json_lines, mean
+from scsdpo.report.reading import Run, json_lines, mean, spread
 
 MEASURES = {
     "reverse_kl": "Reverse KL of student and teacher, nats",
@@ -18,6 +18,8 @@ MEASURES = {
     "half_log_student_over_mixture": "½ log S(y) / M(y), nats",
 }
 BINS = 24
+MOST_FILES = 100
+"""Of traces that are read; of more, so many that are spread over the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ def _analyzed(i: int, run: Run) -> Iterable[Distance]:
 
 
 def _traced(i: int, run: Run) -> Iterable[Distance]:
-    for path in sorted((run.folder / "tokens").glob("train_*.jsonl")):
+    for path in spread(sorted((run.folder / "tokens").glob("train_*.jsonl")))[:MOST_FILES]:
         responses = {
             (line["key"], line["sample"]): line
             for line in json_lines(run.folder / "rollouts" / path.name)

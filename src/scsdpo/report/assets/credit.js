@@ -31,6 +31,10 @@ function showResponse(question, response, trace) {
     ["tokens", `${response.n_tokens}${response.finish_reason === "length" ? ", truncated" : ""}`],
     ["got credit", here.split === "train" ? (response.active ? "yes" : "no") : null],
   ];
+  const read =
+    response.teacher_prompt == null
+      ? make("p", { class: "note" }, here.split === "train" ? "No teacher read anything before this response." : "")
+      : fold("What the teacher read before this response", response.teacher_prompt, Boolean(trace));
   map = null;
   byId("response").replaceChildren(make("div", {},
     make("h3", {}, `${unit[0].toUpperCase()}${unit.slice(1)} ${here.batch}, response ${response.sample + 1} of ${question.samples}: `, make("span", { class: `verdict ${verdict}` }, verdict)),
@@ -39,19 +43,17 @@ function showResponse(question, response, trace) {
     make("div", { class: "said" }, question.messages.flatMap((m) => [make("small", {}, m.role), m.content])),
     response.error ? make("p", { class: "note" }, `The verifier failed: ${response.error}`) : null,
     response.feedback ? make("p", { class: "note" }, `Feedback: ${response.feedback}`) : null,
-    ...(trace ? creditMap(trace) : [make("div", { class: "plain" }, response.output || "(empty)"), make("p", { class: "note" }, response.traced ? "Its tokens are not in this page: it was made to stay under 10 MB." : "Its tokens were not traced.")]),
-    response.teacher_prompt == null
-      ? make("p", { class: "note" }, here.split === "train" ? "No teacher read anything before this response." : "")
-      : fold("What the teacher read before this response", response.teacher_prompt),
+    ...(trace ? creditMap(trace, read) : [make("div", { class: "plain" }, response.output || "(empty)"), make("p", { class: "note" }, response.traced ? "Its tokens are not in this page: it was made to stay under 10 MB." : "Its tokens were not traced.")]),
+    trace ? null : read,
   ));
   if (trace) paint();
 }
 
-const fold = (title, text) => make("details", {}, make("summary", {}, title), make("pre", {}, text));
+const fold = (title, text, open) => make("details", { open }, make("summary", {}, title), make("pre", {}, text));
 
 const known = (trace, value) => trace.ids.some((_, i) => value(trace, i) != null);
 
-function creditMap(trace) {
+function creditMap(trace, read) {
   const chosen = SIGNALS.filter(([, , value]) => known(trace, value));
   if (!chosen.some(([name]) => name === signal)) signal = chosen[0]?.[0] ?? "credit";
   const spans = trace.text.map((text, i) => make("span", { "data-i": i }, visible(text)));
@@ -66,7 +68,12 @@ function creditMap(trace) {
   return [
     make("div", { class: "signals", role: "group", "aria-label": "Signal" }, buttons),
     make("div", { class: "scale", id: "scale" }),
-    make("div", { class: "desk" }, tokens, make("aside", { class: "inspector", id: "inspector", "aria-label": "Token" })),
+    make(
+      "div",
+      { class: "desk" },
+      make("div", {}, tokens, read),
+      make("aside", { class: "inspector", id: "inspector", "aria-label": "Token" }),
+    ),
   ];
 }
 
@@ -155,7 +162,7 @@ const shown = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵").repl
 /** The most likely tokens of both sides: probability under student and teacher, and credit. */
 function candidates(trace, i) {
   const told = trace.top_teacher_probs[i]?.some((p) => p != null);
-  const percent = (p, side) => make("td", {}, bar(p, side), make("span", {}, p == null ? "–" : `${short(100 * p)}%`));
+  const percent = (p, side) => make("td", {}, bar(p, side), make("span", {}, p == null ? "–" : p < 1e-4 ? "<0.01%" : `${short(100 * p)}%`));
   return make(
     "table",
     {},

@@ -25,8 +25,12 @@ function nearest(values, x) {
   return best;
 }
 
-/** All x that the panel has, in order. */
+/** Where one is, in words. */
+const placeName = (panel, at) => panel.names[Math.round(at)] ?? `${panel.x} ${short(at, 6)}`;
+
+/** All x that the panel has, in order; a name stands for all that are around it. */
 function allX(panel) {
+  if (panel.names.length) return panel.names.map((_, i) => i);
   panel.all ??= [...new Set(panel.layers.flatMap((layer) => layer.x))].sort((a, b) => a - b);
   return panel.all;
 }
@@ -38,7 +42,8 @@ function valuesAt(panel, x) {
   for (const layer of panel.layers) {
     if (layer.weak || document.body.classList.contains(`off-${layer.tone}`)) continue;
     const i = nearest(layer.x, at);
-    if (layer.y[i] == null || Math.abs(layer.x[i] - at) > 1e-9 * Math.max(1, Math.abs(at))) continue;
+    const reach = panel.names.length ? 0.5 : 1e-9 * Math.max(1, Math.abs(at));
+    if (layer.y[i] == null || Math.abs(layer.x[i] - at) > reach) continue;
     const raw = panel.layers.find((other) => other.weak && other.tone === layer.tone);
     rows.push({ layer, i, value: layer.y[i], raw: raw?.y[i] });
   }
@@ -52,11 +57,11 @@ function showTip(svg, panel, x) {
   const px = placeX(panel, at);
   const [, top, , bottom] = panel.box;
   svg.append(makeSvg("path", { class: "cursor", d: `M${px} ${top}V${bottom}` }));
-  for (const { layer, value } of panel.stacked ? [] : rows) {
-    svg.append(makeSvg("circle", { class: `knob ${layer.tone}`, cx: px, cy: placeY(panel, value), r: 3.5 }));
+  for (const { layer, i, value } of panel.stacked ? [] : rows) {
+    svg.append(makeSvg("circle", { class: `knob ${layer.tone}`, cx: placeX(panel, layer.x[i]), cy: placeY(panel, value), r: 3.5 }));
   }
   tip.replaceChildren(
-    make("b", {}, `${panel.x} ${short(at, 6)}`),
+    make("b", {}, placeName(panel, at)),
     ...rows.map(({ layer, i, value, raw }) => {
       const extra = layer.low?.[i] != null ? ` (${short(layer.low[i])} to ${short(layer.high[i])})` : "";
       const own = raw == null ? "" : ` (this batch ${short(raw)})`;
@@ -94,7 +99,7 @@ function step(svg, panel, by) {
   const next = Math.min(Math.max(now + by, 0), all.length - 1);
   const { at, rows } = showTip(svg, panel, all[next]);
   const words = rows.map(({ layer, value }) => `${layer.label} ${short(value)}`);
-  say(`${panel.x} ${short(at, 6)}: ${words.join(", ")}`);
+  say(`${placeName(panel, at)}: ${words.join(", ")}`);
 }
 
 /** The run whose line is nearest to the pointer; 0 if the panel's tones are no runs'. */
@@ -145,7 +150,9 @@ function csv(panel) {
   const quote = (text) => `"${String(text).replaceAll('"', '""')}"`;
   const lookups = columns.map(([, x, y]) => new Map(x.map((value, i) => [value, y[i]])));
   const head = [panel.x, ...columns.map(([name]) => name)].map(quote).join(",");
-  const rows = allX(panel).map((x) => [x, ...lookups.map((found) => found.get(x) ?? "")].join(","));
+  const places = [...new Set(panel.layers.flatMap((layer) => layer.x))].sort((a, b) => a - b);
+  const cell = (x) => (panel.names.length ? quote(panel.names[Math.round(x)]) : x);
+  const rows = places.map((x) => [cell(x), ...lookups.map((found) => found.get(x) ?? "")].join(","));
   return [head, ...rows].join("\n") + "\n";
 }
 
