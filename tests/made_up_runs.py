@@ -6,11 +6,13 @@ Responses say what a page must survive: ends of scripts, markup, signs that turn
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from scsdpo.records import SCHEMA_VERSION
+from scsdpo.statistics import score_interval
 
 HOSTILE = '</script><img src="x" onerror="fetch(1)"> \u202e & <b>ü𝛼</b> \u2028{{ 7 * 7 }}'
 WORDS = ["the", " answer", " is", " B", ".\n", " carbon", " 12", " ✓", " because", " of", "", "é"]
@@ -23,7 +25,7 @@ def made_up_run(folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE)
     for name in ("rollouts", "tokens"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config(seed)))
-    lines = [{"batch": 0, "step": 0, "time": 1e9} | validation(draw, 0.0)]
+    lines = [{"batch": 0, "step": 0, "time": 1e9} | evaluation(folder, draw, 0, 0.0)]
     for batch in range(1, batches + 1):
         share = batch / batches
         lines.append(
@@ -32,7 +34,7 @@ def made_up_run(folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE)
         traced = batch % 10 == 1
         responses(folder, draw, "train", batch, share, traced=traced, text=text)
         if batch % VALIDATE_EVERY == 0:
-            lines[-1] |= validation(draw, share)
+            lines[-1] |= evaluation(folder, draw, batch, share)
             responses(folder, draw, "val", batch, share, traced=False, text=text)
     write_lines(folder / "metrics.jsonl", lines)
     if alarm:
@@ -74,11 +76,32 @@ def figures(draw, share):
     return {f"train/{name}": value for name, value in found.items()}
 
 
-def validation(draw, share):
-    found = {"mean@16": 0.35 + 0.3 * share, "maj@16": 0.4 + 0.28 * share}
-    for level, start in enumerate((0.6, 0.35, 0.2, 0.1), 1):
-        found[f"level{level}/mean@16"] = start + 0.3 * share * draw.random()
-    return {f"val/{name}": value for name, value in found.items()}
+def evaluation(folder, draw, batch, share, questions=40):
+    """A validation, its file and what is logged of it: mean@4 over four levels."""
+    rows = []
+    for i in range(questions):
+        chance = (0.6, 0.35, 0.2, 0.1)[i % 4] + 0.3 * share
+        rewards = [float(draw.random() < chance) for _ in range(4)]
+        rows.append({"key": f"val/{i}", "category": f"level{1 + i % 4}", "rewards": rewards})
+    figures = {"all": estimates(rows)}
+    for level in range(1, 5):
+        name = f"level{level}"
+        figures[name] = estimates([row for row in rows if row["category"] == name])
+    content = {"schema_version": 1, "kind": "evaluation", "batch": batch, "figures": figures}
+    path = folder / "evaluations" / f"val-{batch}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content | {"questions": rows}))
+    logged = {"val/mean@4": figures["all"]["mean@4"]["value"], "val/maj@4": 0.4 + 0.2 * share}
+    for level in range(1, 5):
+        logged[f"val/level{level}/mean@4"] = figures[f"level{level}"]["mean@4"]["value"]
+    return logged
+
+
+def estimates(rows):
+    scores = [sum(row["rewards"]) / 4 for row in rows]
+    found = {"mean@4": score_interval(scores), "pass@1": score_interval(scores)}
+    found["pass@4"] = score_interval([max(row["rewards"]) for row in rows])
+    return {name: asdict(estimate) for name, estimate in found.items()}
 
 
 def responses(folder, draw, split, batch, share, *, traced, text):

@@ -4,9 +4,9 @@ import os
 import shutil
 
 import pytest
-from made_up_runs import made_up_run
 from playwright.sync_api import sync_playwright
 
+from made_up_runs import made_up_run
 from scsdpo.report import read_runs, write
 
 NAMES = ("sc-sdpo", "sdpo", "grpo")

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+RIGHT, WRONG = "✓", "\u00d7"
+
 
 def records(run, kind, batch, split="train"):
     text = (run / kind / f"{split}_{batch:06}.jsonl").read_text()
@@ -54,7 +56,7 @@ def test_from_the_curve_to_the_step_to_the_question_to_the_response(opened, runs
     assert line["output"].splitlines()[0][:20] in page.locator("#response .plain").inner_text()
     siblings = page.locator("#response .pip").all_inner_texts()
     assert siblings == [
-        "✓" if x["success"] else "×" for x in records(run, "rollouts", step) if x["key"] == key
+        RIGHT if x["success"] else WRONG for x in records(run, "rollouts", step) if x["key"] == key
     ]
 
 
@@ -107,7 +109,7 @@ def test_filters_leave_what_they_say(opened, runs):
     assert passing.count() == len(kept)
     page.select_option("select[name=verdict]", "wrong")
     wrong = sum(not line["success"] for line in kept)
-    assert passing.all_inner_texts() == ["×"] * wrong
+    assert passing.all_inner_texts() == [WRONG] * wrong
     assert f"{wrong} of {len(kept)} responses" in page.locator("#strip-now").inner_text()
     page.locator("input[name=traced]").check()
     both = sum(line["traced"] and not line["success"] for line in kept)

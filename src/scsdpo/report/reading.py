@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.report.evaluations import Evaluation, read_evaluations
 
 MOST_POINTS = 400
 """Of a curve; a longer one is shown as means of neighboring batches."""
@@ -38,6 +39,11 @@ class Run:
     def validations(self) -> list[Line]:
         """Those with a validation."""
         return [line for line in self.lines if any(key.startswith("val/") for key in line)]
+
+    @cached_property
+    def evaluations(self) -> dict[int, Evaluation]:
+        """Its validations question by question, by batch; empty if they were not kept."""
+        return read_evaluations(self.folder)
 
     @cached_property
     def config_text(self) -> str:

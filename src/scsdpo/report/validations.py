@@ -1,5 +1,6 @@
 """The panels of validation: accuracy on held-out questions, before, after, and on the way."""
 
+import math
 from collections.abc import Sequence
 
 from scsdpo.report.curves import over_batches, slug
@@ -20,7 +21,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     names = sorted({name for run in runs for name in run.names("val/")})
     whole = sorted((name for name in names if "/" not in name), reverse=True)
     parts = [name for name in names if "/" in name]
-    found = [_before_after(runs, name, parts) for name in whole]
+    found = [*(_before_after(runs, name, parts) for name in whole), _pass_at_k(runs)]
     if any(len(run.validations) > 2 for run in runs):
         found += [_over_batches(runs, name) for name in whole]
         means = [name for name in parts if "/mean@" in name]
@@ -44,16 +45,15 @@ def _before_after(runs: Sequence[Run], whole: str, parts: Sequence[str]) -> Pane
                 run.validations[-1],
             ),
         ):
-            y = [line.get(f"val/{name}") for name in names]
-            nothing = [None] * len(names)
+            ends = [_interval(run, line["batch"], name) for name in names]
             layers.append(
                 Dots(
                     tone=tone,
                     label=label,
                     x=[place + shift for place in range(len(names))],
-                    y=[None if value is None else 100 * value for value in y],
-                    low=nothing,
-                    high=nothing,
+                    y=[_percent(line.get(f"val/{name}")) for name in names],
+                    low=[low for low, _ in ends],
+                    high=[high for _, high in ends],
                     joined=False,
                 )
             )
@@ -76,9 +76,58 @@ def _joints(run: Run, names: Sequence[str], shift: float, tone: str) -> Line:
     x = [place + shift for place in range(len(names)) for _ in range(3)]
     y: list[float | None] = []
     for name in names:
-        ends = [run.validations[at].get(f"val/{name}") for at in (0, -1)]
-        y += [*(None if end is None else 100 * end for end in ends), None]
+        y += [*(_percent(run.validations[at].get(f"val/{name}")) for at in (0, -1)), None]
     return Line(tone=tone, label="", x=x, y=y, weak=True)
+
+
+def _percent(value: float | None) -> float | None:
+    return 100 * value if value is not None and math.isfinite(value) else None
+
+
+def _interval(run: Run, batch: int, name: str) -> tuple[float | None, float | None]:
+    """95 % of a figure, in percent; None, None where its questions were not kept."""
+    category, _, figure = name.rpartition("/")
+    evaluation = run.evaluations.get(batch)
+    known = evaluation.figures.get(category or "all", {}).get(figure) if evaluation else None
+    return (_percent(known.low), _percent(known.high)) if known else (None, None)
+
+
+def _pass_at_k(runs: Sequence[Run]) -> Panel | None:
+    """pass@k over k at the last validation, and for one run at the first."""
+    layers: list[Layer] = []
+    ks: list[str] = []
+    for i, run in enumerate(runs):
+        batches = list(run.evaluations)
+        ends = [(run_tone(i), run.name if len(runs) > 1 else "after", batches[-1:])]
+        if len(runs) == 1 and len(batches) > 1:
+            ends.insert(0, ("start", "before", batches[:1]))
+        for tone, label, at in ends:
+            figures = run.evaluations[at[0]].figures.get("all", {}) if at else {}
+            curve = {n.removeprefix("pass@"): e for n, e in figures.items() if "pass@" in n}
+            ks = list(curve) if len(curve) > len(ks) else ks
+            layers.append(
+                Dots(
+                    tone=tone,
+                    label=label,
+                    x=[float(place) for place in range(len(curve))],
+                    y=[_percent(each.value) for each in curve.values()],
+                    low=[_percent(each.low) for each in curve.values()],
+                    high=[_percent(each.high) for each in curve.values()],
+                )
+            )
+    return (
+        Panel(
+            name="pass-at-k",
+            title="pass@k, %",
+            note="Chance that one of k responses is right, unbiased.",
+            x_label="k",
+            names=ks,
+            layers=[layer for layer in layers if layer.data["x"]],
+            floor=None,
+        )
+        if ks
+        else None
+    )
 
 
 def _over_batches(runs: Sequence[Run], name: str) -> Panel | None:
@@ -86,15 +135,15 @@ def _over_batches(runs: Sequence[Run], name: str) -> Panel | None:
     for i, run in enumerate(runs):
         known = [line for line in run.validations if line.get(f"val/{name}") is not None]
         if known:
-            nothing = [None] * len(known)
+            ends = [_interval(run, line["batch"], name) for line in known]
             layers.append(
                 Dots(
                     tone=run_tone(i),
                     label=run.name,
                     x=[line["batch"] for line in known],
-                    y=[100 * line[f"val/{name}"] for line in known],
-                    low=nothing,
-                    high=nothing,
+                    y=[_percent(line[f"val/{name}"]) for line in known],
+                    low=[low for low, _ in ends],
+                    high=[high for _, high in ends],
                 )
             )
     category, _, figure = name.rpartition("/")
