@@ -68,7 +68,7 @@ def test_packed_text_holds_no_sign_of_markup():
 def test_a_page_keeps_to_its_size_and_still_spans_the_run(runs, page):
     small = render(runs, most_bytes=170_000)
     assert len(small.encode()) <= 170_000 < len(page.encode())
-    embedded = embed(runs, 80_000)
+    embedded = embed(runs, 150_000)
     assert 0 < len(embedded.chunks) < embedded.found and "spread over the run" in embedded.room
     for splits in embedded.index:
         batches = [entry["batch"] for entry in splits["train"]]

@@ -12,9 +12,12 @@ def test_a_page_of_three_runs_of_200_steps_is_small_opens_fast_and_runs_nothing_
     opened, report
 ):
     assert report.stat().st_size < 10e6
-    start = time.monotonic()
-    page = opened()
-    assert time.monotonic() - start < 2
+    seconds = []
+    for _ in range(3):  # a machine that is busy with something else is not the page's fault
+        start = time.monotonic()
+        page = opened()
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 2, seconds
     assert page.locator("img, iframe, link[rel=stylesheet], script[src]").count() == 0
     assert page.locator("main b:text-is('ü𝛼')").count() == 0  # markup of a response
     assert "{{ 7 * 7 }}" in page.locator(".alarm").inner_text()

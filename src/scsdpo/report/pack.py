@@ -13,21 +13,23 @@ _CONTROLS = re.compile(
 )
 
 
-def pack(value: Any) -> str:
+def pack(value: Any, digits: int = 6) -> str:
     """JSON, deflated, in base64. What a response says cannot end a script element in it."""
-    text = json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        plain(value, digits), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
     # A lone surrogate, which a broken row may hold, is no UTF-8.
     return base64.b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode()
 
 
-def plain(value: Any) -> Any:
-    """Numbers to six digits, none that is not finite, and everything else as it was."""
+def plain(value: Any, digits: int) -> Any:
+    """Numbers to so many digits, none that is not finite, and everything else as it was."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     return value
 
 

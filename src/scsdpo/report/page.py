@@ -56,16 +56,20 @@ def drawn(panel: Panel) -> Drawn:
 
 
 def render(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> str:
-    """The page of these runs, as text of at most `most_bytes` bytes.
+    """The page of these runs, as text of at most `most_bytes` bytes if its curves have room.
 
     Everything that is not small is packed (`pack.py`); what runs say of themselves goes through
     Jinja's escaping or is set as text by the scripts, never as markup.
     """
     shown = [_shown(section) for section in sections(runs)]
-    base = _page(runs, shown, Embedded(index=[{} for _ in runs]))
-    index_share = 0.97  # the index grows with what is embedded
-    embedded = embed(runs, int(index_share * (most_bytes - len(base.encode()))))
-    return _page(runs, shown, embedded)
+    page = _page(runs, shown, Embedded(index=[{} for _ in runs]))
+    room = most_bytes - len(page.encode())
+    while room > 0:
+        whole = _page(runs, shown, embed(runs, room))
+        if len(whole.encode()) <= most_bytes:
+            return whole
+        room = int(0.9 * room)  # the index grows with what is embedded
+    return page
 
 
 def _page(runs: Sequence[Run], shown: list[dict[str, Any]], embedded: Embedded) -> str:

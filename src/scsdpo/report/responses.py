@@ -15,6 +15,9 @@ SUCCESS, ERROR, LENGTH, TRACED, ACTIVE = 1, 2, 4, 8, 16
 """Bits of a response in the index, by which the page filters."""
 
 Kind = Literal["rollouts", "tokens"]
+DIGITS: dict[Kind, int] = {"rollouts": 6, "tokens": 4}
+"""Of numbers in the page."""
+TOKENS_SHARE = 0.6
 
 
 @dataclass(kw_only=True)
@@ -57,23 +60,29 @@ class _File:
 def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
     """Files until the page is full: of every run the last batch, the first, then between them.
 
-    A batch whose tokens were traced comes before one whose responses alone were written.
+    A batch whose tokens were traced comes before one whose responses alone were written; tokens
+    take at most `TOKENS_SHARE` of the room.
     """
     embedded = Embedded(index=[{"train": [], "val": []} for _ in runs])
     files = [file for i, run in enumerate(runs) for file in _files(i, run.folder)]
     embedded.found = len(files)
-    taken = 0
+    room, for_tokens = float(most_bytes), TOKENS_SHARE * most_bytes
+    full: set[Kind] = set()
     for file in _by_worth(files):
+        if file.kind in full:
+            continue
         lines = [line for line in json_lines(file.path) if line["schema_version"] == SCHEMA]
         if not lines:
             continue
         content = _questions(lines) if file.kind == "rollouts" else [_trace(x) for x in lines]
-        packed = pack(content)
-        if taken + len(packed) > most_bytes:
-            break
-        taken += len(packed)
+        packed = pack(content, DIGITS[file.kind])
+        if len(packed) > (min(room, for_tokens) if file.kind == "tokens" else room):
+            full.add(file.kind)
+            continue
+        room -= len(packed)
         embedded.chunks[file.chunk] = packed
         if file.kind == "tokens":
+            for_tokens -= len(packed)
             embedded.traces += len(lines)
             continue
         embedded.responses += len(lines)
