@@ -19,7 +19,8 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout.delivery import Delivery, write_weights
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length
 from scsdpo.rollout.vllm_server import START, Server, Unreachable
-from scsdpo.rollout.weights import digest, is_sharded, merged_weights
+from scsdpo.policy.sharding import is_sharded
+from scsdpo.rollout.weights import digest, merged_weights
 
 T = TypeVar("T")
 

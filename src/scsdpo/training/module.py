@@ -25,6 +25,7 @@ from scsdpo.metrics import (
     rollout_metrics,
 )
 from scsdpo.policy import CausalLM
+from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
@@ -34,6 +35,7 @@ from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled, spoiled
+from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
@@ -144,7 +146,7 @@ class PolicyOptimizer(Resumable):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
-        return [MetricsFile(), OnFailure()]
+        return [MetricsFile(), OnFailure(), HeldWeights()]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
@@ -154,11 +156,14 @@ class PolicyOptimizer(Resumable):
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
         if self._configured:
             return
+        mesh = flat_mesh(self.device_mesh)
         with blamed_on("model.policy"):
-            self.policy.configure_model()
-        self.weighting.configure(self.policy)
+            self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
+        if mesh is not None:
+            self.policy.fill_shards(mesh, self.modules())
+        self.weighting.configure(self.policy)
         self._configured = True
 
     def configure_optimizers(self) -> Any:

@@ -24,7 +24,7 @@ from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
-from scsdpo.training.finite import blamed, weight_norm
+from scsdpo.training.finite import blamed, total_norm, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
 from scsdpo.types import stable_hash
@@ -134,7 +134,7 @@ class OptimizerSteps(nn.Module):
             parameters = trained_parameters(policy)
             sum_gradients(parameters)
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
         gap = self._gap(batch, rows, outputs)
         seen = token_metrics([o for o, _ in outputs], self.objective_name)

@@ -1,0 +1,54 @@
+"""Two and four ranks, weights whole or in shards, train as one process does: `make test-scale`."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from conftest import ranks
+from world import CONFIGURATIONS
+
+KINDS = ["fsdp-2", "ddp-2", "fsdp-4", "ddp-4"]
+SHARE = KINDS[:1]
+"""What CI runs: SCALE=share."""
+
+
+@pytest.fixture(scope="session")
+def world(folders, tmp_path_factory):
+    """The folder of a kind of world, in which every configuration was trained."""
+    done = {}
+
+    def trained(kind):
+        if kind not in done:
+            done[kind] = tmp_path_factory.mktemp(kind)
+            ranks("world.py", int(kind[-1]), folders, done[kind], kind, *CONFIGURATIONS)
+        return done[kind]
+
+    return trained
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("kind", SHARE if os.environ.get("SCALE") == "share" else KINDS)
+def test_ranks_train_as_one(world, kind, name):
+    one, many = world("one-1") / name, world(kind) / name
+    tolerance = 1e-5 if "adamw" in name else 1e-6
+    expected, weights = torch.load(one / "weights.pt"), torch.load(many / "weights.pt")
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (weights[key] - value).abs().max() <= tolerance, key
+    records, wanted = figures(many), figures(one)
+    assert len(records) == len(wanted) > 5
+    for record, of_one in zip(records, wanted, strict=True):
+        assert record.keys() == of_one.keys()
+        for key, value in of_one.items():
+            assert record[key] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), key
+
+
+def figures(folder):
+    """All that was logged but times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "time" and "/seconds" not in k}
+        for line in lines
+    ]
