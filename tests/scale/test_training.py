@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
+from world import CONFIGURATIONS
 
 from conftest import ranks
-from world import CONFIGURATIONS
 
 KINDS = ["fsdp-2", "ddp-2", "fsdp-4", "ddp-4"]
 SHARE = KINDS[:1]

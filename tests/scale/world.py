@@ -15,11 +15,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
-from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, SelfDistillation, TopK, Weighted
+from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, Weighted
 from scsdpo.cli.config_types import arguments
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.selection import InformativePool
-from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
+from scsdpo.teacher import Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
 from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform

@@ -39,7 +39,7 @@ class Weights(nn.Module, ABC):
 
     @torch.no_grad()
     def follow(self, model: nn.Module, rate: float) -> None:
-        """theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
+        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
         for own, student in self.pairs(model):
             if rate == 1:
                 own.copy_(student)
@@ -58,7 +58,7 @@ class Adapter(ABC):
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         """The trainable module around a freshly loaded model."""
 
-    def draw(self, model: nn.Module) -> None:
+    def draw(self, model: nn.Module) -> None:  # noqa: B027 - only factors have any
         """Write the first values of what `wrap` added to the model."""
 
     @abstractmethod

@@ -191,10 +191,9 @@ class SharedPrompts(Runner):
                 return self._run_prompts(model, piece)
             return checkpoint(self._run_prompts, model, piece, use_reentrant=False)
 
-        if self._runs_again:
-            self._running[i] = running = _RunAgain(partial(self._within, work))
-        else:
-            self._running[i] = running = _Running(*self._within(work))
+        run = partial(self._within, work)
+        running = _RunAgain(run) if self._runs_again else _Running(*run())
+        self._running[i] = running
         start = 0
         for segment in piece.segments:
             self._places[segment] = Place(running.memory, slice(start, start + len(segment.ids)))

@@ -1,8 +1,8 @@
 """Weights in shards over the ranks (FSDP2): the one file that knows how.
 
-A sharded model is built on `meta`, sharded there, and filled shard by shard, so that no rank ever
-holds the whole of it in float32. Each decoder layer is a unit, and the rest of the model (embedding,
-last norm, head) is its root; a unit is whole while it runs. Gradients are summed over ranks, not
+A model is built on `meta`, sharded there, and filled shard by shard, so that no rank ever holds
+the whole of it in float32. Each decoder layer is a unit, and the rest of the model (embedding, last
+norm, head) is its root; a unit is whole while it runs. Gradients are summed over ranks, not
 averaged: losses are divided by the denominators of all ranks.
 """
 
@@ -74,7 +74,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, gathered: torch.dtype | None
     model.to_empty(device=_device(mesh))
     model.tie_weights()
     _rebuild_buffers(model)
-    model.inside = MethodType(_inside, model)
+    model.__dict__["inside"] = MethodType(_inside, model)
     register_fsdp_forward_method(model, "inside")
 
 
@@ -84,7 +84,7 @@ def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
     Tensors with a gradient come out in plain containers: in these FSDP2 finds where a backward will
     start, and gathers weights for it.
     """
-    return model.inside(work) if isinstance(model, FSDPModule) else work(model)
+    return model.__dict__["inside"](work) if isinstance(model, FSDPModule) else work(model)
 
 
 def settle(module: nn.Module) -> None:
@@ -95,7 +95,7 @@ def settle(module: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of `tensor`."""
+    """What this rank has of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

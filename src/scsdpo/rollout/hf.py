@@ -32,8 +32,9 @@ class HFRollout(Rollout):
     position) and, to the rounding of batched matrix products, on nothing else.
 
     It needs layers of full or sliding-window softmax attention; sliding layers keep their window
-    only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA factors are
-    merged into a copy of the weights that they adapt, while sampling, if there is memory for it.
+    only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
+    factors are merged into a copy of the weights that they adapt, while sampling, if there is
+    memory for it.
 
     Args:
         max_tokens: room for keys and values, in tokens, padding and room to grow included; a
