@@ -8,8 +8,9 @@ VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
+SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-browser lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -27,6 +28,10 @@ test-vllm: $(VLLM_INSTALLED)
 # Runs that are killed, stopped and hurt; FAULTS=share takes a share of the kills and signals.
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# Two and four ranks against one; SCALE=share takes two ranks with weights in shards.
+test-scale: $(INSTALLED)
+	OMP_NUM_THREADS=1 SCALE=$(SCALE) $(BIN)/python -m pytest tests/scale
 
 # The report in headless Chromium, which is installed where it is missing, with apt; CHROMIUM names one
 # elsewhere.

@@ -1,6 +1,7 @@
 """What of the policy is trained, and how a second set of weights is kept beside it."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,9 +9,12 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.sharding import local, own_rows, settle
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved
 
@@ -27,7 +31,20 @@ class Weights(nn.Module, ABC):
 
     @abstractmethod
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """(own tensor, the student's) for everything that is trained."""
+        """(own tensor, the student's) for everything that is trained; under shards, this rank's."""
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The whole models of its own, beside the policy's."""
+        return ()
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, rate: float) -> None:
+        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
+        for own, student in self.pairs(model):
+            if rate == 1:
+                own.copy_(student)
+            else:
+                own.lerp_(student.to(own.dtype), rate)
 
 
 class Adapter(ABC):
@@ -40,6 +57,9 @@ class Adapter(ABC):
     @abstractmethod
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         """The trainable module around a freshly loaded model."""
+
+    def draw(self, model: nn.Module) -> None:  # noqa: B027 - only factors have any
+        """Write the first values of what `wrap` added to the model."""
 
     @abstractmethod
     def language_model(self, model: nn.Module) -> PreTrainedModel:
@@ -145,10 +165,28 @@ class Lora(Adapter):
         return torch.bfloat16 if device_is_gpu else torch.float32
 
     def wrap(self, model: PreTrainedModel) -> nn.Module:
-        # A generator state of its own: what was drawn before does not matter.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash("adapter", resolved(self.seed)))
-            return get_peft_model(model, self._config(), adapter_name=STUDENT)
+        with torch.random.fork_rng(devices=[]):  # peft's draw is written over
+            wrapped = get_peft_model(model, self._config(), adapter_name=STUDENT)
+        if model.device.type != "meta":
+            self.draw(wrapped)
+        elif self.use_dora:
+            raise ConfigurationError(
+                "model.policy.adapter: Lora(use_dora=true) begins at the norms of whole weights, "
+                "and these are in shards: use DDP, or use_dora false"
+            )
+        return wrapped
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module) -> None:
+        """A uniform in +-1 / sqrt(its inputs), each layer by its name: the same on any rank."""
+        for name, factor in model.named_parameters():
+            if ".lora_B." in name:
+                factor.zero_()
+            elif ".lora_A." in name:
+                generator = torch.Generator()
+                generator.manual_seed(stable_hash("adapter", resolved(self.seed), name))
+                drawn = torch.rand(factor.shape, generator=generator).mul_(2).sub_(1)
+                local(factor).copy_(drawn[own_rows(factor)] / math.sqrt(factor.shape[1]))
 
     def language_model(self, model: nn.Module) -> PreTrainedModel:
         assert isinstance(model, PeftModel)
@@ -159,13 +197,15 @@ class Lora(Adapter):
 
     def moving(self, model: nn.Module, name: str) -> Weights:
         assert isinstance(model, PeftModel)
+        on_meta = model.device.type == "meta"
         if name not in model.peft_config:
-            model.add_adapter(name, self._config())
+            model.add_adapter(name, self._config(), low_cpu_mem_usage=on_meta)
+        for key, factor in model.named_parameters():
+            if f".{name}." in key:
+                factor.requires_grad_(False)
         factors = _Factors(name)
-        with torch.no_grad():  # peft draws a fresh A for each adapter
-            for own, student in factors.pairs(model):
-                own.copy_(student)
-                own.requires_grad_(False)
+        if not on_meta:  # peft draws a fresh A for each adapter
+            factors.follow(model, 1.0)
         return factors
 
     def is_saved(self, key: str) -> bool:
@@ -199,7 +239,13 @@ class _Copy(Weights):
         return nullcontext(self.copy)
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.copy.parameters(), model.parameters(), strict=True)
+        settle(self.copy)
+        settle(model)
+        for own, student in zip(self.copy.parameters(), model.parameters(), strict=True):
+            yield local(own), local(student)
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return (self.copy,)
 
 
 def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
@@ -213,7 +259,7 @@ class _Base(Weights):
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
         assert isinstance(model, PeftModel)
-        with _requires_grad_kept(model), model.disable_adapter():
+        with _switched(model, None):
             yield model.get_base_model()
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,26 +276,28 @@ class _Factors(Weights):
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
         assert isinstance(model, PeftModel)
-        with _requires_grad_kept(model):
-            model.set_adapter(self.name, inference_mode=True)
-            try:
-                yield model.get_base_model()
-            finally:
-                model.set_adapter(STUDENT)
+        with _switched(model, self.name):
+            yield model.get_base_model()
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         named = dict(model.named_parameters())
         for key, own in named.items():
             if f".{self.name}." in key:
-                yield own, named[key.replace(f".{self.name}.", f".{STUDENT}.")]
+                yield local(own), local(named[key.replace(f".{self.name}.", f".{STUDENT}.")])
 
 
 @contextmanager
-def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
-    """`set_adapter` and `disable_adapter` flip requires_grad; put it back."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
+def _switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Another adapter than the student's in force; None: none.
+
+    peft's own switches flip requires_grad, which FSDP2 takes over from the first forward, and walk
+    over every module more than once.
+    """
+    layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [adapter or STUDENT], adapter is None
     try:
         yield
     finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [STUDENT], False

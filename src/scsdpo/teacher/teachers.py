@@ -81,9 +81,8 @@ class EMA(Teacher):
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
-    @torch.no_grad()
     def after_step(self, policy: CausalLM) -> None:
-        _follow(_configured(self, self.weights), policy, self.rate)
+        _configured(self, self.weights).follow(policy.wrapped, self.rate)
 
 
 class Restart(Teacher):
@@ -124,11 +123,10 @@ class Restart(Teacher):
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
-    @torch.no_grad()
     def after_step(self, policy: CausalLM) -> None:
         self.taken += 1
         if self.taken % self.every == 0:
-            _follow(_configured(self, self.weights), policy, self.rate)
+            _configured(self, self.weights).follow(policy.wrapped, self.rate)
 
 
 class TrustRegion(Teacher):
@@ -167,11 +165,6 @@ class TrustRegion(Teacher):
     ) -> TokenLogits:
         first, live = trunks
         return TokenLogits(torch.lerp(first.logits, live.logits, self.mix))
-
-
-def _follow(weights: Weights, policy: CausalLM, rate: float) -> None:
-    for own, student in weights.pairs(policy.wrapped):
-        own.lerp_(student.to(own.dtype), rate)
 
 
 def _configured(teacher: Teacher, weights: Weights | None) -> Weights:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from scsdpo.distributed import all_max
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
+from scsdpo.policy.sharding import local
 from scsdpo.types import Rollouts
 
 LARGEST = 1e15
@@ -23,7 +24,8 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
         named: parameters or saved tensors of a `PolicyOptimizer`, by name.
     """
     kept = [(n, t) for n, t in named if n.split(".")[0] in _OWNERS and t.is_floating_point()]
-    weights = [(name, _local(tensor)) for name, tensor in kept if _local(tensor).numel()]
+    parts = [(name, local(tensor.detach())) for name, tensor in kept]
+    weights = [(name, tensor) for name, tensor in parts if tensor.numel()]
     if not weights:
         return ""
     extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
@@ -39,8 +41,13 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def weight_norm(parameters: Sequence[nn.Parameter]) -> float:
     """Of all of them together; inf or nan where one is spoiled."""
-    norm = torch.nn.utils.get_total_norm(parameters)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(total_norm(parameters))
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, all ranks' shards included."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
@@ -90,10 +97,6 @@ def blamed(
     found = [name for name, flag in zip(kinds, all_max(bad).tolist(), strict=True) if flag]
     what = found[0] if found else "the gradient alone (its norm, or a micro-batch's backward)"
     return f"{what}: {figures}", False
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _owner(name: str) -> str:

@@ -19,6 +19,7 @@ from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
 from scsdpo.policy import CausalLM
+from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
@@ -27,9 +28,11 @@ from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.answering import Answering
 from scsdpo.training.batch import Batch
+from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
 from scsdpo.training.evaluation_files import EvaluationFiles
 from scsdpo.training.finite import spoiled
+from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
@@ -129,7 +132,6 @@ class PolicyOptimizer(Resumable):
             limits=limits,
             gap=gap,
             objective_name=advantage.objective_name,
-            per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
         self.answering = Answering(rollout, verification, success_threshold, self.timer)
@@ -140,7 +142,10 @@ class PolicyOptimizer(Resumable):
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run keeps its figures and responses, and what is good when it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = (MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation), OnFailure())
+        own = (
+            *(MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
+            *(OnFailure(), HeldWeights()),
+        )
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
@@ -151,11 +156,14 @@ class PolicyOptimizer(Resumable):
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
         if self._configured:
             return
+        mesh = flat_mesh(self)
         with blamed_on("model.policy"):
-            self.policy.configure_model()
-        self.weighting.configure(self.policy)
+            self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
+        if mesh is not None:
+            self.policy.fill_shards(mesh, self.modules())
+        self.weighting.configure(self.policy)
         self._configured = True
 
     def configure_optimizers(self) -> Any:
@@ -186,7 +194,7 @@ class PolicyOptimizer(Resumable):
         outcomes = self.judge(rollouts)
         interrupt.meet()
         chosen = self.selection.select(rollouts, outcomes)
-        prepared = [self.prepare(*judged) for judged in chosen]
+        prepared = [deal(self.prepare, self.advantage, judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
             self._learn(batch)
@@ -219,6 +227,7 @@ class PolicyOptimizer(Resumable):
             weights=self.weighting.weights(outcomes),
             teacher=contexts,
             reference=references,
+            questions=split(len(outcomes.rewards), self.updates_per_rollout),
             old_logprobs=torch.full_like(
                 rollouts.policy_logprobs, torch.nan, dtype=torch.float64
             ).flatten(0, 1),
