@@ -24,6 +24,7 @@ from scsdpo.metrics import (
     phase_metrics,
     rollout_metrics,
 )
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
@@ -143,8 +144,8 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
-        return [MetricsFile(), OnFailure()]
+        """Every run plans its memory, keeps its metrics, and what is good when it fails."""
+        return [MemoryPlan(), MetricsFile(), OnFailure()]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
