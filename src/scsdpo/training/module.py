@@ -18,6 +18,7 @@ from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
@@ -140,10 +141,10 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its figures and responses, and what is good when it fails."""
+        """Every run plans its memory, and keeps its figures, responses and what is good when it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
-            *(MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
+            *(MemoryPlan(), MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
             *(OnFailure(), HeldWeights()),
         )
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
