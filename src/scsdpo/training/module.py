@@ -141,7 +141,7 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run plans its memory, and keeps its figures, responses and what is good when it fails."""
+        """Every run plans its memory, and keeps figures, responses and what is good if it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
