@@ -53,7 +53,11 @@ def run(args: Sequence[str]) -> None:
         return
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    if args[0] in ("validate", "test"):
+    if args[0] == "compare":
+        from scsdpo.cli.compare import main as compare
+
+        compare(args[1:])
+    elif args[0] in ("validate", "test"):
         from scsdpo.cli.evaluate import main as evaluate
 
         evaluate("test" if args[0] == "test" else "validate", args[1:])
