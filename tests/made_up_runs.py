@@ -71,7 +71,7 @@ def figures(draw, share):
         "trained_tokens": 3800 * middle, "skipped": 0.0, "tokens/rollout": 3800.0,
         "tokens/teacher": 4000.0 * middle, "tokens/student": 3700.0 * middle,
         "seconds/rollout": 0.6, "seconds/verify": 0.02, "seconds/teacher": 0.3,
-        "seconds/student": 0.9, "seconds/step": 0.05,
+        "seconds/student": 0.9, "memory": 1.5, "seconds/step": 0.05,
     }  # fmt: skip
     return {f"train/{name}": value for name, value in found.items()}
 

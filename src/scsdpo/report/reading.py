@@ -59,9 +59,8 @@ class Run:
     @cached_property
     def environment(self) -> list[tuple[str, str]]:
         """What it ran on, as far as its folder says."""
-        first, _, _ = self.config_text.partition("\n")
-        name, _, number = first.removeprefix("# ").partition("==")
-        return [(name, number)] if number else []
+        path = self.folder / "environment.json"
+        return list(json.loads(path.read_text()).items()) if path.exists() else []
 
     def names(self, prefix: str) -> list[str]:
         """Of all figures that begin so, without it."""

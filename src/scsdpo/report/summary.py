@@ -110,7 +110,7 @@ def _words(run: Run) -> list[str]:
             f"Of the questions it was last trained on {mastered:.0f} % are mastered, {between:.0f} "
             f"% are solved now and then and can teach, {beyond:.0f} % are out of reach."
         )
-    return [*words, *_time(run)]
+    return [*words, *_time(run), *_health(run)]
 
 
 def _questions(run: Run) -> str:
@@ -158,6 +158,13 @@ def _time(run: Run) -> list[str]:
     longest = sorted(seconds, key=lambda words: -seconds[words])[:2]
     shares = [f"{100 * seconds[words] / total:.0f} % in {words}" for words in longest]
     return [f"A batch takes {total:.3g} s, {' and '.join(shares)}."]
+
+
+def _health(run: Run) -> list[str]:
+    """Whether the rules looked and found nothing; what they found is said elsewhere."""
+    looked = bool((run.config.get("health") or {}).get("rules"))
+    quiet = not any(json_lines(run.folder / "health.jsonl"))
+    return ["None of the health rules found anything wrong."] if looked and quiet else []
 
 
 def _ranking(runs: Sequence[Run]) -> list[str]:
@@ -208,7 +215,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
 def _alarms(run: Run, *, named: bool) -> list[Alarm]:
     return [
         Alarm(
-            title=f"{run.name}, batch {line['batch']}" if named else f"Batch {line['batch']}",
+            title=f"{f'{run.name}, ' if named else ''}{line['rule']}, batch {line['batch']}",
             message=_capital(line["message"]),
             remedy=_capital(line["remedy"]),
         )
