@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
 from made_up_runs import HOSTILE, made_up_run, write_lines
+from scsdpo.__main__ import main
 from scsdpo.errors import ConfigurationError
 from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import panels, read_runs, render, svg
@@ -113,7 +115,7 @@ def test_the_four_measures_of_a_trace_are_those_of_the_paper():
 
 def test_windows_are_fifty_batches_of_two_hundred_and_quarters_of_fewer():
     panel = Panel(name="w", title="", note="", x_label="", layers=[])
-    for batches, sizes in ((200, 50), (40, 10), (3, 1)):
+    for batches, sizes in ((1000, 50), (200, 50), (40, 10), (3, 1)):
         (layer,) = window_panel(
             [of_batches([i % 2 for i in range(batches)])], "pass_rate", panel
         ).layers
@@ -173,6 +175,16 @@ def test_a_folder_without_a_run_is_refused_with_one_that_has_it(folders, tmp_pat
         read_runs([str(tmp_path / "nowhere")])
     named, other = read_runs([f"mine={folders[0]}", folders[1]])
     assert named.name == "mine" and other.name == "method1"
+
+
+def test_the_command_writes_a_page_and_says_where(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", *folders, "-o", str(tmp_path / "a.html")])
+    assert main() == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "a.html")]
+    assert "2 runs" in (tmp_path / "a.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", str(tmp_path), "--out", str(tmp_path)])
+    assert main() == 2
+    assert "RUN" in capsys.readouterr().err
 
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path):

@@ -52,7 +52,7 @@ def validation(runs: Sequence[Run]) -> Section:
         name="validation",
         title="Validation",
         short="Validation",
-        lead="On questions that were not trained on, unless data.val says otherwise.",
+        lead="On the validation questions; bars are 95 % intervals over questions.",
         panels=validations.panels(runs),
     )
 

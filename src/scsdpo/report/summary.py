@@ -135,7 +135,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _told(estimate: Estimate) -> str:
-    return "" if estimate.tells else ", which these questions do not tell from no change"
+    return "" if estimate.tells else ", which these questions do not tell from zero"
 
 
 def _categories(run: Run, whole: Change) -> str:
