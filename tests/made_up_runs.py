@@ -82,7 +82,8 @@ def evaluation(folder, draw, batch, share, questions=40):
     for i in range(questions):
         chance = (0.6, 0.35, 0.2, 0.1)[i % 4] + 0.3 * share
         rewards = [float(draw.random() < chance) for _ in range(4)]
-        rows.append({"key": f"val/{i}", "category": f"level{1 + i % 4}", "rewards": rewards})
+        row = {"key": f"val/{i}", "category": f"level{1 + i % 4}", "rewards": rewards}
+        rows.append(row | {"successes": [reward == 1 for reward in rewards]})
     figures = {"all": estimates(rows)}
     for level in range(1, 5):
         name = f"level{level}"

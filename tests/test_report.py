@@ -16,6 +16,7 @@ from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import panels, read_runs, render, svg
 from scsdpo.report.configs import differences
 from scsdpo.report.curves import line_panel, window_panel
+from scsdpo.report.evaluations import Evaluation, difference, solved_difference
 from scsdpo.report.pack import content_hash, pack
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run, distinct_names, spread
@@ -191,6 +192,21 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"batch": 1, "step": 1}\n{"batch": 2, "st')
     (run,) = read_runs([str(tmp_path)])
     assert [line["batch"] for line in run.lines] == [1]
+
+
+def evaluation(scores):
+    solved = {key: score > 0 for key, score in scores.items()}
+    return Evaluation(figures={}, scores=scores, solved=solved)
+
+
+def test_differences_are_paired_by_question_and_refused_between_other_questions():
+    before, after = evaluation({"a": 0.0, "b": 0.5}), evaluation({"b": 0.75, "a": 0.25})
+    estimate = difference(after, before)
+    assert estimate.value == pytest.approx(0.25)
+    assert estimate.low == estimate.high == pytest.approx(0.25)  # both gained the same
+    assert solved_difference(after, before).value == 0.5
+    assert difference(after, evaluation({"a": 0.0, "c": 0.5})) is None
+    assert solved_difference(after, evaluation({"a": 0.0})) is None
 
 
 def test_only_what_differs_between_configurations_is_listed(runs):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from scsdpo.report.changes import Change, changes, overall
 from scsdpo.report.configs import short
-from scsdpo.report.evaluations import difference
+from scsdpo.report.evaluations import difference, solved_difference
 from scsdpo.report.reading import Run, json_lines
 from scsdpo.statistics import Estimate
 
@@ -101,6 +101,7 @@ def _words(run: Run) -> list[str]:
     if change := overall(run):
         words.append(f"{_capital(change.name)} on {_questions(run)} {change}{_known(run, change)}.")
         words[-1] += _categories(run, change)
+        words += _solved(run)
     elif run.validations:
         words.append("It was validated once, so that there is no before and after.")
     shares = [run.recent(name) for name in ("solve_all", "informative", "solve_none")]
@@ -149,6 +150,24 @@ def _categories(run: Run, whole: Change) -> str:
         f" The most in {most} ({parts[most].points:+.1f}), the least in {least} "
         f"({parts[least].points:+.1f})."
     )
+
+
+def _solved(run: Run) -> list[str]:
+    """Whether more questions have any right response, or fewer: pass@k at the largest k."""
+    ends = list(run.evaluations.values())
+    estimate = solved_difference(ends[-1], ends[0]) if len(ends) > 1 else None
+    if estimate is None or not estimate.tells:
+        return []
+    then, now = (100 * sum(e.solved.values()) / len(e.solved) for e in (ends[0], ends[-1]))
+    meaning = (
+        "the policy solves questions that it could not"
+        if estimate.value > 0
+        else "the policy has become surer, and tries less"
+    )
+    return [
+        f"Questions with any right response went from {then:.1f} to {now:.1f} % "
+        f"({_interval(estimate)}): {meaning}."
+    ]
 
 
 def _time(run: Run) -> list[str]:
