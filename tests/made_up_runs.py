@@ -71,7 +71,7 @@ def figures(draw, share):
         "trained_tokens": 3800 * middle, "skipped": 0.0, "tokens/rollout": 3800.0,
         "tokens/teacher": 4000.0 * middle, "tokens/student": 3700.0 * middle,
         "seconds/rollout": 0.6, "seconds/verify": 0.02, "seconds/teacher": 0.3,
-        "seconds/student": 0.9, "seconds/step": 0.05,
+        "seconds/student": 0.9, "memory": 1.5, "seconds/step": 0.05,
     }  # fmt: skip
     return {f"train/{name}": value for name, value in found.items()}
 
@@ -82,7 +82,8 @@ def evaluation(folder, draw, batch, share, questions=40):
     for i in range(questions):
         chance = (0.6, 0.35, 0.2, 0.1)[i % 4] + 0.3 * share
         rewards = [float(draw.random() < chance) for _ in range(4)]
-        rows.append({"key": f"val/{i}", "category": f"level{1 + i % 4}", "rewards": rewards})
+        row = {"key": f"val/{i}", "category": f"level{1 + i % 4}", "rewards": rewards}
+        rows.append(row | {"successes": [reward == 1 for reward in rewards]})
     figures = {"all": estimates(rows)}
     for level in range(1, 5):
         name = f"level{level}"

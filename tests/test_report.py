@@ -3,17 +3,20 @@
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
 from made_up_runs import HOSTILE, made_up_run, write_lines
+from scsdpo.__main__ import main
 from scsdpo.errors import ConfigurationError
 from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import panels, read_runs, render, svg
 from scsdpo.report.configs import differences
 from scsdpo.report.curves import line_panel, window_panel
+from scsdpo.report.evaluations import Evaluation, difference, solved_difference
 from scsdpo.report.pack import content_hash, pack
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run, distinct_names, spread
@@ -113,7 +116,7 @@ def test_the_four_measures_of_a_trace_are_those_of_the_paper():
 
 def test_windows_are_fifty_batches_of_two_hundred_and_quarters_of_fewer():
     panel = Panel(name="w", title="", note="", x_label="", layers=[])
-    for batches, sizes in ((200, 50), (40, 10), (3, 1)):
+    for batches, sizes in ((1000, 50), (200, 50), (40, 10), (3, 1)):
         (layer,) = window_panel(
             [of_batches([i % 2 for i in range(batches)])], "pass_rate", panel
         ).layers
@@ -175,10 +178,35 @@ def test_a_folder_without_a_run_is_refused_with_one_that_has_it(folders, tmp_pat
     assert named.name == "mine" and other.name == "method1"
 
 
+def test_the_command_writes_a_page_and_says_where(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", *folders, "-o", str(tmp_path / "a.html")])
+    assert main() == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "a.html")]
+    assert "2 runs" in (tmp_path / "a.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", str(tmp_path), "--out", str(tmp_path)])
+    assert main() == 2
+    assert "RUN" in capsys.readouterr().err
+
+
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"batch": 1, "step": 1}\n{"batch": 2, "st')
     (run,) = read_runs([str(tmp_path)])
     assert [line["batch"] for line in run.lines] == [1]
+
+
+def evaluation(scores):
+    solved = {key: score > 0 for key, score in scores.items()}
+    return Evaluation(figures={}, scores=scores, solved=solved)
+
+
+def test_differences_are_paired_by_question_and_refused_between_other_questions():
+    before, after = evaluation({"a": 0.0, "b": 0.5}), evaluation({"b": 0.75, "a": 0.25})
+    estimate = difference(after, before)
+    assert estimate.value == pytest.approx(0.25)
+    assert estimate.low == estimate.high == pytest.approx(0.25)  # both gained the same
+    assert solved_difference(after, before).value == 0.5
+    assert difference(after, evaluation({"a": 0.0, "c": 0.5})) is None
+    assert solved_difference(after, evaluation({"a": 0.0})) is None
 
 
 def test_only_what_differs_between_configurations_is_listed(runs):

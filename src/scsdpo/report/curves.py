@@ -82,8 +82,8 @@ def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
     """
     layers = []
     for i, run in enumerate(runs):
-        x, y = run.curve(name)
-        size = 50 if 200 <= len(run.training) == len(x) else max(1, len(x) // 4)
+        x, y = run.figure(name)
+        size = 50 if len(x) >= 200 else max(1, len(x) // 4)
         starts = range(0, len(x) - size + 1, size)
         windows = [mean(y[s : s + size]) for s in starts]
         nothing = [None] * len(windows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from scsdpo.statistics import Estimate, mean_interval
+from scsdpo.statistics import Estimate, mean_interval, score_difference
 
 SCHEMA = 1
 """Of the files that are read."""
@@ -21,6 +21,8 @@ class Evaluation:
     """By category ("all"), then by name, each with its interval."""
     scores: Mapping[str, float]
     """Mean reward of each question, by key."""
+    solved: Mapping[str, bool]
+    """Whether any of its responses was right."""
 
 
 def read_evaluations(folder: Path) -> dict[int, Evaluation]:
@@ -39,6 +41,9 @@ def read_evaluations(folder: Path) -> dict[int, Evaluation]:
                     question["key"]: sum(question["rewards"]) / len(question["rewards"])
                     for question in content["questions"]
                 },
+                solved={
+                    question["key"]: any(question["successes"]) for question in content["questions"]
+                },
             )
     return dict(sorted(found.items()))
 
@@ -51,6 +56,14 @@ def _estimate(value: float | None, low: float | None, high: float | None, n: int
         high=nan if high is None else high,
         n=n,
     )
+
+
+def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
+    """Of the share of questions with any right response, paired; None if they were others."""
+    if not after.solved or after.solved.keys() != before.solved.keys():
+        return None
+    pairs = [(now, before.solved[key]) for key, now in after.solved.items()]
+    return score_difference([float(now) - float(then) for now, then in pairs])
 
 
 def difference(after: Evaluation, before: Evaluation) -> Estimate | None:

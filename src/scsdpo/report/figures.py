@@ -52,7 +52,7 @@ def validation(runs: Sequence[Run]) -> Section:
         name="validation",
         title="Validation",
         short="Validation",
-        lead="On questions that were not trained on, unless data.val says otherwise.",
+        lead="On the validation questions; bars are 95 % intervals over questions.",
         panels=validations.panels(runs),
     )
 
@@ -143,6 +143,7 @@ def trust(runs: Sequence[Run]) -> Section:
         ("logprob_gap", "Gap of sampler and trainer, nats",
          "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
         ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
+        ("importance_capped", "Importance weights at their cap", "Share of trained tokens."),
         ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
     )  # fmt: skip
     logs = ("divergence", "logprob_gap", "logprob_gap_max")
@@ -174,6 +175,7 @@ def cost(runs: Sequence[Run]) -> Section:
         ("tokens/rollout", "Tokens sampled a batch", "All ranks."),
         ("tokens/teacher", "Tokens through the teacher a batch", "A prompt counts once."),
         ("tokens/student", "Tokens through the student a batch", "A prompt counts once."),
+        ("memory", "Memory, GiB", "Most so far, of the largest rank."),
         ("trained_tokens", "Tokens that got credit a batch", "The rest was not run."),
     )
     panels = [

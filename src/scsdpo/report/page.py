@@ -100,7 +100,7 @@ def _page(runs: Sequence[Run], shown: list[dict[str, Any]], embedded: Embedded) 
         script=script,
         sections=shown,
         runs=[_described(i, run) for i, run in enumerate(runs)],
-        differences=differences(runs) if len(runs) > 1 else [],
+        differences=_differences(runs),
         embedded=embedded,
         room=embedded.room,
         unit="step" if one_step_a_batch(runs) else "batch",
@@ -136,6 +136,12 @@ def _described(i: int, run: Run) -> dict[str, Any]:
         "config_text": run.config_text,
         "environment": run.environment,
     }
+
+
+def _differences(runs: Sequence[Run]) -> list[list[str]]:
+    """As the rows of a table; empty if there are none."""
+    rows = [[key, *(value or "-" for value in values)] for key, values in differences(runs)]
+    return [["key", *(run.name for run in runs)], *rows] if rows else []
 
 
 def _style() -> str:

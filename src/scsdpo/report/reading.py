@@ -59,29 +59,32 @@ class Run:
     @cached_property
     def environment(self) -> list[tuple[str, str]]:
         """What it ran on, as far as its folder says."""
-        first, _, _ = self.config_text.partition("\n")
-        name, _, number = first.removeprefix("# ").partition("==")
-        return [(name, number)] if number else []
+        path = self.folder / "environment.json"
+        return list(json.loads(path.read_text()).items()) if path.exists() else []
 
     def names(self, prefix: str) -> list[str]:
         """Of all figures that begin so, without it."""
         found = dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix))
         return [key.removeprefix(prefix) for key in found]
 
-    def curve(self, name: str) -> Curve:
-        """A training figure over batches, in at most `MOST_POINTS` points; may be empty."""
+    def figure(self, name: str) -> Curve:
+        """Batches that have a training figure, and the figure; may be empty."""
         known = [line for line in self.training if f"train/{name}" in line]
-        size = math.ceil(len(known) / MOST_POINTS)
-        groups = [known[i : i + size] for i in range(0, len(known), size or 1)]
+        return [line["batch"] for line in known], [line[f"train/{name}"] for line in known]
+
+    def curve(self, name: str) -> Curve:
+        """The same in at most `MOST_POINTS` points."""
+        x, y = self.figure(name)
+        size = max(1, math.ceil(len(x) / MOST_POINTS))
+        starts = range(0, len(x), size)
         return (
-            [group[-1]["batch"] for group in groups],
-            [mean([line[f"train/{name}"] for line in group]) for group in groups],
+            [x[min(s + size, len(x)) - 1] for s in starts],
+            [mean(y[s : s + size]) for s in starts],
         )
 
     def recent(self, name: str, batches: int = 10) -> float | None:
         """Mean of a training figure over the last batches that have it."""
-        known = [line[f"train/{name}"] for line in self.training if f"train/{name}" in line]
-        return mean(known[-batches:])
+        return mean(self.figure(name)[1][-batches:])
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from scsdpo.report.changes import Change, changes, overall
 from scsdpo.report.configs import short
-from scsdpo.report.evaluations import difference
+from scsdpo.report.evaluations import difference, solved_difference
 from scsdpo.report.reading import Run, json_lines
 from scsdpo.statistics import Estimate
 
@@ -101,6 +101,7 @@ def _words(run: Run) -> list[str]:
     if change := overall(run):
         words.append(f"{_capital(change.name)} on {_questions(run)} {change}{_known(run, change)}.")
         words[-1] += _categories(run, change)
+        words += _solved(run)
     elif run.validations:
         words.append("It was validated once, so that there is no before and after.")
     shares = [run.recent(name) for name in ("solve_all", "informative", "solve_none")]
@@ -110,7 +111,7 @@ def _words(run: Run) -> list[str]:
             f"Of the questions it was last trained on {mastered:.0f} % are mastered, {between:.0f} "
             f"% are solved now and then and can teach, {beyond:.0f} % are out of reach."
         )
-    return [*words, *_time(run)]
+    return [*words, *_time(run), *_health(run)]
 
 
 def _questions(run: Run) -> str:
@@ -135,7 +136,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _told(estimate: Estimate) -> str:
-    return "" if estimate.tells else ", which these questions do not tell from no change"
+    return "" if estimate.tells else ", which these questions do not tell from zero"
 
 
 def _categories(run: Run, whole: Change) -> str:
@@ -151,6 +152,24 @@ def _categories(run: Run, whole: Change) -> str:
     )
 
 
+def _solved(run: Run) -> list[str]:
+    """Whether more questions have any right response, or fewer: pass@k at the largest k."""
+    ends = list(run.evaluations.values())
+    estimate = solved_difference(ends[-1], ends[0]) if len(ends) > 1 else None
+    if estimate is None or not estimate.tells:
+        return []
+    then, now = (100 * sum(e.solved.values()) / len(e.solved) for e in (ends[0], ends[-1]))
+    meaning = (
+        "the policy solves questions that it could not"
+        if estimate.value > 0
+        else "the policy has become surer, and tries less"
+    )
+    return [
+        f"Questions with any right response went from {then:.1f} to {now:.1f} % "
+        f"({_interval(estimate)}): {meaning}."
+    ]
+
+
 def _time(run: Run) -> list[str]:
     seconds = {words: run.recent(f"seconds/{name}") or 0.0 for name, words in PHASES.items()}
     if not (total := sum(seconds.values())):
@@ -158,6 +177,13 @@ def _time(run: Run) -> list[str]:
     longest = sorted(seconds, key=lambda words: -seconds[words])[:2]
     shares = [f"{100 * seconds[words] / total:.0f} % in {words}" for words in longest]
     return [f"A batch takes {total:.3g} s, {' and '.join(shares)}."]
+
+
+def _health(run: Run) -> list[str]:
+    """Whether the rules looked and found nothing; what they found is said elsewhere."""
+    looked = bool((run.config.get("health") or {}).get("rules"))
+    quiet = not any(json_lines(run.folder / "health.jsonl"))
+    return ["None of the health rules found anything wrong."] if looked and quiet else []
 
 
 def _ranking(runs: Sequence[Run]) -> list[str]:
@@ -208,7 +234,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
 def _alarms(run: Run, *, named: bool) -> list[Alarm]:
     return [
         Alarm(
-            title=f"{run.name}, batch {line['batch']}" if named else f"Batch {line['batch']}",
+            title=f"{f'{run.name}, ' if named else ''}{line['rule']}, batch {line['batch']}",
             message=_capital(line["message"]),
             remedy=_capital(line["remedy"]),
         )

@@ -1,6 +1,9 @@
 // Responses: step -> question -> response, with filters that the index answers without unpacking.
 
-const SUCCESS = 1, FAILED = 2, LENGTH = 4, TRACED = 8;
+const SUCCESS = 1,
+  FAILED = 2,
+  LENGTH = 4,
+  TRACED = 8;
 const chunks = new Map();
 const filters = byId("filters");
 let index = null;
@@ -40,20 +43,27 @@ function keepsBits(bits, want) {
 
 /** Responses of a batch that pass the filters of the index. */
 const matches = ({ questions: all }, want) =>
-  all.filter((q) => keepsQuestion(q, want)).flatMap((q) => q[4].filter((b) => keepsBits(b, want))).length;
+  all.filter((q) => keepsQuestion(q, want)).flatMap((q) => q[4].filter((b) => keepsBits(b, want)))
+    .length;
 
 function fillCategories() {
   const select = filters.elements.category;
   const kept = select.value;
-  const names = [...new Set(batches().flatMap((b) => b.questions.map((q) => q[1])))].filter(Boolean).sort();
-  select.replaceChildren(make("option", { value: "" }, "any"), ...names.map((n) => make("option", { value: n }, n)));
+  const names = [...new Set(batches().flatMap((b) => b.questions.map((q) => q[1])))]
+    .filter(Boolean)
+    .sort();
+  select.replaceChildren(
+    make("option", { value: "" }, "any"),
+    ...names.map((n) => make("option", { value: n }, n)),
+  );
   select.value = names.includes(kept) ? kept : "";
 }
 
 /** A bar for each step: its height the pass rate of the questions written, its color the filters. */
 function drawStrip() {
   const strip = byId("strip");
-  const all = batches(), want = wanted();
+  const all = batches(),
+    want = wanted();
   strip.setAttribute("viewBox", `0 0 ${Math.max(all.length, 1) * 10} 46`);
   strip.replaceChildren(
     ...all.flatMap((b, i) => {
@@ -65,7 +75,9 @@ function drawStrip() {
       const hit = { x: i * 10, y: 0, width: 10, height: 46, class: "hit", "data-batch": b.batch };
       return [
         makeSvg("rect", bar),
-        ...(traced ? [makeSvg("rect", { x: i * 10 + 1, y: 44, width: 8, height: 2, class: "traced" })] : []),
+        ...(traced
+          ? [makeSvg("rect", { x: i * 10 + 1, y: 44, width: 8, height: 2, class: "traced" })]
+          : []),
         makeSvg("rect", hit),
       ];
     }),
@@ -93,22 +105,37 @@ function drawQuestions() {
     const bits = entry().questions.find((q) => q[0] === question.key);
     if (!keepsQuestion(bits, want)) return [];
     const said = question.messages.at(-1)?.content ?? "";
-    const passing = question.responses.map((r, i) => keepsBits(bits[4][i], want) && holds(said + r.output));
+    const passing = question.responses.map(
+      (r, i) => keepsBits(bits[4][i], want) && holds(said + r.output),
+    );
     if (!passing.some(Boolean)) return [];
     const weight = bits[3] == null ? "" : ` · weight ${short(bits[3])}`;
     return [
       make(
         "div",
         { class: `question${question.key === here.key ? " open" : ""}` },
-        make("div", { class: "facts" },
+        make(
+          "div",
+          { class: "facts" },
           make("span", {}, question.category || question.key),
-          make("span", {}, `pass rate ${short(question.pass_rate)}${here.split === "train" ? weight : ""}`)),
+          make(
+            "span",
+            {},
+            `pass rate ${short(question.pass_rate)}${here.split === "train" ? weight : ""}`,
+          ),
+        ),
         make("p", { title: question.key }, said),
-        make("div", { class: "pips" }, question.responses.map((r, i) => pip(question, r, passing[i]))),
+        make(
+          "div",
+          { class: "pips" },
+          question.responses.map((r, i) => pip(question, r, passing[i])),
+        ),
       ),
     ];
   });
-  byId("questions").replaceChildren(...(cards.length ? cards : [make("p", { class: "note" }, "Nothing here passes the filters.")]));
+  byId("questions").replaceChildren(
+    ...(cards.length ? cards : [make("p", { class: "note" }, "Nothing here passes the filters.")]),
+  );
 }
 
 function pip(question, response, passes = true) {
@@ -145,7 +172,9 @@ function firstOf(all) {
   const want = wanted();
   const found = all.flatMap((question) => {
     const bits = entry().questions.find((q) => q[0] === question.key);
-    const kept = question.responses.filter((_, i) => keepsQuestion(bits, want) && keepsBits(bits[4][i], want));
+    const kept = question.responses.filter(
+      (_, i) => keepsQuestion(bits, want) && keepsBits(bits[4][i], want),
+    );
     return kept.map((response) => ({ key: question.key, sample: response.sample, response }));
   });
   const worth = ({ response }) => 2 * response.traced + !response.success;
@@ -158,12 +187,18 @@ async function openResponse(key, sample) {
   const question = questions.find((q) => q.key === key);
   const response = question?.responses.find((r) => r.sample === sample);
   if (!response) {
-    byId("response").replaceChildren(make("p", { class: "note" }, "Choose a response on the left."));
+    byId("response").replaceChildren(
+      make("p", { class: "note" }, "Choose a response on the left."),
+    );
     return;
   }
   const traces = response.traced ? await chunk("tokens", here.run, here.split, here.batch) : null;
   if (here.key !== key || here.sample !== sample) return;
-  showResponse(question, response, traces?.find((t) => t.key === key && t.sample === sample));
+  showResponse(
+    question,
+    response,
+    traces?.find((t) => t.key === key && t.sample === sample),
+  );
   const place = [here.run, here.split, here.batch, sample, key].map(encodeURIComponent).join("/");
   history.replaceState(null, "", `#at/${place}`);
 }
@@ -185,8 +220,13 @@ function openStep(run, x) {
 }
 
 function move(by) {
-  const all = batches(), want = wanted();
-  for (let i = all.findIndex((b) => b.batch === here.batch) + by; i >= 0 && i < all.length; i += by) {
+  const all = batches(),
+    want = wanted();
+  for (
+    let i = all.findIndex((b) => b.batch === here.batch) + by;
+    i >= 0 && i < all.length;
+    i += by
+  ) {
     if (matches(all[i], want)) return openBatch(all[i].batch);
   }
 }
@@ -203,7 +243,14 @@ function chooseSplit() {
   Object.assign(here, { run: Number(want.run), split: want.split });
   fillCategories();
   const all = batches();
-  const now = all.length ? all[nearest(all.map((b) => b.batch), here.batch ?? Infinity)] : null;
+  const now = all.length
+    ? all[
+        nearest(
+          all.map((b) => b.batch),
+          here.batch ?? Infinity,
+        )
+      ]
+    : null;
   openBatch(now?.batch ?? null);
 }
 
@@ -224,7 +271,11 @@ function listen() {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.closest("input, select, textarea, .plot")) return;
     const arrows = event.target.closest("#strip");
-    const by = { "]": 1, "[": -1, ...(arrows ? { ArrowRight: 1, ArrowLeft: -1, ArrowUp: 1, ArrowDown: -1 } : {}) }[event.key];
+    const by = {
+      "]": 1,
+      "[": -1,
+      ...(arrows ? { ArrowRight: 1, ArrowLeft: -1, ArrowUp: 1, ArrowDown: -1 } : {}),
+    }[event.key];
     if (by) move(by);
     else if (event.key === "j" || event.key === "k") moveResponse(event.key === "j" ? 1 : -1);
     else return;
@@ -234,7 +285,9 @@ function listen() {
 
 /** The last step with traces, of the first run that has any; or what the address names. */
 function start() {
-  const [, run, split, batch, sample, key] = location.hash.startsWith("#at/") ? location.hash.split("/").map(decodeURIComponent) : [];
+  const [, run, split, batch, sample, key] = location.hash.startsWith("#at/")
+    ? location.hash.split("/").map(decodeURIComponent)
+    : [];
   if (key != null && index[run]?.[split]?.some((b) => b.batch === Number(batch))) {
     Object.assign(here, { run: Number(run), split });
     filters.elements.run.value = run;
@@ -242,11 +295,16 @@ function start() {
     fillCategories();
     return openBatch(Number(batch), key, Number(sample));
   }
-  here.run = Math.max(0, index.findIndex((splits) => splits.train.length));
+  here.run = Math.max(
+    0,
+    index.findIndex((splits) => splits.train.length),
+  );
   filters.elements.run.value = here.run;
   if (!batches().length) filters.elements.split.value = here.split = "val";
   fillCategories();
-  const traced = batches().filter((b) => b.questions.some((q) => q[4].some((bits) => bits & TRACED)));
+  const traced = batches().filter((b) =>
+    b.questions.some((q) => q[4].some((bits) => bits & TRACED)),
+  );
   return openBatch((traced.at(-1) ?? batches().at(-1))?.batch ?? null);
 }
 

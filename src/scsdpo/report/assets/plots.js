@@ -10,7 +10,8 @@ const xAt = (panel, px) => {
 };
 function place(value, low, high, start, end, log) {
   const scale = log ? Math.log10 : (v) => v;
-  const share = (scale(Math.min(Math.max(value, low), high)) - scale(low)) / (scale(high) - scale(low));
+  const share =
+    (scale(Math.min(Math.max(value, low), high)) - scale(low)) / (scale(high) - scale(low));
   return start + share * (end - start);
 }
 const placeX = (panel, x) => place(x, panel.domain[0], panel.domain[1], panel.box[0], panel.box[2]);
@@ -44,7 +45,9 @@ function valuesAt(panel, x) {
     const i = nearest(layer.x, at);
     const reach = panel.names.length ? 0.5 : 1e-9 * Math.max(1, Math.abs(at));
     if (layer.y[i] == null || Math.abs(layer.x[i] - at) > reach) continue;
-    const raw = panel.layers.find((other) => other.weak && other.tone === layer.tone);
+    const raw = panel.layers.find(
+      (other) => other.weak && other.tone === layer.tone && other.label === layer.label,
+    );
     rows.push({ layer, i, value: layer.y[i], raw: raw?.y[i] });
   }
   return { at, rows };
@@ -58,12 +61,20 @@ function showTip(svg, panel, x) {
   const [, top, , bottom] = panel.box;
   svg.append(makeSvg("path", { class: "cursor", d: `M${px} ${top}V${bottom}` }));
   for (const { layer, i, value } of panel.stacked ? [] : rows) {
-    svg.append(makeSvg("circle", { class: `knob ${layer.tone}`, cx: placeX(panel, layer.x[i]), cy: placeY(panel, value), r: 3.5 }));
+    svg.append(
+      makeSvg("circle", {
+        class: `knob ${layer.tone}`,
+        cx: placeX(panel, layer.x[i]),
+        cy: placeY(panel, value),
+        r: 3.5,
+      }),
+    );
   }
   tip.replaceChildren(
     make("b", {}, placeName(panel, at)),
     ...rows.map(({ layer, i, value, raw }) => {
-      const extra = layer.low?.[i] != null ? ` (${short(layer.low[i])} to ${short(layer.high[i])})` : "";
+      const extra =
+        layer.low?.[i] != null ? ` (${short(layer.low[i])} to ${short(layer.high[i])})` : "";
       const own = raw == null ? "" : ` (this batch ${short(raw)})`;
       return make(
         "div",
@@ -115,11 +126,15 @@ function runAt(panel, x, py) {
 
 function enliven(svg) {
   const panel = panels[svg.dataset.panel];
-  svg.addEventListener("pointermove", (event) => showTip(svg, panel, xAt(panel, pointerX(svg, event))));
+  svg.addEventListener("pointermove", (event) =>
+    showTip(svg, panel, xAt(panel, pointerX(svg, event))),
+  );
   svg.addEventListener("pointerleave", () => clearTip(svg));
   svg.addEventListener("blur", () => clearTip(svg));
   svg.addEventListener("keydown", (event) => {
-    const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 10, PageUp: -10, Home: -1e9, End: 1e9 }[event.key];
+    const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 10, PageUp: -10, Home: -1e9, End: 1e9 }[
+      event.key
+    ];
     if (by) {
       step(svg, panel, by);
       event.preventDefault();
@@ -132,7 +147,9 @@ function enliven(svg) {
   svg.setAttribute("data-steps", "");
   svg.addEventListener("click", (event) => {
     const px = pointerX(svg, event);
-    const py = ((event.clientY - svg.getBoundingClientRect().top) / svg.clientHeight) * svg.viewBox.baseVal.height;
+    const py =
+      ((event.clientY - svg.getBoundingClientRect().top) / svg.clientHeight) *
+      svg.viewBox.baseVal.height;
     openStep(runAt(panel, xAt(panel, px), py), xAt(panel, px));
   });
 }
@@ -152,7 +169,9 @@ function csv(panel) {
   const head = [panel.x, ...columns.map(([name]) => name)].map(quote).join(",");
   const places = [...new Set(panel.layers.flatMap((layer) => layer.x))].sort((a, b) => a - b);
   const cell = (x) => (panel.names.length ? quote(panel.names[Math.round(x)]) : x);
-  const rows = places.map((x) => [cell(x), ...lookups.map((found) => found.get(x) ?? "")].join(","));
+  const rows = places.map((x) =>
+    [cell(x), ...lookups.map((found) => found.get(x) ?? "")].join(","),
+  );
   return [head, ...rows].join("\n") + "\n";
 }
 
