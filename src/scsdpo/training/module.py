@@ -34,7 +34,7 @@ from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
-from scsdpo.training.finite import check_sampled, spoiled
+from scsdpo.training.finite import check_sampled, spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
@@ -150,6 +150,7 @@ class PolicyOptimizer(Resumable):
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
+        super().setup(stage)
         self.verifiers.start()
 
     def configure_model(self) -> None:
@@ -377,7 +378,7 @@ class PolicyOptimizer(Resumable):
         Raises:
             TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        fault = spoiled(checkpoint["state_dict"].items())
+        fault = spoiled_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
