@@ -14,6 +14,9 @@ SHARE = KINDS[:1]
 """What CI runs: SCALE=share."""
 
 
+CHOSEN = SHARE if os.environ.get("SCALE") == "share" else KINDS
+
+
 @pytest.fixture(scope="session")
 def world(folders, tmp_path_factory):
     """The folder of a kind of world, in which every configuration was trained."""
@@ -29,7 +32,7 @@ def world(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("kind", SHARE if os.environ.get("SCALE") == "share" else KINDS)
+@pytest.mark.parametrize("kind", CHOSEN)
 def test_ranks_train_as_one(world, kind, name):
     one, many = world("one-1") / name, world(kind) / name
     tolerance = 1e-5 if "adamw" in name else 1e-6
@@ -52,3 +55,33 @@ def figures(folder):
         {k: v for k, v in json.loads(line).items() if k != "time" and "/seconds" not in k}
         for line in lines
     ]
+
+
+def evaluated(folders, out, kind):
+    ranks("evaluation.py", int(kind[-1]), folders, out, kind)
+    lines = [
+        json.loads(line)
+        for file in out.glob("predictions.jsonl*")
+        for line in file.read_text().splitlines()
+    ]
+    told = sorted(lines, key=lambda line: (line["key"], line["response"]))
+    return json.loads((out / "figures.json").read_text()), [drop(line, "seconds") for line in told]
+
+
+def drop(record, name):
+    return {key: value for key, value in record.items() if name not in key}
+
+
+@pytest.fixture(scope="session")
+def of_one(folders, tmp_path_factory):
+    return evaluated(folders, tmp_path_factory.mktemp("one"), "one-1")
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_ranks_validate_test_and_predict_as_one(folders, tmp_path, kind, of_one):
+    figures, told = evaluated(folders, tmp_path, kind)
+    assert len(told) == 15
+    assert told == of_one[1]
+    assert len(figures) == 2
+    for mine, wanted in zip(figures, of_one[0], strict=True):
+        assert mine == pytest.approx(wanted)

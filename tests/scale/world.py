@@ -56,6 +56,7 @@ def anchored():
 CONFIGURATIONS = {
     "sc-sdpo": lambda: method("sc-sdpo"),
     "sc-sdpo adamw": lambda: method("sc-sdpo", optimizer=ADAMW),
+    "sc-sdpo adamw, fused": lambda: method("sc-sdpo", optimizer=partial(ADAMW, fused=True)),
     "grpo": lambda: method("grpo"),
     "grpo adamw": lambda: method("grpo", optimizer=ADAMW),
     "srpo": lambda: method("srpo"),
@@ -69,10 +70,13 @@ CONFIGURATIONS = {
     "lora": lambda: method("sc-sdpo", policy={"adapter": Lora(r=4)}),
     "lora adamw": lambda: method("sc-sdpo", policy={"adapter": Lora(r=4)}, optimizer=ADAMW),
     "lora, frozen": lambda: method("sc-sdpo", policy={"adapter": Lora(r=1)}, teacher=Frozen()),
+    "lora, bf16 base": lambda: method(
+        "sc-sdpo", policy={"adapter": Lora(r=4), "dtype": "bfloat16"}
+    ),
     "untied": lambda: method("sc-sdpo", policy={"name_or_path": "untied"}),
     "window": lambda: method("sc-sdpo", policy={"name_or_path": "olmo3"}),
     "two updates": lambda: method("sc-sdpo", updates_per_rollout=2),
-    "three updates": lambda: method("grpo", updates_per_rollout=3),
+    "three updates": lambda: method("grpo", updates_per_rollout=3, questions=12),
     "checkpointing": lambda: method("sc-sdpo", policy={"gradient_checkpointing": True}),
     "eager": lambda: method("sc-sdpo", policy={"attn_implementation": "eager"}),
     # Short responses of which some are one token, in micro-batches of their own.
@@ -86,6 +90,13 @@ CONFIGURATIONS = {
 }
 
 
+def strategy(kind):
+    """Of `one-1`, `ddp-2`, `fsdp-4`, ..."""
+    way, world = kind.split("-")
+    strategies = {"one": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(int(world), 1)}
+    return strategies[way]
+
+
 def run(name, folders, out, kind):
     settings = {
         "optimizer": SGD,
@@ -94,20 +105,19 @@ def run(name, folders, out, kind):
     } | CONFIGURATIONS[name]()
     of_policy = {"name_or_path": "tied"} | settings.pop("policy", {})
     policy = CausalLM(**of_policy | {"name_or_path": str(folders / of_policy["name_or_path"])})
+    number = settings.pop("questions", 8)
     # Two rollouts a question: ranks often have different numbers of rows to run, or none.
     model = module(None, policy=policy, **settings)
-    world = int(kind.split("-")[1])
-    strategies = {"one": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(world, 1)}
     fit = trainer(
         out,
-        devices=world,
-        strategy=strategies[kind.split("-")[0]],
+        devices=int(kind[-1]),
+        strategy=strategy(kind),
         max_steps=5,
         max_epochs=-1,
         val_check_interval=2,
         check_val_every_n_epoch=None,
     )
-    questions = data(Toys(40), Toys(7), questions_per_batch=8, val_questions_per_batch=4)
+    questions = data(Toys(60), Toys(7), questions_per_batch=number, val_questions_per_batch=4)
     fit.fit(model, questions)
     assert fit.global_step == 5
     state = {}

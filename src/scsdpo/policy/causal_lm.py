@@ -53,6 +53,9 @@ class CausalLM(nn.Module):
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
         adapter: `FullFineTune()` or `Lora(...)`.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
+        gathered_dtype: under shards, in which dtype a layer's weights are gathered to run it.
+            `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
+            not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
@@ -69,6 +72,7 @@ class CausalLM(nn.Module):
         attn_implementation: str = "sdpa",
         adapter: Adapter = FullFineTune(),
         gradient_checkpointing: bool = False,
+        gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -77,6 +81,11 @@ class CausalLM(nn.Module):
         self.adapter = adapter
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.gathered_dtype = gathered_dtype
+        if gathered_dtype != "auto" and not isinstance(adapter, FullFineTune):
+            raise ValueError(
+                "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
+            )
         self.compile_layers = compile_layers
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
@@ -127,7 +136,7 @@ class CausalLM(nn.Module):
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
         for model in (self.language_model, *(m for each in others for m in each.models())):
-            shard(model, mesh)
+            shard(model, mesh, None if self.gathered_dtype == "auto" else torch.bfloat16)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from types import MethodType
 from typing import TypeVar
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -28,16 +30,23 @@ from scsdpo.errors import ConfigurationError
 T = TypeVar("T")
 
 
-def flat_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
+def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
     """The one mesh over all ranks; None: weights are not sharded.
 
     Args:
-        mesh: of the Trainer's strategy (`LightningModule.device_mesh`).
+        module: of a Trainer, or of none.
 
     Raises:
-        ConfigurationError: if the ranks form any other mesh. One of size 1 along which weights
-            are sharded trains the ranks apart, without an error.
+        ConfigurationError: if the ranks form any other mesh, along which weights of different
+            ranks would move apart without an error; or for another way to shard.
     """
+    trainer = module._trainer
+    if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"trainer.strategy: weights are sharded by ModelParallelStrategy (configs/scale), not "
+            f"by {type(trainer.strategy).__name__}"
+        )
+    mesh = module.device_mesh
     if mesh is None:
         return None
     ranks = mesh["data_parallel"]

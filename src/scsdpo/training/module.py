@@ -34,6 +34,7 @@ from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
+from scsdpo.training.dealing import deal, split
 from scsdpo.training.finite import check_sampled, spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
@@ -135,7 +136,6 @@ class PolicyOptimizer(Resumable):
             limits=limits,
             gap=gap,
             objective_name=advantage.objective_name,
-            per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
@@ -157,7 +157,7 @@ class PolicyOptimizer(Resumable):
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
         if self._configured:
             return
-        mesh = flat_mesh(self.device_mesh)
+        mesh = flat_mesh(self)
         with blamed_on("model.policy"):
             self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
@@ -195,7 +195,7 @@ class PolicyOptimizer(Resumable):
         outcomes = self.judge(rollouts)
         interrupt.meet()
         chosen = self.selection.select(rollouts, outcomes)
-        prepared = [self.prepare(*judged) for judged in chosen]
+        prepared = [deal(self.prepare, self.advantage, judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
             self.steps.learn(self, self.policy, batch)
@@ -257,6 +257,7 @@ class PolicyOptimizer(Resumable):
             weights=self.weighting.weights(outcomes),
             teacher=contexts,
             reference=references,
+            questions=split(len(outcomes.rewards), self.updates_per_rollout),
             old_logprobs=torch.full_like(
                 rollouts.policy_logprobs, torch.nan, dtype=torch.float64
             ).flatten(0, 1),
