@@ -22,10 +22,13 @@ def folders(tmp_path_factory):
     return root
 
 
-def ranks(program, world, *arguments, seconds=900):
-    """Run a program as so many processes, and wait for them."""
+def ranks(program, world, *arguments, cwd=None, seconds=1200):
+    """Run a program of this folder, or a module, as so many processes, and wait for them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}"}
-    command = [sys.executable, "-W", "ignore", *launcher, HERE / program, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore", *launcher, *program, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds
+    )
     assert done.returncode == 0, done.stderr[-4000:]

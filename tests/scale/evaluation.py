@@ -4,10 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+from world import strategy
+
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import PredictionWriter
 from scsdpo.types import Sampling
-from world import strategy
 
 
 def main():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from world import CONFIGURATIONS
 
-from conftest import ranks
+from conftest import HERE, ranks
 
 KINDS = ["fsdp-2", "ddp-2", "fsdp-4", "ddp-4"]
 SHARE = KINDS[:1]
@@ -25,7 +25,7 @@ def world(folders, tmp_path_factory):
     def trained(kind):
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp(kind)
-            ranks("world.py", int(kind[-1]), folders, done[kind], kind, *CONFIGURATIONS)
+            ranks([HERE / "world.py"], int(kind[-1]), folders, done[kind], kind, *CONFIGURATIONS)
         return done[kind]
 
     return trained
@@ -58,7 +58,7 @@ def figures(folder):
 
 
 def evaluated(folders, out, kind):
-    ranks("evaluation.py", int(kind[-1]), folders, out, kind)
+    ranks([HERE / "evaluation.py"], int(kind[-1]), folders, out, kind)
     lines = [
         json.loads(line)
         for file in out.glob("predictions.jsonl*")

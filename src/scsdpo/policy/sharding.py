@@ -7,6 +7,7 @@ averaged: losses are divided by the denominators of all ranks.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import TypeVar
@@ -76,6 +77,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, gathered: torch.dtype | None
     precision = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=gathered and torch.float32, cast_forward_inputs=False
     )
+    # Keys and values that come out are views; nothing is written into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*model.get_decoder().layers, model):
         unit = fully_shard(part, mesh=mesh, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
