@@ -1,6 +1,7 @@
-"""Save after each step, with a disk that refuses, and a kill amid a write: `hurt_saving.py FOLDERS OUT`.
+"""Save after each step, with a disk that refuses, and a kill amid a write.
 
-Two ranks. Rank 1 cannot write its shards after step 2; amid the write after step 4 both are killed.
+`hurt_saving.py FOLDERS OUT` is one of two ranks. Rank 1 cannot write its shards after step 2,
+and is killed amid the write after step 4.
 """
 
 import os

@@ -27,9 +27,7 @@ CASES = {
 def run(folders, out, kind, steps, source, name):
     settings = CASES[name]()
     policy = {"name_or_path": str(folders / "tied")} | settings.pop("policy", {})
-    model = module(
-        None, CausalLM(**policy), sampling=Sampling(n=2, max_new_tokens=6), **settings
-    )
+    model = module(None, CausalLM(**policy), sampling=Sampling(n=2, max_new_tokens=6), **settings)
     # What `scsdpo fit` describes, as far as an export needs it.
     described = {"name_or_path": policy["name_or_path"]}
     if "adapter" in policy:
