@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from runs import weights
 from scsdpo.checkpoints import Saved, newest, shards
 from scsdpo.cli.export import export
-from test_export import scsdpo
 from test_cli import VALID
+from test_export import scsdpo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),  # summed already

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
+from world import strategy
 
 from runs import Toys, data, module, trainer
 from scsdpo.checkpoints import Checkpoint, shards
-from world import strategy
 
 
 def main():

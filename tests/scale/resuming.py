@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from world import ADAMW, CONFIGURATIONS, method, strategy
 
 from runs import Toys, data, module, trainer
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.policy import CausalLM
 from scsdpo.types import Sampling
 from two_ranks import METHODS
-from world import ADAMW, CONFIGURATIONS, method, strategy
 
 CASES = {
     "memory": lambda: METHODS["memory"] | {"optimizer": ADAMW},

@@ -1,6 +1,6 @@
 """The Trainer's strategy under which weights are in shards over the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Before, as with a file: the model is in shards as soon as it is configured."""
+        return False
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         """As with a file: what `load_checkpoint` gives is put in by Lightning."""
         return True
@@ -64,14 +69,16 @@ class FullySharded(ModelParallelStrategy):
     ) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
-        weights = self.lightning_module.state_dict()
-        (parameters,) = [_parameters(each) for each in self.optimizers] or [None]
+        module = self.lightning_module
+        weights = module.state_dict()
+        learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trains = module.trainer.state.fn == "fit"
         if shards.is_folder(path):
-            return shards.read(
-                path, weights=weights, parameters=parameters, optimizer=parameters is not None
-            )
+            return shards.read(path, weights=weights, parameters=learned, optimizer=trains)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _spread(content, weights, parameters or [])
+        if not trains:
+            content.pop("optimizer_states", None)
+        return _spread(content, weights, learned)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         Strategy.load_model_state_dict(self, checkpoint, strict=strict)
@@ -80,18 +87,14 @@ class FullySharded(ModelParallelStrategy):
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _spread(
-    content: dict[str, Any], weights: Mapping[str, Tensor], parameters: list[Tensor]
+    content: dict[str, Any], weights: Mapping[str, Tensor], parameters: Sequence[Tensor]
 ) -> dict[str, Any]:
     """A file's content, with of each tensor the rows that this rank has of it in the model."""
     state = content["state_dict"]
     for name, value in state.items():
         state[name] = _rows(value, weights.get(name))
-    for optimizer in content.get("optimizer_states", ()) if parameters else ():
+    for optimizer in content.get("optimizer_states", ()):
         for index, states in optimizer["state"].items():
             for kind, value in states.items():
                 states[kind] = _rows(value, parameters[index])
@@ -101,13 +104,8 @@ def _spread(
 def _rows(value: Any, like: Tensor | None) -> Any:
     if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
         return value
-    mine = value[own_rows(like)].to(like.device)
-    placed = DTensor.from_local(
-        mine,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
+    mine = value[own_rows(like)].to(like.device, copy=True)  # and not a view of the file
+    mesh, shape, stride = like.device_mesh, like.shape, like.stride()
+    return DTensor.from_local(
+        mine, mesh, like.placements, run_check=False, shape=shape, stride=stride
     )
-    return placed

@@ -40,7 +40,7 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def spoiled_anywhere(state: Mapping[str, Tensor]) -> str:
-    """As `spoiled`, of a state to be saved; where it is in shards all ranks ask, and hear, alike."""
+    """As `spoiled`, of a state to be saved; where it is in shards all ranks hear the same."""
     fault = spoiled(state.items())
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return fault
