@@ -119,7 +119,7 @@ def run(name, folders, out, kind):
     )
     questions = data(Toys(60), Toys(7), questions_per_batch=number, val_questions_per_batch=4)
     fit.fit(model, questions)
-    assert fit.global_step == 5
+    assert fit.global_step >= 5
     state = {}
     for key, value in model.named_parameters():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
