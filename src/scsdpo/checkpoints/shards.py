@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from scsdpo.errors import first_line
 
@@ -155,7 +155,7 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / _TABLE).open("rb") as file:
             table = _Harmless(file).load()
-        table.storage_meta = table.storage_meta or dcp.StorageMeta()
+        table.storage_meta = table.storage_meta or StorageMeta()
         table.storage_meta.load_id = self.load_id
         return table
 

@@ -28,7 +28,9 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     weights = [(name, tensor) for name, tensor in parts if tensor.numel()]
     if not weights:
         return ""
-    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
+    device = weights[0][1].device  # some may be on the host
+    pairs = (torch.stack(tensor.aminmax()).double() for _, tensor in weights)
+    extremes = torch.stack([pair.to(device) for pair in pairs])
     sound = (extremes.abs() < LARGEST).all(-1).tolist()
     bad = [name for (name, _), good in zip(weights, sound, strict=True) if not good]
     if not bad:
