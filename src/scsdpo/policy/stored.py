@@ -1,4 +1,4 @@
-"""How a second set of weights is kept between its forwards, and how it moves when that is coarse."""
+"""How a second set of weights is kept between its forwards, and moves where that is coarse."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
