@@ -4,6 +4,7 @@ from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
 from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
+from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.reading import Saved, checkpoint_in
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.safe_point import SafePoint, under_way
@@ -15,6 +16,7 @@ __all__ = [
     "PREVIOUS",
     "Change",
     "Checkpoint",
+    "FullySharded",
     "Resumable",
     "Rule",
     "SafePoint",

@@ -131,8 +131,12 @@ class CausalLM(nn.Module):
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
-        for model in (self.language_model, *(m for each in others for m in each.models())):
-            shard(model, mesh, None if self.gathered_dtype == "auto" else torch.bfloat16)
+        gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
+        shard(self.language_model, mesh, gathered)
+        for weights in others:
+            for model in weights.models():
+                runs_in = gathered or self.language_model.dtype  # however it is stored
+                shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:
@@ -257,7 +261,7 @@ class CausalLM(nn.Module):
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            return inside(self._ready(model), work)
+            return inside(self._ready(model) if weights.stored.is_plain else model, work)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """With its layers compiled, if they are to be: a teacher's copy too."""

@@ -32,7 +32,7 @@ from scsdpo.training.batch import Batch
 from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
 from scsdpo.training.evaluation_files import EvaluationFiles
-from scsdpo.training.finite import spoiled
+from scsdpo.training.finite import spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
@@ -151,6 +151,7 @@ class PolicyOptimizer(Resumable):
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
+        super().setup(stage)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
@@ -321,7 +322,7 @@ class PolicyOptimizer(Resumable):
         Raises:
             TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        fault = spoiled(checkpoint["state_dict"].items())
+        fault = spoiled_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
