@@ -12,6 +12,7 @@ from scsdpo.interrupt import Interrupted
 
 COMMANDS = {
     "fit": "train a policy",
+    "plan": "say what memory and time a training step takes, before anything is loaded",
     "validate": "measure a policy on the validation questions",
     "test": "the same, logged under test/",
     "predict": "write a policy's responses and their verdicts",
@@ -49,6 +50,10 @@ def run(args: Sequence[str]) -> None:
         from scsdpo.cli.rates import main as rates
 
         rates(args[1:])
+    elif args[0] == "plan":
+        from scsdpo.cli.plan import main as plan
+
+        plan(args[1:])
     elif args[0] == "analyze":
         from scsdpo.cli.analyze import main as analyze
 

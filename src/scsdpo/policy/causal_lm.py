@@ -86,11 +86,7 @@ class CausalLM(nn.Module):
         """Load the weights; a second call does nothing."""
         if self.model is not None:
             return
-        dtype = (
-            self.adapter.dtype(torch.cuda.is_available())
-            if self._dtype == "auto"
-            else getattr(torch, self._dtype)
-        )
+        dtype = self.loaded_dtype(torch.cuda.is_available())
         loaded = AutoModelForCausalLM.from_pretrained(
             self._path, dtype=dtype, attn_implementation=self.attn_implementation
         )
@@ -102,6 +98,12 @@ class CausalLM(nn.Module):
             loaded.enable_input_require_grads()
         # Loaded in eval mode; dropout, if there is any, belongs to training.
         self.model = self.adapter.wrap(loaded).train()
+
+    def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
+        """Dtype of the checkpoint's weights once they are loaded."""
+        if self._dtype == "auto":
+            return self.adapter.dtype(device_is_gpu)
+        return getattr(torch, self._dtype)
 
     @property
     def wrapped(self) -> nn.Module:
