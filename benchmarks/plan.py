@@ -22,12 +22,14 @@ CASES = {
     "full, bf16-mixed": {"precision": "bf16-mixed"},
     "full, two teachers": {"reference": True},
     "lora": {"lora": True},
-    "lora, checkpointing": {"lora": True, "checkpointing": True, "budget": 4096},
+    "lora, checkpointing": {"lora": True, "checkpointing": True},
     "qwen3, full": {"shapes": "qwen3"},
     "qwen3, lora": {"shapes": "qwen3", "lora": True},
     "full, two ranks": {"ranks": 2},
     "full, two ranks, checkpointing": {"ranks": 2, "checkpointing": True},
 }
+QUESTIONS, GROUP, RESPONSE = 4, 4, 40
+"""A rank."""
 SHAPES = {
     # SmolLM2-135M: grouped queries, tied.
     "llama": {
@@ -53,6 +55,8 @@ SHAPES = {
     },
 }
 _RANK = "SCSDPO_PLAN_CASE"
+_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc otherwise keeps freed blocks of up to 32 MiB, and resident memory does not fall."""
 
 
 def make_model(kind: str, folder: Path) -> Path:
@@ -93,47 +97,63 @@ class PhasePeaks:
         self._mark(phase)
 
 
-def train(model: Path, case: dict, folder: Path) -> None:
-    """Two batches; rank 0 prints a line a phase."""
-    import lightning as L
-    import torch
-
-    from scsdpo.advantage import SelfDistillation
-    from scsdpo.data import TaskDataModule
-    from scsdpo.lab import LabTasks
-    from scsdpo.planning import Devices, Lengths, memory_of, setup_of
+def build(model: Path, case: dict):
+    """The module of a case, its weights not loaded."""
+    from scsdpo.advantage import Blend, ReferenceAnchor, SelfDistillation, Weighted
     from scsdpo.policy import CausalLM, FullFineTune, Lora
     from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt
     from scsdpo.training import Limits, PolicyOptimizer
     from scsdpo.types import Sampling
 
-    questions, group, response = case.get("questions", 8), 4, case.get("response", 64)
-    policy = CausalLM(
-        str(model),
-        adapter=Lora(r=16) if case.get("lora") else FullFineTune(),
-        gradient_checkpointing=case.get("checkpointing", False),
-    )
-    policy.chat = replace(policy.chat, eos_ids=(10**6,))  # every response is as long as it may be
-    sampling = Sampling(n=group, max_new_tokens=response)
     advantage, reference = SelfDistillation(), NoTeacher()
     if case.get("reference"):
-        from scsdpo.advantage import Blend, ReferenceAnchor, Weighted
-
         anchored = Weighted(advantage=ReferenceAnchor(), weight=0.1)
         advantage = Blend(parts=(Weighted(advantage=advantage), anchored))
         reference = Frozen(PlainPrompt())
-    module = PolicyOptimizer(
-        policy,
+    sampling = Sampling(n=GROUP, max_new_tokens=RESPONSE)
+    return PolicyOptimizer(
+        CausalLM(
+            str(model),
+            adapter=Lora(r=16) if case.get("lora") else FullFineTune(),
+            gradient_checkpointing=case.get("checkpointing", False),
+        ),
         advantage,
         EMA(context=PlainPrompt()),
         reference=reference,
         sampling=sampling,
         val_sampling=sampling,
-        limits=Limits(max_tokens=case.get("budget", 1024)),
+        limits=Limits(max_tokens=case.get("budget", 512)),
     )
-    source = LabTasks(split="train")
-    data = TaskDataModule(source, LabTasks(split="val", size=2), questions_per_batch=questions)
-    ranks = case.get("ranks", 1)
+
+
+def plan(model: Path, case: dict, prompt: int, before: int):
+    """The arithmetic for a case."""
+    from scsdpo.planning import Devices, Lengths, memory_of, setup_of
+
+    setup = setup_of(
+        build(model, case),
+        devices=Devices(ranks=case.get("ranks", 1), kind="cpu", memory=2**40, process=before),
+        autocast="mixed" in case.get("precision", ""),
+        questions=case.get("ranks", 1) * QUESTIONS,
+        validation=QUESTIONS,
+        lengths=Lengths(prompt=prompt, teacher_prompt=prompt, response=RESPONSE),
+    )
+    return memory_of(setup)
+
+
+def train(model: Path, case: dict, folder: Path) -> None:
+    """Two batches; rank 0 prints a line a phase."""
+    import lightning as L
+
+    from scsdpo.data import TaskDataModule
+    from scsdpo.lab import LabTasks
+
+    module, ranks = build(model, case), case.get("ranks", 1)
+    data = TaskDataModule(
+        LabTasks(split="train"),
+        LabTasks(split="val", size=2),
+        questions_per_batch=ranks * QUESTIONS,
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -149,63 +169,40 @@ def train(model: Path, case: dict, folder: Path) -> None:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    measured = PhasePeaks(module)
-    before = resident("VmRSS")
+    measured, before = PhasePeaks(module), resident("VmRSS")
     prompts: list[int] = []
     sample = module.sample
 
     def sampled(asked, how):
+        chat = module.policy.chat
+        module.policy.chat = replace(chat, eos_ids=(10**6,))  # all as long as they may be
         prompts.extend(len(prompt.ids) for prompt in asked)
         return sample(asked, how)
 
     module.sample = sampled
     trainer.fit(module, data)
-    mean = sum(prompts) // len(prompts)
-    setup = setup_of(
-        module_without_weights(module),
-        devices=Devices(ranks=ranks, kind="cpu", memory=2**40, process=before),
-        autocast="mixed" in case.get("precision", ""),
-        questions=questions,
-        validation=questions,
-        lengths=Lengths(prompt=mean, teacher_prompt=mean, response=response),
-        name_or_path=str(model),
-    )
     if trainer.is_global_zero:
-        report(case["name"], memory_of(setup), measured.peaks, before)
-    assert torch.get_num_threads() >= 1
+        report(model, case, sum(prompts) // len(prompts), before, measured.peaks)
 
 
-def module_without_weights(module):
-    """As it was constructed: a plan is made before anything is loaded."""
-    for teacher in (module.teacher, module.reference):
-        if hasattr(teacher, "weights"):
-            teacher.weights = None
-    return module
-
-
-def report(name: str, memory, peaks: dict[str, int], before: int) -> None:
-    phases = {"sampling": "rollout", "teacher": "teacher", "update": "student"}
-    phases["optimizer step"] = "step"
-    gib = 2**30
-    for phase, mark in phases.items():
-        planned, found = memory.phases[phase], peaks[mark]
+def report(model: Path, case: dict, prompt: int, before: int, peaks: dict[str, int]) -> None:
+    memory, gib = plan(model, case, prompt, before), 2**30
+    marks = {"sampling": "rollout", "teacher": "teacher", "update": "student"}
+    marks["optimizer step"] = "step"
+    pairs = {phase: (memory.phases[phase], peaks[mark]) for phase, mark in marks.items()}
+    pairs["peak"] = memory.peak, max(peaks.values())
+    for phase, (planned, found) in pairs.items():
         line = {
-            "case": name,
+            "case": case["name"],
             "phase": phase,
             "planned_gib": round(planned / gib, 3),
             "measured_gib": round(found / gib, 3),
-            "of_it_process_gib": round(before / gib, 3),
+            "process_gib": round(before / gib, 3),
             "planned_over_measured": round(planned / found, 3),
             "without_process": round((planned - before) / (found - before), 3),
+            "prompt_tokens": prompt,
         }
         print("PLAN " + json.dumps(line), flush=True)
-    planned, found = memory.peak, max(peaks.values())
-    line = {"case": name, "phase": "peak", "planned_gib": round(planned / gib, 3)}
-    line |= {"measured_gib": round(found / gib, 3), "of_it_process_gib": round(before / gib, 3)}
-    line |= {"planned_over_measured": round(planned / found, 3)}
-    line |= {"without_process": round((planned - before) / (found - before), 3)}
-    line |= {"parts_gib": {k: round(v / gib, 3) for k, v in memory.parts.nonzero().items()}}
-    print("PLAN " + json.dumps(line), flush=True)
 
 
 def run_case(name: str, model: Path | None, folder: Path) -> list[dict]:
@@ -219,7 +216,7 @@ def run_case(name: str, model: Path | None, folder: Path) -> list[dict]:
             here = str(Path(__file__).parent)
             subprocess.run([sys.executable, "-c", code], check=True, cwd=here, capture_output=True)
     described = json.dumps({"name": name, "model": str(model.resolve()), **case})
-    environment = {**os.environ, _RANK: described, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **_RETURNED, _RANK: described, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, __file__],
         env=environment,
@@ -250,8 +247,7 @@ def main() -> None:
             found = run_case(name, given.model, Path(folder))
             lines += found
             for line in found:
-                print(json.dumps({k: v for k, v in line.items() if k != "parts_gib"}), flush=True)
-            print(json.dumps(found[-1]["parts_gib"]), flush=True)
+                print(json.dumps(line), flush=True)
     if given.out:
         given.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

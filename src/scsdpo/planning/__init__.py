@@ -2,6 +2,7 @@
 
 from scsdpo.planning.advice import Advice, advice, fits
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
+from scsdpo.planning.callback import MemoryPlan
 from scsdpo.planning.memory import Memory, Parts, memory_of
 from scsdpo.planning.setup import Devices, Lengths, Setup, setup_of, sharding
 from scsdpo.planning.speed import Rates, Work, work_of
@@ -13,6 +14,7 @@ __all__ = [
     "Devices",
     "Lengths",
     "Memory",
+    "MemoryPlan",
     "Parts",
     "Rates",
     "Setup",

@@ -8,7 +8,7 @@ from scsdpo.planning.setup import Setup, with_lora
 
 ROOM = 0.95
 """Share of a device's memory that a plan may fill: allocators leave gaps."""
-_TOKENS = 2048
+FEW_TOKENS = 2048
 """A budget from which micro-batches are no longer small."""
 
 
@@ -57,8 +57,8 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
         yield "model.optimizer.init_args.fused=true", _fused
     if not setup.checkpointing:
         yield "model.policy.gradient_checkpointing=true", lambda s: replace(s, checkpointing=True)
-    if setup.max_tokens == "auto" or setup.max_tokens > _TOKENS:
-        yield f"model.limits.max_tokens={_TOKENS}", lambda s: replace(s, max_tokens=_TOKENS)
+    if setup.max_tokens == "auto" or setup.max_tokens > FEW_TOKENS:
+        yield f"model.limits.max_tokens={FEW_TOKENS}", lambda s: replace(s, max_tokens=FEW_TOKENS)
     if setup.sampler.kind == "hf":
         room = setup.sampler.max_tokens // 4
         yield f"model.rollout.init_args.max_tokens={room}", lambda s: _with_cache(s, room)
@@ -72,7 +72,7 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
 
 
 def _fused(setup: Setup) -> Setup:
-    return replace(setup, optimizer=replace(setup.optimizer, temporary=0.0))
+    return replace(setup, optimizer=replace(setup.optimizer, temporary=0.0, of_largest=0.0))
 
 
 def _with_cache(setup: Setup, tokens: int) -> Setup:

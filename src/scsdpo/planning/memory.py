@@ -1,7 +1,7 @@
 """Bytes a rank, part by part, and the phases of a step as sums of them. docs/plan.md derives them.
 
-L layers, D hidden, H query and K key heads of size d, I intermediate, V vocabulary (`Architecture`);
-w bytes of the residual stream, n bytes of what linear layers read and give.
+L layers, D hidden, H query and K key heads of size d, I intermediate, V vocabulary; w bytes of the
+residual stream, n bytes of what linear layers read and give.
 """
 
 from dataclasses import dataclass, fields
@@ -45,13 +45,15 @@ class Parts:
     """Colocated, awake through the whole step."""
     gradients: int = 0
     gradients_meanwhile: int = 0
-    """Of them, those that lie beside a micro-batch: all, unless there is one micro-batch."""
+    """Of them, those that lie beside the largest micro-batch: none if that is the first."""
     gathered: int = 0
     """Under shards, what is whole of a running model: two layers and the root."""
     casts: int = 0
     """bf16 copies of float32 weights that the backward reads."""
     activations: int = 0
     """At the budget of a micro-batch, its prompts' among them."""
+    kept: int = 0
+    """Activations and casts of the prompts alone, which wait for their responses."""
     prompts: int = 0
     """Float32 sums of the gradients sent back to keys and values of prompts."""
     heads: int = 0
@@ -82,7 +84,15 @@ RESIDENT = ("process", "weights", "optimizer", "teacher", "reference", "buckets"
 """There through the whole step."""
 PHASES = {
     "sampling": (*RESIDENT, "sampling_weights", "cache", "drawing"),
-    "teacher": (*RESIDENT, "gradients_meanwhile", "gathered", "prompts", "heads", "teaching"),
+    "teacher": (
+        *RESIDENT,
+        "gradients_meanwhile",
+        "gathered",
+        "kept",
+        "prompts",
+        "heads",
+        "teaching",
+    ),
     "update": (
         *RESIDENT,
         "gradients_meanwhile",
@@ -128,32 +138,59 @@ def memory_of(setup: Setup) -> Memory:
     """The arithmetic."""
     resident = _resident(setup)
     budget = _budget(setup, resident)
-    distinct = setup.prompts * setup.lengths.prompt + setup.responses * setup.lengths.response
-    # A response that alone exceeds the budget runs alone.
-    tokens = min(max(budget, setup.lengths.response), distinct)
-    micro_batches = min(-(-distinct // tokens), setup.responses)
+    batch = _micro_batch(setup, budget)
     gradients = FLOAT32 * setup.counted.trained // setup.shards
-    kept = min(tokens * 3 // 4, setup.prompts * setup.lengths.prompt)
+    a_token, waiting = activation_bytes(setup), batch.kept * stored_bytes(setup)
+    # The first finds no gradients yet; the second may be smaller.
+    first, second = batch.first * a_token, batch.second * a_token
+    is_later = batch.second > 0 and gradients + second >= first
     return Memory(
         parts=Parts(
             **resident,
             gradients=gradients,
-            gradients_meanwhile=gradients if micro_batches > 1 else 0,
-            gathered=_gathered(setup),
-            casts=GRAPHS * _casts(setup),
-            activations=int(tokens * activation_bytes(setup)),
-            prompts=2 * FLOAT32 * setup.shapes.layers * setup.shapes.keys * kept,
+            gradients_meanwhile=gradients if is_later else 0,
+            gathered=gathered_bytes(setup),
+            casts=GRAPHS * casts_bytes(setup),
+            activations=waiting + (second if is_later else first),
+            kept=waiting + casts_bytes(setup) if batch.count > 1 else 0,
+            prompts=2 * FLOAT32 * setup.shapes.layers * setup.shapes.keys * batch.kept,
             heads=_heads(setup),
-            chunks=_chunks(setup, tokens),
-            teaching=_teaching(setup, tokens),
+            chunks=_chunks(setup, batch.first),
+            teaching=_teaching(setup, batch.kept + batch.first),
             sampling_weights=_sampling_weights(setup),
             cache=_cache(setup),
             drawing=_drawing(setup),
             stepping=_stepping(setup),
         ),
         budget=budget,
-        micro_batches=micro_batches,
+        micro_batches=batch.count,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Of the micro-batches of an optimizer step, on a rank."""
+
+    kept: int
+    """Of prompts that wait for their responses."""
+    first: int
+    """Of the responses of the first micro-batch."""
+    second: int
+    """Of the second; 0: there is none."""
+    count: int
+
+
+def _micro_batch(setup: Setup, budget: int) -> _Tokens:
+    """Prompts wait together up to half of the budget; responses share the rest.
+
+    A response that does not fit runs alone.
+    """
+    response = setup.lengths.response
+    kept = min(setup.prompts * setup.lengths.prompt, budget // 2)
+    rows = min(max((budget - kept) // response, 1), setup.responses)
+    second = min(rows, setup.responses - rows)
+    count = -(-setup.responses // rows)
+    return _Tokens(kept=kept, first=rows * response, second=second * response, count=count)
 
 
 def layer_bytes(setup: Setup) -> int:
@@ -182,19 +219,33 @@ def layer_bytes(setup: Setup) -> int:
     )
 
 
-def activation_bytes(setup: Setup) -> int:
-    """What a token leaves behind over all layers, and at the end of the trunk.
+def stored_bytes(setup: Setup) -> int:
+    """What a token leaves in all layers: with checkpointing, the input of each."""
+    a_layer = setup.wide * setup.shapes.hidden if setup.checkpointing else layer_bytes(setup)
+    return setup.shapes.layers * a_layer
 
-    With checkpointing the input of each layer, and one layer as it is recomputed and goes back.
+
+def end_bytes(setup: Setup) -> int:
+    """What comes on top for a token of the micro-batch at work.
+
+    The last norm, its output gathered in the order of tokens, its gradient, the kernel's copies.
+    With checkpointing that, or one layer as it is recomputed and goes back, whose gradients and,
+    under LoRA, casts come with it.
     """
     shapes, n = setup.shapes, setup.narrow
     trunks = sum(second.trunks for second in setup.seconds)
-    # Last norm, its output gathered in the order of tokens, its gradient; the kernel's copies.
     end = (5 * setup.wide + FLOAT32 + n + trunks * setup.wide) * shapes.hidden
     if not setup.checkpointing:
-        return shapes.layers * layer_bytes(setup) + end
-    again = layer_bytes(setup) + 12 * shapes.hidden + 2 * n * shapes.intermediate
-    return shapes.layers * setup.wide * shapes.hidden + again + end
+        return end
+    gradients = 4 * shapes.hidden + 2 * n * shapes.intermediate
+    if not setup.counted.whole:
+        gradients += 8 * shapes.hidden + n * shapes.intermediate
+    return max(layer_bytes(setup) + gradients, end)
+
+
+def activation_bytes(setup: Setup) -> int:
+    """Both: bytes a token of a micro-batch."""
+    return stored_bytes(setup) + end_bytes(setup)
 
 
 def _resident(setup: Setup) -> dict[str, int]:
@@ -228,12 +279,12 @@ def _budget(setup: Setup, resident: dict[str, int]) -> int:
         return setup.max_tokens
     gradients = FLOAT32 * setup.counted.trained // setup.shards
     free = setup.devices.memory - sum(resident.values())
-    fixed = GRAPHS * _casts(setup) + gradients
+    fixed = GRAPHS * casts_bytes(setup) + gradients
     most = GPU_TOKENS if setup.devices.kind == "cuda" else CPU_TOKENS
     return max(min(int((free // 2 - fixed) / activation_bytes(setup)), most), 1)
 
 
-def _casts(setup: Setup) -> int:
+def casts_bytes(setup: Setup) -> int:
     """Of one graph: the backward reads every linear layer's weight as the product read it."""
     if not setup.autocast or not setup.counted.whole:
         return 0
@@ -241,8 +292,8 @@ def _casts(setup: Setup) -> int:
     return setup.narrow * layers * setup.shapes.matrices
 
 
-def _gathered(setup: Setup) -> int:
-    """This layer and the next, whole, with the gradient of one; and the root with its gradient."""
+def gathered_bytes(setup: Setup) -> int:
+    """Two layers whole, this and the next, with the gradient of one; the root with its own."""
     if not setup.devices.sharded:
         return 0
     bytes_each = FLOAT32 if setup.counted.whole else setup.base
@@ -342,6 +393,6 @@ def _stepping(setup: Setup) -> int:
     """A list as long as the gradients, or one tensor at a time; the embedding's gradient."""
     trained = setup.counted.trained // setup.shards
     lists = int(setup.optimizer.temporary * trained)
-    whole = setup.counted.whole
-    embedding = FLOAT32 * setup.shapes.table if whole else 0
-    return max(lists, embedding)
+    table = setup.shapes.table if setup.counted.whole else 0
+    one = int(setup.optimizer.of_largest * table) // setup.shards
+    return max(lists, one, FLOAT32 * table)

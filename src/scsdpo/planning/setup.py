@@ -62,7 +62,9 @@ class OptimizerBytes:
 
     state: float
     temporary: float
-    """During a step, as a list over all of them; 0: one tensor at a time, or fused."""
+    """During a step, in lists over all tensors; 0: one tensor at a time, or fused."""
+    of_largest: float = 0.0
+    """During a step, an element of the largest tensor: one tensor at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +259,12 @@ def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> Optimiz
     settings = optimizer.defaults
     foreach = settings.get("foreach")
     in_lists = kind == "cuda" if foreach is None and "foreach" in settings else bool(foreach)
-    lists = in_lists and not settings.get("fused") and state > 0
-    return OptimizerBytes(state=state / probe.numel(), temporary=FLOAT32 * float(lists))
+    plain = state > 0 and not settings.get("fused")
+    return OptimizerBytes(
+        state=state / probe.numel(),
+        temporary=FLOAT32 * float(plain and in_lists),
+        of_largest=2 * FLOAT32 * float(plain and not in_lists),
+    )
 
 
 def _sampler(rollout: Rollout, kind: str) -> Sampler:
@@ -282,5 +288,3 @@ def with_lora(setup: Setup, rank: int = 32) -> Setup:
     counted = Counted.all_linear(setup.shapes, rank)
     base = BFLOAT16 if setup.devices.kind == "cuda" else FLOAT32
     return replace(setup, counted=counted, base=base)
-
-

@@ -1,12 +1,13 @@
 """A plan in words and tables."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
-from scsdpo.planning.advice import ROOM, advice, fits
-from scsdpo.planning.memory import PHASES, Memory
+from scsdpo.planning.advice import FEW_TOKENS, ROOM, advice, fits
+from scsdpo.planning.memory import PHASES, Memory, memory_of
 from scsdpo.planning.setup import GIB, Setup
 from scsdpo.planning.speed import Rates, work_of
 
@@ -20,6 +21,7 @@ _WORDS = {
     "gathered": "layers made whole (shards)",
     "casts": "bf16 copies for the backward",
     "activations": "activations at the budget",
+    "kept": "prompts that wait for responses",
     "prompts": "gradients to prompts' keys and values",
     "heads": "copies of heads, the head's gradient",
     "chunks": "chunks of logits",
@@ -39,9 +41,14 @@ def gib(size: float) -> str:
 def described(setup: Setup) -> str:
     """What was counted, in one line."""
     shapes, devices = setup.shapes, setup.devices
-    trained = "all trained" if setup.counted.whole else f"{setup.counted.trained / 1e6:.1f}M trained"
-    how = "one device" if devices.ranks == 1 else f"{devices.ranks} devices, " + (
-        "sharded (ModelParallelStrategy)" if devices.sharded else "replicated (DDP)"
+    trained = (
+        "all trained" if setup.counted.whole else f"{setup.counted.trained / 1e6:.1f}M trained"
+    )
+    how = (
+        "one device"
+        if devices.ranks == 1
+        else f"{devices.ranks} devices, "
+        + ("sharded (ModelParallelStrategy)" if devices.sharded else "replicated (DDP)")
     )
     return (
         f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters, {trained}, "
@@ -51,7 +58,7 @@ def described(setup: Setup) -> str:
 
 def print_plan(setup: Setup, memory: Memory, rates: Rates, console: Console) -> None:
     """The whole plan."""
-    console.print(described(setup), highlight=False)
+    console.print(described(setup), highlight=False, soft_wrap=True)
     console.print(_parts(setup, memory))
     console.print(_phases(setup, memory, rates))
     for line in (verdict(setup, memory), *assumptions(setup, memory, rates)):
@@ -63,7 +70,8 @@ def verdict(setup: Setup, memory: Memory) -> str:
     phase = max(memory.phases, key=memory.phases.__getitem__)
     room = setup.devices.memory - memory.peak
     if fits(setup, memory):
-        return f"Fits: the peak, {gib(memory.peak)} GiB in {phase}, leaves {gib(room)} GiB."
+        said = f"Fits: the peak, {gib(memory.peak)} GiB in {phase}, leaves {gib(room)} GiB."
+        return said + _small(setup, memory)
     lacking = f"lacks {gib(-room)} GiB" if room < 0 else f"leaves {gib(room)} GiB, less than 5 %"
     found = advice(setup)
     if found is None:
@@ -74,6 +82,17 @@ def verdict(setup: Setup, memory: Memory) -> str:
             f"{gib(setup.devices.memory - found.memory.peak)} GiB to spare)."
         )
     return f"Does not fit: the peak, {gib(memory.peak)} GiB in {phase}, {lacking}. {remedy}"
+
+
+def _small(setup: Setup, memory: Memory) -> str:
+    """A hint where memory leaves few tokens to a micro-batch, which then reads every weight."""
+    if setup.checkpointing or setup.max_tokens != "auto" or memory.budget >= FEW_TOKENS:
+        return ""
+    more = memory_of(replace(setup, checkpointing=True)).budget
+    return (
+        f" Micro-batches of {memory.budget} tokens are small; with "
+        f"model.policy.gradient_checkpointing=true they hold {more}."
+    )
 
 
 def assumptions(setup: Setup, memory: Memory, rates: Rates) -> list[str]:

@@ -18,6 +18,7 @@ from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
@@ -137,9 +138,9 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its figures and responses, and what is good when it fails."""
+        """Every run plans its memory, keeps figures, responses, and what is good when it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = (MetricsFile, RunRecords, OnFailure)
+        own = (MemoryPlan, MetricsFile, RunRecords, OnFailure)
         return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
 
     def setup(self, stage: str) -> None:
