@@ -8,7 +8,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 
-.PHONY: train test test-vllm test-faults lint types clean
+.PHONY: train test test-vllm test-faults test-plan lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -26,6 +26,11 @@ test-vllm: $(VLLM_INSTALLED)
 # Runs that are killed, stopped and hurt; FAULTS=share takes a share of the kills and signals.
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
+test-plan: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py --tolerance 0.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_sharded.py --tolerance 0.15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .

@@ -9,6 +9,7 @@ process has and not tracked; head and chunks of logits are arithmetic. One JSON 
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 
 import torch
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--tolerance", type=float, help="fail if further off, e.g. 0.15")
     given = parser.parse_args()
+    wrong = []
     dist.init_process_group("fake", rank=0, world_size=given.ranks, store=FakeStore())
     config = read_config("Qwen/Qwen3-8B")
     config.num_hidden_layers = given.layers
@@ -124,7 +127,11 @@ def main() -> None:
             "parts_gib": {part: round(size / 2**30, 3) for part, size in parts.items()},
         }
         print(json.dumps(line), flush=True)
+        if given.tolerance and abs(parts["peak"] / found - 1) > given.tolerance:
+            wrong.append(name)
     dist.destroy_process_group()
+    if wrong:
+        sys.exit(f"further off than {given.tolerance}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
