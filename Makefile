@@ -10,7 +10,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-plan lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -37,6 +37,11 @@ test-scale: $(INSTALLED)
 # elsewhere.
 test-browser: $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
+test-plan: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py --tolerance 0.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_sharded.py --tolerance 0.15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .

@@ -1,6 +1,6 @@
 """The arithmetic of `scsdpo plan` against what fresh processes take, phase by phase.
 
-    python benchmarks/plan.py [--model DIR] [--cases full lora ...] [--out plan.json]
+    python benchmarks/plan.py [--model DIR] [--cases full lora ...] [--tolerance 0.1]
 
 Each case trains two batches in a process of its own on CPU and reads the peak resident size of each
 phase from the kernel (Linux). Without `--model` it is a model of SmolLM2-135M's shapes with random
@@ -231,6 +231,10 @@ def run_case(name: str, model: Path | None, folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def _bound(given: argparse.Namespace) -> float:
+    return float("inf") if given.tolerance is None else given.tolerance
+
+
 def main() -> None:
     if _RANK in os.environ:
         case = json.loads(os.environ[_RANK])
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder for the llama cases")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, help="file for all lines")
+    parser.add_argument("--tolerance", type=float, help="fail if a peak is further off, e.g. 0.1")
     given = parser.parse_args()
     lines: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -248,8 +253,12 @@ def main() -> None:
             lines += found
             for line in found:
                 print(json.dumps(line), flush=True)
+    peaks = [line for line in lines if line["phase"] == "peak"]
+    wrong = [x["case"] for x in peaks if abs(x["planned_over_measured"] - 1) > _bound(given)]
     if given.out:
         given.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if wrong:
+        sys.exit(f"further off than {given.tolerance}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

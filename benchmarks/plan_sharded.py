@@ -9,6 +9,7 @@ process has and not tracked; head and chunks of logits are arithmetic. One JSON 
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from scsdpo.planning import Architecture, Counted, read_config, skeleton
-from scsdpo.planning.memory import casts_bytes, gathered_bytes, stored_bytes
+from scsdpo.planning.activations import stored_bytes
+from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes
 from scsdpo.planning.setup import (
     FLOAT32,
     Devices,
@@ -57,6 +59,7 @@ def tracked(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
                     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
                 hidden.float().square().mean().backward()
+                tracker.reset_mod_stats()  # of modules; the peak of all stays
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return peak["Total"]
 
@@ -88,12 +91,15 @@ def planned(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool
     again = (
         stored_bytes(replace(setup, checkpointing=False)) // trunk.layers if checkpointing else 0
     )
+    shard = FLOAT32 * trunk.parameters // ranks
+    full = gathered_bytes(setup) + casts_bytes(setup) + tokens * (stored_bytes(setup) + again)
     return {
-        "weights": FLOAT32 * trunk.parameters // ranks,
-        "gradients": FLOAT32 * trunk.parameters // ranks,
+        "weights and gradients": 2 * shard,
         "gathered": gathered_bytes(setup),
         "casts": casts_bytes(setup),
         "activations": tokens * (stored_bytes(setup) + again),
+        "at the end of the backward": ending_bytes(setup),
+        "peak": 2 * shard + max(full, ending_bytes(setup)),
     }
 
 
@@ -102,7 +108,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--tolerance", type=float, help="fail if further off, e.g. 0.15")
     given = parser.parse_args()
+    wrong = []
     dist.init_process_group("fake", rank=0, world_size=given.ranks, store=FakeStore())
     config = read_config("Qwen/Qwen3-8B")
     config.num_hidden_layers = given.layers
@@ -113,13 +121,17 @@ def main() -> None:
         line = {
             "case": name,
             "layers": given.layers,
-            "planned_gib": round(sum(parts.values()) / 2**30, 3),
+            "planned_gib": round(parts["peak"] / 2**30, 3),
             "tracked_gib": round(found / 2**30, 3),
-            "planned_over_tracked": round(sum(parts.values()) / found, 3),
+            "planned_over_tracked": round(parts["peak"] / found, 3),
             "parts_gib": {part: round(size / 2**30, 3) for part, size in parts.items()},
         }
         print(json.dumps(line), flush=True)
+        if given.tolerance and abs(parts["peak"] / found - 1) > given.tolerance:
+            wrong.append(name)
     dist.destroy_process_group()
+    if wrong:
+        sys.exit(f"further off than {given.tolerance}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from scsdpo.planning import (
     skeleton,
     work_of,
 )
-from scsdpo.planning.memory import PHASES, activation_bytes, layer_bytes
+from scsdpo.planning.activations import activation_bytes, layer_bytes
+from scsdpo.planning.memory import PHASES
 from scsdpo.planning.setup import GIB, Sampler, with_lora
 from scsdpo.planning.speed import Rates
 from scsdpo.policy import CausalLM, Lora
@@ -93,8 +94,9 @@ def test_parts_of_a_full_fine_tune(qwen3):
     shards = memory_of(planned(qwen3).on(ranks=4, sharded=True)).parts
     assert (shards.weights, shards.gradients, shards.teacher) == (TIED,) * 3
     assert shards.optimizer == 2 * TIED
-    # Two layers and the root whole, the gradients of a layer and of the root.
-    assert shards.gathered == 4 * (2 * LAYER + TABLE + 64) + 4 * (LAYER + TABLE + 64)
+    # Two layers and the root whole, and a layer's gradient; at the end the root's.
+    assert shards.gathered == 4 * (2 * LAYER + TABLE + 64) + 4 * LAYER
+    assert shards.stepping == 2 * 4 * (TABLE + 64 + LAYER)
     replicated = memory_of(planned(qwen3).on(ranks=4)).parts
     assert replicated.buckets == 4 * TIED and replicated.gathered == 0
 

@@ -7,6 +7,7 @@ residual stream, n bytes of what linear layers read and give.
 from dataclasses import dataclass, fields
 
 from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
+from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
 from scsdpo.rollout.kv_cache import blocks
 
@@ -44,6 +45,8 @@ class Parts:
     vllm: int = 0
     """Colocated, awake through the whole step."""
     gradients: int = 0
+    gradients_before: int = 0
+    """Of them, those there when a teacher runs: all, if there is a later micro-batch."""
     gradients_meanwhile: int = 0
     """Of them, those that lie beside the largest micro-batch: none if that is the first."""
     gathered: int = 0
@@ -69,7 +72,7 @@ class Parts:
     drawing: int = 0
     """A prompt pass, or the logits of a draw."""
     stepping: int = 0
-    """Temporaries of the optimizer, or the embedding's gradient before it is added."""
+    """Temporaries of the optimizer, or what the end of the backward has before it."""
 
     def total(self, names: tuple[str, ...]) -> int:
         """Sum over some of them."""
@@ -148,6 +151,7 @@ def memory_of(setup: Setup) -> Memory:
         parts=Parts(
             **resident,
             gradients=gradients,
+            gradients_before=gradients if batch.count > 1 else 0,
             gradients_meanwhile=gradients if is_later else 0,
             gathered=gathered_bytes(setup),
             casts=GRAPHS * casts_bytes(setup),
@@ -191,61 +195,6 @@ def _micro_batch(setup: Setup, budget: int) -> _Tokens:
     second = min(rows, setup.responses - rows)
     count = -(-setup.responses // rows)
     return _Tokens(kept=kept, first=rows * response, second=second * response, count=count)
-
-
-def layer_bytes(setup: Setup) -> int:
-    """What one decoder layer keeps of a token for the backward.
-
-    Norms, each: float32 input and, where its weight is trained, the normalised one. Inputs of
-    linear layers: one copy for all, or under autocast one each of q, k, v, gate and up. Queries and
-    keys: the same of their norms, then scaled queries, keys, values, attention's output; gate, its
-    activation, up and their product.
-    """
-    shapes, counted, n = setup.shapes, setup.counted, setup.narrow
-    scale = counted.whole * 1
-    inputs = 5 * n if setup.autocast else 2 * n
-    of_hidden = 2 * FLOAT32 * (1 + scale) + inputs
-    normed = FLOAT32 + scale * n if shapes.head_norms else 0
-    copied = n if setup.autocast and not counted.whole else 0
-    scalars = 2 * FLOAT32 + FLOAT32 * shapes.heads
-    scalars += FLOAT32 * (shapes.heads + shapes.key_heads) if shapes.head_norms else 0
-    return (
-        of_hidden * shapes.hidden
-        + (normed + 2 * n + copied) * shapes.queries
-        + (normed + 2 * n) * shapes.keys
-        + 4 * n * shapes.intermediate
-        + n * counted.rank_tables
-        + scalars
-    )
-
-
-def stored_bytes(setup: Setup) -> int:
-    """What a token leaves in all layers: with checkpointing, the input of each."""
-    a_layer = setup.wide * setup.shapes.hidden if setup.checkpointing else layer_bytes(setup)
-    return setup.shapes.layers * a_layer
-
-
-def end_bytes(setup: Setup) -> int:
-    """What comes on top for a token of the micro-batch at work.
-
-    The last norm, its output gathered in the order of tokens, its gradient, the kernel's copies.
-    With checkpointing that, or one layer as it is recomputed and goes back, whose gradients and,
-    under LoRA, casts come with it.
-    """
-    shapes, n = setup.shapes, setup.narrow
-    trunks = sum(second.trunks for second in setup.seconds)
-    end = (5 * setup.wide + FLOAT32 + n + trunks * setup.wide) * shapes.hidden
-    if not setup.checkpointing:
-        return end
-    gradients = 4 * shapes.hidden + 2 * n * shapes.intermediate
-    if not setup.counted.whole:
-        gradients += 8 * shapes.hidden + n * shapes.intermediate
-    return max(layer_bytes(setup) + gradients, end)
-
-
-def activation_bytes(setup: Setup) -> int:
-    """Both: bytes a token of a micro-batch."""
-    return stored_bytes(setup) + end_bytes(setup)
 
 
 def _resident(setup: Setup) -> dict[str, int]:
@@ -293,13 +242,24 @@ def casts_bytes(setup: Setup) -> int:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """Two layers whole, this and the next, with the gradient of one; the root with its own."""
+    """Two layers whole, this and the next, the root, and the gradient of a layer."""
     if not setup.devices.sharded:
         return 0
     bytes_each = FLOAT32 if setup.counted.whole else setup.base
     whole = bytes_each * (2 * setup.shapes.layer + setup.shapes.root)
-    gradients = FLOAT32 * (setup.shapes.layer + setup.shapes.root) if setup.counted.whole else 0
-    return whole + gradients
+    return whole + (FLOAT32 * setup.shapes.layer if setup.counted.whole else 0)
+
+
+def ending_bytes(setup: Setup) -> int:
+    """At the end of a backward, when no activation is left: the gradient of what is on its way.
+
+    That of the embedding; under shards the root with its gradient, and two layers.
+    """
+    if not setup.counted.whole:
+        return 0
+    if setup.devices.sharded:
+        return 2 * FLOAT32 * (setup.shapes.root + setup.shapes.layer)
+    return FLOAT32 * setup.shapes.table
 
 
 def _heads(setup: Setup) -> int:
@@ -390,9 +350,9 @@ def _drawing(setup: Setup) -> int:
 
 
 def _stepping(setup: Setup) -> int:
-    """A list as long as the gradients, or one tensor at a time; the embedding's gradient."""
+    """A list as long as the gradients, or one tensor at a time; or the backward's end."""
     trained = setup.counted.trained // setup.shards
     lists = int(setup.optimizer.temporary * trained)
     table = setup.shapes.table if setup.counted.whole else 0
     one = int(setup.optimizer.of_largest * table) // setup.shards
-    return max(lists, one, FLOAT32 * table)
+    return max(lists, one, ending_bytes(setup))

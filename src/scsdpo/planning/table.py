@@ -116,7 +116,7 @@ def _parts(setup: Setup, memory: Memory) -> Table:
     table = Table("part", "GiB a rank", "at the peak of", title="memory", title_justify="left")
     table.columns[1].justify = "right"
     for name, size in memory.parts.nonzero().items():
-        if name == "gradients_meanwhile":
+        if name.startswith("gradients_"):  # the same, where they lie
             continue
         phases = [phase for phase, names in PHASES.items() if _lies(name, names, memory)]
         where = "all" if len(phases) == len(PHASES) else ", ".join(phases)
@@ -125,8 +125,9 @@ def _parts(setup: Setup, memory: Memory) -> Table:
 
 
 def _lies(name: str, names: tuple[str, ...], memory: Memory) -> bool:
-    meanwhile = name == "gradients" and memory.parts.gradients_meanwhile > 0
-    return name in names or (meanwhile and "gradients_meanwhile" in names)
+    if name != "gradients":
+        return name in names
+    return any(n.startswith(name) and getattr(memory.parts, n) > 0 for n in names)
 
 
 def _named(setup: Setup, name: str) -> str:
