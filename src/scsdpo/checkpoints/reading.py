@@ -83,7 +83,7 @@ def checkpoint_in(path: Path) -> Path | None:
     last = path / "checkpoints" / "last.ckpt"
     if last.exists():
         return last
-    return path if path.is_file() or (path / _META).exists() else None
+    return path if path.is_file() or (path / shards.META).exists() else None
 
 
 _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
