@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from scsdpo.callbacks import RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.monitor import check_monitor
@@ -36,6 +37,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(RunRecords, "records")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
 
     def _parse_ckpt_path(self) -> None:

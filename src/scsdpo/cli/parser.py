@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-import scsdpo.callbacks
 import scsdpo.lab  # noqa: F401 - so that their classes go by short names
+from scsdpo.callbacks import RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
@@ -22,6 +22,7 @@ SECTIONS: dict[str, type] = {
     "data": TaskDataModule,
     "trainer": Trainer,
     "checkpoint": Checkpoint,
+    "records": RunRecords,
 }
 """Class of each section of a configuration."""
 

@@ -32,7 +32,9 @@ class Tokens:
     places: Tensor
     """[N] int64: flat index into the step's tables [R, L]."""
     scale: Tensor
-    """[N]: question weight x token weight / denominator; everything that multiplies the loss."""
+    """[N]: question weight / denominator, the same at every token of a rollout."""
+    weight: Tensor
+    """[N]: token weight."""
     signals: Signals
     """The step's tables."""
 
@@ -56,12 +58,36 @@ class TeacherOutput:
         )
 
 
-Observer = Callable[[Chunk, Tensor], None]
-"""Looks at a block of n tokens and at -d loss / d z [n, V], z its temperature-scaled logits, with
-all that multiplies the loss. The table is written over afterwards: copy what is to be kept."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Observation:
+    """A block of n tokens as the kernel saw it; its tables [n, V] are written over afterwards."""
+
+    chunk: Chunk
+    gradient: Tensor
+    """[n, V]: d loss / d (h W^T + b), with all that multiplies the loss."""
+    temperature: float
+    objective: Tensor
+    """[n]: the token's loss before any of these factors."""
+    entropy: Tensor
+    """[n]: H(S)."""
+    scale: Tensor
+    """[n]: question weight / denominator."""
+    token_weight: Tensor
+    """[n]."""
+    importance: Tensor
+    """[n]."""
+
+    @property
+    def credit(self) -> Tensor:
+        """[n, V]: -d loss / d z, z the temperature-scaled logits; a table of its own."""
+        return self.gradient * -self.temperature
 
 
-def unobserved(chunk: Chunk, credit: Tensor) -> None:
+Observer = Callable[[Observation], None]
+"""Looks at a block of tokens, and changes nothing in it."""
+
+
+def unobserved(seen: Observation) -> None:
     """Nobody looks."""
 
 
@@ -240,7 +266,7 @@ class _Work:
                     places=self.tokens.places[inside],
                     signals=self.tokens.signals,
                 ),
-                self.tokens.scale[inside],
+                inside,
             )
             made.logits[block] = gradient
         return made.logits
@@ -260,19 +286,33 @@ class _Work:
         trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
         return output.combine(lambda: student, trunks)
 
-    def _gradient(self, chunk: Chunk, scale: Tensor) -> Tensor:
+    def _gradient(self, chunk: Chunk, inside: slice) -> Tensor:
         """[n, V] of a block: d loss / d (h W^T + b)."""
         student, credit = chunk.student, self.objective.credit(chunk)
-        scale = scale.to(chunk.logprob.dtype) * self.objective.importance(chunk)
-        self.logs.append(torch.stack([credit.objective, chunk.logprob, student.entropy()]))
-        self.loss += weighted(scale, credit.objective).sum()
-        scale = scale / self.objective.temperature
-        mass = weighted(scale, credit.mass(student))
-        # The last use of the student's probabilities: the gradient takes their place.
-        gradient = student.probs.mul_(mass[:, None])
-        credit.subtract(gradient, scale, student)
-        if self.objective.observe is not unobserved:
-            self.objective.observe(chunk, gradient * -self.objective.temperature)
+        importance, entropy = self.objective.importance(chunk), student.entropy()
+        scale, weight = self.tokens.scale[inside], self.tokens.weight[inside]
+        factor = (scale * weight).to(chunk.logprob.dtype) * importance
+        self.logs.append(torch.stack([credit.objective, chunk.logprob, entropy]))
+        self.loss += weighted(factor, credit.objective).sum()
+        factor = factor / self.objective.temperature
+        mass = weighted(factor, credit.mass(student))
+        watched = self.objective.observe is not unobserved
+        # The last use of the student's probabilities, unless somebody looks: the gradient takes
+        # their place.
+        gradient = (student.probs.clone() if watched else student.probs).mul_(mass[:, None])
+        credit.subtract(gradient, factor, student)
+        if watched:
+            seen = Observation(
+                chunk=chunk,
+                gradient=gradient,
+                temperature=self.objective.temperature,
+                objective=credit.objective,
+                entropy=entropy,
+                scale=scale,
+                token_weight=weight,
+                importance=importance,
+            )
+            self.objective.observe(seen)
         return gradient
 
 

@@ -30,12 +30,12 @@ class JsonLines:
         """Add a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            _durably(file.fileno(), _line(record), file.seek(0, os.SEEK_END), b"")
+            _durably(file.fileno(), json_line(record), file.seek(0, os.SEEK_END), b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Add keys to the last line, which must be there, or write them over."""
         last = self._tail()
-        line = _line(json.loads(last) | more)
+        line = json_line(json.loads(last) | more)
         with self.path.open("r+b") as file:
             start = file.seek(0, os.SEEK_END) - len(last)
             _durably(file.fileno(), line, start, last)
@@ -76,7 +76,8 @@ class JsonLines:
             number += 1
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of bytes; a number that is not finite is null."""
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
