@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, Weighted
+from scsdpo.checkpoints import FullySharded
 from scsdpo.cli.config_types import arguments
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.selection import InformativePool
@@ -92,8 +92,8 @@ CONFIGURATIONS = {
 
 def strategy(kind):
     """Of `one-1`, `ddp-2`, `fsdp-4`, ..."""
-    way, world = kind.split("-")
-    strategies = {"one": "auto", "ddp": "ddp", "fsdp": ModelParallelStrategy(int(world), 1)}
+    way, _ = kind.split("-")
+    strategies = {"one": "auto", "ddp": "ddp", "fsdp": FullySharded()}
     return strategies[way]
 
 

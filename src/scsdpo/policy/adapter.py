@@ -3,9 +3,10 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.sharding import local, own_rows, settle
+from scsdpo.policy.sharding import is_sharded, local, own_rows, settle
+from scsdpo.policy.stored import Loans, Stored, mix
 from scsdpo.prompt import stable_hash
-from scsdpo.seeds import Seed, resolved
+from scsdpo.seeds import Seed, resolved, run_seed
 
 STUDENT = "default"
 """Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
@@ -24,6 +26,9 @@ STUDENT = "default"
 
 class Weights(nn.Module, ABC):
     """A second set of weights of the policy: a whole copy, or an adapter on the shared base."""
+
+    stored = Stored()
+    """How it is kept."""
 
     @abstractmethod
     def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
@@ -70,11 +75,11 @@ class Adapter(ABC):
         return _Student(self)
 
     @abstractmethod
-    def initial(self, model: nn.Module) -> Weights:
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
         """The weights before any training, frozen; not part of checkpoints."""
 
     @abstractmethod
-    def moving(self, model: nn.Module, name: str) -> Weights:
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
         """A copy of the current student that a teacher may move; part of checkpoints."""
 
     @abstractmethod
@@ -100,11 +105,11 @@ class FullFineTune(Adapter):
         assert isinstance(model, PreTrainedModel)
         return model
 
-    def initial(self, model: nn.Module) -> Weights:
-        return _Copy(self.language_model(model), saved=False)
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
+        return _Copy(self.language_model(model), stored, saved=False)
 
-    def moving(self, model: nn.Module, name: str) -> Weights:
-        return _Copy(self.language_model(model), saved=True)
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
+        return _Copy(self.language_model(model), stored, saved=True)
 
     def is_saved(self, key: str) -> bool:
         return True
@@ -192,10 +197,12 @@ class Lora(Adapter):
         assert isinstance(model, PeftModel)
         return model.get_base_model()
 
-    def initial(self, model: nn.Module) -> Weights:
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
+        _refuse(stored)
         return _Base()
 
-    def moving(self, model: nn.Module, name: str) -> Weights:
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
+        _refuse(stored)
         assert isinstance(model, PeftModel)
         on_meta = model.device.type == "meta"
         if name not in model.peft_config:
@@ -229,14 +236,54 @@ class _Student(Weights):
 class _Copy(Weights):
     """A whole frozen copy of the model."""
 
-    def __init__(self, model: PreTrainedModel, *, saved: bool) -> None:
+    moves: Tensor
+    """How often a copy in bf16 has followed."""
+
+    def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(model).requires_grad_(False)
+        self.stored = stored
+        kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
+        self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
+        self._loans: Loans | None = None
+        if stored.dtype == "bfloat16" and saved:
+            self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
         if not saved:
             self.register_state_dict_post_hook(_forget)
 
-    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        return nullcontext(self.copy)
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        if self.stored.is_plain or is_sharded(self.copy):
+            yield self.copy
+            return
+        if self._loans is None:
+            self._loans = Loans(self.copy)
+        with self._loans.open(next(model.parameters())):
+            yield self.copy
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, rate: float) -> None:
+        if self.stored.is_plain or rate == 1:
+            super().follow(model, rate)
+            return
+        moves = 0
+        if self.stored.dtype == "bfloat16":
+            moves = int(self.moves.add_(1))
+        settle(self.copy)
+        settle(model)
+        pairs = zip(self.copy.named_parameters(), model.parameters(), strict=True)
+        for (name, own), student in pairs:
+            seed = stable_hash("average", run_seed(), moves, name)
+            start = own_rows(own).start * (own[0].numel() if own.dim() else 1)
+            mix(local(own), local(student), rate, seed=seed, start=start)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What is kept on the host stays there; its tables go along."""
+        if not self.stored.on_host:
+            return super()._apply(fn, recurse)
+        for part in self.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else fn(buffer)
+        return self
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         settle(self.copy)
@@ -246,6 +293,14 @@ class _Copy(Weights):
 
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self.copy,)
+
+
+def _refuse(stored: Stored) -> None:
+    if not stored.is_plain:
+        raise ConfigurationError(
+            f"teacher: {stored} is for whole copies of the weights; under Lora a teacher has none "
+            "of its own, or a second pair of factors: leave `stored` out"
+        )
 
 
 def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:

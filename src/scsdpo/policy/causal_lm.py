@@ -105,11 +105,7 @@ class CausalLM(nn.Module):
         """
         if self.model is not None:
             return
-        dtype = (
-            self.adapter.dtype(torch.cuda.is_available())
-            if self._dtype == "auto"
-            else getattr(torch, self._dtype)
-        )
+        dtype = self.loaded_dtype(torch.cuda.is_available())
         settings = {"dtype": dtype, "attn_implementation": self.attn_implementation}
         if to_shard:
             with torch.device("meta"):
@@ -135,12 +131,22 @@ class CausalLM(nn.Module):
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
-        for model in (self.language_model, *(m for each in others for m in each.models())):
-            shard(model, mesh, None if self.gathered_dtype == "auto" else torch.bfloat16)
+        gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
+        shard(self.language_model, mesh, gathered)
+        for weights in others:
+            for model in weights.models():
+                runs_in = gathered or self.language_model.dtype  # however it is stored
+                shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:
             weights.follow(self.wrapped, 1.0)
+
+    def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
+        """Dtype of the checkpoint's weights once they are loaded."""
+        if self._dtype == "auto":
+            return self.adapter.dtype(device_is_gpu)
+        return getattr(torch, self._dtype)
 
     @property
     def wrapped(self) -> nn.Module:
@@ -255,7 +261,7 @@ class CausalLM(nn.Module):
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            return inside(self._ready(model), work)
+            return inside(self._ready(model) if weights.stored.is_plain else model, work)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """With its layers compiled, if they are to be: a teacher's copy too."""

@@ -18,8 +18,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -65,7 +67,13 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    gathered: torch.dtype | None = None,
+    *,
+    on_host: bool = False,
+) -> None:
     """Shard a model that is on `meta`, and give it memory; its values are still to be written.
 
     Args:
@@ -73,21 +81,27 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, gathered: torch.dtype | None
         mesh: flat.
         gathered: dtype of whole units while they run; None: each parameter's own. Shards and
             summed gradients keep theirs.
+        on_host: keep shards in memory of the host, pinned where there is a GPU.
     """
     precision = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=gathered and torch.float32, cast_forward_inputs=False
     )
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    offload = host if on_host else OffloadPolicy()
     # Keys and values that come out are views; nothing is written into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*model.get_decoder().layers, model):
-        unit = fully_shard(part, mesh=mesh, mp_policy=precision)
+        unit = fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # what gloo and NCCL both know
-    model.to_empty(device=_device(mesh))
+    model.to_empty(device="cpu" if on_host else _device(mesh))
     model.tie_weights()
     _rebuild_buffers(model)
     model.__dict__["inside"] = MethodType(_inside, model)
     register_fsdp_forward_method(model, "inside")
+    for name, buffer in model.named_buffers():
+        owner, leaf = _owner(model, name)
+        owner._buffers[leaf] = buffer.to(_device(mesh))
 
 
 def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:

@@ -1,12 +1,12 @@
 """What is not finite, named for what it is: weights of policy or teacher, logits, gradient."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scsdpo.distributed import all_max
+from scsdpo.distributed import all_gather, all_max
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
 from scsdpo.policy.sharding import local
@@ -28,7 +28,9 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     weights = [(name, tensor) for name, tensor in parts if tensor.numel()]
     if not weights:
         return ""
-    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
+    device = weights[0][1].device  # some may be on the host
+    pairs = (torch.stack(tensor.aminmax()).double() for _, tensor in weights)
+    extremes = torch.stack([pair.to(device) for pair in pairs])
     sound = (extremes.abs() < LARGEST).all(-1).tolist()
     bad = [name for (name, _), good in zip(weights, sound, strict=True) if not good]
     if not bad:
@@ -37,6 +39,14 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
         f"the {_owner(bad[0])}'s weights are not finite: {len(bad)} of {len(weights)} tensors, "
         f"e.g. {bad[0]}"
     )
+
+
+def spoiled_anywhere(state: Mapping[str, Tensor]) -> str:
+    """As `spoiled`, of a state to be saved; where it is in shards all ranks hear the same."""
+    fault = spoiled(state.items())
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return fault
+    return next(filter(None, all_gather([fault])), "")
 
 
 def weight_norm(parameters: Sequence[nn.Parameter]) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -18,6 +18,7 @@ from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
@@ -30,7 +31,8 @@ from scsdpo.training.answering import Answering
 from scsdpo.training.batch import Batch
 from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
-from scsdpo.training.finite import spoiled
+from scsdpo.training.evaluation_files import EvaluationFiles
+from scsdpo.training.finite import spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
@@ -139,13 +141,17 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its figures and responses, and what is good when it fails."""
+        """Every run plans its memory, and keeps figures, responses and what is good if it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = (MetricsFile, RunRecords, OnFailure, HeldWeights)
-        return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
+        own = (
+            *(MemoryPlan(), MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
+            *(OnFailure(), HeldWeights()),
+        )
+        return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
+        super().setup(stage)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
@@ -281,7 +287,7 @@ class PolicyOptimizer(Resumable):
 
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
-        self.evaluation.end(self, self.val_sampling.n, "val")
+        self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
@@ -290,11 +296,19 @@ class PolicyOptimizer(Resumable):
 
     def on_test_epoch_end(self) -> None:
         """As validation, under `test/`."""
-        self.evaluation.end(self, self.val_sampling.n, "test")
+        self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
         return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
+
+    def described(self) -> dict[str, Any]:
+        """Of an evaluation: which policy, and how it is asked and judged."""
+        return {
+            "policy": self.policy.name_or_path,
+            "sampling": asdict(self.val_sampling),
+            "success_threshold": self.success_threshold,
+        }
 
     def teardown(self, stage: str) -> None:
         """Let the rollout's engine go, and the processes that judge."""
@@ -308,7 +322,7 @@ class PolicyOptimizer(Resumable):
         Raises:
             TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        fault = spoiled(checkpoint["state_dict"].items())
+        fault = spoiled_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
