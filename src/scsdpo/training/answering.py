@@ -57,7 +57,8 @@ class Answering:
         with self.timer("rollout"):
             most = self.rollout.rows(len(prompts) * sampling.n)
             least = most if self.rollout.with_rows(1) is self.rollout else 1
-            rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
+            with self.rollout.held(policy):  # ranks need not try equally often
+                rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
             check_sampled(rollouts, module)
         self.timer.count("rollout", int(rollouts.lengths.sum()))
         return rollouts
