@@ -142,7 +142,7 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run plans its memory, shows and keeps what happens, and what is good if it fails."""
+        """Every run plans its memory, shows and keeps what happens, and fails well."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
