@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from scsdpo.callbacks import RunRecords
+from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.monitor import check_monitor
@@ -19,6 +19,7 @@ from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
+from scsdpo.health import Health
 from scsdpo.interrupt import Interrupted
 from scsdpo.training import PolicyOptimizer
 
@@ -38,6 +39,8 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RunRecords, "records")
+        parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(Progress, "progress")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
 
     def _parse_ckpt_path(self) -> None:

@@ -10,11 +10,12 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 import scsdpo.lab  # noqa: F401 - so that their classes go by short names
-from scsdpo.callbacks import RunRecords
+from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
+from scsdpo.health import Health
 from scsdpo.training import PolicyOptimizer
 
 SECTIONS: dict[str, type] = {
@@ -23,6 +24,8 @@ SECTIONS: dict[str, type] = {
     "trainer": Trainer,
     "checkpoint": Checkpoint,
     "records": RunRecords,
+    "health": Health,
+    "progress": Progress,
 }
 """Class of each section of a configuration."""
 
