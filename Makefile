@@ -8,8 +8,9 @@ VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
+SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-browser lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-plan lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -28,10 +29,19 @@ test-vllm: $(VLLM_INSTALLED)
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
+# Two and four ranks against one; SCALE=share takes two ranks with weights in shards.
+test-scale: $(INSTALLED)
+	OMP_NUM_THREADS=1 SCALE=$(SCALE) $(BIN)/python -m pytest tests/scale
+
 # The report in headless Chromium, which is installed where it is missing, with apt; CHROMIUM names one
 # elsewhere.
 test-browser: $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
+test-plan: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py --tolerance 0.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_sharded.py --tolerance 0.15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .

@@ -301,8 +301,8 @@ def test_an_unknown_command_is_one_line():
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        "scsdpo: error: fitt: no such command; choose fit, validate, test, predict, export, rates, "
-        "analyze\n"
+        "scsdpo: error: fitt: no such command; choose fit, validate, test, predict, compare, "
+        "export, rates, analyze\n"
     )
 
 

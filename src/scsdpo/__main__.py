@@ -12,9 +12,11 @@ from scsdpo.interrupt import Interrupted
 
 COMMANDS = {
     "fit": "train a policy",
-    "validate": "measure a policy on the validation questions",
-    "test": "the same, logged under test/",
+    "plan": "say what memory and time a training step takes, before anything is loaded",
+    "validate": "measure a policy on the validation questions: accuracy with intervals",
+    "test": "the same, under the name test",
     "predict": "write a policy's responses and their verdicts",
+    "compare": "compare policies question by question, or methods seed by seed",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "rates": "measure the training questions' pass rates, for FrozenPassRate",
     "report": "write a page on one run or several: curves, responses, credit of their tokens",
@@ -51,10 +53,26 @@ def run(args: Sequence[str]) -> None:
         return
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    if args[0] == "rates":
+    if args[0] == "compare":
+        from scsdpo.cli.compare import main as compare
+
+        compare(args[1:])
+    elif args[0] in ("validate", "test"):
+        from scsdpo.cli.evaluate import main as evaluate
+
+        evaluate("test" if args[0] == "test" else "validate", args[1:])
+    elif args[0] == "predict":
+        from scsdpo.cli.predict import main as predict
+
+        predict(args[1:])
+    elif args[0] == "rates":
         from scsdpo.cli.rates import main as rates
 
         rates(args[1:])
+    elif args[0] == "plan":
+        from scsdpo.cli.plan import main as plan
+
+        plan(args[1:])
     elif args[0] == "analyze":
         from scsdpo.cli.analyze import main as analyze
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import lightning as L
 
+from scsdpo.analysis.teacher_distance import measure
 from scsdpo.cli.offline import own_parser, run_offline
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation.teacher_distance import measure
 from scsdpo.training import PolicyOptimizer
 
 
@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> None:
 
 def _plotter() -> Callable[[dict[str, Any], Path], None]:
     try:
-        from scsdpo.evaluation.figures import plot_analysis
+        from scsdpo.analysis.figures import plot_analysis
     except ImportError as error:
         raise ConfigurationError(
             f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"

@@ -21,12 +21,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(message)
 
 
-def own_parser(command: str, what: str) -> argparse.ArgumentParser:
+def own_parser(command: str, what: str, like: str = "predict") -> argparse.ArgumentParser:
     """For a command's own options; what it does not know goes to the configuration."""
     return _Parser(
         prog=f"scsdpo {command}",
         description=what,
-        epilog="Everything else is as in `scsdpo predict`: --config FILE, --model.KEY=VALUE, ...",
+        epilog=f"Everything else is as in `scsdpo {like}`: --config FILE, --model.KEY=VALUE, ...",
         allow_abbrev=False,
     )
 
