@@ -234,7 +234,7 @@ class _Noted:
         self.kind = "frozen"
         return _Own()
 
-    def moving(self, model: object, name: str) -> Weights:
+    def moving(self, model: object, name: str, stored: object = None) -> Weights:
         self.kind = "moving"
         return _Own()
 
