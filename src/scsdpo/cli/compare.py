@@ -229,8 +229,8 @@ def totals(result: Result) -> dict[str, float]:
 def _say_comparisons(console: Console, count: int) -> None:
     console.print(
         f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
-        "interval; ** also outside the one at which all hold together (Bonferroni). Could be "
-        "found: the smallest true difference that is told from 0 in 4 of 5 such experiments.",
+        "interval; ** also outside the one at which all hold together (Bonferroni). "
+        "Findable: the smallest true difference told from 0 in 4 of 5 such experiments.",
         markup=False,
         highlight=False,
     )
