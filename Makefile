@@ -8,7 +8,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 
-.PHONY: train test test-vllm test-faults lint types clean
+.PHONY: train test test-vllm test-faults catalog lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -26,6 +26,10 @@ test-vllm: $(VLLM_INSTALLED)
 # Runs that are killed, stopped and hurt; FAULTS=share takes a share of the kills and signals.
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# What `scsdpo COMMAND --help` shows, from the parser; a test holds it to be current.
+catalog: $(INSTALLED)
+	$(BIN)/python -W ignore -m scsdpo.cli.cataloging
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .
