@@ -26,7 +26,7 @@ def usage() -> str:
             "",
             *rows,
             "",
-            "scsdpo COMMAND --help lists the keys; --model.advantage.help shows what a key can name",
+            "scsdpo COMMAND --help lists the keys; --model.teacher.help what a key can name",
             "(=NAME explains it); --print_config shows the whole configuration, and runs nothing.",
         ]
     )
