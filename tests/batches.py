@@ -105,6 +105,7 @@ def parts(
         weights=(weighting or Uniform()).weights(outcomes),
         teacher=contexts,
         reference=reference.contexts(policy.chat, rollouts, outcomes),
+        questions=(len(outcomes.rewards),),
         old_logprobs=torch.full(rollouts.mask.flatten(0, 1).shape, torch.nan),
     )
     settings = {

@@ -56,6 +56,18 @@ def qwen3_folder(
     return _save(path, Qwen3ForCausalLM, config, dtype=dtype, seed=seed)
 
 
+def qwen3_8b_folder(path: Path) -> Path:
+    """Qwen3-8B's layout, its width scaled down: 36 layers, 4 heads to a key, 128 each, untied."""
+    config = Qwen3Config(
+        **_common(tie=False, vocab=TOKENS + 5)
+        | {"num_hidden_layers": 36, "num_attention_heads": 4, "initializer_range": 0.02},
+        hidden_size=256,
+        intermediate_size=768,
+        head_dim=128,
+    )
+    return _save(path, Qwen3ForCausalLM, config, dtype=torch.float32, seed=0)
+
+
 def olmo3_folder(
     path: Path,
     *,

@@ -13,7 +13,6 @@ from scsdpo import interrupt
 from scsdpo.checkpoints import (
     Checkpoint,
     Rule,
-    Saved,
     WholeFiles,
     changes,
     install,
@@ -78,20 +77,30 @@ def test_a_negative_time_is_refused():
         Checkpoint(every_minutes=-1)
 
 
-@pytest.mark.parametrize("kind", ["folder", "torn folder"])
-def test_a_sharded_checkpoint_is_read_by_its_last_file(kind, tmp_path):
-    content = {"hyper_parameters": {}, "global_step": 3, "lr_schedulers": []}
-    path = tmp_path / "last.ckpt"
-    path.mkdir()
-    torch.save(content, path / "meta.pt")
-    if kind == "folder":
-        saved = Saved.read(path)
-        assert saved.step == 3 and saved.resumable and not saved.weights
-        return
-    whole = (path / "meta.pt").read_bytes()
-    (path / "meta.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is torn"):
-        Saved.read(path)
+def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
+    """Half of a checkpoint never goes by a checkpoint's name, also if the removal is killed."""
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for number in "012":
+        install(write(last, number, folder=True), last, previous)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    part = write(last, "3", folder=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            install(part, last, previous)
+    assert (read(last), previous.exists()) == ("2", False)
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt"}
+
+
+def test_a_folder_that_is_being_written_is_nothing_left(tmp_path):
+    part = write(tmp_path / "last.ckpt", "", folder=True)
+    os.utime(part, (0, 0))  # files grow in it
+    remove_parts(tmp_path, untouched=600)
+    assert part.exists()
 
 
 def config(**model):

@@ -175,7 +175,7 @@ def test_bad_arguments_are_one_line(full, tmp_path, capsys):
     sharded = tmp_path / "sharded.ckpt"
     sharded.mkdir()
     (sharded / "meta.pt").touch()
-    assert "consolidate_checkpoint" in refusal(capsys, "--ckpt", sharded, "--out", out)
+    assert "is torn" in refusal(capsys, "--ckpt", sharded, "--out", out)
     assert not out.exists()
 
 

@@ -11,7 +11,7 @@ from runs import Always, Toys, data, module, trainer
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.records import JsonLines, run_folder
 
-FLEETING = ("time", "train/seconds/")
+FLEETING = ("time", "train/seconds/", "train/memory")
 """Keys whose values differ between two runs of the same numbers."""
 
 

@@ -1,10 +1,6 @@
 """Prompts run once a step: the numbers of separate rows, whatever the budget, in bounded memory."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +53,8 @@ def learn(runner, rows):
     states = {}
 
     def loss(micro, hidden):
+        if not micro:  # a rank that waits for others
+            return hidden.sum()
         parts = hidden.split(rows.mask.sum(-1)[micro].tolist())
         states.update(zip(micro, (part.detach() for part in parts), strict=True))
         told = [
@@ -131,32 +129,6 @@ def test_a_teacher_reads_nested_prompts_at_every_budget_and_in_any_order(qwen3, 
             hidden = runner.run(micro, lambda hidden, head: hidden)
             runner.done(micro)
             torch.testing.assert_close(hidden, torch.cat([expected[row] for row in micro]))
-
-
-@pytest.mark.parametrize("checkpointed", ["plain", "checkpointed"])
-def test_sharded_by_fsdp2_prompts_that_wait_and_prompts_that_run_again_keep_their_weights(
-    qwen3, tmp_path, exact, checkpointed
-):
-    """Both ranks run the same, so that the sum of their gradients is twice that of one."""
-    script = str(Path(__file__).with_name("fsdp_prompts.py"))
-    files = [str(qwen3), str(tmp_path / "out"), str(tmp_path / "store")]
-    command = [sys.executable, "-W", "ignore", script, *files]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, rank, checkpointed], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors[-2000:]
-    _, expected, _ = gradient(double_policy(qwen3), SeparateRows, nested(), 10**6)
-    scale = max(grad.abs().max() for grad in expected.values())
-    for grads in torch.load(tmp_path / "out").values():
-        assert grads.keys() == expected.keys()
-        for name, grad in expected.items():
-            assert (grads[name] - grad).abs().max() <= 1e-12 * scale, name
 
 
 def tokens_run(policy, rows, budget):

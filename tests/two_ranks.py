@@ -1,5 +1,7 @@
 """Train a few steps and save the weights: `two_ranks.py MODEL WORLD OUT METHOD FOLDER`.
 
+WORLD is a number of processes, and `s` behind it puts weights in shards.
+
 A program of its own, because Lightning starts the second process by running it again.
 """
 
@@ -7,6 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
@@ -53,6 +57,10 @@ QUESTIONS = {
 """A number that 1, 2 and 3 ranks divide, and one for validation that 2 and 3 do not."""
 
 
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def main() -> None:
     folder, world, out, method, root = sys.argv[1:]
     model = module(
@@ -63,14 +71,18 @@ def main() -> None:
         limits=Limits(max_tokens=60),
         **METHODS[method],
     )
-    strategy = "auto" if world == "1" else "ddp"
-    run = trainer(root, devices=int(world), strategy=strategy, max_epochs=2)
+    number = int(world.rstrip("s"))
+    strategy = "auto" if number == 1 else "ddp"
+    if world.endswith("s"):
+        strategy = ModelParallelStrategy(number, 1)
+    run = trainer(root, devices=number, strategy=strategy, max_epochs=2)
     questions = QUESTIONS.get(method, {"train": Toys(16), "val": Toys(6)})
     run.fit(model, data(**questions))
+    state = {name: whole(value) for name, value in model.state_dict().items()}
     if run.is_global_zero:
         logged = {k: float(v) for k, v in run.callback_metrics.items()}
         kept = {f"{name}.remembered": value for name, value in all_remembered(model).items()}
-        torch.save((model.state_dict() | kept, run.global_step, logged), out)
+        torch.save((state | kept, run.global_step, logged), out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -44,11 +45,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     Called once an optimizer step, after every micro-batch's backward, so that ranks may run
     different numbers of micro-batches, or none. Losses are divided by the denominators of all
-    ranks, hence the sum and not the mean.
+    ranks, hence the sum and not the mean. Shards were summed by FSDP2, in the backward.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

@@ -4,7 +4,8 @@ from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
 from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
-from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.fully_sharded import FullySharded
+from scsdpo.checkpoints.reading import Saved, checkpoint_in
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.safe_point import SafePoint, under_way
 from scsdpo.checkpoints.saying import say
@@ -15,12 +16,14 @@ __all__ = [
     "PREVIOUS",
     "Change",
     "Checkpoint",
+    "FullySharded",
     "Resumable",
     "Rule",
     "SafePoint",
     "Saved",
     "WholeFiles",
     "changes",
+    "checkpoint_in",
     "fit_weights",
     "install",
     "newest",

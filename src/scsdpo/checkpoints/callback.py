@@ -8,17 +8,16 @@ from weakref import proxy
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.saving import disk_outage, everywhere
 from scsdpo.checkpoints.saying import say
 from scsdpo.checkpoints.slurm import hand_over
 from scsdpo.checkpoints.writing import (
-    WholeFiles,
     install,
     is_remote,
     part_of,
@@ -26,6 +25,7 @@ from scsdpo.checkpoints.writing import (
     set_aside,
 )
 from scsdpo.distributed import all_max
+from scsdpo.errors import ConfigurationError
 from scsdpo.interrupt import Interrupted
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -69,8 +69,7 @@ class Checkpoint(ModelCheckpoint):
             # Nothing in there is overwritten.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+        _refuse_other_shards(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In another folder than the checkpoint's, the best ones are counted anew."""
@@ -228,6 +227,16 @@ class Checkpoint(ModelCheckpoint):
         """An older one stays where the newer could not be written."""
         if self._written:
             super()._remove_checkpoint(trainer, filepath)
+
+
+def _refuse_other_shards(trainer: L.Trainer) -> None:
+    """Lightning's own strategy loses what strategies remember when it reads a checkpoint."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FullySharded):
+        raise ConfigurationError(
+            f"trainer.strategy: {type(strategy).__name__} has checkpoints of another kind; use "
+            "scsdpo.checkpoints.FullySharded, which takes no sizes"
+        )
 
 
 def _is_sharded(trainer: L.Trainer) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from scsdpo.checkpoints.comparing import Rule, changes
 from scsdpo.checkpoints.reading import Saved
 from scsdpo.checkpoints.saying import say
+from scsdpo.checkpoints.shards import is_folder
 
 _MOST = 8
 """Candidates that an error lists."""
@@ -64,7 +65,7 @@ def newest_whole(*folders: Path) -> Path | None:
 
 def _is_whole(path: Path) -> bool:
     """What comes last is there: a file's table of contents, a folder's `meta.pt`."""
-    return (path / "meta.pt").exists() if path.is_dir() else zipfile.is_zipfile(path)
+    return is_folder(path) if path.is_dir() else zipfile.is_zipfile(path)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -1,6 +1,7 @@
 """What a checkpoint holds, read without running anything of it."""
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_META = "meta.pt"
-"""Of a sharded checkpoint, a folder: all but weights and optimizer; it is written last."""
+from scsdpo.checkpoints import shards
+
 _ZIP = b"PK\x03\x04"
 
 
@@ -21,7 +22,7 @@ class Saved:
     config: dict[str, Any]
     """The run's configuration by section; of weights only, its section `model`."""
     weights: dict[str, Tensor]
-    """The module's state, memory-mapped; empty for a sharded checkpoint."""
+    """The module's state, memory-mapped; of a sharded checkpoint, a folder, on `meta`."""
     metrics: dict[str, float]
     """The last ones that were logged; none in a checkpoint of weights only."""
     step: int
@@ -36,17 +37,18 @@ class Saved:
 
     @classmethod
     def read(cls, path: Path) -> "Saved":
-        """Read a checkpoint, which may be sharded.
+        """Read a checkpoint, which may be sharded; then no tensor of it is read.
 
         Raises:
             ValueError: if there is none, it is torn, or it was not written by `scsdpo fit`.
         """
-        sharded = (path / _META).exists()
+        sharded = shards.is_folder(path)
         if path.is_dir() and not sharded:
             raise ValueError(_folder(path))
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        file = path / _META if sharded else path
+        file = path / shards.META if sharded else path
+        stored = shards.stored_weights(path) if sharded else None
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             given = content["hyper_parameters"]
@@ -54,7 +56,7 @@ class Saved:
             return cls(
                 path=path,
                 config=content.get("config", {}) | {"model": model},
-                weights={} if sharded else content["state_dict"],
+                weights=content["state_dict"] if stored is None else stored,
                 metrics=content.get("metrics", {}),
                 step=content["global_step"],
                 resumable="lr_schedulers" in content,
@@ -62,19 +64,26 @@ class Saved:
         except (pickle.UnpicklingError, RuntimeError, *_WRONG) as error:
             raise ValueError(_unreadable(path, file)) from error
 
-    @classmethod
-    def read_weights(cls, path: Path) -> "Saved":
-        """Read a checkpoint that is one file.
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write weights into `tensors`, by their names.
 
         Raises:
-            ValueError: as `read`, and if it is sharded.
+            ValueError: if the checkpoint is torn.
         """
-        if (path / _META).exists():
-            raise ValueError(
-                f"{path} is a sharded checkpoint; make it one file with "
-                f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-            )
-        return cls.read(path)
+        if self.path.is_dir():
+            shards.fill(tensors, self.path)
+            return
+        for name, tensor in tensors.items():
+            tensor.copy_(self.weights[name])
+
+
+def checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest state of the run that it is; None: neither."""
+    last = path / "checkpoints" / "last.ckpt"
+    if last.exists():
+        return last
+    return path if path.is_file() or (path / shards.META).exists() else None
 
 
 _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
@@ -84,6 +93,8 @@ _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, In
 def _folder(path: Path) -> str:
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         return f"{path} is an exported policy; name it in model.policy.name_or_path"
+    if any(path.glob("*.distcp")):
+        return f"{path} is torn: it was not written to its end"
     held = sorted(path.rglob("last.ckpt"))
     hint = f"; did you mean {held[-1]}?" if held else ""
     return f"{path} is a folder{hint}"

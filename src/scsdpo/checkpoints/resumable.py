@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from scsdpo.checkpoints.comparing import Change
 from scsdpo.checkpoints.safe_point import SafePoint
 from scsdpo.checkpoints.saying import say
+from scsdpo.checkpoints.writing import WholeFiles
 from scsdpo.records import Recorded
 from scsdpo.state import remember_all
 
@@ -27,6 +29,12 @@ class Resumable(Recorded):
         """What the configuration has changed since the checkpoint that will be loaded."""
         self.policy_only = False
         """Whether a checkpoint is loaded for its policy, and not to go on from it."""
+
+    def setup(self, stage: str) -> None:
+        """Checkpoints are whole or not there, whoever writes them."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFiles(resumes=stage == "fit")
 
     def on_train_start(self) -> None:
         """Before the first batch."""

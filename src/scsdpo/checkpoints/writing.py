@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from scsdpo.checkpoints import shards
+
 PART = ".part"
 """Ending of what is being written; such a thing is nobody's checkpoint."""
 
@@ -26,10 +28,18 @@ def is_remote(path: Path | str) -> bool:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the target, reaches the disk, and renames.
+    """Writes beside the target, reaches the disk, and renames; reads folders of shards too.
 
     Lightning's own goes through memory and TMPDIR, and copies from there onto the target.
+
+    Args:
+        resumes: whether training goes on from what is read; else the optimizer's states in a
+            folder are left there.
     """
+
+    def __init__(self, *, resumes: bool = True) -> None:
+        super().__init__()
+        self.resumes = resumes
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
@@ -45,6 +55,20 @@ class WholeFiles(TorchCheckpointIO):
         if not named:
             install(part, target)
 
+    def load_checkpoint(
+        self, path: Path | str, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if not is_remote(path) and shards.is_folder(Path(path)):
+            return shards.read(Path(path), optimizer=self.resumes)
+        where = {} if map_location is None else {"map_location": map_location}
+        return super().load_checkpoint(path, weights_only=weights_only, **where)
+
+    def remove_checkpoint(self, path: Path | str) -> None:
+        if is_remote(path):
+            super().remove_checkpoint(path)
+        else:
+            discard(Path(path))
+
 
 def install(part: Path, path: Path, aside: Path | None = None) -> None:
     """Give a whole `part` its name; what had it becomes `aside`, or goes.
@@ -55,13 +79,13 @@ def install(part: Path, path: Path, aside: Path | None = None) -> None:
     folders = path.is_dir() or part.is_dir()
     if aside is None or not path.exists():
         if folders:
-            _discard(path)
+            discard(path)
     elif folders:
-        _discard(aside)
+        discard(aside)
         path.rename(aside)  # a folder has one name only
     else:
         if aside.is_dir():
-            _discard(aside)
+            discard(aside)
         _second_name(path, aside)
     part.replace(path)
     _sync_entry(path.parent)
@@ -85,8 +109,8 @@ def remove_parts(folder: Path, *, untouched: float = 0.0) -> None:
         untouched: seconds for which nobody wrote there; in the folder of a run that may be alive.
     """
     for part in folder.glob(f"*{PART}"):
-        if time.time() - part.stat().st_mtime >= untouched:
-            _discard(part)
+        if time.time() - _touched(part) >= untouched:
+            discard(part)
 
 
 def set_aside(folder: Path, names: tuple[str, ...]) -> None:
@@ -99,11 +123,22 @@ def set_aside(folder: Path, names: tuple[str, ...]) -> None:
         path.rename(path.with_suffix(f".{number}{path.suffix}"))
 
 
-def _discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+def discard(path: Path) -> None:
+    """Remove a checkpoint; a folder loses its name first, for it goes file by file."""
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if path.suffix != PART:
+        named, path = path, part_of(path.with_name(f"{path.name}.old"))
+        if path.exists():  # a kill has left it
+            shutil.rmtree(path)
+        named.rename(path)
+    shutil.rmtree(path)
+
+
+def _touched(path: Path) -> float:
+    """When something was last written there; a folder does not notice what grows in it."""
+    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _sync(path: Path) -> None:

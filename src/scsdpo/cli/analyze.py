@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 
+from scsdpo.analysis.teacher_distance import measure
 from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation.teacher_distance import measure
 from scsdpo.training import PolicyOptimizer
 
 
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> None:
 
 def _plotter() -> Callable[[dict[str, Any], Path], None]:
     try:
-        from scsdpo.evaluation.figures import plot_analysis
+        from scsdpo.analysis.figures import plot_analysis
     except ImportError as error:
         raise ConfigurationError(
             f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"

@@ -108,26 +108,30 @@ def _arguments(kind: type, parser: LightningArgumentParser, prefix: str) -> dict
 
 
 def _command(name: str, parser: LightningArgumentParser | None) -> Command:
-    if parser is None:
-        own = import_module(module(name)).options()
-        return Command(
-            about=own.description,
-            like=own.get_default("like") or "",
-            options=dict(_options(own)),
-        )
-    known = {
-        action.dest: Argument(
-            type="FILE" if action.dest == "config" else "",
-            default=_plain(action.default) if action.default != argparse.SUPPRESS else None,
-            needed=False,
-            help=_KEYS.get(action.dest) or _sentence(action.help or "", whole=False),
-            kinds=(),
-        )
-        for action in parser._actions
-        if action.dest != "help" and action.dest.split(".")[0] not in SECTIONS
-    }
-    about = COMMANDS[name]
-    return Command(about=f"{about[0].upper()}{about[1:]}.", like="", options=known)
+    """Of a command that Lightning knows with the keys of its parser; `fit` has no others."""
+    keys = {} if parser is None else dict(_keys(parser))
+    if name == "fit":
+        return Command(about="Train a policy.", like="", options=keys)
+    own = import_module(module(name)).options()
+    like = "" if parser else own.get_default("like") or ""
+    about = " ".join(own.description.split())
+    return Command(about=about, like=like, options={**dict(_options(own)), **keys})
+
+
+def _keys(parser: LightningArgumentParser) -> Iterator[tuple[str, Argument]]:
+    for action in parser._actions:
+        if action.dest != "help" and action.dest.split(".")[0] not in SECTIONS:
+            suppressed = action.default == argparse.SUPPRESS
+            yield (
+                action.dest,
+                Argument(
+                    type="FILE" if action.dest == "config" else "",
+                    default=None if suppressed else _plain(action.default),
+                    needed=False,
+                    help=_KEYS.get(action.dest) or _sentence(action.help or "", whole=False),
+                    kinds=(),
+                ),
+            )
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, Argument]]:

@@ -51,7 +51,8 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     """Write the policy of a checkpoint with tokenizer, generation config and model card.
 
     Args:
-        ckpt: a checkpoint file of `scsdpo fit`; its data is not needed.
+        ckpt: a checkpoint of `scsdpo fit`, a file or a folder of shards; its data is not needed,
+            and its optimizer's states are not read.
         out: folder that does not exist or is empty.
         adapter: write LoRA factors only, for `PeftModel.from_pretrained`; without it they are
             merged into the base in float32, and then rounded to `dtype`.
@@ -64,7 +65,7 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigurationError(f"--out: {out} is not empty; choose a new folder")
     with blamed_on("--ckpt"):
-        saved = Saved.read_weights(ckpt)
+        saved = Saved.read(ckpt)
     policy = make_policy(saved)
     if adapter and not isinstance(policy.adapter, Lora):
         raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
@@ -108,7 +109,7 @@ def load_weights(policy: CausalLM, saved: Saved) -> None:
         policy.configure_model()
     prefix = "policy."
     weights = {k.removeprefix(prefix): v for k, v in saved.weights.items() if k.startswith(prefix)}
-    own = policy.state_dict()
+    own = policy.state_dict()  # its tensors are the parameters
     if isinstance(policy.wrapped, PeftModel):  # leave out the factors of a LoRA teacher
         weights = {k: v for k, v in weights.items() if STUDENT in k.split(".")}
     odd = sorted(own.keys() ^ weights.keys())
@@ -118,7 +119,8 @@ def load_weights(policy: CausalLM, saved: Saved) -> None:
             f"--ckpt: {len(odd)} tensors of {saved.path} do not fit {policy.name_or_path}, "
             f"e.g. {odd[0]!r}; is that still the checkpoint that training started from?"
         )
-    policy.load_state_dict(weights, strict=False)
+    with blamed_on("--ckpt"):
+        saved.fill({f"{prefix}{key}": tensor for key, tensor in own.items()})
 
 
 def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -123,6 +123,8 @@ def run_cli(kind: type[CLI]) -> None:
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            # Another command must not write over the configuration of a run.
+            save_config_callback=SaveConfigCallback if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},

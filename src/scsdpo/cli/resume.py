@@ -74,7 +74,8 @@ def _whole(path: Path, *, resumable: bool) -> Saved:
     try:
         saved = Saved.read(path)
     except ValueError as error:
-        other = usable_neighbour(path) if path.parent.is_dir() and not path.is_dir() else None
+        runs = path.is_dir() and path.suffix != ".ckpt"
+        other = usable_neighbour(path) if path.parent.is_dir() and not runs else None
         hint = f"; {other} is whole" if other is not None else ""
         raise ValueError(f"{error}{hint}") from error
     if resumable and not saved.resumable:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,11 @@ class Objective:
     observe: Observer = unobserved
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LossOutput:
-    """The loss and, per token [N] and detached, what the log shows."""
+class LossOutput(NamedTuple):
+    """The loss and, per token [N] and detached, what the log shows.
+
+    A plain tuple: in it FSDP2 finds the loss, at which a backward will start.
+    """
 
     loss: Tensor
     """Scalar: sum of scale * importance * objective, with a gradient."""

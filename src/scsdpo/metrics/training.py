@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scsdpo.distributed import all_max, all_sum
 from scsdpo.loss import LossOutput
+from scsdpo.metrics.memory import peak_gib
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.types import Outcomes, Rollouts
 
@@ -67,14 +68,19 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
 
 
 def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
-    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time."""
+    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time, and the
+    `memory` of the largest.
+    """
     seconds, tokens = timer.take()
     names = ("rollout", "teacher", "student")
-    taken = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+    most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_gib(device)]
+    taken = torch.tensor(most, dtype=torch.float64)
     counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
-    slowest, everyone = all_max(taken.to(device)), all_sum(counts.to(device))
+    *slowest, memory = all_max(taken.to(device)).tolist()
+    everyone = all_sum(counts.to(device))
     return {
-        **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest.tolist(), strict=True)},
+        **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest, strict=True)},
+        "memory": memory,
         **{f"tokens/{phase}": n for phase, n in zip(names, everyone.tolist(), strict=True)},
     }
 

@@ -5,6 +5,7 @@ from scsdpo.policy.causal_lm import TINY_FOLDER, CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner
+from scsdpo.policy.stored import Stored
 
 __all__ = [
     "TINY_FOLDER",
@@ -15,5 +16,6 @@ __all__ = [
     "Lora",
     "Rows",
     "Runner",
+    "Stored",
     "Weights",
 ]

@@ -1,18 +1,24 @@
 """What of the policy is trained, and how a second set of weights is kept beside it."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.sharding import is_sharded, local, own_rows, settle
+from scsdpo.policy.stored import Loans, Stored, mix
 from scsdpo.prompt import stable_hash
-from scsdpo.seeds import Seed, resolved
+from scsdpo.seeds import Seed, resolved, run_seed
 
 STUDENT = "default"
 """Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
@@ -21,13 +27,29 @@ STUDENT = "default"
 class Weights(nn.Module, ABC):
     """A second set of weights of the policy: a whole copy, or an adapter on the shared base."""
 
+    stored = Stored()
+    """How it is kept."""
+
     @abstractmethod
     def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
         """The language model with these weights in force, given the policy's `model`."""
 
     @abstractmethod
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """(own tensor, the student's) for everything that is trained."""
+        """(own tensor, the student's) for everything that is trained; under shards, this rank's."""
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The whole models of its own, beside the policy's."""
+        return ()
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, rate: float) -> None:
+        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
+        for own, student in self.pairs(model):
+            if rate == 1:
+                own.copy_(student)
+            else:
+                own.lerp_(student.to(own.dtype), rate)
 
 
 class Adapter(ABC):
@@ -41,6 +63,9 @@ class Adapter(ABC):
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         """The trainable module around a freshly loaded model."""
 
+    def draw(self, model: nn.Module) -> None:  # noqa: B027 - only factors have any
+        """Write the first values of what `wrap` added to the model."""
+
     @abstractmethod
     def language_model(self, model: nn.Module) -> PreTrainedModel:
         """The transformers model inside a wrapped one, adapters in place."""
@@ -50,11 +75,11 @@ class Adapter(ABC):
         return _Student(self)
 
     @abstractmethod
-    def initial(self, model: nn.Module) -> Weights:
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
         """The weights before any training, frozen; not part of checkpoints."""
 
     @abstractmethod
-    def moving(self, model: nn.Module, name: str) -> Weights:
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
         """A copy of the current student that a teacher may move; part of checkpoints."""
 
     @abstractmethod
@@ -80,11 +105,11 @@ class FullFineTune(Adapter):
         assert isinstance(model, PreTrainedModel)
         return model
 
-    def initial(self, model: nn.Module) -> Weights:
-        return _Copy(self.language_model(model), saved=False)
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
+        return _Copy(self.language_model(model), stored, saved=False)
 
-    def moving(self, model: nn.Module, name: str) -> Weights:
-        return _Copy(self.language_model(model), saved=True)
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
+        return _Copy(self.language_model(model), stored, saved=True)
 
     def is_saved(self, key: str) -> bool:
         return True
@@ -145,27 +170,49 @@ class Lora(Adapter):
         return torch.bfloat16 if device_is_gpu else torch.float32
 
     def wrap(self, model: PreTrainedModel) -> nn.Module:
-        # A generator state of its own: what was drawn before does not matter.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash("adapter", resolved(self.seed)))
-            return get_peft_model(model, self._config(), adapter_name=STUDENT)
+        with torch.random.fork_rng(devices=[]):  # peft's draw is written over
+            wrapped = get_peft_model(model, self._config(), adapter_name=STUDENT)
+        if model.device.type != "meta":
+            self.draw(wrapped)
+        elif self.use_dora:
+            raise ConfigurationError(
+                "model.policy.adapter: Lora(use_dora=true) begins at the norms of whole weights, "
+                "and these are in shards: use DDP, or use_dora false"
+            )
+        return wrapped
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module) -> None:
+        """A uniform in +-1 / sqrt(its inputs), each layer by its name: the same on any rank."""
+        for name, factor in model.named_parameters():
+            if ".lora_B." in name:
+                factor.zero_()
+            elif ".lora_A." in name:
+                generator = torch.Generator()
+                generator.manual_seed(stable_hash("adapter", resolved(self.seed), name))
+                drawn = torch.rand(factor.shape, generator=generator).mul_(2).sub_(1)
+                local(factor).copy_(drawn[own_rows(factor)] / math.sqrt(factor.shape[1]))
 
     def language_model(self, model: nn.Module) -> PreTrainedModel:
         assert isinstance(model, PeftModel)
         return model.get_base_model()
 
-    def initial(self, model: nn.Module) -> Weights:
+    def initial(self, model: nn.Module, stored: Stored = Stored()) -> Weights:
+        _refuse(stored)
         return _Base()
 
-    def moving(self, model: nn.Module, name: str) -> Weights:
+    def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
+        _refuse(stored)
         assert isinstance(model, PeftModel)
+        on_meta = model.device.type == "meta"
         if name not in model.peft_config:
-            model.add_adapter(name, self._config())
+            model.add_adapter(name, self._config(), low_cpu_mem_usage=on_meta)
+        for key, factor in model.named_parameters():
+            if f".{name}." in key:
+                factor.requires_grad_(False)
         factors = _Factors(name)
-        with torch.no_grad():  # peft draws a fresh A for each adapter
-            for own, student in factors.pairs(model):
-                own.copy_(student)
-                own.requires_grad_(False)
+        if not on_meta:  # peft draws a fresh A for each adapter
+            factors.follow(model, 1.0)
         return factors
 
     def is_saved(self, key: str) -> bool:
@@ -189,17 +236,71 @@ class _Student(Weights):
 class _Copy(Weights):
     """A whole frozen copy of the model."""
 
-    def __init__(self, model: PreTrainedModel, *, saved: bool) -> None:
+    moves: Tensor
+    """How often a copy in bf16 has followed."""
+
+    def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(model).requires_grad_(False)
+        self.stored = stored
+        kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
+        self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
+        self._loans: Loans | None = None
+        if stored.dtype == "bfloat16" and saved:
+            self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
         if not saved:
             self.register_state_dict_post_hook(_forget)
 
-    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        return nullcontext(self.copy)
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        if self.stored.is_plain or is_sharded(self.copy):
+            yield self.copy
+            return
+        if self._loans is None:
+            self._loans = Loans(self.copy)
+        with self._loans.open(next(model.parameters())):
+            yield self.copy
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, rate: float) -> None:
+        if self.stored.is_plain or rate == 1:
+            super().follow(model, rate)
+            return
+        moves = 0
+        if self.stored.dtype == "bfloat16":
+            moves = int(self.moves.add_(1))
+        settle(self.copy)
+        settle(model)
+        pairs = zip(self.copy.named_parameters(), model.parameters(), strict=True)
+        for (name, own), student in pairs:
+            seed = stable_hash("average", run_seed(), moves, name)
+            start = own_rows(own).start * (own[0].numel() if own.dim() else 1)
+            mix(local(own), local(student), rate, seed=seed, start=start)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What is kept on the host stays there; its tables go along."""
+        if not self.stored.on_host:
+            return super()._apply(fn, recurse)
+        for part in self.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else fn(buffer)
+        return self
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.copy.parameters(), model.parameters(), strict=True)
+        settle(self.copy)
+        settle(model)
+        for own, student in zip(self.copy.parameters(), model.parameters(), strict=True):
+            yield local(own), local(student)
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return (self.copy,)
+
+
+def _refuse(stored: Stored) -> None:
+    if not stored.is_plain:
+        raise ConfigurationError(
+            f"teacher: {stored} is for whole copies of the weights; under Lora a teacher has none "
+            "of its own, or a second pair of factors: leave `stored` out"
+        )
 
 
 def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
@@ -213,7 +314,7 @@ class _Base(Weights):
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
         assert isinstance(model, PeftModel)
-        with _requires_grad_kept(model), model.disable_adapter():
+        with _switched(model, None):
             yield model.get_base_model()
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,26 +331,28 @@ class _Factors(Weights):
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
         assert isinstance(model, PeftModel)
-        with _requires_grad_kept(model):
-            model.set_adapter(self.name, inference_mode=True)
-            try:
-                yield model.get_base_model()
-            finally:
-                model.set_adapter(STUDENT)
+        with _switched(model, self.name):
+            yield model.get_base_model()
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         named = dict(model.named_parameters())
         for key, own in named.items():
             if f".{self.name}." in key:
-                yield own, named[key.replace(f".{self.name}.", f".{STUDENT}.")]
+                yield local(own), local(named[key.replace(f".{self.name}.", f".{STUDENT}.")])
 
 
 @contextmanager
-def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
-    """`set_adapter` and `disable_adapter` flip requires_grad; put it back."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
+def _switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Another adapter than the student's in force; None: none.
+
+    peft's own switches flip requires_grad, which FSDP2 takes over from the first forward, and walk
+    over every module more than once.
+    """
+    layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [adapter or STUDENT], adapter is None
     try:
         yield
     finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [STUDENT], False

@@ -1,8 +1,9 @@
 """The policy: a causal language model, its tokenizer, and what of it is trained."""
 
+import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +27,8 @@ from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
+from scsdpo.policy.shard_loading import load_shards
+from scsdpo.policy.sharding import inside, is_sharded, shard, whole
 
 T = TypeVar("T")
 
@@ -49,6 +53,9 @@ class CausalLM(nn.Module):
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
         adapter: `FullFineTune()` or `Lora(...)`.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
+        gathered_dtype: under shards, in which dtype a layer's weights are gathered to run it.
+            `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
+            not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
@@ -65,6 +72,7 @@ class CausalLM(nn.Module):
         attn_implementation: str = "sdpa",
         adapter: Adapter = FullFineTune(),
         gradient_checkpointing: bool = False,
+        gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -73,6 +81,11 @@ class CausalLM(nn.Module):
         self.adapter = adapter
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.gathered_dtype = gathered_dtype
+        if gathered_dtype != "auto" and not isinstance(adapter, FullFineTune):
+            raise ValueError(
+                "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
+            )
         self.compile_layers = compile_layers
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
@@ -80,20 +93,26 @@ class CausalLM(nn.Module):
         self._path = str(TINY_FOLDER) if name_or_path == TINY else name_or_path
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
         self.model: nn.Module | None = None
+        self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
+        self._held: list[PreTrainedModel] = []
         self.register_state_dict_post_hook(_drop_unsaved)
 
-    def configure_model(self) -> None:
-        """Load the weights; a second call does nothing."""
+    def configure_model(self, *, to_shard: bool = False) -> None:
+        """Load the weights; a second call does nothing.
+
+        Args:
+            to_shard: on `meta`, without values, until `fill_shards`.
+        """
         if self.model is not None:
             return
-        dtype = (
-            self.adapter.dtype(torch.cuda.is_available())
-            if self._dtype == "auto"
-            else getattr(torch, self._dtype)
-        )
-        loaded = AutoModelForCausalLM.from_pretrained(
-            self._path, dtype=dtype, attn_implementation=self.attn_implementation
-        )
+        dtype = self.loaded_dtype(torch.cuda.is_available())
+        settings = {"dtype": dtype, "attn_implementation": self.attn_implementation}
+        if to_shard:
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(self._path)
+                loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(self._path, **settings)
         _refuse_rescaled_logits(loaded)
         if self.share_prefixes:
             use_layouts(loaded)
@@ -102,6 +121,32 @@ class CausalLM(nn.Module):
             loaded.enable_input_require_grads()
         # Loaded in eval mode; dropout, if there is any, belongs to training.
         self.model = self.adapter.wrap(loaded).train()
+
+    def fill_shards(self, mesh: DeviceMesh, modules: Iterable[nn.Module]) -> None:
+        """Shard what `configure_model` left on `meta`, and load it, each rank its own part.
+
+        Args:
+            mesh: flat.
+            modules: among them the sets of weights beside the student's; they begin as it does.
+        """
+        others = [module for module in modules if isinstance(module, Weights)]
+        self._skeleton = [copy.deepcopy(self.language_model)]
+        gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
+        shard(self.language_model, mesh, gathered)
+        for weights in others:
+            for model in weights.models():
+                runs_in = gathered or self.language_model.dtype  # however it is stored
+                shard(model, mesh, runs_in, on_host=weights.stored.on_host)
+        load_shards(self.language_model, self._path)
+        self.adapter.draw(self.wrapped)
+        for weights in others:
+            weights.follow(self.wrapped, 1.0)
+
+    def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
+        """Dtype of the checkpoint's weights once they are loaded."""
+        if self._dtype == "auto":
+            return self.adapter.dtype(device_is_gpu)
+        return getattr(torch, self._dtype)
 
     @property
     def wrapped(self) -> nn.Module:
@@ -176,24 +221,47 @@ class CausalLM(nn.Module):
             weights: another set than the trained ones, without gradient.
         """
         within = self if weights is None else partial(self.run, weights)
-        kind = SharedPrompts if self.share_prefixes else SeparateRows
-        return kind(within, rows, chosen, max_tokens)
+        together = is_sharded(self)
+        if not self.share_prefixes:
+            return SeparateRows(within, rows, chosen, max_tokens, in_step=together)
+        learns = weights is None
+        return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
 
     def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` on the language model, in one root forward.
 
         Under FSDP2 weights are whole only inside it: trunk and loss belong into one `work`.
         """
-        return work(self._ready(self.language_model))
+        return inside(self._ready(self.language_model), work)
 
-    def sampling_mode(self) -> AbstractContextManager[PreTrainedModel]:
+    @contextmanager
+    def sampling_mode(self) -> Iterator[PreTrainedModel]:
         """The student for inference: eager, eval mode, no gradients, all restored on exit."""
-        return _sampling(self.language_model)
+        with self.held_whole() as model, _sampling(model):
+            yield model
+
+    @contextmanager
+    def held_whole(self) -> Iterator[PreTrainedModel]:
+        """The student with whole weights, which no step may change meanwhile.
+
+        Under shards the outermost entry is a collective that makes a copy, with linear layers in
+        autocast's dtype; what is done inside needs no other rank.
+        """
+        if self._held or not self._skeleton:
+            yield self._held[0] if self._held else self.language_model
+            return
+        device = self.language_model.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._held = [whole(self.language_model, self._skeleton[0], narrow)]
+        try:
+            yield self._held[0]
+        finally:
+            self._held = []
 
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
-            return work(self._ready(model))
+            return inside(self._ready(model) if weights.stored.is_plain else model, work)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """With its layers compiled, if they are to be: a teacher's copy too."""

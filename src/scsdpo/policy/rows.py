@@ -37,6 +37,15 @@ class Rows:
             pad_id=self.pad_id,
         )
 
+    def nothing(self) -> "Rows":
+        """A prompt of one token, and no response."""
+        return Rows(
+            prompts=[(self.pad_id,)],
+            ids=self.ids.new_full((1, 1), self.pad_id),
+            mask=self.mask.new_zeros((1, 1)),
+            pad_id=self.pad_id,
+        )
+
 
 def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     """[N, D] hidden states that predict the response tokens, in row-major order."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from scsdpo.distributed import all_max
 from scsdpo.policy.attention import run_decoder
 from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
@@ -32,7 +34,10 @@ class Runner(ABC):
 
     @abstractmethod
     def micro_batches(self) -> list[list[int]]:
-        """Every row once, in an order that suits; rows of one micro-batch ascend."""
+        """Every row once, in an order that suits; rows of one micro-batch ascend.
+
+        Under shards as many on every rank, the last ones empty.
+        """
 
     @abstractmethod
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
@@ -51,20 +56,30 @@ class SeparateRows(Runner):
         rows: the step's responses.
         chosen: those to run.
         budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
+        in_step: whether every rank must run as many forwards and backwards, as under shards.
     """
 
-    def __init__(self, within: Within, rows: Rows, chosen: Sequence[int], budget: int) -> None:
+    def __init__(
+        self,
+        within: Within,
+        rows: Rows,
+        chosen: Sequence[int],
+        budget: int,
+        *,
+        in_step: bool = False,
+    ) -> None:
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
+        self._in_step = in_step
 
     def micro_batches(self) -> list[list[int]]:
         """Rows of similar length together, as each is padded to the longest; longest first."""
         lengths = self._rows.mask.sum(-1).tolist()
         sizes = {row: len(self._rows.prompts[row]) + lengths[row] for row in self._chosen}
         longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
-        return filled(longest_first, sizes, self._budget)
+        return _padded(filled(longest_first, sizes, self._budget), self._in_step)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
-        rows = self._rows.at(micro)
+        rows = self._rows.at(micro) if micro else self._rows.nothing()
         return self._within(
             lambda model: loss(separate_rows(model, rows), model.get_output_embeddings())
         )
@@ -80,15 +95,32 @@ class SharedPrompts(Runner):
     micro-batch by micro-batch. What these send back to them adds up, and goes through the piece's
     graph in one backward when its last response is done.
 
+    Under shards every forward and backward is a collective: ranks that have fewer pieces or
+    micro-batches to run run a token in their place, which gets no gradient. Graphs are not kept
+    from one forward to a later one there: a piece runs again for its backward.
+
     Args:
         within: the weights.
         rows: the step's responses.
         chosen: those to run.
         budget: tokens whose activations are alive at a time, prompts' and responses' together.
+        in_step: whether every rank must run as many forwards and backwards, as under shards.
+        learns: whether these weights get a gradient.
     """
 
-    def __init__(self, within: Within, rows: Rows, chosen: Sequence[int], budget: int) -> None:
-        self._within = within
+    def __init__(
+        self,
+        within: Within,
+        rows: Rows,
+        chosen: Sequence[int],
+        budget: int,
+        *,
+        in_step: bool = False,
+        learns: bool = True,
+    ) -> None:
+        self._within, self._in_step = within, in_step
+        self._runs_again = in_step and learns and torch.is_grad_enabled()
+        self._nothing = Segment((rows.pad_id,))
         roots, ends = prefix_tree(
             [rows.prompts[row] for row in chosen], max(budget, SHORTEST_SHARED)
         )
@@ -112,16 +144,21 @@ class SharedPrompts(Runner):
         ending: list[list[int]] = [[] for _ in self._pieces]
         for row in sorted(self._ends, key=self._rank.__getitem__):
             ending[self._piece_of[self._ends[row]]].append(row)
-        return [
+        batches = [
             batch
             for piece, rows in zip(self._pieces, ending, strict=True)
             for batch in filled(rows, lengths, piece.room)
         ]
+        return _padded(batches, self._in_step)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
         above = {self._piece_of[segment] for row in micro for segment in self._ends[row].line}
-        for i in sorted(above - self._running.keys()):  # a piece after those above it
+        new = sorted(above - self._running.keys())  # a piece after those above it
+        idle = self._idle(len(new))
+        for i in new:
             self._start(i)
+        for _ in range(idle):
+            self._run_nothing()
         return self._within(
             lambda model: loss(self._hidden_states(model, micro), model.get_output_embeddings())
         )
@@ -129,23 +166,34 @@ class SharedPrompts(Runner):
     def done(self, micro: Sequence[int]) -> None:
         for waiting in self._waiting:
             waiting.difference_update(micro)
-        for i in sorted(self._running, reverse=True):  # a piece before those above it
-            if not self._waiting[i]:
-                for segment in self._pieces[i].segments:
-                    del self._places[segment]
-                self._running.pop(i).backward()
+        # A piece before those above it.
+        over = [i for i in sorted(self._running, reverse=True) if not self._waiting[i]]
+        idle = self._idle(len(over)) if self._runs_again else 0
+        for i in over:
+            for segment in self._pieces[i].segments:
+                del self._places[segment]
+            self._running.pop(i).backward()
+        for _ in range(idle):
+            self._run_nothing().sum().backward()
+
+    def _idle(self, busy: int) -> int:
+        """What this rank does nothing in, of what others do when it is busy so many times."""
+        return int(all_max(torch.tensor(busy))) - busy if self._in_step else 0
+
+    def _run_nothing(self) -> Tensor:
+        return self._within(lambda model: self._hidden_states(model, []))
 
     def _start(self, i: int) -> None:
         piece = self._pieces[i]
 
         def work(model: PreTrainedModel) -> tuple[Tensor, States]:
-            if piece.kept or not torch.is_grad_enabled():
+            if piece.kept or self._runs_again or not torch.is_grad_enabled():
                 return self._run_prompts(model, piece)
             return checkpoint(self._run_prompts, model, piece, use_reentrant=False)
 
-        # Plain containers come out of the forward: in these FSDP2 finds the tensors at which a
-        # backward will start, and gathers weights for it.
-        self._running[i] = running = _Running(*self._within(work))
+        run = partial(self._within, work)
+        running = _RunAgain(run) if self._runs_again else _Running(*run())
+        self._running[i] = running
         start = 0
         for segment in piece.segments:
             self._places[segment] = Place(running.memory, slice(start, start + len(segment.ids)))
@@ -171,6 +219,8 @@ class SharedPrompts(Runner):
             total += len(tables[-1])
         packed = [leaves[row] for row in sorted(micro, key=self._rank.__getitem__)]
         packed = [leaf for leaf in packed if leaf.ids]
+        if self._in_step and not packed:
+            packed = [self._nothing]
         if packed:
             layout = PackedSegments(packed, self._places, model.device, keep=False)
             hidden = run_decoder(
@@ -184,7 +234,7 @@ class SharedPrompts(Runner):
             if leaves[row].ids:
                 span = layout.span(leaves[row])
                 predicts.extend(range(total + span.start, total + span.stop))
-        places = torch.tensor(predicts, device=model.device)
+        places = torch.tensor(predicts, dtype=torch.long, device=model.device)
         return nn.functional.embedding(places, torch.cat(tables))
 
 
@@ -205,6 +255,9 @@ class _Running:
         """Send what the responses sent back through the prompts' graph."""
         if self.last.grad is None and not self.memory.gradients:
             return
+        self._send_back()
+
+    def _send_back(self) -> None:
         # The last hidden states are always among the roots: what FSDP2 gathers for the backward
         # of a forward, it gathers when a gradient enters through the forward's output.
         of_last = torch.zeros_like(self.last) if self.last.grad is None else self.last.grad
@@ -213,6 +266,36 @@ class _Running:
             pairs += zip(self._states[layer], sums, strict=True)
         learned = [(root, sums.to(root.dtype)) for root, sums in pairs if root.requires_grad]
         torch.autograd.backward([root for root, _ in learned], [sums for _, sums in learned])
+
+
+class _RunAgain(_Running):
+    """The same without a graph until the end: then the piece runs again, for its backward.
+
+    Args:
+        run: the piece's forward.
+    """
+
+    def __init__(self, run: Callable[[], tuple[Tensor, States]]) -> None:
+        # Dropout draws the same twice.
+        self._run, self._seed = run, int(torch.randint(2**62, ()))
+        with torch.no_grad():
+            super().__init__(*self._drawn())
+        self.last.requires_grad_()
+
+    def backward(self) -> None:
+        self._roots, self._states = self._drawn()
+        self._send_back()
+
+    def _drawn(self) -> tuple[Tensor, States]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            return self._run()
+
+
+def _padded(batches: list[list[int]], in_step: bool) -> list[list[int]]:
+    """With empty ones at the end, as many as on the rank that has most."""
+    most = int(all_max(torch.tensor(len(batches)))) if in_step else len(batches)
+    return batches + [[] for _ in range(most - len(batches))]
 
 
 def filled(rows: Sequence[int], sizes: Mapping[int, int], budget: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Records: what a run leaves behind beside its checkpoints."""
 
 from scsdpo.records.batch_files import BatchFiles
+from scsdpo.records.environment import environment
 from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.metrics_file import MetricsFile
@@ -29,5 +30,6 @@ __all__ = [
     "RolloutRecord",
     "TokenRecord",
     "TokenTrace",
+    "environment",
     "run_folder",
 ]

@@ -26,11 +26,12 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line."""
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add a line for each record, or none if the disk refuses."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            _durably(file.fileno(), json_line(record), file.seek(0, os.SEEK_END), b"")
+            lines = b"".join(map(json_line, records))
+            _durably(file.fileno(), lines, file.seek(0, os.SEEK_END), b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Add keys to the last line, which must be there, or write them over."""

@@ -47,3 +47,7 @@ class Recorded(L.LightningModule):
                 observer(seen)
 
         return each if observers else unobserved
+
+    def described(self) -> dict[str, Any]:
+        """What records say of the policy and of how it is asked."""
+        return {}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
@@ -32,9 +31,10 @@ class HFRollout(Rollout):
     last position only. Which token is drawn depends on (seed, prompt key, number in the group,
     position) and, to the rounding of batched matrix products, on nothing else.
 
-    It needs whole weights on every device (one device or DDP, not FSDP), and layers of full or
-    sliding-window softmax attention; sliding layers keep their window only. LoRA factors are
-    merged into a copy of the weights that they adapt, while sampling, if there is memory for it.
+    It needs layers of full or sliding-window softmax attention; sliding layers keep their window
+    only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
+    factors are merged into a copy of the weights that they adapt, while sampling, if there is
+    memory for it.
 
     Args:
         max_tokens: room for keys and values, in tokens, padding and room to grow included; a
@@ -43,8 +43,7 @@ class HFRollout(Rollout):
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
-        ConfigurationError: from `sample`, if the weights are sharded or a layer is of a kind
-            that it cannot sample from.
+        ConfigurationError: from `sample`, if a layer is of a kind that it cannot sample from.
     """
 
     max_tokens: int = 131072
@@ -70,7 +69,7 @@ class HFRollout(Rollout):
             cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
             with merged_adapters(model):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
-            return buffer.rollouts(digest(policy))
+            return buffer.rollouts(digest(model))
 
     def rows(self, responses: int) -> int:
         return max(min(self.max_rows, responses), 1)
@@ -91,11 +90,6 @@ def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
 
 
 def _refuse_model(model: PreTrainedModel) -> None:
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise ConfigurationError(
-            "model.rollout: HFRollout samples from whole weights, and these are sharded over "
-            "devices: use VLLMRollout with the engine Servers, or one device or DDP"
-        )
     kinds = set(model.config.get_text_config().to_dict().get("layer_types") or _ATTENTION)
     if others := sorted(kinds - _ATTENTION):
         raise ConfigurationError(

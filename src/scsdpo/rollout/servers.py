@@ -16,10 +16,11 @@ import torch.distributed as dist
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
+from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.delivery import Delivery, write_weights
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length
 from scsdpo.rollout.vllm_server import START, Server, Unreachable
-from scsdpo.rollout.weights import digest, is_sharded, merged_weights
+from scsdpo.rollout.weights import digest, merged_weights
 
 T = TypeVar("T")
 

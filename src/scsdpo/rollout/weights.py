@@ -12,32 +12,32 @@ from torch.distributed.tensor import DTensor
 
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.sharding import is_sharded, local, settle
 
 _WRAPPED = ".base_layer"
 """What peft puts into the name of a layer that has an adapter."""
 
 
 @torch.no_grad()
-def digest(policy: CausalLM) -> str:
+def digest(policy: nn.Module) -> str:
     """16 hexadecimal digits that tell these weights from those before or after a step.
 
     Made of each parameter's bits (their exclusive or) and sum. It is the same on every rank, after
     a restart, and in every process that holds these weights on the same kind of device. A count of
     in-place writes would not do: fused optimizers write without being counted.
     """
-    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]
-    bits = torch.stack([torch.hash_tensor(p) for p in parameters]).tolist()
+    settle(policy)
+    parameters = [local(p) for p in policy.parameters()]
+    # A rank that has nothing of a parameter has its zero.
+    bits = torch.stack(
+        [torch.hash_tensor(p if p.numel() else p.new_zeros(1)) for p in parameters]
+    ).tolist()
     sums = torch.stack([p.sum().double() for p in parameters]).tolist()
     parts: list[object] = [bits, sums]
     if is_sharded(policy):
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, [bits, sums])
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-
-
-def is_sharded(policy: CausalLM) -> bool:
-    """Whether a weight is in parts on several ranks."""
-    return any(isinstance(p, DTensor) for p in policy.parameters())
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def merged_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
     several ranks everyone must ask for all of them, in step: sharded weights are gathered.
     """
     model = policy.language_model
+    settle(model)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     done: set[str] = set()
     for name, parameter in model.named_parameters():

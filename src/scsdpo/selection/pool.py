@@ -67,10 +67,10 @@ class InformativePool(Selection, Stateful):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = self.groups[: self.questions][rank::ranks]
         self.groups, self.batches = [], 0
-        return (_joined(mine, like=(rollouts, outcomes)),)
+        return (joined(mine, like=(rollouts, outcomes)),)
 
     def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
-        return _joined(_informative(rollouts, outcomes), like=(rollouts, outcomes))
+        return joined(_informative(rollouts, outcomes), like=(rollouts, outcomes))
 
     def remembered(self) -> dict[str, Any]:
         return {"batches": self.batches, "groups": [_plain(group) for group in self.groups]}
@@ -83,10 +83,10 @@ class InformativePool(Selection, Stateful):
 def _informative(rollouts: Rollouts, outcomes: Outcomes) -> list[Judged]:
     """The groups whose rewards differ."""
     spread = (outcomes.rewards != outcomes.rewards[:, :1]).any(-1)
-    return [_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
+    return [one_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
 
 
-def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
+def one_group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
     """One question's rollouts, on the CPU."""
     one = slice(q, q + 1)
     tensors: dict[str, Any] = {
@@ -103,7 +103,7 @@ def _group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
     )
 
 
-def _joined(groups: Sequence[Judged], like: Judged) -> Judged:
+def joined(groups: Sequence[Judged], like: Judged) -> Judged:
     """One batch of several groups, of 0 questions if there are none; widths and device of all."""
     rollouts, outcomes = like
     width = max([group[0].ids.shape[-1] for group in groups], default=0)

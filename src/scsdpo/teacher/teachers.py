@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from scsdpo.loss import TokenLogits
-from scsdpo.policy import CausalLM, Weights
+from scsdpo.policy import CausalLM, Stored, Weights
 from scsdpo.teacher._base import Teacher
 from scsdpo.teacher.context import Context, SiblingDemonstration
 
@@ -35,15 +35,19 @@ class Frozen(Teacher):
 
     Args:
         context: the privileged information.
+        stored: how a full fine-tune's copy is kept (`Stored`); by default as the student's.
     """
 
-    def __init__(self, context: Context = SiblingDemonstration()) -> None:
+    def __init__(
+        self, context: Context = SiblingDemonstration(), stored: Stored = Stored()
+    ) -> None:
         super().__init__(context)
+        self.stored = stored
         self.weights: Weights | None = None
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
-            self.weights = policy.adapter.initial(policy.wrapped)
+            self.weights = policy.adapter.initial(policy.wrapped, self.stored)
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
@@ -59,6 +63,7 @@ class EMA(Teacher):
     Args:
         rate: in [0, 1]; 0 is `Frozen`, 1 is `Live`.
         context: the privileged information.
+        stored: how a full fine-tune's copy is kept (`Stored`); by default as the student's.
 
     Raises:
         ValueError: if `rate` is outside [0, 1].
@@ -67,23 +72,27 @@ class EMA(Teacher):
         arXiv:2601.20802: rate .05 (.01 with rich feedback).
     """
 
-    def __init__(self, rate: float = 0.05, context: Context = SiblingDemonstration()) -> None:
+    def __init__(
+        self,
+        rate: float = 0.05,
+        context: Context = SiblingDemonstration(),
+        stored: Stored = Stored(),
+    ) -> None:
         super().__init__(context)
         if not 0 <= rate <= 1:
             raise ValueError(f"`EMA(rate=...)` must be in [0, 1], got {rate}")
-        self.rate = rate
+        self.rate, self.stored = rate, stored
         self.weights: Weights | None = None
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
-            self.weights = policy.adapter.moving(policy.wrapped, slot)
+            self.weights = policy.adapter.moving(policy.wrapped, slot, self.stored)
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
-    @torch.no_grad()
     def after_step(self, policy: CausalLM) -> None:
-        _follow(_configured(self, self.weights), policy, self.rate)
+        _configured(self, self.weights).follow(policy.wrapped, self.rate)
 
 
 class Restart(Teacher):
@@ -96,6 +105,7 @@ class Restart(Teacher):
         every: optimizer steps taken between moves. Must be >= 1.
         rate: share of the student at a move, in [0, 1].
         context: the privileged information.
+        stored: how a full fine-tune's copy is kept (`Stored`); by default as the student's.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -105,30 +115,33 @@ class Restart(Teacher):
     """
 
     def __init__(
-        self, every: int = 10, rate: float = 1.0, context: Context = SiblingDemonstration()
+        self,
+        every: int = 10,
+        rate: float = 1.0,
+        context: Context = SiblingDemonstration(),
+        stored: Stored = Stored(),
     ) -> None:
         super().__init__(context)
         if every < 1:
             raise ValueError(f"`Restart(every=...)` must be >= 1, got {every}")
         if not 0 <= rate <= 1:
             raise ValueError(f"`Restart(rate=...)` must be in [0, 1], got {rate}")
-        self.every, self.rate = every, rate
+        self.every, self.rate, self.stored = every, rate, stored
         self.weights: Weights | None = None
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.taken: torch.Tensor
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
-            self.weights = policy.adapter.moving(policy.wrapped, slot)
+            self.weights = policy.adapter.moving(policy.wrapped, slot, self.stored)
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
-    @torch.no_grad()
     def after_step(self, policy: CausalLM) -> None:
         self.taken += 1
         if self.taken % self.every == 0:
-            _follow(_configured(self, self.weights), policy, self.rate)
+            _configured(self, self.weights).follow(policy.wrapped, self.rate)
 
 
 class TrustRegion(Teacher):
@@ -140,6 +153,7 @@ class TrustRegion(Teacher):
     Args:
         mix: share of the student, in [0, 1].
         context: the privileged information.
+        stored: how a full fine-tune's copy is kept (`Stored`); by default as the student's.
 
     Raises:
         ValueError: if `mix` is outside [0, 1].
@@ -148,16 +162,21 @@ class TrustRegion(Teacher):
         arXiv:2601.20802, mix .01.
     """
 
-    def __init__(self, mix: float = 0.01, context: Context = SiblingDemonstration()) -> None:
+    def __init__(
+        self,
+        mix: float = 0.01,
+        context: Context = SiblingDemonstration(),
+        stored: Stored = Stored(),
+    ) -> None:
         super().__init__(context)
         if not 0 <= mix <= 1:
             raise ValueError(f"`TrustRegion(mix=...)` must be in [0, 1], got {mix}")
-        self.mix = mix
+        self.mix, self.stored = mix, stored
         self.weights: Weights | None = None
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
-            self.weights = policy.adapter.initial(policy.wrapped)
+            self.weights = policy.adapter.initial(policy.wrapped, self.stored)
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights), policy.adapter.current())
@@ -167,11 +186,6 @@ class TrustRegion(Teacher):
     ) -> TokenLogits:
         first, live = trunks
         return TokenLogits(torch.lerp(first.logits, live.logits, self.mix))
-
-
-def _follow(weights: Weights, policy: CausalLM, rate: float) -> None:
-    for own, student in weights.pairs(policy.wrapped):
-        own.lerp_(student.to(own.dtype), rate)
 
 
 def _configured(teacher: Teacher, weights: Weights | None) -> Weights:

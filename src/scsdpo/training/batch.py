@@ -1,6 +1,7 @@
 """A batch of judged rollouts, ready to be learned from."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class Batch:
     """[Q, G] float64 question and rollout weights."""
     teacher: TeacherContexts
     reference: TeacherContexts
+    questions: tuple[int, ...]
+    """Of each optimizer step, how many; the first ones first."""
     old_logprobs: Tensor
     """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
 
@@ -37,6 +40,13 @@ class Batch:
         """[R] bool: rollouts that can get credit; the others enter no forward."""
         wanted = self.plan.active & (self.weights > 0) & (self.rollouts.lengths > 0)
         return wanted.flatten()
+
+    @property
+    def steps(self) -> list[list[int]]:
+        """Rows of each optimizer step."""
+        ends = list(accumulate(self.questions, initial=0))
+        group = self.rollouts.ids.shape[1]
+        return [list(range(a * group, b * group)) for a, b in pairwise(ends)]
 
     def student_prompts(self) -> list[tuple[int, ...]]:
         """[R] prompt ids."""

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from scsdpo.distributed import all_max
 from scsdpo.errors import TrainingStopped, first_line
+from scsdpo.policy.sharding import is_sharded
 
 T = TypeVar("T")
 
@@ -51,11 +51,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
-def is_sharded(policy: nn.Module) -> bool:
-    """Whether a forward is a collective: a rank that fails in one can agree on nothing."""
-    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Validation, test and prediction: the policy is asked and judged, and learns nothing."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import lightning as L
@@ -9,15 +9,17 @@ import torch
 
 from scsdpo import interrupt
 from scsdpo.callbacks import show_rollouts
-from scsdpo.distributed import Agreement
-from scsdpo.metrics import ByCategory, log_figures
+from scsdpo.distributed import Agreement, all_gather
+from scsdpo.evaluation import Question, Result, means, predictions, questions
+from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
+from scsdpo.records import Recorded
 from scsdpo.training.answering import Answering
 from scsdpo.types import JudgedBatch, Prompt, Sampling
 
 
 class Evaluation:
-    """mean@k and maj@k over the questions of an epoch, overall and by category.
+    """Every question of an epoch with its scores; mean@k and maj@k are logged.
 
     Args:
         answering: samples and judges.
@@ -25,12 +27,15 @@ class Evaluation:
 
     def __init__(self, answering: Answering) -> None:
         self.answering = answering
-        self.figures = ByCategory()
+        self.result = Result(about={}, questions=())
+        """Of the last evaluation that was gone through: all ranks' questions, in order."""
+        self._own: list[Question] = []
 
     def begin(self) -> None:
         """An evaluation can be given up as a whole; the ranks meet at its end."""
         interrupt.begin_run(Agreement.of_ranks())
         interrupt.open_window()
+        self._own.clear()
 
     def step(
         self,
@@ -45,17 +50,22 @@ class Evaluation:
             return
         rollouts = self.answering.sample(module, policy, prompts, sampling)
         outcomes = self.answering.judge(rollouts)
-        self.figures.update(rollouts, outcomes)
+        self._own += questions(rollouts, outcomes)
         weights = torch.ones_like(outcomes.rewards).double()
         batch = JudgedBatch(split=split, rollouts=rollouts, outcomes=outcomes, weights=weights)
         show_rollouts(module, batch)
 
-    def end(self, module: L.LightningModule, k: int, split: Literal["val", "test"]) -> None:
-        """Log the figures of all ranks, and begin anew."""
+    def end(self, module: Recorded, split: Literal["val", "test"]) -> None:
+        """Log the figures of all ranks."""
         interrupt.meet()
         interrupt.close_window()
-        log_figures(module, split, self.figures.compute(k, module.device), shown=f"mean@{k}")
-        self.figures.reset()
+        # Rank r of R has asked questions r, r + R, ...
+        rounds = zip_longest(*all_gather([self._own]))
+        found = tuple(each for each in chain.from_iterable(rounds) if each is not None)
+        about = {"split": split, "batch": int(module.batches), **module.described()}
+        self.result = Result(about=about, questions=found)
+        k = about["sampling"]["n"]
+        log_figures(module, split, means(found), shown=f"mean@{k}")
         self.answering.timer.take()  # what evaluation took belongs to no training step
 
     def predict(
@@ -70,10 +80,5 @@ class Evaluation:
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
         rollouts = self.answering.sample(module, policy, prompts, sampling)
         outcomes = self.answering.judge(rollouts)
-        return [
-            {"key": prompt.key, "response": text, **asdict(verdict)}
-            for prompt, texts, verdicts in zip(
-                prompts, rollouts.texts, outcomes.verdicts, strict=True
-            )
-            for text, verdict in zip(texts, verdicts, strict=True)
-        ]
+        self.answering.timer.take()
+        return list(predictions(rollouts, outcomes))

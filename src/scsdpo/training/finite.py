@@ -1,14 +1,15 @@
 """What is not finite, named for what it is: weights of policy or teacher, logits, gradient."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scsdpo.distributed import all_max
+from scsdpo.distributed import all_gather, all_max
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
+from scsdpo.policy.sharding import local
 from scsdpo.types import Rollouts
 
 LARGEST = 1e15
@@ -23,10 +24,13 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
         named: parameters or saved tensors of a `PolicyOptimizer`, by name.
     """
     kept = [(n, t) for n, t in named if n.split(".")[0] in _OWNERS and t.is_floating_point()]
-    weights = [(name, _local(tensor)) for name, tensor in kept if _local(tensor).numel()]
+    parts = [(name, local(tensor.detach())) for name, tensor in kept]
+    weights = [(name, tensor) for name, tensor in parts if tensor.numel()]
     if not weights:
         return ""
-    extremes = torch.stack([torch.stack(tensor.aminmax()).double() for _, tensor in weights])
+    device = weights[0][1].device  # some may be on the host
+    pairs = (torch.stack(tensor.aminmax()).double() for _, tensor in weights)
+    extremes = torch.stack([pair.to(device) for pair in pairs])
     sound = (extremes.abs() < LARGEST).all(-1).tolist()
     bad = [name for (name, _), good in zip(weights, sound, strict=True) if not good]
     if not bad:
@@ -37,10 +41,23 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     )
 
 
+def spoiled_anywhere(state: Mapping[str, Tensor]) -> str:
+    """As `spoiled`, of a state to be saved; where it is in shards all ranks hear the same."""
+    fault = spoiled(state.items())
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return fault
+    return next(filter(None, all_gather([fault])), "")
+
+
 def weight_norm(parameters: Sequence[nn.Parameter]) -> float:
     """Of all of them together; inf or nan where one is spoiled."""
-    norm = torch.nn.utils.get_total_norm(parameters)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(total_norm(parameters))
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, all ranks' shards included."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
@@ -90,10 +107,6 @@ def blamed(
     found = [name for name, flag in zip(kinds, all_max(bad).tolist(), strict=True) if flag]
     what = found[0] if found else "the gradient alone (its norm, or a micro-batch's backward)"
     return f"{what}: {figures}", False
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _owner(name: str) -> str:

@@ -1,5 +1,6 @@
 """The forwards of one optimizer step: student, teacher and reference on its micro-batches."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -7,9 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from scsdpo.distributed import all_max
 from scsdpo.loss import Buffers, Head, HeadGradient, LossOutput, TeacherOutput, TokenLogits
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
+from scsdpo.policy.sharding import is_sharded
 from scsdpo.teacher import Teacher
 from scsdpo.training.batch import Batch
 
@@ -69,14 +72,29 @@ class Forwards:
         self._heads: dict[nn.Linear, Head] = {}
         self._measured: Runner | None = None
         self._teachers: dict[str, list[Runner]] = {}
-        self._kept: dict[tuple[int, str], TeacherOutput] = {}
+        self._runs = self._asked()
+        self._kept: dict[str, deque[TeacherOutput]] = {slot: deque() for slot in self.reads}
+
+    def _asked(self) -> dict[str, Iterator[bool]]:
+        """Whether each teacher runs on each micro-batch; under shards on all ranks, if on any."""
+        here = torch.tensor(
+            [
+                [float(reads[micro].any()) for micro in self.micro_batches]
+                for reads in self.reads.values()
+            ]
+        )
+        asked = all_max(here) if is_sharded(self.policy) else here
+        return {
+            slot: iter(row.bool().tolist()) for slot, row in zip(self.reads, asked, strict=True)
+        }
 
     def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
         chosen = wanted.nonzero()[:, 0].tolist()
         return self.policy.runner(self._rows[slot], chosen, self._max_tokens, weights)
 
     def _tokens(self, slot: str, wanted: Tensor) -> int:
-        return self._rows[slot].at(wanted.nonzero()[:, 0].tolist()).distinct_tokens
+        rows = wanted.nonzero()[:, 0].tolist()
+        return self._rows[slot].at(rows).distinct_tokens if rows else 0
 
     def _with_head(
         self, use: Callable[[Tensor, nn.Linear, Head], T]
@@ -107,8 +125,7 @@ class Forwards:
         Args:
             loss_of: of a micro-batch, from hidden states [N, D] and the head.
         """
-        if self.micro_batches:
-            self.timer.count("student", self._tokens("student", self.chosen))
+        self.timer.count("student", self._tokens("student", self.chosen))
         gradient = HeadGradient(len(self.micro_batches))
         for micro in self.micro_batches:
             loss = partial(loss_of(micro), gradient=gradient)
@@ -124,26 +141,34 @@ class Forwards:
         self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
+    def in_step(self, slot: str) -> bool:
+        """Whether the student must run because the slot's teacher may ask for it on some rank."""
+        combines = type(self.teachers[slot]).combine is not Teacher.combine
+        return combines and is_sharded(self.policy)
+
     def keep(self, slot: str, micro: list[int]) -> TeacherOutput:
         """Run a teacher on a micro-batch, and keep what it says until `take`."""
-        output = self._kept[micro[0], slot] = self._run(slot, micro)
+        output = self._run(slot, micro)
+        self._kept[slot].append(output)
         return output
 
     def take(self, slot: str, micro: list[int]) -> TeacherOutput:
-        """What the teacher says of a micro-batch; what was kept is not run again."""
-        kept = self._kept.pop((micro[0], slot), None)
-        return self._run(slot, micro) if kept is None else kept
+        """What the teacher says of the next micro-batch; what was kept is not run again."""
+        return self._kept[slot].popleft() if self._kept[slot] else self._run(slot, micro)
 
     def _run(self, slot: str, micro: list[int]) -> TeacherOutput:
         teacher, reads = self.teachers[slot], self.reads[slot]
         some = [row for row, read in zip(micro, reads[micro].tolist(), strict=True) if read]
-        if not some:
-            return TeacherOutput(hidden=(), heads=(), combine=teacher.combine)
+        nothing = TeacherOutput(hidden=(), heads=(), combine=teacher.combine)
+        if not next(self._runs[slot]):
+            return nothing
         with self.timer("teacher"):
-            runners = self._asked(slot)
+            runners = self._runners(slot)
             runs = [runner.run(some, self._with_head(_both)) for runner in runners]
             for runner in runners:
                 runner.done(some)
+            if not some:
+                return nothing
             # Rows that it does not read keep zeros: uniform logits, and no credit reads them.
             here = self.of_tokens(micro, reads[:, None].expand_as(self.batch.mask))
             return TeacherOutput(
@@ -152,7 +177,7 @@ class Forwards:
                 combine=teacher.combine,
             )
 
-    def _asked(self, slot: str) -> list[Runner]:
+    def _runners(self, slot: str) -> list[Runner]:
         """Per set of weights of a teacher, the rows that it reads."""
         if slot not in self._teachers:
             reading = self.reads[slot] & self.chosen

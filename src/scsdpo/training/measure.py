@@ -25,6 +25,8 @@ def measure(forwards: Forwards, needs: Set[str]) -> Signals:
     of_teacher = any(name.startswith("teacher") for name in needs)
     for micro in forwards.micro_batches if needs else []:
         student = cache(partial(forwards.student, micro))
+        if of_teacher and forwards.in_step("teacher"):
+            student()
         if of_student:
             tables = signals.student_logprob, signals.student_entropy
             _read(forwards, micro, student(), tables)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -18,7 +18,9 @@ from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
+from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
@@ -27,8 +29,11 @@ from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.answering import Answering
 from scsdpo.training.batch import Batch
+from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
-from scsdpo.training.finite import spoiled
+from scsdpo.training.evaluation_files import EvaluationFiles
+from scsdpo.training.finite import spoiled_anywhere
+from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
@@ -128,7 +133,6 @@ class PolicyOptimizer(Resumable):
             limits=limits,
             gap=gap,
             objective_name=advantage.objective_name,
-            per_batch=updates_per_rollout,
         )
         self.timer = self.steps.update.timer
         self.answering = Answering(rollout, verification, success_threshold, self.timer)
@@ -137,24 +141,31 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its figures and responses, and what is good when it fails."""
+        """Every run plans its memory, and keeps figures, responses and what is good if it fails."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = (MetricsFile, RunRecords, OnFailure)
-        return [kind() for kind in own if not any(isinstance(each, kind) for each in given)]
+        own = (
+            *(MemoryPlan(), MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
+            *(OnFailure(), HeldWeights()),
+        )
+        return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
+        super().setup(stage)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
         if self._configured:
             return
+        mesh = flat_mesh(self)
         with blamed_on("model.policy"):
-            self.policy.configure_model()
-        self.weighting.configure(self.policy)
+            self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
         self.reference.configure(self.policy, "reference")
+        if mesh is not None:
+            self.policy.fill_shards(mesh, self.modules())
+        self.weighting.configure(self.policy)
         self._configured = True
 
     def configure_optimizers(self) -> Any:
@@ -185,7 +196,7 @@ class PolicyOptimizer(Resumable):
         outcomes = self.judge(rollouts)
         interrupt.meet()
         chosen = self.selection.select(rollouts, outcomes)
-        prepared = [self.prepare(*judged) for judged in chosen]
+        prepared = [deal(self.prepare, self.advantage, judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
             self._learn(batch)
@@ -218,6 +229,7 @@ class PolicyOptimizer(Resumable):
             weights=self.weighting.weights(outcomes),
             teacher=contexts,
             reference=references,
+            questions=split(len(outcomes.rewards), self.updates_per_rollout),
             old_logprobs=torch.full_like(
                 rollouts.policy_logprobs, torch.nan, dtype=torch.float64
             ).flatten(0, 1),
@@ -275,7 +287,7 @@ class PolicyOptimizer(Resumable):
 
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
-        self.evaluation.end(self, self.val_sampling.n, "val")
+        self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
@@ -284,11 +296,19 @@ class PolicyOptimizer(Resumable):
 
     def on_test_epoch_end(self) -> None:
         """As validation, under `test/`."""
-        self.evaluation.end(self, self.val_sampling.n, "test")
+        self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
         return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
+
+    def described(self) -> dict[str, Any]:
+        """Of an evaluation: which policy, and how it is asked and judged."""
+        return {
+            "policy": self.policy.name_or_path,
+            "sampling": asdict(self.val_sampling),
+            "success_threshold": self.success_threshold,
+        }
 
     def teardown(self, stage: str) -> None:
         """Let the rollout's engine go, and the processes that judge."""
@@ -302,7 +322,7 @@ class PolicyOptimizer(Resumable):
         Raises:
             TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        fault = spoiled(checkpoint["state_dict"].items())
+        fault = spoiled_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"

@@ -25,7 +25,7 @@ from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
-from scsdpo.training.finite import blamed, weight_norm
+from scsdpo.training.finite import blamed, total_norm, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.update import Update
 from scsdpo.types import stable_hash
@@ -49,7 +49,6 @@ class OptimizerSteps(nn.Module):
         limits: of a step's gradient and memory, and of steps that achieve nothing.
         gap: how far sampler and trainer may disagree.
         objective_name: what the mean objective is called in the log.
-        per_batch: steps on one batch, split by question.
     """
 
     skipped: Tensor
@@ -60,17 +59,11 @@ class OptimizerSteps(nn.Module):
     """Batches in a row without anything to learn from."""
 
     def __init__(
-        self,
-        update: Update,
-        *,
-        limits: Limits,
-        gap: GapCheck,
-        objective_name: str,
-        per_batch: int,
+        self, update: Update, *, limits: Limits, gap: GapCheck, objective_name: str
     ) -> None:
         super().__init__()
         self.update, self.limits, self.gap = update, limits, gap
-        self.objective_name, self.per_batch = objective_name, per_batch
+        self.objective_name = objective_name
         self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
         self.under_way = False
         """Whether weights, optimizer and teachers are between two steps' states."""
@@ -92,10 +85,9 @@ class OptimizerSteps(nn.Module):
                 disagrees with the trainer.
         """
         self._watched = replace(self.update, observe=host.take_observer())
-        questions, group = batch.outcomes.rewards.shape
-        parts = _split(questions, group, self.per_batch)
-        old = self._measured(policy, batch, parts[1:])
-        for number, rows in enumerate(parts):
+        steps = batch.steps
+        old = self._measured(policy, batch, steps[1:])
+        for number, rows in enumerate(steps):
             self._take(host, policy, batch if number == 0 else old, rows)
 
     def _measured(self, policy: CausalLM, batch: Batch, later: Sequence[Sequence[int]]) -> Batch:
@@ -137,7 +129,7 @@ class OptimizerSteps(nn.Module):
             parameters = trained_parameters(policy)
             sum_gradients(parameters)
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
         gap = self._gap(batch, rows, outputs)
         seen = token_metrics([o for o, _ in outputs], self.objective_name)
@@ -277,12 +269,6 @@ def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
     prompts = (batch.student_prompts(), *([ids for g in c for ids in g] for c in contexts))
     longest = max((len(ids) for each in prompts for ids in each), default=0)
     return max(min(lengths, default=1), 1), sum(length + longest for length in lengths)
-
-
-def _split(questions: int, group: int, parts: int) -> list[list[int]]:
-    """Rows of each step: questions in order, in nearly equal parts."""
-    rows = torch.arange(questions * group).view(questions, group)
-    return [part.flatten().tolist() for part in rows.tensor_split(parts)]
 
 
 @contextmanager

@@ -115,6 +115,7 @@ def measure_batch(
         weights=torch.ones_like(outcomes.rewards).double(),
         teacher=contexts,
         reference=NoTeacher().contexts(chat, rollouts, outcomes),
+        questions=(len(prompts),),
         old_logprobs=torch.full_like(rollouts.policy_logprobs, torch.nan).flatten(0, 1),
     )
     update = replace(model.steps.update, needs=frozenset(), derivations=())

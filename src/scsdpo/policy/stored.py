@@ -1,0 +1,160 @@
+"""How a second set of weights is kept between its forwards, and moves where that is coarse."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_PIECE = 2**22
+"""Elements that are rounded at a time: random bits take 8 bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where and how precisely a teacher's own copy of the weights is kept. P parameters take
+
+        bytes = P * (4 or 2), on the device or on the host
+
+    They always run in the student's dtype, on its device: layer by layer, or under shards unit by
+    unit, what is kept otherwise is copied for its forward, which costs a pass over the weights for
+    each micro-batch, and from the host their way over the bus. `compile_layers` leaves them out.
+
+    Args:
+        dtype: `float32`, or `bfloat16`: weights that stand still are rounded to nearest (no loss
+            where the checkpoint was bf16), an average that moves is rounded stochastically.
+        on_host: in memory of the host, pinned where there is a GPU.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    on_host: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """As the student's are."""
+        return self == Stored()
+
+    def kept(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A copy as it will be kept; on `meta` it gets its place with its memory."""
+        narrow = torch.bfloat16 if self.dtype == "bfloat16" else parameter.dtype
+        value = parameter.detach().to(narrow, copy=True)
+        if self.on_host and value.device.type != "meta":
+            value = value.cpu()
+            value = value.pin_memory() if torch.cuda.is_available() else value
+        return nn.Parameter(value, requires_grad=False)
+
+
+def stochastically_rounded(value: Tensor, seed: int, start: int = 0) -> Tensor:
+    """`value` in bf16, one of its two neighbours, at random so that the mean is `value`.
+
+    P(up) = (value - lower) / (upper - lower). An average in bf16 with round-to-nearest stands still
+    where a step, rate * distance, is below half the space between neighbours (2^-8 of a weight).
+    Stochastic rounding follows the average of float32 without bias; its distance from that has
+
+        rms <= spacing / 2 / sqrt(1 - (1 - rate)^2)
+
+    (1.6 spacings at rate .05), however long it runs.
+
+    Args:
+        value: [N] float32.
+        seed: of this tensor at this step.
+        start: index of the first element in the whole tensor: shards round as the whole would.
+
+    Source:
+        Gupta et al. 2015, arXiv:1502.02551; bits by splitmix64.
+    """
+    bits = _random_bits(start, len(value), seed, value.device)
+    drawn = (value.view(torch.int32) + bits) & -(2**16)
+    return torch.where(value.isfinite(), drawn.view(torch.float32), value).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def mix(own: Tensor, student: Tensor, rate: float, *, seed: int, start: int) -> None:
+    """Own' = (1 - rate) own + rate student, in float32 on the student's device, piece by piece.
+
+    Args:
+        own: as it is kept.
+        student: of the same shape.
+        rate: of the average.
+        seed: of this tensor at this step.
+        start: index of the first element in the whole tensor.
+    """
+    pieces = zip(own.view(-1).split(_PIECE), student.view(-1).split(_PIECE), strict=True)
+    for number, (kept, new) in enumerate(pieces):
+        wide = torch.lerp(kept.to(new.device, new.dtype), new, rate)
+        if kept.dtype == torch.bfloat16:
+            wide = stochastically_rounded(wide.float(), seed, start + number * _PIECE)
+        kept.copy_(wide)
+
+
+def _random_bits(start: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """[N] int32 in [0, 2^16): a hash of seed and index, the same on any device."""
+    z = torch.arange(start + 1, start + count + 1, device=device).mul_(-0x61C8864680B583EB)
+    z.add_(seed & 0x7FFFFFFFFFFFFFFF)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z.bitwise_xor_((z >> shift) & (2 ** (64 - shift) - 1)).mul_(factor)
+    return ((z >> 40) & 0xFFFF).to(torch.int32)
+
+
+class Loans:
+    """Lends a model that is kept otherwise the weights that it runs with.
+
+    Layers get theirs for their own forward only; embedding, last norm and head for all of it.
+
+    Args:
+        model: with whole weights, in no gradient.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers = model.get_decoder().layers
+        inner = {id(p) for layer in layers for p in layer.parameters()}
+        self._rest = [p for p in model.parameters() if id(p) not in inner]
+        self._like: Tensor | None = None
+        for layer in layers:
+            weights = list(layer.parameters())
+            kept: list[Tensor] = []
+            layer.register_forward_pre_hook(self._lending(weights, kept))
+            layer.register_forward_hook(self._taking(weights, kept), always_call=True)
+
+    @contextmanager
+    def open(self, like: Tensor) -> Iterator[None]:
+        """The model can run inside.
+
+        Args:
+            like: a weight of the student's, with the dtype and device to run in.
+        """
+        self._like = like
+        kept = _lend(self._rest, like)
+        try:
+            yield
+        finally:
+            _take_back(self._rest, kept)
+            self._like = None
+
+    def _lending(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
+        def lend(layer: nn.Module, args: Any) -> None:
+            assert self._like is not None
+            kept[:] = _lend(weights, self._like)
+
+        return lend
+
+    def _taking(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
+        def take(layer: nn.Module, args: Any, output: Any) -> None:
+            _take_back(weights, kept)
+
+        return take
+
+
+def _lend(weights: Sequence[nn.Parameter], like: Tensor) -> list[Tensor]:
+    kept = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.to(like.device, like.dtype, non_blocking=True)
+    return kept
+
+
+def _take_back(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
+    for weight, data in zip(weights, kept, strict=True):
+        weight.data = data

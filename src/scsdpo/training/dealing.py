@@ -1,0 +1,123 @@
+"""Questions dealt to ranks so that each has nearly as many tokens to train on."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scsdpo.advantage import Advantage
+from scsdpo.distributed import all_gather
+from scsdpo.selection import joined, one_group
+from scsdpo.state import all_remembered, nested_state, remember_all
+from scsdpo.training.batch import Batch
+from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+
+Ids = tuple[tuple[int, ...], ...]
+
+
+class _Group(NamedTuple):
+    """A question with its rollouts, and what its rank has made of them."""
+
+    number: tuple[int, int]
+    """In the order of one process: place in its rank's batch, rank."""
+    cost: int
+    judged: tuple[Rollouts, Outcomes]
+    weights: Tensor
+    contexts: tuple[Ids, Ids]
+
+
+def deal(
+    prepare: Callable[[Rollouts, Outcomes], Batch],
+    advantage: Advantage,
+    judged: tuple[Rollouts, Outcomes],
+) -> Batch:
+    """A batch to learn from: this rank's own, or its share of all, groups whole.
+
+    Every rank waits for the slowest in each optimizer step, and what a question costs is known only
+    when its rollouts are. Sums are over all ranks, hence no number depends on who has which.
+
+    Args:
+        prepare: contexts, weights and plan of judged rollouts.
+        advantage: plans again for what was dealt.
+        judged: rollouts and outcomes of this rank.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        return prepare(*judged)
+    memory = nn.ModuleList(nested_state([advantage]))
+    before = copy.deepcopy(all_remembered(memory))
+    home = prepare(*judged)
+    remember_all(memory, before)  # it meets the batch once
+    groups = sorted(all_gather(_groups(home)), key=lambda group: group.number)
+    mine: list[_Group] = []
+    sizes: list[int] = []
+    for part in _cut(groups, split(len(groups), len(home.questions))):
+        chosen = balanced([group.cost for group in part], ranks)[dist.get_rank()]
+        mine += [part[i] for i in chosen]
+        sizes.append(len(chosen))
+    return _joined(mine, tuple(sizes), home, advantage)
+
+
+def split(questions: int, steps: int) -> tuple[int, ...]:
+    """Questions of each step, in nearly equal numbers."""
+    return tuple(len(part) for part in torch.arange(questions).tensor_split(steps))
+
+
+def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """For each rank, which items it gets, ascending: dearest first, each to who has least."""
+    loads = [0] * ranks
+    given: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], len(given[r]), r))
+        loads[rank] += costs[item]
+        given[rank].append(item)
+    return [sorted(items) for items in given]
+
+
+def _groups(batch: Batch) -> list[_Group]:
+    # In tokens forward: a student's token goes forward and back, three times as much work.
+    lengths, active = batch.rollouts.lengths, batch.active.view_as(batch.weights)
+    read = sum(plan.to(lengths) for plan in (batch.plan.needs_teacher, batch.plan.needs_reference))
+    costs = (lengths * active * (3 + read)).sum(-1).tolist()
+    rank = dist.get_rank()
+    return [
+        _Group(
+            number=(q, rank),
+            cost=cost,
+            judged=one_group(batch.rollouts, batch.outcomes, q),
+            weights=batch.weights[q].cpu(),
+            contexts=(batch.teacher.ids[q], batch.reference.ids[q]),
+        )
+        for q, cost in enumerate(costs)
+    ]
+
+
+def _cut(groups: list[_Group], sizes: Sequence[int]) -> list[list[_Group]]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [groups[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _joined(
+    groups: Sequence[_Group], questions: tuple[int, ...], home: Batch, advantage: Advantage
+) -> Batch:
+    rollouts, outcomes = joined([g.judged for g in groups], like=(home.rollouts, home.outcomes))
+    device = home.weights.device
+    teacher, reference = (
+        TeacherContexts(ids=tuple(group.contexts[slot] for group in groups)) for slot in (0, 1)
+    )
+    available = teacher.available.to(device).view_as(outcomes.successes)
+    return Batch(
+        rollouts=rollouts,
+        outcomes=outcomes,
+        plan=advantage.planned(outcomes, available),
+        weights=torch.cat([home.weights[:0], *(g.weights.to(device)[None] for g in groups)]),
+        teacher=teacher,
+        reference=reference,
+        questions=questions,
+        old_logprobs=torch.full_like(
+            rollouts.policy_logprobs, torch.nan, dtype=torch.float64
+        ).flatten(0, 1),
+    )

@@ -1,0 +1,32 @@
+"""Sharded weights, gathered once for a whole evaluation."""
+
+from contextlib import ExitStack
+
+import lightning as L
+
+from scsdpo.policy import CausalLM
+
+
+class HeldWeights(L.Callback):
+    """Keeps a whole copy of the policy from an evaluation's start to its end, if it is sharded.
+
+    Nothing moves the weights meanwhile, and ranks may then sample different numbers of batches.
+    """
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        policy = pl_module.policy
+        assert isinstance(policy, CausalLM)
+        with trainer.strategy.precision_plugin.forward_context():  # the dtype of sampling
+            self._held.enter_context(policy.held_whole())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._held.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._held.close()

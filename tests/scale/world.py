@@ -1,0 +1,140 @@
+"""Train every configuration named, one after the other: `world.py FOLDERS OUT KIND NAME...`.
+
+One of R processes that `torch.distributed.run` starts, or the only one. FOLDERS has the policies,
+OUT gets for each configuration the weights and what was logged.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch.distributed.tensor import DTensor
+
+from runs import Toys, data, module, trainer
+from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, Weighted
+from scsdpo.checkpoints import FullySharded
+from scsdpo.cli.config_types import arguments
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.selection import InformativePool
+from scsdpo.teacher import Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
+from scsdpo.training import Limits, PolicyOptimizer
+from scsdpo.types import Sampling
+from scsdpo.weighting import TeacherEntropy, Uniform
+
+ROOT = Path(__file__).resolve().parents[2]
+SGD = partial(torch.optim.SGD, lr=0.1)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, eps=1e-6)
+
+
+def method(name, **changes):
+    """A method's own file."""
+    axes = yaml.safe_load((ROOT / "configs" / "methods" / f"{name}.yaml").read_text())["model"]
+    parser = ArgumentParser(exit_on_error=False)
+    for axis in axes:
+        parser.add_argument(f"--{axis}", type=arguments(PolicyOptimizer)[axis])
+    made = parser.instantiate_classes(parser.parse_object(axes))
+    return {axis: made[axis] for axis in axes} | changes
+
+
+def anchored():
+    return {
+        "advantage": Blend(
+            parts=(
+                Weighted(advantage=GroupRelative(), weight=1.0),
+                Weighted(advantage=ReferenceKL(), weight=0.5),
+            )
+        ),
+        "teacher": NoTeacher(),
+        "weighting": Uniform(),
+        "reference": Frozen(PlainPrompt()),
+    }
+
+
+CONFIGURATIONS = {
+    "sc-sdpo": lambda: method("sc-sdpo"),
+    "sc-sdpo adamw": lambda: method("sc-sdpo", optimizer=ADAMW),
+    "sc-sdpo adamw, fused": lambda: method("sc-sdpo", optimizer=partial(ADAMW, fused=True)),
+    "grpo": lambda: method("grpo"),
+    "grpo adamw": lambda: method("grpo", optimizer=ADAMW),
+    "srpo": lambda: method("srpo"),
+    "drift": lambda: method("drift"),
+    "dapo": lambda: method("dapo", selection=InformativePool(questions=4, max_batches=2)),
+    "reference": anchored,
+    "restart": lambda: method("sc-sdpo", teacher=Restart(every=2, rate=0.4)),
+    "trust region, measured": lambda: method(
+        "sc-sdpo", teacher=TrustRegion(mix=0.1), token_weighting=TeacherEntropy()
+    ),
+    "lora": lambda: method("sc-sdpo", policy={"adapter": Lora(r=4)}),
+    "lora adamw": lambda: method("sc-sdpo", policy={"adapter": Lora(r=4)}, optimizer=ADAMW),
+    "lora, frozen": lambda: method("sc-sdpo", policy={"adapter": Lora(r=1)}, teacher=Frozen()),
+    "lora, bf16 base": lambda: method(
+        "sc-sdpo", policy={"adapter": Lora(r=4), "dtype": "bfloat16"}
+    ),
+    "untied": lambda: method("sc-sdpo", policy={"name_or_path": "untied"}),
+    "window": lambda: method("sc-sdpo", policy={"name_or_path": "olmo3"}),
+    "two updates": lambda: method("sc-sdpo", updates_per_rollout=2),
+    "three updates": lambda: method("grpo", updates_per_rollout=3, questions=12),
+    "checkpointing": lambda: method("sc-sdpo", policy={"gradient_checkpointing": True}),
+    "eager": lambda: method("sc-sdpo", policy={"attn_implementation": "eager"}),
+    # Short responses of which some are one token, in micro-batches of their own.
+    "uneven": lambda: method(
+        "sc-sdpo",
+        limits=Limits(max_tokens=3),
+        sampling=Sampling(n=2, max_new_tokens=2),
+    ),
+    "clipped": lambda: method("sc-sdpo", limits=Limits(max_grad_norm=0.01, max_tokens=60)),
+    "measured room": lambda: method("sc-sdpo", limits=Limits(max_tokens="auto")),
+}
+
+
+def strategy(kind):
+    """Of `one-1`, `ddp-2`, `fsdp-4`, ..."""
+    way, _ = kind.split("-")
+    strategies = {"one": "auto", "ddp": "ddp", "fsdp": FullySharded()}
+    return strategies[way]
+
+
+def run(name, folders, out, kind):
+    settings = {
+        "optimizer": SGD,
+        "sampling": Sampling(n=2, max_new_tokens=6),
+        "limits": Limits(max_tokens=60),
+    } | CONFIGURATIONS[name]()
+    of_policy = {"name_or_path": "tied"} | settings.pop("policy", {})
+    policy = CausalLM(**of_policy | {"name_or_path": str(folders / of_policy["name_or_path"])})
+    number = settings.pop("questions", 8)
+    # Two rollouts a question: ranks often have different numbers of rows to run, or none.
+    model = module(None, policy=policy, **settings)
+    fit = trainer(
+        out,
+        devices=int(kind[-1]),
+        strategy=strategy(kind),
+        max_steps=5,
+        max_epochs=-1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )
+    questions = data(Toys(60), Toys(7), questions_per_batch=number, val_questions_per_batch=4)
+    fit.fit(model, questions)
+    assert fit.global_step >= 5
+    state = {}
+    for key, value in model.named_parameters():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        state[key] = whole.detach().clone()
+    if fit.is_global_zero:
+        torch.save(state, out / "weights.pt")
+
+
+def main():
+    folders, root, kind, *names = sys.argv[1:]
+    for name in names:
+        out = Path(root) / name
+        out.mkdir(parents=True, exist_ok=True)
+        run(name, Path(folders), out, kind)
+
+
+if __name__ == "__main__":
+    main()
