@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
@@ -111,8 +112,8 @@ class _NoHandlers(_SignalConnector):
         """None."""
 
 
-def main() -> None:
-    """Run the command that `sys.argv` holds."""
+def main(args: Sequence[str]) -> None:
+    """Run the command that `sys.argv` holds; `args` follow it there."""
     run_cli(CLI)
 
 
