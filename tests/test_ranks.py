@@ -62,6 +62,11 @@ def test_every_figure_is_that_of_the_whole_batch_whatever_the_number_of_ranks(qw
         train(qwen3, world, folder / "out.pt", "metrics", root=folder)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         records.append([json.loads(line) for line in lines])
+    asked = [
+        [q["key"] for q in json.loads(file.read_text())["questions"]]
+        for file in sorted(tmp_path.glob("*/evaluations/val-3.json"))
+    ]
+    assert asked == [[f"toy/{i}" for i in range(7)]] * 3  # in order, each once
     one = records[0]
     assert len(one) == 6 and "val/mean@2" in one[2] and one[-1]["train/effective_questions"] > 1
     for many in records[1:]:
