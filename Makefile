@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 BROWSER := $(VENV)/.browser
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
@@ -10,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-plan lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -28,6 +29,14 @@ test-vllm: $(VLLM_INSTALLED)
 # Runs that are killed, stopped and hurt; FAULTS=share takes a share of the kills and signals.
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# What `scsdpo COMMAND --help` shows, from the parser; a test holds it to be current.
+catalog: $(INSTALLED)
+	$(BIN)/python -W ignore -m scsdpo.cli.cataloging
+
+# The documentation site, build/docs/site; a link that leads nowhere is an error.
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python docs/build_site.py
 
 # Two and four ranks against one; SCALE=share takes two ranks with weights in shards.
 test-scale: $(INSTALLED)
@@ -54,6 +63,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scsdpo needs Python >= 3.11: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(BROWSER): $(INSTALLED)

@@ -1,6 +1,6 @@
 """What share of 95 % intervals holds the truth? Simulated, for docs/evaluation.md.
 
-    python benchmarks/coverage.py [--samples 4000]
+    python benchmarks/coverage.py [--samples 2000]
 
 A question has a chance p of a right response, drawn from a distribution; each of its 16 responses
 is right by itself with chance p, and else one of three wrong answers. The truth is the expectation
@@ -10,6 +10,7 @@ over questions and responses. Seeds: differences of runs are normal.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import factorial
 
@@ -93,11 +94,15 @@ def truth(score: Score, p: np.ndarray) -> float:
     return float(weight @ values)
 
 
+@cache
+def resamples(n: int) -> np.ndarray:
+    """[DRAWS, n]: how often each of n questions is drawn, over n."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS) / n
+
+
 def bootstrap(scores: np.ndarray) -> Estimate:
     """The percentile bootstrap over questions, for comparison."""
-    rng = np.random.default_rng(0)
-    means = rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores)), DRAWS) @ scores
-    low, high = np.quantile(means / len(scores), [0.025, 0.975])
+    low, high = np.quantile(resamples(len(scores)) @ scores, [0.025, 0.975])
     return Estimate(value=float(scores.mean()), low=float(low), high=float(high), n=len(scores))
 
 
@@ -155,7 +160,7 @@ def over_seeds(seeds: int, samples: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=4_000)
+    parser.add_argument("--samples", type=int, default=2_000)
     samples = parser.parse_args().samples
     single = {"ours": score_interval, "t": mean_interval, "bootstrap": bootstrap}
     paired = {"ours": score_difference, "t": mean_interval, "bootstrap": bootstrap}

@@ -320,7 +320,8 @@ def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp
 def test_what_cannot_run_is_refused_before_loading(qwen3, monkeypatch, tmp_path):
     loads = []
     kept = CausalLM.configure_model
-    monkeypatch.setattr(CausalLM, "configure_model", lambda s: (loads.append(1), kept(s)))
+    noted = lambda policy, **how: (loads.append(1), kept(policy, **how))  # noqa: E731
+    monkeypatch.setattr(CausalLM, "configure_model", noted)
     with pytest.raises(ConfigurationError, match="weights, gradients and optimizer states alone"):
         fitted(qwen3, monkeypatch, tmp_path, memory=16 * TIED - 1, process=0)
     assert not loads

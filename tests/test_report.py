@@ -4,13 +4,16 @@ import json
 import math
 import re
 import sys
+from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from made_up_runs import HOSTILE, made_up_run, write_lines
 from scsdpo.__main__ import main
+from scsdpo.callbacks import Report
 from scsdpo.errors import ConfigurationError
 from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import panels, read_runs, render, svg
@@ -186,6 +189,26 @@ def test_the_command_writes_a_page_and_says_where(folders, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["scsdpo", "report", str(tmp_path), "--out", str(tmp_path)])
     assert main() == 2
     assert "RUN" in capsys.readouterr().err
+
+
+def test_fit_ends_with_a_report_of_what_it_ran_on(qwen3, tmp_path, capsys):
+    from runs import data, module, trainer
+
+    trainer(tmp_path, callbacks=[Report()]).fit(module(qwen3), data())
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "environment.json").read_text())["ranks"] == "1"
+    assert f"<b>torch</b> {version('torch')}" in page
+    assert 'id="responses"' in page
+
+
+def test_the_python_of_the_docs_runs(folders, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "RUN").symlink_to(folders[0])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/report.md", "exec"), scope := {})
+    assert scope["html"].startswith("<!doctype html>") and "pass-rate" in scope["figures"]
 
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path):

@@ -57,6 +57,17 @@ def test_a_folder_holds_what_a_file_does(folder, file):
     assert {path.name for path in folder.parent.iterdir()} == {"last.ckpt", "previous.ckpt"}
 
 
+def test_a_folder_written_in_the_background_is_the_same(folder, qwen3, tmp_path):
+    args = [*SHARDED, "--trainer.strategy.background=true", "--checkpoint.every_minutes=0"]
+    written = shards.read(fit(qwen3, tmp_path, *args), optimizer=True)
+    expected = shards.read(folder, optimizer=True)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "remembered"):
+        torch.testing.assert_close(written[part], expected[part], rtol=0, atol=0)
+    left = tmp_path / "checkpoints"
+    assert {path.name for path in left.iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert Saved.read(left / "previous.ckpt").step < 3
+
+
 def test_a_folder_is_read_by_its_table_without_its_tensors(folder, file):
     saved, expected = Saved.read(folder), Saved.read(file)
     assert (saved.step, saved.resumable) == (3, True)

@@ -74,9 +74,10 @@ def test_a_summary_reads_a_log_of_training_and_validation():
     train = {f"train/{name}": 1.0 for name in shares}
     train |= {"train/pass_rate": 0.5, "train/response_length": 20.0}
     step = {"train/gradient_norm": 2.0, "train/trained_rollouts": 8.0, "train/trained_tokens": 99.0}
-    val = {"val/mean@16": 0.4, "val/maj@16": 0.5}
-    log = [train | step, val, train, {"val/mean@16": 0.6, "val/maj@16": 0.7}]
-    found = study.summary(log, {"mean@16": 0.3, "maj@16": 0.2}, val_every=25)
+    start = {"batch": 0, "val/mean@16": 0.3, "val/maj@16": 0.2}
+    middle = {"batch": 25} | train | step | {"val/mean@16": 0.4, "val/maj@16": 0.5}
+    end = {"batch": 50} | train | {"val/mean@16": 0.6, "val/maj@16": 0.7}
+    found = study.summary([start, middle, end])
     assert found["before"] == 0.3 and found["mean@16"] == 0.6 and found["steps"] == 1
     assert found["trained_rollouts"] == 8 and found["windows"]["medium"] == [1.0]
     assert found["validation"]["mean@16"] == [0.3, 0.4, 0.6]
@@ -88,14 +89,18 @@ def test_each_method_takes_its_best_rate_and_the_lower_of_equals():
     assert study.chosen(found) == {"a": 3e-5, "b": 1e-4}
 
 
-def test_a_run_that_failed_names_its_output_and_the_others_go_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "command", lambda *args: [sys.executable, "-c", "exit(3)"])
-    setting = study.Setting(
-        batches=1, questions_per_batch=1, lr=1.0, val_size=1, val_every=1, val_seed=0
-    )
-    folder = tmp_path / "sdpo" / "seed0"
-    assert study.run("sdpo", 0, setting=setting, folder=folder, out=tmp_path) is None
-    assert f"sdpo, seed 0: exit status 3, see {folder}/output.txt" in capsys.readouterr().err
+def test_a_run_is_one_of_scsdpo_compare_and_any_yaml_is_a_method(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.touch()
+    args = study.parsed(["--methods", "sdpo", str(mine), "--out", str(tmp_path)])
+    setting = {"batches": 2, "val_size": 4, "val_every": 1, "val_seed": 0}
+    todo = study.jobs(args, tmp_path, [("sdpo", 1e-4), (str(mine), 1e-4)], range(2), **setting)
+    assert [cell[2] for cell in todo.values()] == [0, 0, 1, 1]
+    run = list(todo)[-1]
+    assert run.folder == tmp_path / "0.0001" / "mine" / "seed1"
+    assert f"--trainer.default_root_dir={run.folder}" in run.words
+    assert f"--config={mine}" in run.words and "--seed_everything=1" in run.words
+    assert not run.is_done()
 
 
 def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
@@ -127,4 +132,4 @@ def test_the_tables_of_the_page_are_those_of_its_numbers(rate):
 def test_an_unknown_method_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit):
         study.parsed(["--methods", "sdpo", "nonsense"])
-    assert "nonsense is none of dapo, dr-grpo" in capsys.readouterr().err
+    assert "nonsense is no file, and none of dapo, dr-grpo" in capsys.readouterr().err

@@ -1,23 +1,25 @@
 """The page as a whole: what it may do, how large and how fast it is, how it looks."""
 
-import time
-
+import psutil
 import pytest
 
 from made_up_runs import HOSTILE, made_up_run, write_lines
 from scsdpo.report import read_runs, write
 
 
+def processor_seconds():
+    """Of the browser so far; a machine that is busy with something else is not the page's fault."""
+    children = psutil.Process().children(recursive=True)
+    return sum(sum(child.cpu_times()[:2]) for child in children)
+
+
 def test_a_page_of_three_runs_of_200_steps_is_small_opens_fast_and_runs_nothing_foreign(
     opened, report
 ):
     assert report.stat().st_size < 10e6
-    seconds = []
-    for _ in range(3):  # a machine that is busy with something else is not the page's fault
-        start = time.monotonic()
-        page = opened()
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 2, seconds
+    before = processor_seconds()
+    page = opened()
+    assert processor_seconds() - before < 2
     assert page.locator("img, iframe, link[rel=stylesheet], script[src]").count() == 0
     assert page.locator("main b:text-is('ü𝛼')").count() == 0  # markup of a response
     assert "{{ 7 * 7 }}" in page.locator(".alarm").inner_text()

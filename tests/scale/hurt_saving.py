@@ -1,7 +1,7 @@
 """Save after each step, with a disk that refuses, and a kill amid a write.
 
-`hurt_saving.py FOLDERS OUT` is one of two ranks. Rank 1 cannot write its shards after step 2,
-and is killed amid the write after step 4.
+`hurt_saving.py FOLDERS OUT BACKGROUND` is one of two ranks. Rank 1 cannot write its shards after
+step 2, and is killed amid the write after step 4.
 """
 
 import os
@@ -10,41 +10,35 @@ import sys
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
-from world import strategy
 
 from runs import Toys, data, module, trainer
-from scsdpo.checkpoints import Checkpoint, shards
+from scsdpo.checkpoints import Checkpoint, FullySharded
 
 
 def main():
-    folders, out = map(Path, sys.argv[1:])
+    folders, out, background = map(Path, sys.argv[1:])
     model = module(folders / "tied")
     described = {"init_args": {"name_or_path": str(folders / "tied")}}
     model.save_hyperparameters({"policy": described}, logger=False)
-    write_data, write = FileSystemWriter.write_data, shards.write
+    write_data, writes = FileSystemWriter.write_data, []
 
     def refused(self, plan, planner):
-        if model.trainer.global_step == 2 and model.global_rank == 1:
+        writes.append(plan)
+        if len(writes) == 2 and model.global_rank == 1:
             raise OSError("No space left on device")
         done = write_data(self, plan, planner)
-        if model.trainer.global_step == 4 and model.global_rank == 1:
+        if len(writes) == 4 and model.global_rank == 1:
             for file in Path(self.path).glob("__1_*"):
                 os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    def told(content, path, *, first):
-        write(content, path, first=first)
-        if first:
-            with (out / "written").open("a") as file:
-                file.write(f"{model.trainer.global_step}\n")
-
-    FileSystemWriter.write_data, shards.write = refused, told
+    FileSystemWriter.write_data = refused
     saver = Checkpoint(0, dirpath=out / "checkpoints", save_last=True, save_top_k=0)
     fit = trainer(
         out,
         devices=2,
-        strategy=strategy("fsdp-2"),
+        strategy=FullySharded(background=str(background) == "True"),
         max_steps=6,
         max_epochs=-1,
         enable_checkpointing=True,

@@ -12,15 +12,19 @@ from world import ADAMW, CONFIGURATIONS, method, strategy
 
 from runs import Toys, data, module, trainer
 from scsdpo.checkpoints import Checkpoint
-from scsdpo.policy import CausalLM
+from scsdpo.policy import CausalLM, Stored
+from scsdpo.teacher import EMA
 from scsdpo.types import Sampling
 from two_ranks import METHODS
 
+HALF = Stored(dtype="bfloat16", on_host=True)
 CASES = {
     "memory": lambda: METHODS["memory"] | {"optimizer": ADAMW},
     "ema": lambda: method("sc-sdpo", optimizer=ADAMW),
     "restart": lambda: CONFIGURATIONS["restart"]() | {"optimizer": ADAMW},
     "lora": CONFIGURATIONS["lora adamw"],
+    "host": lambda: method("sc-sdpo", optimizer=ADAMW, teacher=EMA(stored=Stored(on_host=True))),
+    "half": lambda: method("sc-sdpo", optimizer=ADAMW, teacher=EMA(stored=HALF)),
 }
 
 

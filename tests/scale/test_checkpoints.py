@@ -44,16 +44,26 @@ def test_a_run_goes_on_with_any_number_of_ranks(ends, chain, name):
         assert last.is_dir() == kind.startswith("fsdp")
     expected = torch.load(straight / name / "weights.pt")
     weights = torch.load(links[-1] / name / "weights.pt")
+    assert weights.keys() == expected.keys()
     for key, value in expected.items():
-        assert (weights[key] - value).abs().max() <= 1e-5, key
+        tolerance = coarse(name, key, value) or 1e-5
+        assert ((weights[key] - value).abs() <= tolerance).all(), key
+    tolerance = 10 if name == "half" else 1
     for record, wanted in zip(figures(links[-1] / name), figures(straight / name), strict=True):
-        assert record == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert record == pytest.approx(wanted, rel=1e-4 * tolerance, abs=1e-5 * tolerance)
+
+
+def coarse(name, key, value):
+    """Of the case in bf16: where the average differs in its last bit, it is rounded elsewhere."""
+    if name != "half":
+        return None
+    return 2.0**-7 * value.abs() if key.startswith("teacher") else 1e-4
 
 
 def test_nothing_that_is_saved_is_lost(ends):
     """What one process keeps in a file is in a folder of shards too, tensor by tensor."""
     straight, links = ends
-    for name in CASES:
+    for name in CASES.keys() - {"half"}:
         file = torch.load(straight / name / "checkpoints" / "last.ckpt", weights_only=True)
         folder = shards.read(links[-1] / name / "checkpoints" / "last.ckpt", optimizer=True)
         assert folder.keys() == file.keys()
@@ -84,10 +94,10 @@ def test_one_process_exports_a_folder_of_shards(ends, name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_refusing_disk_costs_a_checkpoint_and_a_kill_none(folders, tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_refusing_disk_costs_a_checkpoint_and_a_kill_none(folders, tmp_path, background):
     with pytest.raises(AssertionError, match="SIGKILL"):
-        ranks([HERE / "hurt_saving.py"], 2, folders, tmp_path)
-    assert (tmp_path / "written").read_text().split() == ["1", "3"]
+        ranks([HERE / "hurt_saving.py"], 2, folders, tmp_path, background)
     left = tmp_path / "checkpoints"
     names = {path.name for path in left.iterdir()}
     assert names == {"last.ckpt", "previous.ckpt", "last.ckpt.part"}

@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -16,8 +18,10 @@ from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.saving import disk_outage, everywhere
 from scsdpo.checkpoints.saying import say
+from scsdpo.checkpoints.shards import Background
 from scsdpo.checkpoints.slurm import hand_over
 from scsdpo.checkpoints.writing import (
+    discard,
     install,
     is_remote,
     part_of,
@@ -63,6 +67,8 @@ class Checkpoint(ModelCheckpoint):
         """Batch, and last validated batch, of the last state that was saved."""
         self._time = time.monotonic()
         self._outage, self._written = disk_outage(), True
+        self._under_way: tuple[Background, tuple[int, int]] | None = None
+        """A write in the background, and the place it is of."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():
@@ -99,6 +105,7 @@ class Checkpoint(ModelCheckpoint):
         new = not self._should_skip_saving_checkpoint(trainer)
         if every and new and trainer.global_step % every == 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._finish(trainer, wait=False)
         due = time.monotonic() - self._time >= self.every_seconds
         if all_max(torch.tensor(float(due), device=pl_module.device)):
             self._save_last(trainer)
@@ -109,6 +116,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_last(trainer)
+        self._finish(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -119,6 +127,7 @@ class Checkpoint(ModelCheckpoint):
             return
         if isinstance(exception, Interrupted):  # on every rank
             self._save_last(trainer)
+            self._finish(trainer)
             if self._place is not None and not is_remote(self.last_model_path):
                 hand_over(trainer, self._folder / LAST, exception.signum)
         elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
@@ -153,6 +162,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_last(self, trainer: L.Trainer) -> None:
         if self._may_save(trainer):
+            self._finish(trainer)
             self._save_last_checkpoint(trainer, {})
 
     def _save_last_checkpoint(
@@ -166,9 +176,36 @@ class Checkpoint(ModelCheckpoint):
                 set_aside(self._folder, (LAST, PREVIOUS))
             trainer.strategy.barrier()
         last = f"{self.dirpath}/{LAST}"
-        if self._write(trainer, last, aside=self._folder / PREVIOUS):
+        strategy = trainer.strategy
+        if isinstance(strategy, FullySharded) and strategy.background and not is_remote(last):
+            self._begin(trainer, strategy, place)
+        elif self._write(trainer, last, aside=self._folder / PREVIOUS):
             self.last_model_path, self._place = last, place
         self._time = time.monotonic()
+
+    def _begin(self, trainer: L.Trainer, strategy: FullySharded, place: tuple[int, int]) -> None:
+        """`last.ckpt` in the background."""
+        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        part, begun = part_of(self._folder / LAST), list[Background]()
+        write = lambda: begun.append(strategy.begin_checkpoint(content, part))  # noqa: E731
+        if everywhere(self._outage, write):
+            self._under_way = begun[0], place
+        elif trainer.is_global_zero:
+            discard(part)
+
+    def _finish(self, trainer: L.Trainer, *, wait: bool = True) -> None:
+        """Give what was written in the background its name, if there is any, or all are done."""
+        if self._under_way is None:
+            return
+        write, place = self._under_way
+        device = trainer.strategy.root_device
+        if not wait and all_max(torch.tensor(float(not write.done()), device=device)):
+            return
+        self._under_way = None
+        last, aside = self._folder / LAST, self._folder / PREVIOUS
+        first = trainer.is_global_zero
+        if self._named(trainer, lambda: write.finish(first=first), last, aside):
+            self.last_model_path, self._place = f"{self.dirpath}/{LAST}", place
 
     def _rescue(self, trainer: L.Trainer) -> None:
         """`last.ckpt` by rank 0 alone: others may wait elsewhere, or be gone."""
@@ -213,14 +250,18 @@ class Checkpoint(ModelCheckpoint):
             return True
         part = part_of(filepath)
         content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        written = everywhere(
-            self._outage, lambda: trainer.strategy.save_checkpoint(content, part)
-        ) and everywhere(
-            self._outage,
-            lambda: install(part, Path(filepath), aside) if trainer.is_global_zero else None,
-        )
-        if not written and trainer.is_global_zero:
-            remove_parts(self._folder)
+        write = partial(trainer.strategy.save_checkpoint, content, part)
+        return self._named(trainer, write, Path(filepath), aside)
+
+    def _named(
+        self, trainer: L.Trainer, write: Callable[[], None], path: Path, aside: Path | None
+    ) -> bool:
+        """Whether all could `write` their part, and it has its name now."""
+        part, first = part_of(path), trainer.is_global_zero
+        name = partial(install, part, path, aside) if first else lambda: None
+        written = everywhere(self._outage, write) and everywhere(self._outage, name)
+        if not written and first:
+            discard(part)
         return written
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:

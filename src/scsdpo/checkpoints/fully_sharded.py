@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -25,16 +26,21 @@ class FullySharded(ModelParallelStrategy):
     well, each rank its own rows.
 
     Args:
+        background: write `last.ckpt` while training goes on; takes the host memory of a rank's
+            shards and optimizer states meanwhile, and a write is finished before the next begins.
         process_group_backend: `gloo`, `nccl`, ...; null: what the device needs.
         timeout: of a collective.
     """
 
     def __init__(
         self,
+        background: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
         super().__init__("auto", 1, True, process_group_backend, timeout)
+        self.background = background
+        self._writers: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -63,6 +69,12 @@ class FullySharded(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(filepath))
         shards.write(checkpoint, path, first=self.is_global_zero)
+
+    def begin_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> shards.Background:
+        """As `save_checkpoint`, in the background."""
+        if self._writers is None:
+            self._writers = dist.new_group(backend="gloo")
+        return shards.Background(checkpoint, path, self._writers)
 
     def load_checkpoint(
         self, checkpoint_path: Path | str, weights_only: bool | None = None

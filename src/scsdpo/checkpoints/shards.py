@@ -5,14 +5,17 @@ Such a folder holds what a file would, as torch.distributed.checkpoint lays it o
 last. Read again it is a file's content, with tensors spread over the ranks that read it.
 """
 
+import io
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -69,6 +72,44 @@ def write(content: dict[str, Any], path: Path, *, first: bool) -> None:
         raise OSError(_first_failure(error)) from error
     if first:
         torch.save(content, path / META)
+
+
+class Background:
+    """A write that goes on while training does; begun, and finished, by every rank.
+
+    A copy of the tensors on the host is made first, so that the next step may change them.
+
+    Args:
+        content: as for `write`.
+        path: as for `write`.
+        group: of gloo, for nothing else.
+    """
+
+    def __init__(self, content: dict[str, Any], path: Path, group: dist.ProcessGroup) -> None:
+        tensors = _take_tensors(content)
+        path.mkdir(parents=True, exist_ok=True)
+        self._path, self._rest = path, io.BytesIO()
+        torch.save(content, self._rest)
+        future = dcp.async_save(tensors, checkpoint_id=path, process_group=group)
+        assert isinstance(future, Future)
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether `finish` would not wait."""
+        return self._future.done()
+
+    def finish(self, *, first: bool) -> None:
+        """Wait for the tensors, and write all else.
+
+        Raises:
+            OSError: on all ranks, if one of them could not write.
+        """
+        try:
+            self._future.result()
+        except CheckpointException as error:
+            raise OSError(_first_failure(error)) from error
+        if first:
+            (self._path / META).write_bytes(self._rest.getbuffer())
 
 
 def read(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from scsdpo.checkpoints import checkpoint_in
-from scsdpo.cli.offline import own_parser
+from scsdpo.cli.options import own_parser
 from scsdpo.comparison import (
     Duel,
     Job,
@@ -34,12 +34,8 @@ from scsdpo.prompt import stable_hash
 SCHEMA_VERSION = 1
 
 
-def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: what follows `scsdpo compare` on the command line.
-    """
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
     parser = own_parser(
         "compare",
         "Compare policies question by question, the first one with each other: evaluations "
@@ -54,7 +50,16 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--show", type=int, default=5, help="questions won and lost to show")
     parser.add_argument("--out", type=Path, help="JSON file to write; of --configs, the folder")
-    given, rest = parser.parse_known_args(args)
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo compare` on the command line.
+    """
+    given, rest = options().parse_known_args(args)
     rest = [*(f"--config={file}" for file in given.config), *rest]
     _check(given)
     if given.configs:
@@ -229,8 +234,8 @@ def totals(result: Result) -> dict[str, float]:
 def _say_comparisons(console: Console, count: int) -> None:
     console.print(
         f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
-        "interval; ** also outside the one at which all hold together (Bonferroni). Could be "
-        "found: the smallest true difference that is told from 0 in 4 of 5 such experiments.",
+        "interval; ** also outside the one at which all hold together (Bonferroni). "
+        "Findable: the smallest true difference told from 0 in 4 of 5 such experiments.",
         markup=False,
         highlight=False,
     )

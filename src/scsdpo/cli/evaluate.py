@@ -1,5 +1,6 @@
 """`scsdpo validate` and `scsdpo test`: what a policy can do, as a table and as a file."""
 
+import argparse
 import re
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from scsdpo.checkpoints import Saved, checkpoint_in
 from scsdpo.cli.lightning_cli import CLI, run_cli
-from scsdpo.cli.offline import new_file, own_parser
+from scsdpo.cli.options import new_file, own_parser
 from scsdpo.errors import blamed_on
 from scsdpo.evaluation import Result, figures, result_table
 from scsdpo.training import FOLDER
@@ -24,28 +25,37 @@ Command = Literal["validate", "test", "predict"]
 _SPLIT = {"validate": "val", "test": "test", "predict": "predictions"}
 
 
-def main(command: Literal["validate", "test"], args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        command: `test` differs in the split that records and loggers are told.
-        args: what follows it on the command line.
-    """
+def options() -> argparse.ArgumentParser:
+    """What the commands take beside the keys of a configuration."""
     parser = own_parser(
-        command,
+        "validate",
         "Ask a policy the questions in data.val with model.val_sampling, k = val_sampling.n "
         "times each: mean@k, maj@k, pass@k, well-formed and truncated responses, each with a 95 % "
         "interval, over all and by category.",
     )
     add_policy(parser)
-    parser.add_argument("--out", type=Path, help="file to write; without it, one is named")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write; without it, one is named"
+    )
     parser.add_argument(
         "--demonstrations",
         action="store_true",
         help="also ask again with a right response of the policy's own in the prompt, and with one "
         "to another question: what a self-distilling teacher can know",
     )
-    given, rest = parser.parse_known_args(args)
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    `test` differs in the split that records and loggers are told.
+
+    Args:
+        args: what follows `scsdpo validate` or `scsdpo test` on the command line.
+    """
+    command: Literal["validate", "test"] = "test" if sys.argv[1] == "test" else "validate"
+    given, rest = options().parse_known_args(args)
     out = new_file(given.out) if given.out else None
     original = list(sys.argv)
     with Chosen(given.policy, rest) as chosen:
@@ -78,10 +88,11 @@ def _finish(result: Result, out: Path) -> None:
     console.print(f"every question and figure: {out}", soft_wrap=True)
 
 
-def add_policy(parser: Any) -> None:
+def add_policy(parser: argparse.ArgumentParser) -> None:
     """The option that names a policy of one's own."""
     parser.add_argument(
         "--policy",
+        metavar="POLICY",
         help="hub name, folder, run, or checkpoint; a checkpoint brings its run's configuration. "
         "Without it: model.policy of the configuration",
     )

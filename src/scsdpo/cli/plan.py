@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from scsdpo.cli.lightning_cli import CLI, run_cli
-from scsdpo.cli.offline import own_parser
+from scsdpo.cli.options import own_parser
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning import Devices, Lengths, Rates, Setup, memory_of, setup_of, sharding
 from scsdpo.planning.setup import GIB
@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: what follows `scsdpo plan` on the command line.
     """
-    given, rest = _parser().parse_known_args(args)
+    given, rest = options().parse_known_args(args)
     for name in (*_POSITIVE, *_TOKENS):
         value = getattr(given, name)
         if value is not None and not value > 0:
@@ -57,7 +57,8 @@ def main(args: Sequence[str]) -> None:
     run_cli(Planner)
 
 
-def _parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
     parser = own_parser(
         "plan",
         "Say how much memory each part and phase of a training step takes, whether it fits, and "

@@ -1,5 +1,6 @@
 """`scsdpo predict`: a policy's responses and their verdicts, as a file."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,24 @@ from lightning import Trainer
 from scsdpo.callbacks import PredictionWriter
 from scsdpo.cli.evaluate import Chosen, add_policy
 from scsdpo.cli.lightning_cli import CLI, run_cli
-from scsdpo.cli.offline import new_file, own_parser
+from scsdpo.cli.options import new_file, own_parser
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
+    parser = own_parser(
+        "predict",
+        "Write every response to the questions in data.val with its verdict, k = val_sampling.n "
+        "to each. Stopped, it goes on where it was when it is run again with the same --out.",
+    )
+    add_policy(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write, .jsonl or .parquet; without it, one is named",
+    )
+    return parser
 
 
 def main(args: Sequence[str]) -> None:
@@ -19,16 +37,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: what follows `scsdpo predict` on the command line.
     """
-    parser = own_parser(
-        "predict",
-        "Write every response to the questions in data.val with its verdict, k = val_sampling.n "
-        "to each. Stopped, it goes on where it was when it is run again with the same --out.",
-    )
-    add_policy(parser)
-    parser.add_argument(
-        "--out", type=Path, help="file to write, .jsonl or .parquet; without it, one is named"
-    )
-    given, rest = parser.parse_known_args(args)
+    given, rest = options().parse_known_args(args)
     out = new_file(given.out) if given.out else None
     original = list(sys.argv)
     with Chosen(given.policy, rest) as chosen:

@@ -3,24 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from scsdpo.cli.options import OptionParser
 from scsdpo.errors import ConfigurationError
 from scsdpo.report import Run, panels, read_runs, write
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message)
-
-
-def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: what follows `scsdpo report` on the command line.
-    """
-    parser = _Parser(
+def options() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = OptionParser(
         prog="scsdpo report",
         description="Write one HTML page on one run or several: curves, responses, and where the "
         "credit went. It loads nothing and can be sent to anyone.",
@@ -34,7 +25,16 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--figures", type=Path, metavar="DIR", help="write each figure as SVG and PNG there, too"
     )
-    given = parser.parse_args(args)
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo report` on the command line.
+    """
+    given = options().parse_args(args)
     runs = read_runs(given.runs)
     out = given.out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     if out.is_dir():

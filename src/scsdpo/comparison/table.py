@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -30,9 +31,9 @@ def spread(one: Estimate, name: str, stars: str = "") -> str:
 def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
     """Every figure of both, and the difference."""
     table = Table(title=f"{names[1]} minus {names[0]}, paired by question", title_justify="left")
-    headers = ("", "questions", "first", "second", "difference (95 %)", "could be found")
+    headers = ("", "questions", "first", "second", "difference (95 %)", "findable")
     for column, header in enumerate(headers):
-        table.add_column(header, justify="left" if column == 0 else "right")
+        table.add_column(header, justify="right" if column else "left", no_wrap=column > 0)
     for row in rows:
         by = scale(row.name)
         table.add_row(
@@ -74,17 +75,17 @@ def votes(question: Question, most: int = 3) -> str:
 def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
     """Every other method minus one."""
     table = Table(title=f"minus {baseline}, paired by seed", title_justify="left")
-    headers = ("method", "", baseline, "it", "difference (95 %)", "ahead in", "could be found")
+    headers = ("method", "", "mean", "baseline", "difference (95 %)", "ahead in", "findable")
     for column, header in enumerate(headers):
-        table.add_column(header, justify="left" if column < 2 else "right")
+        table.add_column(header, justify="left" if column < 2 else "right", no_wrap=column > 0)
     for method, rows in found.items():
         for row in rows:
             by = scale(row.name)
             table.add_row(
-                method,
+                Path(method).name,
                 row.name,
-                f"{by * row.a:.1f}",
                 f"{by * row.b:.1f}",
+                f"{by * row.a:.1f}",
                 spread(row.difference, row.name, stars(row)),
                 f"{row.ahead} of {row.difference.n}",
                 f"{by * row.detectable:.1f}",

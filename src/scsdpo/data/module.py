@@ -103,6 +103,8 @@ class TaskDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.num_workers = num_workers
+        self.trained_on = 0
+        """Validation questions that are among the first ones of training; known after `setup`."""
         self.answered: Mapping[str, int] = {}
         """Questions that prediction leaves out: those with this key, the first so many."""
 
@@ -144,7 +146,7 @@ class TaskDataModule(LightningDataModule):
         if stage == "fit" and self.val_set:
             parts = cast(list[Rendered], self.val_set.datasets)
             asked = [part.prompts[index] for part in parts for index in part.kept]
-            warn_shared(self.train_sources, asked)
+            self.trained_on = warn_shared(self.train_sources, asked)
 
     def _shuffled(self, number: int, chat: Chat) -> ShuffledSource:
         source, sources = self.train_sources[number], len(self.train_sources)

@@ -118,6 +118,7 @@ class LossOutput(NamedTuple):
     """log S(y)."""
     entropy: Tensor
     """H(S), nats."""
+    importance: Tensor
 
 
 class HeadGradient:
@@ -175,11 +176,17 @@ def credit_loss(
         gradient: of the head, over the step.
 
     Shapes:
-        hidden [N, D] -> scalar loss and three [N] logs; N = 0 gives 0 and zero gradients.
+        hidden [N, D] -> scalar loss and four [N] logs; N = 0 gives 0 and zero gradients.
     """
     arguments = (hidden, linear.weight, linear.bias, head, gradient, tokens, objective)
-    outputs = _CreditLoss.apply(*arguments)
-    return LossOutput(loss=outputs[0], objective=outputs[1], logprob=outputs[2], entropy=outputs[3])
+    loss, objective_values, logprob, entropy, importance = _CreditLoss.apply(*arguments)
+    return LossOutput(
+        loss=loss,
+        objective=objective_values,
+        logprob=logprob,
+        entropy=entropy,
+        importance=importance,
+    )
 
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -203,7 +210,7 @@ class _CreditLoss(torch.autograd.Function):
         gradient: HeadGradient,
         tokens: Tokens,
         objective: Objective,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Work(hidden.detach(), head, tokens, objective)
             gradient.start(weight, bias)
@@ -213,10 +220,10 @@ class _CreditLoss(torch.autograd.Function):
         ctx.gradients = gradients
         ctx.set_materialize_grads(False)
         kept = torch.promote_types(hidden.dtype, torch.float32)
-        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((3, 0), dtype=kept)
-        values, logprobs, entropies = rows.unbind()
-        ctx.mark_non_differentiable(values, logprobs, entropies)
-        return work.loss.to(kept), values, logprobs, entropies
+        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((4, 0), dtype=kept)
+        logs = rows.unbind()
+        ctx.mark_non_differentiable(*logs)
+        return work.loss.to(kept), *logs
 
     @staticmethod
     @once_differentiable
@@ -292,7 +299,7 @@ class _Work:
         importance, entropy = self.objective.importance(chunk), student.entropy()
         scale, weight = self.tokens.scale[inside], self.tokens.weight[inside]
         factor = (scale * weight).to(chunk.logprob.dtype) * importance
-        self.logs.append(torch.stack([credit.objective, chunk.logprob, entropy]))
+        self.logs.append(torch.stack([credit.objective, chunk.logprob, entropy, importance]))
         self.loss += weighted(factor, credit.objective).sum()
         factor = factor / self.objective.temperature
         mass = weighted(factor, credit.mass(student))

@@ -1,5 +1,6 @@
 """What the log shows of a training step: figures of the whole batch, the same on every rank."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import lightning as L
@@ -85,18 +86,22 @@ def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
     }
 
 
-def token_metrics(outputs: Iterable[LossOutput], objective: str) -> dict[str, float]:
+def token_metrics(
+    outputs: Iterable[LossOutput], objective: str, cap: float = math.inf
+) -> dict[str, float]:
     """Means over the tokens that were trained on, all ranks; empty if there were none.
 
     Args:
         outputs: per micro-batch the kernel's output.
         objective: name under which the mean objective is shown.
+        cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for output in outputs:
-        columns = (output.objective.double(), output.entropy.double())
+        capped = output.importance >= output.importance.new_tensor(cap)
+        columns = (output.objective.double(), output.entropy.double(), capped.double())
         count = output.objective.new_tensor(len(output.objective), dtype=torch.float64)
         sums += torch.stack([*(c.sum() for c in columns), count]).cpu()
     *total, count = all_sum(sums).tolist()
-    names = (objective, "entropy")
-    return {n: value / count for n, value in zip(names, total, strict=True)} if count else {}
+    names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
+    return {n: value / count for n, value in zip(names, total, strict=False)} if count else {}

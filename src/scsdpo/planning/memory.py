@@ -6,6 +6,8 @@ residual stream, n bytes of what linear layers read and give.
 
 from dataclasses import dataclass, fields
 
+import torch
+
 from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
 from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
@@ -219,7 +221,14 @@ def _resident(setup: Setup) -> dict[str, int]:
 def _second_bytes(setup: Setup, second: SecondWeights) -> int:
     """A whole fine-tune copies everything; LoRA shares the base, and copies factors that move."""
     copied = setup.counted.whole or second.kind == "moving"
-    return FLOAT32 * setup.counted.trained if copied and second.kind != "none" else 0
+    if not copied or second.kind == "none" or (second.stored.on_host and _has_host(setup)):
+        return 0
+    return getattr(torch, second.stored.dtype).itemsize * setup.counted.trained
+
+
+def _has_host(setup: Setup) -> bool:
+    """Whether the host's memory is another than the device's."""
+    return setup.devices.kind == "cuda"
 
 
 def _budget(setup: Setup, resident: dict[str, int]) -> int:
@@ -299,7 +308,9 @@ def _teaching(setup: Setup, tokens: int) -> int:
         trunks * setup.narrow * setup.shapes.cached(min(tokens, setup.responses * prompts[slot]))
         for slot, trunks in slots.items()
     )
-    return kept + tokens * _working(setup) + _one_cast(setup)
+    lent = FLOAT32 * (setup.shapes.layer + setup.shapes.root)  # for its forward, layer by layer
+    is_lent = any(not second.stored.is_plain for second in setup.seconds)
+    return kept + tokens * _working(setup) + _one_cast(setup) + is_lent * lent
 
 
 def _one_cast(setup: Setup) -> int:

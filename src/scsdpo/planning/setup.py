@@ -12,7 +12,7 @@ from torch import nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
-from scsdpo.policy import CausalLM
+from scsdpo.policy import CausalLM, Stored
 from scsdpo.policy.adapter import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
 from scsdpo.teacher import Teacher
@@ -54,6 +54,8 @@ class SecondWeights:
     """None: it reads the student's own."""
     trunks: int
     """Forwards a token; 0: there is no such teacher."""
+    stored: Stored = Stored()
+    """How its copy of the weights is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,16 +228,17 @@ class _Noted:
 
     def __init__(self) -> None:
         self.kind: Literal["none", "moving", "frozen"] = "none"
+        self.stored = Stored()
 
     def current(self) -> Weights:
         return _Own()
 
-    def initial(self, model: object) -> Weights:
-        self.kind = "frozen"
+    def initial(self, model: object, stored: Stored = Stored()) -> Weights:
+        self.kind, self.stored = "frozen", stored
         return _Own()
 
-    def moving(self, model: object, name: str) -> Weights:
-        self.kind = "moving"
+    def moving(self, model: object, name: str, stored: Stored = Stored()) -> Weights:
+        self.kind, self.stored = "moving", stored
         return _Own()
 
 
@@ -245,7 +248,8 @@ def _second(teacher: Teacher, slot: str) -> SecondWeights:
     policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
     made = copy.deepcopy(teacher)  # no weights are there yet
     made.configure(policy, slot)
-    return SecondWeights(slot=slot, kind=noted.kind, trunks=len(made.trunks(policy)))
+    trunks = len(made.trunks(policy))
+    return SecondWeights(slot=slot, kind=noted.kind, trunks=trunks, stored=noted.stored)
 
 
 def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> OptimizerBytes:

@@ -133,7 +133,8 @@ def _lies(name: str, names: tuple[str, ...], memory: Memory) -> bool:
 def _named(setup: Setup, name: str) -> str:
     for second in setup.seconds:
         if second.slot == name:
-            return f"weights of the {name} ({second.kind}, float32)"
+            where = ", on the host" if second.stored.on_host else ""
+            return f"weights of the {name} ({second.kind}, {second.stored.dtype}{where})"
     return _WORDS[name]
 
 

@@ -51,7 +51,8 @@ def stochastically_rounded(value: Tensor, seed: int, start: int = 0) -> Tensor:
     """`value` in bf16, one of its two neighbours, at random so that the mean is `value`.
 
     P(up) = (value - lower) / (upper - lower). An average in bf16 with round-to-nearest stands still
-    where a step, rate * distance, is below half the space between neighbours (2^-8 of a weight).
+    where a step, rate * distance, is below half the space between neighbours, which is 2^-8 to 2^-7
+    of a weight.
     Stochastic rounding follows the average of float32 without bias; its distance from that has
 
         rms <= spacing / 2 / sqrt(1 - (1 - rate)^2)

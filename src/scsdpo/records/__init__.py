@@ -15,6 +15,7 @@ from scsdpo.records.schema import (
     RolloutRecord,
     TokenRecord,
 )
+from scsdpo.records.text_log import TextLog
 from scsdpo.records.token_trace import TokenTrace
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Place",
     "Recorded",
     "RolloutRecord",
+    "TextLog",
     "TokenRecord",
     "TokenTrace",
     "environment",

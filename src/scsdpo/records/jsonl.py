@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ class JsonLines:
                 kept += len(line)
             file.truncate(kept)
             os.fsync(file.fileno())
+
+    def begin(self, batch: int, checkpoint: str | Path | None) -> None:
+        """Of a run that goes on, keep the lines up to `batch`; of a new one, none.
+
+        Args:
+            batch: after which the run goes on.
+            checkpoint: from which; None: the run is new. Into another folder than its run's, the
+                lines there are copied.
+        """
+        if batch == 0 and not checkpoint:
+            self.set_aside()
+            return
+        before = Path(checkpoint or "").parent.parent / self.path.name
+        if before.exists() and not self.path.exists():
+            shutil.copyfile(before, self.path)
+        self.cut(batch)
 
     @property
     def last(self) -> dict[str, Any]:

@@ -26,6 +26,11 @@ class Recorded(L.LightningModule):
         super().log(name, value, *args, **kwargs)
         self._logged.add(name)
 
+    @property
+    def logged(self) -> frozenset[str]:
+        """Names logged since the last record."""
+        return frozenset(self._logged)
+
     def take_logged(self) -> set[str]:
         """Names logged since the last time it was asked."""
         logged, self._logged = self._logged, set()

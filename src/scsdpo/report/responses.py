@@ -152,5 +152,8 @@ def _trace(line: dict[str, Any]) -> dict[str, Any]:
         tokens.index(token) if token in tokens else -1
         for token, tokens in zip(line["ids"], line["top_ids"], strict=True)
     ]
+    # Before rounding: of two log-probs that are nearly equal little would be left.
+    pairs = zip(line["teacher_logprob"], line["logprob"], strict=True)
+    ratio = [None if t is None or s is None else t - s for t, s in pairs]
     kept = {k: v for k, v in line.items() if k not in left_out}
-    return kept | {"top": top, "sampled": sampled}
+    return kept | {"top": top, "sampled": sampled, "ratio": ratio}

@@ -12,10 +12,11 @@ from torch import nn
 
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage
-from scsdpo.callbacks import RunRecords, show_rollouts
+from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
+from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
 from scsdpo.planning import MemoryPlan
@@ -141,11 +142,11 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run plans its memory, and keeps figures, responses and what is good if it fails."""
+        """Every run plans its memory, shows and keeps what happens, and fails well."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
-            *(MemoryPlan(), MetricsFile(), RunRecords(), EvaluationFiles(self.evaluation)),
-            *(OnFailure(), HeldWeights()),
+            *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
+            *(EvaluationFiles(self.evaluation), OnFailure(), HeldWeights()),
         )
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 

@@ -132,7 +132,8 @@ class OptimizerSteps(nn.Module):
             norm = total_norm(gradients)
             figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
         gap = self._gap(batch, rows, outputs)
-        seen = token_metrics([o for o, _ in outputs], self.objective_name)
+        cap = self.update.importance.most
+        seen = token_metrics([o for o, _ in outputs], self.objective_name, cap)
         counts = {"trained_rollouts": active, "trained_tokens": tokens}
         log_figures(host, "train", figures | seen | gap | counts)
         self.gap.judge(gap)

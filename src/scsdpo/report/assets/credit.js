@@ -13,7 +13,7 @@ const SIGNALS = [
   [
     "ratio",
     "log T/S",
-    (t, i) => minus(t.teacher_logprob[i], t.logprob[i]),
+    (t, i) => t.ratio[i],
     true,
     "log T(y) − log S(y): above zero, the teacher finds the token likelier than the student, nats",
   ],
@@ -51,7 +51,6 @@ const SIGNALS = [
   ["importance", "importance", (t, i) => t.importance[i], false, "importance weight of the token"],
   ["token_weight", "token weight", (t, i) => t.token_weight[i], false, "weight of the token"],
 ];
-const minus = (a, b) => (a == null || b == null ? null : a - b);
 let signal = "credit";
 let map = null; // what is shown: { trace, spans, at, pinned }
 
