@@ -5,12 +5,14 @@
 
 Runs on CPU, each number of ranks in processes of its own. `memory`: a random Qwen3 of the size of
 SmolLM2-135M and an EMA teacher. By part: bytes of the tensors of a rank; `resident`: what the
-process gained by then, read from the kernel (at its peak while loading, and after a step).
+process gained by then, read from the kernel (at its peak while loading; and after a step, when
+gradients are gone and the allocator has given back what it kept).
 `gradients`: a random Qwen3 of Qwen3-8B's layout (36 layers) with a 16th of its width; of the mean
 cross-entropy of the ranks' tokens.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -108,6 +110,8 @@ def memory(folder: str) -> dict[str, float]:
     optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values()]
     found["optimizer"] = size(t for t in states if isinstance(t, Tensor))
+    optimizer.zero_grad()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator keeps for later is not needed
     return found | {"resident, after a step": status("VmRSS") - start}
 
 
