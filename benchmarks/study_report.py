@@ -1,4 +1,4 @@
-"""Tables and plots of `study.py`: means over seeds, differences paired by seed."""
+"""Tables and plots of `study.py`: means over seeds, differences paired by seed with t(n - 1)."""
 
 import json
 import statistics
@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-DRAWS = 10_000
+from scsdpo.comparison import by_seed
+from scsdpo.statistics import mean_interval
+
 SMOOTH = 10
 """Batches of the running mean in the plots of training."""
 ENDS = {"mean@16": "mean@16, %", "maj@16": "maj@16, %"}
@@ -25,50 +27,41 @@ COSTS = {
 }
 
 
-def bootstrap(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Percentile interval of the mean over the last dimension, resampling it with replacement.
-
-    Shapes:
-        values: [..., n]; both bounds: [...], nan where n < 2.
-    """
-    n = values.shape[-1]
-    if n < 2:
-        nothing = torch.full(values.shape[:-1], torch.nan)
-        return nothing, nothing
-    drawn = torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(0))
-    means = values.double()[..., drawn].mean(-1)
-    tail = (1 - level) / 2
-    return means.quantile(tail, dim=-1), means.quantile(1 - tail, dim=-1)
+def bounds(curves: Tensor) -> tuple[list[float], list[float]]:
+    """Student's 95 % interval of the mean over seeds, point by point; curves [seeds, points]."""
+    found = [mean_interval(column) for column in curves.double().T.numpy()]
+    return [one.low for one in found], [one.high for one in found]
 
 
-def pairs(results: Sequence[dict], metric: str) -> list[dict]:
+def differences(results: Sequence[dict]) -> list[dict]:
     """`method` minus `baseline`, seed by seed, on the seeds that both have; every ordered pair.
 
-    `ahead` counts the seeds in which `method` has more; `tells`: 0 lies outside the interval.
+    `ahead` counts the seeds in which `method` has more; `tells`: 0 lies outside the interval;
+    `tells_all`: outside the one at which all of a baseline's intervals hold (Bonferroni);
+    `detectable`: the smallest true difference that is found in 4 of 5 such studies.
     """
     values = {
-        method: {run["seed"]: run[metric] for run in runs}
+        method: {run["seed"]: {metric: run[metric] for metric in ENDS} for run in runs}
         for method, runs in by_method(results).items()
     }
-    rows = []
-    for method, baseline in permutations(values, 2):
-        seeds = sorted(values[method].keys() & values[baseline].keys())
-        gaps = torch.tensor([values[method][s] - values[baseline][s] for s in seeds])
-        low, high = (float(bound) for bound in bootstrap(gaps.double()))
-        rows.append(
-            {
-                "method": method,
-                "baseline": baseline,
-                "metric": metric,
-                "n": len(seeds),
-                "mean": float(gaps.double().mean()),
-                "low": low,
-                "high": high,
-                "ahead": int((gaps > 0).sum()),
-                "tells": low > 0 or high < 0,
-            }
-        )
-    return rows
+    comparisons = (len(values) - 1) * len(ENDS)
+    return [
+        {
+            "method": method,
+            "baseline": baseline,
+            "metric": row.name,
+            "n": row.difference.n,
+            "mean": row.difference.value,
+            "low": row.difference.low,
+            "high": row.difference.high,
+            "ahead": row.ahead,
+            "tells": row.difference.tells,
+            "tells_all": row.joint.tells,
+            "detectable": row.detectable,
+        }
+        for method, baseline in permutations(values, 2)
+        for row in by_seed(values[baseline], values[method], list(ENDS), comparisons=comparisons)
+    ]
 
 
 def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
@@ -119,21 +112,26 @@ def windows_table(results: Sequence[dict]) -> str:
     return table(["p in [1/8, 7/8], %", *header], rows)
 
 
-def differences_table(differences: Sequence[dict], baseline: str) -> str:
-    """Every other method minus one, in points; an interval without 0 is marked with a star."""
-    rows: list[list[object]] = []
-    own = [row for row in differences if row["baseline"] == baseline]
+def differences_table(rows: Sequence[dict], baseline: str) -> str:
+    """Every other method minus one, in points.
+
+    `*`: 0 lies outside the interval; `**`: also outside the one at which all in the table hold.
+    """
+    own = [row for row in rows if row["baseline"] == baseline]
+    lines: list[list[object]] = []
     for method in dict.fromkeys(row["method"] for row in own):
         cells: list[object] = [method]
         for metric in ENDS:
             (row,) = (r for r in own if r["method"] == method and r["metric"] == metric)
-            mean, low, high = (100 * row[k] for k in ("mean", "low", "high"))
-            star = " *" if row["tells"] else ""
-            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){star}")
-            cells.append(f"{row['ahead']} of {row['n']}")
-        rows.append(cells)
-    header = [h for metric in ENDS for h in (f"{metric}, points (95 %)", "seeds ahead")]
-    return table([f"minus {baseline}", *header], rows)
+            names = ("mean", "low", "high", "detectable")
+            mean, low, high, detectable = (100 * row[name] for name in names)
+            stars = " **" if row["tells_all"] else " *" if row["tells"] else ""
+            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){stars}")
+            cells += [f"{row['ahead']} of {row['n']}", f"{detectable:.1f}"]
+        lines.append(cells)
+    columns = ("points (95 %)", "seeds ahead", "could be found")
+    header = [f"{metric}, {column}" for metric in ENDS for column in columns]
+    return table([f"minus {baseline}", *header], lines)
 
 
 def grid_table(grid: Sequence[dict]) -> str:
@@ -172,10 +170,10 @@ def smooth(values: Tensor) -> Tensor:
 
 
 def band(ax: Axes, x: Sequence[float], curves: Tensor, label: str) -> None:
-    """Mean over seeds and its 95 % bootstrap interval; curves [seeds, points]."""
+    """Mean over seeds and its 95 % interval; curves [seeds, points]."""
     (line,) = ax.plot(x, curves.mean(0).tolist(), label=label, linewidth=1.4)
-    low, high = bootstrap(curves.T)
-    ax.fill_between(x, low.tolist(), high.tolist(), alpha=0.12, color=line.get_color(), linewidth=0)
+    low, high = bounds(curves)
+    ax.fill_between(x, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
 
 
 def panels(results: Sequence[dict], drawn: dict[str, Callable]) -> Figure:
@@ -253,11 +251,11 @@ def pass_rates_plot(results: Sequence[dict]) -> Figure:
     return figure
 
 
-def differences_plot(differences: Sequence[dict], baseline: str) -> Figure:
+def differences_plot(found: Sequence[dict], baseline: str) -> Figure:
     """Differences to one method with their intervals, a panel a metric."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, metric in zip(figure.subplots(1, len(ENDS), sharey=True), ENDS, strict=True):
-        rows = [r for r in differences if r["baseline"] == baseline and r["metric"] == metric]
+        rows = [r for r in found if r["baseline"] == baseline and r["metric"] == metric]
         for y, row in enumerate(rows):
             mean, low, high = (100 * row[k] for k in ("mean", "low", "high"))
             ax.plot([low, high], [y, y], color="tab:blue", linewidth=2)
@@ -286,7 +284,7 @@ def write(
         baselines: methods to compare the others with; those without a run are left out.
         out: the folder.
     """
-    differences = [row for metric in ENDS for row in pairs(results, metric)]
+    gaps = differences(results)
     baselines = [b for b in baselines if b in by_method(results)]
     series = ("training", "validation")
     record = {
@@ -298,7 +296,7 @@ def write(
             "solve_all": statistics.fmean(p == 1 for p in rates),
         },
         "runs": [{k: v for k, v in r.items() if k not in series} for r in results],
-        "differences": differences,
+        "differences": gaps,
         "grid": [{"method": m, "lr": lr, "mean@16": v} for (m, lr), v in found.items()],
     }
     (out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -308,7 +306,7 @@ def write(
         "validation": validation_plot(results),
         "training": training_plot(results),
         "pass_rates": pass_rates_plot(results),
-        **{f"against-{b}": differences_plot(differences, b) for b in baselines},
+        **{f"against-{b}": differences_plot(gaps, b) for b in baselines},
     }
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=90)

@@ -44,10 +44,11 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
         "sampling_logprob": nothing,
         "old_logprob": torch.full_like(nothing, torch.nan),
     } | given
-    scale = given.pop("scale", torch.ones(n, dtype=torch.float64))
+    ones = torch.ones(n, dtype=torch.float64)
+    scale = given.pop("scale", ones)
     column = {name: table[:, None] for name, table in given.items()}
     signals = Signals.unmeasured(torch.ones(n, 1, dtype=torch.bool), **column)
-    return Tokens(ids=ids, places=torch.arange(n), scale=scale, signals=signals)
+    return Tokens(ids=ids, places=torch.arange(n), scale=scale, weight=ones, signals=signals)
 
 
 def teacher_output(hidden: Tensor, head: nn.Linear) -> TeacherOutput:

@@ -20,6 +20,7 @@ CONFIGS = ROOT / "configs"
 BASES = sorted(CONFIGS.glob("*.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollouts").glob("*.yaml"))
+SCALES = sorted((CONFIGS / "scale").glob("*.yaml"))
 TASKS = sorted((CONFIGS / "tasks").glob("*.yaml"))
 
 AXES = (
@@ -201,6 +202,25 @@ def test_a_rollout_file_states_every_argument_and_is_constructed(rollout, scsdpo
     parser.add_argument("--rollout", type=Rollout)
     made = parser.instantiate(parser.parse_object(stated)).rollout
     assert type(made).__name__ == stated["rollout"]["class_path"]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda p: p.stem)
+def test_a_scale_file_changes_where_weights_lie_and_no_number(scale, scsdpo, capsys):
+    base = ("--config", CONFIGS / "qwen3.yaml")
+    before, after = (printed(scsdpo, capsys, *a) for a in (base, (*base, "--config", scale)))
+    trainer, changed = before["trainer"], after["trainer"]
+    assert {key for key in trainer if trainer[key] != changed[key]} <= {
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+    }
+    ranks = changed["strategy"] if isinstance(changed["strategy"], str) else None
+    if ranks is None:  # in shards over all of them
+        size = changed["strategy"]["init_args"]["data_parallel_size"]
+        assert size == changed["devices"] * changed["num_nodes"]
+        after["model"]["optimizer"]["init_args"]["fused"] = None
+    assert before["model"] == after["model"] and before["data"] == after["data"]
 
 
 def test_the_default_rollout_trains(qwen3, scsdpo):

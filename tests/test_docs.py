@@ -1,11 +1,23 @@
-"""The code in README and docs runs as printed."""
+"""The code in README and docs runs as printed, and the site holds all pages and keys."""
 
+import os
 import re
+import runpy
+import shlex
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
+
+from scsdpo.advantage import Advantage, Blend, Plan, Routed
+from scsdpo.cli.catalog import catalog
+from scsdpo.cli.front import check
+from scsdpo.cli.helping import help_for
+from scsdpo.loss import Chunk, DenseCredit, SparseCredit, SumCredit
+from scsdpo.types import Outcomes, Rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +29,8 @@ def blocks(name, language):
 def test_every_file_that_the_docs_name_exists():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), (page.name, target)
+            made = page.parent == ROOT / "docs" and target.startswith("reference/")
+            assert made or (page.parent / target).exists(), (page.name, target)
         for target in re.findall(
             r"(?:configs|benchmarks|tests)/[\w/-]+\.(?:yaml|py)", page.read_text()
         ):
@@ -111,3 +124,78 @@ def test_every_figure_of_a_run_is_in_the_table_of_runs_md(qwen3, tmp_path):
             *_, last = name.removeprefix("train/").split("/")
             spelled = last.replace("logprob_gap_max", "_max")
             assert f"`{spelled}`" in table or f"/{spelled}`" in table, name
+
+
+PAGES = [Path("README.md"), *(p.relative_to(ROOT) for p in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_the_docs_name_files_and_keys_that_exist(page, monkeypatch):
+    """All but running them: a key of any depth, a section, a file of configs/."""
+    monkeypatch.chdir(ROOT)
+    for line in "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "scsdpo" not in words:
+            continue
+        command, *args = words[words.index("scsdpo") + 1 :]
+        shipped = [arg for arg in args if not arg.endswith(".yaml") or os.path.exists(arg)]
+        ours = [arg for arg in args if arg not in shipped]
+        assert not [arg for arg in ours if arg.startswith("configs/")], line
+        if help_for(command, args) is None and "=NAME" not in line and not ours:
+            check(command, args)
+        for arg in args:
+            key = arg.removeprefix("--").partition("=")[0]
+            if arg.startswith("--model.") and not key.endswith(".help") and "KEY" not in key:
+                assert "mine." in line or help_for("fit", ["--help", key]), line
+
+
+def advantages():
+    for page in ("docs/methods.md", "docs/extending.md"):
+        for text in blocks(page, "yaml"):
+            content = yaml.safe_load(text)
+            content = content.get("model", content)
+            if "advantage" in content:
+                yield pytest.param(content, id=page)
+
+
+@pytest.mark.parametrize("content", list(advantages()))
+def test_an_advantage_in_the_docs_is_constructed(content):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--advantage", type=Advantage)
+    assert isinstance(parser.instantiate(parser.parse_object(content)).advantage, Blend | Routed)
+
+
+def test_the_fields_that_extending_md_names_exist():
+    kinds = [Outcomes, Rollouts, Chunk, Plan, DenseCredit, SparseCredit, SumCredit]
+    named = {kind.__name__: kind for kind in kinds}
+    seen, kind = set(), None
+    for line in (ROOT / "docs/extending.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) < 3:
+            continue
+        kind = named.get(cells[0].strip("`"), None if cells[0] else kind)
+        if kind is None:
+            continue
+        assert is_dataclass(kind)
+        for name in re.findall(r"`([a-z_]+)(?:\([a-z]*\))?`", cells[1]):
+            assert name in {f.name for f in fields(kind)} or hasattr(kind, name), (kind, name)
+            seen.add(kind)
+    assert seen == set(kinds)
+
+
+def test_the_site_has_every_page_and_every_key():
+    site = yaml.safe_load((ROOT / "docs" / "site.yml").read_text())
+    inner = [entry for entry in site["nav"] if isinstance(next(iter(entry.values())), list)]
+    entries = [*site["nav"], *(page for entry in inner for page in next(iter(entry.values())))]
+    listed = {next(iter(entry.values())) for entry in entries if entry not in inner}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
+    assert site["theme"]["font"] is False
+    known = catalog()
+    page = runpy.run_path(str(ROOT / "docs" / "build_site.py"))["command_line"](known)
+    for command in known.commands:
+        assert f"## scsdpo {command}\n" in page
+    for section, arguments in known.section_arguments().items():
+        for name in arguments:
+            assert f"| `{section}.{name}` |" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}

@@ -61,6 +61,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         ids=ids,
         places=torch.arange(LENGTH),
         scale=torch.ones(LENGTH, dtype=torch.float64),
+        weight=torch.ones(LENGTH, dtype=torch.float64),
         signals=signals,
     )
     head = identity_head(V)

@@ -20,6 +20,7 @@ from scsdpo.advantage import (
     HasTeacher,
     LogitMix,
     Never,
+    RatePower,
     RateWithin,
     Route,
     Routed,
@@ -77,6 +78,18 @@ def test_routers_claim_what_they_say():
     }
     for router, claims in expected.items():
         assert torch.equal(router.claims(given, available), claims), router
+
+
+def test_a_rate_power_has_its_closed_form_and_may_remember():
+    given = rewarded(2, 0, 4, keys=("a", "b", "c"))  # p = .5, 0, 1
+    assert RatePower(solved=1, failed=2, scale=8).of(given).tolist() == [1.0, 0.0, 0.0]
+    assert RatePower(failed=1).of(given).tolist() == [0.5, 1.0, 0.0]
+    assert RatePower(scale=-2).of(given).tolist() == [-2.0] * 3  # 0^0 is 1
+    average = RatePower(solved=1, rates=MovingAverage(follow=0.25))
+    average.of(rewarded(4, keys=("a",)))
+    assert average.of(rewarded(0, keys=("a",))).tolist() == [0.75]
+    route = Route(advantage=GroupRelative(), weight=average)
+    assert list(nested_state([route])) == [average.rates]
 
 
 def test_running_pass_rates_have_their_closed_forms():

@@ -1,6 +1,7 @@
-"""mean@k and maj@k, the training log, and what the callbacks show and write."""
+"""The training log, and what the callbacks show and write."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,38 +9,13 @@ from rich.console import Console
 
 from kernel_inputs import outcomes
 from runs import Toys, data, module, trainer
-from scsdpo.callbacks import BeforeAfter, PredictionWriter, before_after_table
-from scsdpo.errors import ConfigurationError
-from scsdpo.metrics import MajAtK, MeanAtK, rollout_metrics
+from scsdpo.callbacks import BeforeAfter, before_after_table
+from scsdpo.callbacks.no_steps import why_none
+from scsdpo.metrics import rollout_metrics
 from scsdpo.types import Prompt, Rollouts
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import PassRate, Uniform
 from streams import Counting
-
-
-def test_mean_at_k_is_the_mean_over_questions_of_the_mean_reward():
-    metric = MeanAtK()
-    metric.update(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
-    metric.update(torch.tensor([[0.0, 0, 0, 1]]))
-    assert metric.compute().item() == pytest.approx((0.25 + 1 + 0.25) / 3)
-
-
-@pytest.mark.parametrize(
-    ("answers", "rewards", "expected"),
-    [
-        (["A", "A", "B", "C"], [1, 1, 0, 0], 1),
-        (["A", "B", "B", "C"], [1, 0, 0, 0], 0),
-        (["A", "A", "B", "B"], [1, 1, 0, 0], 0.5),  # a tie is a fair draw between the winners
-        (["A", "B", "C", None], [1, 0, 0, 0], 1 / 3),
-        ([None, None, None, "A"], [0, 0, 0, 1], 1),  # no answer, no vote
-        ([None, None, None, None], [0, 0, 0, 0], 0),
-        (["A", "A", "A", "A"], [1, 0, 1, 1], 0.75),  # equal answers of unequal reward: their mean
-    ],
-)
-def test_maj_at_k_is_the_reward_of_the_most_common_answer(answers, rewards, expected):
-    metric = MajAtK()
-    metric.update(torch.tensor([rewards], dtype=torch.float32), [answers])
-    assert metric.compute().item() == pytest.approx(expected)
 
 
 def judged(successes, lengths, *, finished):
@@ -91,7 +67,37 @@ def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):
     assert written["before"] == callback.before and written["after"] == callback.after
     assert set(written["before"]) == set(written["after"]) >= {"mean@2", "maj@2", "even/mean@2"}
     shown = capsys.readouterr().out
-    assert "held-out questions" in shown and "optimizer steps taken" in shown
+    assert "before -> after" in " ".join(shown.split()) and "optimizer steps taken" in shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts", "figures", "said"),
+    [
+        (0, {}, {}, "no batch was asked for"),
+        (3, {"skipped": 3, "bad": 3}, {}, "none of 3 batches had a finite loss"),
+        (3, {}, {}, "model.selection had not collected"),
+        (3, {"skipped": 3}, {"solve_none": 1, "solve_all": 0}, "no response of the last one"),
+        (3, {"skipped": 3}, {"solve_none": 0, "solve_all": 1}, "these questions are mastered"),
+        (3, {"skipped": 3}, {"solve_none": 0.5, "solve_all": 0.5}, "all right or all wrong"),
+        (3, {"skipped": 3}, {"solve_none": 0, "solve_all": 0.5}, "model.weighting gives"),
+    ],
+)
+def test_a_run_without_a_step_says_why(asked, counts, figures, said):
+    steps = SimpleNamespace(**({"skipped": 0, "bad": 0} | counts))
+    shown = {f"train/{name}": value for name, value in figures.items()}
+    trainer = SimpleNamespace(callback_metrics=shown)
+    assert said in why_none(trainer, SimpleNamespace(batches=asked, steps=steps))
+
+
+def test_the_reason_for_no_step_and_questions_that_were_trained_on_are_printed(
+    qwen3, tmp_path, capsys
+):
+    run = trainer(tmp_path, callbacks=[BeforeAfter()], max_steps=2)
+    never = {"success_threshold": 2.0, "weighting": PassRate()}
+    run.fit(module(qwen3, **never), data(train=Toys(), val=Toys()))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 optimizer steps taken: " in shown and "no response of the last one was right" in shown
+    assert "not held out: 12 are trained on" in shown and "held-out" not in shown
 
 
 def test_each_validation_source_has_metrics_under_its_own_name(qwen3, tmp_path):
@@ -110,13 +116,3 @@ def test_the_table_shows_percent_and_points():
     text = console.export_text()
     assert "25.0 -> 50.0 (+25.0)" in text and "100.0" in text
     console.file.close()
-
-
-def test_predictions_are_written_as_they_come(qwen3, tmp_path):
-    path = tmp_path / "out.jsonl"
-    run = trainer(tmp_path, callbacks=[PredictionWriter(str(path))])
-    run.predict(module(qwen3), data(val=Toys(6)), return_predictions=False)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == 6 * 2 and records[0]["key"] == "toy/0"
-    with pytest.raises(ConfigurationError, match="exists; move it"):
-        run.predict(module(qwen3), data(val=Toys(6)), return_predictions=False)

@@ -218,7 +218,12 @@ def test_validation_draws_the_same_responses_each_time(qwen3, tmp_path):
 def test_predict_gives_a_record_per_response(qwen3, tmp_path):
     (batch,) = trainer(tmp_path).predict(module(qwen3), data())
     assert len(batch) == 4 * 2
-    assert {"key", "response", "reward", "answer", "feedback", "error"} == set(batch[0])
+    of_verdict = {"reward", "answer", "feedback", "error"}
+    of_prompt = {"key", "category", "question", "gold"}
+    of_response = {"sample", "response", "n_tokens", "finished"}
+    assert of_verdict | of_prompt | of_response == set(batch[0])
+    assert [record["sample"] for record in batch[:3]] == [0, 1, 0]
+    assert batch[2]["question"] == "1?" and batch[2]["category"] == "odd"
 
 
 def test_bf16_trainable_weights_are_refused(qwen3, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scsdpo.evaluation import teacher_distance
+from scsdpo.analysis import teacher_distance
 from table_policy import G, TablePolicy, judged
 from test_configs import CONFIGS, scsdpo, small  # noqa: F401 - a fixture
 

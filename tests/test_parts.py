@@ -20,6 +20,7 @@ from scsdpo.advantage import (
     GroupRelative,
     LogitMix,
     Never,
+    RatePower,
     ReferenceKL,
     Route,
     Routed,
@@ -50,12 +51,21 @@ from scsdpo.weighting import (
     Product,
     TeacherEntropy,
     Uniform,
+    Weighting,
 )
 from table_policy import G, TablePolicy
 from test_methods import module as method
 from test_methods import one_step
 
 JSD = SelfDistillation()
+
+
+class _Cubic(Weighting):
+    """W_j = p_j (1 - p_j)^2."""
+
+    def weigh(self, outcomes):
+        p = outcomes.pass_rates[:, None]
+        return (p * (1 - p) ** 2).expand_as(outcomes.rewards)
 
 
 def step(**strategies):
@@ -114,6 +124,14 @@ SAME = {
     "a route of weight w = a blend of weight w": (
         {"advantage": Routed(routes=(Route(advantage=JSD, weight=0.3),))},
         {"advantage": Blend(parts=(Weighted(advantage=JSD, weight=0.3),))},
+    ),
+    "a route of power 0 = a constant": (
+        {"advantage": Routed(routes=(Route(advantage=JSD, weight=RatePower(scale=0.3)),))},
+        {"advantage": Routed(routes=(Route(advantage=JSD, weight=0.3),))},
+    ),
+    "a route's power of the pass rate = the same weight of questions, without routes": (
+        {"advantage": Routed(routes=(Route(advantage=JSD, weight=RatePower(solved=1, failed=2)),))},
+        {"weighting": _Cubic()},
     ),
     "routes by outcome add up to the whole": (
         {

@@ -11,7 +11,7 @@ from runs import Always, Toys, data, module, trainer
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.records import JsonLines, run_folder
 
-FLEETING = ("time", "train/seconds/")
+FLEETING = ("time", "train/seconds/", "train/memory")
 """Keys whose values differ between two runs of the same numbers."""
 
 
@@ -86,6 +86,15 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
+def responses(folder):
+    """Files of responses and tokens, but for the name of the run."""
+    return {
+        path.name: [record | {"run": ""} for record in lines(path)]
+        for name in ("tokens", "rollouts")
+        for path in sorted((folder / name).iterdir())
+    }
+
+
 def logger(tmp_path, version):
     return TensorBoardLogger(tmp_path, name="run", version=version)
 
@@ -99,10 +108,15 @@ def test_after_a_resume_every_batch_is_there_once(qwen3, tmp_path, version):
         made.fit(module(qwen3), data(Toys(24)), **settings)
         return tmp_path / "run" / folder / "metrics.jsonl"
 
-    whole = lines(fit("same"))
+    first = fit("same")
+    whole, kept = lines(first), responses(first.parent)
     assert [record["batch"] for record in whole] == [1, 2, 3, 4, 5, 6]
+    assert [name for name in kept if name.startswith("val")] == [
+        f"val_00000{batch}.jsonl" for batch in (2, 4, 6)
+    ]
     again = fit(version, ckpt_path=tmp_path / "run" / "same" / "checkpoints" / "x.ckpt")
     assert lasting(lines(again)) == lasting(whole)
+    assert responses(again.parent) == kept
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_record(qwen3, tmp_path):

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import study
 import study_report
 
+from scsdpo.statistics import detectable_difference, mean_interval
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETTING = {"lr": 1e-4}
 
@@ -34,32 +36,31 @@ def result(method, seed, value):
     }
 
 
-def test_differences_are_paired_by_seed():
+def test_differences_are_paired_by_seed_with_students_interval():
     """Seeds move both methods by 10 points; the second is ahead by 1 in each: told apart."""
     results = [result("a", s, 0.5 + 0.1 * s) for s in range(5)]
-    results += [result("b", s, 0.51 + 0.1 * s) for s in range(4)]
-    rows = {row["method"]: row for row in study_report.pairs(results, "mean@16")}
-    row = rows["b"]
-    assert row["baseline"] == "a" and row["n"] == 4 and row["mean"] == pytest.approx(0.01)
-    assert row["tells"] and row["low"] == pytest.approx(0.01) and row["ahead"] == 4
-    assert rows["a"]["mean"] == pytest.approx(-0.01) and rows["a"]["ahead"] == 0
-    both = [*rows.values(), *study_report.pairs(results, "maj@16")]
-    text = study_report.differences_table(both, "a")
-    assert "| b | +1.0 (+1.0 .. +1.0) * | 4 of 4 | +0.0 (+0.0 .. +0.0) | 0 of 4 |" in text
-
-
-def test_a_bootstrap_interval_is_that_of_all_resamples():
-    """Of two values, a quarter of the resamples has the mean 0, a half 1/2, a quarter 1."""
-    low, high = study_report.bootstrap(torch.tensor([[0.0, 1.0], [3.0, 3.0]]), level=0.4)
-    assert low.tolist() == [0.5, 3.0] and high.tolist() == [0.5, 3.0]
-    low, high = study_report.bootstrap(torch.tensor([0.0, 1.0]), level=0.95)
-    assert (float(low), float(high)) == (0, 1)
+    results += [result("b", s, 0.51 + 0.1 * s + 1e-4 * s) for s in range(4)]
+    rows = study_report.differences(results)
+    row = next(r for r in rows if r["method"] == "b" and r["metric"] == "mean@16")
+    gaps = [0.01 + 1e-4 * s for s in range(4)]
+    assert row["baseline"] == "a" and row["n"] == 4 and row["ahead"] == 4 and row["tells"]
+    assert row["low"] == pytest.approx(mean_interval(gaps).low)
+    assert row["detectable"] == pytest.approx(detectable_difference(gaps))
+    back = next(r for r in rows if r["method"] == "a" and r["metric"] == "mean@16")
+    assert back["mean"] == pytest.approx(-row["mean"]) and back["ahead"] == 0
+    text = study_report.differences_table(rows, "a")
+    assert "| b | +1.0 (+1.0 .. +1.0) ** | 4 of 4 | 0.0 | +0.0 (+0.0 .. +0.0) | 0 of 4 |" in text
 
 
 def test_one_seed_tells_nothing():
-    assert all(math.isnan(x) for x in study_report.bootstrap(torch.tensor([1.0])))
-    rows = study_report.pairs([result("a", 0, 0.5), result("b", 0, 0.9)], "mean@16")
-    assert not any(row["tells"] for row in rows)
+    rows = study_report.differences([result("a", 0, 0.5), result("b", 0, 0.9)])
+    assert not any(row["tells"] for row in rows) and math.isnan(rows[0]["low"])
+
+
+def test_bands_are_students_interval_point_by_point():
+    low, high = study_report.bounds(torch.tensor([[0.0, 3.0], [1.0, 3.0]]))
+    one = mean_interval([0, 1])
+    assert (low, high) == (pytest.approx([one.low, 3]), pytest.approx([one.high, 3]))
 
 
 def test_a_running_mean_looks_back_ten_batches():
@@ -73,9 +74,10 @@ def test_a_summary_reads_a_log_of_training_and_validation():
     train = {f"train/{name}": 1.0 for name in shares}
     train |= {"train/pass_rate": 0.5, "train/response_length": 20.0}
     step = {"train/gradient_norm": 2.0, "train/trained_rollouts": 8.0, "train/trained_tokens": 99.0}
-    val = {"val/mean@16": 0.4, "val/maj@16": 0.5}
-    log = [train | step, val, train, {"val/mean@16": 0.6, "val/maj@16": 0.7}]
-    found = study.summary(log, {"mean@16": 0.3, "maj@16": 0.2}, val_every=25)
+    start = {"batch": 0, "val/mean@16": 0.3, "val/maj@16": 0.2}
+    middle = {"batch": 25} | train | step | {"val/mean@16": 0.4, "val/maj@16": 0.5}
+    end = {"batch": 50} | train | {"val/mean@16": 0.6, "val/maj@16": 0.7}
+    found = study.summary([start, middle, end])
     assert found["before"] == 0.3 and found["mean@16"] == 0.6 and found["steps"] == 1
     assert found["trained_rollouts"] == 8 and found["windows"]["medium"] == [1.0]
     assert found["validation"]["mean@16"] == [0.3, 0.4, 0.6]
@@ -87,14 +89,18 @@ def test_each_method_takes_its_best_rate_and_the_lower_of_equals():
     assert study.chosen(found) == {"a": 3e-5, "b": 1e-4}
 
 
-def test_a_run_that_failed_names_its_output_and_the_others_go_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "command", lambda *args: [sys.executable, "-c", "exit(3)"])
-    setting = study.Setting(
-        batches=1, questions_per_batch=1, lr=1.0, val_size=1, val_every=1, val_seed=0
-    )
-    folder = tmp_path / "sdpo" / "seed0"
-    assert study.run("sdpo", 0, setting=setting, folder=folder, out=tmp_path) is None
-    assert f"sdpo, seed 0: exit status 3, see {folder}/output.txt" in capsys.readouterr().err
+def test_a_run_is_one_of_scsdpo_compare_and_any_yaml_is_a_method(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.touch()
+    args = study.parsed(["--methods", "sdpo", str(mine), "--out", str(tmp_path)])
+    setting = {"batches": 2, "val_size": 4, "val_every": 1, "val_seed": 0}
+    todo = study.jobs(args, tmp_path, [("sdpo", 1e-4), (str(mine), 1e-4)], range(2), **setting)
+    assert [cell[2] for cell in todo.values()] == [0, 0, 1, 1]
+    run = list(todo)[-1]
+    assert run.folder == tmp_path / "0.0001" / "mine" / "seed1"
+    assert f"--trainer.default_root_dir={run.folder}" in run.words
+    assert f"--config={mine}" in run.words and "--seed_everything=1" in run.words
+    assert not run.is_done()
 
 
 def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
@@ -115,9 +121,7 @@ def test_the_tables_of_the_page_are_those_of_its_numbers(rate):
     page = (DOCS / "study.md").read_text()
     record = json.loads((DOCS / "study" / f"lr-{rate}.json").read_text())
     assert len(record["runs"]) == 7 * 5
-    again = [
-        row for metric in study_report.ENDS for row in study_report.pairs(record["runs"], metric)
-    ]
+    again = study_report.differences(record["runs"])
     assert record["differences"] == [pytest.approx(row) for row in again]
     record["grid"] = json.loads((DOCS / "study" / "grid.json").read_text())
     start, *tables = study_report.markdown(record, ["sdpo", "sdpo-drop-degenerate"])
@@ -128,4 +132,4 @@ def test_the_tables_of_the_page_are_those_of_its_numbers(rate):
 def test_an_unknown_method_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit):
         study.parsed(["--methods", "sdpo", "nonsense"])
-    assert "nonsense is none of dapo, dr-grpo" in capsys.readouterr().err
+    assert "nonsense is no file, and none of dapo, dr-grpo" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 
 from runs import Toys, data, strategies
 from runs import module as toy_module
+from scsdpo.records import TokenTrace
 from scsdpo.rollout import Rollout
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.types import Verdict
@@ -48,20 +49,41 @@ class TokenCase(Case):
         return self.z[q, g, t].log_softmax(-1)
 
 
+def questions_of(batch):
+    return [replace(prompt, verifier=AsJudged()) for prompt in batch[0].prompts]
+
+
 def traced(name, tmp_path):
     """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
     model = module(name, tmp_path, verification={"workers": 0})
-    model.rollout = Drawn()
-    prompts = [replace(prompt, verifier=AsJudged()) for prompt in judged()[0].prompts]
+    model.answering.rollout = Drawn()
     width = judged()[0].mask.shape[-1]
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
     table = torch.zeros(questions * G * width, V, dtype=torch.float64)
 
-    def observe(chunk, credit):
-        table[chunk.places] = credit
+    def observe(seen):
+        table[seen.chunk.places] = seen.credit
 
-    trace = model.trace(prompts, observe=observe)
+    trace = model.trace(questions_of(judged()), observe=observe)
     return model, trace, table.view(questions, G, width, V)
+
+
+def assert_recorded(model, trace):
+    """A record of the tokens has the same numbers, and its factors multiply to the credit."""
+    batch = trace.batch
+    rows = batch.active.nonzero()[:, 0].tolist()
+    taught, length = batch.plan.needs_teacher.flatten(), batch.mask.shape[1]
+    record = TokenTrace(rows, taught, length=length, candidates=2)
+    model.trace(questions_of(judged()), observe=record)
+    for row in rows:
+        kept = record.columns(row, int(batch.mask[row].sum()))
+        for name in ("credit", "magnitude", "objective", "logprob", "teacher_logprob", "entropy"):
+            expected = getattr(trace, name).flatten(0, 1)[row][batch.mask[row]]
+            torch.testing.assert_close(kept[name], expected, equal_nan=True, rtol=1e-12, atol=0)
+        weight = batch.weights.flatten()[row]
+        denominators = kept["scale"] / weight
+        assert float(denominators.std(correction=0)) == 0 and float(denominators[0]) > 0
+        assert bool((kept["credit"][kept["token_weight"] * kept["importance"] == 0] == 0).all())
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -81,9 +103,39 @@ def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tm
     ids = trace.batch.rollouts.ids[..., None]
     sampled = by_token.gather(-1, ids)[..., 0]
     torch.testing.assert_close(trace.credit[known], sampled[known], rtol=1e-10, atol=1e-13)
+    assert_recorded(model, trace)
     pull = by_token.abs().sum(-1)
     torch.testing.assert_close(trace.magnitude[known], pull[known], rtol=1e-10, atol=1e-13)
     assert not pull[~known].any()  # what was not run has no gradient
+
+
+@pytest.mark.parametrize("name", ["sc-sdpo", "srpo"])
+def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
+    """credit = scale * token weight * importance * c(y), c(y) = -d jsd / d z(y)."""
+    model, trace, _ = traced(name, tmp_path)
+    batch, case = trace.batch, TokenCase(model, live=False)
+    rows = (batch.active & batch.plan.needs_teacher.flatten()).nonzero()[:, 0].tolist()
+    taught, length = batch.plan.needs_teacher.flatten(), batch.mask.shape[1]
+    record = TokenTrace(rows, taught, length=length, candidates=V)
+    model.trace(questions_of(judged()), observe=record)
+    seen = []
+    for row in rows:
+        (q, g), kept = divmod(row, G), record.columns(row, int(batch.mask[row].sum()))
+        factor = kept["scale"] * kept["token_weight"] * kept["importance"]
+        for t in range(len(factor)):
+            # The teacher's log-probs are those that the record holds of the whole vocabulary.
+            order = kept["top_ids"][t][:V].argsort()
+            log_t = kept["top_teacher_probs"][t][:V][order].log()
+            log_s = case.log_s(q, g, t)
+            m = (log_s.exp() + log_t.exp()) / 2
+            value = sum((p.exp() * (p - m.log())).sum() / 2 for p in (log_s, log_t))
+            (gradient,) = torch.autograd.grad(value, case.z[q, g, t])
+            assert float(kept["jsd"][t]) == pytest.approx(value.item(), rel=1e-9)
+            assert float(kept["credit"][t]) == pytest.approx(
+                float(-factor[t] * gradient[case.y(q, g, t)]), rel=1e-9, abs=1e-15
+            )
+            seen.append((float(kept["token_weight"][t]), float(kept["importance"][t])))
+    assert len(set(seen)) > 1  # these methods have such factors
 
 
 def test_a_trace_shows_log_probs_of_both_sides_where_they_were_computed(tmp_path):

@@ -15,6 +15,7 @@ from scsdpo.seeds import Seed, resolved
 
 __all__ = [
     "JudgedBatch",
+    "Lesson",
     "Message",
     "Outcomes",
     "Prompt",
@@ -163,17 +164,6 @@ class Outcomes(_ToDevice):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class JudgedBatch:
-    """One rank's share of a batch of questions, answered and judged."""
-
-    split: Literal["train", "val", "test"]
-    rollouts: Rollouts
-    outcomes: Outcomes
-    weights: Tensor
-    """[Q, G] float64: `Weighting.weigh` in training; ones elsewhere."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherContexts:
     """What the teacher reads before each response."""
 
@@ -184,3 +174,30 @@ class TeacherContexts:
     def available(self) -> Tensor:
         """[Q, G] bool: the rollout has a teacher prompt."""
         return torch.tensor([[bool(row) for row in group] for group in self.ids], dtype=torch.bool)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lesson:
+    """What of a batch the loss looks at."""
+
+    active: Tensor
+    """[Q, G] bool: rollouts that may get credit; the others are not run."""
+    reads_teacher: Tensor
+    """[Q, G] bool: rollouts whose credit reads the teacher."""
+    teacher: TeacherContexts
+    """What it reads before each response."""
+    objective_name: str
+    """What the advantage calls its objective."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class JudgedBatch:
+    """One rank's share of a batch of questions, answered and judged."""
+
+    split: Literal["train", "val", "test"]
+    rollouts: Rollouts
+    outcomes: Outcomes
+    weights: Tensor
+    """[Q, G] float64: `Weighting.weigh` in training; ones elsewhere."""
+    lesson: Lesson | None = None
+    """How it is learned from; None in validation and test."""

@@ -20,6 +20,7 @@ from scsdpo.advantage.group_relative import (
     Unscaled,
 )
 from scsdpo.advantage.modulator import Modulator, Surprise, TeacherRatio, Unmodulated
+from scsdpo.advantage.rate_weight import RatePower, RateWeight
 from scsdpo.advantage.routed import Route, Routed
 from scsdpo.advantage.router import (
     AllOf,
@@ -64,6 +65,8 @@ __all__ = [
     "Modulator",
     "Never",
     "Plan",
+    "RatePower",
+    "RateWeight",
     "RateWithin",
     "RatioLevel",
     "ReferenceAnchor",

@@ -9,6 +9,7 @@ from torch import Tensor
 from scsdpo import contracts
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.blend import combined
+from scsdpo.advantage.rate_weight import RateWeight
 from scsdpo.advantage.router import Every, Router
 from scsdpo.loss import Derivation
 from scsdpo.types import Outcomes
@@ -21,12 +22,24 @@ class Route:
     Args:
         advantage: what gives the credit.
         where: the rollouts that take this route, of those that no earlier route claimed.
-        weight: coefficient of the credit; finite.
+        weight: coefficient of the credit; finite, or a function of the question's pass rate.
     """
 
     advantage: Advantage
     where: Router = Every()
-    weight: float = 1.0
+    weight: float | RateWeight = 1.0
+
+    def weights(self, outcomes: Outcomes) -> Tensor:
+        """[Q, 1] float64: the coefficient at each question."""
+        if not isinstance(self.weight, RateWeight):
+            return torch.full_like(outcomes.rewards[:, :1], self.weight, dtype=torch.float64)
+        weights = contracts.numbers(
+            self.weight.of(outcomes),
+            of=f"{type(self.weight).__name__}.of",
+            axes="[Q]",
+            shape=tuple(outcomes.rewards.shape[:1]),
+        )
+        return weights.double()[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,9 @@ class Routed(Advantage):
     A rollout that no route claims gets no credit and is not run. Every advantage is planned on the
     whole batch and its credit used on its own rollouts: a `GroupRelative` compares with the whole
     group, siblings on other routes included.
+
+    A constant weight, or one that follows the pass rate: GRPO's credit times 1 - p on successes is
+    `Route(where=Succeeded(), advantage=GroupRelative(), weight=RatePower(failed=1))`.
 
     SRPO is (`Failed` and `HasTeacher` -> `SelfDistillation`, else `GroupRelative`).
 
@@ -55,7 +71,7 @@ class Routed(Advantage):
         if not self.routes:
             raise ValueError("`Routed(routes=...)` must name at least one route, got none")
         for route in self.routes:
-            if not math.isfinite(route.weight):
+            if not isinstance(route.weight, RateWeight) and not math.isfinite(route.weight):
                 raise ValueError(f"`Route(weight=...)` must be finite, got {route.weight}")
 
     @property
@@ -91,5 +107,5 @@ class Routed(Advantage):
             mine = free & claimed
             free = free & ~mine
             plan = route.advantage.planned(outcomes, available)
-            plans.append((route.weight * mine.double(), plan))
+            plans.append((route.weights(outcomes) * mine.double(), plan))
         return combined(plans, available)

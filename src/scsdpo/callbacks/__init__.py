@@ -2,6 +2,18 @@
 
 from scsdpo.callbacks.before_after import BeforeAfter, before_after_table
 from scsdpo.callbacks.prediction_writer import PredictionWriter
-from scsdpo.callbacks.rollouts import RolloutCallback
+from scsdpo.callbacks.progress import Progress
+from scsdpo.callbacks.report import Report
+from scsdpo.callbacks.rollouts import RolloutCallback, show_rollouts
+from scsdpo.callbacks.run_records import RunRecords
 
-__all__ = ["BeforeAfter", "PredictionWriter", "RolloutCallback", "before_after_table"]
+__all__ = [
+    "BeforeAfter",
+    "PredictionWriter",
+    "Progress",
+    "Report",
+    "RolloutCallback",
+    "RunRecords",
+    "before_after_table",
+    "show_rollouts",
+]

@@ -10,6 +10,8 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
+from scsdpo.callbacks.no_steps import why_none
+from scsdpo.data import TaskDataModule
 from scsdpo.records import Outage
 
 
@@ -48,8 +50,11 @@ class BeforeAfter(L.Callback):
         if not (trainer.is_global_zero and self.after):
             return
         console = Console()
-        console.print(before_after_table(self.before, self.after))
-        console.print(f"{trainer.global_step} optimizer steps taken")
+        data = vars(trainer).get("datamodule")  # Lightning sets it where there is one
+        trained_on = data.trained_on if isinstance(data, TaskDataModule) else 0
+        console.print(before_after_table(self.before, self.after, trained_on=trained_on))
+        why = f": {why_none(trainer, pl_module)}" if trainer.global_step == 0 else ""
+        console.print(f"{trainer.global_step} optimizer steps taken{why}", soft_wrap=True)
         if log_dir is not None:
             result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
             folder = Path(log_dir)
@@ -62,10 +67,20 @@ def _write(folder: Path, result: Mapping[str, object]) -> None:
     (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """One row per category, the overall one last; accuracies in percent, differences in points."""
+def before_after_table(
+    before: Mapping[str, float], after: Mapping[str, float], *, trained_on: int = 0
+) -> Table:
+    """One row per category, the overall one last; accuracies in percent, differences in points.
+
+    Args:
+        before: figure by name.
+        after: the same, later.
+        trained_on: questions among them that were trained on, too.
+    """
     metrics = sorted({name.rpartition("/")[2] for name in after}, reverse=True)
-    table = Table(title="held-out questions, %, before -> after")
+    held_out = "" if trained_on else "held-out "
+    said = f"not held out: {trained_on} are trained on" if trained_on else None
+    table = Table(title=f"{held_out}questions, %, before -> after", caption=said)
     table.add_column("")
     for metric in metrics:
         table.add_column(metric, justify="right")

@@ -1,7 +1,8 @@
 """Predictions as a file."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,99 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.records import JsonLines, Recorded
+
+SCHEMA_VERSION = 1
+_ABOUT = ".about.json"
+_PART = ".part-"
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Append each response of `scsdpo predict` with its verdict to a JSON-lines file, per batch.
+    """Write each response of `scsdpo predict` with its question and verdict, and say where.
 
-    Nothing is kept in memory, and nothing is lost if the run is stopped.
+    While it runs, each rank appends to `PATH.part-RANK`, a batch at a time and durably; at the end
+    they become PATH, in the order of the questions. A prediction that was stopped goes on with the
+    questions that are missing, on any number of ranks, when it is run again for the same PATH.
+    What it is of (policy, checkpoint, sampling) is beside it in `PATH.about.json`.
 
     Args:
-        path: file to write; with several ranks, each appends `.<rank>`. It must not exist.
+        path: file to write; `.parquet`: a table of the same rows; any other: a JSON object a line.
 
     Raises:
-        ValueError: from `setup`, if the file exists.
+        ConfigurationError: from `setup`, if the file is complete, or was begun with another policy
+            or another sampling.
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="batch")
-        self.path = path
+        self.path = Path(path)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "predict" and self._file(trainer).exists():
+        if stage != "predict":
+            return
+        if self.path.exists():
             raise ConfigurationError(
-                f"`PredictionWriter(path=...)`: {self._file(trainer)} exists; move it or choose "
-                "another path"
+                f"predictions: {self.path} exists and is complete; move it or choose another path"
+            )
+        assert isinstance(pl_module, Recorded)
+        about = self._about(trainer, pl_module)
+        self._check(about)
+        kept = _complete(self._rows(), about["sampling"]["n"])
+        trainer.strategy.barrier("predictions were read")
+        if trainer.is_global_zero:
+            self._begin(about, kept)
+        trainer.strategy.barrier("predictions were cut")
+        done = Counter(row["key"] for row in kept if row["sample"] == 0)
+        trainer.datamodule.answered = done  # type: ignore[attr-defined]
+
+    def _about(self, trainer: L.Trainer, pl_module: Recorded) -> dict[str, Any]:
+        checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        changed = checkpoint.stat().st_mtime_ns if checkpoint and checkpoint.exists() else None
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "predictions",
+            **pl_module.described(),
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "checkpoint_changed_ns": changed,
+        }
+        return json.loads(json.dumps(about))  # as it is read back
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    def _check(self, about: Mapping[str, Any]) -> None:
+        file = self._beside(_ABOUT)
+        if not file.exists():
+            return
+        before = json.loads(file.read_text())
+        odd = [name for name in about if before.get(name) != about[name]]
+        if odd:
+            raise ConfigurationError(
+                f"predictions: {self.path} was begun with {odd[0]} = {before.get(odd[0])}, now "
+                f"{about[odd[0]]}; delete {self.path.name}* or choose another path"
             )
 
-    def _file(self, trainer: L.Trainer) -> Path:
-        one = trainer.world_size == 1
-        return Path(self.path if one else f"{self.path}.{trainer.global_rank}")
+    def _begin(self, about: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> None:
+        """What is complete becomes one part."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._beside(_ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        whole = self._beside(f"{_PART}done")
+        partial = JsonLines(self._beside(".new"))
+        partial.path.unlink(missing_ok=True)
+        partial.append(*kept)
+        partial.path.replace(whole)
+        for part in self._parts():
+            if part != whole:
+                part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}{_PART}*"))
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for part in self._parts():
+            for line in part.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):  # or it was torn by a kill
+                    yield json.loads(line)
 
     def write_on_batch_end(
         self,
@@ -48,6 +114,36 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self._file(trainer).open("a") as file:
-            for record in prediction:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        JsonLines(self._beside(f"{_PART}{trainer.global_rank}")).append(*prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier("predictions are written")
+        if not trainer.is_global_zero:
+            return
+        prompts = trainer.datamodule.val_prompts()  # type: ignore[attr-defined]
+        order = {prompt.key: place for place, prompt in enumerate(prompts)}
+        rows = sorted(self._rows(), key=lambda row: (order.get(row["key"], -1), row["sample"]))
+        partial = self._beside(".new")
+        partial.unlink(missing_ok=True)
+        if self.path.suffix == ".parquet":
+            _write_parquet(rows, partial)
+        else:
+            JsonLines(partial).append(*rows)
+        partial.replace(self.path)
+        for part in self._parts():
+            part.unlink()
+        print(f"{len(rows)} responses: {self.path}")
+
+
+def _complete(rows: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
+    """The rows of questions all k responses of which are there."""
+    found = list(rows)
+    counts = Counter(row["key"] for row in found)
+    return [row for row in found if counts[row["key"]] % k == 0]
+
+
+def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)

@@ -25,3 +25,10 @@ class RolloutCallback(L.Callback):
 
         With a pool (`InformativePool`) it is called with what is learned from, when it is.
         """
+
+
+def show_rollouts(module: L.LightningModule, batch: JudgedBatch) -> None:
+    """Hand a judged batch to every `RolloutCallback` of the module's trainer."""
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RolloutCallback):
+            callback.on_rollouts(module.trainer, module, batch)

@@ -5,7 +5,7 @@ from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
 from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
 from scsdpo.checkpoints.fully_sharded import FullySharded
-from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.reading import Saved, checkpoint_in
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.safe_point import SafePoint, under_way
 from scsdpo.checkpoints.saying import say
@@ -23,6 +23,7 @@ __all__ = [
     "Saved",
     "WholeFiles",
     "changes",
+    "checkpoint_in",
     "fit_weights",
     "install",
     "newest",

@@ -42,6 +42,9 @@ _RULES = {
     "trainer": Rule.EFFECT,
     "trainer.precision": Rule.WARN,
     "checkpoint": Rule.EFFECT,
+    "records": Rule.EFFECT,
+    "health": Rule.EFFECT,
+    "progress": Rule.EFFECT,
 }
 """By key or the longest beginning of it. What stands under none of them is no part of a run."""
 

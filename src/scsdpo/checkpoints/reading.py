@@ -78,6 +78,14 @@ class Saved:
             tensor.copy_(self.weights[name])
 
 
+def checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest state of the run that it is; None: neither."""
+    last = path / "checkpoints" / "last.ckpt"
+    if last.exists():
+        return last
+    return path if path.is_file() or (path / shards.META).exists() else None
+
+
 _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
 """What `torch.load` and look-ups raise for files of other kinds."""
 

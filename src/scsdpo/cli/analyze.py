@@ -1,5 +1,6 @@
 """`scsdpo analyze`: how far the teacher is, by correctness and pass rate."""
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,11 +8,27 @@ from typing import Any
 
 import lightning as L
 
-from scsdpo.cli.offline import own_parser, run_offline
+from scsdpo.analysis.teacher_distance import measure
+from scsdpo.cli.offline import run_offline
+from scsdpo.cli.options import own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation.teacher_distance import measure
 from scsdpo.training import PolicyOptimizer
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
+    parser = own_parser(
+        "analyze",
+        "Sample responses to the validation questions, and measure how far the configured teacher "
+        "is from the policy on each: means over a response's tokens.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--questions", metavar="N", type=int, default=128, help="at most so many")
+    add("--rollouts", metavar="N", type=int, default=16, help="responses to each question")
+    add("--no-plot", action="store_true", help="numbers only, without matplotlib")
+    return parser
 
 
 def main(args: Sequence[str]) -> None:
@@ -20,16 +37,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: what follows `scsdpo analyze` on the command line.
     """
-    parser = own_parser(
-        "analyze",
-        "Sample responses to the validation questions, and measure how far the configured teacher "
-        "is from the policy on each: means over a response's tokens.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--questions", type=int, default=128, help="at most so many")
-    parser.add_argument("--rollouts", type=int, default=16, help="responses to each question")
-    parser.add_argument("--no-plot", action="store_true", help="numbers only, without matplotlib")
-    given, rest = parser.parse_known_args(args)
+    given, rest = options().parse_known_args(args)
     for name in ("questions", "rollouts"):
         if getattr(given, name) < 1:
             raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
@@ -48,7 +56,7 @@ def main(args: Sequence[str]) -> None:
 
 def _plotter() -> Callable[[dict[str, Any], Path], None]:
     try:
-        from scsdpo.evaluation.figures import plot_analysis
+        from scsdpo.analysis.figures import plot_analysis
     except ImportError as error:
         raise ConfigurationError(
             f"plots need matplotlib ({error}): pip install 'scsdpo[report]', or say --no-plot"

@@ -5,17 +5,13 @@ to the place, and the first line that is neither says what is wrong there. A mes
 form is shown as it is, in one line.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
+from scsdpo.cli.front import did_you_mean, no_such_key
 
 Sections = Mapping[str, type]
 
@@ -26,9 +22,7 @@ _MANY = 12
 _UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|.*does not accept option '(.+)'$")
 _REQUIRED = re.compile(r"the following arguments are required: (.+?)(?:\. Got value|$)")
 _OPTION = re.compile(r"argument (?:\S+/)?--(\S+): (.+)")
-_CONFIG = re.compile(r'(?:Parser key "config": )?(Problems parsing|Unexpected) config', re.DOTALL)
 _HELP = re.compile(r"--(\S+)\.help: .*?: (\S+)$")
-_NO_FILE = re.compile(r"Parser key \"config\": File does not exist: '(.+)'")
 
 _KEY = re.compile(r'Parser key "(.+?)"[^:]*:\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)':")
@@ -52,37 +46,26 @@ _GOT = re.compile(
 )
 
 
-def explain(message: str, sections: Sections, args: Sequence[str]) -> str:
+def explain(message: str, sections: Sections) -> str:
     """`message` in one line that begins with the key.
 
     Args:
         message: jsonargparse's.
         sections: class of each top-level key.
-        args: the command line, for the names of configuration files.
     """
     message = message.strip()
     if match := _UNKNOWN.match(message):
         said = _unknown_key(match[1] or match[2], sections)
     elif match := _REQUIRED.match(message):
         said = _missing(match[1].split(", "), sections)
-    elif match := _NO_FILE.match(message):
-        said = f"config: {match[1]} does not exist"
     elif match := _HELP.match(message):
         hint = _expected(match[1], sections)
         said = f"{match[1]}.help: {match[2]} is not a known {_kinds(hint)}{_offer(hint, match[2])}"
-    elif _CONFIG.match(message):
-        said = _broken_file(args) or f"config: {message}"
     elif match := _OPTION.match(message):
         said = f"{match[1]}: {match[2]}"
     else:
         said = _fault(message, sections)
     return " ".join(said.split())
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _unknown_key(option: str, sections: Sections) -> str:
@@ -91,10 +74,8 @@ def _unknown_key(option: str, sections: Sections) -> str:
         return f"{option}: what is this? Options are written --key=value"
     top, *rest = key.split(".")
     if top not in sections:
-        homes = [f"{home}.{top}" for home, kind in sections.items() if top in arguments(kind)]
-        homes += [".".join(rest)] if rest and rest[0] in sections else []  # under a command's name
-        hint = f"; did you mean `{homes[0]}`?" if homes else ""
-        return f"{key}: no such key{hint or did_you_mean(top, [*sections, *_OTHER_KEYS])}"
+        named = {section: arguments(kind) for section, kind in sections.items()}
+        return no_such_key(key, named, _OTHER_KEYS)
     where, kind = top, sections[top]
     for name in rest:
         if name not in arguments(kind):
@@ -126,24 +107,6 @@ def _expected(key: str, sections: Sections) -> Any:
     top, _, rest = key.partition(".")
     known = {**_OTHER_KEYS, **sections}.get(top, Any)
     return argument(known, rest) if rest else known
-
-
-def _broken_file(args: Sequence[str]) -> str:
-    """What is wrong with the first broken configuration file on the command line."""
-    flags = ("-c", "--config")
-    after = [value for flag, value in pairwise(args) if flag in flags]
-    named = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    for path in filter(Path.is_file, map(Path, [*after, *named])):
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            return f"{path}, line {line}: not YAML: {error.problem}"
-        except UnicodeDecodeError:
-            return f"{path}: not a text file"
-        if not isinstance(content, dict):
-            return f"{path}: must hold keys such as `model:` and `data:`, got {content!r}"
-    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

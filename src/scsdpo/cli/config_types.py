@@ -3,7 +3,7 @@
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -57,15 +57,20 @@ _MAPS = (dict, Mapping, Callable)
 """Of these the last argument is what is made or held."""
 
 
-def choices(kinds: list[type]) -> list[str]:
-    """Names of the public concrete classes among `kinds` and their known subclasses."""
-    found, pending = set(), list(kinds)
+def concrete(kinds: Sequence[type]) -> list[type]:
+    """The public concrete classes among `kinds` and their known subclasses."""
+    found, pending = [], list(kinds)
     while pending:
         kind = pending.pop()
         pending += kind.__subclasses__()
         if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
-            found.add(kind.__name__)
-    return sorted(found)
+            found.append(kind)
+    return list(dict.fromkeys(found))
+
+
+def choices(kinds: Sequence[type]) -> list[str]:
+    """Names of the public concrete classes among `kinds` and their known subclasses."""
+    return sorted({kind.__name__ for kind in concrete(kinds)})
 
 
 def spell(hint: Any) -> str:

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -13,14 +12,28 @@ from transformers import AutoConfig, PreTrainedModel
 
 from scsdpo.checkpoints import Saved
 from scsdpo.cli.model_card import model_card
+from scsdpo.cli.options import OptionParser
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message)
+def options() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = OptionParser(
+        prog="scsdpo export", description="Write a policy as a Hugging Face folder."
+    )
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, metavar="FILE", help="RUN/checkpoints/last.ckpt")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
+    add("--adapter", action="store_true", help="keep LoRA factors apart, as a PEFT folder")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the written weights; auto: the one that training started from",
+    )
+    return parser
 
 
 def main(args: Sequence[str]) -> None:
@@ -29,19 +42,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: what follows `scsdpo export` on the command line.
     """
-    parser = _Parser(prog="scsdpo export", description="Write a policy as a Hugging Face folder.")
-    parser.add_argument("--ckpt", type=Path, required=True, help="RUN/checkpoints/last.ckpt")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
-    parser.add_argument(
-        "--adapter", action="store_true", help="keep LoRA factors apart, as a PEFT folder"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the written weights; auto: the one that training started from",
-    )
-    given = parser.parse_args(args)
+    given = options().parse_args(args)
     export(given.ckpt, given.out, adapter=given.adapter, dtype=given.dtype)
     print(given.out)
 

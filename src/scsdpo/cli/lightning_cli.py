@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.monitor import check_monitor
@@ -18,6 +20,7 @@ from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import MISTAKES, ConfigurationError
+from scsdpo.health import Health
 from scsdpo.interrupt import Interrupted
 from scsdpo.training import PolicyOptimizer
 
@@ -36,6 +39,9 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(RunRecords, "records")
+        parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(Progress, "progress")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
 
     def _parse_ckpt_path(self) -> None:
@@ -106,8 +112,8 @@ class _NoHandlers(_SignalConnector):
         """None."""
 
 
-def main() -> None:
-    """Run the command that `sys.argv` holds."""
+def main(args: Sequence[str]) -> None:
+    """Run the command that `sys.argv` holds; `args` follow it there."""
     run_cli(CLI)
 
 
@@ -120,6 +126,8 @@ def run_cli(kind: type[CLI]) -> None:
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            # Another command must not write over the configuration of a run.
+            save_config_callback=SaveConfigCallback if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},

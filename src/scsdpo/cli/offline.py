@@ -1,10 +1,7 @@
 """Commands that run a configuration's policy on its questions without training it."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
 
 import lightning as L
 
@@ -14,21 +11,6 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.training import PolicyOptimizer
 
 Work = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message)
-
-
-def own_parser(command: str, what: str) -> argparse.ArgumentParser:
-    """For a command's own options; what it does not know goes to the configuration."""
-    return _Parser(
-        prog=f"scsdpo {command}",
-        description=what,
-        epilog="Everything else is as in `scsdpo predict`: --config FILE, --model.KEY=VALUE, ...",
-        allow_abbrev=False,
-    )
 
 
 def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
@@ -54,15 +36,3 @@ def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
     # LightningCLI and its messages read the command line.
     sys.argv = ["scsdpo", "predict", *rest, "--trainer.logger=false"]
     run_cli(Offline)
-
-
-def new_file(path: Path) -> Path:
-    """`path`, in a folder that exists then.
-
-    Raises:
-        ConfigurationError: if it is a folder.
-    """
-    if path.is_dir():
-        raise ConfigurationError(f"--out: {path} is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

@@ -1,20 +1,19 @@
 """The parser of `scsdpo fit | validate | test | predict`."""
 
 import inspect
-import sys
 from argparse import HelpFormatter
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-import scsdpo.callbacks
 import scsdpo.lab  # noqa: F401 - so that their classes go by short names
+from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
+from scsdpo.health import Health
 from scsdpo.training import PolicyOptimizer
 
 SECTIONS: dict[str, type] = {
@@ -22,6 +21,9 @@ SECTIONS: dict[str, type] = {
     "data": TaskDataModule,
     "trainer": Trainer,
     "checkpoint": Checkpoint,
+    "records": RunRecords,
+    "health": Health,
+    "progress": Progress,
 }
 """Class of each section of a configuration."""
 
@@ -39,13 +41,7 @@ class Parser(LightningArgumentParser):
         _, of_class, path = (self.description or "").partition(".help=")
         return f"{inspect.getdoc(find(path))}\n\n{usage}" if of_class else usage
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        try:
-            return super().parse_args(*args, **kwargs)
-        except UnicodeDecodeError as error:
-            self.error(f"Problems parsing config: {error}", error)
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries one of several types
             super().error(message, ex)
-        self.exit(2, f"scsdpo: error: {explain(message, SECTIONS, sys.argv[1:])}\n")
+        self.exit(2, f"scsdpo: error: {explain(message, SECTIONS)}\n")

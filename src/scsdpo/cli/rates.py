@@ -1,5 +1,6 @@
 """`scsdpo rates`: pass rates of the training questions before training, for `FrozenPassRate`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,10 +8,20 @@ from pathlib import Path
 
 import lightning as L
 
-from scsdpo.cli.offline import new_file, own_parser, run_offline
+from scsdpo.cli.offline import run_offline
+from scsdpo.cli.options import new_file, own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.training import PolicyOptimizer
 from scsdpo.weighting.frozen import FORMAT, fingerprint
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
+    parser = own_parser("rates", "Measure the pass rate of every training question, once.")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file to write, e.g. rates.json"
+    )
+    return parser
 
 
 def main(args: Sequence[str]) -> None:
@@ -19,9 +30,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: what follows `scsdpo rates` on the command line.
     """
-    parser = own_parser("rates", "Measure the pass rate of every training question, once.")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, e.g. rates.json")
-    given, rest = parser.parse_known_args(args)
+    given, rest = options().parse_known_args(args)
     out = new_file(given.out)
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:

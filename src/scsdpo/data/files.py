@@ -73,7 +73,7 @@ def _row(value: object, where: str) -> Row | BrokenRow:
 
 
 def _parquet(path: Path) -> Numbered:
-    import pyarrow.parquet  # type: ignore[import-untyped]  # comes with `datasets`, slow to import
+    import pyarrow.parquet  # comes with `datasets`, slow to import
 
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import gcd
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from scsdpo.data._base import Source, source_key
 from scsdpo.data.loader import (
@@ -103,6 +103,10 @@ class TaskDataModule(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.num_workers = num_workers
+        self.trained_on = 0
+        """Validation questions that are among the first ones of training; known after `setup`."""
+        self.answered: Mapping[str, int] = {}
+        """Questions that prediction leaves out: those with this key, the first so many."""
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
@@ -142,7 +146,7 @@ class TaskDataModule(LightningDataModule):
         if stage == "fit" and self.val_set:
             parts = cast(list[Rendered], self.val_set.datasets)
             asked = [part.prompts[index] for part in parts for index in part.kept]
-            warn_shared(self.train_sources, asked)
+            self.trained_on = warn_shared(self.train_sources, asked)
 
     def _shuffled(self, number: int, chat: Chat) -> ShuffledSource:
         source, sources = self.train_sources[number], len(self.train_sources)
@@ -201,7 +205,21 @@ class TaskDataModule(LightningDataModule):
         """As for validation, but that Lightning makes it anew, without empty batches."""
         if not self.val_set:
             return []
-        return self._loader(self.val_set, self.val_questions_per_batch, kind=DataLoader)
+        left, asked = Counter(self.answered), self.val_set
+        if left:
+            places = []
+            for place, prompt in enumerate(self.val_prompts()):
+                left[prompt.key] -= 1
+                places += [place] if left[prompt.key] < 0 else []
+            if not places:
+                return []
+            asked = ConcatDataset([Subset(self.val_set, places)])
+        return self._loader(asked, self.val_questions_per_batch, kind=DataLoader)
+
+    def val_prompts(self) -> Iterator[Prompt]:
+        """The validation questions in order, rendered; after `setup`."""
+        parts = cast(list[Rendered], self.val_set.datasets) if self.val_set else []
+        return (part[place] for part in parts for place in range(len(part)))
 
     def _loader(
         self,

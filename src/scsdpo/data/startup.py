@@ -66,8 +66,8 @@ def check_golds(source: Source) -> None:
             check_gold(prompt, f"prompt {number} of {source.name!r}")
 
 
-def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> None:
-    """Log, in one line, how many validation questions are among the first ones of training.
+def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> int:
+    """Count, and log, how many validation questions are among the first ones of training.
 
     By key: a source of another name has other questions.
 
@@ -84,7 +84,9 @@ def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> None:
             small = not source.sequential and len(source) <= CHECK_AHEAD
             first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
             keys.update(prompt.key for prompt in first)
-    _log_shared([prompt.key for prompt in val if prompt.key in keys], len(val))
+    both = [prompt.key for prompt in val if prompt.key in keys]
+    _log_shared(both, len(val))
+    return len(both)
 
 
 @rank_zero_only

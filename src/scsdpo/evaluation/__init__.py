@@ -1,1 +1,18 @@
-"""Evaluation: what a policy and its teacher can do, measured without training."""
+"""Evaluations: what a policy can do on each question, as figures, as a file, and compared."""
+
+from scsdpo.evaluation.figures import Figures, by_category, figures, means
+from scsdpo.evaluation.question import Question, predictions, questions
+from scsdpo.evaluation.result import Result
+from scsdpo.evaluation.table import result_table
+
+__all__ = [
+    "Figures",
+    "Question",
+    "Result",
+    "by_category",
+    "figures",
+    "means",
+    "predictions",
+    "questions",
+    "result_table",
+]

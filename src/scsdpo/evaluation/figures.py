@@ -1,37 +1,49 @@
-"""Plots, with matplotlib from the extra `report`."""
+"""Figures of an evaluation: means over questions with their intervals, by task and category."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from matplotlib.figure import Figure
+from scsdpo.evaluation.question import Question
+from scsdpo.statistics import Estimate, mean_interval, score_interval
 
-TITLES = {
-    "reverse_kl": "reverse KL(S || T)",
-    "jsd": "JSD(S, T)",
-    "log_teacher_over_student": "log T(y) / S(y)",
-    "half_log_student_over_mixture": "1/2 log S(y) / M(y)",
-}
+Figures = dict[str, dict[str, Estimate]]
+"""By category ('': all), then by name."""
+LEVEL = 0.95
 
 
-def plot_analysis(report: dict[str, Any], path: Path) -> None:
-    """Above: density of each measure by correctness; below: mean and std by pass rate."""
-    figure = Figure(figsize=(4 * len(TITLES), 6), layout="constrained")
-    axes = figure.subplots(2, len(TITLES))
-    for column, (name, title) in enumerate(TITLES.items()):
-        measure = report["measures"][name]
-        above, below = axes[0, column], axes[1, column]
-        for label, density in measure["density"].items():
-            if density:
-                above.stairs(density, measure["edges"], label=label)
-        above.set(title=title, xlabel="nats, mean over a response", ylabel="density")
-        above.legend()
-        rows = measure["by_pass_rate"]
-        below.errorbar(
-            [row["pass_rate"] for row in rows],
-            [row["mean"] for row in rows],
-            yerr=[row["std"] for row in rows],
-            marker="o",
-            capsize=3,
-        )
-        below.set(xlabel="pass rate of the question", ylabel="nats, mean +- std", xlim=(0, 1.05))
-    figure.savefig(path, dpi=120)
+def by_category(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """'' holds all; `math/level2` belongs to `math` too. One category alone is not told apart."""
+    groups: dict[str, list[Question]] = {"": list(questions)}
+    for question in questions:
+        parts = question.category.split("/") if question.category else []
+        for end in range(1, len(parts) + 1):
+            groups.setdefault("/".join(parts[:end]), []).append(question)
+    names = sorted(groups)
+    return {name: groups[name] for name in (names[:1] if len(names) == 2 else names)}
+
+
+def figures(questions: Sequence[Question]) -> Figures:
+    """Every score of `Question.scores` as a mean over questions, with its 95 % interval."""
+    found: Figures = {}
+    for name, group in by_category(questions).items():
+        rows = [question.scores() for question in group]
+        found[name] = {
+            score: interval([row[score] for row in rows]) for score in (rows[0] if rows else ())
+        }
+    return found
+
+
+def means(questions: Sequence[Question]) -> dict[str, float]:
+    """What a run logs: `mean@k`, `maj@k` and `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
+    found = {}
+    for name, group in by_category(questions).items():
+        rows = [question.scores() for question in group]
+        for score in list(rows[0])[:2] if rows else ():
+            key = f"{name}/{score}" if name else score
+            found[key] = sum(row[score] for row in rows) / len(rows)
+    return found
+
+
+def interval(scores: Sequence[float]) -> Estimate:
+    """Of scores within [0, 1] `score_interval`; of others, such as lengths, Student's."""
+    inside = all(0 <= score <= 1 for score in scores)
+    return (score_interval if inside else mean_interval)(scores, level=LEVEL)

@@ -1,5 +1,6 @@
 """Correction for rollouts that were drawn from another distribution than the one being trained."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from scsdpo.loss.signals import Derivation, NeedsSignals, sampler_log_ratio
 
 class Importance(NeedsSignals, ABC):
     """A detached factor on each token's loss, from the sampler's and the trainer's log-probs."""
+
+    @property
+    def most(self) -> float:
+        """What a factor is truncated to; inf: it is not."""
+        return math.inf
 
     @abstractmethod
     def weigh(self, chunk: Chunk) -> Tensor:
@@ -33,6 +39,10 @@ class _Truncated(Importance):
     def __post_init__(self) -> None:
         if not self.cap > 0:
             raise ValueError(f"`{type(self).__name__}(cap=...)` must be > 0, got {self.cap}")
+
+    @property
+    def most(self) -> float:
+        return self.cap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,9 @@ class Tokens:
     places: Tensor
     """[N] int64: flat index into the step's tables [R, L]."""
     scale: Tensor
-    """[N]: question weight x token weight / denominator; everything that multiplies the loss."""
+    """[N]: question weight / denominator, the same at every token of a rollout."""
+    weight: Tensor
+    """[N]: token weight."""
     signals: Signals
     """The step's tables."""
 
@@ -56,12 +58,36 @@ class TeacherOutput:
         )
 
 
-Observer = Callable[[Chunk, Tensor], None]
-"""Looks at a block of n tokens and at -d loss / d z [n, V], z its temperature-scaled logits, with
-all that multiplies the loss. The table is written over afterwards: copy what is to be kept."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Observation:
+    """A block of n tokens as the kernel saw it; its tables [n, V] are written over afterwards."""
+
+    chunk: Chunk
+    gradient: Tensor
+    """[n, V]: d loss / d (h W^T + b), with all that multiplies the loss."""
+    temperature: float
+    objective: Tensor
+    """[n]: the token's loss before any of these factors."""
+    entropy: Tensor
+    """[n]: H(S)."""
+    scale: Tensor
+    """[n]: question weight / denominator."""
+    token_weight: Tensor
+    """[n]."""
+    importance: Tensor
+    """[n]."""
+
+    @property
+    def credit(self) -> Tensor:
+        """[n, V]: -d loss / d z, z the temperature-scaled logits; a table of its own."""
+        return self.gradient * -self.temperature
 
 
-def unobserved(chunk: Chunk, credit: Tensor) -> None:
+Observer = Callable[[Observation], None]
+"""Looks at a block of tokens, and changes nothing in it."""
+
+
+def unobserved(seen: Observation) -> None:
     """Nobody looks."""
 
 
@@ -92,6 +118,7 @@ class LossOutput(NamedTuple):
     """log S(y)."""
     entropy: Tensor
     """H(S), nats."""
+    importance: Tensor
 
 
 class HeadGradient:
@@ -149,11 +176,17 @@ def credit_loss(
         gradient: of the head, over the step.
 
     Shapes:
-        hidden [N, D] -> scalar loss and three [N] logs; N = 0 gives 0 and zero gradients.
+        hidden [N, D] -> scalar loss and four [N] logs; N = 0 gives 0 and zero gradients.
     """
     arguments = (hidden, linear.weight, linear.bias, head, gradient, tokens, objective)
-    outputs = _CreditLoss.apply(*arguments)
-    return LossOutput(loss=outputs[0], objective=outputs[1], logprob=outputs[2], entropy=outputs[3])
+    loss, objective_values, logprob, entropy, importance = _CreditLoss.apply(*arguments)
+    return LossOutput(
+        loss=loss,
+        objective=objective_values,
+        logprob=logprob,
+        entropy=entropy,
+        importance=importance,
+    )
 
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -177,7 +210,7 @@ class _CreditLoss(torch.autograd.Function):
         gradient: HeadGradient,
         tokens: Tokens,
         objective: Objective,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Work(hidden.detach(), head, tokens, objective)
             gradient.start(weight, bias)
@@ -187,10 +220,10 @@ class _CreditLoss(torch.autograd.Function):
         ctx.gradients = gradients
         ctx.set_materialize_grads(False)
         kept = torch.promote_types(hidden.dtype, torch.float32)
-        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((3, 0), dtype=kept)
-        values, logprobs, entropies = rows.unbind()
-        ctx.mark_non_differentiable(values, logprobs, entropies)
-        return work.loss.to(kept), values, logprobs, entropies
+        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((4, 0), dtype=kept)
+        logs = rows.unbind()
+        ctx.mark_non_differentiable(*logs)
+        return work.loss.to(kept), *logs
 
     @staticmethod
     @once_differentiable
@@ -240,7 +273,7 @@ class _Work:
                     places=self.tokens.places[inside],
                     signals=self.tokens.signals,
                 ),
-                self.tokens.scale[inside],
+                inside,
             )
             made.logits[block] = gradient
         return made.logits
@@ -260,19 +293,33 @@ class _Work:
         trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
         return output.combine(lambda: student, trunks)
 
-    def _gradient(self, chunk: Chunk, scale: Tensor) -> Tensor:
+    def _gradient(self, chunk: Chunk, inside: slice) -> Tensor:
         """[n, V] of a block: d loss / d (h W^T + b)."""
         student, credit = chunk.student, self.objective.credit(chunk)
-        scale = scale.to(chunk.logprob.dtype) * self.objective.importance(chunk)
-        self.logs.append(torch.stack([credit.objective, chunk.logprob, student.entropy()]))
-        self.loss += weighted(scale, credit.objective).sum()
-        scale = scale / self.objective.temperature
-        mass = weighted(scale, credit.mass(student))
-        # The last use of the student's probabilities: the gradient takes their place.
-        gradient = student.probs.mul_(mass[:, None])
-        credit.subtract(gradient, scale, student)
-        if self.objective.observe is not unobserved:
-            self.objective.observe(chunk, gradient * -self.objective.temperature)
+        importance, entropy = self.objective.importance(chunk), student.entropy()
+        scale, weight = self.tokens.scale[inside], self.tokens.weight[inside]
+        factor = (scale * weight).to(chunk.logprob.dtype) * importance
+        self.logs.append(torch.stack([credit.objective, chunk.logprob, entropy, importance]))
+        self.loss += weighted(factor, credit.objective).sum()
+        factor = factor / self.objective.temperature
+        mass = weighted(factor, credit.mass(student))
+        watched = self.objective.observe is not unobserved
+        # The last use of the student's probabilities, unless somebody looks: the gradient takes
+        # their place.
+        gradient = (student.probs.clone() if watched else student.probs).mul_(mass[:, None])
+        credit.subtract(gradient, factor, student)
+        if watched:
+            seen = Observation(
+                chunk=chunk,
+                gradient=gradient,
+                temperature=self.objective.temperature,
+                objective=credit.objective,
+                entropy=entropy,
+                scale=scale,
+                token_weight=weight,
+                importance=importance,
+            )
+            self.objective.observe(seen)
         return gradient
 
 

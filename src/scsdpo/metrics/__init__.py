@@ -1,7 +1,6 @@
-"""Metrics: torchmetrics modules for validation, and the training log."""
+"""Metrics: what the log shows of a training step."""
 
 from scsdpo.metrics.gap import GapCheck
-from scsdpo.metrics.groups import ByCategory, MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
     log_figures,
@@ -11,10 +10,7 @@ from scsdpo.metrics.training import (
 )
 
 __all__ = [
-    "ByCategory",
     "GapCheck",
-    "MajAtK",
-    "MeanAtK",
     "PhaseTimer",
     "log_figures",
     "phase_metrics",

@@ -1,5 +1,6 @@
 """What the log shows of a training step: figures of the whole batch, the same on every rank."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import lightning as L
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from scsdpo.distributed import all_max, all_sum
 from scsdpo.loss import LossOutput
+from scsdpo.metrics.memory import peak_gib
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.types import Outcomes, Rollouts
 
@@ -67,30 +69,39 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
 
 
 def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
-    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time."""
+    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time, and the
+    `memory` of the largest.
+    """
     seconds, tokens = timer.take()
     names = ("rollout", "teacher", "student")
-    taken = torch.tensor([seconds.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+    most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_gib(device)]
+    taken = torch.tensor(most, dtype=torch.float64)
     counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
-    slowest, everyone = all_max(taken.to(device)), all_sum(counts.to(device))
+    *slowest, memory = all_max(taken.to(device)).tolist()
+    everyone = all_sum(counts.to(device))
     return {
-        **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest.tolist(), strict=True)},
+        **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest, strict=True)},
+        "memory": memory,
         **{f"tokens/{phase}": n for phase, n in zip(names, everyone.tolist(), strict=True)},
     }
 
 
-def token_metrics(outputs: Iterable[LossOutput], objective: str) -> dict[str, float]:
+def token_metrics(
+    outputs: Iterable[LossOutput], objective: str, cap: float = math.inf
+) -> dict[str, float]:
     """Means over the tokens that were trained on, all ranks; empty if there were none.
 
     Args:
         outputs: per micro-batch the kernel's output.
         objective: name under which the mean objective is shown.
+        cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for output in outputs:
-        columns = (output.objective.double(), output.entropy.double())
+        capped = output.importance >= output.importance.new_tensor(cap)
+        columns = (output.objective.double(), output.entropy.double(), capped.double())
         count = output.objective.new_tensor(len(output.objective), dtype=torch.float64)
         sums += torch.stack([*(c.sum() for c in columns), count]).cpu()
     *total, count = all_sum(sums).tolist()
-    names = (objective, "entropy")
-    return {n: value / count for n, value in zip(names, total, strict=True)} if count else {}
+    names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
+    return {n: value / count for n, value in zip(names, total, strict=False)} if count else {}

@@ -105,11 +105,7 @@ class CausalLM(nn.Module):
         """
         if self.model is not None:
             return
-        dtype = (
-            self.adapter.dtype(torch.cuda.is_available())
-            if self._dtype == "auto"
-            else getattr(torch, self._dtype)
-        )
+        dtype = self.loaded_dtype(torch.cuda.is_available())
         settings = {"dtype": dtype, "attn_implementation": self.attn_implementation}
         if to_shard:
             with torch.device("meta"):
@@ -145,6 +141,12 @@ class CausalLM(nn.Module):
         self.adapter.draw(self.wrapped)
         for weights in others:
             weights.follow(self.wrapped, 1.0)
+
+    def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
+        """Dtype of the checkpoint's weights once they are loaded."""
+        if self._dtype == "auto":
+            return self.adapter.dtype(device_is_gpu)
+        return getattr(torch, self._dtype)
 
     @property
     def wrapped(self) -> nn.Module:

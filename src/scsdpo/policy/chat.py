@@ -66,3 +66,25 @@ class Chat:
         """Text of a response, special tokens left out; ids beyond the tokenizer give nothing."""
         known = [i for i in map(int, ids) if i < len(self.tokenizer)]
         return self.tokenizer.decode(known, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """A piece of text for each id; together they are all of it, special tokens included.
+
+        Where several tokens make one character the last of them has it, and the others ''.
+        """
+        pieces, start, said = [], 0, 0
+        for end in range(1, len(ids) + 1):
+            # From a token before, for some tokenizers drop a leading space.
+            before, text = self._whole(ids[start:said]), self._whole(ids[start:end])
+            # A character has four bytes at most: what is not one by then never will be.
+            whole = not text.endswith("\ufffd") or end == len(ids) or end - said >= 4
+            pieces.append(text[len(before) :] if whole else "")
+            if whole:
+                start, said = said, end
+        return pieces
+
+    def _whole(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if i < len(self.tokenizer)]
+        return self.tokenizer.decode(
+            known, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

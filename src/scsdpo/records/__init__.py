@@ -1,9 +1,37 @@
 """Records: what a run leaves behind beside its checkpoints."""
 
+from scsdpo.records.batch_files import BatchFiles
+from scsdpo.records.environment import environment
 from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.metrics_file import MetricsFile
 from scsdpo.records.outage import Outage
 from scsdpo.records.recorded import Recorded
+from scsdpo.records.schema import (
+    SCHEMA_VERSION,
+    HealthRecord,
+    Number,
+    Place,
+    RolloutRecord,
+    TokenRecord,
+)
+from scsdpo.records.text_log import TextLog
+from scsdpo.records.token_trace import TokenTrace
 
-__all__ = ["JsonLines", "MetricsFile", "Outage", "Recorded", "run_folder"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BatchFiles",
+    "HealthRecord",
+    "JsonLines",
+    "MetricsFile",
+    "Number",
+    "Outage",
+    "Place",
+    "Recorded",
+    "RolloutRecord",
+    "TextLog",
+    "TokenRecord",
+    "TokenTrace",
+    "environment",
+    "run_folder",
+]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,17 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line."""
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add a line for each record, or none if the disk refuses."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            _durably(file.fileno(), _line(record), file.seek(0, os.SEEK_END), b"")
+            lines = b"".join(map(json_line, records))
+            _durably(file.fileno(), lines, file.seek(0, os.SEEK_END), b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Add keys to the last line, which must be there, or write them over."""
         last = self._tail()
-        line = _line(json.loads(last) | more)
+        line = json_line(json.loads(last) | more)
         with self.path.open("r+b") as file:
             start = file.seek(0, os.SEEK_END) - len(last)
             _durably(file.fileno(), line, start, last)
@@ -53,6 +55,22 @@ class JsonLines:
                 kept += len(line)
             file.truncate(kept)
             os.fsync(file.fileno())
+
+    def begin(self, batch: int, checkpoint: str | Path | None) -> None:
+        """Of a run that goes on, keep the lines up to `batch`; of a new one, none.
+
+        Args:
+            batch: after which the run goes on.
+            checkpoint: from which; None: the run is new. Into another folder than its run's, the
+                lines there are copied.
+        """
+        if batch == 0 and not checkpoint:
+            self.set_aside()
+            return
+        before = Path(checkpoint or "").parent.parent / self.path.name
+        if before.exists() and not self.path.exists():
+            shutil.copyfile(before, self.path)
+        self.cut(batch)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -76,7 +94,8 @@ class JsonLines:
             number += 1
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of bytes; a number that is not finite is null."""
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

@@ -1,8 +1,6 @@
 """Every figure of a run in one file, whatever the logger."""
 
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -43,13 +41,7 @@ class MetricsFile(L.Callback):
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
-        if pl_module.batches == 0 and not trainer.ckpt_path:
-            self._file.set_aside()
-            return
-        before = Path(trainer.ckpt_path or "").parent.parent / NAME
-        if before.exists() and not self._file.path.exists():
-            shutil.copyfile(before, self._file.path)
-        self._file.cut(int(pl_module.batches))
+        self._file.begin(int(pl_module.batches), trainer.ckpt_path)
 
     def on_train_batch_end(
         self,

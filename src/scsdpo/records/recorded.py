@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from scsdpo.loss import Observation, Observer, unobserved
+
 
 class Recorded(L.LightningModule):
     """Counts the batches asked, and keeps the names of what was logged since the last record."""
@@ -17,13 +19,40 @@ class Recorded(L.LightningModule):
         super().__init__()
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self._logged: set[str] = set()
+        self._observers: list[Observer] = []
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, and the name is remembered."""
         super().log(name, value, *args, **kwargs)
         self._logged.add(name)
 
+    @property
+    def logged(self) -> frozenset[str]:
+        """Names logged since the last record."""
+        return frozenset(self._logged)
+
     def take_logged(self) -> set[str]:
         """Names logged since the last time it was asked."""
         logged, self._logged = self._logged, set()
         return logged
+
+    def observe(self, observer: Observer) -> None:
+        """Show the kernel's blocks of tokens to `observer` in the steps on the batch at hand.
+
+        For `RolloutCallback.on_rollouts`. A block may come again if memory ran out amid a step.
+        """
+        self._observers.append(observer)
+
+    def take_observer(self) -> Observer:
+        """All that were asked for since the last time, as one."""
+        observers, self._observers = self._observers, []
+
+        def each(seen: Observation) -> None:
+            for observer in observers:
+                observer(seen)
+
+        return each if observers else unobserved
+
+    def described(self) -> dict[str, Any]:
+        """What records say of the policy and of how it is asked."""
+        return {}

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from scsdpo.policy import CausalLM
 from scsdpo.types import Prompt, Rollouts, Sampling
@@ -17,6 +18,13 @@ class Rollout(ABC):
         The ids are the sampler's own and are trained on as they are; texts are never tokenised
         again. Tensors are on the policy's device.
         """
+
+    def held(self, policy: CausalLM) -> AbstractContextManager[object]:
+        """What several calls of `sample` can share while the policy does not change.
+
+        Every rank enters; inside, each samples by itself.
+        """
+        return nullcontext()
 
     def rows(self, responses: int) -> int:
         """How many of so many responses are in flight at a time."""

@@ -1,6 +1,7 @@
 """Rollouts in process: the transformers model itself, on CPU or GPU."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -70,6 +71,9 @@ class HFRollout(Rollout):
             with merged_adapters(model):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
             return buffer.rollouts(digest(model))
+
+    def held(self, policy: CausalLM) -> AbstractContextManager[object]:
+        return policy.held_whole()
 
     def rows(self, responses: int) -> int:
         return max(min(self.max_rows, responses), 1)

@@ -1,10 +1,11 @@
 """Training: the module that composes the strategies, and the optimizer step."""
 
 from scsdpo.training.batch import Batch
+from scsdpo.training.evaluation_files import FOLDER
 from scsdpo.training.limits import Limits
 from scsdpo.training.module import PolicyOptimizer
 from scsdpo.training.optimizer_steps import OptimizerSteps
 from scsdpo.training.trace import BatchTrace
 from scsdpo.training.update import Update
 
-__all__ = ["Batch", "BatchTrace", "Limits", "OptimizerSteps", "PolicyOptimizer", "Update"]
+__all__ = ["FOLDER", "Batch", "BatchTrace", "Limits", "OptimizerSteps", "PolicyOptimizer", "Update"]

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from scsdpo.advantage import Plan
-from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+from scsdpo.types import JudgedBatch, Lesson, Outcomes, Rollouts, TeacherContexts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,3 +52,18 @@ class Batch:
         """[R] prompt ids."""
         group = self.rollouts.ids.shape[1]
         return [prompt.ids for prompt in self.rollouts.prompts for _ in range(group)]
+
+    def judged(self, objective_name: str) -> JudgedBatch:
+        """What callbacks are shown of it."""
+        return JudgedBatch(
+            split="train",
+            rollouts=self.rollouts,
+            outcomes=self.outcomes,
+            weights=self.weights,
+            lesson=Lesson(
+                active=self.active.view_as(self.outcomes.successes),
+                reads_teacher=self.plan.needs_teacher,
+                teacher=self.teacher,
+                objective_name=objective_name,
+            ),
+        )

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import lightning as L
 
 from scsdpo.policy import CausalLM
+from scsdpo.rollout import Rollout
 
 
 class HeldWeights(L.Callback):
@@ -17,10 +18,10 @@ class HeldWeights(L.Callback):
         self._held = ExitStack()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        policy = pl_module.policy
-        assert isinstance(policy, CausalLM)
+        policy, rollout = pl_module.policy, pl_module.rollout
+        assert isinstance(policy, CausalLM) and isinstance(rollout, Rollout)
         with trainer.strategy.precision_plugin.forward_context():  # the dtype of sampling
-            self._held.enter_context(policy.held_whole())
+            self._held.enter_context(rollout.held(policy))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._held.close()

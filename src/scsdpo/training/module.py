@@ -3,27 +3,23 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import nn
 
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage
-from scsdpo.callbacks import RolloutCallback
+from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
+from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
-from scsdpo.metrics import (
-    ByCategory,
-    GapCheck,
-    log_figures,
-    phase_metrics,
-    rollout_metrics,
-)
+from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
+from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
@@ -32,18 +28,20 @@ from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import all_remembered, memory, remember_all
 from scsdpo.teacher import NoTeacher, Teacher
+from scsdpo.training.answering import Answering
 from scsdpo.training.batch import Batch
-from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.dealing import deal, split
-from scsdpo.training.finite import check_sampled, spoiled_anywhere
+from scsdpo.training.evaluation import Evaluation
+from scsdpo.training.evaluation_files import EvaluationFiles
+from scsdpo.training.finite import spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
 from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
-from scsdpo.types import JudgedBatch, Outcomes, Prompt, Rollouts, Sampling
-from scsdpo.verifiers import Verification, VerifierPool, report_errors
+from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
@@ -138,20 +136,24 @@ class PolicyOptimizer(Resumable):
             objective_name=advantage.objective_name,
         )
         self.timer = self.steps.update.timer
-        self.room = Budget("responses in flight", SAMPLING_REMEDY)
-        self.verifiers = VerifierPool(verification)
+        self.answering = Answering(rollout, verification, success_threshold, self.timer)
+        self.evaluation = Evaluation(self.answering)
         self.memory = memory(self, strategies.remembering())
-        self.validation = ByCategory()
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run keeps its metrics, whatever the logger, and what is good when it fails."""
-        return [MetricsFile(), OnFailure(), HeldWeights()]
+        """Every run plans its memory, shows and keeps what happens, and fails well."""
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        own = (
+            *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
+            *(EvaluationFiles(self.evaluation), OnFailure(), HeldWeights()),
+        )
+        return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
         """Start the processes that judge; they are ready before the weights are."""
         super().setup(stage)
-        self.verifiers.start()
+        self.answering.verifiers.start()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -198,7 +200,7 @@ class PolicyOptimizer(Resumable):
         prepared = [deal(self.prepare, self.advantage, judged) for judged in chosen]
         self._report(rollouts, outcomes, prepared)
         for batch in prepared:
-            self.steps.learn(self, self.policy, batch)
+            self._learn(batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
 
     def _check_size(self, prompts: Sequence[Prompt]) -> None:
@@ -210,40 +212,11 @@ class PolicyOptimizer(Resumable):
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """Responses of the policy as it is now."""
-        with self.timer("rollout"):
-            rollouts = self._sampled(prompts, sampling)
-        self.timer.count("rollout", int(rollouts.lengths.sum()))
-        return rollouts
-
-    def _sampled(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
-        """With fewer rows in flight where memory does not suffice for all; finite ones."""
-
-        def attempt(rows: int) -> Rollouts:
-            with noticed():
-                return self.rollout.with_rows(rows).sample(self.policy, prompts, sampling)
-
-        most = self.rollout.rows(len(prompts) * sampling.n)
-        least = most if self.rollout.with_rows(1) is self.rollout else 1
-        rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
-        check_sampled(rollouts, self)
-        return rollouts
+        return self.answering.sample(self, self.policy, prompts, sampling)
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
         """Verdicts of each prompt's verifier; those that failed are logged."""
-        with self.timer("verify"):
-            verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
-        report_errors(verdicts)
-        rewards = torch.tensor(
-            [[verdict.reward for verdict in group] for group in verdicts],
-            dtype=torch.float32,
-            device=rollouts.ids.device,
-        )
-        return Outcomes(
-            verdicts=verdicts,
-            rewards=rewards.view(rollouts.ids.shape[:2]),
-            successes=(rewards >= self.success_threshold).view(rollouts.ids.shape[:2]),
-            keys=tuple(prompt.key for prompt in rollouts.prompts),
-        )
+        return self.answering.judge(rollouts)
 
     def prepare(self, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
         """Contexts, weights and plan: everything before the first forward."""
@@ -264,24 +237,15 @@ class PolicyOptimizer(Resumable):
         )
 
     def _report(self, rollouts: Rollouts, outcomes: Outcomes, prepared: Iterable[Batch]) -> None:
-        """Log what was sampled, and show callbacks what is learned from."""
+        """Log what was sampled."""
         weights = [outcomes.rewards[:0].double(), *(batch.weights for batch in prepared)]
         figures = rollout_metrics(rollouts, outcomes, torch.cat(weights))
         log_figures(self, "train", figures, shown="pass_rate")
-        for batch in prepared:
-            self._show("train", batch.rollouts, batch.outcomes, batch.weights)
 
-    def _show(
-        self,
-        split: Literal["train", "val", "test"],
-        rollouts: Rollouts,
-        outcomes: Outcomes,
-        weights: Tensor,
-    ) -> None:
-        batch = JudgedBatch(split=split, rollouts=rollouts, outcomes=outcomes, weights=weights)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RolloutCallback):
-                callback.on_rollouts(self.trainer, self, batch)
+    def _learn(self, batch: Batch) -> None:
+        """Show callbacks what is learned from, and learn."""
+        show_rollouts(self, batch.judged(self.advantage.objective_name))
+        self.steps.learn(self, self.policy, batch)
 
     def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
         """Answer, judge and learn from `prompts`, all but the step: what would each token get?
@@ -313,63 +277,43 @@ class PolicyOptimizer(Resumable):
     # ---------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """A validation can be given up as a whole; the ranks meet at its end."""
-        interrupt.begin_run(Agreement.of_ranks())
-        interrupt.open_window()
+        """As `Evaluation.begin`."""
+        self.evaluation.begin()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """Sample with `val_sampling` and judge."""
-        self._evaluate("val", prompts)
+        self.evaluation.step(self, self.policy, prompts, self.val_sampling, "val")
 
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
-        self._log_evaluation("val")
+        self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """As validation."""
-        self._evaluate("test", prompts)
+        self.evaluation.step(self, self.policy, prompts, self.val_sampling, "test")
 
     def on_test_epoch_end(self) -> None:
         """As validation, under `test/`."""
-        self._log_evaluation("test")
-
-    def _evaluate(self, split: Literal["val", "test"], prompts: Sequence[Prompt]) -> None:
-        if not prompts:  # the last batch of fewer questions than ranks
-            return
-        rollouts = self._sampled(prompts, self.val_sampling)
-        outcomes = self.judge(rollouts)
-        self.validation.update(rollouts, outcomes)
-        self._show(split, rollouts, outcomes, torch.ones_like(outcomes.rewards).double())
-
-    def _log_evaluation(self, split: Literal["val", "test"]) -> None:
-        interrupt.meet()
-        interrupt.close_window()
-        k = self.val_sampling.n
-        log_figures(self, split, self.validation.compute(k, self.device), shown=f"mean@{k}")
-        self.validation.reset()
-        self.timer.take()  # what evaluation took belongs to no training step
+        self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
-        interrupt.begin_run(Agreement.of_ranks())
-        interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
-        rollouts = self._sampled(prompts, self.val_sampling)
-        outcomes = self.judge(rollouts)
-        return [
-            {"key": prompt.key, "response": text, **asdict(verdict)}
-            for prompt, texts, verdicts in zip(
-                prompts, rollouts.texts, outcomes.verdicts, strict=True
-            )
-            for text, verdict in zip(texts, verdicts, strict=True)
-        ]
+        return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
+
+    def described(self) -> dict[str, Any]:
+        """Of an evaluation: which policy, and how it is asked and judged."""
+        return {
+            "policy": self.policy.name_or_path,
+            "sampling": asdict(self.val_sampling),
+            "success_threshold": self.success_threshold,
+        }
 
     def teardown(self, stage: str) -> None:
         """Let the rollout's engine go, and the processes that judge."""
-        self.rollout.close()
-        self.verifiers.close()
+        self.answering.close()
 
     # --------------------------------------------------------------- checkpoints
 

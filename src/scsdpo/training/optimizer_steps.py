@@ -20,6 +20,7 @@ from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
 from scsdpo.metrics import GapCheck, log_figures, token_metrics
 from scsdpo.policy import CausalLM
+from scsdpo.records import Recorded
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
@@ -67,14 +68,15 @@ class OptimizerSteps(nn.Module):
         self.under_way = False
         """Whether weights, optimizer and teachers are between two steps' states."""
         self._norm: float | None = None
+        self._watched = update
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
-    def learn(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
+    def learn(self, host: Recorded, policy: CausalLM, batch: Batch) -> None:
         """All steps on `batch`.
 
         Args:
-            host: gives optimizer, schedule, backward and log.
+            host: gives optimizer, schedule, backward and log, and who looks on.
             policy: is run, and gets the gradient.
             batch: what is learned from.
 
@@ -82,6 +84,7 @@ class OptimizerSteps(nn.Module):
             TrainingStopped: if a limit on steps that achieve nothing is reached, or the sampler
                 disagrees with the trainer.
         """
+        self._watched = replace(self.update, observe=host.take_observer())
         steps = batch.steps
         old = self._measured(policy, batch, steps[1:])
         for number, rows in enumerate(steps):
@@ -129,7 +132,8 @@ class OptimizerSteps(nn.Module):
             norm = total_norm(gradients)
             figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
         gap = self._gap(batch, rows, outputs)
-        seen = token_metrics([o for o, _ in outputs], self.objective_name)
+        cap = self.update.importance.most
+        seen = token_metrics([o for o, _ in outputs], self.objective_name, cap)
         counts = {"trained_rollouts": active, "trained_tokens": tokens}
         log_figures(host, "train", figures | seen | gap | counts)
         self.gap.judge(gap)
@@ -150,7 +154,7 @@ class OptimizerSteps(nn.Module):
         loss = torch.zeros((), dtype=torch.float64, device=host.device)
         outputs = []
         with agreed(policy), _unsynchronized(host), _seeded(host):
-            for output, sampled in self.update.losses(policy, batch, rows, budget):
+            for output, sampled in self._watched.losses(policy, batch, rows, budget):
                 interrupt.check()
                 host.manual_backward(output.loss)
                 loss += output.loss.detach().double()

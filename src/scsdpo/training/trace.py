@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scsdpo.loss import Chunk, Observer
+from scsdpo.loss import Observation, Observer
 from scsdpo.policy import CausalLM
 from scsdpo.training.batch import Batch
 from scsdpo.training.update import Update
@@ -49,7 +49,7 @@ def trace_update(
         policy: with its weights; gets no gradient.
         batch: what is traced.
         max_tokens: budget of a micro-batch; changes no number.
-        observe: sees each block with -d loss / d z over the whole vocabulary, too.
+        observe: sees each block with its credit over the whole vocabulary, too.
     """
     shape = batch.rollouts.mask.shape
     names = ("credit", "magnitude", "objective", "logprob", "teacher_logprob", "entropy")
@@ -59,31 +59,27 @@ def trace_update(
     }
     look = partial(_write, tables, batch.plan.needs_teacher.flatten(), observe)
     rows, loss = list(range(shape[0] * shape[1])), 0.0
-    order: list[Tensor] = []
     with torch.no_grad():
-        seen = replace(update, observe=partial(_in_order, order, look))
+        seen = replace(update, observe=look)
         for output, _ in seen.losses(policy, batch, rows, max_tokens):
             loss += float(output.loss)
-            places = torch.cat(order) if order else torch.zeros(0, dtype=torch.long)
-            for name in ("objective", "logprob", "entropy"):
-                tables[name].view(-1)[places] = getattr(output, name).double()
-            order.clear()
     return BatchTrace(batch=batch, loss=loss, **tables)
 
 
-def _in_order(order: list[Tensor], look: Observer, chunk: Chunk, credit: Tensor) -> None:
-    order.append(chunk.places)
-    look(chunk, credit)
-
-
-def _write(
-    tables: dict[str, Tensor], taught: Tensor, observe: Observer, chunk: Chunk, credit: Tensor
-) -> None:
+def _write(tables: dict[str, Tensor], taught: Tensor, observe: Observer, seen: Observation) -> None:
+    chunk, credit = seen.chunk, seen.credit
+    values = {
+        "credit": credit.gather(-1, chunk.ids[:, None])[:, 0],
+        "magnitude": credit.abs().sum(-1),
+        "objective": seen.objective,
+        "logprob": chunk.logprob,
+        "entropy": seen.entropy,
+    }
     at = chunk.places
-    tables["credit"].view(-1)[at] = credit.gather(-1, chunk.ids[:, None])[:, 0].double()
-    tables["magnitude"].view(-1)[at] = credit.abs().sum(-1).double()
+    for name, value in values.items():
+        tables[name].view(-1)[at] = value.double()
     read = taught[chunk.rollout]
     if bool(read.any()):
         told = chunk.teacher().logprob(chunk.ids).double()
         tables["teacher_logprob"].view(-1)[at[read]] = told[read]
-    observe(chunk, credit)
+    observe(seen)

@@ -75,9 +75,9 @@ class Update:
             signals = measure(forwards, self.needs)
         for make in (*batch.plan.derivations, *self.derivations):
             signals.derive(make)
-        scale = self._scale(forwards, signals)
+        factors = self._coefficients(forwards), self._token_weights(forwards, signals)
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
-        for micro, output in forwards.losses(partial(self._loss, forwards, signals, scale)):
+        for micro, output in forwards.losses(partial(self._loss, forwards, signals, factors)):
             yield output, forwards.of_tokens(micro, sampled)
 
     def measure(
@@ -95,30 +95,40 @@ class Update:
         teachers = {"teacher": self.teacher, "reference": self.reference}
         return Forwards(policy, teachers, batch, rows, max_tokens=max_tokens, timer=self.timer)
 
-    def _scale(self, forwards: Forwards, signals: Signals) -> Tensor:
-        """[R, L]: denominator, question weight and token weight of every token."""
+    def _coefficients(self, forwards: Forwards) -> Tensor:
+        """[R]: question weight / denominator of every rollout."""
         batch, index = forwards.batch, forwards.index
         coefficients = torch.zeros_like(batch.weights.flatten())
         coefficients[index] = self.reduction.coefficients(
             forwards.lengths[index], batch.active[index]
         ).to(coefficients.dtype)
-        distilled = batch.mask & (forwards.reads["teacher"] & forwards.chosen)[:, None]
-        per_token = contracts.weights(
+        return coefficients * batch.weights.flatten()
+
+    def _token_weights(self, forwards: Forwards, signals: Signals) -> Tensor:
+        """[R, L]."""
+        distilled = forwards.batch.mask & (forwards.reads["teacher"] & forwards.chosen)[:, None]
+        return contracts.weights(
             self.token_weighting.weigh(signals, distilled),
             of=f"{type(self.token_weighting).__name__}.weigh",
             axes="[R, L]",
             shape=tuple(distilled.shape),
         )
-        return (coefficients * batch.weights.flatten())[:, None] * per_token
 
-    def _loss(self, forwards: Forwards, signals: Signals, scale: Tensor, micro: list[int]) -> Loss:
+    def _loss(
+        self,
+        forwards: Forwards,
+        signals: Signals,
+        factors: tuple[Tensor, Tensor],
+        micro: list[int],
+    ) -> Loss:
         """The micro-batch's share of the step's loss, once the student has run."""
-        mask = forwards.batch.mask
+        mask, (coefficients, weights) = forwards.batch.mask, factors
         places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         tokens = Tokens(
             ids=forwards.of_tokens(micro, forwards.batch.ids),
             places=forwards.of_tokens(micro, places),
-            scale=forwards.of_tokens(micro, scale),
+            scale=forwards.of_tokens(micro, coefficients[:, None].expand_as(mask)),
+            weight=forwards.of_tokens(micro, weights),
             signals=signals,
         )
         objective = Objective(

@@ -1,0 +1,1 @@
+"""Analysis: what a policy's teacher says, measured without training."""

@@ -1,0 +1,132 @@
+"""What the policy can do when it is shown a right response: whether it can be its own teacher."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+import lightning as L
+
+from scsdpo.data import TaskDataModule
+from scsdpo.data.prompts import PromptList
+from scsdpo.errors import ConfigurationError
+from scsdpo.evaluation import Question
+from scsdpo.statistics import Estimate, mean_interval, score_interval
+from scsdpo.teacher import SiblingDemonstration
+from scsdpo.training import PolicyOptimizer
+from scsdpo.types import Prompt
+
+
+class Told(PromptList):
+    """Questions in which the policy is shown something.
+
+    Args:
+        prompts: rewritten already.
+    """
+
+    name = "told"
+
+    def __init__(self, prompts: Iterable[Prompt]) -> None:
+        self._prompts = tuple(prompts)
+
+    def load(self) -> Iterable[Prompt]:
+        return self._prompts
+
+
+def with_demonstrations(
+    trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule
+) -> dict[str, Any]:
+    """Accuracy with a right response of its own in the prompt, and with one to another question.
+
+    Follows an evaluation by the same trainer, whose first right response to each question is the
+    demonstration, put in the words of the model's teacher. The policy's weights read it: not those
+    of an EMA. The control shows each question the demonstration of the next question that has one
+    (the first one's to the last): what it gains is not owed to what the demonstration says.
+
+    Returns:
+        `questions`: how many have a demonstration; estimates of mean@k over them: `without`,
+        `own`, `another`; and paired differences `own_gain`, `another_gain`, `own_over_another`.
+
+    Raises:
+        ConfigurationError: if fewer than two questions have a demonstration.
+
+    Source:
+        The control: OP2SD, arXiv:2608.09228.
+    """
+    found = model.evaluation.result.questions
+    prompts = list(islice(data.val_prompts(), len(found)))
+    assert [p.key for p in prompts] == [q.key for q in found]
+    shown = [(p, q) for p, q in zip(prompts, found, strict=True) if q.right]
+    if len(shown) < 2:
+        raise ConfigurationError(
+            f"--demonstrations: {len(shown)} of {len(found)} questions were solved, nothing can be "
+            "shown; take easier questions, more responses or a better policy"
+        )
+    others = [shown[(i + 1) % len(shown)][1] for i in range(len(shown))]
+    own = _told(trainer, model, data, [(p, q.right) for p, q in shown])
+    another = _told(
+        trainer, model, data, [(p, o.right) for (p, _), o in zip(shown, others, strict=True)]
+    )
+    without = [q for _, q in shown]
+    return _summary(_means(without), _means(own), _means(another))
+
+
+def _told(
+    trainer: L.Trainer,
+    model: PolicyOptimizer,
+    data: TaskDataModule,
+    pairs: Sequence[tuple[Prompt, str]],
+) -> Sequence[Question]:
+    """An evaluation in which each prompt shows a demonstration."""
+    context = model.teacher.context
+    if not isinstance(context, SiblingDemonstration):
+        context = SiblingDemonstration()
+    fill, shown = context.templates.fill, context.shown
+    # Keys by place: two prompts may be the same question with another demonstration.
+    data.val_sources = [
+        Told(
+            replace(
+                prompt,
+                key=f"{place}/{prompt.key}",
+                messages=tuple(fill(prompt.messages, demonstration=shown(text))),
+            )
+            for place, (prompt, text) in enumerate(pairs)
+        )
+    ]
+    data.max_prompt_tokens = context.max_tokens
+    trainer.validate(model, data, verbose=False)
+    return model.evaluation.result.questions
+
+
+def _means(questions: Sequence[Question]) -> list[tuple[str, float]]:
+    return [(q.key, sum(q.rewards) / len(q.rewards)) for q in questions]
+
+
+def _summary(
+    without: Sequence[tuple[str, float]],
+    own: Sequence[tuple[str, float]],
+    another: Sequence[tuple[str, float]],
+) -> dict[str, Any]:
+    """Over the questions whose prompts were short enough with either demonstration."""
+    plain = {f"{place}/{key}": value for place, (key, value) in enumerate(without)}
+    left, right = dict(own), dict(another)
+    keys = [key for key in plain if key in left and key in right]
+    a, b, c = ([table[key] for key in keys] for table in (plain, left, right))
+
+    def gain(high: Sequence[float], low: Sequence[float]) -> Mapping[str, Any]:
+        return asdict(mean_interval([x - y for x, y in zip(high, low, strict=True)]))
+
+    def mean(values: Sequence[float]) -> Mapping[str, Any]:
+        inside = all(0 <= value <= 1 for value in values)
+        estimate: Estimate = (score_interval if inside else mean_interval)(values)
+        return asdict(estimate)
+
+    return {
+        "questions": len(keys),
+        "without": mean(a),
+        "own": mean(b),
+        "another": mean(c),
+        "own_gain": gain(b, a),
+        "another_gain": gain(c, a),
+        "own_over_another": gain(b, c),
+    }

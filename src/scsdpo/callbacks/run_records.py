@@ -1,0 +1,229 @@
+"""What a run said and learned from it, as files."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from scsdpo.callbacks.rollouts import RolloutCallback
+from scsdpo.distributed import all_gather
+from scsdpo.policy import CausalLM
+from scsdpo.policy.chat import Chat
+from scsdpo.records import BatchFiles, Outage, Recorded, TokenTrace, run_folder
+from scsdpo.records.lines import rollout_record, token_record
+from scsdpo.types import JudgedBatch, stable_hash
+
+FOLDERS = ("rollouts", "tokens")
+
+
+@dataclass(order=True)
+class _Group:
+    """A question's responses, as a candidate for the record."""
+
+    draw: int
+    rank: int
+    question: int
+    """On that rank."""
+    active: list[bool] = field(compare=False)
+    successes: list[bool] = field(compare=False)
+
+
+@dataclass
+class _Batch:
+    """What is to be written of a batch that is being learned from."""
+
+    judged: JudgedBatch
+    where: dict[str, Any]
+    chosen: list[_Group]
+    """Of all ranks."""
+    traced: set[tuple[int, int]]
+    """Draw of the question and number of the response."""
+    trace: TokenTrace | None
+
+
+class RunRecords(RolloutCallback):
+    """Responses with their verdicts, and tokens with their credit: docs/records.md.
+
+    Args:
+        questions: of each batch and each validation that are written, with all their responses;
+            `all`, or 0: none.
+        traces: responses whose tokens are traced, of those that are written.
+        trace_every: batches from one trace to the next, beginning with the first; 0: never.
+        candidates: most likely tokens of student and teacher in a trace.
+        max_megabytes: of the responses, and of the tokens; beyond it, what is written of the run
+            is thinned out evenly.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        questions: NonNegativeInt | Literal["all"] = 2,
+        traces: NonNegativeInt = 4,
+        trace_every: NonNegativeInt = 10,
+        candidates: PositiveInt = 5,
+        max_megabytes: PositiveFloat = 500.0,
+    ) -> None:
+        for name, value in (("traces", traces), ("trace_every", trace_every)):
+            if value < 0:
+                raise ValueError(f"`RunRecords({name}=...)` must be >= 0, got {value}")
+        for name, least in (("candidates", candidates), ("max_megabytes", max_megabytes)):
+            if not least > 0:
+                raise ValueError(f"`RunRecords({name}=...)` must be > 0, got {least}")
+        if questions != "all" and questions < 0:
+            raise ValueError(f"`RunRecords(questions=...)` must be >= 0 or all, got {questions}")
+        self.questions = None if questions == "all" else int(questions)
+        self.traces, self.trace_every, self.candidates = traces, trace_every, candidates
+        self._most_bytes = 1e6 * max_megabytes
+        self._files: dict[str, BatchFiles] = {}
+        self._outage = Outage("the record of responses", OSError)
+        self._batch: _Batch | None = None
+        self._validated: list[tuple[int, list[dict[str, Any]]]] = []
+        self._run = ""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Recorded)
+        folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+        self._run = "/".join(folder.parts[-2:])
+        self._batch, self._validated = None, []
+        if not trainer.is_global_zero or self.questions == 0:
+            return
+        self._files = {name: BatchFiles(folder / name, self._most_bytes) for name in FOLDERS}
+        self._outage.attempt(partial(self._begin, trainer.ckpt_path, int(pl_module.batches)))
+
+    def _begin(self, checkpoint: str | Path | None, batch: int) -> None:
+        for name, files in self._files.items():
+            if batch == 0 and not checkpoint:
+                files.set_aside()
+            else:
+                files.begin_with(Path(checkpoint or "").parent.parent / name)
+                files.cut(batch)
+
+    def on_rollouts(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
+    ) -> None:
+        if trainer.state.fn != "fit" or self.questions == 0:
+            return
+        assert isinstance(module, Recorded)
+        where = {"run": self._run, "batch": int(module.batches), "step": trainer.global_step}
+        if batch.lesson is not None:
+            self._choose(module, batch, where)
+        elif not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+            self._keep_validation(module, batch, where)
+
+    def _choose(self, module: Recorded, batch: JudgedBatch, where: dict[str, Any]) -> None:
+        """What to write of a batch, and what to trace; its kernel has not run yet."""
+        assert batch.lesson is not None
+        rollouts, outcomes = batch.rollouts, batch.outcomes
+        active, successes = batch.lesson.active.tolist(), outcomes.successes.tolist()
+        mine = [
+            _Group(
+                draw=stable_hash(where["batch"], prompt.key, *rollouts.texts[q]),
+                rank=module.global_rank,
+                question=q,
+                active=active[q],
+                successes=successes[q],
+            )
+            for q, prompt in enumerate(rollouts.prompts)
+        ]
+        chosen = sorted(all_gather(mine))[: self.questions]
+        due = self.trace_every and (where["batch"] - 1) % self.trace_every == 0
+        traced = _traced(chosen, self.traces if due else 0)
+        here = {group.draw: group.question for group in chosen if group.rank == module.global_rank}
+        samples = outcomes.successes.shape[1]
+        rows = [here[draw] * samples + g for draw, g in traced if draw in here]
+        trace = None
+        if rows:
+            taught, length = batch.lesson.reads_teacher.flatten(), rollouts.mask.shape[-1]
+            trace = TokenTrace(rows, taught, length=length, candidates=self.candidates)
+            module.observe(trace)
+        self._batch = _Batch(batch, where, chosen, set(traced), trace)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        now, self._batch = self._batch, None
+        if now is None or not now.chosen:
+            return
+        lines: list[tuple[int, int, Any, Any]] = []
+        for group in now.chosen:
+            if group.rank == pl_module.global_rank:
+                lines += self._lines(now, group, _chat(pl_module))
+        everyone = sorted(all_gather(lines), key=lambda line: line[:2])
+        if trainer.is_global_zero:
+            rollouts = [record for _, _, record, _ in everyone]
+            tokens = [record for *_, record in everyone if record is not None]
+            self._write("rollouts", "train", now.where["batch"], rollouts)
+            self._write("tokens", "train", now.where["batch"], tokens)
+
+    def _lines(self, now: _Batch, group: _Group, chat: Chat) -> list[tuple[int, int, Any, Any]]:
+        """Per response of a question: its place in the file, its record and that of its tokens."""
+        lines, q, samples = [], group.question, len(group.active)
+        for g in range(samples):
+            made: dict[str, Any] = {"where": now.where, "chat": chat}
+            traced, tokens = (group.draw, g) in now.traced, None
+            if traced:
+                assert now.trace is not None
+                length = int(now.judged.rollouts.lengths[q, g])
+                columns = now.trace.columns(q * samples + g, length)
+                tokens = token_record(now.judged, q, g, columns=columns, **made)
+            record = rollout_record(now.judged, q, g, traced=traced, **made)
+            lines.append((group.draw, g, record, tokens))
+        return lines
+
+    def _keep_validation(self, module: Recorded, batch: JudgedBatch, where: dict[str, Any]) -> None:
+        """The questions that come first in a draw that is the same at every validation."""
+        made: dict[str, Any] = {"where": where, "chat": _chat(module), "traced": False}
+        for q, prompt in enumerate(batch.rollouts.prompts):
+            draw = stable_hash("validation", prompt.key)
+            kept = self._validated[: self.questions]
+            if self.questions is None or len(kept) < self.questions or draw < kept[-1][0]:
+                samples = range(batch.outcomes.successes.shape[1])
+                records: list[Any] = [rollout_record(batch, q, g, **made) for g in samples]
+                self._validated = sorted([*kept, (draw, records)], key=lambda each: each[0])
+        self._validated = self._validated[: self.questions]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Not at the epoch's end, before which a rank may give the validation up."""
+        kept, self._validated = self._validated, []
+        if trainer.state.fn != "fit" or self.questions == 0:
+            return
+        everyone = sorted(all_gather(kept), key=lambda each: each[0])[: self.questions]
+        if trainer.is_global_zero and everyone:
+            records = [record for _, group in everyone for record in group]
+            self._write("rollouts", "val", records[0]["batch"], records)
+
+    def _write(self, name: str, split: str, batch: int, records: list[dict[str, Any]]) -> None:
+        if records:
+            self._outage.attempt(partial(self._files[name].write, split, batch, records))
+
+
+def _traced(groups: list[_Group], count: int) -> list[tuple[int, int]]:
+    """Draw and number of responses with credit: of each question a failure and a success, before
+    a second one of either.
+    """
+    ranked = []
+    for place, group in enumerate(groups):
+        for success in (False, True):
+            fitting = [
+                g
+                for g, (active, right) in enumerate(zip(group.active, group.successes, strict=True))
+                if active and right == success
+            ]
+            ranked += [(turn, place, success, group.draw, g) for turn, g in enumerate(fitting)]
+    return [(draw, g) for *_, draw, g in sorted(ranked)[:count]]
+
+
+def _chat(module: L.LightningModule) -> Chat:
+    policy = module.policy
+    assert isinstance(policy, CausalLM)
+    return policy.chat

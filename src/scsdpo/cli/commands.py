@@ -1,0 +1,24 @@
+"""The commands of `scsdpo`; imports nothing heavy."""
+
+COMMANDS = {
+    "fit": "train a policy",
+    "plan": "say what memory and time a training step takes, before anything is loaded",
+    "validate": "measure a policy on the validation questions: accuracy with intervals",
+    "test": "the same, under the name test",
+    "predict": "write a policy's responses and their verdicts",
+    "compare": "compare policies question by question, or methods seed by seed",
+    "export": "write a checkpoint's policy as a Hugging Face folder",
+    "rates": "measure the training questions' pass rates, for FrozenPassRate",
+    "report": "write a page on one run or several: curves, responses, credit of their tokens",
+    "analyze": "measure what the teacher says, by correctness and by pass rate",
+}
+"""What each does."""
+
+_ELSEWHERE = {"fit": "lightning_cli", "validate": "evaluate", "test": "evaluate"}
+"""Other commands stand in a module of their name: `main(args)`, and `options()` of its own."""
+
+
+def module(command: str) -> str:
+    """Name of the module that runs a command; what is none is Lightning's to refuse."""
+    own = command if command in COMMANDS else "lightning_cli"
+    return f"scsdpo.cli.{_ELSEWHERE.get(command, own)}"

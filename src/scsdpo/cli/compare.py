@@ -1,0 +1,241 @@
+"""`scsdpo compare`: policies question by question, methods seed by seed, and the runs they need."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from scsdpo.checkpoints import checkpoint_in
+from scsdpo.cli.options import own_parser
+from scsdpo.comparison import (
+    Duel,
+    Job,
+    SeedRow,
+    answers_table,
+    by_seed,
+    duel,
+    duel_table,
+    evaluation_in,
+    execute,
+    read,
+    run_all,
+    seeds_in,
+    seeds_table,
+)
+from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.evaluation import Question, Result
+from scsdpo.prompt import stable_hash
+
+SCHEMA_VERSION = 1
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
+    parser = own_parser(
+        "compare",
+        "Compare policies question by question, the first one with each other: evaluations "
+        "(files of scsdpo validate), runs (their last validation), checkpoints, folders, hub "
+        "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
+        "... are methods, which are compared seed by seed. --configs makes such folders.",
+    )
+    parser.add_argument("things", nargs="*", metavar="A B", help="what is compared")
+    parser.add_argument("--config", action="append", default=[], help="of every evaluation or run")
+    parser.add_argument("--configs", nargs="+", default=[], help="a method each, over --config")
+    parser.add_argument("--seeds", type=int, default=5, help="runs a method: seeds 0, 1, ...")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--show", type=int, default=5, help="questions won and lost to show")
+    parser.add_argument("--out", type=Path, help="JSON file to write; of --configs, the folder")
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo compare` on the command line.
+    """
+    given, rest = options().parse_known_args(args)
+    rest = [*(f"--config={file}" for file in given.config), *rest]
+    _check(given)
+    if given.configs:
+        folder = given.out or Path("runs/compare")
+        things = [str(path) for path in train(given, rest, folder)]
+        out, rest = folder / "comparison.json", []
+    else:
+        things, out = given.things, given.out or Path("runs/comparison.json")
+    methods = [seeds_in(Path(thing)) for thing in things]
+    if all(methods):
+        record = _methods(dict(zip(things, methods, strict=True)))
+    elif any(methods):
+        raise ConfigurationError("compare: folders of seeds go with folders of seeds only")
+    else:
+        record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
+    record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    print(f"everything that was compared: {out}")
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in ("seeds", "jobs"):
+        if getattr(given, name) < 1:
+            raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
+    many = given.configs or given.things
+    if given.configs and given.things:
+        raise ConfigurationError("compare: either --configs, or what is there already")
+    if len(many) < 2 or len(set(many)) < len(many):
+        raise ConfigurationError(f"compare: needs two or more different ones, got {many}")
+    names = [Path(config).stem for config in given.configs]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"--configs: names must differ, got {', '.join(names)}")
+    for config in [*given.config, *given.configs]:
+        if not Path(config).is_file():
+            raise ConfigurationError(f"--configs: {config} does not exist")
+
+
+def train(given: argparse.Namespace, rest: Sequence[str], folder: Path) -> list[Path]:
+    """Run what is missing of every method and seed; returns the methods' folders."""
+    methods = {Path(config).stem: Path(config) for config in given.configs}
+    jobs = [
+        job(folder, name, seed, [*rest, f"--config={config}"])
+        for seed in range(given.seeds)
+        for name, config in methods.items()
+    ]
+    try:
+        failed = run_all(jobs, given.jobs, lambda text: print(text, flush=True))
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    if failed:
+        raise TrainingStopped(f"{len(failed)} of {len(jobs)} runs failed; run it again to go on")
+    return [folder / name for name in methods]
+
+
+def job(folder: Path, name: str, seed: int, words: Sequence[str]) -> Job:
+    """The run of a method with a seed, in `FOLDER/NAME/seedN`."""
+    into = folder / name / f"seed{seed}"
+    own = (
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={into}",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+    )
+    return Job(name=f"{name}, seed {seed}", folder=into, words=(*words, *own))
+
+
+def evaluated(thing: str, rest: Sequence[str]) -> Result:
+    """The evaluation that `thing` is or holds, or one that is made now; made once."""
+    path = Path(thing)
+    if evaluation_in(path) and not rest:
+        return read(path)
+    checkpoint = checkpoint_in(path)
+    changed = (checkpoint or path).stat().st_mtime_ns if path.exists() else 0
+    digest = stable_hash(thing, changed, *rest)
+    root = Path("runs")
+    if checkpoint is not None:
+        parent = checkpoint.parent
+        root = parent.parent if parent.name == "checkpoints" else parent
+    out = root / "evaluations" / f"{path.stem}-{digest:016x}.json"
+    if not out.exists():
+        command = [sys.executable, "-m", "scsdpo", "validate", f"--policy={thing}"]
+        try:
+            execute([*command, f"--out={out}", *rest], out.with_suffix(".txt"))
+        except RuntimeError as error:
+            raise ConfigurationError(f"compare: {thing} could not be evaluated: {error}") from error
+    return read(out)
+
+
+def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
+    console = Console()
+    (first, baseline), *others = found.items()
+    duels = []
+    for name, result in others:
+        for key in ("sampling", "batch"):
+            a, b = baseline.about.get(key), result.about.get(key)
+            if a != b:
+                console.print(f"note: {key} differs: {a} | {b}", markup=False, highlight=False)
+        compared = duel(baseline, result, names=(first, name))
+        console.print(duel_table((first, name), compared.rows))
+        if show and (compared.won or compared.lost):
+            console.print(answers_table(compared, ("first", "second"), show))
+        duels.append({"a": first, "b": name, **_duel(compared)})
+    _say_comparisons(console, sum(len(one["rows"]) for one in duels))
+    return {"baseline": first, "duels": duels}
+
+
+def _duel(compared: Duel) -> dict[str, Any]:
+    def side(question: Question) -> dict[str, Any]:
+        kept = ("rewards", "answers", "response")
+        return {name: getattr(question, name) for name in kept}
+
+    def listed(pairs: Sequence[tuple[Question, Question]]) -> list[dict[str, Any]]:
+        return [
+            {"key": a.key, "question": a.question, "gold": a.gold, "a": side(a), "b": side(b)}
+            for a, b in pairs
+        ]
+
+    rows = [asdict(row) for row in compared.rows]
+    return {"rows": rows, "won": listed(compared.won), "lost": listed(compared.lost)}
+
+
+def _methods(found: Mapping[str, Mapping[int, Path]]) -> dict[str, Any]:
+    console = Console()
+    read_all = {name: {s: read(path) for s, path in runs.items()} for name, runs in found.items()}
+    _check_same(read_all)
+    figures = {
+        name: {seed: totals(result) for seed, result in runs.items()}
+        for name, runs in read_all.items()
+    }
+    first, *others = figures
+    some = next(iter(figures[first].values()))
+    names = [name for name in some if name not in ("well_formed", "pass@1")]
+    comparisons = len(names) * len(others)
+    rows: dict[str, list[SeedRow]] = {
+        other: by_seed(figures[first], figures[other], names, comparisons=comparisons)
+        for other in others
+    }
+    console.print(seeds_table(first, rows))
+    _say_comparisons(console, comparisons)
+    return {
+        "baseline": first,
+        "figures": figures,
+        "comparisons": comparisons,
+        "methods": {name: [asdict(row) for row in one] for name, one in rows.items()},
+    }
+
+
+def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
+    """Runs are compared after as many batches, on the same questions."""
+    results = [(f"{n}, seed {s}", r) for n, runs in found.items() for s, r in runs.items()]
+    name, first = results[0]
+    for other, result in results[1:]:
+        for what, a, b in (
+            ("batches before its last validation", first.about["batch"], result.about["batch"]),
+            ("questions", [q.key for q in first.questions], [q.key for q in result.questions]),
+        ):
+            if a != b:
+                said = f": {a} and {b}" if what != "questions" else ""
+                raise ConfigurationError(f"compare: {name} and {other} differ in {what}{said}")
+    shared = set.intersection(*(set(runs) for runs in found.values()))
+    if not shared:
+        raise ConfigurationError("compare: the methods have no seed in common")
+
+
+def totals(result: Result) -> dict[str, float]:
+    """Every score as a mean over all questions."""
+    rows = [question.scores() for question in result.questions]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _say_comparisons(console: Console, count: int) -> None:
+    console.print(
+        f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
+        "interval; ** also outside the one at which all hold together (Bonferroni). "
+        "Findable: the smallest true difference told from 0 in 4 of 5 such experiments.",
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,163 @@
+"""`scsdpo validate` and `scsdpo test`: what a policy can do, as a table and as a file."""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+from rich.console import Console
+
+from scsdpo.checkpoints import Saved, checkpoint_in
+from scsdpo.cli.lightning_cli import CLI, run_cli
+from scsdpo.cli.options import new_file, own_parser
+from scsdpo.errors import blamed_on
+from scsdpo.evaluation import Result, figures, result_table
+from scsdpo.training import FOLDER
+
+Command = Literal["validate", "test", "predict"]
+_SPLIT = {"validate": "val", "test": "test", "predict": "predictions"}
+
+
+def options() -> argparse.ArgumentParser:
+    """What the commands take beside the keys of a configuration."""
+    parser = own_parser(
+        "validate",
+        "Ask a policy the questions in data.val with model.val_sampling, k = val_sampling.n "
+        "times each: mean@k, maj@k, pass@k, well-formed and truncated responses, each with a 95 % "
+        "interval, over all and by category.",
+    )
+    add_policy(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write; without it, one is named"
+    )
+    parser.add_argument(
+        "--demonstrations",
+        action="store_true",
+        help="also ask again with a right response of the policy's own in the prompt, and with one "
+        "to another question: what a self-distilling teacher can know",
+    )
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    `test` differs in the split that records and loggers are told.
+
+    Args:
+        args: what follows `scsdpo validate` or `scsdpo test` on the command line.
+    """
+    command: Literal["validate", "test"] = "test" if sys.argv[1] == "test" else "validate"
+    given, rest = options().parse_known_args(args)
+    out = new_file(given.out) if given.out else None
+    original = list(sys.argv)
+    with Chosen(given.policy, rest) as chosen:
+
+        class Evaluate(CLI):
+            def _run_subcommand(self, subcommand: str) -> None:
+                sys.argv = original  # ranks that are launched run it again
+                ckpt = self.config[subcommand].ckpt_path
+                run = getattr(self.trainer, subcommand)
+                run(self.model, self.datamodule, ckpt_path=ckpt, verbose=False)
+                result = self.model.evaluation.result
+                about = {**result.about, **chosen.about(ckpt)}
+                if given.demonstrations:
+                    from scsdpo.analysis.demonstrations import with_demonstrations
+
+                    shown = with_demonstrations(self.trainer, self.model, self.datamodule)
+                    result = replace(result, demonstrations=shown)
+                if self.trainer.is_global_zero:
+                    root = Path(self.trainer.default_root_dir)
+                    _finish(replace(result, about=about), out or chosen.file(root, command))
+
+        sys.argv = [original[0], command, *chosen.args]
+        run_cli(Evaluate)
+
+
+def _finish(result: Result, out: Path) -> None:
+    result.write(out)
+    console = Console()
+    console.print(result_table(result, figures(result.questions)))
+    console.print(f"every question and figure: {out}", soft_wrap=True)
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The option that names a policy of one's own."""
+    parser.add_argument(
+        "--policy",
+        metavar="POLICY",
+        help="hub name, folder, run, or checkpoint; a checkpoint brings its run's configuration. "
+        "Without it: model.policy of the configuration",
+    )
+
+
+class Chosen:
+    """The command line with which the policy that was named is run.
+
+    Args:
+        policy: name, folder, run or checkpoint; None: what the configuration says.
+        rest: the options that remain; they win over a checkpoint's configuration.
+
+    Raises:
+        ConfigurationError: if a checkpoint cannot be used.
+    """
+
+    def __init__(self, policy: str | None, rest: Sequence[str]) -> None:
+        self.policy, self.args = policy, [*rest]
+        self.saved: Saved | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="scsdpo-")
+        path = checkpoint_in(Path(policy)) if policy else None
+        if path is not None:
+            with blamed_on("--policy"):
+                self.saved = Saved.read(path)
+            self.args = [*self._config(self.saved.config), *self.args, f"--ckpt_path={path}"]
+        elif policy is not None:
+            # What the policy would learn from has to be something.
+            first = ["--model.advantage=GroupRelative"]
+            self.args = [*first, *self.args, f"--model.policy.name_or_path={policy}"]
+        if not any(arg.startswith("--trainer.logger") for arg in rest):
+            self.args.append("--trainer.logger=false")
+
+    def _config(self, config: Mapping[str, Any]) -> list[str]:
+        kept = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+        file = Path(self._folder.name) / "config.yaml"
+        file.write_text(yaml.safe_dump(kept, sort_keys=False))
+        return [f"--config={file}"]
+
+    def __enter__(self) -> "Chosen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def about(self, ckpt: str | None) -> dict[str, object]:
+        """Where the policy comes from, and when it was asked."""
+        return {
+            "checkpoint": ckpt and str(ckpt),
+            "step": self.saved.step if self.saved else None,
+            "scsdpo": version("scsdpo"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def file(self, root: Path, command: Command) -> Path:
+        """A new name: in the run's folder for a checkpoint, and else under `root`."""
+        suffix = "jsonl" if command == "predict" else "json"
+        if self.saved is not None:
+            parent = self.saved.path.parent
+            root = parent.parent if parent.name == "checkpoints" else parent
+            stem = f"{self.saved.path.stem}-step{self.saved.step}"
+        else:
+            stem = re.sub(r"[^\w.-]+", "-", self.policy or "policy").strip("-")
+        folder = root / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        name, number = f"{stem}-{_SPLIT[command]}", 1
+        while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}.{suffix}").exists():
+            number += 1
+        return path

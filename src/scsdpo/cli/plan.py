@@ -1,0 +1,119 @@
+"""`scsdpo plan`: memory and time of a configuration, before anything is loaded."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from scsdpo.cli.lightning_cli import CLI, run_cli
+from scsdpo.cli.options import own_parser
+from scsdpo.errors import ConfigurationError
+from scsdpo.planning import Devices, Lengths, Rates, Setup, memory_of, setup_of, sharding
+from scsdpo.planning.setup import GIB
+from scsdpo.planning.table import print_plan
+
+_POSITIVE = ("gpus", "memory", "tflops", "bandwidth", "link", "host_ms")
+_TOKENS = ("prompt_tokens", "teacher_tokens", "response_tokens")
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: what follows `scsdpo plan` on the command line.
+    """
+    given, rest = options().parse_known_args(args)
+    for name in (*_POSITIVE, *_TOKENS):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"--{name.replace('_', '-')} must be > 0, got {value}")
+
+    class Planner(CLI):
+        def before_instantiate_classes(self) -> None:
+            """No tokenizer is needed, and the policy's may be out of reach: the shipped one's."""
+            policy = self.config["fit"].model.policy.init_args
+            self.name_or_path, policy.name_or_path = policy.name_or_path, "tiny"
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            """None: a Trainer would look for the devices that are planned for."""
+
+        def after_instantiate_classes(self) -> None:
+            """Nothing is run, and so no checkpoint is looked for."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            setup = _setup(given, self.model, self.config["fit"], self.name_or_path)
+            rates = Rates(
+                flops=given.tflops * 1e12,
+                bandwidth=given.bandwidth * 1e12,
+                link=given.link * 1e9,
+                host=given.host_ms / 1e3,
+            )
+            print_plan(setup, memory_of(setup), rates, Console())
+
+    # LightningCLI and its messages read the command line.
+    sys.argv = ["scsdpo", "fit", *rest]
+    run_cli(Planner)
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command takes beside the keys of a configuration."""
+    parser = own_parser(
+        "plan",
+        "Say how much memory each part and phase of a training step takes, whether it fits, and "
+        "how long a step takes, from config.json and the configuration alone.",
+        like="fit",
+    )
+    add, rates = parser.add_argument, Rates()
+    add("--architecture", help="config.json, or its folder, if the policy's is not here")
+    add("--gpus", type=int, help="devices in all; default: trainer.devices x trainer.num_nodes")
+    add("--memory", type=float, default=80.0, help="GiB of each (80)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="what they are (cuda)")
+    add("--prompt-tokens", type=int, help="of a prompt (data.max_prompt_tokens)")
+    add("--teacher-tokens", type=int, help="of a teacher's prompt (a prompt and a response)")
+    add("--response-tokens", type=int, help="of a response (model.sampling.max_new_tokens)")
+    add("--tflops", type=float, default=rates.flops / 1e12, help="reached in products (400)")
+    add("--bandwidth", type=float, default=rates.bandwidth / 1e12, help="TB/s of memory (2.5)")
+    add("--link", type=float, default=rates.link / 1e9, help="GB/s between ranks (200)")
+    add("--host-ms", type=float, default=rates.host * 1e3, help="of Python a layer (1.25)")
+    return parser
+
+
+def _setup(given: argparse.Namespace, module: Any, config: Any, name_or_path: str) -> Setup:
+    trainer, data = config.trainer, config.data
+    ranks = given.gpus or _ranks(trainer)
+    strategy = trainer.strategy
+    sharded = sharding(strategy if isinstance(strategy, str) else strategy.as_dict())
+    if data.questions_per_batch % ranks:
+        raise ConfigurationError(
+            f"data.questions_per_batch: {data.questions_per_batch} questions do not divide among "
+            f"{ranks} devices; choose a multiple, or another --gpus"
+        )
+    prompt = given.prompt_tokens or data.max_prompt_tokens
+    response = given.response_tokens or module.sampling.max_new_tokens
+    return setup_of(
+        module,
+        devices=Devices(
+            ranks=ranks, kind=given.device, memory=int(given.memory * GIB), sharded=sharded
+        ),
+        autocast="mixed" in str(trainer.precision),
+        questions=data.questions_per_batch,
+        validation=data.val_questions_per_batch,
+        lengths=Lengths(
+            prompt=prompt,
+            teacher_prompt=given.teacher_tokens or prompt + response,
+            response=response,
+        ),
+        architecture=given.architecture,
+        name_or_path=name_or_path,
+    )
+
+
+def _ranks(trainer: Any) -> int:
+    """What the configuration says; `auto` is one."""
+    devices = trainer.devices
+    if isinstance(devices, list):
+        return len(devices) * trainer.num_nodes
+    text = str(devices)
+    return max(int(text), 1) * trainer.num_nodes if text.lstrip("-").isdigit() else 1

@@ -1,0 +1,123 @@
+"""Two policies on the same questions."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.evaluation import Question, Result, by_category
+from scsdpo.evaluation.figures import LEVEL, interval
+from scsdpo.statistics import Estimate, detectable_difference, mean_interval, score_difference
+
+_RARE = ("maj@", "pass@")
+"""Scores that are 0 or 1 on nearly every question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of both, and their difference."""
+
+    category: str
+    """'': over all questions."""
+    name: str
+    a: Estimate
+    b: Estimate
+    difference: Estimate
+    """b - a, paired by question."""
+    detectable: float
+    """The smallest true difference that so many questions find in 4 of 5 experiments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel:
+    """A comparison of two evaluations, question by question."""
+
+    rows: Sequence[Row]
+    won: Sequence[tuple[Question, Question]]
+    """(a's, b's) questions in which b's mean reward is higher, the largest difference first."""
+    lost: Sequence[tuple[Question, Question]]
+    """Those in which a's is higher."""
+
+
+def duel(a: Result, b: Result, *, names: tuple[str, str], level: float = LEVEL) -> Duel:
+    """Compare b with a.
+
+    Args:
+        a: the baseline.
+        b: the other.
+        names: of both, for messages.
+        level: of the intervals.
+
+    Raises:
+        ConfigurationError: if they are not of the same questions, or not of as many responses.
+    """
+    pairs = paired(a, b, names)
+    partners = dict(zip(map(id, a.questions), (other for _, other in pairs), strict=True))
+    rows = []
+    for category, group in by_category(a.questions).items():
+        rows += rows_of(category, [(one, partners[id(one)]) for one in group], level=level)
+    gains = [(_mean(right) - _mean(left), (left, right)) for left, right in pairs]
+    gains.sort(key=lambda gain: -gain[0])
+    return Duel(
+        rows=rows,
+        won=[pair for gain, pair in gains if gain > 0],
+        lost=[pair for gain, pair in reversed(gains) if gain < 0],
+    )
+
+
+def paired(a: Result, b: Result, names: tuple[str, str]) -> list[tuple[Question, Question]]:
+    """The questions of both, in a's order; a question that is there twice is paired in order."""
+    left, right = _keyed(a.questions), _keyed(b.questions)
+    odd = [key for key, _ in left.keys() ^ right.keys()]
+    if odd:
+        missing = len(left.keys() - right.keys()), len(right.keys() - left.keys())
+        raise ConfigurationError(
+            f"{names[0]} and {names[1]} answer different questions ({missing[0]} only in the "
+            f"first, {missing[1]} only in the second, e.g. {min(odd)!r}): evaluate both on the "
+            "same data.val"
+        )
+    pairs = [(one, right[key]) for key, one in left.items()]
+    for one, other in pairs:
+        if len(one.rewards) != len(other.rewards):
+            raise ConfigurationError(
+                f"{names[0]} has {len(one.rewards)} responses to a question and {names[1]} "
+                f"{len(other.rewards)}: evaluate both with the same model.val_sampling.n"
+            )
+    return pairs
+
+
+def rows_of(
+    category: str, pairs: Sequence[tuple[Question, Question]], *, level: float
+) -> list[Row]:
+    """A row a score; of a category mean@k and maj@k only."""
+    scores = [(one.scores(), other.scores()) for one, other in pairs]
+    names = list(scores[0][0])
+    rows = []
+    for name in names[:2] if category else names:
+        left, right = ([pair[side][name] for pair in scores] for side in (0, 1))
+        gaps = [y - x for x, y in zip(left, right, strict=True)]
+        bounded = name.startswith(_RARE) and all(abs(gap) <= 1 for gap in gaps)
+        rows.append(
+            Row(
+                category=category,
+                name=name,
+                a=interval(left),
+                b=interval(right),
+                difference=(score_difference if bounded else mean_interval)(gaps, level=level),
+                detectable=detectable_difference(gaps),
+            )
+        )
+    return rows
+
+
+def _keyed(questions: Sequence[Question]) -> dict[tuple[str, int], Question]:
+    seen: Counter[str] = Counter()
+    keyed = {}
+    for question in questions:
+        keyed[question.key, seen[question.key]] = question
+        seen[question.key] += 1
+    return keyed
+
+
+def _mean(question: Question) -> float:
+    return sum(question.rewards) / len(question.rewards)

@@ -1,0 +1,101 @@
+"""Commands in processes of their own, several at a time; what is done is not done again."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run.
+
+    Args:
+        name: in messages.
+        folder: of the run; `done.json` is there when it is finished.
+        words: what follows `scsdpo fit`; must make the run write into `folder`.
+    """
+
+    name: str
+    folder: Path
+    words: tuple[str, ...]
+
+    def is_done(self) -> bool:
+        """Whether it has been run to its end.
+
+        Raises:
+            ValueError: if that was with another command.
+        """
+        file = self.folder / DONE
+        if not file.exists():
+            return False
+        before = json.loads(file.read_text())["command"]
+        if before != list(self.words):
+            odd = [word for word in self.words if word not in before]
+            odd += [word for word in before if word not in self.words]
+            raise ValueError(f"{file} is of another command ({odd[0]}): choose another --out")
+        return True
+
+    def run(self, threads: int) -> None:
+        """Run it, from its last checkpoint if it was begun; a failure raises a RuntimeError."""
+        last = self.folder / "checkpoints" / "last.ckpt"
+        more = [f"--ckpt_path={last}"] if last.exists() else []
+        command = [sys.executable, "-m", "scsdpo", "fit", *self.words, *more]
+        seconds = execute(command, self.folder / "output.txt", threads=threads)
+        record = {"command": list(self.words), "cpu_seconds": seconds}
+        partial = self.folder / f".{DONE}"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.folder / DONE)
+
+
+def execute(words: Sequence[str], output: Path, *, threads: int = 1) -> float:
+    """Run a command; returns its seconds of CPU. What the environment says of threads wins.
+
+    Raises:
+        RuntimeError: if it fails; names the file that its output went to.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    with output.open("a") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=env)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}, see {output}")
+    return used.ru_utime + used.ru_stime
+
+
+def run_all(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> list[Job]:
+    """Run what is missing.
+
+    Args:
+        jobs: all of them.
+        processes: at a time, with an equal share of the cores each.
+        say: told of each that ends.
+
+    Returns:
+        Those that failed; the others were run all the same.
+
+    Raises:
+        ValueError: before any is run, if one was run with another command.
+    """
+    todo = [job for job in jobs if not job.is_done()]
+    threads = max((os.cpu_count() or 1) // max(processes, 1), 1)
+
+    def one(job: Job) -> Job | None:
+        try:
+            job.run(threads)
+        except RuntimeError as error:
+            say(f"{job.name}: {error}")
+            return job
+        say(f"{job.name}: done")
+        return None
+
+    with ThreadPoolExecutor(processes) as pool:
+        return [job for job in pool.map(one, todo) if job is not None]

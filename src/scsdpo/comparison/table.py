@@ -1,0 +1,98 @@
+"""Comparisons on the console."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from scsdpo.comparison.questions import Duel, Row
+from scsdpo.comparison.seeds import SeedRow
+from scsdpo.evaluation import Question
+from scsdpo.statistics import Estimate
+
+_LENGTH = 72
+"""Characters of a question that are shown."""
+
+
+def scale(name: str) -> float:
+    """Shares are shown in percent and points."""
+    return 1.0 if name == "response_length" else 100.0
+
+
+def spread(one: Estimate, name: str, stars: str = "") -> str:
+    """A difference with its interval."""
+    by = scale(name)
+    low, high = by * one.low, by * one.high
+    return f"{by * one.value:+.1f} ({low:+.1f} .. {high:+.1f}){f' {stars}' if stars else ''}"
+
+
+def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
+    """Every figure of both, and the difference."""
+    table = Table(title=f"{names[1]} minus {names[0]}, paired by question", title_justify="left")
+    headers = ("", "questions", "first", "second", "difference (95 %)", "findable")
+    for column, header in enumerate(headers):
+        table.add_column(header, justify="right" if column else "left", no_wrap=column > 0)
+    for row in rows:
+        by = scale(row.name)
+        table.add_row(
+            f"{row.category}/{row.name}" if row.category else row.name,
+            str(row.difference.n),
+            f"{by * row.a.value:.1f}",
+            f"{by * row.b.value:.1f}",
+            spread(row.difference, row.name, "*" if row.difference.tells else ""),
+            f"{by * row.detectable:.1f}",
+        )
+    return table
+
+
+def answers_table(duel: Duel, names: tuple[str, str], most: int) -> Table:
+    """The questions that differ most, with the answers of both."""
+    title = f"won {len(duel.won)}, lost {len(duel.lost)} questions; the {most} clearest of each"
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for header in ("", "question", "gold", *names):
+        table.add_column(header, overflow="fold")
+    for label, pairs in (("won", duel.won), ("lost", duel.lost)):
+        for a, b in pairs[:most]:
+            question = " ".join(a.question.split())
+            shown = question if len(question) <= _LENGTH else f"{question[: _LENGTH - 3]}..."
+            # Plain text: what models write may look like markup.
+            table.add_row(label, Text(shown), Text(a.gold), Text(votes(a)), Text(votes(b)))
+    return table
+
+
+def votes(question: Question, most: int = 3) -> str:
+    """The most common answers with how often they came, and whether they were right."""
+    counts = Counter(zip(question.answers, question.successes, strict=True))
+    shown = [
+        f"{'right' if good else 'wrong'} {n}x {'no answer' if answer is None else answer[:24]!r}"
+        for (answer, good), n in counts.most_common(most)
+    ]
+    return "\n".join(shown)
+
+
+def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
+    """Every other method minus one."""
+    table = Table(title=f"minus {baseline}, paired by seed", title_justify="left")
+    headers = ("method", "", "mean", "baseline", "difference (95 %)", "ahead in", "findable")
+    for column, header in enumerate(headers):
+        table.add_column(header, justify="left" if column < 2 else "right", no_wrap=column > 0)
+    for method, rows in found.items():
+        for row in rows:
+            by = scale(row.name)
+            table.add_row(
+                Path(method).name,
+                row.name,
+                f"{by * row.b:.1f}",
+                f"{by * row.a:.1f}",
+                spread(row.difference, row.name, stars(row)),
+                f"{row.ahead} of {row.difference.n}",
+                f"{by * row.detectable:.1f}",
+            )
+    return table
+
+
+def stars(row: SeedRow) -> str:
+    """`*`: 0 lies outside the interval; `**`: outside the one that holds for all together."""
+    return "**" if row.joint.tells else "*" if row.difference.tells else ""

@@ -1,0 +1,90 @@
+"""What an evaluation keeps of a question."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scsdpo.statistics import majority, pass_at_k, pass_ks
+from scsdpo.types import Outcomes, Rollouts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question with its k responses, judged."""
+
+    key: str
+    """`Prompt.key`."""
+    category: str
+    """`Prompt.category`; with several sources it begins with the source's name."""
+    question: str
+    """The last turn before the response."""
+    gold: str
+    """The gold answer."""
+    rewards: tuple[float, ...]
+    """[k]."""
+    successes: tuple[bool, ...]
+    """[k]: reward >= the success threshold."""
+    answers: tuple[str | None, ...]
+    """[k] extracted answers; None: the response holds none."""
+    lengths: tuple[int, ...]
+    """[k], in tokens."""
+    finished: tuple[bool, ...]
+    """[k]: not cut off at `max_new_tokens`."""
+    errors: int
+    """Verdicts whose verifier failed."""
+    response: str
+    """The first of the k responses."""
+    right: str = ""
+    """The first successful one; '' if there is none."""
+
+    def scores(self) -> dict[str, float]:
+        """mean@k, maj@k, pass@1, 2, 4, ... k, and shares; each figure is their mean."""
+        k = len(self.rewards)
+        right = sum(self.successes)
+        return {
+            f"mean@{k}": sum(self.rewards) / k,
+            f"maj@{k}": majority(self.rewards, self.answers),
+            **{f"pass@{few}": pass_at_k(right, k, few) for few in pass_ks(k)},
+            "well_formed": sum(answer is not None for answer in self.answers) / k,
+            "truncated": sum(not whole for whole in self.finished) / k,
+            "response_length": sum(self.lengths) / k,
+        }
+
+
+def questions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[Question]:
+    """Those of a judged batch, in its order."""
+    for q, prompt in enumerate(rollouts.prompts):
+        verdicts, texts = outcomes.verdicts[q], rollouts.texts[q]
+        successes = tuple(outcomes.successes[q].tolist())
+        yield Question(
+            key=prompt.key,
+            category=prompt.category,
+            question=prompt.messages[-1]["content"] if prompt.messages else "",
+            gold=prompt.answer,
+            rewards=tuple(outcomes.rewards[q].tolist()),
+            successes=successes,
+            answers=tuple(verdict.answer for verdict in verdicts),
+            lengths=tuple(rollouts.lengths[q].tolist()),
+            finished=tuple(rollouts.finished[q].tolist()),
+            errors=sum(bool(verdict.error) for verdict in verdicts),
+            response=texts[0],
+            right=next((t for t, good in zip(texts, successes, strict=True) if good), ""),
+        )
+
+
+def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, Any]]:
+    """A record for each response of a judged batch, in its order: docs/evaluation.md."""
+    lengths, finished = rollouts.lengths.tolist(), rollouts.finished.tolist()
+    for q, prompt in enumerate(rollouts.prompts):
+        for sample, text in enumerate(rollouts.texts[q]):
+            yield {
+                "key": prompt.key,
+                "sample": sample,
+                "category": prompt.category,
+                "question": prompt.messages[-1]["content"] if prompt.messages else "",
+                "gold": prompt.answer,
+                "response": text,
+                **asdict(outcomes.verdicts[q][sample]),
+                "n_tokens": lengths[q][sample],
+                "finished": finished[q][sample],
+            }

@@ -1,0 +1,88 @@
+"""An evaluation as a file."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from scsdpo.evaluation.figures import LEVEL, figures
+from scsdpo.evaluation.question import Question
+
+SCHEMA_VERSION = 1
+_TUPLES = {"rewards", "successes", "answers", "lengths", "finished"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was evaluated, and every question with the scores of its responses."""
+
+    about: Mapping[str, Any]
+    """`split`, `policy`, `checkpoint`, `step`, `batch`, `sampling`, ...: docs/evaluation.md."""
+    questions: Sequence[Question]
+    demonstrations: Mapping[str, Any] | None = None
+    """What the policy can do with a demonstration, where that was asked for."""
+
+    def write(self, path: Path) -> None:
+        """As JSON with every figure; whole under its name, or not there."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "evaluation",
+            **self.about,
+            "level": LEVEL,
+            "figures": {
+                category or "all": {name: asdict(one) for name, one in named.items()}
+                for category, named in figures(self.questions).items()
+            },
+            **({"demonstrations": self.demonstrations} if self.demonstrations else {}),
+            "questions": [_row(question) for question in self.questions],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(_finite(content), ensure_ascii=False, indent=1) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: if it is no such file.
+        """
+        try:
+            content = json.loads(path.read_text())
+            kind, version = content["kind"], content["schema_version"]
+            rows = [_question(row) for row in content["questions"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no evaluation of `scsdpo validate`: {error}") from error
+        if (kind, version) != ("evaluation", SCHEMA_VERSION):
+            raise ValueError(f"{path} is {kind} of schema {version}, not evaluation of 1")
+        derived = ("schema_version", "kind", "level", "figures", "demonstrations", "questions")
+        about = {name: value for name, value in content.items() if name not in derived}
+        shown = content.get("demonstrations")
+        return cls(about=about, questions=rows, demonstrations=shown)
+
+
+def _row(question: Question) -> dict[str, Any]:
+    row = asdict(question)
+    del row["right"]  # one response of each question is enough; `predict` writes all
+    return row
+
+
+def _question(row: Mapping[str, Any]) -> Question:
+    known = {field.name for field in fields(Question)}
+    values: dict[str, Any] = {name: value for name, value in row.items() if name in known}
+    return Question(**values | {name: tuple(values[name]) for name in _TUPLES})
+
+
+def _finite(value: Any) -> Any:
+    """What is not finite is null."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

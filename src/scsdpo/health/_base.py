@@ -1,0 +1,79 @@
+"""The contract of a rule."""
+
+import math
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+
+class Series:
+    """A run's figures by name, in the order of its batches; a batch without a figure has no entry.
+
+    `train/NAME` is kept as NAME, and `val/mean@K` as `val/mean`.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, array[float]] = {}
+
+    def add(self, figures: Mapping[str, object]) -> None:
+        """The figures of one more batch or validation; what is not finite is left out."""
+        for name, value in figures.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                kept = name.removeprefix("train/")
+                if name.startswith("val/mean@"):
+                    kept = "val/mean"
+                self._values.setdefault(kept, array("d")).append(value)
+
+    def __getitem__(self, name: str) -> "array[float]":
+        return self._values.get(name, array("d"))
+
+    def last(self, name: str, count: int) -> float:
+        """Mean of the last `count`; nan if there are fewer."""
+        values = self[name][-count:]
+        return fmean(values) if len(values) == count else math.nan
+
+    def first_and_last(self, name: str, count: int) -> tuple[float, float]:
+        """Means of the first and of the last `count`; nan if they would overlap."""
+        values = self[name]
+        if len(values) < 2 * count:
+            return math.nan, math.nan
+        return fmean(values[:count]), fmean(values[-count:])
+
+    def fall(self, name: str, count: int) -> float:
+        """By how many standard errors the last `count` are below the first. Welch's t
+
+        (m_1 - m_2) / sqrt((s_1^2 + s_2^2) / count); nan if they would overlap.
+        """
+        first, last = self.first_and_last(name, count)
+        if math.isnan(first):
+            return math.nan
+        values = self[name]
+        error = math.sqrt((variance(values[:count]) + variance(values[-count:])) / count)
+        return (first - last) / max(error, 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a rule noticed."""
+
+    message: str
+    """With the numbers."""
+    values: dict[str, float]
+    """The numbers that were compared, thresholds included."""
+
+
+class Rule(ABC):
+    """Looks at a run's figures after each batch. It speaks once in a run, under its class's name.
+
+    A rule keeps nothing: what it finds depends on the figures alone, so that a record of them can
+    be judged afterwards.
+    """
+
+    remedy: str
+    """What to do."""
+
+    @abstractmethod
+    def look(self, past: Series) -> Finding | None:
+        """What is wrong now; None: nothing, or it is too early to say."""

@@ -1,0 +1,293 @@
+"""The rules that ship; docs/health.md has their formulas and what they cost in false alarms."""
+
+from dataclasses import dataclass
+
+from scsdpo.health._base import Finding, Rule, Series
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OverBatches(Rule):
+    batches: int = 5
+
+    def __post_init__(self) -> None:
+        if self.batches < 2:
+            raise ValueError(
+                f"`{type(self).__name__}(batches=...)` must be >= 2, got {self.batches}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSuccess(_OverBatches):
+    """No response succeeded anywhere. pass_rate = 0 in each of the last `batches`
+
+    Args:
+        batches: >= 2.
+    """
+
+    batches: int = 10
+    remedy = (
+        "look at rollouts/ for the format that the verifier does not accept; take easier questions "
+        "or a better policy, or let the teacher read gold solutions (GoldSolution)"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        rates = past["pass_rate"][-self.batches :]
+        if len(rates) < self.batches or any(rates):
+            return None
+        return Finding(
+            message=f"not one response was right in {self.batches} batches in a row",
+            values={"pass_rate": 0.0, "batches": self.batches},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mastered(_OverBatches):
+    """Nothing is left to learn. mean solve_all over the last `batches` > share
+
+    Args:
+        batches: >= 2.
+        share: of questions whose responses are all right, in [0, 1).
+    """
+
+    share: float = 0.9
+    remedy = "stop here, or take harder questions: batches without a failure teach nothing"
+
+    def look(self, past: Series) -> Finding | None:
+        now = past.last("solve_all", self.batches)
+        if not now > self.share:
+            return None
+        return Finding(
+            message=f"all responses are right to {now:.0%} of the questions",
+            values={"solve_all": now, "share": self.share},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncation(_OverBatches):
+    """Many responses are cut off. mean truncated over the last `batches` > share
+
+    What is cut off is judged, taught and shown as a demonstration as if it had ended there.
+
+    Args:
+        batches: >= 2.
+        share: of responses that reach `max_new_tokens`, in [0, 1).
+    """
+
+    share: float = 0.3
+    remedy = (
+        "raise model.sampling.max_new_tokens, or ask for shorter responses; look in rollouts/ "
+        "whether they end at all (finish_reason: length)"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        now = past.last("truncated", self.batches)
+        if not now > self.share:
+            return None
+        return Finding(
+            message=f"{now:.0%} of the responses reach the cap on their length",
+            values={"truncated": now, "share": self.share},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Collapse(_OverBatches):
+    """A figure has fallen below `ratio` of its first mean, and the pass rate has not risen."""
+
+    batches: int = 10
+    ratio: float = 0.5
+
+    def _look(self, past: Series, figure: str, what: str) -> Finding | None:
+        before, now = past.first_and_last(figure, self.batches)
+        rate, rate_now = past.first_and_last("pass_rate", self.batches)
+        if not (now < self.ratio * before and rate_now <= rate):
+            return None
+        return Finding(
+            message=(
+                f"{what} fell from {before:.3g} to {now:.3g} since the start, and the pass rate "
+                f"did not rise ({rate:.2f} to {rate_now:.2f})"
+            ),
+            values={
+                f"{figure}_first": before,
+                f"{figure}_last": now,
+                "pass_rate_first": rate,
+                "pass_rate_last": rate_now,
+                "ratio": self.ratio,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthCollapse(_Collapse):
+    """Responses shorten, and are no better. last < ratio * first, means over `batches`
+
+    Args:
+        batches: >= 2, at either end.
+        ratio: in (0, 1).
+    """
+
+    remedy = (
+        "read what is left of the responses in rollouts/; lower the learning rate, or slow the "
+        "teacher (EMA rate, Frozen)"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        return self._look(past, "response_length", "the length of responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyCollapse(_Collapse):
+    """The policy becomes certain, and is no better. last < ratio * first, means over `batches`
+
+    Args:
+        batches: >= 2, at either end.
+        ratio: in (0, 1).
+    """
+
+    ratio: float = 0.3
+    remedy = (
+        "lower the learning rate, add an EntropyBonus, or go on from an older checkpoint; a group "
+        "whose responses are all alike teaches nothing"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        return self._look(past, "entropy", "the entropy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement(_OverBatches):
+    """Student and teacher agree more and more, and are wrong more often.
+
+    Of the first and the last third of the batches, but between `batches` and 4 `batches` of them:
+    divergence has fallen below `ratio` of what it was, the pass rate has, too, and by more than
+    `errors` standard errors (Welch's t).
+
+    Args:
+        batches: >= 2, at either end at least.
+        ratio: in (0, 1).
+        errors: > 0.
+    """
+
+    ratio: float = 0.9
+    errors: float = 3.0
+    remedy = (
+        "stop: the teacher follows a student that fails. Check that a demonstration helps the "
+        "teacher, freeze it (Frozen) or slow it (EMA rate), put a policy gradient beside it "
+        "(configs/methods/sdpo-hybrid.yaml, srpo.yaml), or lower the learning rate"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        third = len(past["divergence"]) // 3
+        count = min(max(self.batches, third), 4 * self.batches)
+        divergence, divergence_now = past.first_and_last("divergence", count)
+        rate, rate_now = past.first_and_last("pass_rate", count)
+        fall = past.fall("pass_rate", count)
+        fallen = divergence_now < self.ratio * divergence and rate_now < self.ratio * rate
+        if not (fallen and fall > self.errors):
+            return None
+        return Finding(
+            message=(
+                f"student and teacher agree more (divergence {divergence:.3g} to "
+                f"{divergence_now:.3g}) and are wrong more often (pass rate {rate:.2f} to "
+                f"{rate_now:.2f})"
+            ),
+            values={
+                "divergence_first": divergence,
+                "divergence_last": divergence_now,
+                "pass_rate_first": rate,
+                "pass_rate_last": rate_now,
+                "standard_errors": fall,
+                "ratio": self.ratio,
+                "errors": self.errors,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFalls(Rule):
+    """Held-out accuracy is below its first value by `drop` in two validations in a row.
+
+    Args:
+        drop: of mean@k, > 0.
+    """
+
+    drop: float = 0.05
+    remedy = (
+        "stop, and go on from the checkpoint before; lower the learning rate, or compare with the "
+        "same run under configs/methods/grpo.yaml"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        values = past["val/mean"]
+        if len(values) < 3 or not max(values[-2:]) < values[0] - self.drop:
+            return None
+        return Finding(
+            message=f"held-out accuracy fell from {values[0]:.1%} to {values[-1]:.1%}",
+            values={"val_mean_first": values[0], "val_mean_last": values[-1], "drop": self.drop},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerDrift(_OverBatches):
+    """Sampler and trainer come apart. mean logprob_gap over the last `batches` > gap
+
+    Long before `model.gap` warns of single steps or stops the run.
+
+    Args:
+        batches: >= 2.
+        gap: in nats a token, > 0.
+    """
+
+    gap: float = 0.02
+    remedy = (
+        "the sampler may have other weights, or compute in another precision: docs/scaling.md; "
+        "SamplerImportance corrects what cannot be helped"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        now = past.last("logprob_gap", self.batches)
+        if not now > self.gap:
+            return None
+        return Finding(
+            message=f"sampler and trainer differ by {now:.3g} nats a token",
+            values={"logprob_gap": now, "gap": self.gap},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceCapped(_OverBatches):
+    """Importance weights are saturated. mean importance_capped over the last `batches` > share
+
+    Args:
+        batches: >= 2.
+        share: of trained tokens whose weight is at the cap, in (0, 1).
+    """
+
+    share: float = 0.05
+    remedy = (
+        "a corrected distribution is none where weights are cut off: sample from the current "
+        "weights without top-p, top-k and min-p, take fewer updates_per_rollout, or raise the cap"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        now = past.last("importance_capped", self.batches)
+        if not now > self.share:
+            return None
+        return Finding(
+            message=f"{now:.0%} of the importance weights are at their cap",
+            values={"importance_capped": now, "share": self.share},
+        )
+
+
+def shipped_rules() -> tuple[Rule, ...]:
+    """All of them, with their defaults."""
+    return (
+        NoSuccess(),
+        Mastered(),
+        Truncation(),
+        LengthCollapse(),
+        EntropyCollapse(),
+        Agreement(),
+        HeldOutFalls(),
+        SamplerDrift(),
+        ImportanceCapped(),
+    )

@@ -1,0 +1,30 @@
+"""Planning: how much memory and time a configuration takes, from `config.json` alone."""
+
+from scsdpo.planning.advice import Advice, advice, fits
+from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
+from scsdpo.planning.callback import MemoryPlan
+from scsdpo.planning.memory import Memory, Parts, memory_of
+from scsdpo.planning.setup import Devices, Lengths, Setup, setup_of, sharding
+from scsdpo.planning.speed import Rates, Work, work_of
+
+__all__ = [
+    "Advice",
+    "Architecture",
+    "Counted",
+    "Devices",
+    "Lengths",
+    "Memory",
+    "MemoryPlan",
+    "Parts",
+    "Rates",
+    "Setup",
+    "Work",
+    "advice",
+    "fits",
+    "memory_of",
+    "read_config",
+    "setup_of",
+    "sharding",
+    "skeleton",
+    "work_of",
+]

@@ -1,0 +1,217 @@
+"""The shapes of a model, read off its `config.json` without a weight."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy import TINY_FOLDER
+from scsdpo.policy.adapter import Adapter
+
+_SHIPPED = Path(__file__).parent / "architectures"
+"""Shapes of the models that configs/ names, so that they can be planned without the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A decoder of layers with attention, gated feed-forward and RMS norms. Counts are elements."""
+
+    name: str
+    """As transformers calls it, e.g. qwen3."""
+    layers: int
+    """L."""
+    hidden: int
+    """D."""
+    heads: int
+    """H, of queries."""
+    key_heads: int
+    """K, of keys and values."""
+    head_size: int
+    """d."""
+    intermediate: int
+    """I."""
+    vocabulary: int
+    """V, rows of the head."""
+    tied: bool
+    """Whether the head is the embedding."""
+    head_norms: bool
+    """Whether queries and keys are normalised."""
+    windows: tuple[int | None, ...]
+    """[L] tokens that each layer sees; None: all."""
+    matrices: int
+    """In the linear layers of one decoder layer."""
+    layer: int
+    """In one decoder layer, norms and biases too."""
+    parameters: int
+    """In all; tied weights once."""
+
+    @property
+    def queries(self) -> int:
+        """H d."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """K d."""
+        return self.key_heads * self.head_size
+
+    @property
+    def table(self) -> int:
+        """V D: the embedding's elements, and the head's."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def root(self) -> int:
+        """What is in no decoder layer: embedding, head, last norm."""
+        return self.parameters - self.layers * self.layer
+
+    @property
+    def multiplied(self) -> int:
+        """What a token is multiplied with: the layers' matrices, without the head."""
+        return self.layers * self.matrices
+
+    def cached(self, tokens: int) -> int:
+        """Elements of keys and values of a sequence of so many tokens, over all layers."""
+        places = sum(min(tokens, window or tokens) for window in self.windows)
+        return 2 * self.keys * places
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Architecture":
+        """Of a model on any device, `meta` too, before an adapter is put on.
+
+        Raises:
+            ConfigurationError: if it is no decoder of equal layers with gated feed-forwards.
+        """
+        config = model.config.get_text_config()
+        decoder = model.get_decoder()
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
+        needed = ("num_attention_heads", "intermediate_size", "hidden_size")
+        missing = [name for name in needed if name not in config.to_dict()]
+        if missing or max(sizes) != min(sizes):
+            raise ConfigurationError(
+                f"{config.model_type}: plan knows decoders of equal layers, and this one has "
+                f"{'no ' + missing[0] if missing else 'layers of several sizes'}"
+            )
+        first = decoder.layers[0]
+        head = model.get_output_embeddings().weight
+        heads = config.num_attention_heads
+        settings = config.to_dict()
+        kinds = settings.get("layer_types") or ["full_attention"] * len(sizes)
+        window = settings.get("sliding_window")
+        return Architecture(
+            name=config.model_type,
+            layers=len(sizes),
+            hidden=config.hidden_size,
+            heads=heads,
+            key_heads=settings.get("num_key_value_heads") or heads,
+            head_size=settings.get("head_dim") or config.hidden_size // heads,
+            intermediate=config.intermediate_size,
+            vocabulary=head.shape[0],
+            tied=head is model.get_input_embeddings().weight,
+            head_norms=any(name.endswith("q_norm") for name, _ in first.named_modules()),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            matrices=sum(p.numel() for p in first.parameters() if p.dim() == 2),
+            layer=sizes[0],
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What an adapter leaves frozen and what it trains, in elements."""
+
+    frozen: int
+    trained: int
+    adapted: int
+    """Of the frozen, those with factors beside them: sampling merges them into a copy."""
+    rank_tables: int
+    """Entries that factors leave behind for the backward, a token and layer."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parameters are trained."""
+        return self.frozen == 0
+
+    @staticmethod
+    def of(model: PreTrainedModel, adapter: Adapter) -> "Counted":
+        """Puts `adapter` on `model`, which is on `meta`."""
+        layers = len(model.get_decoder().layers)
+        wrapped = adapter.wrap(model)
+        trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in wrapped.parameters())
+        with_factors = [part for part in wrapped.modules() if isinstance(part, LoraLayer)]
+        ranks = sum(sum(part.r.values()) for part in with_factors)
+        return Counted(
+            frozen=total - trained,
+            trained=trained,
+            adapted=sum(part.get_base_layer().weight.numel() for part in with_factors),
+            rank_tables=ranks // layers,
+        )
+
+    @staticmethod
+    def all_linear(shapes: Architecture, rank: int) -> "Counted":
+        """Factors of `rank` beside every linear layer but the head.
+
+        rank * (inputs + outputs) of q, k, v, o, gate, up and down.
+        """
+        sides = 7 * shapes.hidden + 2 * shapes.queries + 2 * shapes.keys + 3 * shapes.intermediate
+        return Counted(
+            frozen=shapes.parameters,
+            trained=shapes.layers * rank * sides,
+            adapted=shapes.multiplied,
+            rank_tables=7 * rank,
+        )
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that `config` describes, on `meta`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_config(name_or_path: str, architecture: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model, without asking the hub.
+
+    Args:
+        name_or_path: of `model.policy`.
+        architecture: a config.json, or the folder that holds one, to be taken in its place.
+
+    Raises:
+        ConfigurationError: if it is nowhere on this machine, naming the remedy.
+    """
+    shipped = _SHIPPED / f"{name_or_path.replace('/', '--')}.json"
+    if name_or_path == "tiny":
+        name_or_path = str(TINY_FOLDER)
+    if architecture is not None:
+        return _load("--architecture", architecture)
+    if Path(name_or_path).exists():
+        return _load("model.policy.name_or_path", name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if shipped.exists():
+            return _load(name_or_path, str(shipped))
+        raise ConfigurationError(
+            f"model.policy.name_or_path: {name_or_path} is no folder, and its config.json is not "
+            "in the cache; `scsdpo plan` does not ask the hub: give --architecture FILE, its "
+            f"config.json or the folder that holds it (shipped: {', '.join(_names())})"
+        ) from error
+
+
+def _names() -> Sequence[str]:
+    return sorted(path.stem.replace("--", "/") for path in _SHIPPED.glob("*.json"))
+
+
+def _load(key: str, path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigurationError(
+            f"{key}: {path} holds no config.json that transformers knows: "
+            f"{(str(error).splitlines() or [''])[0]}"
+        ) from error

@@ -1,0 +1,142 @@
+"""The plan at the start of a run, and what the first step measured against it."""
+
+import os
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from scsdpo.data import TaskDataModule
+from scsdpo.errors import ConfigurationError
+from scsdpo.planning.advice import advice, fits
+from scsdpo.planning.memory import Memory, memory_of
+from scsdpo.planning.setup import GIB, Devices, Lengths, Setup, setup_of, sharding
+from scsdpo.planning.table import compact, gib, verdict
+
+
+class MemoryPlan(L.Callback):
+    """Says what a run will take before it loads a weight, and after a batch what it took.
+
+    Counted with the longest prompts and responses that the configuration allows. What cannot run at
+    all is refused; what may not fit is warned of, for responses are mostly shorter.
+    """
+
+    def __init__(self) -> None:
+        self.planned: Setup | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        loaded: Any = pl_module
+        if stage != "fit" or loaded.policy.model is not None:
+            return
+        try:
+            self.planned = _planned(trainer, pl_module)
+        except ConfigurationError as error:  # of no consequence: the run does not need a plan
+            rank_zero_info(f"no plan: {error}")
+        if self.planned is None:
+            return
+        memory = memory_of(self.planned)
+        _refuse(self.planned, memory)
+        for line in compact(self.planned, memory):
+            rank_zero_info(line)
+        if not fits(self.planned, memory):
+            rank_zero_warn(f"plan: {verdict(self.planned, memory)}")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.planned is not None and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.planned is None or trainer.global_step == 0:
+            return
+        setup, self.planned = self.planned, None
+        seen = replace(setup, lengths=_lengths(setup, trainer.callback_metrics))
+        took = _took(setup, pl_module.device)
+        rank_zero_info(
+            f"plan: the first step took {gib(took)} GiB on rank 0; planned for its lengths "
+            f"({seen.lengths.prompt} tokens a prompt, {seen.lengths.response} a response) "
+            f"{gib(memory_of(seen).peak)}, for the longest {gib(memory_of(setup).peak)}"
+        )
+
+
+def _planned(trainer: L.Trainer, module: L.LightningModule) -> Setup | None:
+    """None: the data are not ours, and nothing is known of the batch."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, TaskDataModule):
+        return None
+    sampling: Any = module.sampling
+    prompt, response = data.max_prompt_tokens, int(sampling.max_new_tokens)
+    return setup_of(
+        module,
+        devices=_devices(trainer),
+        autocast="mixed" in str(trainer.precision),
+        questions=data.questions_per_batch,
+        validation=data.val_questions_per_batch,
+        lengths=Lengths(prompt=prompt, teacher_prompt=prompt + response, response=response),
+    )
+
+
+def _devices(trainer: L.Trainer) -> Devices:
+    device = trainer.strategy.root_device
+    sharded = sharding(trainer.strategy)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Devices(ranks=trainer.world_size, kind="cuda", memory=total, sharded=sharded)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Devices(
+        ranks=trainer.world_size,
+        kind="cpu",
+        memory=total // trainer.num_devices,
+        sharded=sharded,
+        process=_resident(),
+    )
+
+
+def _refuse(setup: Setup, memory: Memory) -> None:
+    if memory.least <= setup.devices.memory:
+        return
+    found = advice(setup)
+    remedy = f": {found.words}" if found else "; take a smaller model or larger devices"
+    raise ConfigurationError(
+        f"trainer: weights, gradients and optimizer states alone take {gib(memory.least)} GiB on "
+        f"each device, which has {gib(setup.devices.memory)}{remedy}; see `scsdpo plan`"
+    )
+
+
+def _lengths(setup: Setup, metrics: Any) -> Lengths:
+    """Means over the batch, from the tokens that it logged."""
+    counts = {name: int(metrics[f"train/tokens/{name}"]) for name in ("rollout", "student")}
+    told = int(metrics["train/tokens/teacher"])
+    response = max(counts["rollout"] // (setup.questions * setup.group), 1)
+    prompt = max((counts["student"] - counts["rollout"]) // setup.questions, 1)
+    taught = max((told - counts["rollout"]) // (setup.questions * setup.group), prompt)
+    return Lengths(prompt=prompt, teacher_prompt=taught, response=response)
+
+
+def _took(setup: Setup, device: torch.device) -> int:
+    """Bytes at the peak: of the allocator with the assumed context, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) + setup.devices.process
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident() -> int:
+    """Bytes of this process now; where the kernel does not say, a guess."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return GIB
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,294 @@
+"""What of a configuration decides how much memory and time a step takes."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
+from scsdpo.policy import CausalLM, Stored
+from scsdpo.policy.adapter import Weights
+from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
+from scsdpo.teacher import Teacher
+
+FLOAT32, BFLOAT16 = 4, 2
+"""Bytes."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What the run has, a rank."""
+
+    ranks: int = 1
+    kind: Literal["cuda", "cpu"] = "cuda"
+    memory: int = 80 * GIB
+    """Bytes a rank."""
+    sharded: bool = False
+    """Weights in shards over all ranks (ModelParallelStrategy); otherwise each has them whole."""
+    process: int = GIB
+    """Bytes that a rank takes before it loads a weight: libraries, the device's context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens."""
+
+    prompt: int
+    teacher_prompt: int
+    response: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondWeights:
+    """What the teacher or the reference keeps beside the policy."""
+
+    slot: str
+    kind: Literal["none", "moving", "frozen"]
+    """None: it reads the student's own."""
+    trunks: int
+    """Forwards a token; 0: there is no such teacher."""
+    stored: Stored = Stored()
+    """How its copy of the weights is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerBytes:
+    """A trained element."""
+
+    state: float
+    temporary: float
+    """During a step, in lists over all tensors; 0: one tensor at a time, or fused."""
+    of_largest: float = 0.0
+    """During a step, an element of the largest tensor: one tensor at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Where responses come from."""
+
+    kind: Literal["hf", "colocated", "remote"]
+    max_tokens: int = 0
+    """Room for keys and values of `hf`."""
+    max_rows: int = 0
+    cache_bytes: int = 0
+    """Keys and values of a colocated vLLM."""
+    weight_bytes: int = BFLOAT16
+    """Of an element of a colocated vLLM's own weights."""
+    sleeps: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything the arithmetic reads. Change one with `dataclasses.replace`."""
+
+    shapes: Architecture
+    counted: Counted
+    base: int
+    """Bytes of a frozen element; what is trained is float32."""
+    autocast: bool
+    """Products in bf16 from float32 weights."""
+    checkpointing: bool
+    shared_prefixes: bool
+    seconds: tuple[SecondWeights, ...]
+    optimizer: OptimizerBytes
+    sampler: Sampler
+    devices: Devices
+    lengths: Lengths
+    questions: int
+    """A batch, over all ranks."""
+    group: int
+    updates: int
+    """Optimizer steps a batch."""
+    in_flight: int
+    """Most responses asked for at once, a rank: training's or validation's."""
+    max_tokens: int | Literal["auto"]
+    """Budget of a micro-batch."""
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of an element of what linear layers read and give."""
+        return BFLOAT16 if self.autocast else self.wide
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element of the residual stream: the embedding's."""
+        return FLOAT32 if self.counted.whole else self.base
+
+    @property
+    def shards(self) -> int:
+        """Parts in which weights, gradients and optimizer states are kept."""
+        return self.devices.ranks if self.devices.sharded else 1
+
+    @property
+    def responses(self) -> int:
+        """A rank and optimizer step."""
+        return max(self.questions * self.group // (self.devices.ranks * self.updates), 1)
+
+    @property
+    def prompts(self) -> int:
+        """Distinct ones a rank and optimizer step."""
+        return max(self.questions // (self.devices.ranks * self.updates), 1)
+
+    def on(self, **changes: Any) -> "Setup":
+        """On other devices."""
+        return replace(self, devices=replace(self.devices, **changes))
+
+
+def setup_of(
+    module: Any,
+    *,
+    devices: Devices,
+    autocast: bool,
+    questions: int,
+    validation: int,
+    lengths: Lengths,
+    architecture: str | None = None,
+    name_or_path: str | None = None,
+) -> Setup:
+    """From the constructed module, of whose weights none needs to be there.
+
+    Args:
+        module: a `PolicyOptimizer`.
+        devices: of the run.
+        autocast: whether `trainer.precision` is a mixed one.
+        questions: `data.questions_per_batch`.
+        validation: `data.val_questions_per_batch`.
+        lengths: tokens to count with.
+        architecture: a config.json in the place of the policy's own.
+        name_or_path: the policy's, if the module has been given another.
+    """
+    policy: CausalLM = module.policy
+    model = skeleton(read_config(name_or_path or policy.name_or_path, architecture))
+    shapes = Architecture.of(model)
+    in_flight = max(questions * module.sampling.n, validation * module.val_sampling.n)
+    return Setup(
+        shapes=shapes,
+        counted=Counted.of(model, policy.adapter),
+        base=policy.loaded_dtype(devices.kind == "cuda").itemsize,
+        autocast=autocast,
+        checkpointing=policy.gradient_checkpointing,
+        shared_prefixes=policy.share_prefixes,
+        seconds=tuple(
+            _second(getattr(module, slot), slot)
+            for slot in ("teacher", "reference")
+            if getattr(module, slot).exists
+        ),
+        optimizer=_optimizer(module.optimizer, devices.kind),
+        sampler=_sampler(module.rollout, devices.kind),
+        devices=devices,
+        lengths=lengths,
+        questions=questions,
+        group=module.sampling.n,
+        updates=module.updates_per_rollout,
+        in_flight=max(in_flight // devices.ranks, 1),
+        max_tokens=module.limits.max_tokens,
+    )
+
+
+def sharding(strategy: object) -> bool:
+    """Whether `trainer.strategy` shards weights.
+
+    Raises:
+        ConfigurationError: if it is one that the arithmetic does not know.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        return True
+    if isinstance(strategy, Mapping):
+        strategy = strategy.get("class_path", "")
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    name = name.rpartition(".")[2].lower()
+    if name == "modelparallelstrategy":
+        return True
+    if name == "auto" or name.startswith(("ddp", "singledevice")):
+        return False
+    raise ConfigurationError(
+        f"trainer.strategy: plan knows one device, DDP and ModelParallelStrategy, got {name}"
+    )
+
+
+class _Own(Weights):
+    """Stands for a second set of weights."""
+
+    def active(self, model: nn.Module) -> Any:
+        raise NotImplementedError
+
+    def pairs(self, model: nn.Module) -> Any:
+        raise NotImplementedError
+
+
+class _Noted:
+    """An adapter that notes what a teacher asks it for."""
+
+    def __init__(self) -> None:
+        self.kind: Literal["none", "moving", "frozen"] = "none"
+        self.stored = Stored()
+
+    def current(self) -> Weights:
+        return _Own()
+
+    def initial(self, model: object, stored: Stored = Stored()) -> Weights:
+        self.kind, self.stored = "frozen", stored
+        return _Own()
+
+    def moving(self, model: object, name: str, stored: Stored = Stored()) -> Weights:
+        self.kind, self.stored = "moving", stored
+        return _Own()
+
+
+def _second(teacher: Teacher, slot: str) -> SecondWeights:
+    """Asks the teacher itself, so that one of the user's own is counted too."""
+    noted = _Noted()
+    policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
+    made = copy.deepcopy(teacher)  # no weights are there yet
+    made.configure(policy, slot)
+    trunks = len(made.trunks(policy))
+    return SecondWeights(slot=slot, kind=noted.kind, trunks=trunks, stored=noted.stored)
+
+
+def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> OptimizerBytes:
+    """What a step on a small matrix leaves behind; the same of any size but for a few bytes."""
+    probe = nn.Parameter(torch.zeros(256, 256))
+    optimizer = make([probe])
+    probe.grad = torch.ones_like(probe)
+    optimizer.step()
+    kept = [v for v in optimizer.state[probe].values() if isinstance(v, torch.Tensor)]
+    state = sum(tensor.nbytes for tensor in kept if tensor.dim())
+    settings = optimizer.defaults
+    foreach = settings.get("foreach")
+    in_lists = kind == "cuda" if foreach is None and "foreach" in settings else bool(foreach)
+    plain = state > 0 and not settings.get("fused")
+    return OptimizerBytes(
+        state=state / probe.numel(),
+        temporary=FLOAT32 * float(plain and in_lists),
+        of_largest=2 * FLOAT32 * float(plain and not in_lists),
+    )
+
+
+def _sampler(rollout: Rollout, kind: str) -> Sampler:
+    if isinstance(rollout, HFRollout):
+        return Sampler(kind="hf", max_tokens=rollout.max_tokens, max_rows=rollout.max_rows)
+    engine = rollout.engine if isinstance(rollout, VLLMRollout) else None
+    if not isinstance(engine, Colocated):
+        return Sampler(kind="remote")
+    auto = {"cuda": "bfloat16"}.get(kind, "float32")
+    dtype = getattr(torch, auto if engine.dtype == "auto" else engine.dtype)
+    return Sampler(
+        kind="colocated",
+        cache_bytes=int(engine.kv_cache_gib * GIB),
+        weight_bytes=dtype.itemsize,
+        sleeps=engine.sleep,
+    )
+
+
+def with_lora(setup: Setup, rank: int = 32) -> Setup:
+    """The same with low-rank factors beside every linear layer, on a bf16 base."""
+    counted = Counted.all_linear(setup.shapes, rank)
+    base = BFLOAT16 if setup.devices.kind == "cuda" else FLOAT32
+    return replace(setup, counted=counted, base=base)

@@ -1,0 +1,175 @@
+"""A plan in words and tables."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from scsdpo.planning.advice import FEW_TOKENS, ROOM, advice, fits
+from scsdpo.planning.memory import PHASES, Memory, memory_of
+from scsdpo.planning.setup import GIB, Setup
+from scsdpo.planning.speed import Rates, work_of
+
+_WORDS = {
+    "process": "libraries, device context (assumed)",
+    "weights": "weights of the policy",
+    "optimizer": "optimizer states",
+    "buckets": "DDP's buckets",
+    "vllm": "vLLM, awake",
+    "gradients": "gradients",
+    "gathered": "layers made whole (shards)",
+    "casts": "bf16 copies for the backward",
+    "activations": "activations at the budget",
+    "kept": "prompts that wait for responses",
+    "prompts": "gradients to prompts' keys and values",
+    "heads": "copies of heads, the head's gradient",
+    "chunks": "chunks of logits",
+    "teaching": "a teacher's forward",
+    "sampling_weights": "copies of weights to sample from",
+    "cache": "keys and values of sampling",
+    "drawing": "prompt pass or draw",
+    "stepping": "temporaries of the step",
+}
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f}"
+
+
+def described(setup: Setup) -> str:
+    """What was counted, in one line."""
+    shapes, devices = setup.shapes, setup.devices
+    trained = (
+        "all trained" if setup.counted.whole else f"{setup.counted.trained / 1e6:.1f}M trained"
+    )
+    how = (
+        "one device"
+        if devices.ranks == 1
+        else f"{devices.ranks} devices, "
+        + ("sharded (ModelParallelStrategy)" if devices.sharded else "replicated (DDP)")
+    )
+    return (
+        f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters, {trained}, "
+        f"{'bf16-mixed' if setup.autocast else 'float32'}; {how} of {gib(devices.memory)} GiB"
+    )
+
+
+def print_plan(setup: Setup, memory: Memory, rates: Rates, console: Console) -> None:
+    """The whole plan."""
+    console.print(described(setup), highlight=False, soft_wrap=True)
+    console.print(_parts(setup, memory))
+    console.print(_phases(setup, memory, rates))
+    for line in (verdict(setup, memory), *assumptions(setup, memory, rates)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def verdict(setup: Setup, memory: Memory) -> str:
+    """Whether it fits, by how much, and what would make it fit."""
+    phase = max(memory.phases, key=memory.phases.__getitem__)
+    room = setup.devices.memory - memory.peak
+    if fits(setup, memory):
+        said = f"Fits: the peak, {gib(memory.peak)} GiB in {phase}, leaves {gib(room)} GiB."
+        return said + _small(setup, memory)
+    lacking = f"lacks {gib(-room)} GiB" if room < 0 else f"leaves {gib(room)} GiB, less than 5 %"
+    found = advice(setup)
+    if found is None:
+        remedy = "No change that plan knows makes it fit: take a smaller model or larger devices."
+    else:
+        remedy = (
+            f"Smallest change that fits: {found.words} ({gib(found.memory.peak)} GiB, "
+            f"{gib(setup.devices.memory - found.memory.peak)} GiB to spare)."
+        )
+    return f"Does not fit: the peak, {gib(memory.peak)} GiB in {phase}, {lacking}. {remedy}"
+
+
+def _small(setup: Setup, memory: Memory) -> str:
+    """A hint where memory leaves few tokens to a micro-batch, which then reads every weight."""
+    if setup.checkpointing or setup.max_tokens != "auto" or memory.budget >= FEW_TOKENS:
+        return ""
+    more = memory_of(replace(setup, checkpointing=True)).budget
+    return (
+        f" Micro-batches of {memory.budget} tokens are small; with "
+        f"model.policy.gradient_checkpointing=true they hold {more}."
+    )
+
+
+def assumptions(setup: Setup, memory: Memory, rates: Rates) -> list[str]:
+    """What the figures rest on."""
+    auto = " (auto)" if setup.max_tokens == "auto" else ""
+    lengths = setup.lengths
+    return [
+        f"Counted with {setup.questions} questions x {setup.group} responses, {lengths.prompt} "
+        f"tokens a prompt, {lengths.teacher_prompt} a teacher's, {lengths.response} a response "
+        "(every one that long, and trained on); "
+        f"{memory.budget} tokens{auto} and {memory.micro_batches} micro-batches an optimizer step.",
+        f"Seconds assume {rates.flops / 1e12:.0f} TFLOP/s in products, "
+        f"{rates.bandwidth / 1e12:.1f} TB/s of memory, {rates.link / 1e9:.0f} GB/s between ranks, "
+        f"{rates.host * 1e3:.2f} ms of Python a layer and decoding step of HFRollout; verifiers, "
+        "elementwise kernels and waiting for other ranks are not in them.",
+        f"A plan that fills more than {ROOM:.0%} of a device counts as not fitting.",
+    ]
+
+
+def _parts(setup: Setup, memory: Memory) -> Table:
+    table = Table("part", "GiB a rank", "at the peak of", title="memory", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, size in memory.parts.nonzero().items():
+        if name.startswith("gradients_"):  # the same, where they lie
+            continue
+        phases = [phase for phase, names in PHASES.items() if _lies(name, names, memory)]
+        where = "all" if len(phases) == len(PHASES) else ", ".join(phases)
+        table.add_row(_named(setup, name), gib(size), where)
+    return table
+
+
+def _lies(name: str, names: tuple[str, ...], memory: Memory) -> bool:
+    if name != "gradients":
+        return name in names
+    return any(n.startswith(name) and getattr(memory.parts, n) > 0 for n in names)
+
+
+def _named(setup: Setup, name: str) -> str:
+    for second in setup.seconds:
+        if second.slot == name:
+            where = ", on the host" if second.stored.on_host else ""
+            return f"weights of the {name} ({second.kind}, {second.stored.dtype}{where})"
+    return _WORDS[name]
+
+
+def _phases(setup: Setup, memory: Memory, rates: Rates) -> Table:
+    table = Table("phase", "peak GiB", "room", "seconds", title="step", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    seconds = {name: work.seconds(rates) for name, work in work_of(setup, memory).items()}
+    for name, peak in memory.phases.items():
+        table.add_row(name, gib(peak), gib(setup.devices.memory - peak), f"{seconds[name]:.1f}")
+    table.add_section()
+    room = gib(setup.devices.memory - memory.peak)
+    table.add_row("step", gib(memory.peak), room, f"{sum(seconds.values()):.1f}")
+    return table
+
+
+def compact(setup: Setup, memory: Memory) -> list[str]:
+    """For the start of a run: parts in one line, phases in another."""
+    parts: Mapping[str, int] = memory.parts.nonzero()
+    shown = [f"{name} {gib(size)}" for name, size in parts.items() if name in _SHOWN]
+    phases = [f"{name} {gib(size)}" for name, size in memory.phases.items()]
+    return [
+        f"plan: {described(setup)}",
+        f"plan: GiB a rank: {', '.join(shown)}; peak of {', '.join(phases)}",
+    ]
+
+
+_SHOWN = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "teacher",
+    "reference",
+    "casts",
+    "activations",
+    "chunks",
+    "cache",
+)

@@ -1,0 +1,95 @@
+"""A file of lines for each batch, in a folder that is kept from growing without bound."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scsdpo.records.jsonl import json_line
+
+_NAME = re.compile(r"([a-z]+)_(\d+)\.jsonl")
+
+
+class BatchFiles:
+    """`SPLIT_000012.jsonl` for batch 12: written by one process, whole or not at all.
+
+    When the files outgrow `most_bytes`, those go that stand closest to their neighbours of the same
+    split, the oldest first: what is left tells the run in ever larger steps, to its end.
+
+    Args:
+        folder: of the files; made with the first.
+        most_bytes: of all of them.
+    """
+
+    def __init__(self, folder: Path, most_bytes: float) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+        self._sizes: dict[tuple[str, int], int] | None = None
+
+    def write(self, split: str, batch: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """The file of a batch, in the place of an older one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content, path = b"".join(map(json_line, records)), self._path(split, batch)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sizes = self._known()
+        sizes[split, batch] = len(content)
+        total = sum(sizes.values())
+        while total > self.most_bytes and (least := _least_missed(sizes)):
+            total -= sizes.pop(least)
+            self._path(*least).unlink(missing_ok=True)
+
+    def cut(self, batch: int) -> None:
+        """Remove the files of later batches, and what a killed write left."""
+        for split, number in [*self._known()]:
+            if number > batch:
+                self._path(split, number).unlink()
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        self._sizes = None
+
+    def set_aside(self) -> None:
+        """Give the name free: another run's folder becomes `NAME.1`, `NAME.2`, ..."""
+        number = 1
+        while self.folder.exists():
+            aside = self.folder.with_name(f"{self.folder.name}.{number}")
+            if not aside.exists():
+                self.folder.rename(aside)
+            number += 1
+        self._sizes = None
+
+    def begin_with(self, before: Path) -> None:
+        """A copy of another run's folder, if this one is not there."""
+        if before.exists() and not self.folder.exists():
+            shutil.copytree(before, self.folder)
+        self._sizes = None
+
+    def _path(self, split: str, batch: int) -> Path:
+        return self.folder / f"{split}_{batch:06d}.jsonl"
+
+    def _known(self) -> dict[tuple[str, int], int]:
+        """Sizes by split and batch."""
+        if self._sizes is None:
+            found = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob("*.jsonl")]
+            self._sizes = {
+                (name[1], int(name[2])): path.stat().st_size for name, path in found if name
+            }
+        return self._sizes
+
+
+def _least_missed(sizes: Mapping[tuple[str, int], int]) -> tuple[str, int] | None:
+    """Between two others of its split, with the least between them; None: there is no such."""
+    gaps = []
+    for split in {split for split, _ in sizes}:
+        numbers = sorted(number for each, number in sizes if each == split)
+        for low, number, high in zip(numbers, numbers[1:], numbers[2:], strict=False):
+            gaps.append((high - low, number, split))
+    if not gaps:
+        return None
+    _, number, split = min(gaps)
+    return split, number

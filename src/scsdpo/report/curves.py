@@ -1,0 +1,137 @@
+"""The panels that metrics.jsonl fills: training, its cost, and whether it can be trusted."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from scsdpo.report.palette import run_tone
+from scsdpo.report.panels import Area, Dots, Layer, Line, Panel
+from scsdpo.report.reading import Run, mean
+
+SMOOTH = 10
+"""Points of the running mean, where there are three times as many."""
+
+
+def slug(name: str) -> str:
+    """A figure's name as that of a panel and of a file."""
+    return name.replace("/", "-").replace("_", "-").replace("@", "-at-")
+
+
+def over_batches(runs: Sequence[Run]) -> str:
+    """Name of the horizontal axis: each batch is a step unless some batch took none."""
+    return "training step" if one_step_a_batch(runs) else "batch of questions"
+
+
+def one_step_a_batch(runs: Sequence[Run]) -> bool:
+    """Whether the two count the same in all runs."""
+    return all(line["batch"] == line["step"] for run in runs for line in run.lines)
+
+
+def line_panel(
+    runs: Sequence[Run],
+    name: str,
+    title: str,
+    note: str,
+    *,
+    scale: float = 1.0,
+    log: bool = False,
+    paper: str = "",
+) -> Panel | None:
+    """One figure of all runs: each batch faintly, over it the running mean; None if unknown.
+
+    With `log` the axis is logarithmic where all values are positive and span two decades.
+    """
+    curves = {}
+    for i, run in enumerate(runs):
+        x, y = run.curve(name)
+        curves[i] = x, [None if v is None else scale * v for v in y]
+    values = [v for _, y in curves.values() for v in y if v is not None]
+    if not values:
+        return None
+    layers: list[Layer] = []
+    for i, (x, y) in curves.items():
+        if x:
+            layers += _lines(run_tone(i), runs[i].name, x, y)
+    wide = log and min(values) > 0 and max(values) > 100 * min(values)
+    return Panel(
+        name=slug(name),
+        title=title,
+        note=note,
+        x_label=over_batches(runs),
+        layers=sorted(layers, key=lambda layer: not (isinstance(layer, Line) and layer.weak)),
+        floor=0.0 if min(values) >= 0 else None,
+        log=wide,
+        steps=True,
+        paper=paper,
+    )
+
+
+def _lines(tone: str, label: str, x: Sequence[float], y: Sequence[float | None]) -> list[Line]:
+    if len(x) < 3 * SMOOTH:
+        return [Line(tone=tone, label=label, x=x, y=y)]
+    smooth = [mean(y[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(y))]
+    return [
+        Line(tone=tone, label=label, x=x, y=y, weak=True),
+        Line(tone=tone, label=label, x=x, y=smooth),
+    ]
+
+
+def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
+    """Means of a share over windows of batches, in percent, into the layers of `panel`.
+
+    Windows are 50 batches, as in the paper, of a run that has 200; a quarter of a shorter one.
+    """
+    layers = []
+    for i, run in enumerate(runs):
+        x, y = run.figure(name)
+        size = 50 if len(x) >= 200 else max(1, len(x) // 4)
+        starts = range(0, len(x) - size + 1, size)
+        windows = [mean(y[s : s + size]) for s in starts]
+        nothing = [None] * len(windows)
+        layers.append(
+            Dots(
+                tone=run_tone(i),
+                label=run.name,
+                x=[mean(x[s : s + size]) or 0.0 for s in starts],
+                y=[None if w is None else 100 * w for w in windows],
+                low=nothing,
+                high=nothing,
+            )
+        )
+    layers = [layer for layer in layers if layer.x]
+    return replace(panel, layers=layers) if layers else None
+
+
+def stack_panels(
+    runs: Sequence[Run], names: dict[str, tuple[str, str]], panel: Panel, *, scale: float = 1.0
+) -> list[Panel]:
+    """A panel a run: figures one above the other, as running means.
+
+    Args:
+        runs: each has a panel of its own, none where the run lacks the figures.
+        names: of the figures, from below, with tone and label.
+        panel: what the panels have in common.
+        scale: of all figures.
+    """
+    panels = []
+    for i, run in enumerate(runs):
+        curves = {name: run.curve(name) for name in names}
+        curves = {name: curve for name, curve in curves.items() if curve[0]}
+        if not curves:
+            continue
+        x = max((xs for xs, _ in curves.values()), key=len)
+        below, layers = [0.0] * len(x), []
+        for name, (_, y) in curves.items():
+            tone, label = names[name]
+            width = SMOOTH if len(y) >= 3 * SMOOTH else 1
+            heights = [
+                scale * (mean(y[max(0, j + 1 - width) : j + 1]) or 0.0) for j in range(len(y))
+            ]
+            heights += [0.0] * (len(x) - len(heights))
+            above = [b + h for b, h in zip(below, heights, strict=True)]
+            layers.append(Area(tone=tone, label=label, x=x, low=below, high=above))
+            below = above
+        several = len(runs) > 1
+        title = f"{panel.title}: {run.name}" if several else panel.title
+        name = f"{panel.name}-{i}" if several else panel.name
+        panels.append(replace(panel, layers=layers, name=name, title=title, run=i))
+    return panels

@@ -1,0 +1,73 @@
+"""A run's validations question by question: intervals, and differences between runs."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from scsdpo.statistics import Estimate, mean_interval, score_difference
+
+SCHEMA = 1
+"""Of the files that are read."""
+Figures = Mapping[str, Mapping[str, Estimate]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of `evaluations/val-BATCH.json`."""
+
+    figures: Figures
+    """By category ("all"), then by name, each with its interval."""
+    scores: Mapping[str, float]
+    """Mean reward of each question, by key."""
+    solved: Mapping[str, bool]
+    """Whether any of its responses was right."""
+
+
+def read_evaluations(folder: Path) -> dict[int, Evaluation]:
+    """Those of a run, by batch; empty if it has none."""
+    found = {}
+    for path in sorted((folder / "evaluations").glob("val-*.json")):
+        name = re.fullmatch(r"val-(\d+)", path.stem)
+        content = json.loads(path.read_text(encoding="utf-8")) if name else {}
+        if name and content.get("schema_version") == SCHEMA:
+            found[int(name[1])] = Evaluation(
+                figures={
+                    category: {name: _estimate(**figure) for name, figure in figures.items()}
+                    for category, figures in content["figures"].items()
+                },
+                scores={
+                    question["key"]: sum(question["rewards"]) / len(question["rewards"])
+                    for question in content["questions"]
+                },
+                solved={
+                    question["key"]: any(question["successes"]) for question in content["questions"]
+                },
+            )
+    return dict(sorted(found.items()))
+
+
+def _estimate(value: float | None, low: float | None, high: float | None, n: int) -> Estimate:
+    nan = float("nan")
+    return Estimate(
+        value=nan if value is None else value,
+        low=nan if low is None else low,
+        high=nan if high is None else high,
+        n=n,
+    )
+
+
+def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
+    """Of the share of questions with any right response, paired; None if they were others."""
+    if not after.solved or after.solved.keys() != before.solved.keys():
+        return None
+    pairs = [(now, before.solved[key]) for key, now in after.solved.items()]
+    return score_difference([float(now) - float(then) for now, then in pairs])
+
+
+def difference(after: Evaluation, before: Evaluation) -> Estimate | None:
+    """Mean reward after less before, paired by question; None if they were asked others."""
+    if not after.scores or after.scores.keys() != before.scores.keys():
+        return None
+    return mean_interval([score - before.scores[key] for key, score in after.scores.items()])

@@ -1,0 +1,232 @@
+"""What a report shows, section by section."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from scsdpo.report import validations
+from scsdpo.report.curves import line_panel, over_batches, slug, stack_panels, window_panel
+from scsdpo.report.panels import Panel
+from scsdpo.report.reading import Run
+from scsdpo.report.teacher import distances
+from scsdpo.report.teacher import panels as distance_panels
+
+PASS_RATES = {
+    "solve_all": ("all", "mastered, p = 1"),
+    "informative": ("some", "in between"),
+    "solve_none": ("none", "out of reach, p = 0"),
+}
+PHASES = {
+    f"seconds/{name}": (f"phase-{i}", label)
+    for i, (name, label) in enumerate(
+        {
+            "rollout": "sampling",
+            "verify": "verifying",
+            "teacher": "teacher",
+            "student": "student",
+            "step": "optimizer",
+        }.items()
+    )
+}
+NO_PANEL = {
+    "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
+    "logprob_gap_share", "trained_rollouts", "negative_entropy", "verifier_errors",
+}  # fmt: skip
+"""Training figures that others show already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and panels under it."""
+
+    name: str
+    title: str
+    short: str
+    """The title in the navigation."""
+    lead: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+def validation(runs: Sequence[Run]) -> Section:
+    """Accuracy on held-out questions."""
+    return Section(
+        name="validation",
+        title="Validation",
+        short="Validation",
+        lead="On the validation questions; bars are 95 % intervals over questions.",
+        panels=validations.panels(runs),
+    )
+
+
+def learning(runs: Sequence[Run]) -> Section:
+    """Figures 2 and 3 of the paper."""
+    medium = Panel(
+        name="medium",
+        title="Questions of medium difficulty, %",
+        note="Share of questions with pass rate in [1/8, 7/8], window by window.",
+        x_label=over_batches(runs),
+        layers=[],
+        paper="Figure 3",
+    )
+    panels = [
+        line_panel(
+            runs, "pass_rate", "Pass rate in training, %",
+            "Mean pass rate of a batch's questions.", scale=100, paper="Figure 3",
+        ),
+        window_panel(runs, "medium", medium),
+        line_panel(
+            runs, "gradient_norm", "Gradient norm", "Before clipping.", log=True, paper="Figure 3",
+        ),
+        line_panel(
+            runs, "response_length", "Response length, tokens",
+            "Mean of a batch, end of sequence included.", paper="Figure 2",
+        ),
+        line_panel(
+            runs, "truncated", "Truncated responses, %",
+            "Those that reached the cap on tokens.", scale=100,
+        ),
+        line_panel(runs, "entropy", "Entropy of the policy, nats", "Mean over trained tokens."),
+    ]  # fmt: skip
+    return Section(
+        name="learning",
+        title="Learning",
+        short="Learning",
+        lead="Pass rate, difficulty, gradient and length as training goes on.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def difficulty(runs: Sequence[Run]) -> Section:
+    """Figure 5 of the paper."""
+    x_label = over_batches(runs)
+    stack = Panel(
+        name="pass-rates",
+        title="Questions by pass rate, %",
+        note="Mastered below, out of reach above; only what is in between teaches.",
+        x_label=x_label,
+        layers=[],
+        ceiling=100,
+        steps=True,
+        paper="Figure 5",
+    )
+    bands = Panel(
+        name="bands",
+        title="Questions in the middle, %",
+        note="Share with pass rate in [2/8, 6/8], window by window.",
+        x_label=x_label,
+        layers=[],
+        paper="Figure 5",
+    )
+    panels = [
+        *stack_panels(runs, PASS_RATES, stack, scale=100),
+        window_panel(runs, "central", bands),
+        line_panel(
+            runs, "effective_questions", "Effective questions a batch",
+            "(sum of weights)² / sum of squared weights.",
+        ),
+    ]  # fmt: skip
+    return Section(
+        name="difficulty",
+        title="What there was to learn from",
+        short="Questions",
+        lead="Mastered, in between, out of reach: how the questions moved.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def trust(runs: Sequence[Run]) -> Section:
+    """Whether the numbers can be believed."""
+    shown = (
+        ("divergence", "Divergence of student and teacher, nats",
+         "Mean over trained tokens; falling alone is no sign of learning."),
+        ("objective", "Objective", "Mean over trained tokens."),
+        ("loss", "Loss", "With weights and importance, as stepped on."),
+        ("logprob_gap", "Gap of sampler and trainer, nats",
+         "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
+        ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
+        ("importance_capped", "Importance weights at their cap", "Share of trained tokens."),
+        ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
+    )  # fmt: skip
+    logs = ("divergence", "logprob_gap", "logprob_gap_max")
+    panels = [
+        line_panel(runs, name, title, note, log=name in logs)
+        for name, title, note in shown
+        if name != "verifier_errors" or any(any(run.curve(name)[1]) for run in runs)
+    ]
+    return Section(
+        name="trust",
+        title="Signals and trust",
+        short="Signals",
+        lead="What the step was made of, and whether sampler and trainer are the same policy.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def cost(runs: Sequence[Run]) -> Section:
+    """Time, tokens, memory."""
+    stack = Panel(
+        name="seconds",
+        title="Seconds a batch, by phase",
+        note="Of the slowest rank.",
+        x_label=over_batches(runs),
+        layers=[],
+        steps=True,
+    )
+    tokens = (
+        ("tokens/rollout", "Tokens sampled a batch", "All ranks."),
+        ("tokens/teacher", "Tokens through the teacher a batch", "A prompt counts once."),
+        ("tokens/student", "Tokens through the student a batch", "A prompt counts once."),
+        ("memory", "Memory, GiB", "Most so far, of the largest rank."),
+        ("trained_tokens", "Tokens that got credit a batch", "The rest was not run."),
+    )
+    panels = [
+        *stack_panels(runs, PHASES, stack),
+        *(line_panel(runs, name, title, note) for name, title, note in tokens),
+    ]
+    return Section(
+        name="cost",
+        title="Time, tokens, memory",
+        short="Cost",
+        lead="Where a batch's time goes.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """In the order of the page, without empty ones."""
+    makers = (validation, learning, difficulty, teacher, trust, cost)
+    made = [make(runs) for make in makers]
+    made.append(others(runs, {panel.name for section in made for panel in section.panels}))
+    return [section for section in made if section.panels]
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """All of a page."""
+    return [panel for section in sections(runs) for panel in section.panels]
+
+
+def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
+    """Figures that nobody here knows: those of a user's own callbacks."""
+    names = dict.fromkeys(name for run in runs for name in run.names("train/"))
+    left = [
+        name for name in names if slug(name) not in shown and name not in NO_PANEL | PHASES.keys()
+    ]
+    found = [line_panel(runs, name, name, f"train/{name}") for name in left]
+    return Section(
+        name="others",
+        title="Other figures",
+        short="Others",
+        lead="What else was logged.",
+        panels=[panel for panel in found if panel],
+    )
+
+
+def teacher(runs: Sequence[Run]) -> Section:
+    """Figure 4 of the paper."""
+    found, source = distances(runs)
+    return Section(
+        name="teacher",
+        title="How far the teacher is",
+        short="Teacher",
+        lead=f"By correctness, and by the question's pass rate. {source}",
+        panels=distance_panels(found, runs),
+    )

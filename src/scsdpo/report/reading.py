@@ -1,0 +1,157 @@
+"""A run's folder, read."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.report.evaluations import Evaluation, read_evaluations
+
+MOST_POINTS = 400
+"""Of a curve; a longer one is shown as means of neighboring batches."""
+
+T = TypeVar("T")
+Line = dict[str, Any]
+Curve = tuple[list[float], list[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run left behind; what is not there is empty."""
+
+    name: str
+    folder: Path
+    lines: Sequence[Line]
+    """Of metrics.jsonl, one for each batch of training questions."""
+
+    @cached_property
+    def training(self) -> list[Line]:
+        """Those of batches that were trained on."""
+        return [line for line in self.lines if any(key.startswith("train/") for key in line)]
+
+    @cached_property
+    def validations(self) -> list[Line]:
+        """Those with a validation."""
+        return [line for line in self.lines if any(key.startswith("val/") for key in line)]
+
+    @cached_property
+    def evaluations(self) -> dict[int, Evaluation]:
+        """Its validations question by question, by batch; empty if they were not kept."""
+        return read_evaluations(self.folder)
+
+    @cached_property
+    def config_text(self) -> str:
+        """config.yaml as it stands."""
+        path = self.folder / "config.yaml"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The same, read."""
+        return yaml.safe_load(self.config_text) or {}
+
+    @cached_property
+    def environment(self) -> list[tuple[str, str]]:
+        """What it ran on, as far as its folder says."""
+        path = self.folder / "environment.json"
+        return list(json.loads(path.read_text()).items()) if path.exists() else []
+
+    def names(self, prefix: str) -> list[str]:
+        """Of all figures that begin so, without it."""
+        found = dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix))
+        return [key.removeprefix(prefix) for key in found]
+
+    def figure(self, name: str) -> Curve:
+        """Batches that have a training figure, and the figure; may be empty."""
+        known = [line for line in self.training if f"train/{name}" in line]
+        return [line["batch"] for line in known], [line[f"train/{name}"] for line in known]
+
+    def curve(self, name: str) -> Curve:
+        """The same in at most `MOST_POINTS` points."""
+        x, y = self.figure(name)
+        size = max(1, math.ceil(len(x) / MOST_POINTS))
+        starts = range(0, len(x), size)
+        return (
+            [x[min(s + size, len(x)) - 1] for s in starts],
+            [mean(y[s : s + size]) for s in starts],
+        )
+
+    def recent(self, name: str, batches: int = 10) -> float | None:
+        """Mean of a training figure over the last batches that have it."""
+        return mean(self.figure(name)[1][-batches:])
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def spread(values: Sequence[T]) -> list[T]:
+    """The last, the first, the middle, the middles of the halves, and so on: each once."""
+    order, step = list(values[-1:]), len(values)
+    while step >= 1:
+        order += values[::step]
+        step //= 2
+    return list(dict.fromkeys(order))
+
+
+def read_runs(given: Sequence[str]) -> list[Run]:
+    """The runs of these folders; `NAME=FOLDER` names one.
+
+    Raises:
+        ConfigurationError: if a folder holds no run.
+    """
+    named = [_split(each) for each in given]
+    folders = [folder for _, folder in named]
+    for folder in folders:
+        _check(folder)
+    short = distinct_names(folders)
+    return [
+        Run(name=name or short[i], folder=folder, lines=list(json_lines(folder / "metrics.jsonl")))
+        for i, (name, folder) in enumerate(named)
+    ]
+
+
+def _split(given: str) -> tuple[str, Path]:
+    if Path(given).exists() or "=" not in given:
+        return "", Path(given)
+    name, _, folder = given.partition("=")
+    return name, Path(folder)
+
+
+def _check(folder: Path) -> None:
+    if (folder / "metrics.jsonl").is_file():
+        return
+    inner = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))
+    inner += sorted(str(path.parent) for path in folder.glob("*/*/metrics.jsonl"))
+    hint = f"; did you mean {', '.join(inner[:4])}?" if inner else ", a run's folder has one"
+    what = "has no metrics.jsonl" if folder.is_dir() else "is no folder"
+    raise ConfigurationError(f"RUN: {folder} {what}{hint}")
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """For each folder the part of its path that tells it from the others."""
+    paths = [folder.resolve().parts for folder in folders]
+    if len(set(paths)) < 2:
+        return ["/".join(parts[-2:]) for parts in paths]
+    shortest = min(map(len, paths))
+    start = next(i for i in range(shortest + 1) if len({parts[: i + 1] for parts in paths}) > 1)
+    end = next(i for i in range(shortest + 1) if len({parts[-i - 1 :] for parts in paths}) > 1)
+    return ["/".join(parts[start : len(parts) - end]) or parts[-1] for parts in paths]
+
+
+def json_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file that may still grow: a last one without its end is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,159 @@
+"""Responses and their tokens for the page: as many batches as it has room for."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scsdpo.report.pack import pack
+from scsdpo.report.reading import Run, json_lines, spread
+
+SCHEMA = 1
+"""Of the records that are read; `scsdpo.records` cannot be asked without loading torch."""
+SUCCESS, ERROR, LENGTH, TRACED, ACTIVE = 1, 2, 4, 8, 16
+"""Bits of a response in the index, by which the page filters."""
+
+Kind = Literal["rollouts", "tokens"]
+DIGITS: dict[Kind, int] = {"rollouts": 6, "tokens": 4}
+"""Of numbers in the page."""
+TOKENS_SHARE = 0.6
+
+
+@dataclass(kw_only=True)
+class Embedded:
+    """What stands in the page.
+
+    A chunk is a file of `rollouts/` or `tokens/`, packed, by "KIND-RUN-SPLIT-BATCH". The index has
+    for each run and split its batches in order, and of each the questions with their responses'
+    bits, so that the page filters without reading a chunk.
+    """
+
+    chunks: dict[str, str] = field(default_factory=dict)
+    index: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
+    found: int = 0
+    """Files that there were."""
+    responses: int = 0
+    traces: int = 0
+
+    @property
+    def room(self) -> str:
+        """Says so if not everything has room; else empty."""
+        if len(self.chunks) == self.found:
+            return ""
+        return f"{len(self.chunks):,} of {self.found:,} files of records, spread over the run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    run: int
+    kind: Kind
+    split: str
+    batch: int
+    path: Path
+
+    @property
+    def chunk(self) -> str:
+        return f"{self.kind}-{self.run}-{self.split}-{self.batch}"
+
+
+def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
+    """Files until the page is full: of every run the last batch, the first, then between them.
+
+    A batch whose tokens were traced comes before one whose responses alone were written; tokens
+    take at most `TOKENS_SHARE` of the room.
+    """
+    embedded = Embedded(index=[{"train": [], "val": []} for _ in runs])
+    files = [file for i, run in enumerate(runs) for file in _files(i, run.folder)]
+    embedded.found = len(files)
+    room, for_tokens = float(most_bytes), TOKENS_SHARE * most_bytes
+    full: set[Kind] = set()
+    for file in _by_worth(files):
+        if file.kind in full:
+            continue
+        lines = [line for line in json_lines(file.path) if line["schema_version"] == SCHEMA]
+        if not lines:
+            continue
+        content = _questions(lines) if file.kind == "rollouts" else [_trace(x) for x in lines]
+        packed = pack(content, DIGITS[file.kind])
+        if len(packed) > (min(room, for_tokens) if file.kind == "tokens" else room):
+            full.add(file.kind)
+            continue
+        room -= len(packed)
+        embedded.chunks[file.chunk] = packed
+        if file.kind == "tokens":
+            for_tokens -= len(packed)
+            embedded.traces += len(lines)
+            continue
+        embedded.responses += len(lines)
+        entry = {"batch": file.batch, "questions": [_entry(question) for question in content]}
+        embedded.index[file.run][file.split].append(entry)
+    for splits in embedded.index:
+        for batches in splits.values():
+            batches.sort(key=lambda entry: entry["batch"])
+    return embedded
+
+
+def _files(run: int, folder: Path) -> Iterator[_File]:
+    kinds: tuple[Kind, ...] = ("rollouts", "tokens")
+    for kind in kinds:
+        for path in sorted((folder / kind).glob("*.jsonl")):
+            if name := re.fullmatch(r"(train|val)_(\d+)", path.stem):
+                yield _File(run=run, kind=kind, split=name[1], batch=int(name[2]), path=path)
+
+
+def _by_worth(files: Sequence[_File]) -> list[_File]:
+    """Pairs of responses and tokens together, in an order in which any beginning spans the run."""
+    traced = {(f.run, f.split, f.batch) for f in files if f.kind == "tokens"}
+    ranks: dict[tuple[int, str, int], int] = {}
+    for run, split in dict.fromkeys((f.run, f.split) for f in files):
+        batches = sorted({f.batch for f in files if (f.run, f.split) == (run, split)})
+        first = [b for b in batches if (run, split, b) in traced]
+        others = [b for b in batches if (run, split, b) not in traced]
+        for rank, batch in enumerate([*spread(first), *spread(others)]):
+            ranks[run, split, batch] = rank
+    return sorted(files, key=lambda f: (ranks[f.run, f.split, f.batch], f.run, f.split, f.kind))
+
+
+def _questions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The responses of a batch by question."""
+    questions: dict[str, dict[str, Any]] = {}
+    shared = ("key", "category", "messages", "target", "samples", "pass_rate", "step")
+    own = (
+        "sample", "output", "answer", "reward", "success", "feedback", "error", "finish_reason",
+        "n_tokens", "weight", "active", "teacher_prompt", "version", "traced",
+    )  # fmt: skip
+    for line in lines:
+        question = {name: line[name] for name in shared} | {"responses": []}
+        question = questions.setdefault(line["key"], question)
+        question["responses"].append({name: line[name] for name in own})
+    return list(questions.values())
+
+
+def _entry(question: dict[str, Any]) -> list[Any]:
+    bits = [
+        SUCCESS * response["success"]
+        + ERROR * bool(response["error"])
+        + LENGTH * (response["finish_reason"] == "length")
+        + TRACED * response["traced"]
+        + ACTIVE * response["active"]
+        for response in question["responses"]
+    ]
+    weights = [r["weight"] for r in question["responses"] if r["weight"] is not None]
+    weight = max(weights, default=None)
+    return [question["key"], question["category"], question["pass_rate"], weight, bits]
+
+
+def _trace(line: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("schema_version", "run", "split", "batch", "step", "top_ids", "vocabulary")
+    words = {int(token): text for token, text in line["vocabulary"].items()}
+    top = [[words.get(token, "") for token in tokens] for tokens in line["top_ids"]]
+    sampled = [
+        tokens.index(token) if token in tokens else -1
+        for token, tokens in zip(line["ids"], line["top_ids"], strict=True)
+    ]
+    # Before rounding: of two log-probs that are nearly equal little would be left.
+    pairs = zip(line["teacher_logprob"], line["logprob"], strict=True)
+    ratio = [None if t is None or s is None else t - s for t, s in pairs]
+    kept = {k: v for k, v in line.items() if k not in left_out}
+    return kept | {"top": top, "sampled": sampled, "ratio": ratio}

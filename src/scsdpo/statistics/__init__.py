@@ -1,0 +1,30 @@
+"""Statistics of evaluations and comparisons, with numpy alone.
+
+The unit is the question (its score over k responses), or the seed (a whole run). What the intervals
+cover is simulated in `tests/test_statistics.py`, and stated in docs/evaluation.md.
+"""
+
+from scsdpo.statistics.intervals import (
+    Estimate,
+    detectable_difference,
+    mean_interval,
+    score_difference,
+    score_interval,
+)
+from scsdpo.statistics.scores import majority, pass_at_k, pass_ks
+from scsdpo.statistics.student import detectable, t_cdf, t_quantile, t_test_p
+
+__all__ = [
+    "Estimate",
+    "detectable",
+    "detectable_difference",
+    "majority",
+    "mean_interval",
+    "pass_at_k",
+    "pass_ks",
+    "score_difference",
+    "score_interval",
+    "t_cdf",
+    "t_quantile",
+    "t_test_p",
+]

@@ -1,0 +1,86 @@
+"""Asking the policy and judging what it answers: the same in training, evaluation and analysis."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from scsdpo.metrics import PhaseTimer
+from scsdpo.policy import CausalLM
+from scsdpo.rollout import Rollout
+from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
+from scsdpo.training.finite import check_sampled
+from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.verifiers import Verification, VerifierPool, report_errors
+
+
+class Answering:
+    """Samples with what memory allows, and judges in processes of its own.
+
+    Args:
+        rollout: the sampler.
+        verification: how many processes judge, and for how long.
+        success_threshold: reward from which a rollout counts as a success.
+        timer: of the phases `rollout` and `verify`.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        verification: Verification,
+        success_threshold: float,
+        timer: PhaseTimer,
+    ) -> None:
+        self.rollout, self.verifiers = rollout, VerifierPool(verification)
+        self.success_threshold, self.timer = success_threshold, timer
+        self.room = Budget("responses in flight", SAMPLING_REMEDY)
+
+    def sample(
+        self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Rollouts:
+        """Responses of the policy as it is now, with fewer rows in flight where memory is short.
+
+        Args:
+            module: has the policy and its teachers; looked at only if nothing can be sampled.
+            policy: answers.
+            prompts: the questions.
+            sampling: how often, and how.
+
+        Raises:
+            TrainingStopped: if memory does not suffice for one row, or logits are not finite.
+        """
+
+        def attempt(rows: int) -> Rollouts:
+            with noticed():
+                return self.rollout.with_rows(rows).sample(policy, prompts, sampling)
+
+        with self.timer("rollout"):
+            most = self.rollout.rows(len(prompts) * sampling.n)
+            least = most if self.rollout.with_rows(1) is self.rollout else 1
+            with self.rollout.held(policy):  # ranks need not try equally often
+                rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
+            check_sampled(rollouts, module)
+        self.timer.count("rollout", int(rollouts.lengths.sum()))
+        return rollouts
+
+    def judge(self, rollouts: Rollouts) -> Outcomes:
+        """Verdicts of each prompt's verifier; those that failed are logged."""
+        with self.timer("verify"):
+            verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
+        report_errors(verdicts)
+        rewards = torch.tensor(
+            [[verdict.reward for verdict in group] for group in verdicts],
+            dtype=torch.float32,
+            device=rollouts.ids.device,
+        )
+        return Outcomes(
+            verdicts=verdicts,
+            rewards=rewards.view(rollouts.ids.shape[:2]),
+            successes=(rewards >= self.success_threshold).view(rollouts.ids.shape[:2]),
+            keys=tuple(prompt.key for prompt in rollouts.prompts),
+        )
+
+    def close(self) -> None:
+        """Let the rollout's engine go, and the processes that judge."""
+        self.rollout.close()
+        self.verifiers.close()

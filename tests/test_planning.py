@@ -1,0 +1,346 @@
+"""The arithmetic of `scsdpo plan`, by hand for one small architecture and against the code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import models
+from runs import data, module, trainer
+from scsdpo.errors import ConfigurationError
+from scsdpo.planning import (
+    Architecture,
+    Counted,
+    Devices,
+    Lengths,
+    advice,
+    callback,
+    fits,
+    memory_of,
+    read_config,
+    setup_of,
+    sharding,
+    skeleton,
+    work_of,
+)
+from scsdpo.planning.activations import activation_bytes, layer_bytes
+from scsdpo.planning.memory import PHASES
+from scsdpo.planning.setup import GIB, Sampler, with_lora
+from scsdpo.planning.speed import Rates
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.rollout import Colocated, VLLMRollout
+from scsdpo.teacher import EMA, Frozen, Live, NoTeacher, Restart, TrustRegion
+from test_configs import CONFIGS, scsdpo  # noqa: F401 - a fixture
+
+# models.qwen3_folder: D = 64, H = 2, K = 1, d = 64, I = 128, L = 2, V = 264, tied.
+MATRICES = 64 * (2 + 2 * 1) * 64 + 2 * 64 * 64 + 3 * 64 * 128
+LAYER = MATRICES + 2 * 64 + 2 * 64  # two norms of the stream, one of queries, one of keys
+TABLE = 264 * 64
+TIED = 2 * LAYER + TABLE + 64
+# rank x (inputs + outputs) of q, k, v, o, gate, up, down
+SIDES = (64 + 128) + 2 * (64 + 64) + (128 + 64) + 2 * (64 + 128) + (128 + 64)
+
+
+def planned(folder, policy=None, *, devices=None, autocast=False, lengths=None, **settings):
+    return setup_of(
+        module(folder, policy, **settings),
+        devices=devices or Devices(memory=GIB, process=0),
+        autocast=autocast,
+        questions=8,
+        validation=4,
+        lengths=lengths or Lengths(prompt=10, teacher_prompt=20, response=5),
+    )
+
+
+def test_shapes_and_counts_are_those_of_pencil_and_paper(qwen3):
+    shapes = planned(qwen3).shapes
+    assert (shapes.matrices, shapes.layer, shapes.parameters) == (MATRICES, LAYER, TIED)
+    assert (shapes.table, shapes.root, shapes.multiplied) == (TABLE, TABLE + 64, 2 * MATRICES)
+    assert (shapes.queries, shapes.keys, shapes.tied, shapes.head_norms) == (128, 64, True, True)
+    assert shapes.cached(10) == 2 * 2 * 64 * 10
+
+
+def test_an_untied_head_is_counted_on_its_own():
+    sizes = []
+    for tie in (True, False):
+        settings = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64}
+        common = models._common(tie=tie, vocab=264)
+        sizes.append(Architecture.of(skeleton(Qwen3Config(**settings, **common))))
+    assert sizes[1].parameters - sizes[0].parameters == TABLE
+    assert (sizes[0].tied, sizes[1].tied) == (True, False)
+
+
+def test_factors_are_rank_times_inputs_and_outputs(qwen3):
+    counted = planned(qwen3, CausalLM(str(qwen3), adapter=Lora(r=4))).counted
+    assert counted.trained == 2 * 4 * SIDES and counted.frozen == TIED
+    assert counted.adapted == 2 * MATRICES and counted.rank_tables == 7 * 4
+    assert counted == Counted.all_linear(planned(qwen3).shapes, 4)
+
+
+def test_a_sliding_layer_caches_its_window_only(olmo3):
+    shapes = planned(olmo3).shapes
+    assert shapes.windows == (8, None)
+    assert shapes.cached(20) == 2 * shapes.keys * (8 + 20)
+
+
+def test_parts_of_a_full_fine_tune(qwen3):
+    parts = memory_of(planned(qwen3)).parts
+    assert (parts.weights, parts.gradients, parts.teacher) == (4 * TIED,) * 3
+    assert parts.optimizer == 8 * TIED and parts.reference == 0
+    assert parts.stepping == 4 * TIED  # AdamW's list on a GPU
+    # A tied head's gradient lies beside the embedding's; nothing is cast.
+    assert parts.heads == 4 * TABLE and parts.casts == 0
+    shards = memory_of(planned(qwen3).on(ranks=4, sharded=True)).parts
+    assert (shards.weights, shards.gradients, shards.teacher) == (TIED,) * 3
+    assert shards.optimizer == 2 * TIED
+    # Two layers and the root whole, and a layer's gradient; at the end the root's.
+    assert shards.gathered == 4 * (2 * LAYER + TABLE + 64) + 4 * LAYER
+    assert shards.stepping == 2 * 4 * (TABLE + 64 + LAYER)
+    replicated = memory_of(planned(qwen3).on(ranks=4)).parts
+    assert replicated.buckets == 4 * TIED and replicated.gathered == 0
+
+
+def test_parts_of_lora(qwen3):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=4))
+    parts = memory_of(planned(qwen3, policy)).parts
+    factors = 2 * 4 * SIDES
+    assert parts.weights == 2 * TIED + 4 * factors  # a bf16 base on a GPU
+    assert (parts.gradients, parts.teacher, parts.optimizer) == (4 * factors,) * 2 + (8 * factors,)
+    assert parts.sampling_weights == 2 * 2 * MATRICES and parts.heads == 0
+    frozen = memory_of(planned(qwen3, CausalLM(str(qwen3), adapter=Lora()), teacher=Frozen()))
+    assert frozen.parts.teacher == 0
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kind", "trunks"),
+    [
+        (EMA(), "moving", 1),
+        (Restart(), "moving", 1),
+        (Frozen(), "frozen", 1),
+        (TrustRegion(), "frozen", 2),
+        (Live(), "none", 1),
+    ],
+)
+def test_teachers_are_asked_what_they_keep(qwen3, teacher, kind, trunks):
+    (second,) = planned(qwen3, teacher=teacher).seconds
+    assert (second.slot, second.kind, second.trunks) == ("teacher", kind, trunks)
+    assert memory_of(planned(qwen3, teacher=teacher)).parts.teacher == 4 * TIED * (kind != "none")
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "temporary"),
+    [
+        (lambda p: torch.optim.AdamW(p), 8, 4),
+        (lambda p: torch.optim.AdamW(p, fused=True), 8, 0),
+        (lambda p: torch.optim.AdamW(p, foreach=False), 8, 0),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 12, 4),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0, 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4, 4),
+    ],
+)
+def test_optimizers_are_asked_what_they_keep(qwen3, make, state, temporary):
+    found = planned(qwen3, optimizer=make).optimizer
+    assert (found.state, found.temporary) == (state, temporary)
+
+
+def test_a_phase_is_the_sum_of_its_parts(qwen3):
+    memory = memory_of(replace(planned(qwen3), max_tokens=40))
+    parts = memory.parts.nonzero()
+    for phase, names in PHASES.items():
+        assert memory.phases[phase] == sum(parts.get(name, 0) for name in names)
+    assert memory.peak == max(memory.phases.values())
+    # 20 tokens of prompts wait, and 4 of 32 responses of 5 tokens run beside them.
+    assert memory.micro_batches == 8 and parts["gradients_meanwhile"] == parts["gradients"]
+    alone = memory_of(replace(planned(qwen3), max_tokens=10**6))
+    assert alone.micro_batches == 1 and alone.parts.gradients_meanwhile == 0
+
+
+LINES = {
+    "full, float32": ({}, False),
+    "full, autocast": ({}, True),
+    "full, checkpointing": ({"gradient_checkpointing": True}, True),
+    "lora, float32": ({"adapter": Lora(r=4)}, False),
+    "lora, autocast": ({"adapter": Lora(r=4), "dtype": "bfloat16"}, True),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_layer_keeps_as_much_as_its_forward_was_seen_to(case, tmp_path):
+    """The slope of two measured lines (`memory_line`) that differ by two layers."""
+    settings, autocast = LINES[case]
+    slopes = []
+    for layers in (3, 5):
+        policy = CausalLM(str(_folder(tmp_path / str(layers), layers)), **settings)
+        policy.configure_model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            slopes.append(policy.memory_line()[1])
+    unloaded = CausalLM(str(tmp_path / "3"), **settings)
+    setup = planned(tmp_path / "3", unloaded, autocast=autocast, devices=Devices(kind="cpu"))
+    a_layer = setup.wide * setup.shapes.hidden if setup.checkpointing else layer_bytes(setup)
+    assert (slopes[1] - slopes[0]) / 2 == pytest.approx(a_layer, rel=0.02)
+    assert slopes[0] == pytest.approx(activation_bytes(replace(setup, seconds=())), rel=0.2)
+
+
+def _folder(path, layers):
+    common = models._common(tie=True, vocab=models.TOKENS) | {"num_hidden_layers": layers}
+    config = Qwen3Config(
+        hidden_size=256, intermediate_size=512, head_dim=64, **common | {"num_attention_heads": 4}
+    )
+    return models._save(path, Qwen3ForCausalLM, config, dtype=torch.float32, seed=0)
+
+
+def test_auto_is_half_of_what_is_free(qwen3):
+    setup = planned(qwen3)
+    memory = memory_of(setup)
+    held = memory.parts.weights + memory.parts.optimizer + memory.parts.teacher
+    free = GIB - held
+    expected = int((free // 2 - memory.parts.gradients) / activation_bytes(setup))
+    assert memory.budget == min(expected, 2**17)
+    assert memory_of(setup.on(kind="cpu")).budget == 1024
+
+
+def test_vllm_in_the_process_is_there_all_the_time_unless_it_sleeps(qwen3):
+    engine = Colocated(kv_cache_gib=1.0)
+    awake = memory_of(planned(qwen3, rollout=VLLMRollout(engine)))
+    assert awake.parts.vllm == 2 * TIED + GIB + GIB and awake.parts.cache == 0
+    asleep = memory_of(planned(qwen3, rollout=VLLMRollout(Colocated(kv_cache_gib=1.0, sleep=True))))
+    assert asleep.parts.vllm == 0 and asleep.parts.sampling_weights == 2 * TIED + GIB + GIB
+
+
+def test_keys_and_values_never_exceed_the_samplers_room(qwen3):
+    setup = planned(qwen3, lengths=Lengths(prompt=100, teacher_prompt=100, response=1000))
+    small = replace(setup, sampler=Sampler(kind="hf", max_tokens=640, max_rows=512))
+    assert memory_of(small).parts.cache == 4 * setup.shapes.cached(640)
+
+
+def test_the_smallest_change_is_one_that_fits(qwen3):
+    large = replace(planned(qwen3), questions=512, max_tokens=4096)
+    peak = memory_of(large).peak
+    for share in (0.95, 0.8, 0.5):
+        tight = large.on(memory=int(peak * share))
+        assert not fits(tight, memory_of(tight))
+        found = advice(tight)
+        assert found is not None and fits(found.setup, memory_of(found.setup))
+    assert advice(large.on(memory=1000)) is None
+
+
+def test_work_follows_from_shapes(qwen3):
+    setup = replace(planned(qwen3, teacher=NoTeacher(), advantage=_grpo()), max_tokens=10**6)
+    work = work_of(setup, memory_of(setup))
+    tokens, prompts = 8 * 4 * 5, 8 * 10
+    attention = 4 * 128 * (10 + 2.5) * 2
+    trunk = (tokens + prompts) * (2 * 2 * MATRICES + attention)
+    assert work["update"].flops == pytest.approx(3 * trunk + 3 * 2 * TABLE * tokens)
+    assert work["teacher"].flops == 0 and work["update"].link == 0
+    again = replace(setup, checkpointing=True)
+    more = work_of(again, memory_of(again))["update"].flops - work["update"].flops
+    assert more == pytest.approx(trunk)
+    # 5 steps of 32 responses, 2 layers
+    assert work["sampling"].launches == 5 * 2
+    assert work["sampling"].seconds(Rates(host=1.0)) == 10.0
+    shards = setup.on(ranks=4, sharded=True)
+    assert work_of(shards, memory_of(shards))["update"].link > 0
+
+
+def _grpo():
+    from scsdpo.advantage import GroupRelative
+
+    return GroupRelative()
+
+
+# ----------------------------------------------------------------------- the command
+
+
+def test_the_published_setting_is_planned_without_the_hub(scsdpo, capsys):  # noqa: F811
+    lengths = ("--prompt-tokens=200", "--teacher-tokens=600", "--response-tokens=300")
+    code = scsdpo("plan", "--config", CONFIGS / "qwen3.yaml", "--gpus=8", *lengths)
+    said = " ".join(capsys.readouterr().out.split())
+    assert code in (0, None)
+    assert "8.19B parameters, all trained, bf16-mixed; 8 devices, replicated (DDP)" in said
+    assert "│ weights of the policy │ 30.51 │" in said  # 8,190,735,360 x 4 bytes
+    assert "Does not fit" in said and "ModelParallelStrategy" in said
+    assert "400 TFLOP/s" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("Qwen/Qwen3-8B", 8.19e9), ("allenai/Olmo-3-7B-Instruct", 7.3e9)]
+)
+def test_shipped_shapes_have_as_many_parameters_as_published(name, parameters):
+    shapes = Architecture.of(skeleton(read_config(name)))
+    assert shapes.parameters == pytest.approx(parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.policy.name_or_path=no/such-model"], "give --architecture FILE"),
+        (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
+        (["--gpus=3"], "questions do not divide among 3 devices"),
+        (["--memory=0"], "--memory must be > 0"),
+        (["--trainer.strategy=deepspeed"], "plan knows one device, DDP and ModelParallelStrategy"),
+        (["--gpus=x"], "--gpus: invalid int"),
+    ],
+)
+def test_mistakes_end_in_one_line(args, message, scsdpo, capsys):  # noqa: F811
+    assert scsdpo("plan", "--config", CONFIGS / "tiny.yaml", *args) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_strategies_are_told_apart():
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    assert sharding(ModelParallelStrategy()) and not sharding(DDPStrategy())
+    assert sharding({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    assert not sharding("auto") and not sharding("ddp_find_unused_parameters_true")
+
+
+# ----------------------------------------------------------------------- a run
+
+
+def fitted(folder, monkeypatch, tmp_path, **devices):
+    said = []
+    monkeypatch.setattr(callback, "rank_zero_info", said.append)
+    if devices:
+        monkeypatch.setattr(callback, "_devices", lambda trainer: Devices(kind="cpu", **devices))
+    run = module(folder)
+    trainer(tmp_path, limit_train_batches=2).fit(run, data())
+    return said
+
+
+def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp_path):
+    said = fitted(qwen3, monkeypatch, tmp_path)
+    plans = [line for line in said if line.startswith("plan: ")]
+    assert len(plans) == 3
+    assert "weights 0.00" in plans[1] and "peak of sampling" in plans[1]
+    assert "the first step took" in plans[2] and "planned for its lengths" in plans[2]
+
+
+def test_what_cannot_run_is_refused_before_loading(qwen3, monkeypatch, tmp_path):
+    loads = []
+    kept = CausalLM.configure_model
+    noted = lambda policy, **how: (loads.append(1), kept(policy, **how))  # noqa: E731
+    monkeypatch.setattr(CausalLM, "configure_model", noted)
+    with pytest.raises(ConfigurationError, match="weights, gradients and optimizer states alone"):
+        fitted(qwen3, monkeypatch, tmp_path, memory=16 * TIED - 1, process=0)
+    assert not loads
+    # One byte more and it may run, with a warning.
+    with pytest.warns(UserWarning, match="plan: Does not fit: the peak"):
+        fitted(qwen3, monkeypatch, tmp_path, memory=16 * TIED, process=0)
+    assert loads
+
+
+def test_a_run_that_cannot_be_planned_goes_on(qwen3, monkeypatch, tmp_path):
+    monkeypatch.setattr(callback, "sharding", lambda strategy: _refuse())
+    assert any(line == "no plan: unknown" for line in fitted(qwen3, monkeypatch, tmp_path))
+
+
+def _refuse():
+    raise ConfigurationError("unknown")
+
+
+def test_a_plan_needs_no_weights_and_draws_nothing(qwen3):
+    before = torch.get_rng_state()
+    setup = planned(qwen3, CausalLM(str(qwen3), adapter=Lora()))
+    assert with_lora(setup, 32) == setup and torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,239 @@
+"""The report's Python side; what the page does with it is `make test-browser`."""
+
+import json
+import math
+import re
+import sys
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from made_up_runs import HOSTILE, made_up_run, write_lines
+from scsdpo.__main__ import main
+from scsdpo.callbacks import Report
+from scsdpo.errors import ConfigurationError
+from scsdpo.records import SCHEMA_VERSION
+from scsdpo.report import panels, read_runs, render, svg
+from scsdpo.report.configs import differences
+from scsdpo.report.curves import line_panel, window_panel
+from scsdpo.report.evaluations import Evaluation, difference, solved_difference
+from scsdpo.report.pack import content_hash, pack
+from scsdpo.report.panels import Panel
+from scsdpo.report.reading import Run, distinct_names, spread
+from scsdpo.report.responses import SCHEMA, embed
+from scsdpo.report.teacher import measured
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("made_up")
+    return [str(made_up_run(base / f"method{i}", batches=21, seed=i)) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def runs(folders):
+    return read_runs(folders)
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    return render(runs)
+
+
+def of_batches(values, name="pass_rate", **more):
+    lines = [
+        {"batch": i + 1, "step": i + 1, "time": 0.0, f"train/{name}": value}
+        for i, value in enumerate(values)
+    ]
+    return Run(name="run", folder=None, lines=lines, **more)
+
+
+def test_nothing_that_a_run_says_becomes_markup(page):
+    assert page.count("</script") == page.count("<script")  # ours end, and no other
+    assert HOSTILE not in page and "<img" not in page
+    assert "\u202e" not in page and "\u2028" not in page
+
+
+def test_the_policy_names_the_hash_of_each_script_and_style(page):
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    policy = policy.replace("&#39;", "'")
+    assert policy.startswith("default-src 'none'; ")
+    for kind in ("style", "script"):
+        (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        assert f"{kind}-src {content_hash(text)}" in policy
+    assert " style=" not in page and " onclick=" not in page
+
+
+def test_packed_text_holds_no_sign_of_markup():
+    assert re.fullmatch(r"[A-Za-z0-9+/=]*", pack({"text": HOSTILE + "\ud800", "nan": math.nan}))
+
+
+def test_a_page_keeps_to_its_size_and_still_spans_the_run(runs, page):
+    small = render(runs, most_bytes=170_000)
+    assert len(small.encode()) <= 170_000 < len(page.encode())
+    embedded = embed(runs, 150_000)
+    assert 0 < len(embedded.chunks) < embedded.found and "spread over the run" in embedded.room
+    for splits in embedded.index:
+        batches = [entry["batch"] for entry in splits["train"]]
+        assert batches == sorted(batches) and {1, 21} <= set(batches)  # first and last trace
+    assert embed(runs, 10**7).room == ""
+
+
+def test_any_beginning_of_a_spread_spans_it():
+    order = spread(range(100))
+    assert sorted(order) == list(range(100)) and order[:3] == [99, 0, 50]
+    gaps = sorted(order[:20])
+    assert max(b - a for a, b in pairwise(gaps)) <= 13
+    assert spread([]) == [] and spread([7]) == [7]
+
+
+def test_responses_of_another_schema_are_left_out(tmp_path):
+    assert SCHEMA == SCHEMA_VERSION
+    folder = made_up_run(tmp_path / "run", batches=1)
+    path = folder / "rollouts" / "train_000001.jsonl"
+    lines = [json.loads(line) | {"schema_version": 99} for line in path.read_text().splitlines()]
+    write_lines(path, lines)
+    assert embed(read_runs([str(folder)]), 10**7).responses == 0
+
+
+def test_the_four_measures_of_a_trace_are_those_of_the_paper():
+    # S = .5 then .25, T = .75 then .25: M = .625 then .25
+    line = {
+        "logprob": [math.log(0.5), math.log(0.25), None],
+        "teacher_logprob": [math.log(0.75), math.log(0.25), None],
+        "reverse_kl": [0.2, 0.4, None],
+        "jsd": [0.1, 0.2, None],
+    }
+    expected = {
+        "reverse_kl": 0.3,
+        "jsd": 0.15,
+        "log_teacher_over_student": math.log(1.5) / 2,
+        "half_log_student_over_mixture": math.log(0.5 / 0.625) / 4,
+    }
+    assert measured(line) == pytest.approx(expected)
+    assert measured(line | {"teacher_logprob": [None, None, None]}) == {}
+
+
+def test_windows_are_fifty_batches_of_two_hundred_and_quarters_of_fewer():
+    panel = Panel(name="w", title="", note="", x_label="", layers=[])
+    for batches, sizes in ((1000, 50), (200, 50), (40, 10), (3, 1)):
+        (layer,) = window_panel(
+            [of_batches([i % 2 for i in range(batches)])], "pass_rate", panel
+        ).layers
+        assert len(layer.y) == batches // sizes
+        assert layer.x[0] == pytest.approx((1 + sizes) / 2)
+        if sizes % 2 == 0:
+            assert layer.y == pytest.approx([50.0] * len(layer.y))
+
+
+def test_a_long_curve_is_shown_as_means_of_its_neighbors():
+    x, y = of_batches([float(i) for i in range(1000)]).curve("pass_rate")
+    assert len(x) <= 400 and x[:2] == [3, 6] and y[:2] == [1.0, 4.0]
+    (line,) = line_panel([of_batches([1.0, None, 3.0])], "pass_rate", "", "").layers
+    assert list(line.y) == [1.0, None, 3.0]
+
+
+def test_each_panel_is_well_formed_and_inside_its_box(runs):
+    found = panels(runs)
+    assert len({panel.name for panel in found}) == len(found) >= 30
+    for panel in found:
+        picture, data = svg.draw(panel)
+        root = ElementTree.fromstring(picture)
+        for circle in root.iter("circle"):
+            assert svg.LEFT <= float(circle.get("cx")) <= svg.RIGHT
+            assert svg.TOP <= float(circle.get("cy")) <= svg.BOTTOM
+        assert data["layers"] and "nan" not in picture
+
+
+def test_figures_for_papers_are_files(runs, tmp_path):
+    from scsdpo.report.paper import save
+
+    kinds = {type(layer): layer for panel in panels(runs) for layer in panel.layers}
+    assert len(kinds) == 4
+    panel = Panel(name="all", title="of each kind", note="", x_label="x", layers=[*kinds.values()])
+    written = save([panel], tmp_path / "figures")
+    assert {path.name for path in written} == {"all.svg", "all.png"}
+    assert "of each kind" in written[0].read_text()  # letters stay letters
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    def names(*paths):
+        return distinct_names([tmp_path / path for path in paths])
+
+    assert names("runs/tiny/version_0") == ["tiny/version_0"]
+    assert names("runs/a/version_0", "runs/b/version_0") == ["a", "b"]
+    assert names("runs/a/version_0", "runs/a/version_1") == ["version_0", "version_1"]
+    assert len(set(names("x", "x/y", "z"))) == 3
+
+
+def test_a_folder_without_a_run_is_refused_with_one_that_has_it(folders, tmp_path):
+    (tmp_path / "tiny" / "version_0").mkdir(parents=True)
+    write_lines(tmp_path / "tiny" / "version_0" / "metrics.jsonl", [])
+    with pytest.raises(ConfigurationError, match=r"did you mean .*version_0"):
+        read_runs([str(tmp_path)])
+    with pytest.raises(ConfigurationError, match="is no folder"):
+        read_runs([str(tmp_path / "nowhere")])
+    named, other = read_runs([f"mine={folders[0]}", folders[1]])
+    assert named.name == "mine" and other.name == "method1"
+
+
+def test_the_command_writes_a_page_and_says_where(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", *folders, "-o", str(tmp_path / "a.html")])
+    assert main() == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "a.html")]
+    assert "2 runs" in (tmp_path / "a.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "report", str(tmp_path), "--out", str(tmp_path)])
+    assert main() == 2
+    assert "RUN" in capsys.readouterr().err
+
+
+def test_fit_ends_with_a_report_of_what_it_ran_on(qwen3, tmp_path, capsys):
+    from runs import data, module, trainer
+
+    trainer(tmp_path, callbacks=[Report()]).fit(module(qwen3), data())
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "environment.json").read_text())["ranks"] == "1"
+    assert f"<b>torch</b> {version('torch')}" in page
+    assert 'id="responses"' in page
+
+
+def test_the_python_of_the_docs_runs(folders, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "RUN").symlink_to(folders[0])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/report.md", "exec"), scope := {})
+    assert scope["html"].startswith("<!doctype html>") and "pass-rate" in scope["figures"]
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"batch": 1, "step": 1}\n{"batch": 2, "st')
+    (run,) = read_runs([str(tmp_path)])
+    assert [line["batch"] for line in run.lines] == [1]
+
+
+def evaluation(scores):
+    solved = {key: score > 0 for key, score in scores.items()}
+    return Evaluation(figures={}, scores=scores, solved=solved)
+
+
+def test_differences_are_paired_by_question_and_refused_between_other_questions():
+    before, after = evaluation({"a": 0.0, "b": 0.5}), evaluation({"b": 0.75, "a": 0.25})
+    estimate = difference(after, before)
+    assert estimate.value == pytest.approx(0.25)
+    assert estimate.low == estimate.high == pytest.approx(0.25)  # both gained the same
+    assert solved_difference(after, before).value == 0.5
+    assert difference(after, evaluation({"a": 0.0, "c": 0.5})) is None
+    assert solved_difference(after, evaluation({"a": 0.0})) is None
+
+
+def test_only_what_differs_between_configurations_is_listed(runs):
+    assert dict(differences(runs)) == {
+        "seed_everything": ["0", "1"],
+        "model.weighting.power": ["0.0", "0.5"],
+    }
