@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from scsdpo.evaluation.question import Question
+from scsdpo.metrics import MajAtK, MeanAtK
 from scsdpo.statistics import Estimate, mean_interval, score_interval
 
 Figures = dict[str, dict[str, Estimate]]
@@ -36,10 +39,15 @@ def means(questions: Sequence[Question]) -> dict[str, float]:
     """What a run logs: `mean@k`, `maj@k` and `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
     found = {}
     for name, group in by_category(questions).items():
-        rows = [question.scores() for question in group]
-        for score in list(rows[0])[:2] if rows else ():
-            key = f"{name}/{score}" if name else score
-            found[key] = sum(row[score] for row in rows) / len(rows)
+        # Every rank has all questions.
+        mean, majority = MeanAtK(sync_on_compute=False), MajAtK(sync_on_compute=False)
+        for question in group:
+            rewards = torch.tensor([question.rewards], dtype=torch.float64)
+            mean.update(rewards)
+            majority.update(rewards, [question.answers])
+        k = len(group[0].rewards) if group else 0
+        for score, metric in ((f"mean@{k}", mean), (f"maj@{k}", majority)) if group else ():
+            found[f"{name}/{score}" if name else score] = float(metric.compute())
     return found
 
 

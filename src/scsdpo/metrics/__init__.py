@@ -1,6 +1,7 @@
-"""Metrics: what the log shows of a training step."""
+"""Metrics: what the log shows of a training step and of an evaluation."""
 
 from scsdpo.metrics.gap import GapCheck
+from scsdpo.metrics.groups import MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
     log_figures,
@@ -11,6 +12,8 @@ from scsdpo.metrics.training import (
 
 __all__ = [
     "GapCheck",
+    "MajAtK",
+    "MeanAtK",
     "PhaseTimer",
     "log_figures",
     "phase_metrics",
