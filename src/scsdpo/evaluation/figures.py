@@ -38,16 +38,16 @@ def figures(questions: Sequence[Question]) -> Figures:
 def means(questions: Sequence[Question]) -> dict[str, float]:
     """What a run logs: `mean@k`, `maj@k` and `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
     found = {}
-    for name, group in by_category(questions).items():
+    for name, group in by_category(questions).items() if questions else ():
         # Every rank has all questions.
         mean, majority = MeanAtK(sync_on_compute=False), MajAtK(sync_on_compute=False)
         for question in group:
             rewards = torch.tensor([question.rewards], dtype=torch.float64)
             mean.update(rewards)
             majority.update(rewards, [question.answers])
-        k = len(group[0].rewards) if group else 0
-        for score, metric in ((f"mean@{k}", mean), (f"maj@{k}", majority)) if group else ():
-            found[f"{name}/{score}" if name else score] = float(metric.compute())
+        prefix, k = f"{name}/" if name else "", len(group[0].rewards)
+        found[f"{prefix}mean@{k}"] = float(mean.compute())
+        found[f"{prefix}maj@{k}"] = float(majority.compute())
     return found
 
 
