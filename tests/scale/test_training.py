@@ -50,10 +50,14 @@ def test_ranks_train_as_one(world, kind, name):
 
 
 def figures(folder):
-    """All that was logged but times."""
+    """All that was logged but times and memory."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k != "time" and "/seconds" not in k}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("time", "train/memory") and "/seconds" not in k
+        }
         for line in lines
     ]
 
