@@ -181,7 +181,7 @@ def _time(run: Run) -> list[str]:
 
 def _health(run: Run) -> list[str]:
     """Whether the rules looked and found nothing; what they found is said elsewhere."""
-    looked = bool((run.config.get("health") or {}).get("rules"))
+    looked = (run.config.get("health") or {"rules": []}).get("rules") != []  # null: all that ship
     quiet = not any(json_lines(run.folder / "health.jsonl"))
     return ["None of the health rules found anything wrong."] if looked and quiet else []
 
