@@ -143,7 +143,7 @@ def test_configs_are_run_seed_by_seed_what_is_done_is_not_and_what_was_begun_goe
 
     monkeypatch.setattr("scsdpo.comparison.running.execute", fake)
     for name in ("base", "grpo", "sdpo"):
-        (tmp_path / f"{name}.yaml").touch()
+        (tmp_path / f"{name}.yaml").write_text("model: {}")
     call = ["compare", "--config", "base.yaml", "--configs", "grpo.yaml", "sdpo.yaml"]
     call += ["--seeds=2", "--out=study", "--model.limits.clip=2"]
     code, shown, error = scsdpo(*call, base=[])
