@@ -1,6 +1,7 @@
 """Help from the catalog, at once: `--help [KEY]`, `--KEY.help`, `--KEY.help=NAME`."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -68,7 +69,8 @@ def on_command(known: Catalog, command: str) -> str:
             shown = {name: told[name] for name in few} if few else told
             rest = f" --help {section} shows all {len(told)}." if few else ""
             head = textwrap.fill(f"{section}: {_first_line(known, path)}{rest}", _WIDTH)
-            blocks.append(f"{head}\n\n{_keys(shown, section)}")
+            brief = {name: _brief(one) for name, one in shown.items()}
+            blocks.append(f"{head}\n\n{_keys(brief, section)}")
         blocks.append(f"More:\n\n{_HINTS.format(command=command)}")
     return "\n\n".join(blocks)
 
@@ -186,6 +188,12 @@ def _value(default: Any) -> str:
 
 def _option(name: str, one: Argument) -> str:
     return name if name.isupper() else f"--{name} {one.type}".rstrip()
+
+
+def _brief(one: Argument) -> Argument:
+    """With its first clause, for `--help KEY` says the rest."""
+    first = re.split(r"(?<=\.)\s|; ", one.help)[0]
+    return Argument(**vars(one) | {"help": first})
 
 
 def _told(one: Argument) -> str:
