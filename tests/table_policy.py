@@ -54,10 +54,10 @@ class TableAdapter:
     def current(self):
         return None
 
-    def initial(self, model):
+    def initial(self, model, stored=None):
         return Table(model.table)
 
-    def moving(self, model, name):
+    def moving(self, model, name, stored=None):
         return Table(model.table)
 
 
@@ -76,7 +76,7 @@ class TablePolicy(nn.Module):
     def wrapped(self):
         return self
 
-    def configure_model(self):
+    def configure_model(self, *, to_shard=False):
         pass
 
     def token_budget(self):

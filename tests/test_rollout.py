@@ -4,11 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
@@ -316,16 +311,3 @@ def test_a_layer_that_bypasses_the_attention_is_refused(policy, prompts, monkeyp
     )
     with pytest.raises(ConfigurationError, match="1 of the 2 layers of Qwen3ForCausalLM"):
         HFRollout().sample(policy, prompts, SAMPLING)
-
-
-def test_sharded_weights_are_refused_with_the_remedy(policy, prompts):
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        norm = policy.language_model.get_decoder().norm
-        parts = distribute_tensor(norm.weight.data, init_device_mesh("cpu", (2,)), [Shard(0)])
-        norm.weight = nn.Parameter(parts)
-        remedy = r"^model\.rollout: HFRollout .* use VLLMRollout with the engine Servers"
-        with pytest.raises(ConfigurationError, match=remedy):
-            HFRollout().sample(policy, prompts, SAMPLING)
-    finally:
-        dist.destroy_process_group()

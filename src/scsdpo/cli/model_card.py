@@ -79,13 +79,13 @@ def _strategies(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _spell(node: Any) -> str:
-    """`Name(argument=value, ...)`, texts left out."""
+    """`Name(argument=value, ...)`; texts, and where a teacher's copy lay, are left out."""
     if isinstance(node, list):
         return f"[{', '.join(map(_spell, node))}]"
     if not isinstance(node, dict):
         return str(node)
     given = node.get("init_args", {}) if "class_path" in node else node
-    shown = {key: value for key, value in given.items() if key != "templates"}
+    shown = {key: value for key, value in given.items() if key not in ("templates", "stored")}
     inside = ", ".join(f"{key}={_spell(value)}" for key, value in shown.items())
     return f"{node.get('class_path', '').rpartition('.')[2]}({inside})"
 
