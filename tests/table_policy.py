@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kernel_inputs import identity_head
+from scsdpo.policy.adapter import Weights
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
 from scsdpo.verifiers import ExactMatch
 
@@ -47,6 +48,8 @@ class Table(nn.Module):
 
     def pairs(self, model):
         yield self.table, model.table
+
+    follow = Weights.follow
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def test_the_published_setting_is_planned_without_the_hub(scsdpo, capsys):  # no
     assert code in (0, None)
     assert "8.19B parameters, all trained, bf16-mixed; 8 devices, replicated (DDP)" in said
     assert "│ weights of the policy │ 30.51 │" in said  # 8,190,735,360 x 4 bytes
-    assert "Does not fit" in said and "ModelParallelStrategy" in said
+    assert "Does not fit" in said and "FullySharded" in said
     assert "400 TFLOP/s" in said
 
 
@@ -278,7 +278,7 @@ def test_shipped_shapes_have_as_many_parameters_as_published(name, parameters):
         (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
         (["--gpus=3"], "questions do not divide among 3 devices"),
         (["--memory=0"], "--memory must be > 0"),
-        (["--trainer.strategy=deepspeed"], "plan knows one device, DDP and ModelParallelStrategy"),
+        (["--trainer.strategy=deepspeed"], "plan knows one device, DDP and FullySharded"),
         (["--gpus=x"], "--gpus: invalid int"),
     ],
 )
@@ -293,6 +293,7 @@ def test_strategies_are_told_apart():
 
     assert sharding(ModelParallelStrategy()) and not sharding(DDPStrategy())
     assert sharding({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    assert sharding({"class_path": "scsdpo.checkpoints.FullySharded"})
     assert not sharding("auto") and not sharding("ddp_find_unused_parameters_true")
 
 

@@ -157,6 +157,16 @@ def test_of_a_batch_that_teaches_nothing_responses_are_written_alone(qwen3, tmp_
     assert len(records(tmp_path / "rollouts")) == 3 and not records(tmp_path / "tokens")
 
 
+def test_a_question_that_is_twice_in_a_batch_is_recorded_twice(qwen3, tmp_path):
+    """Where one pass over the questions ends and the next begins."""
+    run = trainer(tmp_path, max_epochs=2, callbacks=[RunRecords(**EVERYTHING)])
+    run.fit(module(qwen3), data(Toys(5), Toys(3)))
+    rollouts, tokens = records(tmp_path / "rollouts"), records(tmp_path / "tokens")
+    lines = rollouts["train_000002"]
+    assert len(lines) == 16 and len({(line["key"], line["sample"]) for line in lines}) == 12
+    assert len(tokens["train_000002"]) == sum(line["active"] for line in lines)
+
+
 def test_a_disk_that_is_full_costs_records_and_not_the_run(qwen3, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

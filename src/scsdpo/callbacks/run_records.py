@@ -133,9 +133,16 @@ class RunRecords(RolloutCallback):
         chosen = sorted(all_gather(mine))[: self.questions]
         due = self.trace_every and (where["batch"] - 1) % self.trace_every == 0
         traced = _traced(chosen, self.traces if due else 0)
-        here = {group.draw: group.question for group in chosen if group.rank == module.global_rank}
         samples = outcomes.successes.shape[1]
-        rows = [here[draw] * samples + g for draw, g in traced if draw in here]
+        # A question that is twice in the batch, where one pass ends and the next begins, has the
+        # same responses both times, and so the same draw.
+        rows = [
+            group.question * samples + g
+            for group in chosen
+            if group.rank == module.global_rank
+            for draw, g in traced
+            if draw == group.draw
+        ]
         trace = None
         if rows:
             taught, length = batch.lesson.reads_teacher.flatten(), rollouts.mask.shape[-1]

@@ -63,10 +63,10 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
         room = setup.sampler.max_tokens // 4
         yield f"model.rollout.init_args.max_tokens={room}", lambda s: _with_cache(s, room)
     if not setup.devices.sharded and setup.devices.ranks > 1:
-        yield "ModelParallelStrategy (configs/scale)", lambda s: s.on(sharded=True)
+        yield "FullySharded (configs/scale)", lambda s: s.on(sharded=True)
     for ranks in (2, 4, 8, 16, 32, 64):
         if ranks > setup.devices.ranks and setup.questions % ranks == 0:
-            yield f"{ranks} devices with ModelParallelStrategy (configs/scale)", _sharded(ranks)
+            yield f"{ranks} devices with FullySharded (configs/scale)", _sharded(ranks)
     if setup.counted.whole:
         yield "model.policy.adapter=Lora (another method: rank 32)", with_lora
 

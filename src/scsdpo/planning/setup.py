@@ -31,7 +31,7 @@ class Devices:
     memory: int = 80 * GIB
     """Bytes a rank."""
     sharded: bool = False
-    """Weights in shards over all ranks (ModelParallelStrategy); otherwise each has them whole."""
+    """Weights in shards over all ranks (FullySharded); otherwise each has them whole."""
     process: int = GIB
     """Bytes that a rank takes before it loads a weight: libraries, the device's context."""
 
@@ -204,12 +204,12 @@ def sharding(strategy: object) -> bool:
         strategy = strategy.get("class_path", "")
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     name = name.rpartition(".")[2].lower()
-    if name == "modelparallelstrategy":
+    if name in ("fullysharded", "modelparallelstrategy"):
         return True
     if name == "auto" or name.startswith(("ddp", "singledevice")):
         return False
     raise ConfigurationError(
-        f"trainer.strategy: plan knows one device, DDP and ModelParallelStrategy, got {name}"
+        f"trainer.strategy: plan knows one device, DDP and FullySharded, got {name}"
     )
 
 

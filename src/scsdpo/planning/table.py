@@ -48,7 +48,7 @@ def described(setup: Setup) -> str:
         "one device"
         if devices.ranks == 1
         else f"{devices.ranks} devices, "
-        + ("sharded (ModelParallelStrategy)" if devices.sharded else "replicated (DDP)")
+        + ("sharded (FullySharded)" if devices.sharded else "replicated (DDP)")
     )
     return (
         f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters, {trained}, "

@@ -46,7 +46,7 @@ def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
     trainer = module._trainer
     if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigurationError(
-            f"trainer.strategy: weights are sharded by ModelParallelStrategy (configs/scale), not "
+            "trainer.strategy: weights are sharded by FullySharded (configs/scale), not "
             f"by {type(trainer.strategy).__name__}"
         )
     mesh = module.device_mesh
@@ -56,8 +56,7 @@ def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
     if ranks.size() != mesh.size():
         raise ConfigurationError(
             f"trainer.strategy: weights are sharded over all {mesh.size()} ranks, got "
-            f"data_parallel_size {ranks.size()}: set ModelParallelStrategy's data_parallel_size "
-            f"to {mesh.size()} and tensor_parallel_size to 1 (configs/scale)"
+            f"data_parallel_size {ranks.size()}: use FullySharded (configs/scale)"
         )
     return ranks
 
