@@ -29,6 +29,8 @@ def policy(qwen3):
 
 
 @pytest.fixture(autouse=True)
-def no_seed_from_elsewhere(monkeypatch):
-    """`seed_everything` leaves its seed in the environment, for this process and its children."""
+def nothing_from_elsewhere(monkeypatch):
+    """What runs leave in the environment for their children: a seed, and where ranks meet."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)

@@ -70,7 +70,7 @@ def small(folder):
         "--model.val_sampling.n=2",
         "--checkpoint.monitor=val/mean@2",
         "--data.questions_per_batch=2",
-        "--data.val_questions_per_batch=4",
+        "--data.val_questions_per_batch=64",
         "--trainer.limit_train_batches=2",
         "--trainer.max_epochs=1",
         "--trainer.accelerator=cpu",
@@ -92,7 +92,8 @@ def test_every_base_configuration_trains(base, qwen3, scsdpo):
 )
 def test_every_method_trains_on_the_tiny_configuration(method, qwen3, scsdpo):
     base = CONFIGS / "tiny.yaml"
-    assert scsdpo("fit", "--config", base, "--config", method, *small(qwen3)) in (0, None)
+    few = "--data.train.init_args.size=200"
+    assert scsdpo("fit", "--config", base, "--config", method, *small(qwen3), few) in (0, None)
 
 
 def printed(scsdpo, capsys, *args):

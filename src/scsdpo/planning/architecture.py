@@ -209,7 +209,7 @@ def _names() -> Sequence[str]:
 
 def _load(key: str, path: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ConfigurationError(
             f"{key}: {path} holds no config.json that transformers knows: "
