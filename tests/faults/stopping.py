@@ -151,11 +151,16 @@ def _same(mine, theirs, where) -> None:
 
 
 def lines(folder: Path) -> list[dict]:
-    """The record of the newest run, without times."""
+    """The record of the newest run, without times and memory."""
     path = max(folder.rglob("metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     records = [json.loads(line) for line in path.read_text().splitlines()]
+    of_the_machine = ("time", "train/memory")
     return [
-        {k: v for k, v in record.items() if k != "time" and "seconds" not in k and "per_" not in k}
+        {
+            k: v
+            for k, v in record.items()
+            if k not in of_the_machine and "seconds" not in k and "per_" not in k
+        }
         for record in records
     ]
 

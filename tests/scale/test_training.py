@@ -46,7 +46,9 @@ def test_ranks_train_as_one(world, kind, name):
     for record, of_one in zip(records, wanted, strict=True):
         assert record.keys() == of_one.keys()
         for key, value in of_one.items():
-            assert record[key] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), key
+            # Gaps are the rounding of two forwards in float32, and nothing else.
+            least = 1e-5 if "logprob_gap" in key else tolerance
+            assert record[key] == pytest.approx(value, rel=10 * tolerance, abs=least), key
 
 
 def figures(folder):
@@ -64,11 +66,7 @@ def figures(folder):
 
 def evaluated(folders, out, kind):
     ranks([HERE / "evaluation.py"], int(kind[-1]), folders, out, kind)
-    lines = [
-        json.loads(line)
-        for file in out.glob("predictions.jsonl*")
-        for line in file.read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     told = sorted(lines, key=lambda line: (line["key"], line["response"]))
     return json.loads((out / "figures.json").read_text()), [drop(line, "seconds") for line in told]
 
