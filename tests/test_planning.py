@@ -1,5 +1,6 @@
 """The arithmetic of `scsdpo plan`, by hand for one small architecture and against the code."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import models
-from runs import data, module, trainer
+from runs import Toys, data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning import (
     Architecture,
@@ -316,6 +317,11 @@ def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp
     assert len(plans) == 3
     assert "weights 0.00" in plans[1] and "peak of sampling" in plans[1]
     assert "the first step took" in plans[2] and "planned for its lengths" in plans[2]
+    prompt, response = map(
+        int, re.search(r"\((\d+) tokens a prompt, (\d+) a resp", plans[2]).groups()
+    )
+    rendered = CausalLM(str(qwen3)).chat.render(Toys()[0].messages)
+    assert abs(prompt - len(rendered)) <= 1 and 1 <= response <= 8
 
 
 def test_what_cannot_run_is_refused_before_loading(qwen3, monkeypatch, tmp_path):

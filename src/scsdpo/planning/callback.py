@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from scsdpo.callbacks import RolloutCallback
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import GIB, Devices, Lengths, Setup, setup_of, sharding
 from scsdpo.planning.table import compact, gib, verdict
+from scsdpo.types import JudgedBatch, Lesson
 
 
-class MemoryPlan(L.Callback):
+class MemoryPlan(RolloutCallback):
     """Says what a run will take before it loads a weight, and after a batch what it took.
 
     Counted with the longest prompts and responses that the configuration allows. What cannot run at
@@ -28,6 +31,8 @@ class MemoryPlan(L.Callback):
 
     def __init__(self) -> None:
         self.planned: Setup | None = None
+        self.lengths: Lengths | None = None
+        """Means of what was learned from last, on this rank."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         loaded: Any = pl_module
@@ -52,6 +57,12 @@ class MemoryPlan(L.Callback):
         if self.planned is not None and torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
+    def on_rollouts(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
+    ) -> None:
+        if self.planned is not None and batch.lesson is not None:
+            self.lengths = _lengths(batch, batch.lesson)
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -60,10 +71,10 @@ class MemoryPlan(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.planned is None or trainer.global_step == 0:
+        if self.planned is None or self.lengths is None or trainer.global_step == 0:
             return
         setup, self.planned = self.planned, None
-        seen = replace(setup, lengths=_lengths(setup, trainer.callback_metrics))
+        seen = replace(setup, lengths=self.lengths)
         took = _took(setup, pl_module.device)
         rank_zero_info(
             f"plan: the first step took {gib(took)} GiB on rank 0; planned for its lengths "
@@ -116,14 +127,19 @@ def _refuse(setup: Setup, memory: Memory) -> None:
     )
 
 
-def _lengths(setup: Setup, metrics: Any) -> Lengths:
-    """Means over the batch, from the tokens that it logged."""
-    counts = {name: int(metrics[f"train/tokens/{name}"]) for name in ("rollout", "student")}
-    told = int(metrics["train/tokens/teacher"])
-    response = max(counts["rollout"] // (setup.questions * setup.group), 1)
-    prompt = max((counts["student"] - counts["rollout"]) // setup.questions, 1)
-    taught = max((told - counts["rollout"]) // (setup.questions * setup.group), prompt)
-    return Lengths(prompt=prompt, teacher_prompt=taught, response=response)
+def _lengths(batch: JudgedBatch, lesson: Lesson) -> Lengths:
+    prompts = [len(prompt.ids) for prompt in batch.rollouts.prompts]
+    told = [len(ids) for group in lesson.teacher.ids for ids in group if ids]
+    prompt = _mean(prompts)
+    return Lengths(
+        prompt=prompt,
+        teacher_prompt=_mean(told) if told else prompt,
+        response=_mean(batch.rollouts.lengths.flatten().tolist()),
+    )
+
+
+def _mean(lengths: Sequence[int]) -> int:
+    return max(round(sum(lengths) / max(len(lengths), 1)), 1)
 
 
 def _took(setup: Setup, device: torch.device) -> int:
