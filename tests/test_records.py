@@ -45,9 +45,9 @@ def test_lines_are_appended_extended_and_cut(tmp_path):
 def test_another_runs_file_is_set_aside(tmp_path):
     file = JsonLines(tmp_path / "x.jsonl")
     for content in ("first", "second"):
-        file.set_aside()
+        file.begin(0, None)
         file.append({"run": content})
-    file.set_aside()
+    file.begin(0, None)
     kept = {path.name: lines(path)[0]["run"] for path in tmp_path.iterdir()}
     assert kept == {"x.1.jsonl": "first", "x.2.jsonl": "second"}
 

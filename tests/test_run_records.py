@@ -193,11 +193,10 @@ def test_files_are_whole_cut_and_set_aside(tmp_path):
     }
     assert len(os.listdir(files.folder)) == 3
     copy = BatchFiles(tmp_path / "new" / "rollouts", most_bytes=1e6)
-    copy.begin_with(files.folder)
-    copy.cut(1)
+    copy.begin(1, tmp_path / "checkpoints" / "x.ckpt")
     assert list(records(copy.folder)) == ["train_000001"] and len(records(files.folder)) == 3
     for _ in range(2):
-        files.set_aside()
+        files.begin(0, None)
         files.write("train", 1, [{"n": 9}])
     assert sorted(os.listdir(tmp_path)) == ["new", "rollouts", "rollouts.1", "rollouts.2"]
 

@@ -93,15 +93,11 @@ class RunRecords(RolloutCallback):
         if not trainer.is_global_zero or self.questions == 0:
             return
         self._files = {name: BatchFiles(folder / name, self._most_bytes) for name in FOLDERS}
-        self._outage.attempt(partial(self._begin, trainer.ckpt_path, int(pl_module.batches)))
+        self._outage.attempt(partial(self._begin, int(pl_module.batches), trainer.ckpt_path))
 
-    def _begin(self, checkpoint: str | Path | None, batch: int) -> None:
-        for name, files in self._files.items():
-            if batch == 0 and not checkpoint:
-                files.set_aside()
-            else:
-                files.begin_with(Path(checkpoint or "").parent.parent / name)
-                files.cut(batch)
+    def _begin(self, batch: int, checkpoint: str | Path | None) -> None:
+        for files in self._files.values():
+            files.begin(batch, checkpoint)
 
     def on_rollouts(
         self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch

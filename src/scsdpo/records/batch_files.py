@@ -2,11 +2,11 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scsdpo.records.folder import begin_path
 from scsdpo.records.jsonl import json_line
 
 _NAME = re.compile(r"([a-z]+)_(\d+)\.jsonl")
@@ -44,6 +44,12 @@ class BatchFiles:
             total -= sizes.pop(least)
             self._path(*least).unlink(missing_ok=True)
 
+    def begin(self, batch: int, checkpoint: str | Path | None) -> None:
+        """Keep the files up to `batch` of a run that goes on, none of a new one (`begin_path`)."""
+        begin_path(self.folder, batch, checkpoint)
+        self._sizes = None
+        self.cut(batch)
+
     def cut(self, batch: int) -> None:
         """Remove the files of later batches, and what a killed write left."""
         for split, number in [*self._known()]:
@@ -51,22 +57,6 @@ class BatchFiles:
                 self._path(split, number).unlink()
         for part in self.folder.glob("*.part"):
             part.unlink()
-        self._sizes = None
-
-    def set_aside(self) -> None:
-        """Give the name free: another run's folder becomes `NAME.1`, `NAME.2`, ..."""
-        number = 1
-        while self.folder.exists():
-            aside = self.folder.with_name(f"{self.folder.name}.{number}")
-            if not aside.exists():
-                self.folder.rename(aside)
-            number += 1
-        self._sizes = None
-
-    def begin_with(self, before: Path) -> None:
-        """A copy of another run's folder, if this one is not there."""
-        if before.exists() and not self.folder.exists():
-            shutil.copytree(before, self.folder)
         self._sizes = None
 
     def _path(self, split: str, batch: int) -> Path:

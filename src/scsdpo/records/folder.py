@@ -1,5 +1,7 @@
-"""Where the files of a run are."""
+"""Where the files of a run are, and what a run begins with."""
 
+import shutil
+from itertools import count
 from pathlib import Path
 
 import lightning as L
@@ -17,3 +19,25 @@ def run_folder(trainer: L.Trainer) -> Path:
     version = logger.version
     name = version if isinstance(version, str) else f"version_{version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / name
+
+
+def begin_path(path: Path, batch: int, checkpoint: str | Path | None) -> None:
+    """Make a record ready: a new run finds none, one that goes on that of its checkpoint's run.
+
+    Args:
+        path: file or folder of the record. What another run left there becomes `NAME.1.SUFFIX`,
+            `NAME.2.SUFFIX`, ...
+        batch: after which the run goes on.
+        checkpoint: from which; None: the run is new. Into another folder than its run's, what is
+            there is copied.
+    """
+    if batch == 0 and not checkpoint:
+        if path.exists():
+            names = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
+            path.rename(next(name for name in names if not name.exists()))
+    elif checkpoint and not path.exists():
+        before = Path(checkpoint).parent.parent / path.name
+        if before.is_dir():
+            shutil.copytree(before, path)
+        elif before.exists():
+            shutil.copyfile(before, path)

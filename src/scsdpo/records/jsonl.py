@@ -3,10 +3,11 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scsdpo.records.folder import begin_path
 
 _LONGEST = 2**22
 """Bytes in which the last line of a file is looked for."""
@@ -57,19 +58,8 @@ class JsonLines:
             os.fsync(file.fileno())
 
     def begin(self, batch: int, checkpoint: str | Path | None) -> None:
-        """Of a run that goes on, keep the lines up to `batch`; of a new one, none.
-
-        Args:
-            batch: after which the run goes on.
-            checkpoint: from which; None: the run is new. Into another folder than its run's, the
-                lines there are copied.
-        """
-        if batch == 0 and not checkpoint:
-            self.set_aside()
-            return
-        before = Path(checkpoint or "").parent.parent / self.path.name
-        if before.exists() and not self.path.exists():
-            shutil.copyfile(before, self.path)
+        """Keep the lines up to `batch` of a run that goes on, none of a new one (`begin_path`)."""
+        begin_path(self.path, batch, checkpoint)
         self.cut(batch)
 
     @property
@@ -83,15 +73,6 @@ class JsonLines:
         with self.path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _LONGEST, 0))
             return (file.read().splitlines(keepends=True) or [b""])[-1]
-
-    def set_aside(self) -> None:
-        """Give the name free: another run's file becomes `NAME.1.jsonl`, `NAME.2.jsonl`, ..."""
-        number = 1
-        while self.path.exists():
-            aside = self.path.with_suffix(f".{number}{self.path.suffix}")
-            if not aside.exists():
-                self.path.rename(aside)
-            number += 1
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
