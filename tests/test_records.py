@@ -95,6 +95,12 @@ def responses(folder):
     }
 
 
+def evaluated(folder):
+    """Questions of each validation."""
+    paths = (folder / "evaluations").iterdir()
+    return {path.name: json.loads(path.read_text())["questions"] for path in paths}
+
+
 def logger(tmp_path, version):
     return TensorBoardLogger(tmp_path, name="run", version=version)
 
@@ -104,7 +110,7 @@ def test_after_a_resume_every_batch_is_there_once(qwen3, tmp_path, version):
     def fit(folder, **settings):
         log = {"logger": logger(tmp_path, folder), "log_every_n_steps": 1}
         made = trainer(tmp_path, val_check_interval=2, **log)
-        made.callbacks.append(SaveAt(tmp_path / "run" / folder / "checkpoints" / "x.ckpt", 2))
+        made.callbacks.append(SaveAt(tmp_path / "run" / folder / "checkpoints" / "x.ckpt", 4))
         made.fit(module(qwen3), data(Toys(24)), **settings)
         return tmp_path / "run" / folder / "metrics.jsonl"
 
@@ -114,9 +120,12 @@ def test_after_a_resume_every_batch_is_there_once(qwen3, tmp_path, version):
     assert [name for name in kept if name.startswith("val")] == [
         f"val_00000{batch}.jsonl" for batch in (2, 4, 6)
     ]
+    evaluations = evaluated(first.parent)
+    assert evaluations.keys() == {"val-2.json", "val-4.json", "val-6.json"}
     again = fit(version, ckpt_path=tmp_path / "run" / "same" / "checkpoints" / "x.ckpt")
     assert lasting(lines(again)) == lasting(whole)
     assert responses(again.parent) == kept
+    assert evaluated(again.parent) == evaluations
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_record(qwen3, tmp_path):

@@ -2,7 +2,7 @@
 
 from scsdpo.records.batch_files import BatchFiles
 from scsdpo.records.environment import environment
-from scsdpo.records.folder import run_folder
+from scsdpo.records.folder import begin_path, run_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.metrics_file import MetricsFile
 from scsdpo.records.outage import Outage
@@ -32,6 +32,7 @@ __all__ = [
     "TextLog",
     "TokenRecord",
     "TokenTrace",
+    "begin_path",
     "environment",
     "run_folder",
 ]
