@@ -1,10 +1,11 @@
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from scsdpo.lab import LEVELS, LabTasks
+from scsdpo.lab import LEVELS, Arithmetic, LabTasks
 from scsdpo.lab.tasks import SHAPES
 
 
@@ -116,3 +117,29 @@ def test_levels_and_shapes_can_be_chosen():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=rf"LabTasks\({message}="):
         LabTasks(**arguments)
+
+
+def test_arithmetic_questions_are_split_by_pair_and_judged_by_their_last_number():
+    train, val = Arithmetic("train", most=6), Arithmetic("val", most=6)
+
+    def pairs(tasks):
+        return {(key[1], *sorted(key[2:4])) for p in tasks.read() for key in [p.key.split("/")]}
+
+    assert len(train) + len(val) == 2 * 6 * 6
+    assert not pairs(train) & pairs(val)
+    assert Arithmetic("val", most=6, seed=1)[0].key != val[0].key
+    for prompt in val.read():
+        numbers = [int(n) for n in re.findall(r"\d+", prompt.messages[-1]["content"])]
+        product = prompt.category == "product"
+        gold = numbers[0] * numbers[1] if product else sum(numbers)
+        assert prompt.answer == str(gold)
+        for right in (f"{gold}", f"{numbers} give {gold}.", f"It is {gold}.0 apples"):
+            assert prompt.verifier.verify(prompt, right).reward == 1
+        for wrong in ("", "many", f"{gold}.5", f"{gold} - 1", f"-{gold}", f"1{gold}"):
+            assert prompt.verifier.verify(prompt, wrong).reward == 0
+
+
+def test_mistakes_in_arithmetic_are_told():
+    for settings in ({"split": "test"}, {"most": 1}, {"operations": ()}, {"operations": ["root"]}):
+        with pytest.raises(ValueError, match=r"`Arithmetic\("):
+            Arithmetic(**{"split": "train", **settings})

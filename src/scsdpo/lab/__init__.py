@@ -1,8 +1,9 @@
 """The embedded default: procedural tasks, and how the policy that ships was made of them."""
 
+from scsdpo.lab.arithmetic import Arithmetic
 from scsdpo.lab.question import LEVELS, Question
 from scsdpo.lab.science import Science
 from scsdpo.lab.tasks import LabTasks
 from scsdpo.lab.toolcall import ToolRequest
 
-__all__ = ["LEVELS", "LabTasks", "Question", "Science", "ToolRequest"]
+__all__ = ["LEVELS", "Arithmetic", "LabTasks", "Question", "Science", "ToolRequest"]
