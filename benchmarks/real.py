@@ -1,212 +1,199 @@
-"""Does it learn on real questions? SC-SDPO from a small warm-started policy, on 2 CPU cores.
+"""What does each method do to a language model that others trained? SmolLM2, paired by seed.
 
-    python benchmarks/real.py --source DIR [--task configs/tasks/biology.yaml] [--minutes 6]
+    python benchmarks/real.py [--policy DIR] [--methods grpo sdpo mine.yaml] [--seeds 3] [--jobs 2]
+                              [--out DIR] [--report DIR]
 
-DIR holds the task's train.json and test.json. Three stages, all in a folder of their own:
+Every run is `scsdpo fit` with configs/smollm2.yaml, the method's file over it, and nothing else
+changed: the same start, questions, number of steps, learning rate and held-out questions. The seed
+sets the order of questions and every draw. DIR is a folder with HuggingFaceTB/SmolLM2-135M-Instruct
+or any other policy; without it the hub's.
 
-1. Warm-up. A tokenizer and a policy of a few million parameters are trained on the training
-   questions in the real prompt format. The files hold letters and no worked solutions, so the
-   reasoning is a template, and letters are drawn at random, independent of the gold one, in bare
-   targets and in demonstrations alike: no answer leaks, and the start is near chance. It goes on
-   until at least 95 % of the responses are well formed and the teacher follows the
-   demonstration's letter at least 90 % of the time.
-2. `scsdpo fit` with configs/qwen3.yaml and the task's file, the policy and the data replaced.
-3. mean@16 on the training questions, before -> after, and on the held-out ones. A policy this
-   small has no biology to show there: it learns the questions that it was asked.
-
-Prints one JSON line a stage.
+Runs are those of `scsdpo compare --configs`: what is in --out already is not done again, a stopped
+benchmark goes on, seeds and methods can be added, and any two of --out/METHOD can be given to
+`scsdpo compare`. Writes real.json (a row a run) and real.md (the tables) into --report.
 """
 
 import argparse
 import json
-import re
-import subprocess
+import statistics
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
-import torch
-import yaml
-from transformers import Qwen3Config
+from study_report import by_method, table
 
-from scsdpo.data import SciKnowEval
-from scsdpo.lab.evaluate import respond, well_formed
-from scsdpo.lab.warmup import Example, build_policy, save, train_tokenizer, warm_up
-from scsdpo.policy import CausalLM, Chat
-from scsdpo.teacher import Templates
-from scsdpo.types import Prompt, Sampling
+from scsdpo.cli.compare import job
+from scsdpo.comparison import DONE, Job, by_seed, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
-WELL_FORMED, FOLLOWS = 0.95, 0.9
-OPTION = re.compile(r"^([A-Z]): ", re.MULTILINE)
-REASONING = ("I compare the options.", "One option fits best.", "I check each option.")
-PHRASES = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
-"""Of the response format, each one token."""
+METHODS = ("grpo", "sdpo", "sdpo-drop-degenerate", "sc-sdpo", "srpo", "sdpo-hybrid")
+ENDS = {"mean@8": "mean@8, %", "maj@8": "maj@8, %"}
+WINDOW = 5
+"""Batches at either end of training whose mean is shown."""
+TRAINING = {
+    "pass_rate": "pass rate",
+    "entropy": "entropy",
+    "truncated": "truncated",
+    "response_length": "length",
+}
 
 
-def response(prompt: Prompt, letter: str, rng: Random) -> str:
-    """Templated reasoning that quotes the question's end, and a letter, in the asked format."""
-    question = prompt.messages[-1]["content"].partition("\n\nA: ")[0]
-    thought = f"{rng.choice(REASONING)} {question[-20:]}"
-    return f"<reasoning>\n{thought}\n</reasoning>\n<answer>\n{letter}\n</answer>"
+def overlay(method: str) -> Path:
+    """A file of one's own, or the name of one in configs/methods."""
+    return Path(method) if Path(method).is_file() else ROOT / "configs/methods" / f"{method}.yaml"
 
 
-def options(prompt: Prompt) -> list[str]:
-    """The letters that the question offers."""
-    return OPTION.findall(prompt.messages[-1]["content"])
-
-
-def examples(prompts: list[Prompt], rng: Random) -> Iterator[Example]:
-    """Half bare, half with a demonstration; never the gold letter, but by chance."""
-    while True:
-        for prompt in rng.sample(prompts, len(prompts)):
-            letter = rng.choice(options(prompt))
-            messages = list(prompt.messages)
-            if rng.random() < 0.5:
-                shown = response(prompt, letter, rng)
-                messages = Templates().fill(prompt.messages, demonstration=shown)
-            yield Example(messages=messages, response=response(prompt, letter, rng))
-
-
-def check(folder: Path, prompts: list[Prompt], rng: Random) -> tuple[float, float]:
-    """Share of well-formed responses, and how often the teacher repeats the shown letter."""
-    policy = CausalLM(str(folder))
-    policy.configure_model()
-    sampling = Sampling(n=1, max_new_tokens=48)
-    bare = well_formed(*respond(policy, prompts, sampling))
-    letters = [rng.choice(options(prompt)) for prompt in prompts]
-    told = [
-        replace(
-            p, messages=tuple(Templates().fill(p.messages, demonstration=response(p, letter, rng)))
-        )
-        for p, letter in zip(prompts, letters, strict=True)
+def jobs(args: argparse.Namespace) -> dict[Job, tuple[str, int]]:
+    """A run for each seed and method; one seed of all methods before the next."""
+    words = [
+        f"--config={ROOT / 'configs' / 'smollm2.yaml'}",
+        *([f"--model.policy.name_or_path={args.policy}"] if args.policy else []),
+        "--checkpoint.save_last=false",
+        "--checkpoint.save_top_k=0",
     ]
-    _, verdicts = respond(policy, told, sampling)
-    follows = [v[0].answer == letter for v, letter in zip(verdicts, letters, strict=True)]
-    return bare, sum(follows) / len(follows)
+    found = {}
+    for seed in range(args.seeds):
+        for method in args.methods:
+            name = Path(method).stem
+            run = job(args.out, name, seed, [*words, f"--config={overlay(method)}"])
+            found[run] = (name, seed)
+    return found
 
 
-def warm_start(prompts: list[Prompt], out: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Stage 1: rounds of supervised steps until both thresholds are reached."""
-    rng = Random(args.seed)
-    torch.manual_seed(args.seed)
-    texts = [message["content"] for prompt in prompts for message in prompt.messages]
-    texts += [response(prompt, "A", rng) for prompt in prompts]
-    tokenizer = train_tokenizer(texts, args.vocabulary, phrases=PHRASES)
-    config = Qwen3Config(
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    model = build_policy(config, tokenizer)
-    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
-    start, steps = time.perf_counter(), 0
-    formed = follows = 0.0
-    while not (formed >= WELL_FORMED and follows >= FOLLOWS):
-        if steps >= 8 * args.warmup_steps:
-            raise SystemExit(f"no good start after {steps} steps: {formed:.2f}, {follows:.2f}")
-        for _ in warm_up(
-            model, chat, examples(prompts, rng), steps=args.warmup_steps, batch_size=16, lr=2e-3
-        ):
-            steps += 1
-        save(model, tokenizer, out)
-        formed, follows = check(out, rng.sample(prompts, min(200, len(prompts))), rng)
-    return {
-        "parameters": model.num_parameters(),
-        "warmup_steps": steps,
-        "well_formed": round(formed, 3),
-        "teacher_follows": round(follows, 3),
-        "seconds": round(time.perf_counter() - start),
+def result(run: Job, method: str, seed: int) -> dict:
+    """The numbers of a run that is done."""
+    log = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    val = [row for row in log if "val/mean@8" in row]
+    train = [row for row in log if "train/pass_rate" in row]
+    found: dict = {"method": method, "seed": seed}
+    found["cpu_seconds"] = json.loads((run.folder / DONE).read_text())["cpu_seconds"]
+    found["batches"] = len(train)
+    for name in ENDS:
+        found[name] = val[-1][f"val/{name}"]
+        found[f"{name} before"] = val[0][f"val/{name}"]
+    found["validation"] = {row["batch"]: row["val/mean@8"] for row in val}
+    for name in TRAINING:
+        series = [row[f"train/{name}"] for row in train if f"train/{name}" in row]
+        found[name] = [statistics.fmean(series[:WINDOW]), statistics.fmean(series[-WINDOW:])]
+    found["warnings"] = warnings(run.folder)
+    return found
+
+
+def warnings(folder: Path) -> dict[str, int]:
+    """Of each health rule that spoke, the batch at which it did first."""
+    file = folder / "health.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(row["rule"], row["batch"])
+    return first
+
+
+def ends_table(results: Sequence[dict]) -> str:
+    """Held-out accuracy: before, after (mean, worst seed), and what training looked like."""
+    rows: list[list[object]] = []
+    for method, runs in by_method(results).items():
+        cells: list[object] = [method, len(runs)]
+        for name in ENDS:
+            after = [100 * run[name] for run in runs]
+            spread = f" ± {statistics.stdev(after):.1f}" if len(after) > 1 else ""
+            cells.append(f"{statistics.fmean(after):.1f}{spread}")
+        gains = [100 * (run["mean@8"] - run["mean@8 before"]) for run in runs]
+        cells += [f"{statistics.fmean(gains):+.1f}", f"{min(gains):+.1f}"]
+        for name in TRAINING:
+            first, last = (statistics.fmean(run[name][i] for run in runs) for i in (0, 1))
+            cells.append(
+                f"{first:.2f} -> {last:.2f}" if last < 10 else f"{first:.0f} -> {last:.0f}"
+            )
+        minutes = statistics.fmean(run["cpu_seconds"] for run in runs) / 60
+        rows.append([*cells, f"{minutes:.0f}"])
+    names = ["method", "seeds", *ENDS.values(), "gain", "worst seed", *TRAINING.values()]
+    return table([*names, "CPU min"], rows)
+
+
+def differences_table(results: Sequence[dict], baseline: str) -> str:
+    """Every other method minus one, paired by seed, with Student's interval over seeds."""
+    values = {
+        method: {run["seed"]: {name: run[name] for name in ENDS} for run in runs}
+        for method, runs in by_method(results).items()
     }
+    comparisons = (len(values) - 1) * len(ENDS)
+    rows: list[list[object]] = []
+    for method in values:
+        if method == baseline or len(values[method].keys() & values[baseline].keys()) < 2:
+            continue
+        cells: list[object] = [method]
+        for row in by_seed(values[baseline], values[method], list(ENDS), comparisons=comparisons):
+            stars = " **" if row.joint.tells else " *" if row.difference.tells else ""
+            mean, low, high = (
+                100 * x for x in (row.difference.value, row.difference.low, row.difference.high)
+            )
+            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){stars}")
+            cells += [f"{row.ahead} of {row.difference.n}", f"{100 * row.detectable:.1f}"]
+        rows.append(cells)
+    columns = ("points (95 %)", "seeds ahead", "could be found")
+    header = [f"{name}, {column}" for name in ENDS for column in columns]
+    return table([f"minus {baseline}", *header], rows)
 
 
-def fit(args: argparse.Namespace, out: Path) -> None:
-    """Run the command line with the paper's configuration, policy and data replaced."""
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "scsdpo", "fit"),
-            f"--config={ROOT / 'configs' / 'qwen3.yaml'}",
-            f"--config={args.task}",
-            f"--model.policy.name_or_path={out / 'policy'}",
-            f"--data.train.source={args.source}",
-            f"--data.val.source={args.source}",
-            "--trainer.precision=32-true",
-            f"--trainer.logger.init_args.save_dir={out / 'runs'}",
-            "--trainer.enable_progress_bar=false",
-            "--model.sampling.max_new_tokens=48",
-            "--model.val_sampling.max_new_tokens=48",
-            f"--model.optimizer.lr={args.lr}",
-            f"--seed_everything={args.seed}",
-            "--trainer.limit_val_batches=0",
-            "--checkpoint.monitor=null",
-            "--checkpoint.save_top_k=0",
-            "--trainer.max_steps=100000",
-            f"--trainer.max_time=00:00:{args.minutes:02d}:00",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
+def warnings_table(results: Sequence[dict]) -> str:
+    """When the rules of training spoke first, by seed."""
+    rows = [
+        [run["method"], run["seed"], said]
+        for run in results
+        if (said := ", ".join(f"{rule} at {batch}" for rule, batch in run["warnings"].items()))
+    ]
+    return table(["method", "seed", "health rules, at batch"], rows)
+
+
+def markdown(results: Sequence[dict], baselines: Sequence[str]) -> str:
+    """All tables."""
+    before = statistics.fmean(run["mean@8 before"] for run in results)
+    majority = statistics.fmean(run["maj@8 before"] for run in results)
+    hours = sum(run["cpu_seconds"] for run in results) / 3600
+    said = (
+        f"Before training: mean@8 {100 * before:.1f} %, maj@8 {100 * majority:.1f} %. "
+        f"{len(results)} runs of {results[0]['batches']} batches, {hours:.1f} CPU hours. Pass rate, "
+        f"entropy, truncated, length: of the first and the last {WINDOW} training batches.\n"
     )
+    parts = [said, ends_table(results)]
+    parts += [differences_table(results, baseline) for baseline in baselines]
+    return "\n".join([*parts, warnings_table(results)])
 
 
-def mean_at_16(folder: Path, prompts: list[Prompt]) -> float:
-    """In percent, sampled as in validation."""
-    policy = CausalLM(str(folder))
-    policy.configure_model()
-    sampling = Sampling(n=16, max_new_tokens=48, temperature=0.6, top_p=0.95)
-    _, verdicts = respond(policy, prompts, sampling)
-    rewards = [verdict.reward for group in verdicts for verdict in group]
-    return round(100 * sum(rewards) / len(rewards), 1)
-
-
-def train(args: argparse.Namespace, out: Path) -> dict[str, float]:
-    """Stage 2; the trained policy goes to `out / "trained"`, by `scsdpo export`."""
-    start = time.perf_counter()
-    fit(args, out)
-    seconds = round(time.perf_counter() - start)
-    (checkpoint,) = (out / "runs").rglob("last.ckpt")
-    command = [sys.executable, "-m", "scsdpo", "export", f"--ckpt={checkpoint}"]
-    subprocess.run([*command, f"--out={out / 'trained'}"], check=True, stdout=subprocess.DEVNULL)
-    steps = torch.load(checkpoint, weights_only=True)["global_step"]
-    return {"steps": steps, "seconds": seconds}
+def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--policy", help="folder or name; of configs/smollm2.yaml otherwise")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="names or files")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--report", type=Path, help="folder of the tables, if not --out")
+    parser.add_argument("--baselines", nargs="+", default=["grpo", "sdpo"])
+    given = parser.parse_args(args)
+    unknown = [method for method in given.methods if not overlay(method).is_file()]
+    if unknown:
+        parser.error(f"--methods: {unknown[0]} is no file, and none of configs/methods")
+    return given
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", required=True, help="folder with train.json and test.json")
-    parser.add_argument("--task", type=Path, default=ROOT / "configs" / "tasks" / "biology.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    parser.add_argument("--minutes", type=int, default=6, help="of training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--warmup-steps", type=int, default=250, help="a round")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; choose a new folder")
-    settings = yaml.safe_load(args.task.read_text())["data"]["train"]["init_args"]
-    if "domain" not in settings:
-        parser.error(f"--task: {args.task} has no letters to choose from; name a science task")
-    domain = settings["domain"]
-    source = SciKnowEval(domain, "train", source=args.source)
-    prompts = [source[i] for i in range(len(source))]
-    print(json.dumps({"warm-up": warm_start(prompts, args.out / "policy", args)}), flush=True)
-    print(json.dumps({"train": train(args, args.out)}), flush=True)
-    held_out = SciKnowEval(domain, "test", source=args.source)
-    unseen = [held_out[i] for i in range(len(held_out))]
-    for name, questions in {"training questions": prompts, "held-out questions": unseen}.items():
-        before, after = (mean_at_16(args.out / each, questions) for each in ("policy", "trained"))
-        row = {"before": before, "after": after, "rise": round(after - before, 1)}
-        print(json.dumps({name: {"mean@16": row}}), flush=True)
+    args = parsed()
+    args.out = args.out.resolve()
+    todo = jobs(args)
+    failed = run_all(list(todo), args.jobs, lambda said: print(said, file=sys.stderr, flush=True))
+    results = [result(run, *cell) for run, cell in todo.items() if run not in failed]
+    order = {Path(method).stem: place for place, method in enumerate(args.methods)}
+    results.sort(key=lambda run: (order[run["method"]], run["seed"]))
+    report = args.report or args.out
+    report.mkdir(parents=True, exist_ok=True)
+    if results:
+        known = {run["method"] for run in results}
+        baselines = [one for one in args.baselines if one in known]
+        (report / "real.json").write_text(json.dumps(results, indent=1) + "\n")
+        (report / "real.md").write_text(markdown(results, baselines))
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(todo)} runs failed; run it again")
 
 
 if __name__ == "__main__":
