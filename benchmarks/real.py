@@ -153,8 +153,8 @@ def markdown(results: Sequence[dict], baselines: Sequence[str]) -> str:
     hours = sum(run["cpu_seconds"] for run in results) / 3600
     said = (
         f"Before training: mean@8 {100 * before:.1f} %, maj@8 {100 * majority:.1f} %. "
-        f"{len(results)} runs of {results[0]['batches']} batches, {hours:.1f} CPU hours. Pass rate, "
-        f"entropy, truncated, length: of the first and the last {WINDOW} training batches.\n"
+        f"{len(results)} runs of {results[0]['batches']} batches, {hours:.1f} CPU hours. Pass "
+        f"rate, entropy, truncated, length: of the first and the last {WINDOW} training batches.\n"
     )
     parts = [said, ends_table(results)]
     parts += [differences_table(results, baseline) for baseline in baselines]
