@@ -140,7 +140,9 @@ METHODS = {
         Blend(
             parts=(
                 Weighted(advantage=GroupRelative(level=SequenceLevel()), weight=0.9),
-                Weighted(advantage=SelfDistillation(support=Full()), weight=0.1),
+                Weighted(
+                    advantage=SelfDistillation(support=Full()), weight=0.1, weighting=PassRate()
+                ),
                 Weighted(advantage=ReferenceAnchor(), weight=0.01),
             )
         ),

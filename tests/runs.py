@@ -22,7 +22,7 @@ __all__ = ["Always", "Coin", "Toys", "data", "module", "strategies", "trainer", 
 def strategies(chat):
     """What a data module asks of the module that it feeds."""
     policy = SimpleNamespace(chat=chat)
-    return SimpleNamespace(policy=policy, teacher=NoTeacher(), weighting=Uniform())
+    return SimpleNamespace(policy=policy, teacher=NoTeacher(), weightings=Uniform())
 
 
 class Toys(Source):

@@ -168,7 +168,7 @@ class Recorder(LightningModule):
     def __init__(self, chat):
         super().__init__()
         self.policy, self.teacher = SimpleNamespace(chat=chat), NoTeacher()
-        self.weighting = Uniform()
+        self.weightings = Uniform()
         self.layer = torch.nn.Linear(1, 1)
         self.trained, self.validated = [], []
 

@@ -20,7 +20,6 @@ from scsdpo.advantage import (
     HasTeacher,
     LogitMix,
     Never,
-    RatePower,
     RateWithin,
     Route,
     Routed,
@@ -34,16 +33,19 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.selection import Everything, InformativePool
 from scsdpo.state import DecayedBeta, Instant, MovingAverage, Ramp, nested_state
 from scsdpo.teacher import (
+    Frozen,
     GoldSolution,
     NoTeacher,
     RememberedDemonstration,
     Restart,
     SiblingDemonstration,
 )
+from scsdpo.training import PolicyOptimizer
 from scsdpo.weighting import (
     FrozenPassRate,
     PassRate,
     Product,
+    RatePower,
     Uniform,
 )
 from scsdpo.weighting.frozen import FORMAT, fingerprint
@@ -82,13 +84,16 @@ def test_routers_claim_what_they_say():
 
 def test_a_rate_power_has_its_closed_form_and_may_remember():
     given = rewarded(2, 0, 4, keys=("a", "b", "c"))  # p = .5, 0, 1
-    assert RatePower(solved=1, failed=2, scale=8).of(given).tolist() == [1.0, 0.0, 0.0]
-    assert RatePower(failed=1).of(given).tolist() == [0.5, 1.0, 0.0]
-    assert RatePower(scale=-2).of(given).tolist() == [-2.0] * 3  # 0^0 is 1
+    for weighting, expected in (
+        (RatePower(solved=1, failed=2), [0.125, 0.0, 0.0]),
+        (RatePower(failed=1), [0.5, 1.0, 0.0]),
+        (RatePower(), [1.0] * 3),  # 0^0 is 1
+    ):
+        assert torch.equal(weighting.weights(given), torch.tensor(expected)[:, None].expand(3, 4))
     average = RatePower(solved=1, rates=MovingAverage(follow=0.25))
-    average.of(rewarded(4, keys=("a",)))
-    assert average.of(rewarded(0, keys=("a",))).tolist() == [0.75]
-    route = Route(advantage=GroupRelative(), weight=average)
+    average.weigh(rewarded(4, keys=("a",)))
+    assert (average.weigh(rewarded(0, keys=("a",))) == 0.75).all()
+    route = Route(advantage=GroupRelative(), weighting=average)
     assert list(nested_state([route])) == [average.rates]
 
 
@@ -284,6 +289,14 @@ def test_frozen_pass_rates_refuse_another_policy_and_other_data(tmp_path):
     both.check_questions(iter(["q0", "q2"]))
     with pytest.raises(ConfigurationError, match="has no rate of question 'q9'"):
         both.check_questions(iter(["q0", "q9"]))
+    part = Weighted(advantage=JSD, weighting=weighting)
+    route = Route(advantage=Blend(parts=(part,)), where=Failed())
+    nested = Routed(routes=(Route(advantage=JSD, where=Succeeded()), route))
+    model = PolicyOptimizer(TablePolicy(seed=1), advantage=nested, teacher=Frozen())
+    with pytest.raises(ConfigurationError, match="were measured with another policy"):
+        model.configure_model()
+    with pytest.raises(ConfigurationError, match="has no rate of question 'q9'"):
+        model.weightings.check_questions(iter(["q0", "q9"]))
     with pytest.raises(ValueError, match="is not a file of pass rates"):
         FrozenPassRate(path=rates(tmp_path, TablePolicy(), format="other"))
     with pytest.raises(ValueError, match="every weight is 0"):

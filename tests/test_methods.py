@@ -227,19 +227,19 @@ def paced(case):
     return sequence_mean(case, terms)
 
 
-def hybrid(case):
+def hybrid(case, weight=lambda p: 1.0):
     terms = {}
     for q, g in case.rows():
         told = sibling(case, q, g)
         for t in range(case.length(q, g)):
             value = 0.9 * pg(centred)(case, q, g, t, "")
             if told:
-                value = value + 0.1 * jsd(case, q, g, t, told)
+                value = value + 0.1 * weight(SUCCESSES[q] / G) * jsd(case, q, g, t, told)
             terms[q, g, t] = case.cap(q, g, t) * value
     return sequence_mean(case, terms)
 
 
-def srpo(case):
+def srpo(case, weight=lambda p: 1.0):
     """Wrong with a correct sibling: JSD times exp(-H_T) over its mean there; else GRPO."""
     weights, terms = {}, {}
     for q, g in case.rows():
@@ -253,6 +253,7 @@ def srpo(case):
         for t in range(case.length(q, g)):
             if (q, g, t) in weights:
                 value = weights[q, g, t] / mean * jsd(case, q, g, t, sibling(case, q, g))
+                value = weight(SUCCESSES[q] / G) * value
             elif grpo(case, q, g):
                 value = pg(grpo)(case, q, g, t, "")
             else:
@@ -325,8 +326,10 @@ BY_HAND = {
     "sdpo-paced": paced,
     "sdpo-feedback": lambda c: distil(c, tell=sibling_or_feedback),
     "sdpo-hybrid": hybrid,
+    "sc-hybrid": lambda c: hybrid(c, normalised(0.5)),
     "stable-sdpo": distil,
     "srpo": srpo,
+    "sc-srpo": lambda c: srpo(c, normalised(0.5)),
     "opsd": lambda c: distil(c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active),
     "pw-opsd": lambda c: distil(
         c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active, token=position

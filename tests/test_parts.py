@@ -20,7 +20,6 @@ from scsdpo.advantage import (
     GroupRelative,
     LogitMix,
     Never,
-    RatePower,
     ReferenceKL,
     Route,
     Routed,
@@ -49,11 +48,12 @@ from scsdpo.weighting import (
     PassRate,
     Position,
     Product,
+    RatePower,
     TeacherEntropy,
     Uniform,
     Weighting,
 )
-from table_policy import G, TablePolicy
+from table_policy import G, TablePolicy, judged
 from test_methods import module as method
 from test_methods import one_step
 
@@ -125,13 +125,37 @@ SAME = {
         {"advantage": Routed(routes=(Route(advantage=JSD, weight=0.3),))},
         {"advantage": Blend(parts=(Weighted(advantage=JSD, weight=0.3),))},
     ),
-    "a route of power 0 = a constant": (
-        {"advantage": Routed(routes=(Route(advantage=JSD, weight=RatePower(scale=0.3)),))},
-        {"advantage": Routed(routes=(Route(advantage=JSD, weight=0.3),))},
-    ),
-    "a route's power of the pass rate = the same weight of questions, without routes": (
-        {"advantage": Routed(routes=(Route(advantage=JSD, weight=RatePower(solved=1, failed=2)),))},
+    "a power of 0 = uniform": ({"weighting": RatePower()}, {}),
+    "a power of the pass rate = its formula": (
+        {"weighting": RatePower(solved=1, failed=2)},
         {"weighting": _Cubic()},
+    ),
+    "the weighting of the only part = the weighting of all": (
+        {"advantage": Blend(parts=(Weighted(advantage=JSD, weight=0.3, weighting=PassRate()),))},
+        {
+            "advantage": Blend(parts=(Weighted(advantage=JSD, weight=0.3),)),
+            "weighting": PassRate(),
+        },
+    ),
+    "the weighting of the only route = the weighting of all": (
+        {"advantage": Routed(routes=(Route(advantage=JSD, weighting=_Cubic()),))},
+        {"weighting": _Cubic()},
+    ),
+    "a weighting of every part = the weighting of all": (
+        {
+            "advantage": Blend(
+                parts=(
+                    Weighted(advantage=JSD, weight=0.3, weighting=PassRate()),
+                    Weighted(advantage=GroupRelative(), weighting=PassRate()),
+                )
+            )
+        },
+        {
+            "advantage": Blend(
+                parts=(Weighted(advantage=JSD, weight=0.3), Weighted(advantage=GroupRelative()))
+            ),
+            "weighting": PassRate(),
+        },
     ),
     "routes by outcome add up to the whole": (
         {
@@ -179,6 +203,20 @@ def test_the_hybrid_at_its_ends_is_its_parts(tmp_path, share, other):
     alone = method(other, tmp_path).advantage
     teacher = NoTeacher() if share else EMA()
     assert_equal(step(**blend, teacher=EMA()), step(advantage=alone, teacher=teacher))
+
+
+def test_a_part_does_not_run_where_its_weighting_is_0_and_the_others_do(tmp_path):
+    """SDPO teaches the successes of a mastered question; weighted by its pass rate it does not."""
+    given, available = judged()[1], torch.ones(4, G, dtype=torch.bool)
+    informative = torch.tensor([[True], [False], [False], [True]]).expand(4, G)
+    parts = (
+        Weighted(advantage=EntropyBonus()),
+        Weighted(advantage=JSD, weighting=PassRate()),
+    )
+    plan = Blend(parts=parts).plan(given, available)
+    assert torch.equal(plan.needs_teacher, informative) and plan.active.all()
+    plan = method("sc-hybrid", tmp_path).advantage.plan(given, available)
+    assert torch.equal(plan.needs_teacher, informative) and torch.equal(plan.active, informative)
 
 
 def test_srpo_routed_to_never_is_grpo(tmp_path):

@@ -6,11 +6,12 @@ import pytest
 
 from scsdpo.advantage import (
     AllOf,
+    Blend,
     Divergence,
     DivergenceMix,
+    EntropyBonus,
     GroupRelative,
     LogitMix,
-    RatePower,
     RateWithin,
     ReferenceKL,
     Route,
@@ -20,11 +21,13 @@ from scsdpo.advantage import (
     Surprise,
     TeacherRatio,
     Warmup,
+    Weighted,
 )
 from scsdpo.errors import ConfigurationError
 from scsdpo.selection import InformativePool
 from scsdpo.state import Constant, DecayedBeta, MovingAverage, Ramp
 from scsdpo.teacher import (
+    Frozen,
     NoTeacher,
     RememberedDemonstration,
     Restart,
@@ -34,8 +37,10 @@ from scsdpo.types import Sampling
 from scsdpo.weighting import (
     FrozenPassRate,
     HardFilter,
+    PassRate,
     Position,
     Product,
+    RatePower,
 )
 from table_policy import TablePolicy
 
@@ -70,7 +75,7 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (lambda: Routed(routes=()), "at least one route"),
         (lambda: Routed(routes=(Route(advantage=JSD, weight=math.inf),)), r"`Route\(weight=...\)`"),
         (lambda: RatePower(failed=-1), r"`RatePower\(failed=...\)` must be >= 0"),
-        (lambda: RatePower(scale=math.nan), r"`RatePower\(scale=...\)` must be finite"),
+        (lambda: RatePower(solved=math.inf), r"`RatePower\(solved=...\)` must be >= 0 and finite"),
         (lambda: AllOf(routers=()), "at least one router"),
         (lambda: RateWithin(low=0.5, high=0.1), r"`RateWithin\(low=..., high=...\)` must have"),
         (lambda: Divergence(summand_clip=0), r"`Divergence\(summand_clip=...\)`"),
@@ -106,6 +111,19 @@ def test_bad_arguments_name_class_argument_and_value(make, message):
             "model.selection: InformativePool compares the rollouts|model.advantage: GroupRelative",
         ),
         ({"advantage": ReferenceKL(), "teacher": NoTeacher()}, "ReferenceKL needs a reference"),
+        (
+            {
+                "advantage": Blend(
+                    parts=(
+                        Weighted(advantage=EntropyBonus()),
+                        Weighted(advantage=JSD, weighting=PassRate()),
+                    )
+                ),
+                "teacher": Frozen(),
+                "sampling": Sampling(n=1),
+            },
+            "model.advantage: PassRate compares the rollouts of a question: set model.sampling.n",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(strategies, message):

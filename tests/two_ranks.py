@@ -19,7 +19,7 @@ from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Limits
 from scsdpo.types import Sampling
-from scsdpo.weighting import TeacherEntropy, Uniform
+from scsdpo.weighting import RatePower, TeacherEntropy, Uniform
 
 METHODS = {
     "sc-sdpo": {"token_weighting": TeacherEntropy()},
@@ -36,6 +36,7 @@ METHODS = {
                 Route(
                     advantage=GroupRelative(),
                     where=RateWithin(low=0.4, high=0.6, rates=DecayedBeta(decay=0.5)),
+                    weighting=RatePower(failed=1, rates=DecayedBeta(decay=0.5)),
                 ),
             )
         ),

@@ -20,7 +20,6 @@ from scsdpo.advantage.group_relative import (
     Unscaled,
 )
 from scsdpo.advantage.modulator import Modulator, Surprise, TeacherRatio, Unmodulated
-from scsdpo.advantage.rate_weight import RatePower, RateWeight
 from scsdpo.advantage.routed import Route, Routed
 from scsdpo.advantage.router import (
     AllOf,
@@ -65,8 +64,6 @@ __all__ = [
     "Modulator",
     "Never",
     "Plan",
-    "RatePower",
-    "RateWeight",
     "RateWithin",
     "RatioLevel",
     "ReferenceAnchor",

@@ -10,6 +10,7 @@ from scsdpo import contracts
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Outcomes
+from scsdpo.weighting import Weighting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,6 +46,11 @@ class Advantage(NeedsSignals, ABC):
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that one alone gives no signal."""
         return False
+
+    @property
+    def weightings(self) -> tuple[Weighting, ...]:
+        """Those of its parts: they are shown the policy and the questions before training."""
+        return ()
 
     @property
     def objective_name(self) -> str:

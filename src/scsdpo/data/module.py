@@ -141,7 +141,7 @@ class TaskDataModule(LightningDataModule):
                     f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
                     f"most the number of training questions, here {len(self.train_set)}"
                 )
-            module.weighting.check_questions(self.train_set.question_keys())
+            module.weightings.check_questions(self.train_set.question_keys())
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
         if stage == "fit" and self.val_set:
             parts = cast(list[Rendered], self.val_set.datasets)

@@ -138,6 +138,7 @@ class PolicyOptimizer(Resumable):
         self.timer = self.steps.update.timer
         self.answering = Answering(rollout, verification, success_threshold, self.timer)
         self.evaluation = Evaluation(self.answering)
+        self.weightings = strategies.weightings()
         self.memory = memory(self, strategies.remembering())
         self._configured = False
 
@@ -166,7 +167,7 @@ class PolicyOptimizer(Resumable):
         self.reference.configure(self.policy, "reference")
         if mesh is not None:
             self.policy.fill_shards(mesh, self.modules())
-        self.weighting.configure(self.policy)
+        self.weightings.configure(self.policy)
         self._configured = True
 
     def configure_optimizers(self) -> Any:

@@ -9,7 +9,7 @@ from scsdpo.reduction import Reduction
 from scsdpo.selection import Selection
 from scsdpo.teacher import Teacher
 from scsdpo.training.update import Update
-from scsdpo.weighting import TokenWeighting, Weighting
+from scsdpo.weighting import Product, TokenWeighting, Weighting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +38,10 @@ class Strategies:
             derivations=tuple(make for each in looking for make in each.derivations),
         )
 
+    def weightings(self) -> Weighting:
+        """Each of them, in parts of the advantage too: what it is asked, all are asked."""
+        return Product(factors=(self.weighting, *self.advantage.weightings))
+
     def remembering(self) -> tuple[object, ...]:
         """Those that may keep something over steps."""
         contexts = (self.teacher.context, self.reference.context)
@@ -55,12 +59,13 @@ class Strategies:
             ConfigurationError: naming the keys and the remedy.
         """
         self._check_teachers()
-        compared: dict[str, Advantage | Weighting | Selection] = {
-            "advantage": self.advantage,
-            "weighting": self.weighting,
-            "selection": self.selection,
-        }
-        for key, strategy in compared.items():
+        compared: list[tuple[str, Advantage | Weighting | Selection]] = [
+            ("advantage", self.advantage),
+            *[("advantage", weighting) for weighting in self.advantage.weightings],
+            ("weighting", self.weighting),
+            ("selection", self.selection),
+        ]
+        for key, strategy in compared:
             if strategy.needs_group and group == 1:
                 raise ConfigurationError(
                     f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "

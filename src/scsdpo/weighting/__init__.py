@@ -2,7 +2,7 @@
 
 from scsdpo.weighting._base import Weighting
 from scsdpo.weighting.frozen import FrozenPassRate
-from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, Uniform
+from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, RatePower, Uniform
 from scsdpo.weighting.tokens import Position, TeacherEntropy, TokenWeighting, UniformTokens
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "PassRate",
     "Position",
     "Product",
+    "RatePower",
     "TeacherEntropy",
     "TokenWeighting",
     "Uniform",

@@ -89,17 +89,17 @@ class FrozenPassRate(Weighting):
     def configure(self, policy: CausalLM) -> None:
         if fingerprint(policy.wrapped) != self._file["fingerprint"]:
             raise ConfigurationError(
-                f"model.weighting.path: the rates of {self.path} were measured with another "
-                f"policy ({self._file['policy']}) than {policy.name_or_path}; write them again "
-                f"with {_COMMAND}"
+                f"`FrozenPassRate(path={self.path})`: its rates were measured with another policy "
+                f"({self._file['policy']}) than {policy.name_or_path}; write them again with "
+                f"{_COMMAND}"
             )
 
     def check_questions(self, keys: Iterable[str]) -> None:
         for key in keys:
             if key not in self._raw:
                 raise ConfigurationError(
-                    f"model.weighting.path: {self.path} has no rate of question {key!r}: it "
-                    f"was written for other training questions; write it again with {_COMMAND}"
+                    f"`FrozenPassRate(path={self.path})` has no rate of question {key!r}: it was "
+                    f"written for other training questions; write it again with {_COMMAND}"
                 )
 
     def weigh(self, outcomes: Outcomes) -> Tensor:

@@ -1,5 +1,6 @@
-"""Weights from the pass rate of the current batch."""
+"""Weights from pass rates: of the current batch, or with a memory."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import tee
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from scsdpo.distributed import all_sum
 from scsdpo.policy import CausalLM
+from scsdpo.state import Instant, PassRates
 from scsdpo.types import Outcomes
 from scsdpo.weighting._base import Weighting
 
@@ -63,6 +65,40 @@ class PassRate(Weighting):
         total, count = all_sum(torch.stack([raw.sum(), informative.double().sum()]))
         mean = total / count if count > 0 else total.new_ones(())
         return (raw / mean)[:, None].expand(-1, outcomes.rewards.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatePower(Weighting):
+    """W_j = p_j^solved (1 - p_j)^failed, not normalised
+
+    `solved` takes weight from questions that are out of reach, `failed` from those that are
+    mastered; with both 0 it is `Uniform` (0^0 is 1).
+
+    Args:
+        solved: exponent of the pass rate, >= 0.
+        failed: exponent of the share of failures, >= 0.
+        rates: of this batch (`Instant`), or with a memory (`MovingAverage`, `DecayedBeta`).
+
+    Shapes:
+        successes [Q, G] -> W [Q, G] float64, constant along G.
+
+    Raises:
+        ValueError: if an exponent is < 0 or not finite.
+    """
+
+    solved: float = 0.0
+    failed: float = 0.0
+    rates: PassRates = Instant()
+
+    def __post_init__(self) -> None:
+        for name, exponent in (("solved", self.solved), ("failed", self.failed)):
+            if not 0 <= exponent < math.inf:
+                raise ValueError(f"`RatePower({name}=...)` must be >= 0 and finite, got {exponent}")
+
+    def weigh(self, outcomes: Outcomes) -> Tensor:
+        p = self.rates.observe(outcomes)
+        weights = p**self.solved * (1 - p) ** self.failed
+        return weights[:, None].expand(-1, outcomes.rewards.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

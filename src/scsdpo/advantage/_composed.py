@@ -1,0 +1,91 @@
+"""Advantages made of others, each with a weight and a weighting of its own."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.loss import Chunk, Credit, Derivation, SparseCredit, SumCredit
+from scsdpo.types import Outcomes
+from scsdpo.weighting import Uniform, Weighting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """An advantage, and how much its credit counts."""
+
+    advantage: Advantage
+    weight: float = 1.0
+    weighting: Weighting = Uniform()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(
+                f"`{type(self).__name__}(weight=...)` must be finite, got {self.weight}"
+            )
+
+    def coefficients(self, outcomes: Outcomes) -> Tensor:
+        """[Q, G] float64: weight * W."""
+        return self.weight * self.weighting.weights(outcomes)
+
+
+class Composed(Advantage):
+    """What its parts need, it needs."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> Sequence[Part]:
+        """The parts, in order."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(part.advantage.needs_teacher for part in self.inner)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(part.advantage.needs_reference for part in self.inner)
+
+    @property
+    def needs_group(self) -> bool:
+        return all(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
+
+    @property
+    def weightings(self) -> tuple[Weighting, ...]:
+        return tuple(w for p in self.inner for w in (p.weighting, *p.advantage.weightings))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.advantage.needs for part in self.inner))
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return tuple(make for part in self.inner for make in part.advantage.derivations)
+
+
+def combined(plans: Sequence[tuple[Tensor, Plan]], available: Tensor) -> Plan:
+    """One plan of several, each with weights [Q, G]; a plan is not asked where its weight is 0."""
+    nobody = torch.zeros_like(available)
+
+    def union(masks: list[Tensor]) -> Tensor:
+        return torch.stack([nobody, *masks]).any(0)
+
+    return Plan(
+        active=union([plan.active & (w != 0) for w, plan in plans]),
+        needs_teacher=union([plan.needs_teacher & (w != 0) for w, plan in plans]),
+        needs_reference=union([plan.needs_reference & (w != 0) for w, plan in plans]),
+        credit=partial(_sum, tuple(((w * plan.active).flatten(), plan) for w, plan in plans)),
+        derivations=tuple(make for _, plan in plans for make in plan.derivations),
+    )
+
+
+def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:
+    dtype = chunk.student.logits.dtype
+    here = [(weights[chunk.rollout].to(dtype), plan) for weights, plan in terms]
+    # A part without a say in this chunk is not asked: its teacher may not have run.
+    said = tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any())
+    return SumCredit(parts=said) if said else SparseCredit.nothing(chunk)
