@@ -167,7 +167,7 @@ def states_everything(mine, full, where):
     elif isinstance(full, dict):
         given, known = mine.get("init_args", {}), full.get("init_args", {})
         # The words, not a quantity; where a copy lies, not what it is.
-        left = set(known) - set(given) - {"templates", "stored"}
+        left = set(known) - set(given) - {"templates", "attempt_templates", "stored"}
         assert not left, f"{where} does not state {sorted(left)}"
         for name in given:
             states_everything(given[name], known[name], f"{where}.{name}")

@@ -33,6 +33,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.selection import Everything, InformativePool
 from scsdpo.state import DecayedBeta, Instant, MovingAverage, Ramp, nested_state
 from scsdpo.teacher import (
+    AttemptMemory,
     Frozen,
     GoldSolution,
     NoTeacher,
@@ -165,6 +166,31 @@ def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload(
         text = SiblingDemonstration().show(chat, rollouts.prompts[0], "response 0 1")
         assert told.ids[0] == (text,) * G
         assert told.available.tolist() == [[True] * 4, [False] * 4, [True] * 4, [True] * 4]
+
+
+def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive_a_reload():
+    chat, (rollouts, outcomes) = TableChat(), judged()
+    first, second = (AttemptMemory(successes=3, failures=1) for _ in range(2))
+    first.render(chat, rollouts, outcomes)
+    assert first.right["toy/2"] == ["response 2 1", "response 2 2", "response 2 3"]
+    assert first.right["toy/0"] == ["response 0 0", "response 0 1"] and "toy/2" not in first.wrong
+    assert first.wrong["toy/1"] == ["response 1 3\nwrong 1 3"]
+    second.remember(pickle.loads(pickle.dumps(first.remembered())))
+    later = replace(
+        rollouts, texts=tuple(("<think>a</think> new", "b", "c", "d") for _ in range(4))
+    )
+    for one in (first, second):
+        told = one.render(chat, later, outcomes)
+        assert one.right["toy/3"] == ["response 3 0", "new"]
+        # All that is remembered of question 1 is its last rollout, which is not told of itself.
+        assert (~told.available).nonzero().tolist() == [[1, 3]]
+        assert one.right["toy/0"] == ["response 0 1", "new", "b"]
+        assert one.wrong["toy/0"] == ["d\nwrong 0 3"]
+        # The last rollout is its question's remembered failure, and is told of the successes only.
+        text = "\n\n".join(["response 0 1", "new", "b"])
+        words = f"question 0?\nAttempts that were right:\n\n{text}\n\n"
+        turn = f"{words}\n\nCorrectly solve the original question.\n"
+        assert told.ids[0][3] == chat.render([{"role": "user", "content": turn}])
 
 
 def test_the_gold_solution_is_told_to_every_rollout():

@@ -92,6 +92,11 @@ class Case:
         prompt = self.chat.render([{"role": "user", "content": text}])
         return self._log_probs(self.behind, prompt, q, g, t)
 
+    def log_r(self, q, g, t):
+        """The first policy after the question alone."""
+        table = TablePolicy().table.detach()
+        return self._log_probs(table, self.rollouts.prompts[q].ids, q, g, t)
+
     def cap(self, q, g, t):
         """min(S / S_rollout, 2), detached."""
         log_s = self.log_s(q, g, t)[self.y(q, g, t)].detach()
@@ -291,6 +296,74 @@ def drift(case):
     return token_mean_active(case, terms)
 
 
+def block(*lines):
+    return "\n\n".join(lines) + "\n\n"
+
+
+def remembered_attempts(case, q, g):
+    """PMD: the last 5 right and 3 wrong ones of the question, but not the rollout itself."""
+    kept = [*range(SUCCESSES[q])][-5:] + [*range(SUCCESSES[q], G)][-3:]
+    right = [f"response {q} {h}" for h in kept if case.right(q, h) and h != g]
+    wrong = [f"response {q} {h}\nwrong {q} {h}" for h in kept if not case.right(q, h) and h != g]
+    told = block("\nAttempts that were right:", *right) if right else ""
+    return told + (block("\nAttempts that were wrong:", *wrong) if wrong else "")
+
+
+def another_attempt(case, q, g):
+    """OASIS: to the shortest success the shortest failure, else the second shortest success."""
+    order = sorted(range(G), key=lambda h: case.length(q, h))
+    good, bad = ([h for h in order if case.right(q, h) == side] for side in (True, False))
+    if not good or g != good[0]:
+        return ""
+    kind, other = ("wrong", bad[0]) if bad else ("right", good[1])
+    return block(f"\nAttempts that were {kind}:", f"response {q} {other}")
+
+
+def ad_opsd(case):
+    tokens = [(q, g, t) for q, g in case.rows() for t in range(case.length(q, g))]
+    entropy = {
+        at: -float(case.log_s(*at).detach().exp() @ case.log_s(*at).detach()) for at in tokens
+    }
+    forks = sorted(tokens, key=entropy.get, reverse=True)[: math.ceil(0.2 * len(tokens))]
+    terms, held = {}, 0
+    for q, g, t in tokens:
+        log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, gold(case, q, g))
+        y, u = case.y(q, g, t), 0.0
+        if (q, g, t) in forks and log_s[y] > log_t[y]:
+            gap = float((log_s.detach() - log_t)[y])
+            u, held = 1 / (1 + math.exp(-float(log_s.detach()[y].exp()) * gap)), held + 1
+        target = u * case.log_r(q, g, t).exp() + (1 - u) * log_t.exp()
+        value = sum(p * (p.log() - s) for p, s in zip(target, log_s, strict=True))
+        terms[q, g, t] = case.cap(q, g, t) * value
+    assert 0 < held < len(forks)
+    return token_mean_active(case, terms)
+
+
+def sdar(case):
+    terms = {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        for t in range(case.length(q, g)):
+            value = pg(grpo)(case, q, g, t, "")
+            if told:
+                gap = (case.log_t(q, g, t, told) - case.log_s(q, g, t))[case.y(q, g, t)]
+                value = value + 0.01 * gap / (1 + math.exp(-5 * float(gap.detach())))
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return token_mean_all(case, terms)
+
+
+def geosd(case):
+    terms = {}
+    for q, g in case.rows():
+        for t in range(case.length(q, g)):
+            s = case.log_s(q, g, t).exp()
+            taught, first = case.log_t(q, g, t, gold(case, q, g)).exp(), case.log_r(q, g, t).exp()
+            hellinger = sum((a.sqrt() - b.sqrt()) ** 2 for a, b in zip(s, taught, strict=True)) / 2
+            arc = 2 * torch.arccos(sum((a * b).sqrt() for a, b in zip(s, first, strict=True)))
+            terms[q, g, t] = case.cap(q, g, t) * (hellinger + 0.1 * arc**2)
+    return token_mean_active(case, terms)
+
+
 def position(case, q, g, t):
     place = (t + 1) / case.length(q, g)
     return 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
@@ -337,6 +410,13 @@ BY_HAND = {
     "sdft": lambda c: distil(c, tell=gold, divergence=forward_kl(INF), reduce=token_mean_active),
     "rlsd": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=rlsd_factor),
     "drift": drift,
+    "pmd": lambda c: distil(c, tell=remembered_attempts),
+    "oasis": lambda c: distil(
+        c, tell=another_attempt, divergence=forward_kl(0.05), reduce=token_mean_active
+    ),
+    "ad-opsd": ad_opsd,
+    "sdar": sdar,
+    "geosd": geosd,
 }
 
 
@@ -362,7 +442,7 @@ def test_every_method_file_is_checked_by_hand():
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_step_equals_the_papers_formula(name, tmp_path):
     model = module(name, tmp_path)
-    case = Case(model, live=name == "rlsd")
+    case = Case(model, live=name in ("rlsd", "sdar", "geosd"))
     expected = BY_HAND[name](case)
     (gradient,) = torch.autograd.grad(expected, case.table)
     loss, ours = one_step(model)

@@ -1,5 +1,8 @@
 """The parts of which methods are made: how they reduce to each other, and their gradients."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +23,13 @@ from scsdpo.advantage import (
     GroupRelative,
     LogitMix,
     Never,
+    PriorAtForks,
     ReferenceKL,
     Route,
     Routed,
     SelfDistillation,
+    SquaredFisherRao,
+    SquaredHellinger,
     Succeeded,
     Surprise,
     TeacherRatio,
@@ -38,6 +44,7 @@ from scsdpo.teacher import (
     EMA,
     Frozen,
     NoTeacher,
+    PlainPrompt,
     Restart,
     TrustRegion,
 )
@@ -97,6 +104,13 @@ SAME = {
     ),
     "a divergence mix of sharpness 0 = as taught": (
         {"advantage": SelfDistillation(target=DivergenceMix(sharpness=0))},
+        {},
+    ),
+    "a prior at no forks = as taught": (
+        {
+            "advantage": SelfDistillation(target=PriorAtForks(fork_share=0)),
+            "reference": Frozen(context=PlainPrompt()),
+        },
         {},
     ),
     "a clip above every summand = none": (
@@ -294,6 +308,44 @@ def test_clipped_summands_equal_autograd(alpha, view, clip, seed):
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
+@given(
+    geodesic=st.booleans(),
+    view=st.sampled_from(["full", "top", "top+tail"]),
+    scale=st.sampled_from([1e-2, 1.0, 5.0]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None)
+def test_hellinger_and_fisher_rao_equal_autograd(geodesic, view, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, noise = (torch.randn(4, 7, generator=generator).double() for _ in range(2))
+    student.requires_grad_()
+    teacher = student.detach() + scale * noise
+    support, k, tail = {
+        "full": (Full(), None, False),
+        "top": (TopK(k=3, tail=False), 3, False),
+        "top+tail": (TopK(k=3), 3, True),
+    }[view]
+    distance = SquaredFisherRao() if geodesic else SquaredHellinger()
+    advantage = SelfDistillation(divergence=distance, support=support)
+    output = run(advantage, student, teacher, tokens(torch.zeros(4, dtype=torch.long)))
+    s, t = (log.exp() for log in supported(student, teacher, k=k, tail=tail))
+    hellinger = (s.sqrt() - t.sqrt()).square().sum(-1) / 2
+    # cos(phi) = 1 - H^2, hence phi = 2 arcsin(H / sqrt 2), and d = 2 phi
+    expected = (16 * (hellinger / 2).sqrt().asin().square() if geodesic else hellinger).sum()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-8, atol=1e-12)
+    (ours,), (theirs,) = (torch.autograd.grad(x, student) for x in (output.loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-11)
+
+
+def test_hellinger_and_fisher_rao_are_zero_at_equality_and_largest_without_overlap():
+    same, apart = torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]])
+    for distance, most in ((SquaredHellinger(), 1.0), (SquaredFisherRao(), math.pi**2)):
+        credit, value = distance.credit(same, same)
+        assert value == 0 and (credit == 0).all()
+        credit, value = distance.credit(same, apart)
+        assert value.item() == pytest.approx(most) and (credit == 0).all()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_a_tail_that_float32_rounds_to_zero_on_one_side_stays_finite(alpha):
     """The teacher is certain, the student is not: log S / T of the tail must not be infinite."""
@@ -351,15 +403,15 @@ def test_the_entropy_bonus_equals_autograd_and_raises_entropy():
 def test_targets_between_student_and_teacher_have_their_closed_forms():
     generator = torch.Generator().manual_seed(5)
     student, teacher = (torch.randn(2, 5, generator=generator).double() for _ in range(2))
-    both = TokenLogits(student), TokenLogits(teacher)
+    chunk = SimpleNamespace(student=TokenLogits(student), teacher=lambda: TokenLogits(teacher))
     s, t = student.softmax(-1), teacher.softmax(-1)
-    mixed = LogitMix(share=Constant(0.3)).of(*both).probs
+    mixed = LogitMix(share=Constant(0.3)).of(chunk).probs
     expected = s**0.7 * t**0.3
     torch.testing.assert_close(mixed, expected / expected.sum(-1, keepdim=True))
     jsd = divergence(0.5, s.log(), t.log())
     a = (2 * 0.8 * (torch.sigmoid(3 * jsd) - 0.5))[:, None]
     expected = t ** (1 - a) * s**a
-    mixed = DivergenceMix(most=0.8, sharpness=3).of(*both).probs
+    mixed = DivergenceMix(most=0.8, sharpness=3).of(chunk).probs
     torch.testing.assert_close(mixed, expected / expected.sum(-1, keepdim=True))
 
 

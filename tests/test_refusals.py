@@ -10,14 +10,17 @@ from scsdpo.advantage import (
     Divergence,
     DivergenceMix,
     EntropyBonus,
+    GatedGap,
     GroupRelative,
     LogitMix,
+    PriorAtForks,
     RateWithin,
     ReferenceKL,
     Route,
     Routed,
     Sampled,
     SelfDistillation,
+    SquaredHellinger,
     Surprise,
     TeacherRatio,
     Warmup,
@@ -27,6 +30,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.selection import InformativePool
 from scsdpo.state import Constant, DecayedBeta, MovingAverage, Ramp
 from scsdpo.teacher import (
+    AttemptMemory,
     Frozen,
     NoTeacher,
     RememberedDemonstration,
@@ -68,6 +72,18 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (lambda: LogitMix(share=Ramp(0.5, 1.5, 9)), "got 0.5 to 1.5"),
         (lambda: DivergenceMix(most=2), r"`DivergenceMix\(most=...\)`"),
         (lambda: DivergenceMix(sharpness=-1), r"`DivergenceMix\(sharpness=...\)`"),
+        (
+            lambda: PriorAtForks(fork_share=2),
+            r"`PriorAtForks\(fork_share=...\)` must be in",
+        ),
+        (lambda: PriorAtForks(temperature=0), r"`PriorAtForks\(temperature=...\)` must be > 0"),
+        (lambda: GatedGap(sharpness=-1), r"`GatedGap\(sharpness=...\)` must be >= 0, got -1"),
+        (lambda: AttemptMemory(successes=0, failures=0), "and not both 0, got 0 and 0"),
+        (lambda: AttemptMemory(max_tokens=0), r"`AttemptMemory\(max_tokens=...\)` must be >= 1"),
+        (
+            lambda: SelfDistillation(divergence=SquaredHellinger(), support=Sampled()),
+            "reverse KL only, .* got SquaredHellinger",
+        ),
         (lambda: TeacherRatio(mix=2), r"`TeacherRatio\(mix=...\)`"),
         (lambda: TeacherRatio(band=-1), r"`TeacherRatio\(band=...\)`"),
         (lambda: Surprise(sharpness=-1), r"`Surprise\(sharpness=...\)`"),
@@ -111,6 +127,10 @@ def test_bad_arguments_name_class_argument_and_value(make, message):
             "model.selection: InformativePool compares the rollouts|model.advantage: GroupRelative",
         ),
         ({"advantage": ReferenceKL(), "teacher": NoTeacher()}, "ReferenceKL needs a reference"),
+        (
+            {"advantage": SelfDistillation(target=PriorAtForks()), "teacher": Frozen()},
+            "SelfDistillation needs a reference, but model.reference is NoTeacher",
+        ),
         (
             {
                 "advantage": Blend(

@@ -4,7 +4,13 @@ from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
-from scsdpo.advantage.divergence import Divergence
+from scsdpo.advantage.divergence import (
+    Divergence,
+    FDivergence,
+    SquaredFisherRao,
+    SquaredHellinger,
+)
+from scsdpo.advantage.gated import GatedGap
 from scsdpo.advantage.group_relative import (
     Baseline,
     BatchStd,
@@ -34,7 +40,7 @@ from scsdpo.advantage.router import (
     Warmup,
 )
 from scsdpo.advantage.support import Full, Sampled, Support, TopK
-from scsdpo.advantage.target import AsTaught, DivergenceMix, LogitMix, Target
+from scsdpo.advantage.target import AsTaught, DivergenceMix, LogitMix, PriorAtForks, Target
 
 __all__ = [
     "K1",
@@ -51,8 +57,10 @@ __all__ = [
     "EntropyBonus",
     "Estimator",
     "Every",
+    "FDivergence",
     "Failed",
     "Full",
+    "GatedGap",
     "GroupFailed",
     "GroupMean",
     "GroupPassRate",
@@ -64,6 +72,7 @@ __all__ = [
     "Modulator",
     "Never",
     "Plan",
+    "PriorAtForks",
     "RateWithin",
     "RatioLevel",
     "ReferenceAnchor",
@@ -75,6 +84,8 @@ __all__ = [
     "Scale",
     "SelfDistillation",
     "SequenceLevel",
+    "SquaredFisherRao",
+    "SquaredHellinger",
     "Succeeded",
     "Support",
     "Surprise",

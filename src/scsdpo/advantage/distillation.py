@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
-from scsdpo.advantage.divergence import Divergence
+from scsdpo.advantage.divergence import Divergence, FDivergence
 from scsdpo.advantage.support import Support, TopK
 from scsdpo.advantage.target import AsTaught, Target
-from scsdpo.loss import Chunk, Credit, TokenLogits
+from scsdpo.loss import Chunk, Credit, Derivation, TokenLogits
 from scsdpo.types import Outcomes
 
 
@@ -18,7 +18,7 @@ from scsdpo.types import Outcomes
 class _Distillation(Advantage):
     """Shared by the two targets: what divergence, on what support."""
 
-    divergence: Divergence = Divergence()
+    divergence: FDivergence = Divergence()
     support: Support = TopK()
 
     def __post_init__(self) -> None:
@@ -46,7 +46,8 @@ class SelfDistillation(_Distillation):
     """Distillation from the self-teacher. c(v) = S(v) (A(v) - sum_u S(u) A(u))
 
     with A = T/S (alpha = 0, forward KL), log T - log S (alpha = 1, reverse KL) or
-    (1 - a) (log M - log S), M = (1 - a) S + a T (otherwise, skewed JSD); on a truncated support
+    (1 - a) (log M - log S), M = (1 - a) S + a T (otherwise, skewed JSD), or as another divergence
+    says; on a truncated support
     S and T are those of the support. S is the student after the question, T the teacher after
     question and privileged context, both on the student's own response.
 
@@ -54,9 +55,10 @@ class SelfDistillation(_Distillation):
     to the student and the same prompt, objective and gradient are 0.
 
     Args:
-        divergence: which one; alpha = 0.5 is the JSD of the paper.
+        divergence: `Divergence(alpha)`, 0.5 is the JSD of the paper, or `SquaredHellinger()`.
         support: `Full()`, `TopK(k, tail)` or, with alpha = 1 and no clip, `Sampled()`.
-        target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`.
+        target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`,
+            `PriorAtForks`.
 
     Shapes:
         logits [n, V] -> credit on [n, B]; objective [n] in nats, >= 0 (with `Sampled` only its
@@ -76,14 +78,26 @@ class SelfDistillation(_Distillation):
     def needs_teacher(self) -> bool:
         return True
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.target.needs_reference
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.target.needs
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return self.target.derivations
+
     def goal(self, chunk: Chunk) -> TokenLogits:
-        return self.target.of(chunk.student, chunk.teacher())
+        return self.target.of(chunk)
 
     def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
         return Plan(
             active=available,
             needs_teacher=available,
-            needs_reference=torch.zeros_like(available),
+            needs_reference=available & self.needs_reference,
             credit=self._credit,
         )
 
@@ -97,14 +111,15 @@ class ReferenceAnchor(_Distillation):
     per-token divergence at the sampled prefixes.
 
     Args:
-        divergence: as in `SelfDistillation`; alpha = 1 is the usual KL(S || R).
+        divergence: as in `SelfDistillation`; alpha = 1 is the usual KL(S || R), and there is
+            `SquaredFisherRao()`.
         support: as in `SelfDistillation`.
 
     Raises:
         ValueError: as `SelfDistillation`.
     """
 
-    divergence: Divergence = Divergence(alpha=1.0)
+    divergence: FDivergence = Divergence(alpha=1.0)
 
     @property
     def needs_reference(self) -> bool:

@@ -1,14 +1,28 @@
 """Divergences between student and target on a common support, as centred credit."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+class FDivergence(ABC):
+    """How far the student S is from the target T; >= 0, 0 iff S = T, finite supports."""
+
+    @abstractmethod
+    def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Credit [n, B], centred, and value [n] of the divergence at n positions.
+
+        Args:
+            log_s: [n, B] log-probs that sum to one in the exponent; -inf allowed.
+            log_t: [n, B] of the target, on the same places.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
-class Divergence:
+class Divergence(FDivergence):
     """How far S is from T, in nats.
 
         alpha = 0   forward KL   sum_v T log(T / S)                        A = T / S
@@ -52,12 +66,6 @@ class Divergence:
             )
 
     def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Credit [n, B] and value [n] of the divergence at n positions.
-
-        Args:
-            log_s: [n, B] log-probs that sum to one in the exponent; -inf allowed.
-            log_t: [n, B] of the target, on the same places.
-        """
         s, t = log_s.exp(), log_t.exp()
         if self.summand_clip == math.inf:
             return self._centred(s, t, log_s, log_t)
@@ -97,6 +105,50 @@ class Divergence:
         # Centred, as S may be renormalised on its support; where it is not, S adds no gradient.
         centred = values - s * values.sum(-1, keepdim=True)
         return centred, summands.clamp(max=self.summand_clip).sum(-1)
+
+
+@dataclass(frozen=True)
+class SquaredHellinger(FDivergence):
+    """H^2 = 1/2 sum_v (sqrt S - sqrt T)^2 = 1 - b, b = sum_v sqrt(S T).   A = 1/2 sqrt(T / S)
+
+    In [0, 1]. c(v) = 1/2 (sqrt(S T) - S b): where the student has no mass the teacher's pull
+    fades as sqrt S, and does not stay at T as with the forward KL.
+
+    Source:
+        GeoSD, arXiv:2607.06855.
+    """
+
+    def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        return _overlap_credit(log_s, log_t) / 2, _hellinger(log_s, log_t)
+
+
+@dataclass(frozen=True)
+class SquaredFisherRao(FDivergence):
+    """d^2 = 4 arccos(b)^2, b = sum_v sqrt(S T): the geodesic between S and T.
+
+    c(v) = 4 phi / sin(phi) (sqrt(S T) - S b), phi = arccos b. Near S = T it is 8 H^2, in
+    [0, pi^2]. As a `ReferenceAnchor` to a `Restart` it holds drift from the last copy.
+
+    Source:
+        GeoSD, arXiv:2607.06855.
+    """
+
+    def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        # 1 - cos(phi) = 2 sin(phi / 2)^2; arccos itself is inexact near 1.
+        phi = 2 * (_hellinger(log_s, log_t).clamp(max=1) / 2).sqrt().asin()
+        stretch = 4 / torch.sinc(phi / math.pi)
+        return stretch[:, None] * _overlap_credit(log_s, log_t), 4 * phi.square()
+
+
+def _hellinger(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """[n]: H^2."""
+    return ((log_s / 2).exp() - (log_t / 2).exp()).square().sum(-1) / 2
+
+
+def _overlap_credit(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """[n, B]: sqrt(S T) - S sum sqrt(S T), twice d b / d log S."""
+    roots = ((log_s + log_t) / 2).exp()
+    return roots - log_s.exp() * roots.sum(-1, keepdim=True)
 
 
 def _expect(p: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scsdpo.advantage.divergence import Divergence
+from scsdpo.advantage.divergence import FDivergence
 from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
 
 
@@ -21,7 +21,7 @@ class Support(ABC):
 
     @abstractmethod
     def credit(
-        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self, divergence: FDivergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         """Credit of the divergence on this support; `ids` [n] are the sampled tokens."""
 
@@ -31,7 +31,7 @@ class Full(Support):
     """Every token of the vocabulary."""
 
     def credit(
-        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self, divergence: FDivergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         values, objective = divergence.credit(student.log_probs, target.log_probs)
         return DenseCredit(values=values, objective=objective)
@@ -64,7 +64,7 @@ class TopK(Support):
             raise ValueError(f"`TopK(k=...)` must be >= 1, got {self.k}")
 
     def credit(
-        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self, divergence: FDivergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         if self.k >= student.logits.shape[-1]:
             return Full().credit(divergence, student, target, ids)
@@ -126,7 +126,7 @@ class Sampled(Support):
         return True
 
     def credit(
-        self, divergence: Divergence, student: TokenLogits, target: TokenLogits, ids: Tensor
+        self, divergence: FDivergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         value = target.logprob(ids) - student.logprob(ids)
         return SparseCredit(

@@ -1,29 +1,37 @@
 """Targets of distillation: the teacher's distribution, or one between it and the student's."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from scsdpo.advantage.divergence import Divergence
-from scsdpo.loss import TokenLogits
+from scsdpo.distributed import all_gather
+from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals, TokenLogits
 from scsdpo.state import Constant, Schedule
 
 
-class Target(ABC):
+class Target(NeedsSignals, ABC):
     """What the student is moved towards; detached, though it may look at the student."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads the reference."""
+        return False
+
     @abstractmethod
-    def of(self, student: TokenLogits, teacher: TokenLogits) -> TokenLogits:
-        """The target distribution at n positions."""
+    def of(self, chunk: Chunk) -> TokenLogits:
+        """The target distribution at the chunk's n positions."""
 
 
 @dataclass(frozen=True)
 class AsTaught(Target):
     """The teacher's own distribution."""
 
-    def of(self, student: TokenLogits, teacher: TokenLogits) -> TokenLogits:
-        return teacher
+    def of(self, chunk: Chunk) -> TokenLogits:
+        return chunk.teacher()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,8 @@ class LogitMix(Target):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"`LogitMix(share=...)` must stay in [0, 1], got {low} to {high}")
 
-    def of(self, student: TokenLogits, teacher: TokenLogits) -> TokenLogits:
+    def of(self, chunk: Chunk) -> TokenLogits:
+        student, teacher = chunk.student, chunk.teacher()
         return TokenLogits(torch.lerp(student.logits, teacher.logits, self.share.value()))
 
 
@@ -79,8 +88,74 @@ class DivergenceMix(Target):
         if self.sharpness < 0:
             raise ValueError(f"`DivergenceMix(sharpness=...)` must be >= 0, got {self.sharpness}")
 
-    def of(self, student: TokenLogits, teacher: TokenLogits) -> TokenLogits:
+    def of(self, chunk: Chunk) -> TokenLogits:
+        student, teacher = chunk.student, chunk.teacher()
         _, jsd = Divergence(alpha=0.5).credit(student.log_probs, teacher.log_probs)
         share = 2 * self.most * (torch.sigmoid(self.sharpness * jsd) - 0.5)
         # Of log-probs and not of logits: an offset of one of them must not matter.
         return TokenLogits(torch.lerp(teacher.log_probs, student.log_probs, share[:, None]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorAtForks(Target):
+    """AD-OPSD's. target = U R + (1 - U) T, R the reference: what is unlearned at forks is held
+
+        U_t = sigmoid(S(y) (log S(y) - log T(y)) / temperature)   if S(y) > T(y) at a fork, else 0
+
+    A fork is a token whose H(S) is among the highest `fork_share` of those that the optimizer step
+    runs, over all ranks. The teacher that knows the answer would suppress what is sampled there
+    ("wait"); U, in [1/2, 1), gives that place to the first policy. fork_share = 0 is `AsTaught`.
+
+    Args:
+        fork_share: of the tokens, in [0, 1].
+        temperature: of the gate, > 0.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        AD-OPSD, arXiv:2607.10805 (its formula, at second hand): .2 and 1. Differs, maybe: the
+        paper's gate could be one for each vocabulary entry; here it is that of the sampled token,
+        so that the target sums to one.
+    """
+
+    fork_share: float = 0.2
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fork_share <= 1:
+            raise ValueError(
+                f"`PriorAtForks(fork_share=...)` must be in [0, 1], got {self.fork_share}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"`PriorAtForks(temperature=...)` must be > 0, got {self.temperature}")
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student_entropy"})
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (self.forks,)
+
+    def forks(self, signals: Signals) -> Tensor:
+        """[R, L]: 1 at forks, else 0."""
+        entropy = signals.student_entropy
+        run = entropy[signals.mask & (entropy > 0)]  # rows that are not run have none
+        everyone = torch.cat([part.to(run.device) for part in all_gather([run.cpu()])])
+        highest = everyone.topk(math.ceil(self.fork_share * len(everyone))).values
+        lowest = highest[-1] if len(highest) else math.inf
+        return (signals.mask & (entropy >= lowest)).double()
+
+    def of(self, chunk: Chunk) -> TokenLogits:
+        teacher = chunk.teacher()
+        gap = chunk.logprob - teacher.logprob(chunk.ids)
+        held = (gap > 0) & (chunk.derived(self.forks) > 0)
+        gate = torch.sigmoid(chunk.logprob.exp() * gap / self.temperature)
+        share = torch.where(held, gate, 0.0)[:, None]
+        parts = chunk.reference().log_probs + share.log(), teacher.log_probs + (-share).log1p()
+        return TokenLogits(torch.logaddexp(*parts))

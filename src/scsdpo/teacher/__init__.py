@@ -7,14 +7,16 @@ from scsdpo.teacher.context import (
     Feedback,
     GoldSolution,
     PlainPrompt,
+    ShortestSuccess,
     SiblingDemonstration,
 )
-from scsdpo.teacher.memory import RememberedDemonstration
+from scsdpo.teacher.memory import AttemptMemory, RememberedDemonstration
 from scsdpo.teacher.teachers import EMA, Frozen, Live, Restart, TrustRegion
 from scsdpo.teacher.templates import Templates
 
 __all__ = [
     "EMA",
+    "AttemptMemory",
     "Context",
     "DemonstrationOrFeedback",
     "Feedback",
@@ -25,6 +27,7 @@ __all__ = [
     "PlainPrompt",
     "RememberedDemonstration",
     "Restart",
+    "ShortestSuccess",
     "SiblingDemonstration",
     "Teacher",
     "Templates",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
-from scsdpo.teacher.templates import Templates
+from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
 
@@ -37,10 +37,14 @@ class PrivilegedInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reprompt(Context):
-    """The last user turn rewritten by templates. Subclasses say what to tell."""
+    """The last user turn rewritten by templates. Subclasses say what to tell, and in what words."""
 
-    templates: Templates = Templates()
     max_tokens: int = 10240
+
+    @property
+    @abstractmethod
+    def words(self) -> Templates:
+        """The words around what is told."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -71,23 +75,27 @@ class _Reprompt(Context):
         return self._fit(chat, prompt, PrivilegedInfo(demonstration=demonstration))
 
     def _fit(self, chat: Chat, prompt: Prompt, told: PrivilegedInfo) -> tuple[int, ...]:
-        """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands
-        at the end); template and question stay whole, or there is no context.
-        """
-        demonstration, feedback = told.demonstration, told.feedback
-        while demonstration or feedback:
-            messages = self.templates.fill(
-                prompt.messages, demonstration=demonstration, feedback=feedback
-            )
-            ids = chat.render(messages)
-            excess = len(ids) - self.max_tokens
-            if excess <= 0:
-                return ids
-            if demonstration:
-                demonstration = _cut(chat, demonstration, excess)
-            else:
-                feedback = _cut(chat, feedback, excess)
-        return ()
+        return fit(chat, prompt, told, self.words, self.max_tokens)
+
+
+def fit(
+    chat: Chat, prompt: Prompt, told: PrivilegedInfo, templates: Templates, max_tokens: int
+) -> tuple[int, ...]:
+    """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands at
+    the end); template and question stay whole, or there is no context.
+    """
+    demonstration, feedback = told.demonstration, told.feedback
+    while demonstration or feedback:
+        messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
+        ids = chat.render(messages)
+        excess = len(ids) - max_tokens
+        if excess <= 0:
+            return ids
+        if demonstration:
+            demonstration = _cut(chat, demonstration, excess)
+        else:
+            feedback = _cut(chat, feedback, excess)
+    return ()
 
 
 def _cut(chat: Chat, text: str, tokens: int) -> str:
@@ -97,7 +105,18 @@ def _cut(chat: Chat, text: str, tokens: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiblingDemonstration(_Reprompt):
+class _Templated(_Reprompt):
+    """In SDPO's words."""
+
+    templates: Templates = Templates()
+
+    @property
+    def words(self) -> Templates:
+        return self.templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingDemonstration(_Templated):
     """A successful rollout of the same question, shown as a correct solution.
 
     A rollout without a (different) successful sibling has no teacher and no loss: with
@@ -141,11 +160,11 @@ class SiblingDemonstration(_Reprompt):
 
     def shown(self, text: str) -> str:
         """What of a response is shown."""
-        return _without_thinking(text) if self.strip_thinking else text
+        return without_thinking(text) if self.strip_thinking else text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feedback(_Reprompt):
+class Feedback(_Templated):
     """The verifier's feedback on the rollout's own failed attempt.
 
     Successful rollouts, and failures without feedback, have no teacher.
@@ -194,7 +213,7 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoldSolution(_Reprompt):
+class GoldSolution(_Templated):
     """The data's own answer (`Prompt.answer`), shown as a correct solution to every rollout.
 
     Successes are taught as well. A question without an answer has no teacher.
@@ -213,13 +232,53 @@ class GoldSolution(_Reprompt):
         return PrivilegedInfo(demonstration=rollouts.prompts[question].answer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortestSuccess(_Reprompt):
+    """Only the shortest success of a group has a teacher, which reads another rollout of it.
+
+    That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
+    told as what it is. The other rollouts, and groups without a success, are not learned from:
+    supervision stands where the student arrived, and needs no reference solution.
+
+    Args:
+        strip_thinking: drop <think>...</think> blocks from what is shown.
+        attempt_templates: the words around it, {demonstration} if right, {feedback} if wrong.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Source:
+        OASIS, arXiv:2609.37915 (as reported by others).
+    """
+
+    strip_thinking: bool = True
+    attempt_templates: Templates = ATTEMPTS
+
+    @property
+    def words(self) -> Templates:
+        return self.attempt_templates
+
+    def privileged(
+        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> PrivilegedInfo:
+        lengths = rollouts.lengths[question].tolist()
+        right = outcomes.successes[question].tolist()
+        shortest = sorted(range(len(right)), key=lengths.__getitem__)
+        taught = next((g for g in shortest if right[g]), None)
+        others = [g for g in shortest if g != taught]
+        if rollout != taught or not others:
+            return PrivilegedInfo()
+        other = min(others, key=right.__getitem__)
+        text = rollouts.texts[question][other]
+        shown = without_thinking(text) if self.strip_thinking else text
+        return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
+
+
 def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
     if outcomes.successes[question, rollout]:
         return ""
     return outcomes.verdicts[question][rollout].feedback
 
 
-def _without_thinking(text: str) -> str:
+def without_thinking(text: str) -> str:
     """Some templates open <think> in the prompt; then only its end stands in the response."""
     if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
         text = "<think>" + text

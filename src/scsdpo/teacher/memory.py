@@ -1,4 +1,4 @@
-"""A context that remembers earlier successes."""
+"""Contexts that remember earlier attempts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,14 @@ from typing import Any
 from scsdpo.distributed import all_gather
 from scsdpo.policy.chat import Chat
 from scsdpo.state import Stateful
-from scsdpo.teacher.context import Context, SiblingDemonstration
+from scsdpo.teacher.context import (
+    Context,
+    PrivilegedInfo,
+    SiblingDemonstration,
+    fit,
+    without_thinking,
+)
+from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.types import Outcomes, Rollouts, TeacherContexts
 
 
@@ -64,3 +71,93 @@ class RememberedDemonstration(Context, Stateful):
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
         self.kept = dict(remembered["kept"])
+
+
+class AttemptMemory(Context, Stateful):
+    """The last attempts at a question, right and wrong ones, of this batch and of earlier ones.
+
+    Every rollout's teacher reads them all but the rollout itself. Each question keeps its last
+    `successes` different right and `failures` different wrong responses, the latter with the
+    verifier's feedback; they are checkpointed, and the same on every rank. Memory grows with the
+    number of distinct questions.
+
+    Args:
+        successes: right responses kept a question, >= 0.
+        failures: wrong ones, >= 0.
+        strip_thinking: drop <think>...</think> blocks from what is kept.
+        attempt_templates: the words around them, {demonstration} for right ones, {feedback} for
+            wrong ones.
+        max_tokens: cap on the rendered teacher prompt; the oldest right ones are cut first.
+
+    Raises:
+        ValueError: if nothing would be kept, or an argument is outside its range.
+
+    Source:
+        PMD, arXiv:2607.01480: 5 and 3, its memory of raw trajectories. Differs: it has reflections
+        on them too, which the policy writes.
+    """
+
+    def __init__(
+        self,
+        successes: int = 5,
+        failures: int = 3,
+        strip_thinking: bool = True,
+        attempt_templates: Templates = ATTEMPTS,
+        max_tokens: int = 10240,
+    ) -> None:
+        super().__init__()
+        if min(successes, failures) < 0 or successes + failures < 1:
+            raise ValueError(
+                "`AttemptMemory(successes=..., failures=...)` must be >= 0, and not both 0, got "
+                f"{successes} and {failures}"
+            )
+        if max_tokens < 1:
+            raise ValueError(f"`AttemptMemory(max_tokens=...)` must be >= 1, got {max_tokens}")
+        self.successes, self.failures, self.strip_thinking = successes, failures, strip_thinking
+        self.attempt_templates, self.max_tokens = attempt_templates, max_tokens
+        self.right: dict[str, list[str]] = {}
+        self.wrong: dict[str, list[str]] = {}
+
+    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+        table = [
+            [
+                (prompt.key, bool(right), self._entry(text, "" if right else verdict.feedback))
+                for text, verdict, right in zip(texts, verdicts, successes, strict=True)
+            ]
+            for prompt, texts, verdicts, successes in zip(
+                rollouts.prompts,
+                rollouts.texts,
+                outcomes.verdicts,
+                outcomes.successes.tolist(),
+                strict=True,
+            )
+        ]
+        for key, right, entry in all_gather([one for group in table for one in group]):
+            kept, size = (self.right, self.successes) if right else (self.wrong, self.failures)
+            others = [other for other in kept.get(key, []) if other != entry]
+            kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]
+        return TeacherContexts(
+            ids=tuple(
+                tuple(
+                    fit(chat, prompt, self._told(*one), self.attempt_templates, self.max_tokens)
+                    for one in group
+                )
+                for prompt, group in zip(rollouts.prompts, table, strict=True)
+            )
+        )
+
+    def _entry(self, text: str, feedback: str) -> str:
+        shown = without_thinking(text) if self.strip_thinking else text
+        return f"{shown}\n{feedback}" if feedback else shown
+
+    def _told(self, key: str, right: bool, own: str) -> PrivilegedInfo:
+        def join(kept: dict[str, list[str]]) -> str:
+            return "\n\n".join(entry for entry in kept.get(key, []) if entry != own)
+
+        return PrivilegedInfo(demonstration=join(self.right), feedback=join(self.wrong))
+
+    def remembered(self) -> dict[str, Any]:
+        return {"right": self.right, "wrong": self.wrong}
+
+    def remember(self, remembered: Mapping[str, Any]) -> None:
+        self.right, self.wrong = dict(remembered["right"]), dict(remembered["wrong"])

@@ -53,5 +53,12 @@ class Templates:
         return [*messages[:-1], {**messages[-1], "content": turn}]
 
 
+ATTEMPTS = Templates(
+    solution="\nAttempts that were right:\n\n{demonstration}\n\n",
+    feedback="\nAttempts that were wrong:\n\n{feedback}\n\n",
+)
+"""Around rollouts of which some failed; ours."""
+
+
 def _insert(template: str, place: str, text: str) -> str:
     return template.replace(f"{{{place}}}", text) if text else ""

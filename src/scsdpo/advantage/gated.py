@@ -1,0 +1,64 @@
+"""The sampled token, raised as far as the teacher likes it better."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.loss import Chunk, Credit, SparseCredit
+from scsdpo.types import Outcomes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedGap(Advantage):
+    """objective = g D, D = log T(y) - log S(y), g = sigmoid(sharpness D);   c(y) = g, else 0
+
+    g and T are detached, hence a likelihood objective: every sampled token is raised, by nearly 1
+    where the teacher likes it much better and by nearly 0 where it does not. Beside a policy
+    gradient (`Blend`), with a small weight. sharpness = 0 is g = 1/2 everywhere.
+
+    A rollout without a teacher prompt gets no credit and is not run.
+
+    Args:
+        sharpness: per nat, >= 0.
+
+    Shapes:
+        credit at the sampled tokens [n, 1]; objective [n] in nats, of either sign.
+
+    Raises:
+        ValueError: if `sharpness` < 0.
+
+    Source:
+        SDAR, arXiv:2605.15155, and its code: sharpness 5, weight .01; SEED, arXiv:2607.14777.
+    """
+
+    sharpness: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.sharpness < 0:
+            raise ValueError(f"`GatedGap(sharpness=...)` must be >= 0, got {self.sharpness}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def objective_name(self) -> str:
+        return "gated_gap"
+
+    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+        nobody = torch.zeros_like(available)
+        return Plan(
+            active=available, needs_teacher=available, needs_reference=nobody, credit=self._credit
+        )
+
+    def _credit(self, chunk: Chunk) -> Credit:
+        gap = chunk.teacher().logprob(chunk.ids) - chunk.logprob
+        gate = torch.sigmoid(self.sharpness * gap)
+        return SparseCredit(
+            ids=chunk.ids[:, None],
+            values=gate[:, None],
+            rest=torch.zeros_like(gate),
+            objective=gate * gap,
+        )
