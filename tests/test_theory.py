@@ -76,6 +76,7 @@ def test_every_strategy_has_its_row_in_the_docs():
     ]
     kinds = [getattr(scsdpo.advantage, name) for name in bases]
     kinds += [
+        scsdpo.advantage.FDivergence,
         scsdpo.weighting.Weighting,
         scsdpo.weighting.TokenWeighting,
         scsdpo.teacher.Teacher,
