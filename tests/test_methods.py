@@ -369,6 +369,14 @@ def position(case, q, g, t):
     return 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
 
 
+def horizon(case, q, g, t):
+    """DASH: how often r_t stands in sum_t A_t, A_t = r_t + l_t A_{t+1}."""
+    value = forward_kl(0.05)
+    r = [float(value(case, q, g, s, gold(case, q, g)).detach()) for s in range(case.length(q, g))]
+    gates = [1 / (1 + math.exp(5 * (each - sum(r) / len(r)))) for each in r]
+    return sum(math.prod(gates[start:t]) for start in range(t + 1))
+
+
 def dr_grpo(case, terms):
     return sum(terms.values()) / (Q * G * 2048)
 
@@ -410,6 +418,7 @@ BY_HAND = {
     "sdft": lambda c: distil(c, tell=gold, divergence=forward_kl(INF), reduce=token_mean_active),
     "rlsd": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=rlsd_factor),
     "drift": drift,
+    "dash": lambda c: distil(c, tell=gold, divergence=forward_kl(0.05), token=horizon),
     "pmd": lambda c: distil(c, tell=remembered_attempts),
     "oasis": lambda c: distil(
         c, tell=another_attempt, divergence=forward_kl(0.05), reduce=token_mean_active

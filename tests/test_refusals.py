@@ -20,6 +20,7 @@ from scsdpo.advantage import (
     Routed,
     Sampled,
     SelfDistillation,
+    SequenceLevel,
     SquaredHellinger,
     Surprise,
     TeacherRatio,
@@ -41,6 +42,7 @@ from scsdpo.types import Sampling
 from scsdpo.weighting import (
     FrozenPassRate,
     HardFilter,
+    Horizon,
     PassRate,
     Position,
     Product,
@@ -62,6 +64,7 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (lambda: FrozenPassRate(path="no.json"), "cannot be read; write it with `scsdpo rates"),
         (lambda: FrozenPassRate(path="no.json", solved=-1), r"`FrozenPassRate\(solved=...\)`"),
         (lambda: Position(floor=2), r"`Position\(floor=...\)` must be in \[0, 1\], got 2"),
+        (lambda: Horizon(sharpness=-1), r"`Horizon\(sharpness=...\)` must be >= 0, got -1"),
         (lambda: Position(width=0), r"`Position\(width=...\)` must be > 0, got 0"),
         (lambda: MovingAverage(follow=0), r"`MovingAverage\(follow=...\)`"),
         (lambda: DecayedBeta(prior=-1), r"`DecayedBeta\(prior=...\)` must be >= 0, got -1"),
@@ -130,6 +133,10 @@ def test_bad_arguments_name_class_argument_and_value(make, message):
         (
             {"advantage": SelfDistillation(target=PriorAtForks()), "teacher": Frozen()},
             "SelfDistillation needs a reference, but model.reference is NoTeacher",
+        ),
+        (
+            {**PG, "advantage": GroupRelative(level=SequenceLevel()), "token_weighting": Horizon()},
+            "model.token_weighting: the objective is measured before the loss",
         ),
         (
             {

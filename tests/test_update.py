@@ -7,12 +7,13 @@ import torch
 from transformers.models.qwen3 import modeling_qwen3
 
 from batches import ALL, METHODS, G, Q, double_policy, exact_norm, gradient, parts
-from scsdpo.advantage import SelfDistillation
-from scsdpo.loss import Head
+from scsdpo.advantage import Blend, Full, ReferenceAnchor, SelfDistillation, Weighted
+from scsdpo.loss import Head, unobserved
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.reduction import TokenMean
-from scsdpo.teacher import EMA, SiblingDemonstration
-from scsdpo.weighting import TeacherEntropy, UniformTokens
+from scsdpo.teacher import EMA, Frozen, PlainPrompt, SiblingDemonstration, TrustRegion
+from scsdpo.training.trace import trace_update
+from scsdpo.weighting import Horizon, PassRate, TeacherEntropy, UniformTokens
 
 
 @pytest.fixture
@@ -165,3 +166,32 @@ def test_nothing_of_a_step_is_left_when_its_losses_had_no_backward(policy):
         assert list(update.losses(policy, batch, ALL, 60))
     list(update.losses(policy, batch, ALL, 60))
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("budget", [10**6, 40])
+def test_the_objective_that_is_measured_before_the_loss_is_the_one_that_the_loss_has(
+    qwen3, exact, budget
+):
+    class Looks(Horizon):
+        def weigh(self, signals, distilled):
+            seen.append(signals.objective)
+            return super().weigh(signals, distilled)
+
+    seen = []
+    taught = Weighted(advantage=SelfDistillation(support=Full()), weighting=PassRate())
+    anchored = Weighted(advantage=ReferenceAnchor(), weight=0.1)
+    policy = double_policy(qwen3)
+    batch, update = parts(
+        policy,
+        Blend(parts=(taught, anchored)),
+        teacher=TrustRegion(mix=0.3),
+        reference=Frozen(context=PlainPrompt()),
+        token_weighting=Looks(),
+    )
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    trace = trace_update(update, policy, batch, max_tokens=budget, observe=unobserved)
+    expected = trace.objective.flatten(0, 1).nan_to_num()
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(seen[0], expected, rtol=1e-10, atol=1e-13)

@@ -30,12 +30,15 @@ class Signals:
     """log T(y_t)."""
     teacher_entropy: Tensor
     """H(T_t)."""
+    objective: Tensor
+    """The advantage's at the token under the current policy: its loss before any weight. Only of an
+    advantage that needs no table itself."""
     _derived: "dict[Derivation, Tensor]" = field(default_factory=dict)
 
     @staticmethod
     def unmeasured(mask: Tensor, sampling_logprob: Tensor, old_logprob: Tensor) -> "Signals":
         """What is known before any forward; zeros where a measuring pass would write."""
-        zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(4)]
+        zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(5)]
         return Signals(
             mask=mask,
             sampling_logprob=sampling_logprob.double(),
@@ -44,6 +47,7 @@ class Signals:
             student_entropy=zeros[1],
             teacher_logprob=zeros[2],
             teacher_entropy=zeros[3],
+            objective=zeros[4],
         )
 
     def derive(self, make: "Derivation") -> Tensor:

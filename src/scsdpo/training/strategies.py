@@ -8,6 +8,7 @@ from scsdpo.loss import Importance
 from scsdpo.reduction import Reduction
 from scsdpo.selection import Selection
 from scsdpo.teacher import Teacher
+from scsdpo.training.measure import OBJECTIVE_OF_TABLES
 from scsdpo.training.update import Update
 from scsdpo.weighting import Product, TokenWeighting, Weighting
 
@@ -71,6 +72,9 @@ class Strategies:
                     f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "
                     "set model.sampling.n above 1"
                 )
+        reads = self.advantage.needs or self.advantage.derivations
+        if reads and "objective" in self.token_weighting.needs:
+            raise ConfigurationError(f"model.token_weighting: {OBJECTIVE_OF_TABLES}")
         if updates_per_rollout < 1:
             raise ConfigurationError(
                 f"model.updates_per_rollout must be >= 1, got {updates_per_rollout}"

@@ -3,11 +3,12 @@
 from scsdpo.weighting._base import Weighting
 from scsdpo.weighting.frozen import FrozenPassRate
 from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, RatePower, Uniform
-from scsdpo.weighting.tokens import Position, TeacherEntropy, TokenWeighting, UniformTokens
+from scsdpo.weighting.tokens import Horizon, Position, TeacherEntropy, TokenWeighting, UniformTokens
 
 __all__ = [
     "FrozenPassRate",
     "HardFilter",
+    "Horizon",
     "PassRate",
     "Position",
     "Product",

@@ -92,3 +92,45 @@ class Position(TokenWeighting):
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
         place = signals.mask.double().cumsum(-1) / signals.mask.sum(-1, keepdim=True).clamp(min=1)
         return self.floor + (1 - self.floor) * torch.sigmoid((place - self.centre) / self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Horizon(TokenWeighting):
+    """DASH's. sum_t A_t = sum_t u_t r_t, A_t = r_t + l_t A_{t+1};   u_t = 1 + l_{t-1} u_{t-1}
+
+    r_t is the token's objective (its divergence), l_t = sigmoid(-sharpness (r_t - mean r)), the
+    mean over the response; both are detached in u. A place counts more after places at which
+    student and teacher agree, and the count starts anew after one at which they do not. u is in
+    [1, t], not normalised; tokens without a teacher keep 1. sharpness = 0 is l = 1/2.
+
+    It measures the advantage's objective before the loss, which makes a second pass over the
+    vocabulary; in a `Blend` that is the whole sum.
+
+    Args:
+        sharpness: per nat, >= 0.
+
+    Raises:
+        ValueError: if `sharpness` < 0.
+
+    Source:
+        DASH, arXiv:2608.06243 (as reported by others): 5.
+    """
+
+    sharpness: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.sharpness < 0:
+            raise ValueError(f"`Horizon(sharpness=...)` must be >= 0, got {self.sharpness}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"objective"})
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        local = torch.where(signals.mask, signals.objective, 0.0)
+        mean = local.sum(-1, keepdim=True) / signals.mask.sum(-1, keepdim=True).clamp(min=1)
+        gates = torch.sigmoid(-self.sharpness * (local - mean))
+        weights = torch.ones_like(local)
+        for t in range(1, local.shape[1]):
+            weights[:, t] += gates[:, t - 1] * weights[:, t - 1]
+        return torch.where(distilled, weights, 1.0)
