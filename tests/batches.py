@@ -10,6 +10,7 @@ from scsdpo.advantage import (
     Full,
     GroupMean,
     GroupRelative,
+    PriorAtForks,
     ReferenceAnchor,
     SelfDistillation,
     SequenceLevel,
@@ -141,7 +142,9 @@ METHODS = {
             parts=(
                 Weighted(advantage=GroupRelative(level=SequenceLevel()), weight=0.9),
                 Weighted(
-                    advantage=SelfDistillation(support=Full()), weight=0.1, weighting=PassRate()
+                    advantage=SelfDistillation(support=Full(), target=PriorAtForks(fork_share=0.3)),
+                    weight=0.1,
+                    weighting=PassRate(),
                 ),
                 Weighted(advantage=ReferenceAnchor(), weight=0.01),
             )

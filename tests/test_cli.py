@@ -209,7 +209,7 @@ def test_keys_that_are_not_set_are_named(scsdpo):
         )
     )
     assert line.startswith(
-        "model.advantage: not set (choices: Blend, EntropyBonus, GroupRelative, "
+        "model.advantage: not set (choices: Blend, EntropyBonus, GatedGap, GroupRelative, "
     )
 
 

@@ -144,7 +144,7 @@ def test_ranks_share_a_step_as_one_rank_does_it_also_with_nothing_to_run(
 ):
     """Question 1 has no success and question 2 nothing else: a rank of these runs no forward.
 
-    The mean weight of a part is over both ranks' informative questions, 0 and 3.
+    What is a fork depends on both ranks' entropies.
     """
     if norm == "exact":
         monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)

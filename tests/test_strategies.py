@@ -29,7 +29,7 @@ from scsdpo.advantage import (
 )
 from scsdpo.loss.signals import Signals
 from scsdpo.reduction import SequenceMean, TokenMean, TokenSum
-from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
+from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens, pass_rate
 
 G = 8
 ADVANTAGES = [
@@ -109,6 +109,20 @@ def test_pass_rate_weights_average_to_one_over_informative_questions(counts, pow
     assert weights.shape == (len(counts), G)
     if informative.any():
         assert weights[informative].mean().item() == pytest.approx(1)
+
+
+def test_pass_rate_weights_are_normalised_over_the_questions_of_all_ranks(monkeypatch):
+    """On a part, too: two ranks of two questions each have the weights of one with four."""
+    part = Weighted(advantage=GroupRelative(), weight=0.5, weighting=PassRate())
+    counts, sums = (1, 4, 0, 2), []
+    whole = part.coefficients(outcomes(binary(*counts)))
+    monkeypatch.setattr(pass_rate, "all_sum", lambda value: sums.append(value) or value)
+    ranks = [outcomes(binary(*counts[:2])), outcomes(binary(*counts[2:]))]
+    alone = torch.cat([part.coefficients(rank) for rank in ranks])
+    monkeypatch.setattr(pass_rate, "all_sum", lambda value: sum(sums))
+    together = torch.cat([part.coefficients(rank) for rank in ranks])
+    torch.testing.assert_close(together, whole)
+    assert (alone - whole).abs().max() > 0.01
 
 
 def test_power_zero_drops_degenerate_questions_and_weighs_the_rest_equally():
