@@ -138,7 +138,8 @@ def test_a_method_over_any_other_leaves_nothing_of_it(axis):
     values = list(dict.fromkeys(yaml.safe_dump({axis: value}) for value in stated))
 
     def parsed(*layers):
-        config = parser.parse_args([f"--config={layer}" for layer in layers]).as_dict()
+        layered = [f"--config={layer}" for layer in layers]
+        config = parser.parse_args(layered, defaults=False).as_dict()
         return without_empty(config[axis])
 
     def without_empty(value):
