@@ -1,4 +1,4 @@
-"""What `Agreement` costs in false alarms, and how soon it speaks: the table of docs/health.md.
+"""What two rules cost in false alarms, and how soon one speaks: the tables of docs/health.md.
 
 python benchmarks/health.py [RUNS]
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scsdpo.health import Agreement, Series
+from scsdpo.health import Agreement, EntropyRise, Series
 
 GROUP = 8
 NEVER = 10_000
@@ -27,6 +27,16 @@ def first_alarm(
         right = rng.binomial(GROUP, p).mean() / GROUP
         past.add({"pass_rate": float(right), "divergence": float(divergence(t) * scatter)})
         if RULE.look(past):
+            return t + 1
+    return NEVER
+
+
+def first_rise(rng: np.random.Generator, batches: int, scatter: float) -> int:
+    """The batch at which `EntropyRise` speaks where nothing changes."""
+    past, rule = Series(), EntropyRise()
+    for t in range(batches):
+        past.add({"pass_rate": 0.4, "entropy": float(np.exp(scatter * rng.normal()))})
+        if rule.look(past):
             return t + 1
     return NEVER
 
@@ -53,7 +63,10 @@ def main() -> None:
         worse = alarms(60, falling(0.359, 0.131), falling(0.041, 0.013))
         shares = [float((each < NEVER).mean()) for each in (flat, agree)]
         when = [float(np.quantile(worse, q, method="higher")) for q in (0.5, 0.9)]
-        print(questions, *(f"{share:.3f}" for share in shares), *when, flush=True)
+        print("Agreement", questions, *(f"{share:.3f}" for share in shares), *when, flush=True)
+    for scatter in (0.1, 0.2, 0.4):
+        alarms = [first_rise(rng, 400, scatter) < NEVER for _ in range(runs)]
+        print("EntropyRise", scatter, f"{np.mean(alarms):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from runs import Always, Toys, data, module, trainer
 from scsdpo.health import (
     Agreement,
     EntropyCollapse,
+    EntropyRise,
     Health,
     HeldOutFalls,
     ImportanceCapped,
@@ -77,10 +78,19 @@ def test_the_run_that_got_better_from_the_same_start_hears_of_truncation_alone()
     assert judged(series(**better)).keys() == {"Truncation"}
 
 
+def recorded(name):
+    return [json.loads(line) for line in (ROOT / "tests" / name).read_text().splitlines()]
+
+
 def test_a_good_run_of_the_lab_hears_nothing():
-    text = (ROOT / "tests/lab_figures.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = recorded("lab_figures.jsonl")
     assert len(lines) == 101 and judged(lines) == {}
+
+
+def test_a_recorded_run_of_sc_sdpo_on_smollm2_is_warned_of_by_its_tenth_batch():
+    lines = recorded("smollm2_figures.jsonl")
+    said = {rule: lines[line - 1]["batch"] for rule, line in judged(lines).items()}
+    assert said["Truncation"] == 5 and said["EntropyRise"] == 10 and said["Agreement"] == 14
 
 
 CASES = [
@@ -125,6 +135,16 @@ def test_agreement_needs_both_to_fall_and_more_than_noise():
     noisy = [0.9, 0.1, 0.8, 0.7, 0.1, 0.5, 0.9, 0.1, 0.8, 0.7]
     noise = [f | {"pass_rate": p} for f, p in zip(falls, noisy, strict=True)]
     assert judged(noise, [rule]) == {}
+
+
+def test_entropy_must_rise_by_more_than_noise_while_the_pass_rate_does_not():
+    rule = EntropyRise(batches=3)
+    rises = [{"entropy": 1 + t / 50 + (t > 2), "pass_rate": 0.5} for t in range(10)]
+    assert judged(rises, [rule]) == {"EntropyRise": 6}
+    assert judged([f | {"pass_rate": t / 10} for t, f in enumerate(rises)], [rule]) == {}
+    assert judged([f | {"entropy": 1 + f["entropy"] / 10} for f in rises], [rule]) == {}
+    noisy = [0.5, 2.5, 0.6, 3.0, 0.7, 2.9, 0.9, 3.1, 0.8, 2.7]
+    assert judged([{"entropy": h, "pass_rate": 0.5} for h in noisy], [rule]) == {}
 
 
 def test_figures_that_are_not_numbers_are_passed_over():

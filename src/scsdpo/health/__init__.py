@@ -5,6 +5,7 @@ from scsdpo.health.callback import Health
 from scsdpo.health.rules import (
     Agreement,
     EntropyCollapse,
+    EntropyRise,
     HeldOutFalls,
     ImportanceCapped,
     LengthCollapse,
@@ -18,6 +19,7 @@ from scsdpo.health.rules import (
 __all__ = [
     "Agreement",
     "EntropyCollapse",
+    "EntropyRise",
     "Finding",
     "Health",
     "HeldOutFalls",

@@ -15,6 +15,13 @@ class _OverBatches(Rule):
                 f"`{type(self).__name__}(batches=...)` must be >= 2, got {self.batches}"
             )
 
+    def _window(self, past: Series, figure: str) -> int:
+        """A third of the batches that have the figure, but between `batches` and 4 `batches`.
+
+        Windows that grow do not cry in long runs in which nothing changes.
+        """
+        return min(max(self.batches, len(past[figure]) // 3), 4 * self.batches)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoSuccess(_OverBatches):
@@ -176,8 +183,7 @@ class Agreement(_OverBatches):
     )
 
     def look(self, past: Series) -> Finding | None:
-        third = len(past["divergence"]) // 3
-        count = min(max(self.batches, third), 4 * self.batches)
+        count = self._window(past, "divergence")
         divergence, divergence_now = past.first_and_last("divergence", count)
         rate, rate_now = past.first_and_last("pass_rate", count)
         fall = past.fall("pass_rate", count)
@@ -196,6 +202,52 @@ class Agreement(_OverBatches):
                 "pass_rate_first": rate,
                 "pass_rate_last": rate_now,
                 "standard_errors": fall,
+                "ratio": self.ratio,
+                "errors": self.errors,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyRise(_OverBatches):
+    """The policy becomes less certain, and is no better.
+
+    Of the same batches as in `Agreement`: the entropy has risen above `ratio` of what it was and by
+    more than `errors` standard errors (Welch's t), and the pass rate has not risen. The first sign
+    of a teacher that knows no better than its student: what is learned is to doubt.
+
+    Args:
+        batches: >= 2, at either end at least.
+        ratio: > 1.
+        errors: > 0.
+    """
+
+    ratio: float = 1.2
+    errors: float = 4.0
+    remedy = (
+        "stop: what is learned is noise. Run `scsdpo validate --demonstrations` on this policy; "
+        "put a policy gradient beside the teacher (configs/methods/sdpo-hybrid.yaml, srpo.yaml), "
+        "sample at a lower temperature, or lower the learning rate"
+    )
+
+    def look(self, past: Series) -> Finding | None:
+        count = self._window(past, "entropy")
+        entropy, entropy_now = past.first_and_last("entropy", count)
+        rate, rate_now = past.first_and_last("pass_rate", count)
+        rise = -past.fall("entropy", count)
+        if not (entropy_now > self.ratio * entropy and rise > self.errors and rate_now <= rate):
+            return None
+        return Finding(
+            message=(
+                f"the entropy rose from {entropy:.3g} to {entropy_now:.3g} nats a token, and the "
+                f"pass rate did not ({rate:.2f} to {rate_now:.2f})"
+            ),
+            values={
+                "entropy_first": entropy,
+                "entropy_last": entropy_now,
+                "pass_rate_first": rate,
+                "pass_rate_last": rate_now,
+                "standard_errors": rise,
                 "ratio": self.ratio,
                 "errors": self.errors,
             },
@@ -287,6 +339,7 @@ def shipped_rules() -> tuple[Rule, ...]:
         LengthCollapse(),
         EntropyCollapse(),
         Agreement(),
+        EntropyRise(),
         HeldOutFalls(),
         SamplerDrift(),
         ImportanceCapped(),
