@@ -226,6 +226,15 @@ def test_predict_gives_a_record_per_response(qwen3, tmp_path):
     assert batch[2]["question"] == "1?" and batch[2]["category"] == "odd"
 
 
+def test_an_optimizer_whose_states_no_checkpoint_gives_back_is_refused(qwen3, tmp_path):
+    eight_bit = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "torchao.optim.adam"})
+    model = module(qwen3, optimizer=eight_bit)
+    with pytest.raises(
+        ConfigurationError, match=r"model\.optimizer: .*AdamW8bit.* use torch\.optim"
+    ):
+        trainer(tmp_path).fit(model, data())
+
+
 def test_bf16_trainable_weights_are_refused(qwen3, tmp_path):
     model = module(qwen3, CausalLM(str(qwen3), dtype="bfloat16"))
     with pytest.raises(ConfigurationError, match="trainable parameters must be float32"):

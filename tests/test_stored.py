@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import runs
 from models import qwen3_folder
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora, Stored
@@ -148,3 +151,20 @@ def test_a_lora_teacher_has_nothing_to_keep_otherwise(qwen3):
     for kind in (EMA, Frozen):
         with pytest.raises(ConfigurationError, match="leave `stored` out"):
             configured(kind(stored=HALF), policy)
+
+
+@pytest.mark.parametrize("stored", [HOST, Stored()])
+def test_ddp_takes_a_policy_whose_teacher_lies_on_another_device(qwen3, tmp_path, stored):
+    """Here the teacher's is `meta`, for the GPU that the policy would be on is not there."""
+    module = runs.module(qwen3, teacher=EMA(stored=stored))
+    module.configure_model()
+    module.teacher.weights.copy.to("meta")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        if stored == HOST:
+            DistributedDataParallel(module)
+        else:
+            with pytest.raises(ValueError, match="same type of devices"):
+                DistributedDataParallel(module)
+    finally:
+        dist.destroy_process_group()

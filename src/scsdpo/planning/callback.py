@@ -17,7 +17,7 @@ from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
-from scsdpo.planning.setup import GIB, Devices, Lengths, Setup, setup_of, sharding
+from scsdpo.planning.setup import GIB, LATE_BYTES, Devices, Lengths, Setup, setup_of, sharding
 from scsdpo.planning.table import compact, gib, verdict
 from scsdpo.types import JudgedBatch, Lesson
 
@@ -112,7 +112,7 @@ def _devices(trainer: L.Trainer) -> Devices:
         kind="cpu",
         memory=total // trainer.num_devices,
         sharded=sharded,
-        process=_resident(),
+        process=_resident() + LATE_BYTES,
     )
 
 

@@ -20,6 +20,9 @@ from scsdpo.teacher import Teacher
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes."""
 GIB = 2**30
+LATE_BYTES = 90 * 2**20
+"""A process on a CPU grows by it as it first trains, however small the policy: code that is loaded
+late, and buffers (`benchmarks/plan.py --cases tiny`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Devices:
     sharded: bool = False
     """Weights in shards over all ranks (FullySharded); otherwise each has them whole."""
     process: int = GIB
-    """Bytes that a rank takes before it loads a weight: libraries, the device's context."""
+    """Bytes that a rank takes whatever it trains: libraries, the device's context."""
 
 
 @dataclass(frozen=True, kw_only=True)

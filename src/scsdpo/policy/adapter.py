@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
@@ -293,6 +294,18 @@ class _Copy(Weights):
 
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self.copy,)
+
+
+def leave_out_of_ddp(module: nn.Module) -> None:
+    """Weights on the host are not DDP's, which takes parameters of one kind of device only.
+
+    Each rank makes the same of them by itself: it reads them as the policy's, and follows that.
+    """
+    copies = [m for m in module.modules() if isinstance(m, _Copy) and m.stored.on_host]
+    hosted = {id(p) for each in copies for p in each.parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    names = [name for name, p in named if id(p) in hosted]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 def _refuse(stored: Stored) -> None:

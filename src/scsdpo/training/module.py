@@ -21,6 +21,7 @@ from scsdpo.loss import Importance, NoImportance, Observer, unobserved
 from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
 from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
+from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
@@ -37,7 +38,11 @@ from scsdpo.training.finite import spoiled_anywhere
 from scsdpo.training.held_weights import HeldWeights
 from scsdpo.training.limits import Limits
 from scsdpo.training.on_failure import OnFailure
-from scsdpo.training.optimizer_steps import OptimizerSteps, trained_parameters
+from scsdpo.training.optimizer_steps import (
+    OptimizerSteps,
+    refuse_what_cannot_resume,
+    trained_parameters,
+)
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
@@ -167,6 +172,7 @@ class PolicyOptimizer(Resumable):
         self.reference.configure(self.policy, "reference")
         if mesh is not None:
             self.policy.fill_shards(mesh, self.modules())
+        leave_out_of_ddp(self)
         self.weightings.configure(self.policy)
         self._configured = True
 
@@ -181,6 +187,7 @@ class PolicyOptimizer(Resumable):
                 "with adapter Lora and dtype auto"
             )
         optimizer = self.optimizer(parameters)
+        refuse_what_cannot_resume(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
     # ------------------------------------------------------------------ training

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scsdpo import interrupt
 from scsdpo.distributed import all_sum, sum_gradients
-from scsdpo.errors import TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import LossOutput
 from scsdpo.metrics import GapCheck, log_figures, token_metrics
 from scsdpo.policy import CausalLM
@@ -258,6 +258,20 @@ class OptimizerSteps(nn.Module):
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
     """What the optimizer moves."""
     return [p for p in policy.parameters() if p.requires_grad]
+
+
+def refuse_what_cannot_resume(optimizer: torch.optim.Optimizer) -> None:
+    """No checkpoint gives back the quantised states of torchao: docs/scaling.md.
+
+    Raises:
+        ConfigurationError: if `optimizer` is torchao's.
+    """
+    if type(optimizer).__module__.partition(".")[0] == "torchao":
+        raise ConfigurationError(
+            f"model.optimizer: a run with torchao's {type(optimizer).__name__} cannot go on "
+            "from its checkpoints, which do not give back quantised states; use torch.optim.AdamW, "
+            "and shards (configs/scale) where its 8 bytes a parameter are too many"
+        )
 
 
 def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
