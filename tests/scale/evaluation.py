@@ -1,4 +1,4 @@
-"""Validate, test and predict: `evaluation.py FOLDERS OUT KIND`. Ranks have 3 and 2 batches."""
+"""Validate, test and predict: `evaluation.py FOLDERS OUT KIND`. Ranks have unequal numbers of batches."""
 
 import json
 import sys
@@ -15,9 +15,9 @@ def main():
     folders, out, kind = sys.argv[1:]
     sampling = Sampling(n=3, max_new_tokens=6, seed=1)
     model = module(Path(folders) / "tied", val_sampling=sampling)
-    questions = data(Toys(8), Toys(5), val_questions_per_batch=2)
-    writer = PredictionWriter(f"{out}/predictions.jsonl")
     world = int(kind[-1])
+    questions = data(Toys(8), Toys(5), val_questions_per_batch=max(world, 2))
+    writer = PredictionWriter(f"{out}/predictions.jsonl")
     run = trainer(out, devices=world, strategy=strategy(kind), callbacks=[writer])
     figures = run.validate(model, questions, verbose=False) + run.test(
         model, questions, verbose=False
