@@ -16,7 +16,7 @@ from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
 from scsdpo.policy import CausalLM
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Batch, PolicyOptimizer
-from scsdpo.types import Prompt, Sampling
+from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
 
 MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
 """sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
@@ -97,7 +97,12 @@ def measure_batch(
 ) -> list[Row]:
     """Sample, judge, and measure the teacher on every response that it has something to say on."""
     rollouts = model.rollout.sample(model.policy, prompts, sampling)
-    outcomes = model.judge(rollouts)
+    return distances(model, rollouts, model.judge(rollouts))
+
+
+def distances(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> list[Row]:
+    """Measure the teacher on every response that it has something to say on."""
+    prompts, group = rollouts.prompts, rollouts.ids.shape[1]
     chat = model.policy.chat
     contexts = model.teacher.contexts(chat, rollouts, outcomes)
     available = contexts.available.to(rollouts.ids.device)
@@ -126,7 +131,7 @@ def measure_batch(
     lengths, mask = batch.mask.sum(-1).tolist(), batch.mask.cpu()
     rows = []
     for i in batch.active.nonzero()[:, 0].tolist():
-        q, g = divmod(i, sampling.n)
+        q, g = divmod(i, group)
         means = {name: float(t[i][mask[i]].mean()) for name, t in probe.tables.items()}
         rate, right = float(outcomes.pass_rates[q]), bool(outcomes.successes[q, g])
         rows.append(Row(prompts[q].key, rate, right, lengths[i], means))

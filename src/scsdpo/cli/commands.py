@@ -3,6 +3,7 @@
 COMMANDS = {
     "fit": "train a policy",
     "plan": "say what memory and time a training step takes, before anything is loaded",
+    "check": "say whether this policy can teach itself this task, before training",
     "validate": "measure a policy on the validation questions: accuracy with intervals",
     "test": "the same, under the name test",
     "predict": "write a policy's responses and their verdicts",

@@ -1,0 +1,93 @@
+"""Where the first step of a configuration points, and where the expected reward grows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage import GroupRelative, LeaveOneOut, Unscaled
+from scsdpo.reduction import TokenSum
+from scsdpo.training import Batch, PolicyOptimizer
+from scsdpo.training.update import Update
+from scsdpo.types import Outcomes, Rollouts
+from scsdpo.weighting import UniformTokens
+
+Answered = tuple[Rollouts, Outcomes]
+Direction = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """Cosines between directions of ascent, over all trained parameters.
+
+    Source:
+        The reward's: REINFORCE with a leave-one-out baseline, (r_i - mean of the others) times
+        grad log S(y_i).
+    """
+
+    step: tuple[float, ...]
+    """Minus the configured loss's gradient on one half of the questions with the expected reward's
+    gradient on the other half, both ways; nan: that half gives no gradient."""
+    reward: float
+    """The reward's gradient on one half with that on the other: how much of it is seen."""
+
+
+def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions:
+    """Compare the configured first step with the way up, each on questions that the other lacks.
+
+    On the same rollouts the two would agree or not by chance alike; on disjoint questions a cosine
+    below 0 says that the step lowers the reward elsewhere, to first order. Takes four backward
+    passes, and memory for four gradients. Needs gradients enabled.
+
+    Args:
+        model: configured.
+        halves: two sets of rollouts, of different questions.
+    """
+    up = [_direction(model, _reward_batch(model, *half), _reward_update(model)) for half in halves]
+    ((first, second),) = combinations(up, 2)
+    cosines = []
+    for half, other in ((halves[0], second), (halves[1], first)):
+        own = _direction(model, model.prepare(*half), model.steps.update)
+        cosines.append(cosine(own, other))
+    return Directions(step=tuple(cosines), reward=cosine(first, second))
+
+
+def cosine(a: Direction, b: Direction) -> float:
+    """<a, b> / (|a| |b|); nan where one is 0."""
+
+    def dot(x: Direction, y: Direction) -> float:
+        return sum(float(torch.dot(p, q)) for p, q in zip(x, y, strict=True))
+
+    size = (dot(a, a) * dot(b, b)) ** 0.5
+    return dot(a, b) / size if size > 0 else float("nan")
+
+
+def _reward_batch(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
+    batch = model.prepare(rollouts, outcomes)
+    nobody = torch.zeros_like(outcomes.successes)
+    plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(outcomes, nobody)
+    return replace(batch, plan=plan, weights=torch.ones_like(batch.weights))
+
+
+def _reward_update(model: PolicyOptimizer) -> Update:
+    return replace(
+        model.steps.update,
+        reduction=TokenSum(constant=1.0),
+        token_weighting=UniformTokens(),
+        needs=frozenset(),
+        derivations=(),
+    )
+
+
+def _direction(model: PolicyOptimizer, batch: Batch, update: Update) -> Direction:
+    """Minus the gradient of the loss, a flat tensor for each trained parameter."""
+    trained = [p for p in model.policy.parameters() if p.requires_grad]
+    budget = model.limits.token_budget(model.policy)
+    for output, _ in update.losses(model.policy, batch, range(len(batch.mask)), budget):
+        output.loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else -p.grad for p in trained]
+    for p in trained:
+        p.grad = None
+    return [g.flatten().float() for g in found]

@@ -1,0 +1,138 @@
+"""What was measured before training, in words: what is in the way, and what to change."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from scsdpo.analysis.readiness import Readiness
+
+Level = Literal["stop", "mind", "good"]
+HYBRID = "configs/methods/sdpo-hybrid.yaml or srpo.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """From where on something is in the way; docs/will-it-work.md shows what they foretell."""
+
+    formed: float = 0.5
+    """Least share of responses with an answer."""
+    hopeless: float = 0.8
+    """Largest share of questions without a right response."""
+    mastered: float = 0.8
+    """Largest share of questions without a wrong one."""
+    truncated: float = 0.3
+    """Largest share of responses that reach the cap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """One line of the verdict."""
+
+    level: Level
+    """`stop`: do not train like this; `mind`: it may be in the way; `good`."""
+    text: str
+    remedy: str = ""
+
+
+def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]:
+    """What the figures say, the worst first.
+
+    Args:
+        found: what was measured.
+        limits: from where on a figure is in the way.
+    """
+    remarks = [*_answers(found, limits), *_teacher(found), *_step(found)]
+    order: tuple[Level, ...] = ("stop", "mind", "good")
+    return sorted(remarks, key=lambda remark: order.index(remark.level))
+
+
+def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
+    own = found.answers
+    if own.formed < limits.formed:
+        yield Remark(
+            level="stop",
+            text=f"the format is not followed: {own.formed:.0%} of the responses have an answer "
+            f"(at least {limits.formed:.0%})",
+            remedy="show the format in the prompt, warm the policy up on examples of it, or let "
+            "the verifier accept what it writes",
+        )
+    if own.hopeless > limits.hopeless:
+        yield Remark(
+            level="stop",
+            text=f"out of reach: no response is right to {own.hopeless:.0%} of the questions "
+            f"(at most {limits.hopeless:.0%})",
+            remedy="take easier questions, more responses (model.sampling.n), a better policy, or "
+            "gold solutions for the teacher (GoldSolution)",
+        )
+    if own.mastered > limits.mastered:
+        yield Remark(
+            level="stop",
+            text=f"mastered: all responses are right to {own.mastered:.0%} of the questions "
+            f"(at most {limits.mastered:.0%})",
+            remedy="take harder questions: these teach nothing",
+        )
+    if own.truncated > limits.truncated:
+        yield Remark(
+            level="mind",
+            text=f"{own.truncated:.0%} of the responses reach the cap of their length (at most "
+            f"{limits.truncated:.0%}) and are judged and taught as if they had ended",
+            remedy="raise model.sampling.max_new_tokens, or sample at a lower temperature",
+        )
+
+
+def _teacher(found: Readiness) -> Iterator[Remark]:
+    told = found.told.get("configured")
+    if told is None:
+        return
+    gain = told.gain
+    text = (
+        f"told what it is told the teacher is right in {told.told.value:.0%}, the policy in "
+        f"{told.without.value:.0%} (difference {100 * gain.value:+.0f} points, "
+        f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}; {gain.n} questions)"
+    )
+    if gain.low > 0:
+        yield Remark(level="good", text=text)
+    else:
+        yield Remark(
+            level="stop" if gain.high < 0 else "mind",
+            text=f"the teacher does not use what it is told: {text}",
+            remedy=f"tell it more (GoldSolution, feedback), or rely on rewards: {HYBRID}",
+        )
+    another = found.told.get("another")
+    if another is not None and another.gain.low > 0 and another.told.value > told.told.value:
+        yield Remark(
+            level="mind",
+            text=f"another question's demonstration helps as much ({another.told.value:.0%}): the "
+            "gain is not owed to what is said",
+            remedy="compare a run with a few examples in every prompt",
+        )
+
+
+def _step(found: Readiness) -> Iterator[Remark]:
+    if found.directions is None:
+        return
+    cosines, reward = found.directions.step, found.directions.reward
+    said = " and ".join(f"{value:+.3f}" for value in cosines)
+    text = (
+        f"cosine {said} with the reward's gradient on other questions ({reward:+.3f} with itself)"
+    )
+    if any(math.isnan(value) for value in cosines):
+        yield Remark(
+            level="mind", text="half of the questions give no gradient", remedy="ask more questions"
+        )
+    elif max(cosines) < 0:
+        yield Remark(
+            level="stop",
+            text=f"the first step points away from the reward: {text}",
+            remedy=f"put a policy gradient beside the teacher ({HYBRID}), or sample at a lower "
+            "temperature",
+        )
+    elif min(cosines) > 0:
+        yield Remark(level="good", text=f"the first step points up: {text}")
+    else:
+        yield Remark(
+            level="mind",
+            text=f"the first step points nowhere in particular: {text}",
+            remedy="ask more questions (--questions), to see it clearer",
+        )
