@@ -1,4 +1,4 @@
-"""Validate, test and predict: `evaluation.py FOLDERS OUT KIND`. Ranks have unequal numbers of batches."""
+"""Validate, test and predict: `evaluation.py FOLDERS OUT KIND`. Ranks have unequal counts."""
 
 import json
 import sys

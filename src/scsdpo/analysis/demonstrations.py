@@ -1,36 +1,20 @@
 """What the policy can do when it is shown a right response: whether it can be its own teacher."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
 import lightning as L
 
+from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
-from scsdpo.data.prompts import PromptList
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Question
 from scsdpo.statistics import Estimate, mean_interval, score_interval
 from scsdpo.teacher import SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt
-
-
-class Told(PromptList):
-    """Questions in which the policy is shown something.
-
-    Args:
-        prompts: rewritten already.
-    """
-
-    name = "told"
-
-    def __init__(self, prompts: Iterable[Prompt]) -> None:
-        self._prompts = tuple(prompts)
-
-    def load(self) -> Iterable[Prompt]:
-        return self._prompts
 
 
 def with_demonstrations(
@@ -84,7 +68,7 @@ def _told(
     fill, shown = context.templates.fill, context.shown
     # Keys by place: two prompts may be the same question with another demonstration.
     data.val_sources = [
-        Told(
+        told(
             replace(
                 prompt,
                 key=f"{place}/{prompt.key}",

@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.analysis.demonstrations import Told
 from scsdpo.analysis.directions import Answered, Directions, directions
 from scsdpo.analysis.teacher_distance import distances
+from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
 from scsdpo.policy import CausalLM
 from scsdpo.statistics import Estimate, mean_interval, score_interval
@@ -96,7 +96,7 @@ def measure(
         order = source.shuffled(stable_hash("scsdpo.check", number))
         chosen += [prompt for prompt, _ in zip(order, range(share), strict=False)]
     chosen = chosen[:questions]
-    data.val_sources = [Told(chosen)]
+    data.val_sources = [told(chosen)]
     data.val_questions_per_batch = len(chosen)
     check = _Check(model, with_directions)
     trainer.predict(check, data, return_predictions=False)
