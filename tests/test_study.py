@@ -132,4 +132,4 @@ def test_the_tables_of_the_page_are_those_of_its_numbers(rate):
 def test_an_unknown_method_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit):
         study.parsed(["--methods", "sdpo", "nonsense"])
-    assert "nonsense is no file, and none of dapo, dr-grpo" in capsys.readouterr().err
+    assert "nonsense is no file, and none of ad-opsd, dapo" in capsys.readouterr().err
