@@ -30,6 +30,7 @@ TINY = (
     "--model.val_sampling.seed=0",
 )
 GRPO = f"--config={ROOT / 'configs' / 'methods' / 'grpo.yaml'}"
+TEMPLATES = "--model.teacher.init_args.context.init_args.templates"
 CHANGES: dict[str, tuple[str, ...]] = {
     "as-shipped": (),
     "level-1": ("--data.train.init_args.levels=[1]", "--data.val.init_args.levels=[1]"),
@@ -38,10 +39,12 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "cap-24": ("--model.sampling.max_new_tokens=24",),
     "temperature-2": ("--model.sampling.temperature=2",),
     "temperature-2-grpo": (GRPO, "--model.sampling.temperature=2"),
-    "untold": ("--model.teacher.init_args.context.init_args.max_tokens=1",),
+    "gold": ("--model.teacher.init_args.context=GoldSolution",),
+    "backwards": (f"{TEMPLATES}.solution=\nWrong solution, do not do so: {{demonstration}}\n",),
     "rate-1e-3": ("--model.optimizer.init_args.lr=1e-3",),
 }
-"""Of the tiny policy's pairs; `untold`: the teacher reads the first token of a demonstration."""
+"""Of the tiny policy's pairs. `gold`: the bare answer is shown; `backwards`: what is shown is
+called wrong."""
 OPERATIONS = ("sum", "product")
 
 
