@@ -31,6 +31,7 @@ TINY = (
 )
 GRPO = f"--config={ROOT / 'configs' / 'methods' / 'grpo.yaml'}"
 TEMPLATES = "--model.teacher.init_args.context.init_args.templates"
+CALLED_WRONG = "\nA wrong solution, not to be followed\n\n{demonstration}\n\n"
 CHANGES: dict[str, tuple[str, ...]] = {
     "as-shipped": (),
     "level-1": ("--data.train.init_args.levels=[1]", "--data.val.init_args.levels=[1]"),
@@ -40,7 +41,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "temperature-2": ("--model.sampling.temperature=2",),
     "temperature-2-grpo": (GRPO, "--model.sampling.temperature=2"),
     "gold": ("--model.teacher.init_args.context=GoldSolution",),
-    "backwards": (f"{TEMPLATES}.solution=\nWrong solution, do not do so: {{demonstration}}\n",),
+    "backwards": (f"{TEMPLATES}.solution={CALLED_WRONG}",),
     "rate-1e-3": ("--model.optimizer.init_args.lr=1e-3",),
 }
 """Of the tiny policy's pairs. `gold`: the bare answer is shown; `backwards`: what is shown is
@@ -134,6 +135,11 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def say(line: str) -> None:
+    """To standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     args = parsed()
     out = args.out.resolve()
@@ -143,8 +149,13 @@ def main() -> None:
         pair = known[name]
         off = ("--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
         run = job(out, name, 0, [*pair.base, *pair.change, *pair.length, *off])
-        found = look(pair, out / name, args.questions)
-        if run_all([run], 1, lambda said: print(said, file=sys.stderr, flush=True)):
+        try:
+            found = look(pair, out / name, args.questions)
+        except RuntimeError as error:
+            say(f"{name}, check: {error}")
+            failed += 1
+            continue
+        if run_all([run], 1, say):
             failed += 1
             continue
         before, after = gain(run.folder)
@@ -153,7 +164,7 @@ def main() -> None:
         (out / "check.md").write_text(markdown(results))
     print(markdown(results))
     if failed:
-        raise SystemExit(f"{failed} runs failed; run it again")
+        raise SystemExit(f"{failed} pairs failed; run it again")
 
 
 if __name__ == "__main__":
