@@ -127,7 +127,7 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"answers": answers(truncated=0.5)}, "mind", "50% of the responses reach the cap"),
         (
             {"told": {"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])}},
-            "stop",
+            "mind",
             "the teacher does not use what it is told",
         ),
         (

@@ -95,7 +95,7 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         yield Remark(level="good", text=text)
     else:
         yield Remark(
-            level="stop" if gain.high < 0 else "mind",
+            level="mind",
             text=f"the teacher does not use what it is told: {text}",
             remedy=f"{_better(found)}, or rely on rewards: {HYBRID}",
         )
