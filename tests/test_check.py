@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,12 @@ def test_a_step_is_compared_with_the_reward_on_the_other_half():
         own.append([-model.policy.table.grad.flatten()])
         model.policy.table.grad = None
     expected = (cosine(own[0], second), cosine(own[1], first))
-    assert directions(model, halves).step == pytest.approx(expected, rel=1e-6)
+    found = directions(model, halves)
+    assert found.step == pytest.approx(expected, rel=1e-6)
+    assert min(map(abs, expected)) > 1e-3
+    longer = [way_up(model, r, replace(o, rewards=r.lengths.double())) for r, o in halves]
+    expected = (cosine(own[0], longer[1]), cosine(own[1], longer[0]))
+    assert found.length == pytest.approx(expected, abs=1e-7)
     assert min(map(abs, expected)) > 1e-3
 
 
@@ -99,7 +105,7 @@ def telling(without, told):
     )
 
 
-UP = Directions(step=(0.1, 0.2), reward=0.2)
+UP = Directions(step=(0.1, 0.2), reward=0.2, length=(0.0, 0.1))
 HELPED = {"configured": telling([0.1, 0.2, 0.3], [0.8, 0.7, 0.9])}
 
 
@@ -121,7 +127,7 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"answers": answers(truncated=0.5)}, "mind", "50% of the responses reach the cap"),
         (
             {"told": {"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])}},
-            "stop",
+            "mind",
             "the teacher does not use what it is told",
         ),
         (
@@ -135,13 +141,17 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
             "another question's demonstration helps as much (90%)",
         ),
         (
-            {"directions": Directions(step=(-0.1, -0.2), reward=0.1)},
+            {"directions": Directions(step=(-0.1, -0.2), reward=0.1, length=(0.0, 0.1))},
             "stop",
             "the first step points away from the reward: cosine -0.100 and -0.200",
         ),
-        ({"directions": Directions(step=(-0.1, 0.2), reward=0.1)}, "mind", "nowhere in particular"),
         (
-            {"directions": Directions(step=(math.nan, 0.2), reward=0.1)},
+            {"directions": Directions(step=(-0.1, 0.2), reward=0.1, length=(0.0, 0.1))},
+            "mind",
+            "nowhere in particular",
+        ),
+        (
+            {"directions": Directions(step=(math.nan, 0.2), reward=0.1, length=(0.0, 0.1))},
             "mind",
             "half of the questions give no gradient",
         ),
@@ -156,9 +166,17 @@ def test_every_remark_that_is_no_praise_has_a_remedy():
     worst = Readiness(
         answers=answers(formed=0.0, truncated=1.0, hopeless=1.0, mastered=1.0),
         told={"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])},
-        directions=Directions(step=(-0.1, -0.2), reward=0.1),
+        directions=Directions(step=(-0.1, -0.2), reward=0.1, length=(0.0, 0.1)),
     )
     assert all(remark.remedy for remark in verdict(worst))
+
+
+def test_a_teacher_that_uses_nothing_is_offered_what_it_was_seen_to_use():
+    useless = telling([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    others = {"gold": telling([0.1, 0.2, 0.3], [0.6, 0.7, 0.8]), "feedback": useless}
+    found = Readiness(answers=answers(), told={"configured": useless, **others})
+    (remark,) = verdict(found)
+    assert "GoldSolution (+50 points)" in remark.remedy and "Feedback" not in remark.remedy
 
 
 def test_the_shipped_policy_can_teach_itself(scsdpo, capsys):  # noqa: F811
@@ -171,6 +189,7 @@ def test_the_shipped_policy_can_teach_itself(scsdpo, capsys):  # noqa: F811
     assert record["kind"] == "check" and record["answers"]["questions"] == 8
     assert record["told"]["configured"]["told"]["value"] > 0.8
     assert record["told"]["another"]["told"]["value"] < 0.5
+    assert record["told"]["gold"]["gain"]["n"] == 8
     assert min(record["directions"]["step"]) > 0
 
 

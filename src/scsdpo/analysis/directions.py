@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -32,26 +31,30 @@ class Directions:
     gradient on the other half, both ways; nan: that half gives no gradient."""
     reward: float
     """The reward's gradient on one half with that on the other: how much of it is seen."""
+    length: tuple[float, ...]
+    """As `step`, with the gradient of the expected length: above 0, responses grow."""
 
 
 def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions:
     """Compare the configured first step with the way up, each on questions that the other lacks.
 
     On the same rollouts the two would agree or not by chance alike; on disjoint questions a cosine
-    below 0 says that the step lowers the reward elsewhere, to first order. Takes four backward
+    below 0 says that the step lowers the reward elsewhere, to first order. Takes six backward
     passes, and memory for four gradients. Needs gradients enabled.
 
     Args:
         model: configured.
         halves: two sets of rollouts, of different questions.
     """
-    up = [_direction(model, _reward_batch(model, *half), _reward_update(model)) for half in halves]
-    ((first, second),) = combinations(up, 2)
-    cosines = []
-    for half, other in ((halves[0], second), (halves[1], first)):
-        own = _direction(model, model.prepare(*half), model.steps.update)
-        cosines.append(cosine(own, other))
-    return Directions(step=tuple(cosines), reward=cosine(first, second))
+    first, second = halves
+    steps = [_direction(model, model.prepare(*half), model.steps.update) for half in halves]
+    up = [_ascent(model, *half) for half in halves]
+    reward = cosine(*up)
+    step = tuple(cosine(own, other) for own, other in zip(steps, reversed(up), strict=True))
+    del up
+    longer = (_ascent(model, r, replace(o, rewards=r.lengths.float())) for r, o in (second, first))
+    length = tuple(cosine(own, other) for own, other in zip(steps, longer, strict=True))
+    return Directions(step=step, reward=reward, length=length)
 
 
 def cosine(a: Direction, b: Direction) -> float:
@@ -64,21 +67,20 @@ def cosine(a: Direction, b: Direction) -> float:
     return dot(a, b) / size if size > 0 else float("nan")
 
 
-def _reward_batch(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
+def _ascent(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> Direction:
+    """Where the mean reward over responses grows."""
     batch = model.prepare(rollouts, outcomes)
     nobody = torch.zeros_like(outcomes.successes)
     plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(outcomes, nobody)
-    return replace(batch, plan=plan, weights=torch.ones_like(batch.weights))
-
-
-def _reward_update(model: PolicyOptimizer) -> Update:
-    return replace(
+    update = replace(
         model.steps.update,
         reduction=TokenSum(constant=1.0),
         token_weighting=UniformTokens(),
         needs=frozenset(),
         derivations=(),
     )
+    alike = replace(batch, plan=plan, weights=torch.ones_like(batch.weights))
+    return _direction(model, alike, update)
 
 
 def _direction(model: PolicyOptimizer, batch: Batch, update: Update) -> Direction:

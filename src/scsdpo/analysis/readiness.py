@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -15,9 +15,9 @@ from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
 from scsdpo.policy import CausalLM
 from scsdpo.statistics import Estimate, mean_interval, score_interval
-from scsdpo.teacher import GoldSolution, SiblingDemonstration
+from scsdpo.teacher import Feedback, GoldSolution, SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling, stable_hash
+from scsdpo.types import Outcomes, Prompt, Rollouts, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ class Readiness:
     wrong one (the area under the ROC curve; 1/2: it does not tell them apart)."""
     told: dict[str, Telling] = field(default_factory=dict)
     """`configured`: what the configured context tells; `another`: another question's
-    demonstration, which no teacher should gain from (OP2SD, arXiv:2608.09228)."""
+    demonstration, which no teacher should gain from (OP2SD, arXiv:2608.09228); `gold`: the data's
+    answer, where there is one; `feedback`: the verifier's on a failure, where it gives any."""
     directions: Directions | None = None
 
     def record(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def measure(
         model: not yet configured.
         data: its first training questions in a fixed random order are asked.
         questions: at most so many; at least two.
-        with_directions: also take the four backward passes of `Directions`.
+        with_directions: also take the six backward passes of `Directions`.
     """
     share = -(-questions // len(data.train_sources))
     chosen: list[Prompt] = []
@@ -102,6 +103,14 @@ def measure(
     trainer.predict(check, data, return_predictions=False)
     assert check.found is not None
     return check.found
+
+
+class Asked(NamedTuple):
+    """A question, the policy's own pass rate on it, and what is read instead; empty: nothing."""
+
+    prompt: Prompt
+    rate: float
+    ids: tuple[int, ...]
 
 
 class _Check(L.LightningModule):
@@ -163,17 +172,10 @@ def _answers(halves: Sequence[Answered]) -> Answers:
 
 def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any]:
     chat, rows, available = model.policy.chat, [], []
-    shown: list[tuple[Prompt, tuple[int, ...], float, str]] = []
     for rollouts, outcomes in halves:
         contexts = model.teacher.contexts(chat, rollouts, outcomes)
         available.append(contexts.available.to(rollouts.ids.device))
         rows += distances(model, rollouts, outcomes)
-        for q, group in enumerate(contexts.ids):
-            read = next((ids for ids in group if ids), None)
-            if read is not None:
-                text = _demonstration(model, rollouts, outcomes, q)
-                rate = float(outcomes.pass_rates[q])
-                shown.append((rollouts.prompts[q], read, rate, text))
     tokens = [r.lengths * a for (r, _), a in zip(halves, available, strict=True)]
     total = sum(float(t.sum()) for t in tokens)
     cut = sum(float((t * ~r.finished).sum()) for t, (r, _) in zip(tokens, halves, strict=True))
@@ -182,7 +184,7 @@ def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any
         "taught": float(torch.cat(available).double().mean()),
         "taught_truncated": cut / total if total else float("nan"),
         "preference": area([v for v, c in values if c], [v for v, c in values if not c]),
-        "told": _told(model, shown),
+        "told": _told(model, halves),
     }
 
 
@@ -204,42 +206,42 @@ def _demonstration(
     return rollouts.texts[question][good[0]] if good else ""
 
 
-def _told(
-    model: PolicyOptimizer, shown: Sequence[tuple[Prompt, tuple[int, ...], float, str]]
-) -> dict[str, Telling]:
-    """Responses drawn after the teacher's prompt, and after one with another's demonstration."""
-    if len(shown) < 2:
-        return {}
-    context = model.teacher.context
-    show = getattr(context, "show", SiblingDemonstration().show)
-    texts = [text for *_, text in shown]
-    others = [texts[(i + 1) % len(texts)] for i in range(len(texts))]
-    found = {"configured": [ids for _, ids, _, _ in shown]}
-    if all(texts):
-        chat = model.policy.chat
-        pairs = zip(shown, others, strict=True)
-        found["another"] = [show(chat, prompt, other) for (prompt, *_), other in pairs]
-    return {
-        name: _accuracy(model, [(p, r) for p, _, r, _ in shown], ids)
-        for name, ids in found.items()
-        if all(ids)
-    }
+def _told(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Telling]:
+    """Responses drawn after prompts that tell this or that."""
+    context, chat = model.teacher.context, model.policy.chat
+    own: SiblingDemonstration | Feedback | GoldSolution = SiblingDemonstration()
+    if isinstance(context, SiblingDemonstration | Feedback | GoldSolution):
+        own = context
+    asked: dict[str, list[Asked]] = {"configured": [], "another": [], "gold": [], "feedback": []}
+    ways = {"configured": context}
+    for name, kind in (("gold", GoldSolution), ("feedback", Feedback)):
+        if not isinstance(context, kind):
+            ways[name] = kind(templates=own.templates, max_tokens=own.max_tokens)
+    shown: list[tuple[Asked, str]] = []
+    for rollouts, outcomes in halves:
+        for name, way in ways.items():
+            for q, group in enumerate(way.render(chat, rollouts, outcomes).ids):
+                rate = float(outcomes.pass_rates[q])
+                read = next((ids for ids in group if ids), ())
+                asked[name].append(Asked(rollouts.prompts[q], rate, read))
+                if name == "configured":
+                    shown.append((asked[name][-1], _demonstration(model, rollouts, outcomes, q)))
+    shown = [(one, text) for one, text in shown if one.ids and text]
+    for (one, _), (_, other) in zip(shown, shown[1:] + shown[:1], strict=True):
+        asked["another"].append(one._replace(ids=own.show(chat, one.prompt, other)))
+    found = {name: [one for one in many if one.ids] for name, many in asked.items()}
+    return {name: _accuracy(model, many) for name, many in found.items() if len(many) > 1}
 
 
-def _accuracy(
-    model: PolicyOptimizer,
-    asked: Sequence[tuple[Prompt, float]],
-    ids: Sequence[tuple[int, ...]],
-) -> Telling:
+def _accuracy(model: PolicyOptimizer, asked: Sequence[Asked]) -> Telling:
     # Keys by place, for draws of their own.
     prompts = [
-        replace(prompt, key=f"told/{place}/{prompt.key}", ids=read)
-        for place, ((prompt, _), read) in enumerate(zip(asked, ids, strict=True))
+        replace(one.prompt, key=f"told/{place}/{one.prompt.key}", ids=one.ids)
+        for place, one in enumerate(asked)
     ]
-    sampling: Sampling = model.sampling.at(0)
-    rollouts = model.rollout.sample(model.policy, prompts, sampling)
+    rollouts = model.rollout.sample(model.policy, prompts, model.sampling.at(0))
     told = model.judge(rollouts).pass_rates.tolist()
-    without = [rate for _, rate in asked]
+    without = [one.rate for one in asked]
     return Telling(
         without=score_interval(without),
         told=score_interval(told),

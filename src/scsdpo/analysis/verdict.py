@@ -95,9 +95,9 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         yield Remark(level="good", text=text)
     else:
         yield Remark(
-            level="stop" if gain.high < 0 else "mind",
+            level="mind",
             text=f"the teacher does not use what it is told: {text}",
-            remedy=f"tell it more (GoldSolution, feedback), or rely on rewards: {HYBRID}",
+            remedy=f"{_better(found)}, or rely on rewards: {HYBRID}",
         )
     another = found.told.get("another")
     if another is not None and another.gain.low > 0 and another.told.value > told.told.value:
@@ -107,6 +107,17 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
             "gain is not owed to what is said",
             remedy="compare a run with a few examples in every prompt",
         )
+
+
+def _better(found: Readiness) -> str:
+    """What else to tell the teacher: what it was seen to use, if anything."""
+    kinds = {"gold": "GoldSolution", "feedback": "Feedback"}
+    used = [
+        f"{kind} ({100 * found.told[name].gain.value:+.0f} points)"
+        for name, kind in kinds.items()
+        if name in found.told and found.told[name].gain.low > 0
+    ]
+    return f"tell it what it uses: {' or '.join(used)}" if used else "tell it more"
 
 
 def _step(found: Readiness) -> Iterator[Remark]:

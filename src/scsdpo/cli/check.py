@@ -31,7 +31,7 @@ def options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--questions", metavar="N", type=int, default=32, help="at most so many")
     add("--out", type=Path, metavar="FILE", default=Path("check.json"), help="all figures")
-    add("--no-direction", action="store_true", help="without the four backward passes")
+    add("--no-direction", action="store_true", help="without the six backward passes")
     return parser
 
 
@@ -85,13 +85,20 @@ def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
             ("of their tokens in cut-off ones", f"{found.taught_truncated:.0%}"),
             ("teacher prefers right ones (AUC)", f"{found.preference:.2f}"),
         ]
-    names = {"configured": "teacher, as configured", "another": "told of another question"}
+    names = {
+        "configured": "teacher, as configured",
+        "another": "told of another question",
+        "gold": "told the data's answer",
+        "feedback": "told what was wrong",
+    }
     for name, one in found.told.items():
         rows.append((names[name], f"{one.told.value:.0%} (own {one.without.value:.0%})"))
     if found.directions is not None:
         cosines = ", ".join(f"{value:+.3f}" for value in found.directions.step)
         rows.append(("first step with the reward's gradient", cosines))
         rows.append(("that gradient with itself", f"{found.directions.reward:+.3f}"))
+        lengths = ", ".join(f"{value:+.3f}" for value in found.directions.length)
+        rows.append(("first step with growing length", lengths))
     table = Table(show_header=False, title="before training", title_justify="left")
     for row in rows:
         table.add_row(*row)
