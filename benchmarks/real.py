@@ -20,10 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study_report import by_method, table
+from study import overlay
+from study_report import by_method, differences, differences_table, table
 
 from scsdpo.cli.compare import job
-from scsdpo.comparison import DONE, Job, by_seed, run_all
+from scsdpo.comparison import DONE, Job, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("grpo", "sdpo", "sdpo-drop-degenerate", "sc-sdpo", "srpo", "sdpo-hybrid")
@@ -36,11 +37,6 @@ TRAINING = {
     "truncated": "truncated",
     "response_length": "length",
 }
-
-
-def overlay(method: str) -> Path:
-    """A file of one's own, or the name of one in configs/methods."""
-    return Path(method) if Path(method).is_file() else ROOT / "configs/methods" / f"{method}.yaml"
 
 
 def jobs(args: argparse.Namespace) -> dict[Job, tuple[str, int]]:
@@ -111,31 +107,6 @@ def ends_table(results: Sequence[dict]) -> str:
     return table([*names, "CPU min"], rows)
 
 
-def differences_table(results: Sequence[dict], baseline: str) -> str:
-    """Every other method minus one, paired by seed, with Student's interval over seeds."""
-    values = {
-        method: {run["seed"]: {name: run[name] for name in ENDS} for run in runs}
-        for method, runs in by_method(results).items()
-    }
-    comparisons = (len(values) - 1) * len(ENDS)
-    rows: list[list[object]] = []
-    for method in values:
-        if method == baseline or len(values[method].keys() & values[baseline].keys()) < 2:
-            continue
-        cells: list[object] = [method]
-        for row in by_seed(values[baseline], values[method], list(ENDS), comparisons=comparisons):
-            stars = " **" if row.joint.tells else " *" if row.difference.tells else ""
-            mean, low, high = (
-                100 * x for x in (row.difference.value, row.difference.low, row.difference.high)
-            )
-            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){stars}")
-            cells += [f"{row.ahead} of {row.difference.n}", f"{100 * row.detectable:.1f}"]
-        rows.append(cells)
-    columns = ("points (95 %)", "seeds ahead", "could be found")
-    header = [f"{name}, {column}" for name in ENDS for column in columns]
-    return table([f"minus {baseline}", *header], rows)
-
-
 def warnings_table(results: Sequence[dict]) -> str:
     """When the rules of training spoke first, by seed."""
     rows = [
@@ -157,7 +128,8 @@ def markdown(results: Sequence[dict], baselines: Sequence[str]) -> str:
         f"rate, entropy, truncated, length: of the first and the last {WINDOW} training batches.\n"
     )
     parts = [said, ends_table(results)]
-    parts += [differences_table(results, baseline) for baseline in baselines]
+    told = [row for row in differences(results, ENDS) if row["n"] > 1]
+    parts += [differences_table(told, baseline, ENDS) for baseline in baselines]
     return "\n".join([*parts, warnings_table(results)])
 
 

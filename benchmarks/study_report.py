@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import permutations
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def bounds(curves: Tensor) -> tuple[list[float], list[float]]:
     return [one.low for one in found], [one.high for one in found]
 
 
-def differences(results: Sequence[dict]) -> list[dict]:
+def differences(results: Sequence[dict], ends: Collection[str] = ENDS) -> list[dict]:
     """`method` minus `baseline`, seed by seed, on the seeds that both have; every ordered pair.
 
     `ahead` counts the seeds in which `method` has more; `tells`: 0 lies outside the interval;
@@ -41,10 +41,10 @@ def differences(results: Sequence[dict]) -> list[dict]:
     `detectable`: the smallest true difference that is found in 4 of 5 such studies.
     """
     values = {
-        method: {run["seed"]: {metric: run[metric] for metric in ENDS} for run in runs}
+        method: {run["seed"]: {metric: run[metric] for metric in ends} for run in runs}
         for method, runs in by_method(results).items()
     }
-    comparisons = (len(values) - 1) * len(ENDS)
+    comparisons = (len(values) - 1) * len(ends)
     return [
         {
             "method": method,
@@ -60,7 +60,7 @@ def differences(results: Sequence[dict]) -> list[dict]:
             "detectable": row.detectable,
         }
         for method, baseline in permutations(values, 2)
-        for row in by_seed(values[baseline], values[method], list(ENDS), comparisons=comparisons)
+        for row in by_seed(values[baseline], values[method], list(ends), comparisons=comparisons)
     ]
 
 
@@ -112,7 +112,7 @@ def windows_table(results: Sequence[dict]) -> str:
     return table(["p in [1/8, 7/8], %", *header], rows)
 
 
-def differences_table(rows: Sequence[dict], baseline: str) -> str:
+def differences_table(rows: Sequence[dict], baseline: str, ends: Collection[str] = ENDS) -> str:
     """Every other method minus one, in points.
 
     `*`: 0 lies outside the interval; `**`: also outside the one at which all in the table hold.
@@ -121,7 +121,7 @@ def differences_table(rows: Sequence[dict], baseline: str) -> str:
     lines: list[list[object]] = []
     for method in dict.fromkeys(row["method"] for row in own):
         cells: list[object] = [method]
-        for metric in ENDS:
+        for metric in ends:
             (row,) = (r for r in own if r["method"] == method and r["metric"] == metric)
             names = ("mean", "low", "high", "detectable")
             mean, low, high, detectable = (100 * row[name] for name in names)
@@ -130,7 +130,7 @@ def differences_table(rows: Sequence[dict], baseline: str) -> str:
             cells += [f"{row['ahead']} of {row['n']}", f"{detectable:.1f}"]
         lines.append(cells)
     columns = ("points (95 %)", "seeds ahead", "could be found")
-    header = [f"{metric}, {column}" for metric in ENDS for column in columns]
+    header = [f"{metric}, {column}" for metric in ends for column in columns]
     return table([f"minus {baseline}", *header], lines)
 
 
