@@ -46,13 +46,13 @@ def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions
         model: configured.
         halves: two sets of rollouts, of different questions.
     """
-    first, second = halves
-    steps = [_direction(model, model.prepare(*half), model.steps.update) for half in halves]
-    up = [_ascent(model, *half) for half in halves]
+    first, second = batches = [model.prepare(*half) for half in halves]
+    steps = [_direction(model, batch, model.steps.update) for batch in batches]
+    up = [_ascent(model, batch, batch.outcomes.rewards) for batch in batches]
     reward = cosine(*up)
     step = tuple(cosine(own, other) for own, other in zip(steps, reversed(up), strict=True))
     del up
-    longer = (_ascent(model, r, replace(o, rewards=r.lengths.float())) for r, o in (second, first))
+    longer = (_ascent(model, other, other.rollouts.lengths.float()) for other in (second, first))
     length = tuple(cosine(own, other) for own, other in zip(steps, longer, strict=True))
     return Directions(step=step, reward=reward, length=length)
 
@@ -67,11 +67,11 @@ def cosine(a: Direction, b: Direction) -> float:
     return dot(a, b) / size if size > 0 else float("nan")
 
 
-def _ascent(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> Direction:
-    """Where the mean reward over responses grows."""
-    batch = model.prepare(rollouts, outcomes)
-    nobody = torch.zeros_like(outcomes.successes)
-    plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(outcomes, nobody)
+def _ascent(model: PolicyOptimizer, batch: Batch, rewards: Tensor) -> Direction:
+    """Where the mean of `rewards` [Q, G] over responses grows."""
+    nobody = torch.zeros_like(batch.outcomes.successes)
+    rewarded = replace(batch.outcomes, rewards=rewards)
+    plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(rewarded, nobody)
     update = replace(
         model.steps.update,
         reduction=TokenSum(constant=1.0),

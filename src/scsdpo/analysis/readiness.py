@@ -1,7 +1,7 @@
 """What a configuration would learn from at first, and whether its teacher knows more."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from scsdpo.analysis.directions import Answered, Directions, directions
+from scsdpo.analysis.looking import Looking
 from scsdpo.analysis.teacher_distance import distances
 from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
-from scsdpo.policy import CausalLM
 from scsdpo.statistics import Estimate, mean_interval, score_interval
 from scsdpo.teacher import Feedback, GoldSolution, SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Outcomes, Prompt, Rollouts, stable_hash
+from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,6 @@ class Readiness:
     answer, where there is one; `feedback`: the verifier's on a failure, where it gives any."""
     directions: Directions | None = None
 
-    def record(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
 
 def measure(
     trainer: L.Trainer,
@@ -113,21 +109,13 @@ class Asked(NamedTuple):
     ids: tuple[int, ...]
 
 
-class _Check(L.LightningModule):
+class _Check(Looking):
     """Runs a `PolicyOptimizer`'s parts over one batch of questions."""
 
     def __init__(self, model: PolicyOptimizer, with_directions: bool) -> None:
-        super().__init__()
-        self.model, self.with_directions = model, with_directions
+        super().__init__(model)
+        self.with_directions = with_directions
         self.found: Readiness | None = None
-
-    @property
-    def policy(self) -> CausalLM:
-        """What the data module renders prompts for."""
-        return self.model.policy
-
-    def configure_model(self) -> None:
-        self.model.configure_model()
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Readiness]:
         """Measure everything; nothing to be collected."""
@@ -171,11 +159,12 @@ def _answers(halves: Sequence[Answered]) -> Answers:
 
 
 def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any]:
-    chat, rows, available = model.policy.chat, [], []
-    for rollouts, outcomes in halves:
-        contexts = model.teacher.contexts(chat, rollouts, outcomes)
-        available.append(contexts.available.to(rollouts.ids.device))
-        rows += distances(model, rollouts, outcomes)
+    contexts = [model.teacher.contexts(model.policy.chat, *half) for half in halves]
+    rows = [row for half in halves for row in distances(model, *half)]
+    available = [
+        told.available.to(rollouts.ids.device)
+        for told, (rollouts, _) in zip(contexts, halves, strict=True)
+    ]
     tokens = [r.lengths * a for (r, _), a in zip(halves, available, strict=True)]
     total = sum(float(t.sum()) for t in tokens)
     cut = sum(float((t * ~r.finished).sum()) for t, (r, _) in zip(tokens, halves, strict=True))
@@ -184,7 +173,7 @@ def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any
         "taught": float(torch.cat(available).double().mean()),
         "taught_truncated": cut / total if total else float("nan"),
         "preference": area([v for v, c in values if c], [v for v, c in values if not c]),
-        "told": _told(model, halves),
+        "told": _told(model, halves, contexts),
     }
 
 
@@ -206,21 +195,24 @@ def _demonstration(
     return rollouts.texts[question][good[0]] if good else ""
 
 
-def _told(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Telling]:
-    """Responses drawn after prompts that tell this or that."""
+def _told(
+    model: PolicyOptimizer, halves: Sequence[Answered], contexts: Sequence[TeacherContexts]
+) -> dict[str, Telling]:
+    """Responses drawn after prompts that tell this or that; `contexts` is the configured one's."""
     context, chat = model.teacher.context, model.policy.chat
     own: SiblingDemonstration | Feedback | GoldSolution = SiblingDemonstration()
     if isinstance(context, SiblingDemonstration | Feedback | GoldSolution):
         own = context
     asked: dict[str, list[Asked]] = {"configured": [], "another": [], "gold": [], "feedback": []}
-    ways = {"configured": context}
+    ways = {}
     for name, kind in (("gold", GoldSolution), ("feedback", Feedback)):
         if not isinstance(context, kind):
             ways[name] = kind(templates=own.templates, max_tokens=own.max_tokens)
     shown: list[tuple[Asked, str]] = []
-    for rollouts, outcomes in halves:
-        for name, way in ways.items():
-            for q, group in enumerate(way.render(chat, rollouts, outcomes).ids):
+    for (rollouts, outcomes), configured in zip(halves, contexts, strict=True):
+        rendered = {name: way.render(chat, rollouts, outcomes) for name, way in ways.items()}
+        for name, table in {"configured": configured, **rendered}.items():
+            for q, group in enumerate(table.ids):
                 rate = float(outcomes.pass_rates[q])
                 read = next((ids for ids in group if ids), ())
                 asked[name].append(Asked(rollouts.prompts[q], rate, read))

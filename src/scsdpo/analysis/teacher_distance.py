@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage import Divergence, Plan, TopK
+from scsdpo.analysis.looking import Looking
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
-from scsdpo.policy import CausalLM
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Batch, PolicyOptimizer
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
@@ -69,21 +69,13 @@ class Probe:
         return DenseCredit(values=zeros, objective=torch.zeros_like(chunk.logprob))
 
 
-class _Analysis(L.LightningModule):
+class _Analysis(Looking):
     """Runs a `PolicyOptimizer`'s policy and teacher over batches of questions."""
 
     def __init__(self, model: PolicyOptimizer, rollouts: int, questions: int) -> None:
-        super().__init__()
-        self.model, self.left = model, questions
+        super().__init__(model)
+        self.left = questions
         self.sampling = replace(model.sampling.at(0), n=rollouts)
-
-    @property
-    def policy(self) -> CausalLM:
-        """What the data module renders prompts for."""
-        return self.model.policy
-
-    def configure_model(self) -> None:
-        self.model.configure_model()
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Row]:
         """A row for each response that has a teacher."""

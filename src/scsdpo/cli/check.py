@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> None:
             "kind": "check",
             "policy": model.policy.name_or_path,
             "verdict": [vars(remark) for remark in remarks],
-            **found.record(),
+            **asdict(found),
         }
         out.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         show(found, remarks, Console())
