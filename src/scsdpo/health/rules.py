@@ -114,10 +114,8 @@ class _Collapse(_OverBatches):
                 f"did not rise ({rate:.2f} to {rate_now:.2f})"
             ),
             values={
-                f"{figure}_first": before,
-                f"{figure}_last": now,
-                "pass_rate_first": rate,
-                "pass_rate_last": rate_now,
+                **_ends(figure, before, now),
+                **_ends("pass_rate", rate, rate_now),
                 "ratio": self.ratio,
             },
         )
@@ -197,10 +195,8 @@ class Agreement(_OverBatches):
                 f"{rate_now:.2f})"
             ),
             values={
-                "divergence_first": divergence,
-                "divergence_last": divergence_now,
-                "pass_rate_first": rate,
-                "pass_rate_last": rate_now,
+                **_ends("divergence", divergence, divergence_now),
+                **_ends("pass_rate", rate, rate_now),
                 "standard_errors": fall,
                 "ratio": self.ratio,
                 "errors": self.errors,
@@ -243,10 +239,8 @@ class EntropyRise(_OverBatches):
                 f"pass rate did not ({rate:.2f} to {rate_now:.2f})"
             ),
             values={
-                "entropy_first": entropy,
-                "entropy_last": entropy_now,
-                "pass_rate_first": rate,
-                "pass_rate_last": rate_now,
+                **_ends("entropy", entropy, entropy_now),
+                **_ends("pass_rate", rate, rate_now),
                 "standard_errors": rise,
                 "ratio": self.ratio,
                 "errors": self.errors,
@@ -274,7 +268,7 @@ class HeldOutFalls(Rule):
             return None
         return Finding(
             message=f"held-out accuracy fell from {values[0]:.1%} to {values[-1]:.1%}",
-            values={"val_mean_first": values[0], "val_mean_last": values[-1], "drop": self.drop},
+            values={**_ends("val_mean", values[0], values[-1]), "drop": self.drop},
         )
 
 
@@ -328,6 +322,10 @@ class ImportanceCapped(_OverBatches):
             message=f"{now:.0%} of the importance weights are at their cap",
             values={"importance_capped": now, "share": self.share},
         )
+
+
+def _ends(figure: str, first: float, last: float) -> dict[str, float]:
+    return {f"{figure}_first": first, f"{figure}_last": last}
 
 
 def shipped_rules() -> tuple[Rule, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from scsdpo.data._base import Source
 from scsdpo.types import Prompt, stable_hash
-from scsdpo.verifiers import Regex, Verifier
+from scsdpo.verifiers import Regex
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "sum": (
@@ -112,11 +112,10 @@ class Arithmetic(Source):
         item = self._items[index]
         answer = item.a + item.b if item.operation == "sum" else item.a * item.b
         asked = WORDINGS[item.operation][item.wording].format(a=item.a, b=item.b)
-        verifier: Verifier = LAST_NUMBER
         return Prompt(
             key=f"arithmetic/{item.operation}/{item.a}/{item.b}/{item.wording}",
             messages=({"role": "user", "content": asked},),
-            verifier=verifier,
+            verifier=LAST_NUMBER,
             answer=str(answer),
             category=item.operation,
         )
