@@ -15,11 +15,42 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import scsdpo.lab  # noqa: F401
+from formulas import (
+    PACED,
+    Case,
+    ad_opsd,
+    another_attempt,
+    centred,
+    dapo,
+    distil,
+    dr_grpo,
+    drift,
+    forward_kl,
+    geosd,
+    gold,
+    grpo,
+    horizon,
+    hybrid,
+    leave_one_out,
+    maxrl,
+    normalised,
+    paced,
+    policy_gradient,
+    position,
+    remembered_attempts,
+    rlsd_factor,
+    sdar,
+    sequence_mean,
+    sibling,
+    sibling_or_feedback,
+    srpo,
+    token_mean_active,
+)
 from scsdpo.cli.config_types import arguments
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting.frozen import FORMAT, fingerprint
-from table_policy import SUCCESSES, G, Q, TablePolicy, judged, state
+from table_policy import G, TablePolicy, judged
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 INF = math.inf
@@ -46,350 +77,11 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-PACED = (0.5, 0.25, 1.0, 0.75)
-"""Pass rates of the four questions before training."""
-
-
 def rates_file(folder, policy):
     rates = {f"toy/{q}": [4 * p, 4] for q, p in enumerate(PACED)}
     content = {"format": FORMAT, "policy": "table", "fingerprint": fingerprint(policy)}
     (folder / "rates.json").write_text(json.dumps(content | {"rates": rates}))
     return folder / "rates.json"
-
-
-class Case:
-    """One batch: `table` is the student's, with a gradient; `behind` the teacher's weights."""
-
-    def __init__(self, model, *, live=False):
-        self.rollouts, self.outcomes = judged()
-        self.chat, self.tau = model.policy.chat, self.rollouts.temperature
-        self.table = model.policy.table.detach().clone().requires_grad_()
-        self.behind = TablePolicy().table.detach()
-        if live:
-            self.behind = self.table.detach()
-
-    def rows(self):
-        return [(q, g) for q in range(Q) for g in range(G)]
-
-    def right(self, q, g):
-        return g < SUCCESSES[q]
-
-    def length(self, q, g):
-        return int(self.rollouts.mask[q, g].sum())
-
-    def y(self, q, g, t):
-        return int(self.rollouts.ids[q, g, t])
-
-    def _log_probs(self, table, prompt, q, g, t):
-        previous = self.y(q, g, t - 1) if t else -1
-        return (table[state(prompt, previous)] / self.tau).log_softmax(-1)
-
-    def log_s(self, q, g, t):
-        return self._log_probs(self.table, self.rollouts.prompts[q].ids, q, g, t)
-
-    def log_t(self, q, g, t, told):
-        text = f"question {q}?{told}\n\nCorrectly solve the original question.\n"
-        prompt = self.chat.render([{"role": "user", "content": text}])
-        return self._log_probs(self.behind, prompt, q, g, t)
-
-    def log_r(self, q, g, t):
-        """The first policy after the question alone."""
-        table = TablePolicy().table.detach()
-        return self._log_probs(table, self.rollouts.prompts[q].ids, q, g, t)
-
-    def cap(self, q, g, t):
-        """min(S / S_rollout, 2), detached."""
-        log_s = self.log_s(q, g, t)[self.y(q, g, t)].detach()
-        return min(math.exp(log_s - self.rollouts.sampling_logprobs[q, g, t]), 2.0)
-
-
-def solution(text):
-    return f"\nCorrect solution:\n\n{text}\n\n"
-
-
-def sibling(case, q, g):
-    """SDPO's demonstration: the first other success; '' if there is none."""
-    others = [h for h in range(SUCCESSES[q]) if h != g]
-    return solution(f"response {q} {others[0]}") if others else ""
-
-
-def gold(case, q, g):
-    return solution(f"gold {q}")
-
-
-def sibling_or_feedback(case, q, g):
-    told = sibling(case, q, g)
-    if told or case.right(q, g):
-        return told
-    return (
-        f"\nThe following is feedback from your unsuccessful earlier attempt:\n\nwrong {q} {g}\n\n"
-    )
-
-
-def jsd(case, q, g, t, told):
-    """Jensen-Shannon on the whole vocabulary (its six tokens are within the top 100)."""
-    log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
-    m = (log_s.exp() + log_t.exp()) / 2
-    return sum(
-        p.exp()[v] * (p[v] - m[v].log()) / 2 for p in (log_s, log_t) for v in range(len(log_s))
-    )
-
-
-def forward_kl(clip):
-    def value(case, q, g, t, told):
-        log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
-        terms = [log_t.exp()[v] * (log_t[v] - log_s[v]) for v in range(len(log_s))]
-        return sum(torch.clamp(term, max=clip) for term in terms)
-
-    return value
-
-
-def pg(advantage, modulation=lambda *_: 1.0):
-    """-A log S(y): the gradient of -rho A at rho = 1. The value of -rho A is added back."""
-
-    def value(case, q, g, t, told):
-        a = advantage(case, q, g)
-        if told:
-            a = a * modulation(case, q, g, t, told, a)
-        log_s = case.log_s(q, g, t)[case.y(q, g, t)]
-        return -a * (1 + log_s - log_s.detach())
-
-    return value
-
-
-def grpo(case, q, g):
-    p = SUCCESSES[q] / G
-    if p in (0, 1):
-        return 0.0
-    std = math.sqrt(sum((float(case.right(q, h)) - p) ** 2 for h in range(G)) / (G - 1))
-    return (float(case.right(q, g)) - p) / (std + 1e-6)
-
-
-def centred(case, q, g):
-    return float(case.right(q, g)) - SUCCESSES[q] / G
-
-
-def leave_one_out(case, q, g):
-    return float(case.right(q, g)) - sum(case.right(q, h) for h in range(G) if h != g) / (G - 1)
-
-
-def maxrl(case, q, g):
-    return centred(case, q, g) / (SUCCESSES[q] / G) if SUCCESSES[q] else 0.0
-
-
-def sequence_mean(case, terms):
-    """mean over all rollouts of each one's token mean; rollouts without a loss count as 0."""
-    return sum(value / (Q * G * case.length(q, g)) for (q, g, t), value in terms.items())
-
-
-def token_mean_all(case, terms):
-    return sum(terms.values()) / sum(case.length(q, g) for q, g in case.rows())
-
-
-def token_mean_active(case, terms):
-    return sum(terms.values()) / sum(case.length(q, g) for q, g in {(q, g) for q, g, _ in terms})
-
-
-def distil(case, *, divergence=jsd, tell=sibling, weight=lambda p: 1.0, reduce=sequence_mean,
-           token=lambda case, q, g, t: 1.0):  # fmt: skip
-    """sum over tokens with a teacher of weight * importance * divergence, reduced."""
-    terms = {}
-    for q, g in case.rows():
-        told, w = tell(case, q, g), weight(SUCCESSES[q] / G)
-        if told and w:
-            for t in range(case.length(q, g)):
-                value = divergence(case, q, g, t, told)
-                terms[q, g, t] = w * token(case, q, g, t) * case.cap(q, g, t) * value
-    return reduce(case, terms)
-
-
-def policy_gradient(case, advantage, *, reduce=token_mean_all, tell=lambda *_: "", **kwargs):
-    terms = {}
-    for q, g in case.rows():
-        if advantage(case, q, g):
-            for t in range(case.length(q, g)):
-                told = tell(case, q, g)
-                value = pg(advantage, **kwargs)(case, q, g, t, told)
-                terms[q, g, t] = case.cap(q, g, t) * value
-    return reduce(case, terms)
-
-
-def normalised(power):
-    """SC-SDPO, eq. (16): over the questions with 0 < k < G, which are 0 and 3."""
-    kept = [k / G for k in SUCCESSES if 0 < k < G]
-    mean = sum((p * (1 - p)) ** power for p in kept) / len(kept)
-    return lambda p: (p * (1 - p)) ** power / mean if 0 < p < 1 else 0.0
-
-
-def paced(case):
-    mean = sum(p * (1 - p) for p in PACED) / len(PACED)
-    terms = {}
-    for q, g in case.rows():
-        told = sibling(case, q, g)
-        for t in range(case.length(q, g)) if told else ():
-            weight = PACED[q] * (1 - PACED[q]) / mean
-            terms[q, g, t] = weight * case.cap(q, g, t) * jsd(case, q, g, t, told)
-    return sequence_mean(case, terms)
-
-
-def hybrid(case, weight=lambda p: 1.0):
-    terms = {}
-    for q, g in case.rows():
-        told = sibling(case, q, g)
-        for t in range(case.length(q, g)):
-            value = 0.9 * pg(centred)(case, q, g, t, "")
-            if told:
-                value = value + 0.1 * weight(SUCCESSES[q] / G) * jsd(case, q, g, t, told)
-            terms[q, g, t] = case.cap(q, g, t) * value
-    return sequence_mean(case, terms)
-
-
-def srpo(case, weight=lambda p: 1.0):
-    """Wrong with a correct sibling: JSD times exp(-H_T) over its mean there; else GRPO."""
-    weights, terms = {}, {}
-    for q, g in case.rows():
-        told = sibling(case, q, g)
-        for t in range(case.length(q, g)):
-            if not case.right(q, g) and told:
-                log_t = case.log_t(q, g, t, told)
-                weights[q, g, t] = math.exp(sum(log_t.exp() * log_t))
-    mean = sum(weights.values()) / len(weights)
-    for q, g in case.rows():
-        for t in range(case.length(q, g)):
-            if (q, g, t) in weights:
-                value = weights[q, g, t] / mean * jsd(case, q, g, t, sibling(case, q, g))
-                value = weight(SUCCESSES[q] / G) * value
-            elif grpo(case, q, g):
-                value = pg(grpo)(case, q, g, t, "")
-            else:
-                continue
-            terms[q, g, t] = case.cap(q, g, t) * value
-    return token_mean_active(case, terms)
-
-
-def rlsd_factor(case, q, g, t, told, a):
-    difference = case.log_t(q, g, t, told) - case.log_s(q, g, t).detach()
-    ratio = math.exp(math.copysign(1, a) * float(difference[case.y(q, g, t)]))
-    return 0.5 + 0.5 * min(max(ratio, 0.8), 1.2)
-
-
-def drift_factor(case, q, g, t, told, a):
-    difference = case.log_s(q, g, t).detach() - case.log_t(q, g, t, told)
-    return min(math.exp(max(float(difference[case.y(q, g, t)]), 0)), 2.0)
-
-
-def drift(case):
-    """Beta(1, 1) after one group of four: rates 3/6, 1/6, 5/6, 2/6: medium, hard, easy, medium."""
-    terms = {}
-    for q, g in case.rows():
-        rate, told = (SUCCESSES[q] + 1) / (G + 2), sibling(case, q, g)
-        for t in range(case.length(q, g)):
-            if not case.right(q, g):
-                if not told:
-                    continue
-                value = jsd(case, q, g, t, told)
-            elif 0.2 <= rate <= 0.8:
-                value = pg(grpo, drift_factor)(case, q, g, t, told)
-            else:  # question 2, whose GRPO advantage is 0
-                continue
-            terms[q, g, t] = case.cap(q, g, t) * value
-    return token_mean_active(case, terms)
-
-
-def block(*lines):
-    return "\n\n".join(lines) + "\n\n"
-
-
-def remembered_attempts(case, q, g):
-    """PMD: the last 5 right and 3 wrong ones of the question, but not the rollout itself."""
-    kept = [*range(SUCCESSES[q])][-5:] + [*range(SUCCESSES[q], G)][-3:]
-    right = [f"response {q} {h}" for h in kept if case.right(q, h) and h != g]
-    wrong = [f"response {q} {h}\nwrong {q} {h}" for h in kept if not case.right(q, h) and h != g]
-    told = block("\nAttempts that were right:", *right) if right else ""
-    return told + (block("\nAttempts that were wrong:", *wrong) if wrong else "")
-
-
-def another_attempt(case, q, g):
-    """OASIS: to the shortest success the shortest failure, else the second shortest success."""
-    order = sorted(range(G), key=lambda h: case.length(q, h))
-    good, bad = ([h for h in order if case.right(q, h) == side] for side in (True, False))
-    if not good or g != good[0]:
-        return ""
-    kind, other = ("wrong", bad[0]) if bad else ("right", good[1])
-    return block(f"\nAttempts that were {kind}:", f"response {q} {other}")
-
-
-def ad_opsd(case):
-    tokens = [(q, g, t) for q, g in case.rows() for t in range(case.length(q, g))]
-    entropy = {
-        at: -float(case.log_s(*at).detach().exp() @ case.log_s(*at).detach()) for at in tokens
-    }
-    forks = sorted(tokens, key=entropy.get, reverse=True)[: math.ceil(0.2 * len(tokens))]
-    terms, held = {}, 0
-    for q, g, t in tokens:
-        log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, gold(case, q, g))
-        y, u = case.y(q, g, t), 0.0
-        if (q, g, t) in forks and log_s[y] > log_t[y]:
-            gap = float((log_s.detach() - log_t)[y])
-            u, held = 1 / (1 + math.exp(-float(log_s.detach()[y].exp()) * gap)), held + 1
-        target = u * case.log_r(q, g, t).exp() + (1 - u) * log_t.exp()
-        value = sum(p * (p.log() - s) for p, s in zip(target, log_s, strict=True))
-        terms[q, g, t] = case.cap(q, g, t) * value
-    assert 0 < held < len(forks)
-    return token_mean_active(case, terms)
-
-
-def sdar(case):
-    terms = {}
-    for q, g in case.rows():
-        told = sibling(case, q, g)
-        for t in range(case.length(q, g)):
-            value = pg(grpo)(case, q, g, t, "")
-            if told:
-                gap = (case.log_t(q, g, t, told) - case.log_s(q, g, t))[case.y(q, g, t)]
-                value = value + 0.01 * gap / (1 + math.exp(-5 * float(gap.detach())))
-            terms[q, g, t] = case.cap(q, g, t) * value
-    return token_mean_all(case, terms)
-
-
-def geosd(case):
-    terms = {}
-    for q, g in case.rows():
-        for t in range(case.length(q, g)):
-            s = case.log_s(q, g, t).exp()
-            taught, first = case.log_t(q, g, t, gold(case, q, g)).exp(), case.log_r(q, g, t).exp()
-            hellinger = sum((a.sqrt() - b.sqrt()) ** 2 for a, b in zip(s, taught, strict=True)) / 2
-            arc = 2 * torch.arccos(sum((a * b).sqrt() for a, b in zip(s, first, strict=True)))
-            terms[q, g, t] = case.cap(q, g, t) * (hellinger + 0.1 * arc**2)
-    return token_mean_active(case, terms)
-
-
-def position(case, q, g, t):
-    place = (t + 1) / case.length(q, g)
-    return 0.25 + 0.75 / (1 + math.exp(-(place - 0.3) / 0.1))
-
-
-def horizon(case, q, g, t):
-    """DASH: how often r_t stands in sum_t A_t, A_t = r_t + l_t A_{t+1}."""
-    value = forward_kl(0.05)
-    r = [float(value(case, q, g, s, gold(case, q, g)).detach()) for s in range(case.length(q, g))]
-    gates = [1 / (1 + math.exp(5 * (each - sum(r) / len(r)))) for each in r]
-    return sum(math.prod(gates[start:t]) for start in range(t + 1))
-
-
-def dr_grpo(case, terms):
-    return sum(terms.values()) / (Q * G * 2048)
-
-
-def dapo(case):
-    """The informative groups only, and their tokens only in the denominator."""
-    terms, tokens = {}, 0
-    for q in (0, 3):
-        for g in range(G):
-            tokens += case.length(q, g)
-            for t in range(case.length(q, g)):
-                terms[q, g, t] = case.cap(q, g, t) * pg(grpo)(case, q, g, t, "")
-    return sum(terms.values()) / tokens
 
 
 LIVE = {"rlsd", "sdar", "geosd"}

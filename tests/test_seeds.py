@@ -10,6 +10,7 @@ from runs import Toys, data, module, trainer, weights
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.seeds import resolved
+from scsdpo.training.optimizer_steps import trained_parameters
 from scsdpo.types import Sampling
 
 
@@ -105,6 +106,19 @@ def test_a_resumed_run_with_dropout_equals_an_undisturbed_one(qwen3, tmp_path):
     trainer(tmp_path, callbacks=[SaveHalfWay()]).fit(whole, data(Toys(16)))
     trainer(tmp_path).fit(resumed, data(Toys(16)), ckpt_path=tmp_path / "half.ckpt")
     assert equal(weights(whole.policy), weights(resumed.policy))
+
+
+def test_adapters_are_drawn_whatever_the_default_device_is(qwen3):
+    """Lightning makes the model under the trainer's, where a generator of the CPU is refused."""
+    policy = CausalLM(str(qwen3), adapter=Lora(r=2))
+    policy.configure_model()
+    before = weights(policy)
+    with torch.no_grad():
+        for parameter in trained_parameters(policy):
+            parameter.fill_(3.0)
+    with torch.device("meta"):
+        policy.adapter.draw(policy.model)
+    assert equal(weights(policy), before)
 
 
 def test_the_flag_seeds_a_run_from_the_command_line(qwen3, tmp_path, monkeypatch):

@@ -191,7 +191,9 @@ class Lora(Adapter):
             elif ".lora_A." in name:
                 generator = torch.Generator()
                 generator.manual_seed(stable_hash("adapter", resolved(self.seed), name))
-                drawn = torch.rand(factor.shape, generator=generator).mul_(2).sub_(1)
+                # Lightning makes modules under a default device, where the generator is not.
+                drawn = torch.rand(factor.shape, generator=generator, device="cpu")
+                drawn = drawn.mul_(2).sub_(1)
                 local(factor).copy_(drawn[own_rows(factor)] / math.sqrt(factor.shape[1]))
 
     def language_model(self, model: nn.Module) -> PreTrainedModel:

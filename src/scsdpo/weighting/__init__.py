@@ -3,12 +3,20 @@
 from scsdpo.weighting._base import Weighting
 from scsdpo.weighting.frozen import FrozenPassRate
 from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, RatePower, Uniform
-from scsdpo.weighting.tokens import Horizon, Position, TeacherEntropy, TokenWeighting, UniformTokens
+from scsdpo.weighting.tokens import (
+    Horizon,
+    Overlong,
+    Position,
+    TeacherEntropy,
+    TokenWeighting,
+    UniformTokens,
+)
 
 __all__ = [
     "FrozenPassRate",
     "HardFilter",
     "Horizon",
+    "Overlong",
     "PassRate",
     "Position",
     "Product",

@@ -134,3 +134,31 @@ class Horizon(TokenWeighting):
         for t in range(1, local.shape[1]):
             weights[:, t] += gates[:, t - 1] * weights[:, t - 1]
         return torch.where(distilled, weights, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong(TokenWeighting):
+    """Overlong filtering: nothing is learned from cut responses. u_t = 1 if T < cap, else 0
+
+    T is the response's tokens. One that ends by itself at its very last token is left out too. The
+    reduction's denominators still count what is left out.
+
+    Args:
+        cap: `model.sampling.max_new_tokens`, >= 1.
+
+    Raises:
+        ValueError: if `cap` < 1.
+
+    Source:
+        DAPO, arXiv:2503.14476, section 3.4.
+    """
+
+    cap: int
+
+    def __post_init__(self) -> None:
+        if self.cap < 1:
+            raise ValueError(f"`Overlong(cap=...)` must be >= 1, got {self.cap}")
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        ended = signals.mask.sum(-1, keepdim=True) < self.cap
+        return ended.double().expand_as(signals.mask).clone()
