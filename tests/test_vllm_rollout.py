@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Colocated, Download, Servers, SharedFolder, VLLMRollout
 from scsdpo.rollout.delivery import write_weights
-from scsdpo.rollout.weights import digest, merged_weights
+from scsdpo.rollout.versions import Versions
+from scsdpo.rollout.weights import StreamHash, merged_weights
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)
@@ -49,6 +49,15 @@ class Canned(http.server.BaseHTTPRequestHandler):
         pass
 
 
+LABEL = "run.digest.0"
+
+
+@pytest.fixture(autouse=True)
+def labelled(monkeypatch):
+    """The policy's weights have a label that canned servers can know."""
+    monkeypatch.setattr(Versions, "of", lambda self, policy: LABEL)
+
+
 @pytest.fixture
 def canned():
     """A server, its `answers` to be filled in."""
@@ -66,7 +75,7 @@ def canned():
 @pytest.fixture
 def ranks():
     """This process is rank 1 of two."""
-    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    dist.init_process_group("fake", rank=1, world_size=2, store=dist.HashStore())
     yield
     dist.destroy_process_group()
 
@@ -172,17 +181,17 @@ def test_a_server_that_was_started_otherwise_is_refused_with_the_flag(
     assert canned.url in str(refused.value)
 
 
-def ready(policy):
+def ready():
     """The answers of a server that has these weights; it cannot generate yet."""
     return {
         "/collective_rpc": (200, {"results": [GOOD]}),
-        "/weight_info": (200, {"weight_version": digest(policy)}),
+        "/weight_info": (200, {"weight_version": LABEL}),
     }
 
 
 def test_a_server_without_room_for_a_response_is_refused_with_the_flag(policy, canned):
     small = {"results": [GOOD | {"max_model_len": 10}]}
-    canned.answers |= ready(policy) | {"/collective_rpc": (200, small)}
+    canned.answers |= ready() | {"/collective_rpc": (200, small)}
     message = f"room for 10: start the server {canned.url} with a larger --max-model-len"
     with pytest.raises(ConfigurationError, match=message):
         sample(policy, Servers([canned.url], Download(), patience=0.1))
@@ -190,13 +199,13 @@ def test_a_server_without_room_for_a_response_is_refused_with_the_flag(policy, c
 
 def test_a_server_without_scale_out_is_refused_with_the_flag(policy, canned):
     said = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to ..."
-    canned.answers |= ready(policy) | {"/inference/v1/generate": error(403, said)}
+    canned.answers |= ready() | {"/inference/v1/generate": error(403, said)}
     with pytest.raises(ConfigurationError, match="was started without --enable-scale-out"):
         sample(policy, Servers([canned.url], Download(), patience=0.1))
 
 
 def test_servers_of_different_dtypes_are_refused(policy, canned):
-    canned.answers |= ready(policy)
+    canned.answers |= ready()
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Canned)
     bf16 = {"results": [GOOD | {"dtype": "bfloat16"}]}
     other.answers = {"/collective_rpc": (200, bf16)}
@@ -213,7 +222,7 @@ def test_servers_of_different_dtypes_are_refused(policy, canned):
 
 
 def test_nobody_at_the_url_ends_in_bounded_time_with_its_name(policy, canned):
-    canned.answers |= ready(policy)
+    canned.answers |= ready()
     gone = "http://127.0.0.1:9"
     start = time.monotonic()
     with pytest.raises(TrainingStopped, match=f"the vLLM server {gone} is of no use since 0.2 s"):
@@ -227,22 +236,22 @@ def test_a_server_that_is_not_well_is_asked_again(policy, canned):
         "finish_reason": "stop",
         "token_ids": [5],
         "logprobs": {"content": [token]},
-        "weight_versions": [{"version": digest(policy), "start": 0, "end": 1}],
+        "weight_versions": [{"version": LABEL, "start": 0, "end": 1}],
     }
     healthy = {"choices": [choice | {"index": i} for i in (1, 0)]}
     path = "/inference/v1/generate"
-    canned.answers |= ready(policy) | {path: error(500, "EngineCore encountered an issue")}
+    canned.answers |= ready() | {path: error(500, "EngineCore encountered an issue")}
     recovery = threading.Timer(0.7, canned.answers.update, [{path: (200, healthy)}])
     recovery.start()
     rollouts = sample(policy, Servers([canned.url], Download(), patience=10))
     recovery.join()
     assert rollouts.ids.tolist() == [[[5], [5]]] and rollouts.finished.all()
     assert rollouts.sampling_logprobs.tolist() == [[[-1.0], [-1.0]]]
-    assert rollouts.version == digest(policy)
+    assert rollouts.version == LABEL
 
 
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_servers(policy, canned):
-    canned.answers |= ready(policy) | {"/inference/v1/generate": error(500, "busy")}
+    canned.answers |= ready() | {"/inference/v1/generate": error(500, "busy")}
     interrupt.begin_run(None)
     interrupt.open_window()
     threading.Timer(0.3, interrupt.ask, [15]).start()
@@ -255,23 +264,36 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_servers(policy, canned):
     assert time.monotonic() - start < 2
 
 
-def test_responses_from_other_weights_are_never_returned(policy, canned):
+OLD = [{"version": LABEL, "start": 0, "end": 1}, {"version": "x", "start": 1, "end": 2}]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"weight_versions": OLD}, "sampled from weights x, not"),
+        ({"weight_versions": []}, "sampled from weights without a label, not"),
+        ({"finish_reason": "abort"}, r"not finished \(finish reason abort\)"),
+        ({"token_ids": [], "logprobs": None, "finish_reason": "abort"}, "not finished"),
+        ({"token_ids": [], "logprobs": None, "weight_versions": []}, "gave an empty response"),
+    ],
+    ids=["other weights", "no label", "aborted", "aborted at once", "empty"],
+)
+def test_faulty_responses_are_never_returned(policy, canned, fault, message):
     token = {"token_id": 5, "logprob": -1.0, "top_logprobs": []}
-    spans = [{"version": digest(policy), "start": 0, "end": 1}, {"version": "x", "start": 1}]
     choice = {
         "finish_reason": "stop",
         "token_ids": [5, 5],
         "logprobs": {"content": [token, token]},
-        "weight_versions": spans,
+        "weight_versions": [{"version": LABEL, "start": 0, "end": 2}],
     }
-    body = {"choices": [choice | {"index": i} for i in range(2)]}
-    canned.answers |= ready(policy) | {"/inference/v1/generate": (200, body)}
-    with pytest.raises(TrainingStopped, match="sampled from weights x, not"):
+    choices = [choice | {"index": 0}, choice | fault | {"index": 1}]
+    canned.answers |= ready() | {"/inference/v1/generate": (200, {"choices": choices})}
+    with pytest.raises(TrainingStopped, match=message):
         sample(policy, Servers([canned.url], Download(), patience=0.1))
 
 
 def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks):
-    canned.answers |= ready(policy) | {"/weight_info": (200, {"weight_version": "default"})}
+    canned.answers |= ready() | {"/weight_info": (200, {"weight_version": "default"})}
     with pytest.raises(TrainingStopped, match="has not got these weights from rank 0 yet"):
         sample(policy, Servers([canned.url], Download(), patience=0.1, timeout=0.1))
 
@@ -280,13 +302,15 @@ def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks)
 def test_files_hold_every_weight(policy, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("scsdpo.rollout.delivery._SHARD_BYTES", 50_000)
     folder = tmp_path / "weights"
-    files, count = write_weights(merged_weights(policy), folder, dtype=dtype, keep=True)
+    files, sent = write_weights(merged_weights(policy), folder, dtype=dtype, keep=True)
     assert len(files) > 2 and sorted(folder.iterdir()) == files
     found = {name: value for file in files for name, value in load_file(file).items()}
-    assert count == len(found)
     for name, value in merged_weights(policy):
         assert torch.equal(found[name], value.to(dtype))
-    assert write_weights(merged_weights(policy), folder, dtype=dtype, keep=False) == ([], 0)
+    stream = StreamHash()
+    assert len(list(stream.over(found.items()))) == len(list(merged_weights(policy)))
+    assert stream.hexdigest() == sent
+    assert write_weights(merged_weights(policy), folder, dtype=dtype, keep=False)[0] == []
 
 
 def test_a_download_serves_its_files_and_nothing_else():

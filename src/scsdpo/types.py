@@ -131,7 +131,7 @@ class Rollouts(_ToDevice):
     temperature: float
     """The sampling temperature."""
     version: str = ""
-    """The weights that were sampled from: `rollout.weights.digest` of the policy at that time."""
+    """Label of the weights that were sampled from: a `rollout.weights.digest`, or a `Versions`'."""
 
     @property
     def lengths(self) -> Tensor:

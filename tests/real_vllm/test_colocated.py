@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from policies import MAKERS, gaps, move, prompt, short_and_long
 
-from scsdpo.errors import ConfigurationError
-from scsdpo.rollout import Colocated, VLLMRollout
+from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
+from scsdpo.rollout.versions import Versions
+from scsdpo.rollout.weights import merged_weights
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -71,7 +73,8 @@ def test_an_unsynchronised_engine_is_wrong_and_synchronising_mends_it(case, monk
     for step in range(3):
         move(case.policy, step)
         with monkeypatch.context() as stuck:
-            stuck.setattr(case.engine, "_synchronize", lambda _: case.engine._version)
+            stuck.setattr(case.engine, "_synchronize", lambda *_: None)
+            stuck.setattr(Versions, "of", lambda *_: case.engine._version)
             stale = gaps(case.policy, case.sample())
         assert all(gap.mean() > 0.01 for gap in stale)
         rollouts = case.sample()
@@ -103,6 +106,75 @@ def test_a_tied_head_is_stale_unless_it_is_packed_again(case, request, monkeypat
     assert gap.mean() > 0.01 if tied else gap.max() < case.parity
     move(case.policy, 12)
     assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
+
+
+def on_the_way(harm):
+    """`scsdpo_load` with a stream that is harmed before it arrives."""
+    load = WeightReceiver.scsdpo_load
+    return lambda worker, weights: load(worker, harm(weights))
+
+
+HARMS = {
+    "times 1.5": (lambda ws: ((n, w * 1.5) for n, w in ws), "received other weights"),
+    "half of them": (lambda ws: (p for i, p in enumerate(ws) if i % 2), "received other weights"),
+}
+UNSENT = {
+    "every second": lambda i, name: i % 2 == 0,
+    "a part of q, k and v in one": lambda i, name: "layers.1.self_attn.k_proj" not in name,
+    "the embedding": lambda i, name: "embed_tokens" not in name,
+    "the last norm": lambda i, name: name != "model.norm.weight",
+}
+
+
+def refused_and_mended(case, message):
+    with pytest.raises(TrainingStopped, match=message):
+        case.sample()
+    assert case.engine._version == ""
+
+
+@pytest.mark.parametrize(("harm", "message"), HARMS.values(), ids=HARMS)
+def test_weights_that_are_changed_on_the_way_are_refused(case, monkeypatch, harm, message):
+    case.sample()
+    move(case.policy, 20)
+    with monkeypatch.context() as harmed:
+        harmed.setattr(WeightReceiver, "scsdpo_load", on_the_way(harm))
+        refused_and_mended(case, message)
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
+
+
+@pytest.mark.parametrize("sent", UNSENT.values(), ids=UNSENT)
+def test_an_engine_that_did_not_get_every_parameter_is_refused(case, monkeypatch, sent):
+    def some(policy, dtype):
+        return (pair for i, pair in enumerate(merged_weights(policy, dtype)) if sent(i, pair[0]))
+
+    case.sample()
+    move(case.policy, 21)
+    with monkeypatch.context() as lacking:
+        lacking.setattr("scsdpo.rollout.colocated.merged_weights", some)
+        refused_and_mended(case, "got no complete weights for [0-9]+ of its modules")
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
+
+
+def test_a_stream_that_breaks_off_leaves_nothing_behind(case, monkeypatch):
+    def torn(policy, dtype):
+        for name, value in merged_weights(policy, dtype):
+            if "layers.1.self_attn.k_proj" in name:
+                raise OSError("torn")
+            yield name, value
+
+    case.sample()
+    move(case.policy, 22)
+    with monkeypatch.context() as broken:
+        broken.setattr("scsdpo.rollout.colocated.merged_weights", torn)
+        with pytest.raises(OSError, match="torn"):
+            case.sample()
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
+
+
+def test_autocast_of_the_trainer_does_not_reach_the_engine(case):
+    plain = case.sample()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(case.sample().sampling_logprobs, plain.sampling_logprobs)
 
 
 def test_equal_weights_are_not_brought_again(case, monkeypatch):

@@ -12,10 +12,18 @@ import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length, not_quantised
-from scsdpo.rollout.weights import digest, merged_weights
+from scsdpo.rollout.vllm_rollout import (
+    Answer,
+    Engine,
+    Request,
+    check_length,
+    not_quantised,
+    refusal,
+    sampled,
+)
+from scsdpo.rollout.weights import StreamHash, merged_weights
 
 
 class Colocated(Engine):
@@ -56,22 +64,22 @@ class Colocated(Engine):
         self.sleep = sleep
         self._llm: Any = None
         self._version = ""
+        self._weights_dtype = torch.float32
 
     def generate(
-        self, policy: CausalLM, requests: Sequence[Request]
-    ) -> tuple[str, list[list[Answer]]]:
+        self, policy: CausalLM, requests: Sequence[Request], version: str
+    ) -> list[list[Answer]]:
         check_length(requests, self.max_model_len, "raise model.rollout.engine.max_model_len")
         with _contained():
             if self._llm is None:
                 self._llm = self._start(policy)
             elif self.sleep:
                 self._llm.wake_up()
-            version = self._synchronize(policy)
-            answers = self._ask(requests)
+            self._synchronize(policy, version)
+            answers = sampled(self._ask, requests, version)
             if self.sleep:
                 self._llm.sleep(level=1)  # weights to the host, keys and values dropped
-        assert all(row.versions == {version} for group in answers for row in group)
-        return version, answers
+        return answers
 
     def close(self) -> None:
         """Stop the engine, and undo its initialisation of torch.distributed."""
@@ -103,6 +111,7 @@ class Colocated(Engine):
         llm.llm_engine.step = _looking(llm.llm_engine.step)
         (described,) = llm.collective_rpc("scsdpo_describe")
         not_quantised(described["quantization"], "vLLM, told so by the checkpoint's config,")
+        self._weights_dtype = getattr(torch, described["dtype"])
         return llm
 
     def _make(self, kind: Callable[..., Any], path: str, dtype: str) -> Any:
@@ -120,18 +129,20 @@ class Colocated(Engine):
             disable_log_stats=True,
         )
 
-    def _synchronize(self, policy: CausalLM) -> str:
-        """Bring the weights if they changed; returns their digest."""
-        version = digest(policy)
+    def _synchronize(self, policy: CausalLM, version: str) -> None:
+        """Bring the weights if they changed."""
         if version != self._version:
             self._version = ""  # if it fails midway, nothing is known of the engine's weights
-            self._llm.collective_rpc("scsdpo_load", args=(merged_weights(policy),))
+            stream = StreamHash()
+            weights = stream.over(merged_weights(policy, self._weights_dtype))
+            (received,) = self._llm.collective_rpc("scsdpo_load", args=(weights,))
+            if why := refusal(received, stream.hexdigest()):
+                raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
             # Keys and values of prompts are those of the old weights.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache after new weights")
             self._llm.update_weight_version(version)
             self._version = version
-        return version
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Answer]]:
         from vllm import SamplingParams
@@ -158,9 +169,11 @@ def _answer(completion: Any) -> Answer:
     ids = list(completion.token_ids)
     return Answer(
         ids=ids,
-        logprobs=[at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)],
-        finished=completion.finish_reason == "stop",
-        versions=frozenset(span.version for span in completion.weight_versions),
+        logprobs=[
+            at[token].logprob for token, at in zip(ids, completion.logprobs or (), strict=True)
+        ],
+        finish_reason=completion.finish_reason,
+        versions=frozenset(span.version for span in completion.weight_versions or ()),
     )
 
 

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scsdpo.rollout.weights import StreamHash
+
 _SHARD_BYTES = 2**31
 """Size from which the next tensor goes into another file; bounds the memory of writing."""
 
@@ -120,7 +122,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def write_weights(
     weights: Iterable[tuple[str, Tensor]], folder: Path, *, dtype: torch.dtype, keep: bool
-) -> tuple[list[Path], int]:
+) -> tuple[list[Path], str]:
     """Write (name, value) pairs into safetensors files in a new `folder`.
 
     Args:
@@ -130,11 +132,11 @@ def write_weights(
         keep: False: only iterate (another rank writes, and sharded weights need everyone).
 
     Returns:
-        The files, and how many tensors they hold.
+        The files, and the `StreamHash` of what they hold.
     """
     files: list[Path] = []
     shard: dict[str, Tensor] = {}
-    count = 0
+    stream = StreamHash()
 
     def flush() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,10 +147,11 @@ def write_weights(
     for name, value in weights:
         if not keep:
             continue
-        count += 1
-        shard[name] = value.detach().to("cpu", dtype).contiguous()
+        value = value.detach().to(dtype)
+        stream.add(name, value)
+        shard[name] = value.cpu().contiguous()
         if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
             flush()
     if shard:
         flush()
-    return files, count
+    return files, stream.hexdigest()

@@ -20,7 +20,7 @@ from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.delivery import Delivery, write_weights
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request, check_length
 from scsdpo.rollout.vllm_server import START, Server, Unreachable
-from scsdpo.rollout.weights import digest, merged_weights
+from scsdpo.rollout.weights import merged_weights
 
 T = TypeVar("T")
 
@@ -33,12 +33,12 @@ class _Offer:
     """Weights that servers can fetch."""
 
     version: str
-    """Their digest, and the label that a server has after it loaded them."""
+    """The label that a server has after it loaded them."""
     folder: Path
     locations: list[str]
     """Paths or URLs of the files."""
-    tensors: int
-    """How many the files hold."""
+    hash: str
+    """`StreamHash` of what the files hold."""
 
 
 class Servers(Engine):
@@ -46,8 +46,8 @@ class Servers(Engine):
 
     A server that does not answer, was restarted or holds other weights is given the weights and
     asked again until `patience` is over; then the run stops and says which. Rank 0 brings the
-    weights, and other ranks wait until the servers have theirs: both sides call weights by their
-    digest. A server belongs to one run at a time.
+    weights, and other ranks wait until the servers have theirs: all call weights by the same label
+    (`Versions`). A server belongs to one run at a time.
 
     Args:
         urls: e.g. `[http://node1:8000, http://node2:8000]`.
@@ -86,9 +86,9 @@ class Servers(Engine):
         self._described: dict[str, dict[str, Any]] = {}
 
     def generate(
-        self, policy: CausalLM, requests: Sequence[Request]
-    ) -> tuple[str, list[list[Answer]]]:
-        offer = self._write(policy, digest(policy))
+        self, policy: CausalLM, requests: Sequence[Request], version: str
+    ) -> list[list[Answer]]:
+        offer = self._write(policy, version)
         shares = [requests[i :: len(self.servers)] for i in range(len(self.servers))]
 
         def ask(server: Server, share: Sequence[Request]) -> list[list[Answer]]:
@@ -100,8 +100,7 @@ class Servers(Engine):
         while wait(asked, _PAUSE).not_done:
             interrupt.check()  # the process ends then, and with its connections their requests
         parts = [each.result() for each in asked]
-        answers = [parts[q % len(parts)][q // len(parts)] for q in range(len(requests))]
-        return offer.version, answers
+        return [parts[q % len(parts)][q // len(parts)] for q in range(len(requests))]
 
     def close(self) -> None:
         self._forget()
@@ -131,15 +130,15 @@ class Servers(Engine):
         if _rank() != 0:
             self._await(server, offer.version)
         elif server.version() != offer.version:
-            server.load(offer.locations, offer.tensors, offer.version, self.timeout)
+            server.load(offer.locations, offer.hash, offer.version, self.timeout)
         if not requests:
             return []
         remedy = f"start the server {server.url} with a larger --max-model-len"
         check_length(requests, self._describe(server)["max_model_len"], remedy)
         answers = server.generate(requests, self.timeout)
-        mixed = {v for group in answers for row in group for v in row.versions} - {offer.version}
-        if mixed:
-            raise Unreachable(f"sampled from weights {min(mixed)}, not {offer.version}")
+        for row in (row for group in answers for row in group):
+            if why := row.fault(offer.version):
+                raise Unreachable(why)
         return answers
 
     def _await(self, server: Server, version: str) -> None:
@@ -168,13 +167,13 @@ class Servers(Engine):
         if writes:
             folder, dtype = self.delivery.open() / version, self._dtype()
         weights = merged_weights(policy) if writes or is_sharded(policy) else ()
-        files, tensors = write_weights(weights, folder, dtype=dtype, keep=writes)
+        files, sent = write_weights(weights, folder, dtype=dtype, keep=writes)
         self._forget()
         self._offer = _Offer(
             version=version,
             folder=folder,
             locations=self.delivery.locations(files) if writes else [],
-            tensors=tensors,
+            hash=sent,
         )
         return self._offer
 

@@ -1,16 +1,17 @@
 """VLLMRollout: what it asks of a vLLM engine, and rollouts from what comes back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
+from scsdpo.rollout.versions import Versions
 from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Rollouts, Sampling, stable_hash
 
@@ -63,10 +64,21 @@ class Answer:
     """As drawn, the end included."""
     logprobs: Sequence[float]
     """Of each, nats, under the distribution it was drawn from."""
-    finished: bool
-    """Ended by an id or a string, not by the length cap."""
+    finish_reason: str | None
+    """`stop`: an id or a string ended it; `length`: the cap; anything else: it was not finished."""
     versions: frozenset[str]
     """Labels of the weights that its tokens were drawn with; more than one: they changed midway."""
+
+    def fault(self, version: str) -> str:
+        """Why it must not be learned from as a response of the weights `version`; '' if it may."""
+        if self.finish_reason not in ("stop", "length"):
+            return f"gave a response that was not finished (finish reason {self.finish_reason})"
+        if not self.ids:
+            return "gave an empty response"
+        if self.versions != {version}:
+            others = ", ".join(sorted(self.versions - {version})) or "without a label"
+            return f"sampled from weights {others}, not {version}"
+        return ""
 
 
 class Engine(ABC):
@@ -74,12 +86,17 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, policy: CausalLM, requests: Sequence[Request]
-    ) -> tuple[str, list[list[Answer]]]:
-        """Responses [Q][G] under the policy's weights as they are now, and their digest.
+        self, policy: CausalLM, requests: Sequence[Request], version: str
+    ) -> list[list[Answer]]:
+        """Responses [Q][G] under the policy's weights as they are now.
 
         Weights that the engine does not have yet are brought to it first, and what it remembers of
-        the old ones is forgotten. Responses that came from other weights are never returned.
+        the old ones is forgotten. Responses with a `fault` are never returned.
+
+        Args:
+            policy: whose weights are brought.
+            requests: what is asked for.
+            version: their label; the engine's once it has them.
 
         Raises:
             ConfigurationError: if the engine cannot do what is asked for, naming the key.
@@ -104,21 +121,28 @@ class VLLMRollout(Rollout):
 
     Args:
         engine: `Colocated(...)`, in this process, or `Servers(...)`, found by URL.
+        digest_every: optimizer steps after which the label of the weights (`Versions`) is made of
+            all their bits anew. Must be >= 1.
 
     Raises:
+        ValueError: if `digest_every` < 1.
         ConfigurationError: from `sample`, if the engine cannot do what is asked for.
         TrainingStopped: from `sample`, if it does not answer in time.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, digest_every: int = 100) -> None:
         self.engine = engine
+        self.versions = Versions(digest_every)
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         for prompt in prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
         requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
-        version, answers = self.engine.generate(policy, requests)
+        # Under autocast vLLM's arithmetic would be that of the trainer's precision.
+        with torch.autocast(policy.language_model.device.type, enabled=False):
+            version = self.versions.of(policy)
+            answers = self.engine.generate(policy, requests, version)
         return _rollouts(policy, prompts, sampling, answers, version)
 
     def close(self) -> None:
@@ -150,11 +174,45 @@ def _rollouts(
         mask=mask,
         sampling_logprobs=drawn,
         policy_logprobs=torch.where(mask, torch.nan, 0.0) if sampling.cuts else drawn,
-        finished=torch.tensor([row.finished for row in rows], device=device).view(shape[:2]),
+        finished=torch.tensor([row.finish_reason == "stop" for row in rows], device=device).view(
+            shape[:2]
+        ),
         texts=tuple(tuple(policy.chat.decode(row.ids) for row in group) for group in answers),
         temperature=sampling.temperature,
         version=version,
     )
+
+
+def sampled(
+    ask: Callable[[Sequence[Request]], list[list[Answer]]],
+    requests: Sequence[Request],
+    version: str,
+    tries: int = 3,
+) -> list[list[Answer]]:
+    """What `ask` answers; requests with a faulty answer are asked again.
+
+    Raises:
+        TrainingStopped: if a request has a faulty answer in each of so many `tries`.
+    """
+    answers = ask(requests)
+    for left in reversed(range(tries)):
+        faults = {
+            q: why
+            for q, group in enumerate(answers)
+            for row in group
+            if (why := row.fault(version))
+        }
+        if not faults:
+            break
+        if not left:
+            raise TrainingStopped(
+                f"vLLM {next(iter(faults.values()))}, {tries} times in a row; no step was taken on "
+                "this batch: go on with --ckpt_path"
+            )
+        again = ask([requests[q] for q in faults])
+        for q, group in zip(faults, again, strict=True):
+            answers[q] = group
+    return answers
 
 
 def check_length(requests: Sequence[Request], longest: int, remedy: str) -> None:
@@ -180,3 +238,20 @@ def not_quantised(quantization: object, where: str) -> None:
             f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
             "it samples from is not the policy: use a checkpoint and settings without quantization"
         )
+
+
+def refusal(received: dict[str, Any], sent: str) -> str:
+    """Why an engine that loaded weights must not be sampled from; '' if it may.
+
+    Args:
+        received: what `WeightReceiver.scsdpo_load` returned.
+        sent: the sender's `StreamHash`.
+    """
+    if received["hash"] != sent:
+        return f"received other weights ({received['hash']}) than were sent ({sent})"
+    if missing := received["missing"]:
+        return (
+            f"got no complete weights for {len(missing)} of its modules "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        )
+    return ""

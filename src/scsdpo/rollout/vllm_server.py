@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.rollout.vllm_rollout import Answer, Request, not_quantised
+from scsdpo.rollout.vllm_rollout import Answer, Request, not_quantised, refusal
 
 SHORT = 10.0
 """Seconds in which a server that is alive answers a question about itself."""
@@ -59,18 +59,25 @@ class Server:
         not_quantised(seen["quantization"], f"the vLLM server {self.url}")
         return seen
 
-    def load(self, locations: Sequence[str], tensors: int, version: str, timeout: float) -> None:
+    def load(self, locations: Sequence[str], sent: str, version: str, timeout: float) -> None:
         """Let it fetch weights and forget what it remembers of the old ones.
 
         While it loads, and if that fails midway, its label is one that no policy has.
 
+        Args:
+            locations: of the files.
+            sent: the `StreamHash` of what they hold.
+            version: its label afterwards.
+            timeout: seconds until it has loaded them.
+
         Raises:
-            Unreachable: if it does not come back with all `tensors`.
+            Unreachable: if other weights arrived, or not all that its model has.
         """
         self._call("/update_weight_version", {"new_version": f"loading {version}"}, timeout=SHORT)
         fetched = self._rpc("scsdpo_fetch", {"locations": list(locations)}, timeout=timeout)
-        if any(worker["tensors"] != tensors for worker in fetched):
-            raise Unreachable(f"took {fetched} of {tensors} tensors")
+        for worker in fetched:
+            if why := refusal(worker, sent):
+                raise Unreachable(why)
         if not self._call("/reset_prefix_cache", {}, timeout=SHORT)["success"]:
             raise Unreachable("did not reset its prefix cache; is someone else sampling from it?")
         self._call("/update_weight_version", {"new_version": version}, timeout=SHORT)
@@ -148,10 +155,10 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def _answer(choice: dict[str, Any]) -> Answer:
-    content = choice["logprobs"]["content"]
+    content = choice["logprobs"]["content"] if choice["token_ids"] else ()
     return Answer(
         ids=choice["token_ids"],
         logprobs=[token["logprob"] for token in content],
-        finished=choice["finish_reason"] == "stop",
-        versions=frozenset(span["version"] for span in choice["weight_versions"]),
+        finish_reason=choice["finish_reason"],
+        versions=frozenset(span["version"] for span in choice["weight_versions"] or ()),
     )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from scsdpo.rollout.weights import StreamHash
+
 TIMEOUT = 60.0
 """Seconds without a byte after which a download of weights is given up."""
 
@@ -26,9 +28,6 @@ class WeightReceiver:
         vllm_config: Any
         model_runner: Any
 
-        def reload_weights(self, weights_iterator: Iterable[tuple[str, Tensor]]) -> None:
-            """The worker's own."""
-
     def scsdpo_describe(self) -> dict[str, Any]:
         """What of the engine's settings decides whether its rollouts can be trained on."""
         model = self.vllm_config.model_config
@@ -39,32 +38,83 @@ class WeightReceiver:
             "max_model_len": model.max_model_len,
         }
 
-    def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, int]:
-        """Load safetensors files, by path or URL; says how many tensors came.
+    def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, Any]:
+        """Load safetensors files, by path or URL.
 
         Args:
             locations: files that hold, together, every weight by its checkpoint's name.
         """
-        count = 0
+        return self.scsdpo_load(pair for location in locations for pair in _read(location))
 
-        def counted() -> Iterator[tuple[str, Tensor]]:
-            nonlocal count
-            for location in locations:
-                for pair in _read(location):
-                    count += 1
-                    yield pair
+    def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        """Load (name, value) pairs in the checkpoint's names.
 
-        self.scsdpo_load(counted())
-        return {"tensors": count}
+        Returns:
+            `hash`: the `StreamHash` of what came; `missing`: modules of this worker's model that
+            did not get all of their parameters.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
 
-    def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load (name, value) pairs in the checkpoint's names."""
         # It warns at each reload of what has no weights (rotary positions) or shares them (the
-        # tied head, next line).
+        # tied head, below).
         noisy = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(noisy).setLevel(logging.ERROR)
-        self.reload_weights(weights_iterator=weights)
-        _repack_heads(self.model_runner.get_model())
+        stream, model = StreamHash(), self.model_runner.get_model()
+        shared = _shared(model)
+        # What the worker's reload_weights does, which does not tell what was loaded.
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            try:
+                model.load_weights(stream.over(weights))
+                missing = [name for name in _unfilled(model) if name not in shared]
+            finally:  # or the next load would count this one's parts as its own
+                finalize_layerwise_reload(model, self.vllm_config.model_config)
+            self.model_runner.reset_lora_state()
+        _repack_heads(model)
+        return {"hash": stream.hexdigest(), "missing": missing}
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Modules whose parameters are all another's: tied heads."""
+    owners: dict[int, str] = {}
+    found = set()
+    for name, module in model.named_modules():
+        own = [owners.setdefault(id(p), name) for p in module.parameters(recurse=False)]
+        if own and name not in own:
+            found.add(name)
+    return found
+
+
+def _unfilled(model: nn.Module) -> Iterator[str]:
+    """Modules that have not got every element of their parameters, before the load is finalized.
+
+    vLLM counts elements as they come and puts a module in place with its last one; fused
+    parameters (q, k and v in one) are full only with all of their parts.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+    from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        if not info.can_load():
+            continue  # in place
+        wanted = sum(
+            get_tensor_load_numel(parameter)
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if leaf not in SKIP_LOAD_TENSORS
+        )
+        if isinstance(module, VocabParallelEmbedding):  # its rows are padded
+            places = module.shard_indices
+            rows = places.org_vocab_end_index - places.org_vocab_start_index
+            wanted = wanted // module.num_embeddings_per_partition * rows
+        if info.load_numel < wanted:
+            yield name
 
 
 def _repack_heads(model: nn.Module) -> None:

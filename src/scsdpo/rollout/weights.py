@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,34 +19,115 @@ _WRAPPED = ".base_layer"
 
 
 @torch.no_grad()
-def digest(policy: nn.Module) -> str:
-    """16 hexadecimal digits that tell these weights from those before or after a step.
+def digest(policy: nn.Module, most: int | None = None) -> str:
+    """16 hexadecimal digits that tell these weights from any others.
 
-    Made of each parameter's bits (their exclusive or) and sum. It is the same on every rank, after
-    a restart, and in every process that holds these weights on the same kind of device. A count of
-    in-place writes would not do: fused optimizers write without being counted.
+    Made of `fold` of each parameter: it is the same on every rank, after a restart, and in every
+    process and on every device that holds these weights.
+
+    Args:
+        policy: under shards every rank must ask, in step.
+        most: of each parameter's elements that are read, evenly spread; None: all.
     """
     settle(policy)
-    parameters = [local(p) for p in policy.parameters()]
-    # A rank that has nothing of a parameter has its zero.
-    bits = torch.stack(
-        [torch.hash_tensor(p if p.numel() else p.new_zeros(1)) for p in parameters]
-    ).tolist()
-    sums = torch.stack([p.sum().double() for p in parameters]).tolist()
-    parts: list[object] = [bits, sums]
+    folds: list[Tensor] = []
+    for parameter in policy.parameters():
+        value = local(parameter).detach()
+        stride = 1 if most is None else max(value.numel() // most, 1)
+        folds.append(fold(value.reshape(-1)[::stride]))
+    parts: list[object] = [torch.stack(folds).tolist()]
     if is_sharded(policy):
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, [bits, sums])
-    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+        own, parts = parts, [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    return _hex(repr(parts))
+
+
+class StreamHash:
+    """What a stream of (name, value) pairs held: names, dtypes, shapes and every bit of the values.
+
+    Sender and receiver each keep one, on the device where the values lie, and compare: what was
+    left out, doubled, renamed or changed on the way shows; the order does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, Tensor]] = []
+
+    def over(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The pairs of `weights`, as they pass by."""
+        for name, value in weights:
+            self.add(name, value)
+            yield name, value
+
+    def add(self, name: str, value: Tensor) -> None:
+        """One more pair passes by."""
+        self._seen.append((f"{name} {value.dtype} {tuple(value.shape)}", fold(value)))
+
+    def hexdigest(self) -> str:
+        """16 hexadecimal digits of all pairs so far."""
+        return _hex(repr(sorted((what, int(folded)) for what, folded in self._seen)))
+
+
+_COLUMNS = 2**12
+_SLAB, _SLAB_ON_CPU = 2**12, 2**6
+"""Rows of so many columns that are multiplied at a time: 128 MiB of products; in a cache on CPU."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""By bytes of an element. Halves of 8 bytes: 2^63 times any odd number is 2^63, and pairs of signs
+would cancel."""
 
 
 @torch.no_grad()
-def merged_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def fold(value: Tensor) -> Tensor:
+    """sum_rc bits_rc u_c v_r modulo 2^64, on the value's device: a number for a tensor's bits.
+
+    u and v are fixed pseudo-random numbers, so that other values, signs and orders give another
+    number; integers are the same on every device. An empty tensor gives 0.
+
+    Args:
+        value: of any shape and dtype of 1, 2, 4 or 8 bytes.
+    Shapes:
+        value, read as rows r of 4,096 columns c -> [] int64.
+    """
+    bits = value.detach().reshape(-1).contiguous().view(_INTEGERS[value.element_size()])
+    rows = -(-bits.numel() // _COLUMNS)
+    whole = bits.numel() // _COLUMNS
+    u, v = _numbers(_COLUMNS, 0, bits.device), _numbers(rows, 1, bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    table = bits[: whole * _COLUMNS].view(whole, _COLUMNS)
+    height = _SLAB_ON_CPU if bits.device.type == "cpu" else _SLAB
+    for start in range(0, whole, height):
+        slab = slice(start, min(start + height, whole))
+        total += ((table[slab] * u).sum(1) * v[slab]).sum()
+    rest = bits[whole * _COLUMNS :]
+    if rest.numel():
+        total += (rest * u[: rest.numel()]).sum() * v[-1]
+    return total
+
+
+def _numbers(count: int, salt: int, device: torch.device) -> Tensor:
+    """Pseudo-random int64, the same on every device (SplitMix64's finalizer)."""
+    x = torch.arange(1, count + 1, device=device) * 0x1E3779B97F4A7C15 + salt
+    x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x14D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def _hex(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@torch.no_grad()
+def merged_weights(
+    policy: CausalLM, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every weight of the plain model; LoRA factors are merged into them.
 
     W + scale B A is formed in float32, on a copy of one layer at a time: the policy's own weights
-    are not touched, and nothing is rounded here. A tied head comes once, as the embedding. On
-    several ranks everyone must ask for all of them, in step: sharded weights are gathered.
+    are not touched. A tied head comes once, as the embedding. On several ranks everyone must ask
+    for all of them, in step: sharded weights are gathered.
+
+    Args:
+        policy: whose weights.
+        dtype: to which they are rounded, before they are gathered; None: nothing is rounded.
     """
     model = policy.language_model
     settle(model)
@@ -55,16 +136,17 @@ def merged_weights(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
         if not owner:
-            yield name, _whole(parameter)
+            yield name, _whole(parameter, dtype)
         elif owner not in done:
             done.add(owner)
             for inner, value in _merged(adapted[owner]).named_parameters():
-                yield f"{owner}.{inner}", value
+                yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _whole(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight itself, gathered if it is sharded."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _merged(layer: nn.Module) -> nn.Module:
