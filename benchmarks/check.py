@@ -46,7 +46,21 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 """Of the tiny policy's pairs. `gold`: the bare answer is shown; `backwards`: what is shown is
 called wrong."""
-OPERATIONS = ("sum", "product")
+SC_SDPO = f"--config={ROOT / 'configs' / 'methods' / 'sc-sdpo.yaml'}"
+ON_SMOLLM2 = {
+    "hybrid": (),
+    "sc-sdpo": (SC_SDPO,),
+    "sc-sdpo-temperature-0.6": (SC_SDPO, "--model.sampling.temperature=0.6"),
+    "sc-sdpo-gold": (SC_SDPO, "--model.teacher.init_args.context=GoldSolution"),
+    **{
+        f"sc-sdpo-{operation}": (
+            SC_SDPO,
+            *(f"--data.{split}.init_args.operations=[{operation}]" for split in ("train", "val")),
+        )
+        for operation in ("sum", "product")
+    },
+}
+"""Of SmolLM2's, or another policy's in its place: one warmed up, say. `hybrid`: as configured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +80,10 @@ def pairs(smollm2: Path | None, batches: int) -> dict[str, Pair]:
         return found
     base = (
         f"--config={ROOT / 'configs' / 'smollm2.yaml'}",
-        f"--config={ROOT / 'configs' / 'methods' / 'sc-sdpo.yaml'}",
         f"--model.policy.name_or_path={smollm2}",
     )
-    for operation in OPERATIONS:
-        splits = ("train", "val")
-        change = tuple(f"--data.{s}.init_args.operations=[{operation}]" for s in splits)
-        found[f"smollm2-{operation}"] = Pair(base=base, change=change, length=())
+    for name, change in ON_SMOLLM2.items():
+        found[f"{smollm2.name}-{name}"] = Pair(base=base, change=change, length=())
     return found
 
 
