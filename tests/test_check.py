@@ -121,8 +121,10 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
 @pytest.mark.parametrize(
     ("figures", "level", "text"),
     [
-        ({"answers": answers(formed=0.1)}, "stop", "the format is not followed: 10%"),
-        ({"answers": answers(hopeless=0.9)}, "stop", "out of reach"),
+        ({"answers": answers(formed=0.1)}, "mind", "the format is not followed: 10%"),
+        ({"answers": answers(formed=0.02)}, "stop", "the format is not followed: 2%"),
+        ({"answers": answers(hopeless=0.9)}, "mind", "out of reach"),
+        ({"answers": answers(hopeless=0.97)}, "stop", "out of reach"),
         ({"answers": answers(mastered=0.9)}, "stop", "mastered"),
         ({"answers": answers(truncated=0.5)}, "mind", "50% of the responses reach the cap"),
         (

@@ -17,8 +17,12 @@ class Thresholds:
 
     formed: float = 0.5
     """Least share of responses with an answer."""
+    unformed: float = 0.05
+    """The share below which there is nothing to begin with."""
     hopeless: float = 0.8
     """Largest share of questions without a right response."""
+    lost: float = 0.95
+    """The share above which there is nothing to begin with."""
     mastered: float = 0.8
     """Largest share of questions without a wrong one."""
     truncated: float = 0.3
@@ -51,7 +55,7 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
     own = found.answers
     if own.formed < limits.formed:
         yield Remark(
-            level="stop",
+            level="stop" if own.formed < limits.unformed else "mind",
             text=f"the format is not followed: {own.formed:.0%} of the responses have an answer "
             f"(at least {limits.formed:.0%})",
             remedy="show the format in the prompt, warm the policy up on examples of it, or let "
@@ -59,7 +63,7 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
         )
     if own.hopeless > limits.hopeless:
         yield Remark(
-            level="stop",
+            level="stop" if own.hopeless > limits.lost else "mind",
             text=f"out of reach: no response is right to {own.hopeless:.0%} of the questions "
             f"(at most {limits.hopeless:.0%})",
             remedy="take easier questions, more responses (model.sampling.n), a better policy, or "
