@@ -268,3 +268,13 @@ def test_closing_undoes_torch_distributed_and_sampling_may_go_on(case):
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
     assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
+
+
+def test_settings_that_vllm_cannot_start_with_are_one_line_and_others_start_after(case):
+    case.rollout.close()
+    wanted, case.engine.kv_cache_gib = case.engine.kv_cache_gib, 1e-4
+    with pytest.raises(ConfigurationError, match=r"these kv_cache_gib, max_model_len") as told:
+        case.sample()
+    assert "\n" not in str(told.value) and not dist.is_initialized()
+    case.engine.kv_cache_gib = wanted
+    assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity

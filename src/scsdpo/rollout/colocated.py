@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.agreement import agreed
 from scsdpo.rollout.contained import class_kept, contained, group_spared, launched, make_world
@@ -27,6 +27,8 @@ from scsdpo.rollout.vllm_rollout import (
 from scsdpo.rollout.weights import StreamHash, merged_weights
 
 _GIB = 2**30
+_WORK = _GIB
+"""What vLLM takes besides, roughly: activations, logits, graphs."""
 
 
 class Colocated(Engine):
@@ -83,7 +85,7 @@ class Colocated(Engine):
         self._llm: Any = None
         self._rounds: Rounds | None = None
         self._version = ""
-        self._held = self._asleep = self._made_world = False
+        self._held = self._begun = self._asleep = self._made_world = False
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
@@ -129,11 +131,16 @@ class Colocated(Engine):
         return self.max_model_len
 
     def close(self) -> None:
-        """Stop the engine, and leave torch.distributed as it was."""
-        if self._llm is not None:
+        """Stop the engine, one that started by half too, and leave torch.distributed as it was."""
+        if self._begun:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
             with group_spared():
-                self._llm.llm_engine.engine_core.shutdown()
-        self._llm, self._rounds, self._version, self._asleep = None, None, "", False
+                if self._llm is not None:
+                    self._llm.llm_engine.engine_core.shutdown()
+                cleanup_dist_env_and_memory()
+        self._llm, self._rounds, self._version = None, None, ""
+        self._begun = self._asleep = False
         if self._made_world:
             self._made_world = False
             dist.destroy_process_group()
@@ -146,11 +153,11 @@ class Colocated(Engine):
         with agreed():
             self._check(policy)
             kind = _vllm()
-        self._made_world = make_world(device)
+        self._made_world, self._begun = make_world(device), True
         with ExitStack() as undo:
             undo.callback(self.close)
             with agreed():
-                with launched(device), self._class_kept(policy):
+                with launched(device), self._class_kept(policy), _explained():
                     self._llm = kind(**self._settings(policy))
                 self._llm.llm_engine.step = self._looking(self._llm.llm_engine.step)
                 (described,) = self._llm.collective_rpc("scsdpo_describe")
@@ -211,10 +218,10 @@ class Colocated(Engine):
         return torch.bfloat16 if on_gpu else torch.float32
 
     def _bytes(self, policy: CausalLM) -> int:
-        """Of its weights and its keys and values, on a rank."""
+        """Of its weights, its keys and values, and to work with, on a rank."""
         elements = sum(p.numel() for p in policy.language_model.parameters())
         weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
-        return int(weights + self.kv_cache_gib * _GIB)
+        return int(weights + self.kv_cache_gib * _GIB) + _WORK
 
     def _share(self, policy: CausalLM) -> float:
         device = policy.language_model.device
@@ -314,6 +321,18 @@ def _vllm() -> Callable[..., Any]:
             "use HFRollout"
         ) from error
     return LLM
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in one line what vLLM says of settings that it cannot start with; its knobs are ours."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError) as error:
+        raise ConfigurationError(
+            "model.rollout.engine: vLLM does not start with these kv_cache_gib, max_model_len, "
+            f"dtype and tensor_parallel: change them ({first_line(error)})"
+        ) from error
 
 
 def _answer(completion: Any) -> Answer:

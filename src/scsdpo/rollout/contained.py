@@ -22,7 +22,7 @@ def contained(device: torch.device) -> Iterator[None]:
     nothing: undone at the end.
     """
     before = random.getstate(), np.random.get_state(), torch.set_num_threads
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cuda = [device] if device.type == "cuda" else []
     plain = torch.autocast(device.type, enabled=False)
     with torch.random.fork_rng(devices=cuda), plain, torch.inference_mode(False), torch.no_grad():
         try:
