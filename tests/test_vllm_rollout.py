@@ -109,9 +109,9 @@ def test_sleep_on_cpu_is_refused(policy):
         sample(policy, Colocated(sleep=True))
 
 
-def test_an_engine_in_process_is_refused_beside_other_ranks(policy, ranks):
-    with pytest.raises(ConfigurationError, match="a group of 2 already: use the engine Servers"):
-        sample(policy, Colocated())
+def test_ranks_that_cannot_be_grouped_are_refused(policy, ranks):
+    with pytest.raises(ConfigurationError, match=r"tensor_parallel: 3 must divide .* ranks, 2:"):
+        sample(policy, Colocated(tensor_parallel=3))
 
 
 @needs_its_absence
@@ -132,6 +132,7 @@ def test_a_prompt_without_room_for_a_response_is_refused(policy):
     ("make", "message"),
     [
         (lambda: Colocated(kv_cache_gib=0), r"`Colocated\(kv_cache_gib=\.\.\.\)` must be > 0"),
+        (lambda: Colocated(tensor_parallel=0), r"`Colocated\(tensor_parallel=\.\.\.\)` must be"),
         (lambda: Servers([], Download()), r"`Servers\(urls=\.\.\.\)` must be URLs .* got none"),
         (lambda: Servers(["node:8000"], Download()), "got node:8000"),
         (lambda: Servers(["http://n"], Download(), patience=0), r"`Servers\(patience=\.\.\.\)`"),

@@ -19,12 +19,24 @@ class Rollout(ABC):
         again. Tensors are on the policy's device.
         """
 
-    def held(self, policy: CausalLM) -> AbstractContextManager[object]:
+    def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
         """What several calls of `sample` can share while the policy does not change.
 
         Every rank enters; inside, each samples by itself.
+
+        Args:
+            policy: whose weights.
+            apart: a rank that fails inside ends by itself. Otherwise all ranks leave together, and
+                what one of them raises may be raised on all.
         """
         return nullcontext()
+
+    def absent(self) -> None:  # noqa: B027 - most need nobody else
+        """In the place of `sample`, on a rank that has no prompts where others have some."""
+
+    def room(self) -> int | None:
+        """Tokens that a prompt and its response may have together; None: as many as they like."""
+        return None
 
     def rows(self, responses: int) -> int:
         """How many of so many responses are in flight at a time."""

@@ -1,19 +1,20 @@
-"""vLLM in the trainer's own process: weights pass by reference, the memory is shared."""
+"""vLLM in every rank of the trainer: weights stay in memory, the device is shared."""
 
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
+from scsdpo.rollout.agreement import agreed
+from scsdpo.rollout.contained import class_kept, contained, group_spared, launched, make_world
+from scsdpo.rollout.tensor_parallel import Rounds
 from scsdpo.rollout.vllm_rollout import (
     Answer,
     Engine,
@@ -25,25 +26,35 @@ from scsdpo.rollout.vllm_rollout import (
 )
 from scsdpo.rollout.weights import StreamHash, merged_weights
 
+_GIB = 2**30
+
 
 class Colocated(Engine):
-    """vLLM in this process, on the trainer's device. One process only.
+    """vLLM in this process, on the trainer's device; on several ranks in each of them.
 
-    The engine starts empty at the first sampling and gets the policy's weights then. Torch's and
-    Python's random state are those from before; torch.distributed is initialised by vLLM, with a
-    world of one, until the engine closes.
+    The engine starts empty at the first sampling and gets the policy's weights then, a layer at a
+    time, from shards too. Each rank samples for its own prompts with an engine of its own, or, with
+    `tensor_parallel` t, each t neighbouring ranks with one engine between them. What one rank
+    refuses or fails at is an error on all. vLLM uses the trainer's process group and leaves it
+    alone; where there is none, one of a single rank is there until the engine closes. Torch's and
+    Python's random state are those from before.
 
     Args:
         dtype: of its weights. `auto`: bfloat16 on GPU and float32 on CPU.
         max_model_len: room for a prompt and its response, in tokens.
-        kv_cache_gib: memory for keys and values, in GiB; beside it come the weights once more.
+        kv_cache_gib: memory for keys and values, in GiB a rank; beside it come the weights once
+            more, on each rank 1 / `tensor_parallel` of them.
         enforce_eager: no compilation and no CUDA graphs: starts sooner, samples more slowly.
-        sleep: give the memory back between samplings; GPU only.
+        sleep: give all of the memory back between samplings; GPU only.
+        tensor_parallel: ranks that share an engine; must divide their number, and should be within
+            one machine.
 
     Raises:
         ValueError: if a number is not positive.
-        ConfigurationError: from `generate`, if vLLM is not installed, torch.distributed is in
-            use, there is nothing to put to sleep, or vLLM would compile the policy's own class.
+        ConfigurationError: from `generate`, if vLLM is not installed, the ranks cannot be grouped,
+            memory does not suffice, there is nothing to put to sleep, or vLLM would compile the
+            policy's own class.
+        TrainingStopped: from `generate`, if the ranks of an engine ask for different things.
     """
 
     def __init__(
@@ -53,8 +64,14 @@ class Colocated(Engine):
         kv_cache_gib: float = 4.0,
         enforce_eager: bool = False,
         sleep: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
-        for name, value in (("max_model_len", max_model_len), ("kv_cache_gib", kv_cache_gib)):
+        numbers = {
+            "max_model_len": max_model_len,
+            "kv_cache_gib": kv_cache_gib,
+            "tensor_parallel": tensor_parallel,
+        }
+        for name, value in numbers.items():
             if value <= 0:
                 raise ValueError(f"`Colocated({name}=...)` must be > 0, got {value}")
         self.dtype = dtype
@@ -62,107 +79,241 @@ class Colocated(Engine):
         self.kv_cache_gib = kv_cache_gib
         self.enforce_eager = enforce_eager
         self.sleep = sleep
+        self.tensor_parallel = tensor_parallel
         self._llm: Any = None
+        self._rounds: Rounds | None = None
         self._version = ""
-        self._weights_dtype = torch.float32
+        self._held = self._asleep = self._made_world = False
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
-        check_length(requests, self.max_model_len, "raise model.rollout.engine.max_model_len")
-        with _contained():
-            if self._llm is None:
-                self._llm = self._start(policy)
-            elif self.sleep:
-                self._llm.wake_up()
-            self._synchronize(policy, version)
-            answers = sampled(self._ask, requests, version)
-            if self.sleep:
-                self._llm.sleep(level=1)  # weights to the host, keys and values dropped
-        return answers
+        with self.held(policy, version), contained(policy.language_model.device):
+            if self._rounds is not None:
+                return self._rounds.answers(self._version, requests)
+            self._refuse(requests)
+            return self._answers(requests)
+
+    @contextmanager
+    def held(self, policy: CausalLM, version: str, *, apart: bool = False) -> Iterator[None]:
+        if self._held:
+            yield
+            return
+        device = policy.language_model.device
+        self._held = True
+        try:
+            with contained(device):
+                self._start(policy)
+                self._synchronize(policy, version)
+            with nullcontext() if apart else agreed():
+                try:
+                    yield
+                except (Exception, interrupt.Interrupted):
+                    if not apart:
+                        self._leave(device)
+                    raise
+                self._leave(device)
+        finally:
+            self._held = False
+            self._rest(device)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        with agreed():
+            self._refuse(requests)
+
+    def absent(self) -> None:
+        if self._rounds is not None:
+            self._rounds.answers(self._version, ())
+
+    def room(self) -> int:
+        return self.max_model_len
 
     def close(self) -> None:
-        """Stop the engine, and undo its initialisation of torch.distributed."""
-        if self._llm is None:
+        """Stop the engine, and leave torch.distributed as it was."""
+        if self._llm is not None:
+            with group_spared():
+                self._llm.llm_engine.engine_core.shutdown()
+        self._llm, self._rounds, self._version, self._asleep = None, None, "", False
+        if self._made_world:
+            self._made_world = False
+            dist.destroy_process_group()
+
+    def _start(self, policy: CausalLM) -> None:
+        """The engine, if it is not there; on all ranks or none."""
+        if self._llm is not None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
+        device = policy.language_model.device
+        with agreed():
+            self._check(policy)
+            kind = _vllm()
+        self._made_world = make_world(device)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            with agreed():
+                with launched(device), self._class_kept(policy):
+                    self._llm = kind(**self._settings(policy))
+                self._llm.llm_engine.step = self._looking(self._llm.llm_engine.step)
+                (described,) = self._llm.collective_rpc("scsdpo_describe")
+                told = "vLLM, told so by the checkpoint's config,"
+                not_quantised(described["quantization"], told)
+            undo.pop_all()
+        if self.tensor_parallel > 1:
+            from vllm.distributed import get_tp_group
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm, self._version = None, ""
-        cleanup_dist_env_and_memory()
+            self._rounds = Rounds(get_tp_group().cpu_group, self._refuse, self._answers)
 
-    def _start(self, policy: CausalLM) -> Any:
-        device = policy.language_model.device.type
-        _check_place(device, self.sleep)
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights pass by reference
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        # Lightning takes vLLM's world of one for several devices.
-        warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
-        try:
-            from vllm import LLM
-        except ImportError as error:
+    def _class_kept(self, policy: CausalLM) -> AbstractContextManager[None]:
+        return class_kept(type(policy.language_model.get_decoder()), self.enforce_eager)
+
+    def _check(self, policy: CausalLM) -> None:
+        """What can be refused before anything is begun."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world % self.tensor_parallel:
             raise ConfigurationError(
-                f"model.rollout: VLLMRollout needs vLLM ({error}): pip install 'scsdpo[vllm]', or "
-                "use HFRollout"
-            ) from error
-        chosen = {"cuda": "bfloat16"}.get(device, "float32") if self.dtype == "auto" else self.dtype
-        with _class_kept(type(policy.language_model.get_decoder()), self.enforce_eager):
-            llm = self._make(LLM, policy.chat.tokenizer.name_or_path, chosen)
-        llm.llm_engine.step = _looking(llm.llm_engine.step)
-        (described,) = llm.collective_rpc("scsdpo_describe")
-        not_quantised(described["quantization"], "vLLM, told so by the checkpoint's config,")
-        self._weights_dtype = getattr(torch, described["dtype"])
-        return llm
+                f"model.rollout.engine.tensor_parallel: {self.tensor_parallel} must divide the "
+                f"number of ranks, {world}: change it, or trainer.devices"
+            )
+        device = policy.language_model.device
+        if device.type == "cuda":
+            _check_memory(self._bytes(policy), device)
+            return
+        if self.sleep:
+            raise ConfigurationError(
+                "model.rollout.engine.sleep: vLLM ignores it on CPU, nothing would be given back: "
+                "set it to false"
+            )
+        _warn_of_spinning()
 
-    def _make(self, kind: Callable[..., Any], path: str, dtype: str) -> Any:
-        return kind(
-            model=path,
-            load_format="dummy",  # the policy's come before anything is sampled
-            dtype=dtype,
-            max_model_len=self.max_model_len,
-            kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
-            enforce_eager=self.enforce_eager,
-            enable_sleep_mode=self.sleep,
+    def _settings(self, policy: CausalLM) -> dict[str, Any]:
+        return {
+            "model": policy.chat.tokenizer.name_or_path,
+            "load_format": "dummy",  # the policy's come before anything is sampled
+            "dtype": str(self._weight_dtype(policy)).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
+            "kv_cache_memory_bytes": int(self.kv_cache_gib * _GIB),
+            # It asks for that share of the device to be free, whatever the cache is given.
+            "gpu_memory_utilization": self._share(policy),
+            "enforce_eager": self.enforce_eager,
+            "enable_sleep_mode": self.sleep,
             # vLLM's default is of the logits before temperature and cuts.
-            logprobs_mode="processed_logprobs",
-            worker_extension_cls="scsdpo.rollout.WeightReceiver",
-            disable_log_stats=True,
-        )
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "scsdpo.rollout.WeightReceiver",
+            "disable_log_stats": True,
+            # One engine a process, which takes its rank from the trainer's group.
+            "distributed_executor_backend": "external_launcher",
+            "tensor_parallel_size": self.tensor_parallel,
+        }
+
+    def _weight_dtype(self, policy: CausalLM) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        on_gpu = policy.language_model.device.type == "cuda"
+        return torch.bfloat16 if on_gpu else torch.float32
+
+    def _bytes(self, policy: CausalLM) -> int:
+        """Of its weights and its keys and values, on a rank."""
+        elements = sum(p.numel() for p in policy.language_model.parameters())
+        weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
+        return int(weights + self.kv_cache_gib * _GIB)
+
+    def _share(self, policy: CausalLM) -> float:
+        device = policy.language_model.device
+        if device.type != "cuda":
+            return 0.01  # it looks at it no further
+        return self._bytes(policy) / torch.cuda.mem_get_info(device)[1]
 
     def _synchronize(self, policy: CausalLM, version: str) -> None:
-        """Bring the weights if they changed."""
-        if version != self._version:
-            self._version = ""  # if it fails midway, nothing is known of the engine's weights
-            stream = StreamHash()
-            weights = stream.over(merged_weights(policy, self._weights_dtype))
-            (received,) = self._llm.collective_rpc("scsdpo_load", args=(weights,))
-            if why := refusal(received, stream.hexdigest()):
-                raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
+        """Wake the engine, and bring the weights if it has others; on all ranks or none."""
+        if version == self._version:
+            return
+        self._version = ""  # if it fails midway, nothing is known of the engine's weights
+        with agreed():
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            self._load(policy)
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
             # Keys and values of prompts are those of the old weights.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache after new weights")
             self._llm.update_weight_version(version)
-            self._version = version
+        self._version = version
+
+    def _load(self, policy: CausalLM) -> None:
+        stream = StreamHash()
+        weights = stream.over(merged_weights(policy, self._weight_dtype(policy)))
+        try:
+            (received,) = self._llm.collective_rpc("scsdpo_load", args=(weights,))
+        finally:
+            # Other ranks may still gather theirs, for which this one is needed.
+            for _ in weights:
+                pass
+        if why := refusal(received, stream.hexdigest()):
+            raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
+
+    def _leave(self, device: torch.device) -> None:
+        """Answer what the other ranks of the engine still ask for."""
+        if self._rounds is not None:
+            with contained(device):
+                self._rounds.leave(self._version)
+
+    def _rest(self, device: torch.device) -> None:
+        """Give the memory back; the weights are dropped, for the next step changes them."""
+        if self.sleep and self._llm is not None:
+            self._version, self._asleep = "", True
+            with contained(device):
+                self._llm.sleep(level=2)
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        check_length(requests, self.max_model_len, "raise model.rollout.engine.max_model_len")
+
+    def _answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        return sampled(self._ask, requests, self._version)
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Answer]]:
         from vllm import SamplingParams
 
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(request.ids)} for request in requests],
-            [SamplingParams(**request.parameters) for request in requests],
-            use_tqdm=False,
-        )
+        if not requests:
+            return []
+        engine = self._llm.llm_engine
+        try:
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.ids)} for request in requests],
+                [SamplingParams(**request.parameters) for request in requests],
+                use_tqdm=False,
+            )
+        except BaseException:  # what is under way would be answered the next time
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         return [[_answer(completion) for completion in output.outputs] for output in outputs]
 
+    def _looking(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """The engine's step, which looks first whether the run was asked to stop."""
 
-def _looking(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The engine's step, which looks first whether the run was asked to stop."""
+        def looking() -> Any:
+            if self._rounds is None:
+                interrupt.check()
+            else:
+                self._rounds.check_interrupt()
+            return step()
 
-    def looking() -> Any:
-        interrupt.check()
-        return step()
+        return looking
 
-    return looking
+
+def _vllm() -> Callable[..., Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights pass by reference
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Lightning takes a world of one for several devices.
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigurationError(
+            f"model.rollout: VLLMRollout needs vLLM ({error}): pip install 'scsdpo[vllm]', or "
+            "use HFRollout"
+        ) from error
+    return LLM
 
 
 def _answer(completion: Any) -> Answer:
@@ -173,70 +324,25 @@ def _answer(completion: Any) -> Answer:
             at[token].logprob for token, at in zip(ids, completion.logprobs or (), strict=True)
         ],
         finish_reason=completion.finish_reason,
-        versions=frozenset(span.version for span in completion.weight_versions or ()),
+        versions=frozenset(span.version for span in completion.weight_versions),
     )
 
 
-def _check_place(device: str, sleep: bool) -> None:
-    if dist.is_available() and dist.is_initialized():
+def _check_memory(needed: int, device: torch.device) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed > free:
         raise ConfigurationError(
-            "model.rollout.engine: Colocated initialises torch.distributed for itself, and here is "
-            f"a group of {dist.get_world_size()} already: use the engine Servers, or "
-            "trainer.devices=1 with trainer.strategy=auto"
+            f"model.rollout.engine.kv_cache_gib: vLLM needs {needed / _GIB:.1f} GiB on {device}, "
+            f"its weights included, and beside the trainer {free / _GIB:.1f} GiB are free: lower "
+            "it, raise tensor_parallel, or shard the trainer's weights"
         )
-    if device == "cuda":
-        return
-    if sleep:
-        raise ConfigurationError(
-            "model.rollout.engine.sleep: vLLM ignores it on CPU, nothing would be given back: set "
-            "it to false"
-        )
+
+
+def _warn_of_spinning() -> None:
     if "OMP_NUM_THREADS" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
         warnings.warn(
             "vLLM and torch wait for each other's threads by spinning when they share cores: start "
             "with OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE",
             stacklevel=2,
-        )
-
-
-@contextmanager
-def _contained() -> Iterator[None]:
-    """Undo what the engine does to its process: it seeds every generator and, on CPU, replaces
-    `torch.set_num_threads` with a function that does nothing.
-    """
-    before = random.getstate(), np.random.get_state(), torch.set_num_threads
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_num_threads = before[2]
-
-
-@contextmanager
-def _class_kept(decoder: type, enforce_eager: bool) -> Iterator[None]:
-    """Give the policy's class back as it was.
-
-    An architecture that vLLM has no code of its own for (OLMo-3 in 0.32) runs from transformers'
-    class, which vLLM changes in place for its compiler: objects made before, such as the policy,
-    can then not be called any more. Without compilation the unchanged class does as well.
-    """
-    bases, own = decoder.__bases__, dict(vars(decoder))
-    try:
-        yield
-    finally:
-        changed = decoder.__bases__ != bases
-        if changed:
-            decoder.__bases__ = bases
-            for name in ("__init__", "__call__"):
-                if name in own:
-                    setattr(decoder, name, own[name])
-                elif name in vars(decoder):
-                    delattr(decoder, name)
-    if changed and not enforce_eager:
-        raise ConfigurationError(
-            f"model.rollout.engine.enforce_eager: vLLM compiles {decoder.__name__} in place, the "
-            "policy's own class: set it to true, or use the engine Servers"
         )

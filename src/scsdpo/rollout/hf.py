@@ -72,7 +72,7 @@ class HFRollout(Rollout):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
             return buffer.rollouts(digest(model))
 
-    def held(self, policy: CausalLM) -> AbstractContextManager[object]:
+    def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
         return policy.held_whole()
 
     def rows(self, responses: int) -> int:

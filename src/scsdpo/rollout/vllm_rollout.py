@@ -1,7 +1,8 @@
 """VLLMRollout: what it asks of a vLLM engine, and rollouts from what comes back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,22 @@ class Engine(ABC):
             TrainingStopped: if it does not answer in time, naming it.
         """
 
+    def held(
+        self, policy: CausalLM, version: str, *, apart: bool = False
+    ) -> AbstractContextManager[object]:
+        """As `Rollout.held`, of weights that are called `version`."""
+        return nullcontext()
+
+    def check(self, requests: Sequence[Request]) -> None:  # noqa: B027 - some cannot know yet
+        """Refuse what cannot be answered, on all ranks, before anything is begun."""
+
+    def absent(self) -> None:  # noqa: B027 - most need nobody else
+        """As `Rollout.absent`."""
+
+    def room(self) -> int | None:
+        """As `Rollout.room`."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Let go of processes, files and connections; `generate` may make them again."""
@@ -133,20 +150,49 @@ class VLLMRollout(Rollout):
     def __init__(self, engine: Engine, digest_every: int = 100) -> None:
         self.engine = engine
         self.versions = Versions(digest_every)
+        self._version = ""
+        """Of the weights that are held; '': none are."""
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         for prompt in prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
         requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
-        # Under autocast vLLM's arithmetic would be that of the trainer's precision.
-        with torch.autocast(policy.language_model.device.type, enabled=False):
-            version = self.versions.of(policy)
+        if not self._version:
+            self.engine.check(requests)
+        with self.held(policy), _plain(policy):
+            version = self._version
             answers = self.engine.generate(policy, requests, version)
         return _rollouts(policy, prompts, sampling, answers, version)
 
+    @contextmanager
+    def held(self, policy: CausalLM, *, apart: bool = False) -> Iterator[None]:
+        if self._version:
+            yield
+            return
+        with ExitStack() as held:
+            with _plain(policy):
+                version = self.versions.of(policy)
+                held.enter_context(self.engine.held(policy, version, apart=apart))
+            self._version = version
+            try:
+                yield
+            finally:
+                self._version = ""
+
+    def absent(self) -> None:
+        self.engine.absent()
+
+    def room(self) -> int | None:
+        return self.engine.room()
+
     def close(self) -> None:
         self.engine.close()
+
+
+def _plain(policy: CausalLM) -> AbstractContextManager[object]:
+    """Without autocast: vLLM's arithmetic would be that of the trainer's precision."""
+    return torch.autocast(policy.language_model.device.type, enabled=False)
 
 
 def _rollouts(
@@ -158,7 +204,7 @@ def _rollouts(
 ) -> Rollouts:
     device = policy.language_model.device
     rows = [answer for group in answers for answer in group]
-    longest = max(len(row.ids) for row in rows)
+    longest = max((len(row.ids) for row in rows), default=0)
     shape = (len(prompts), sampling.n, longest)
     lengths = torch.tensor([len(row.ids) for row in rows], device=device).view(shape[:2])
     mask = torch.arange(longest, device=device) < lengths[..., None]
@@ -223,7 +269,7 @@ def check_length(requests: Sequence[Request], longest: int, remedy: str) -> None
         longest: tokens of prompt and response that the engine has room for.
         remedy: what to raise.
     """
-    needed = max(len(r.ids) + r.parameters["max_tokens"] for r in requests)
+    needed = max((len(r.ids) + r.parameters["max_tokens"] for r in requests), default=0)
     if needed > longest:
         raise ConfigurationError(
             f"model.rollout.engine: a prompt and its response may take {needed} tokens, and vLLM "

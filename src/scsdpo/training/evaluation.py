@@ -47,6 +47,7 @@ class Evaluation:
     ) -> None:
         """Ask a batch of questions, judge, and show it to callbacks."""
         if not prompts:  # the last batch of fewer questions than ranks
+            self.answering.rollout.absent()
             return
         rollouts = self.answering.sample(module, policy, prompts, sampling)
         outcomes = self.answering.judge(rollouts)

@@ -21,13 +21,19 @@ class HeldWeights(L.Callback):
         policy, rollout = pl_module.policy, pl_module.rollout
         assert isinstance(policy, CausalLM) and isinstance(rollout, Rollout)
         with trainer.strategy.precision_plugin.forward_context():  # the dtype of sampling
-            self._held.enter_context(rollout.held(policy))
+            self._held.enter_context(rollout.held(policy, apart=True))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._held.close()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        held = self._held.pop_all()
+        held.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._held.close()
