@@ -2,6 +2,7 @@
 
 import os
 import random
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scsdpo.distributed import all_gather
 from scsdpo.errors import ConfigurationError
 
 
@@ -33,10 +35,15 @@ def contained(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[None]:
-    """The variables from which vLLM's external launcher reads its rank and its device.
+    """What vLLM's external launcher reads when an engine starts; every rank comes here.
 
-    `LOCAL_RANK` is the trainer's own device: with `trainer.devices: [2, 3]` rank 0 is on 2.
+    `LOCAL_RANK` is the trainer's own device: with `trainer.devices: [2, 3]` rank 0 is on 2. The
+    number of its tensor-parallel group names shared memory on CPU, where that of another run, or of
+    one that was killed, would be in the way.
     """
+    from vllm.distributed import parallel_state
+
+    parallel_state._group_name_counter["tp"] = all_gather([secrets.randbits(31)])[0]
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": device.index or 0}
     before = {name: os.environ.get(name) for name in place}
     os.environ |= {name: str(number) for name, number in place.items()}
