@@ -324,7 +324,7 @@ def _answer(completion: Any) -> Answer:
             at[token].logprob for token, at in zip(ids, completion.logprobs or (), strict=True)
         ],
         finish_reason=completion.finish_reason,
-        versions=frozenset(span.version for span in completion.weight_versions),
+        versions=frozenset(span.version for span in completion.weight_versions or ()),
     )
 
 
