@@ -101,24 +101,23 @@ def test_what_one_rank_refuses_or_fails_at_is_an_error_on_both(case):
 
 
 RUNS = {
-    "DDP, an engine of both": ("ddp", 2, ()),
-    "shards, an engine each": ("fsdp", 1, ()),
-    "shards, adapter, an engine of both": ("fsdp", 2, ("--model.policy.adapter=Lora",)),
+    "DDP, an engine of both": ("ddp.yaml", 2, ()),
+    "shards, an engine each": ("fsdp-2.yaml", 1, ()),
+    "shards, adapter, an engine of both": ("fsdp-2.yaml", 2, ("--model.policy.adapter=Lora",)),
 }
 
 
 @pytest.mark.parametrize(("way", "tensor_parallel", "more"), RUNS.values(), ids=RUNS)
 def test_a_whole_run_on_two_ranks(tmp_path, way, tensor_parallel, more):
     """With validation, whose last batch is of fewer questions than ranks."""
-    strategy = {"ddp": "ddp", "fsdp": "scsdpo.checkpoints.FullySharded"}[way]
     engine = "--model.rollout.init_args.engine.init_args"
-    files = [CONFIGS / "tiny.yaml", CONFIGS / "rollouts" / "vllm-colocate.yaml"]
+    names = ("tiny.yaml", f"scale/{way}", "rollouts/vllm-colocate.yaml")
     limit = 2e-5 if more else 1e-5
     torchrun(
         *("--module", "scsdpo", "fit"),
-        *(argument for file in files for argument in ("--config", file)),
+        *(argument for name in names for argument in ("--config", CONFIGS / name)),
         *SHORT,
-        *("--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=2"),
         *("--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"),
         *("--data.val.init_args.size=5", "--data.val_questions_per_batch=4"),
         *(f"--model.gap.warn={limit}", f"--model.gap.stop={limit}"),
