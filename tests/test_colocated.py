@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from runs import data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
 from scsdpo.rollout.versions import Versions
@@ -103,7 +104,7 @@ def test_an_engine_sleeps_once_while_it_is_held(policy, spy):
     assert names[-3:] == ["generate", "generate", "sleep"]
 
 
-@pytest.mark.parametrize("broken", ["ask", "collective_rpc", "wake_up"])
+@pytest.mark.parametrize("broken", ["_ask", "collective_rpc", "wake_up"])
 def test_an_engine_sleeps_whatever_fails_and_has_no_label_then(policy, spy, monkeypatch, broken):
     sample(policy, spy)
 
@@ -111,17 +112,13 @@ def test_an_engine_sleeps_whatever_fails_and_has_no_label_then(policy, spy, monk
         raise RuntimeError("broken")
 
     with monkeypatch.context() as harmed:
-        harmed.setattr(spy.engine if broken == "ask" else spy, _name(broken), fail)
+        harmed.setattr(spy.engine if broken == "_ask" else spy, broken, fail)
         with pytest.raises(RuntimeError, match="broken"):
             sample(policy, spy)
     assert spy.calls[-1] == ("sleep", 2) and spy.engine._version == ""
     del spy.calls[:]
     assert sample(policy, spy).version == "label 2"
     assert spy.calls == [*awake(2, woken=True), ("sleep", 2)]
-
-
-def _name(broken):
-    return "_ask" if broken == "ask" else broken
 
 
 def test_weights_are_cast_to_the_engines_dtype(policy, spy):
@@ -134,3 +131,14 @@ def test_what_does_not_fit_is_refused_before_the_engine_is_touched(policy, spy):
     with pytest.raises(ConfigurationError, match="vLLM has room for 8: raise model"):
         sample(policy, spy)
     assert spy.calls == []
+
+
+def test_a_run_whose_longest_prompt_leaves_no_room_is_refused_before_weights_load(qwen3, tmp_path):
+    model = module(qwen3, rollout=VLLMRollout(Colocated(max_model_len=40)))
+    message = (
+        r"room for 40 tokens .* data\.max_prompt_tokens \(33\) and model\.sampling\.max_new_tokens "
+        r"\(8\) are 41: raise"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path).fit(model, data(max_prompt_tokens=33))
+    assert model.policy.model is None

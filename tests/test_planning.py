@@ -205,6 +205,8 @@ def test_vllm_in_the_process_is_there_all_the_time_unless_it_sleeps(qwen3):
     engine = Colocated(kv_cache_gib=1.0)
     awake = memory_of(planned(qwen3, rollout=VLLMRollout(engine)))
     assert awake.parts.vllm == 2 * TIED + GIB + GIB and awake.parts.cache == 0
+    halved = VLLMRollout(Colocated(kv_cache_gib=1.0, tensor_parallel=2))
+    assert memory_of(planned(qwen3, rollout=halved)).parts.vllm == TIED + GIB + GIB
     asleep = memory_of(planned(qwen3, rollout=VLLMRollout(Colocated(kv_cache_gib=1.0, sleep=True))))
     assert asleep.parts.vllm == 0 and asleep.parts.sampling_weights == 2 * TIED + GIB + GIB
 

@@ -199,12 +199,19 @@ def _micro_batch(setup: Setup, budget: int) -> _Tokens:
     return _Tokens(kept=kept, first=rows * response, second=second * response, count=count)
 
 
+def _engine(setup: Setup) -> int:
+    """Of a colocated vLLM that is awake."""
+    sampler = setup.sampler
+    weights = sampler.weight_bytes * setup.shapes.parameters // sampler.sharing
+    return weights + sampler.cache_bytes + VLLM_BYTES
+
+
 def _resident(setup: Setup) -> dict[str, int]:
     counted, devices = setup.counted, setup.devices
     weights = setup.base * counted.frozen + FLOAT32 * counted.trained
     many = devices.ranks > 1 and not devices.sharded and devices.kind == "cuda"
     sampler = setup.sampler
-    engine = sampler.weight_bytes * setup.shapes.parameters + sampler.cache_bytes + VLLM_BYTES
+    engine = _engine(setup)
     awake = sampler.kind == "colocated" and not sampler.sleeps
     of = {second.slot: _second_bytes(setup, second) for second in setup.seconds}
     return {
@@ -323,8 +330,7 @@ def _one_cast(setup: Setup) -> int:
 def _sampling_weights(setup: Setup) -> int:
     shapes, counted, sampler = setup.shapes, setup.counted, setup.sampler
     if sampler.kind == "colocated":
-        engine = sampler.weight_bytes * shapes.parameters + sampler.cache_bytes + VLLM_BYTES
-        return engine if sampler.sleeps else 0
+        return _engine(setup) if sampler.sleeps else 0
     if sampler.kind == "remote":
         return FLOAT32 * max(shapes.table, shapes.layer)  # one tensor at a time
     whole = 0

@@ -84,6 +84,8 @@ class Sampler:
     """Keys and values of a colocated vLLM."""
     weight_bytes: int = BFLOAT16
     """Of an element of a colocated vLLM's own weights."""
+    sharing: int = 1
+    """Ranks that have a part of these each."""
     sleeps: bool = False
 
 
@@ -286,6 +288,7 @@ def _sampler(rollout: Rollout, kind: str) -> Sampler:
         kind="colocated",
         cache_bytes=int(engine.kv_cache_gib * GIB),
         weight_bytes=dtype.itemsize,
+        sharing=engine.tensor_parallel,
         sleeps=engine.sleep,
     )
 

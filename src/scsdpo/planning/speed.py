@@ -111,7 +111,11 @@ def _sampling(setup: Setup, memory: Memory, tokens: float, prompts: float) -> Wo
     rows = max(min(sampler.max_rows or tokens, room, setup.responses * setup.updates), 1)
     steps = max(tokens / rows, setup.lengths.response)
     width = setup.narrow if sampler.kind == "hf" else sampler.weight_bytes
-    per_step = _weight_bytes(setup) if sampler.kind == "hf" else width * shapes.parameters
+    per_step = (
+        _weight_bytes(setup)
+        if sampler.kind == "hf"
+        else width * shapes.parameters / sampler.sharing
+    )
     cache = width * tokens * shapes.cached(setup.lengths.prompt + setup.lengths.response // 2)
     flops = _trunk(setup, tokens + prompts, setup.lengths.prompt) + 2.0 * shapes.table * tokens
     return Work(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Rollout
@@ -62,6 +63,26 @@ class Answering:
             check_sampled(rollouts, module)
         self.timer.count("rollout", int(rollouts.lengths.sum()))
         return rollouts
+
+    def check_room(self, key: str, sampling: Sampling, prompt_tokens: int) -> None:
+        """Refuse responses for which the sampler has no room behind the longest prompt.
+
+        Args:
+            key: of `sampling` in the configuration.
+            sampling: how responses are drawn.
+            prompt_tokens: `data.max_prompt_tokens`.
+
+        Raises:
+            ConfigurationError: then.
+        """
+        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.room()
+        if room is not None and needed > room:
+            raise ConfigurationError(
+                f"model.rollout has room for {room} tokens of a prompt and its response, and "
+                f"data.max_prompt_tokens ({prompt_tokens}) and model.{key}.max_new_tokens "
+                f"({sampling.max_new_tokens}) are {needed}: raise "
+                "model.rollout.init_args.engine.init_args.max_model_len, or lower one of them"
+            )
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
         """Verdicts of each prompt's verifier; those that failed are logged."""

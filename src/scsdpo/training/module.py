@@ -14,6 +14,7 @@ from scsdpo import interrupt
 from scsdpo.advantage import Advantage
 from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
+from scsdpo.data import TaskDataModule
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -157,8 +158,18 @@ class PolicyOptimizer(Resumable):
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
-        """Start the processes that judge; they are ready before the weights are."""
+        """Start the processes that judge, which are ready before the weights are.
+
+        Raises:
+            ConfigurationError: if the longest prompt leaves the sampler no room for a response.
+        """
         super().setup(stage)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TaskDataModule):
+            most = data.max_prompt_tokens
+            if stage == "fit":
+                self.answering.check_room("sampling", self.sampling, most)
+            self.answering.check_room("val_sampling", self.val_sampling, most)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
