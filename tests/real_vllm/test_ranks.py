@@ -44,13 +44,19 @@ def torchrun(*arguments, folder):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What each case's ranks saw: name -> one of each rank."""
+def folder(tmp_path_factory):
+    """Of two ranks that went through everything."""
     folder = tmp_path_factory.mktemp("ranks")
     qwen3_folder(folder / "tied")
     qwen3_folder(folder / "untied", tie=False)
     olmo3_folder(folder / "sliding")
     torchrun(HERE / "ranks.py", folder, *CASES, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    """What each case's ranks saw: name -> one of each rank."""
     return {
         name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
         for name in CASES
@@ -98,6 +104,13 @@ def test_what_one_rank_refuses_or_fails_at_is_an_error_on_both(case):
         == len(second)
         == 3 * made.refuses + (not made.refuses) * (made.tensor_parallel - 1)
     )
+
+
+def test_ranks_with_unequal_numbers_of_questions_evaluate_with_one_engine(folder):
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["sample"]) for line in lines] == [
+        (f"toy/{i}", sample) for i in range(5) for sample in range(2)
+    ]
 
 
 RUNS = {

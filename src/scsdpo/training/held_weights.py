@@ -27,11 +27,13 @@ class HeldWeights(L.Callback):
         self._held.close()
 
     on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
+    # Behind a prediction's last batch ranks wait for each other, and some may still sample.
+    on_test_end = on_predict_epoch_end = on_validation_end
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        """What is held learns that this rank comes to no end."""
         held = self._held.pop_all()
         held.__exit__(type(exception), exception, exception.__traceback__)
 
