@@ -1,5 +1,6 @@
 """Real vLLM servers as processes of their own, started, stopped and stalled."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -10,11 +11,15 @@ import urllib.request
 from pathlib import Path
 
 from scsdpo.policy import TINY_FOLDER
+from scsdpo.rollout.vllm_server import Server
+
+KEY = "a key that both sides know"
 
 FLAGS = (
     "--worker-extension-cls=scsdpo.rollout.WeightReceiver",
     "--logprobs-mode=processed_logprobs",
     "--enable-scale-out",
+    "--middleware=scsdpo.rollout.RequireKey",
     # For the CPU:
     "--dtype=float32",
     "--enforce-eager",
@@ -36,7 +41,11 @@ class Running:
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS]
         where = [f"--model={TINY_FOLDER}", "--host=127.0.0.1", f"--port={self.port}"]
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_API_KEY": KEY,
+        }
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*command, *where],
@@ -56,6 +65,10 @@ class Running:
             except OSError:
                 time.sleep(0.5)
         raise AssertionError(self.log.read_text()[-3000:])
+
+    @property
+    def version(self) -> str:
+        return asyncio.run(Server(self.url).version())
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)

@@ -36,6 +36,7 @@ class WeightReceiver:
             "quantization": model.quantization,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
+            "max_num_seqs": self.vllm_config.scheduler_config.max_num_seqs,
         }
 
     def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, Any]:
