@@ -26,7 +26,7 @@ from scsdpo.rollout.weights import StreamHash, merged_weights
 def test_files_hold_every_weight(policy, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("scsdpo.rollout.weight_files._SHARD_BYTES", 50_000)
     folder = tmp_path / "weights"
-    files, sent = write_weights(merged_weights(policy), folder, dtype=dtype)
+    files, sent = write_weights(merged_weights(policy, dtype), folder)
     assert len(files) > 2 and sorted(folder.iterdir()) == files
     found = {name: value for file in files for name, value in load_file(file).items()}
     for name, value in merged_weights(policy):
@@ -56,8 +56,14 @@ def test_a_download_serves_its_files_and_nothing_else():
         urllib.request.urlopen(url)
 
 
-def weights(value):
-    return [("w", torch.full((4,), float(value)))]
+def publish(delivery, value, version):
+    delivery.publish(
+        lambda dtype: iter([("w", torch.full((4,), float(value), dtype=dtype))]),
+        version=version,
+        dtype=torch.float32,
+        servers=(),
+        loop=None,
+    )
 
 
 class Loading:
@@ -76,7 +82,7 @@ class Loading:
 def test_one_version_lies_in_the_folder_at_a_time(tmp_path):
     delivery = SharedFolder(str(tmp_path))
     for version in ("1", "2", "3"):
-        delivery.publish(weights(version), version, torch.float32)
+        publish(delivery, version, version)
         assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == [version]
     delivery.close()
     assert not list(tmp_path.iterdir())
@@ -87,14 +93,14 @@ def test_files_stay_while_a_server_reads_them_and_go_when_it_is_done(tmp_path):
         server = Loading()
         load = asyncio.create_task(delivery.bring(server, 1.0))
         await server.begun.wait()
-        delivery.publish(weights(2), "2", torch.float32)
+        publish(delivery, 2, "2")
         assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 2
         server.go.set()
         await load
         assert server.read == [1.0]
 
     delivery = SharedFolder(str(tmp_path))
-    delivery.publish(weights(1), "1", torch.float32)
+    publish(delivery, 1, "1")
     asyncio.run(run())
     assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == ["2"]
     delivery.close()
@@ -104,9 +110,9 @@ def test_files_stay_while_a_server_reads_them_and_go_when_it_is_done(tmp_path):
 
 def test_two_runs_in_one_folder_leave_each_others_files(tmp_path):
     first, second = SharedFolder(str(tmp_path)), SharedFolder(str(tmp_path))
-    first.publish(weights(1), "same", torch.float32)
-    second.publish(weights(2), "same", torch.float32)
-    second.publish(weights(3), "next", torch.float32)
+    publish(first, 1, "same")
+    publish(second, 2, "same")
+    publish(second, 3, "next")
     second.close()
     assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == ["same"]
     first.close()

@@ -24,13 +24,15 @@ FLAGS = (
     "--dtype=float32",
     "--enforce-eager",
     "--max-model-len=512",
+    "--max-num-batched-tokens=8192",  # on CPU a seeded prompt that is read in parts ends vLLM
 )
 
 
 class Running:
     """A server of the shipped policy; it and its workers are one process group."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.flags = flags
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -39,7 +41,7 @@ class Running:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS, *self.flags]
         where = [f"--model={TINY_FOLDER}", "--host=127.0.0.1", f"--port={self.port}"]
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",

@@ -4,6 +4,7 @@ from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.colocated import Colocated
 from scsdpo.rollout.delivery import Delivery, Download, SharedFolder
 from scsdpo.rollout.hf import HFRollout
+from scsdpo.rollout.nccl import Nccl
 from scsdpo.rollout.require_key import RequireKey
 from scsdpo.rollout.servers import Servers
 from scsdpo.rollout.vllm_rollout import Engine, VLLMRollout
@@ -15,6 +16,7 @@ __all__ = [
     "Download",
     "Engine",
     "HFRollout",
+    "Nccl",
     "RequireKey",
     "Rollout",
     "Servers",

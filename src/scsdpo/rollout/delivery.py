@@ -7,7 +7,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
+from scsdpo.rollout.event_loop import EventLoop
 from scsdpo.rollout.run_folder import RunFolder, remove
 from scsdpo.rollout.vllm_server import Server, Unreachable
 from scsdpo.rollout.weight_files import write_weights
@@ -23,19 +24,34 @@ _IDLE = 60.0
 """Seconds after which a connection that does nothing is closed."""
 
 
+Weights = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
+"""A pass over all weights, as (name, value) pairs in the checkpoint's names, rounded to a dtype."""
+
+
 class Delivery(ABC):
     """A way to the servers for weights. On rank 0 alone."""
 
+    due = False
+    """Whether servers need another `publish`, though the weights are the same."""
+
     @abstractmethod
     def publish(
-        self, weights: Iterable[tuple[str, Tensor]], version: str, dtype: torch.dtype
+        self,
+        weights: Weights,
+        *,
+        version: str,
+        dtype: torch.dtype,
+        servers: Sequence[Server],
+        loop: EventLoop,
     ) -> None:
-        """Make these the weights that servers can get.
+        """Make these the weights that servers get.
 
         Args:
-            weights: (name, value) pairs in the checkpoint's names; is iterated to its end.
+            weights: any number of passes; each is iterated to its end.
             version: their label.
-            dtype: of the servers, to which floating point values are rounded.
+            dtype: of the servers.
+            servers: those that answered when they were looked at last.
+            loop: where their endpoints are called.
         """
 
     @abstractmethod
@@ -43,7 +59,7 @@ class Delivery(ABC):
         """Let one server load what was published last, and label it.
 
         Raises:
-            Unreachable: if it does not, or nothing is published.
+            Unreachable: if it does not.
         """
 
     @abstractmethod
@@ -84,12 +100,18 @@ class Files(Delivery):
         """Where a server finds `files` of that folder: paths or URLs."""
 
     def publish(
-        self, weights: Iterable[tuple[str, Tensor]], version: str, dtype: torch.dtype
+        self,
+        weights: Weights,
+        *,
+        version: str,
+        dtype: torch.dtype,
+        servers: Sequence[Server],
+        loop: EventLoop,
     ) -> None:
         self._withdraw()
         folder = self.open() / version
         remove(folder)  # an earlier try
-        files, sent = write_weights(weights, folder, dtype=dtype)
+        files, sent = write_weights(weights(dtype), folder)
         self._offer = _Offer(
             version=version, folder=folder, locations=self.locations(files), hash=sent
         )

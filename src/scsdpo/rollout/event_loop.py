@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from scsdpo import interrupt
@@ -24,7 +24,7 @@ class EventLoop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns; a run that is asked to stop does not wait for it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.start(work)
         try:
             while wait([future], _LOOK).not_done:
                 interrupt.check()
@@ -32,9 +32,9 @@ class EventLoop:
         finally:
             future.cancel()
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let `work` run until it ends or the loop is closed."""
-        asyncio.run_coroutine_threadsafe(work, self._loop)
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Let `work` run until it ends or the loop is closed; from any thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, action: Callable[[], None]) -> None:
         """Do something in the loop's thread, and wait until it is done."""
@@ -42,11 +42,11 @@ class EventLoop:
         async def act() -> None:
             action()
 
-        asyncio.run_coroutine_threadsafe(act(), self._loop).result()
+        self.start(act()).result()
 
     def close(self) -> None:
         """Cancel all that runs, and end the thread."""
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self.start(_cancel_others()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from scsdpo.policy import CausalLM
-from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.delivery import Delivery
 from scsdpo.rollout.event_loop import EventLoop
 from scsdpo.rollout.request_queue import RequestQueue, agreed_dtype, useless
@@ -17,7 +16,7 @@ from scsdpo.rollout.require_key import KEY_VARIABLE
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request
 from scsdpo.rollout.vllm_server import Server
 from scsdpo.rollout.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.weights import merged_weights
+from scsdpo.rollout.weight_passes import WeightPasses
 
 
 class Servers(Engine):
@@ -32,7 +31,7 @@ class Servers(Engine):
 
     Args:
         urls: e.g. `[http://node1:8000, http://node2:8000]`.
-        delivery: how weights get there, `SharedFolder(...)` or `Download(...)`.
+        delivery: how weights get there, `SharedFolder(...)`, `Download(...)` or `Nccl(...)`.
         patience: seconds for which no server may be of use before the run stops. One that holds
             prompts and says nothing for as long is set aside.
         timeout: seconds that one prompt's responses, or one load of weights, may take. The run
@@ -76,8 +75,7 @@ class Servers(Engine):
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
         loop = self._loop or self._start()
-        if version != self._version:
-            self._publish(loop, policy, version)
+        self._publish(loop, policy, version)
         queue = RequestQueue(
             requests,
             version,
@@ -116,15 +114,25 @@ class Servers(Engine):
         await self.delivery.bring(server, self.timeout)
 
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
-        """Make these the weights that servers get."""
-        loop.call(lambda: self._want(""))
-        self._version = ""
-        if _rank() == 0:
-            dtype = loop.run(self._dtype())
-            self.delivery.publish(merged_weights(policy), version, dtype)
-        elif is_sharded(policy):
-            for _ in merged_weights(policy):  # rank 0 gathers them
-                pass
+        """Make these the weights that servers get, unless they are."""
+        passes = WeightPasses(policy)
+        if _rank() != 0:
+            passes.follow()
+        elif version != self._version or self.delivery.due:
+            self._version = ""
+            loop.call(lambda: self._want(""))
+            try:
+                self.delivery.publish(
+                    passes,
+                    version=version,
+                    dtype=loop.run(self._dtype()),
+                    servers=[each.server for each in self._watched if each.described],
+                    loop=loop,
+                )
+            finally:
+                passes.close()
+        else:
+            passes.close()
         self._version = version
         loop.call(lambda: self._want(version))
 

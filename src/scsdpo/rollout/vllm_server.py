@@ -25,6 +25,9 @@ START = (
 )
 """How a server is started; in the CPU build `vllm serve` does not start."""
 
+TRANSFER = '{"backend": "nccl"}'
+"""A server's `--weight-transfer-config` for the delivery `Nccl`."""
+
 
 class Unreachable(Exception):
     """No answer, or one that says that the server is not well: worth another try."""
@@ -105,6 +108,21 @@ class Server:
             said = "did not reset its prefix cache; is someone else sampling from it?"
             raise Unreachable(said) from error
 
+    async def world_size(self) -> int:
+        """Its workers."""
+        return int((await self._call("/get_world_size", timeout=SHORT))["world_size"])
+
+    async def join(self, init_info: dict[str, Any], timeout: float) -> None:
+        """Let its workers join a group of vLLM's weight transfer engine, and leave any other."""
+        await self._call("/shutdown_weight_transfer_engine", {}, timeout=SHORT)
+        body = {"init_info": init_info}
+        await self._call("/init_weight_transfer_engine", body, timeout=timeout)
+
+    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """`WeightReceiver.scsdpo_receive` of each worker."""
+        arguments = {"update_info": update_info, "timeout": timeout}
+        return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
+
     async def generate(self, request: Request, timeout: float) -> list[Answer]:
         """Responses to the request.
 
@@ -144,6 +162,8 @@ class Server:
         """A status of 4xx will not change by itself, one of 5xx may."""
         if "scsdpo_" in said and "no attribute" in said:
             return self._misses("--worker-extension-cls scsdpo.rollout.WeightReceiver")
+        if "Weight transfer not configured" in said:
+            return self._misses(f"--weight-transfer-config '{TRANSFER}'")
         if status >= 500:
             return Unreachable(f"{path}: status {status}: {said}")
         if status == 401:

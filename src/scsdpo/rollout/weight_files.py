@@ -14,9 +14,7 @@ _SHARD_BYTES = 2**31
 """Size from which the next tensor goes into another file; twice of it is held in memory."""
 
 
-def write_weights(
-    weights: Iterable[tuple[str, Tensor]], folder: Path, *, dtype: torch.dtype
-) -> tuple[list[Path], str]:
+def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[list[Path], str]:
     """Write (name, value) pairs into files in a new `folder`.
 
     While one file is written, the tensors of the next are gathered and copied to the host.
@@ -24,7 +22,6 @@ def write_weights(
     Args:
         weights: is iterated to its end.
         folder: must not exist yet.
-        dtype: to which floating point values are rounded.
 
     Returns:
         The files, and the `StreamHash` of what they hold.
@@ -50,9 +47,8 @@ def write_weights(
             shard = {}
 
         for name, value in weights:
-            value = value.detach().to(dtype)
             stream.add(name, value)
-            shard[name] = _on_host(value)
+            shard[name] = _on_host(value.detach())
             if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
                 flush()
         if shard:

@@ -1,0 +1,67 @@
+"""Weights by vLLM's own trainer and worker engines, gloo in NCCL's place: see gloo_transfer."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from policies import gaps, move, short_and_long
+from servers import Running
+
+from scsdpo.policy import CausalLM
+from scsdpo.rollout import Nccl, Servers, VLLMRollout
+from scsdpo.types import Sampling
+
+SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
+PARITY = 1e-5
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Two servers whose workers have gloo in NCCL's place."""
+    folder = tmp_path_factory.mktemp("nccl")
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    flags = (
+        "--worker-extension-cls=gloo_transfer.GlooReceiver",
+        '--weight-transfer-config={"backend": "nccl"}',
+    )
+    started = [Running(folder, *flags) for _ in range(2)]
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            server.kill()
+
+
+@pytest.fixture
+def policy():
+    tiny = CausalLM("tiny")
+    tiny.configure_model()
+    return tiny
+
+
+@pytest.fixture
+def rollout(servers, monkeypatch):
+    """The buffer holds a part of the weights: several go out one after the other."""
+    monkeypatch.setattr("scsdpo.rollout.nccl._check_place", lambda: None)
+    delivery = Nccl(timeout=10.0, buffer_gib=2**-11)
+    made = VLLMRollout(Servers([server.url for server in servers], delivery))
+    yield made
+    made.close()
+
+
+def check(policy, rollout, seed=3):
+    rollouts = rollout.sample(policy, short_and_long(policy), replace(SAMPLING, seed=seed))
+    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    return rollouts
+
+
+def test_weights_reach_both_servers_before_each_sampling(servers, policy, rollout):
+    groups = set()
+    for step in range(3):
+        rollouts = check(policy, rollout, step)
+        assert [server.version for server in servers] == [rollouts.version] * 2
+        groups.add(rollout.engine.delivery._group)
+        move(policy, step, 0.002)
+        assert all(gap.mean() > 1e-3 for gap in gaps(policy, rollouts))
+    assert len(groups) == 1
