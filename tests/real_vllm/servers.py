@@ -1,6 +1,7 @@
 """Real vLLM servers as processes of their own, started, stopped and stalled."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from scsdpo.policy import TINY_FOLDER
-from scsdpo.rollout.vllm_server import Server
+from scsdpo.rollout.vllm_server import Server, Unreachable
 
 KEY = "a key that both sides know"
 
@@ -26,6 +27,17 @@ FLAGS = (
     "--max-model-len=512",
     "--max-num-batched-tokens=8192",  # on CPU a seeded prompt that is read in parts ends vLLM
 )
+
+
+def wait_for(condition):
+    """However long it takes, within reason."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Unreachable):
+            if condition():
+                return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to that")
 
 
 class Running:

@@ -4,12 +4,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import gloo_transfer  # noqa: F401 - for what it puts in place
 import pytest
 from policies import gaps, move, short_and_long
-from servers import Running
+from servers import Running, wait_for
 
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
+from scsdpo.rollout.nccl import Declared, Source
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -65,3 +67,49 @@ def test_weights_reach_both_servers_before_each_sampling(servers, policy, rollou
         move(policy, step, 0.002)
         assert all(gap.mean() > 1e-3 for gap in gaps(policy, rollouts))
     assert len(groups) == 1
+
+
+@pytest.mark.parametrize("wrong", ["order", "shape"])
+def test_a_transfer_whose_declaration_is_wrong_is_made_again(servers, policy, rollout, wrong):
+    """In another order zeros are sent to the end; another shape a worker refuses midway."""
+    check(policy, rollout)
+    group = rollout.engine.delivery._group
+    declared = group.source.declared
+    q = next(i for i, each in enumerate(declared) if each.name.endswith("q_proj.weight"))
+    if wrong == "order":
+        declared[q - 1], declared[q] = declared[q], declared[q - 1]
+    else:
+        rows, columns = declared[q].shape
+        declared[q] = Declared(declared[q].name, declared[q].dtype, (rows + 1, columns))
+    move(policy, 9, 0.002)
+    rollouts = check(policy, rollout)
+    assert rollout.engine.delivery._group is not group
+    assert [server.version for server in servers] == [rollouts.version] * 2
+
+
+def test_a_server_that_dies_in_mid_transfer_is_left_out_and_healed_when_it_is_back(
+    servers, policy, rollout, monkeypatch
+):
+    check(policy, rollout)
+    victim, other = servers
+    following = Source._next
+    sent = []
+
+    def killing(self, stream, expected):
+        sent.append(expected)
+        if len(sent) == len(self.declared) // 2:
+            victim.kill()
+        return following(self, stream, expected)
+
+    monkeypatch.setattr(Source, "_next", killing)
+    move(policy, 10, 0.002)
+    rollouts = check(policy, rollout)
+    assert other.version == rollouts.version
+    victim.start()
+    victim.wait()
+    wait_for(lambda: rollout.engine.delivery.due)
+    assert check(policy, rollout).version == rollouts.version
+    assert [server.version for server in servers] == [rollouts.version] * 2
+    move(policy, 11, 0.002)
+    rollouts = check(policy, rollout)
+    assert [server.version for server in servers] == [rollouts.version] * 2

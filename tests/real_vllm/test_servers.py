@@ -1,23 +1,21 @@
 """vLLM servers over HTTP: parity, and what happens when one is dead, stalled or half-updated."""
 
 import asyncio
-import contextlib
 import json
 import signal
-import time
 import urllib.error
 import urllib.request
 
 import pytest
 import torch
 from policies import gaps, move
-from servers import KEY
+from servers import KEY, wait_for
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.lab import LabTasks
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
-from scsdpo.rollout.vllm_server import Server, Unreachable
+from scsdpo.rollout.vllm_server import Server
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=48, seed=3)
@@ -52,16 +50,6 @@ def delivery(request, tmp_path):
 
 def rollout(servers, delivery, **settings):
     return VLLMRollout(Servers([server.url for server in servers], delivery, **settings))
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with contextlib.suppress(Unreachable):
-            if condition():
-                return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to that")
 
 
 def post(server, path, body):
