@@ -15,6 +15,8 @@ from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from scsdpo.rollout import WeightReceiver
 
 HOUR = timedelta(hours=1)
+LEFT = []
+"""Groups that were left: gloo waits in its destructor for what is under way."""
 
 
 class GlooGroup:
@@ -39,6 +41,7 @@ class GlooGroup:
 
     def destroy(self):
         self.gone.set()
+        LEFT.append(self)
 
 
 STREAM = SimpleNamespace(synchronize=lambda: None)
