@@ -126,7 +126,7 @@ class Servers(Engine):
                     passes,
                     version=version,
                     dtype=loop.run(self._dtype()),
-                    servers=[each.server for each in self._watched if each.described],
+                    servers=[each.server for each in self._watched if each.there],
                     loop=loop,
                 )
             finally:

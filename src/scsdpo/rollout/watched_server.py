@@ -49,6 +49,8 @@ class WatchedServer:
     """What it said of itself, asked anew after it was away: it may be another one."""
     looked: bool = False
     """At least once."""
+    there: bool = False
+    """It answered when it was looked at last, whatever weights it has."""
     underway: set[asyncio.Task[None]] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _waits: float | None = None
@@ -102,13 +104,16 @@ class WatchedServer:
     async def _look(self) -> None:
         wanted = self.wanted
         if wanted:
+            self.there = False
             label = await self.server.version()
+            self.there = True
             if label != wanted:
                 self.ready, self.described = False, None
                 await self._get(label)
                 label = await self.server.version()
         if self.described is None:
             self.described = await self.server.describe()
+            self.there = True
         if wanted and label == wanted == self.wanted:
             self.ready, self.loading, self._waits = True, False, None
 
