@@ -137,9 +137,15 @@ class Group:
         Raises:
             TransferFailed: if a server does not come to the end.
         """
-        self._version = version
+        self._version, self.refused = version, {}
         self.source.declare(start)
-        self._wait(_in_thread(self._engine.send_weights))
+        work = _in_thread(self._engine.send_weights)
+        try:
+            self._wait(work)
+        except BaseException:
+            self.leave()
+            wait([work], SHORT)  # then it takes no more from this pass over the weights
+            raise
 
     def leave(self) -> None:
         """Give it up; a transfer that hangs is let go."""
@@ -263,8 +269,10 @@ class Nccl(Delivery):
         self._lacking = {}
         for attempt in range(_TRIES):
             found = loop.run(self._found(servers, self.timeout + SHORT if attempt else 0.0))
+            # Those that have them may be sampled from by other ranks.
+            found = {server: each for server, each in found.items() if each[1] != version}
             if not found:
-                return  # they are watched, and the run stops if it stays so
+                return  # those away are watched, and the run stops if it stays so
             try:
                 self._send(weights, version, dtype, found, loop)
                 return
@@ -356,6 +364,7 @@ def _in_thread(work: Callable[[], None]) -> Future[None]:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
+                torch.cuda.synchronize()  # vLLM reads the weights on streams of its own
             work()
             future.set_result(None)
         except BaseException as error:
