@@ -75,16 +75,26 @@ def test_a_run_with_servers_over_http(fit, tmp_path, two_servers):
     assert last[0] == last[1] != first[0]
 
 
-def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(tmp_path, two_servers):
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("--trainer.devices=2", "--trainer.strategy=ddp"),
+        ("--config", CONFIGS / "scale/fsdp-2.yaml"),
+    ],
+    ids=["ddp", "shards"],
+)
+def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(
+    tmp_path, two_servers, strategy
+):
     command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
     files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    ranks = [*strategy, "--trainer.accelerator=cpu"]
     done = subprocess.run(
         [*map(str, (*command, *files, *SHORT, *ranks, urls(two_servers)))],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = logged_gaps(tmp_path)
