@@ -24,7 +24,7 @@ class Canned(http.server.BaseHTTPRequestHandler):
     """
 
     def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.path, dict(self.headers)))
         self.server.before.get(self.path, lambda _: None)(self)
         status, body = self.server.answers.get(self.path, (404, {"detail": "Not Found"}))
@@ -67,20 +67,34 @@ def error(code, message):
     return code, {"error": {"message": message, "code": code}}
 
 
-def ready():
+def ready(label=LABEL):
     """The answers of a server that has these weights; it cannot generate yet."""
     return {
         "/collective_rpc": (200, {"results": [GOOD]}),
-        "/weight_info": (200, {"weight_version": LABEL}),
+        "/weight_info": (200, {"weight_version": label}),
     }
 
 
-def answering(*, n=2):
+def answering(label=LABEL, *, n=2):
     """One token each."""
     choice = {
         "finish_reason": "stop",
         "token_ids": [5],
         "logprobs": {"content": [{"token_id": 5, "logprob": -1.0, "top_logprobs": []}]},
-        "weight_versions": [{"version": LABEL, "start": 0, "end": 1}],
+        "weight_versions": [{"version": label, "start": 0, "end": 1}],
     }
     return {GENERATE: (200, {"choices": [choice | {"index": i} for i in reversed(range(n))]})}
+
+
+def follow(server):
+    """Let it load whatever it is told to, and answer under the label that it gets."""
+
+    def relabel(handler):
+        label = json.loads(handler.body)["new_version"]
+        server.answers |= ready(label) | answering(label)
+
+    server.before["/update_weight_version"] = relabel
+    server.answers |= ready("default") | {
+        "/update_weight_version": (200, {}),
+        "/reset_prefix_cache": (200, {"success": True}),
+    }

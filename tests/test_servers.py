@@ -1,13 +1,14 @@
 """Servers without vLLM: what is refused, what is said, and who does what another fails at."""
 
 import contextlib
+import json
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
 
-from canned_vllm import GENERATE, GOOD, LABEL, answering, error, ready, serving
+from canned_vllm import GENERATE, GOOD, LABEL, answering, error, follow, ready, serving
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Download, Servers, VLLMRollout
@@ -43,7 +44,7 @@ def ranks():
     dist.destroy_process_group()
 
 
-def sample(policy, engine, questions=1):
+def sample(policy, engine, questions=1, close=True):
     ids = policy.chat.render(({"role": "user", "content": "Why?"},))
     asked = [
         Prompt(key=str(q), messages=(), verifier=None, answer="", ids=ids) for q in range(questions)
@@ -52,7 +53,8 @@ def sample(policy, engine, questions=1):
     try:
         return rollout.sample(policy, asked, Sampling(n=2, max_new_tokens=4))
     finally:
-        rollout.close()
+        if close:
+            rollout.close()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,37 @@ def test_what_one_server_fails_at_another_does(policy, canned, other, monkeypatc
         over.set()
     assert rollouts.ids.tolist() == [[[5], [5]]] * 12
     assert any(path == GENERATE for path, _ in other.asked) == (fault != "dead")
+
+
+def test_a_server_that_loads_slowly_is_not_waited_for_and_gets_the_newest(
+    policy, canned, other, monkeypatch
+):
+    monkeypatch.setattr("scsdpo.rollout.vllm_server.refusal", lambda *_: "")
+    over, loads = threading.Event(), []
+
+    def load(handler):
+        if json.loads(handler.body)["method"] == "scsdpo_fetch":
+            loads.append(json.loads(handler.body)["kwargs"]["locations"])
+            over.wait(60)
+
+    follow(canned)
+    follow(other)
+    other.before["/collective_rpc"] = load
+    engine = Servers([canned.url, other.url], Download())
+    try:
+        for version in ("first", "second", "third"):
+            monkeypatch.setattr(Versions, "of", lambda *_, v=version: v)
+            assert sample(policy, engine, questions=4, close=False).version == version
+        assert len(loads) == 1 and "/first/" in loads[0][0]
+        over.set()
+        deadline = time.monotonic() + 60
+        while other.answers["/weight_info"][1]["weight_version"] != "third":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        over.set()
+        engine.close()
+    assert len(loads) == 2 and "/third/" in loads[1][0]
 
 
 def test_each_server_takes_the_next_prompt_when_it_has_room(policy, canned, other):

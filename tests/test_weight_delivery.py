@@ -88,6 +88,24 @@ def test_one_version_lies_in_the_folder_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_stays_of_a_version_that_could_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("scsdpo.rollout.weight_files._SHARD_BYTES", 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    delivery = SharedFolder(str(tmp_path))
+    publish(delivery, 1, "1")
+    with monkeypatch.context() as disk:
+        disk.setattr("scsdpo.rollout.weight_files.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            publish(delivery, 2, "2")
+    assert not list(tmp_path.glob("*/*/*"))
+    publish(delivery, 3, "3")
+    assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == ["3"]
+    delivery.close()
+
+
 def test_files_stay_while_a_server_reads_them_and_go_when_it_is_done(tmp_path):
     async def run():
         server = Loading()

@@ -111,7 +111,11 @@ class Files(Delivery):
         self._withdraw()
         folder = self.open() / version
         remove(folder)  # an earlier try
-        files, sent = write_weights(weights(dtype), folder)
+        try:
+            files, sent = write_weights(weights(dtype), folder)
+        except BaseException:
+            remove(folder)
+            raise
         self._offer = _Offer(
             version=version, folder=folder, locations=self.locations(files), hash=sent
         )
