@@ -11,8 +11,9 @@ import torch.distributed as dist
 from canned_vllm import GENERATE, GOOD, LABEL, answering, error, follow, ready, serving
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout import Download, Servers, VLLMRollout
+from scsdpo.rollout import Delivery, Download, Servers, VLLMRollout
 from scsdpo.rollout.versions import Versions
+from scsdpo.rollout.vllm_server import NotNow
 from scsdpo.types import Prompt, Sampling
 
 
@@ -297,3 +298,39 @@ def test_other_ranks_go_on_when_rank_0_has_healed_a_server(policy, canned, ranks
     rollouts = sample(policy, Servers([canned.url], Download()))
     assert rollouts.ids.tolist() == [[[5], [5]]]
     assert not any(path == "/update_weight_version" for path, _ in canned.asked)
+
+
+class AtOnce(Delivery):
+    """As `Nccl`: to all servers when it is published, and to none later."""
+
+    def __init__(self):
+        self.published = 0
+
+    def publish(self, weights, *, version, dtype, servers, loop):
+        self.published, self.due = self.published + 1, False
+        assert len(list(weights(dtype))) > 10
+        for server in servers:
+            loop.run(server.label(version))
+
+    async def bring(self, server, timeout):
+        self.due = True
+        raise NotNow("gets them when they are published")
+
+    def close(self):
+        pass
+
+
+def test_weights_are_published_again_when_the_last_server_lost_them(policy, canned):
+    """It is restarted with two of four prompts answered; those are not asked again."""
+
+    def restart(handler):
+        if sum(path == GENERATE for path, _ in canned.asked) == 3:
+            canned.answers |= ready("default") | {GENERATE: error(500, "going down")}
+
+    follow(canned)
+    canned.answers["/collective_rpc"] = (200, {"results": [GOOD | {"max_num_seqs": 1}]})
+    canned.before[GENERATE] = restart
+    delivery = AtOnce()
+    rollouts = sample(policy, Servers([canned.url], delivery), questions=4)
+    assert rollouts.ids.tolist() == [[[5], [5]]] * 4 and delivery.published == 2
+    assert sum(path == GENERATE for path, _ in canned.asked) == 5

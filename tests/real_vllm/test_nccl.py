@@ -20,14 +20,14 @@ PARITY = 1e-5
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """Two servers whose workers have gloo in NCCL's place."""
+    """One of one worker and one of two, with gloo in NCCL's place."""
     folder = tmp_path_factory.mktemp("nccl")
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     flags = (
         "--worker-extension-cls=gloo_transfer.GlooReceiver",
         '--weight-transfer-config={"backend": "nccl"}',
     )
-    started = [Running(folder, *flags) for _ in range(2)]
+    started = [Running(folder, *flags), Running(folder, *flags, "--tensor-parallel-size=2")]
     try:
         yield [server.wait() for server in started]
     finally:
@@ -91,7 +91,7 @@ def test_a_server_that_dies_in_mid_transfer_is_left_out_and_healed_when_it_is_ba
     servers, policy, rollout, monkeypatch
 ):
     check(policy, rollout)
-    victim, other = servers
+    other, victim = servers
     following = Source._next
     sent = []
 

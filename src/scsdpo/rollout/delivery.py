@@ -59,6 +59,7 @@ class Delivery(ABC):
         """Let one server load what was published last, and label it.
 
         Raises:
+            NotNow: if only another `publish` can.
             Unreachable: if it does not.
         """
 

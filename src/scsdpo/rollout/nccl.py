@@ -18,7 +18,7 @@ from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.rollout.delivery import Delivery, Weights
 from scsdpo.rollout.event_loop import EventLoop
 from scsdpo.rollout.vllm_rollout import refusal
-from scsdpo.rollout.vllm_server import SHORT, Server, Silent, Unreachable
+from scsdpo.rollout.vllm_server import SHORT, NotNow, Server, Silent, Unreachable
 from scsdpo.rollout.weights import StreamHash
 
 _TRIES = 3
@@ -224,9 +224,9 @@ class Nccl(Delivery):
     """Weights from GPU to GPU, by vLLM's weight transfer engine; no files.
 
     All servers get them at the same time, before sampling. One that is restarted meanwhile gets
-    them at the next sampling. A transfer that fails is made again, with a new group of those
-    servers that still answer. The servers are started with `--weight-transfer-config`, and the
-    trainer has vLLM installed too.
+    them at the next sampling, or when no other is left (under shards the run stops then). A
+    transfer that fails is made again, with a new group of those servers that still answer. The
+    servers are started with `--weight-transfer-config`, and the trainer has vLLM installed too.
 
     Args:
         host: name or address under which the servers reach the trainer.
@@ -249,7 +249,7 @@ class Nccl(Delivery):
         self.host, self.timeout, self.buffer_gib = host, timeout, buffer_gib
         self._group: Group | None = None
         self._sent = ""
-        self._lacking: dict[str, str] = {}
+        self._lacking: set[str] = set()
 
     @property
     def due(self) -> bool:  # type: ignore[override]
@@ -266,7 +266,7 @@ class Nccl(Delivery):
         loop: EventLoop,
     ) -> None:
         _check_place()
-        self._lacking = {}
+        self._lacking = set()
         for attempt in range(_TRIES):
             found = loop.run(self._found(servers, self.timeout + SHORT if attempt else 0.0))
             # Those that have them may be sampled from by other ranks.
@@ -286,9 +286,10 @@ class Nccl(Delivery):
         )
 
     async def bring(self, server: Server, timeout: float) -> None:
-        refused = self._group.refused.get(server.url) if self._group else None
-        self._lacking[server.url] = refused or "gets weights over NCCL at the next sampling"
-        raise Unreachable(self._lacking[server.url])
+        self._lacking.add(server.url)
+        if self._group is not None and server.url in self._group.refused:
+            raise Unreachable(self._group.refused[server.url])
+        raise NotNow("gets weights over NCCL when they are sent again")
 
     def close(self) -> None:
         if self._group is not None:

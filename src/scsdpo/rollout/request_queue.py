@@ -44,6 +44,10 @@ def agreed_dtype(servers: Sequence[WatchedServer]) -> str:
     return dtypes[0] if dtypes else ""
 
 
+class Stranded(Exception):
+    """No server works, and one would if the weights were published again."""
+
+
 class RequestQueue:
     """Each server takes the next request when it has room; what fails goes back, for any of them.
 
@@ -77,9 +81,10 @@ class RequestQueue:
         """The first failure since the last answer."""
 
     async def run(self) -> list[list[Answer]]:
-        """Answers to all requests.
+        """Answers to all requests; a second call goes on where the first was interrupted.
 
         Raises:
+            Stranded: if only weights are missing.
             ConfigurationError: at once, if a server cannot do what is asked for.
             TrainingStopped: if no server is of use.
         """
@@ -155,3 +160,6 @@ class RequestQueue:
         failing = 0.0 if self._failing is None else now - self._failing
         if self._idle > self.patience or failing > self.patience + 2 * self.timeout:
             raise useless(self.servers, max(self._idle, failing))
+        works = any(each.ready or each.loading or each.underway for each in self.servers)
+        if not works and any(each.waits for each in self.servers):
+            raise Stranded

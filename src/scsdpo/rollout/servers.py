@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from scsdpo.policy import CausalLM
+from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.delivery import Delivery
 from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.request_queue import RequestQueue, agreed_dtype, useless
+from scsdpo.rollout.request_queue import RequestQueue, Stranded, agreed_dtype, useless
 from scsdpo.rollout.require_key import KEY_VARIABLE
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request
-from scsdpo.rollout.vllm_server import Server
+from scsdpo.rollout.vllm_server import NotNow, Server, Unreachable
 from scsdpo.rollout.watched_server import PAUSE, WatchedServer
 from scsdpo.rollout.weight_passes import WeightPasses
 
@@ -67,6 +68,8 @@ class Servers(Engine):
         self.timeout = timeout
         self._version = ""
         """Label of the weights that servers get."""
+        self._together = False
+        """Weights are gathered by all ranks."""
         self._loop: EventLoop | None = None
         self._changed = asyncio.Event()
         self._watched: list[WatchedServer] = []
@@ -75,7 +78,6 @@ class Servers(Engine):
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
         loop = self._loop or self._start()
-        self._publish(loop, policy, version)
         queue = RequestQueue(
             requests,
             version,
@@ -84,7 +86,10 @@ class Servers(Engine):
             timeout=self.timeout,
             changed=self._changed,
         )
-        return loop.run(queue.run())
+        while True:
+            self._publish(loop, policy, version)
+            with suppress(Stranded):
+                return loop.run(queue.run())
 
     def close(self) -> None:
         if self._loop is not None:
@@ -111,10 +116,16 @@ class Servers(Engine):
         return loop
 
     async def _bring(self, server: Server) -> None:
-        await self.delivery.bring(server, self.timeout)
+        try:
+            await self.delivery.bring(server, self.timeout)
+        except NotNow as error:
+            if self._together:  # the other ranks are sampling
+                raise Unreachable(str(error)) from error
+            raise
 
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
         """Make these the weights that servers get, unless they are."""
+        self._together = is_sharded(policy)
         passes = WeightPasses(policy)
         if _rank() != 0:
             passes.follow()

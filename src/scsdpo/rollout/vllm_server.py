@@ -37,6 +37,10 @@ class Silent(Unreachable):
     """No answer in time: it hangs, or has something else to do, as while it loads weights."""
 
 
+class NotNow(Unreachable):
+    """It answers, and gets its weights only when they are published again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A vLLM server's endpoints; holds no connection.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from scsdpo.rollout.vllm_server import Server, Silent, Unreachable
+from scsdpo.rollout.vllm_server import NotNow, Server, Silent, Unreachable
 
 PAUSE = 0.5
 """Seconds between two tries."""
@@ -49,17 +49,19 @@ class WatchedServer:
     """What it said of itself, asked anew after it was away: it may be another one."""
     looked: bool = False
     """At least once."""
+    waits: bool = False
+    """For its weights to be published again."""
     there: bool = False
     """It answered when it was looked at last, whatever weights it has."""
     underway: set[asyncio.Task[None]] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _waits: float | None = None
+    _silent: float | None = None
     """Since when it is silent, or waits for rank 0."""
 
     def want(self, version: str) -> None:
         """From now on these weights; '': leave it alone for a while."""
         if version != self.wanted:
-            self.wanted, self.ready, self._waits = version, False, None
+            self.wanted, self.ready, self.waits, self._silent = version, False, False, None
             self._wake.set()
 
     def fail(self, problem: str) -> None:
@@ -84,6 +86,7 @@ class WatchedServer:
             try:
                 await self._look()
             except Unreachable as error:
+                self.waits = isinstance(error, NotNow)
                 self._doubt(error)
             except Exception as error:  # raised where it is waited for
                 self.refusal = error
@@ -115,7 +118,7 @@ class WatchedServer:
             self.described = await self.server.describe()
             self.there = True
         if wanted and label == wanted == self.wanted:
-            self.ready, self.loading, self._waits = True, False, None
+            self.ready, self.waits, self.loading, self._silent = True, False, False, None
 
     async def _get(self, label: str) -> None:
         """Have the weights brought."""
@@ -131,10 +134,10 @@ class WatchedServer:
     def _doubt(self, error: Unreachable) -> None:
         """It failed, unless it may merely be busy: a server that loads does not answer."""
         now = time.monotonic()
-        self._waits = self._waits or now
+        self._silent = self._silent or now
         others_load = self.bring is None and not self.ready
         grace = self.timeout if others_load else self.patience if self.ready else 0.0
-        if isinstance(error, Silent) and now - self._waits < grace:
+        if isinstance(error, Silent) and now - self._silent < grace:
             self.loading = others_load
             return
         self.fail(str(error))
