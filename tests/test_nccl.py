@@ -10,7 +10,7 @@ from canned_vllm import error, serving
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Nccl
 from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.nccl import Group, Source, TransferFailed
+from scsdpo.rollout.transfer_group import Group, Source, TransferFailed
 from scsdpo.rollout.vllm_server import Server, Unreachable
 from scsdpo.rollout.weights import StreamHash
 

@@ -11,7 +11,7 @@ from servers import Running, wait_for
 
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
-from scsdpo.rollout.nccl import Declared, Source
+from scsdpo.rollout.transfer_group import Declared, Source
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
