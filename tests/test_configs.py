@@ -187,7 +187,7 @@ def test_a_method_file_states_every_axis_and_every_argument(method, scsdpo, caps
 def test_a_rollout_over_any_other_leaves_nothing_of_it(base, scsdpo, capsys):
     base_args = ("--config", CONFIGS / f"{base}.yaml")
     alone = {r: printed(scsdpo, capsys, *base_args, "--config", r)["model"] for r in ROLLOUTS}
-    assert len(ROLLOUTS) == 3
+    assert len(ROLLOUTS) == 4
     for below in ROLLOUTS:
         for above in ROLLOUTS:
             args = (*base_args, "--config", below, "--config", above)

@@ -1,7 +1,7 @@
 """The real vLLM, on CPU: `make test-vllm`. Nothing here is skipped: without vLLM it fails."""
 
 import pytest
-from servers import Running
+from servers import KEY, Running
 
 VLLMS_OWN = (
     "ignore:.*torch.distributed.reduce_op:FutureWarning",
@@ -13,6 +13,12 @@ VLLMS_OWN = (
 def pytest_configure(config):
     for line in VLLMS_OWN:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    """Of the servers."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Real vLLM servers as processes of their own, started, stopped and stalled."""
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,22 +12,39 @@ import urllib.request
 from pathlib import Path
 
 from scsdpo.policy import TINY_FOLDER
+from scsdpo.rollout.vllm_server import Server, Unreachable
+
+KEY = "a key that both sides know"
 
 FLAGS = (
     "--worker-extension-cls=scsdpo.rollout.WeightReceiver",
     "--logprobs-mode=processed_logprobs",
     "--enable-scale-out",
+    "--middleware=scsdpo.rollout.RequireKey",
     # For the CPU:
     "--dtype=float32",
     "--enforce-eager",
     "--max-model-len=512",
+    "--max-num-batched-tokens=8192",  # on CPU a seeded prompt that is read in parts ends vLLM
 )
+
+
+def wait_for(condition):
+    """However long it takes, within reason."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Unreachable):
+            if condition():
+                return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to that")
 
 
 class Running:
     """A server of the shipped policy; it and its workers are one process group."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.flags = flags
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -34,9 +53,14 @@ class Running:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS, *self.flags]
         where = [f"--model={TINY_FOLDER}", "--host=127.0.0.1", f"--port={self.port}"]
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # to nodes, of which two workers need two
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_API_KEY": KEY,
+        }
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*command, *where],
@@ -47,7 +71,7 @@ class Running:
             )
 
     def wait(self) -> "Running":
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
@@ -56,6 +80,10 @@ class Running:
             except OSError:
                 time.sleep(0.5)
         raise AssertionError(self.log.read_text()[-3000:])
+
+    @property
+    def version(self) -> str:
+        return asyncio.run(Server(self.url).version())
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)

@@ -5,13 +5,12 @@ import csv
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from scsdpo.__main__ import main
-from scsdpo.rollout.vllm_server import Server, Unreachable
+from scsdpo.rollout.vllm_server import Unreachable
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHORT = (
@@ -68,55 +67,76 @@ def urls(servers):
 
 
 def test_a_run_with_servers_over_http(fit, tmp_path, two_servers):
-    first = [Server(server.url).version() for server in two_servers]
+    first = [server.version for server in two_servers]
     assert fit("vllm-server.yaml", urls(two_servers)) == 0
     gaps = logged_gaps(tmp_path)
     assert len(gaps) == 6 and max(gaps) < 1e-5
-    last = [Server(server.url).version() for server in two_servers]
+    last = [server.version for server in two_servers]
     assert last[0] == last[1] != first[0]
 
 
-def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(tmp_path, two_servers):
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("--trainer.devices=2", "--trainer.strategy=ddp"),
+        ("--config", CONFIGS / "scale/fsdp-2.yaml"),
+    ],
+    ids=["ddp", "shards"],
+)
+def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(
+    tmp_path, two_servers, strategy
+):
     command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
     files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    ranks = [*strategy, "--trainer.accelerator=cpu"]
     done = subprocess.run(
         [*map(str, (*command, *files, *SHORT, *ranks, urls(two_servers)))],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = logged_gaps(tmp_path)
     assert len(gaps) == 6 and max(gaps) < 1e-5
 
 
-def test_a_server_killed_midway_ends_the_run_with_one_line_that_names_it(fit, two_servers, capsys):
+def test_a_run_goes_on_with_the_other_server_when_one_is_killed(fit, tmp_path, two_servers):
     victim = two_servers[1]
-    before = Server(victim.url).version()
-    killed_at = []
+    before = victim.version
 
     def kill_after_two_updates():
         seen = {before}
         while len(seen) < 4:  # "loading ..." counts as well: the first update is done
             with contextlib.suppress(Unreachable):
-                seen.add(Server(victim.url).version())
+                seen.add(victim.version)
         victim.kill()
-        killed_at.append(time.monotonic())
 
     watcher = threading.Thread(target=kill_after_two_updates)
     watcher.start()
-    patience = "--model.rollout.init_args.engine.init_args.patience=3"
     try:
-        code = fit("vllm-server.yaml", urls(two_servers), patience)
-        ended = time.monotonic()
+        assert fit("vllm-server.yaml", urls(two_servers)) == 0
         watcher.join()
     finally:
         victim.kill()
         victim.start()
         victim.wait()
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 1e-5
+
+
+def test_the_run_ends_with_one_line_that_names_the_servers_when_all_are_gone(
+    fit, two_servers, capsys
+):
+    victim = two_servers[1]
+    victim.kill()
+    patience = "--model.rollout.init_args.engine.init_args.patience=3"
+    try:
+        code = fit("vllm-server.yaml", urls([victim]), patience)
+    finally:
+        victim.start()
+        victim.wait()
     assert code == 3
-    assert ended - killed_at[0] < 3 + 15
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"scsdpo: error: the vLLM server {victim.url} is of no use since 3 s")
+    assert last.startswith("scsdpo: error: no vLLM server is of use since 3")
+    assert f"({victim.url}: /collective_rpc: " in last

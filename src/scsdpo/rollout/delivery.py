@@ -1,28 +1,96 @@
-"""How files of weights get from the trainer to vLLM servers."""
+"""How weights get from the trainer to vLLM servers."""
 
 import functools
 import http.server
 import secrets
-import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.event_loop import EventLoop
+from scsdpo.rollout.run_folder import RunFolder, remove
+from scsdpo.rollout.vllm_server import Server, Unreachable
+from scsdpo.rollout.weight_files import write_weights
 
-_SHARD_BYTES = 2**31
-"""Size from which the next tensor goes into another file; bounds the memory of writing."""
+_IDLE = 60.0
+"""Seconds after which a connection that does nothing is closed."""
+
+
+Weights = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
+"""A pass over all weights, as (name, value) pairs in the checkpoint's names, rounded to a dtype."""
 
 
 class Delivery(ABC):
-    """A way to the servers for files of weights."""
+    """A way to the servers for weights. On rank 0 alone."""
+
+    due = False
+    """Whether servers need another `publish`, though the weights are the same."""
+
+    @abstractmethod
+    def publish(
+        self,
+        weights: Weights,
+        *,
+        version: str,
+        dtype: torch.dtype,
+        servers: Sequence[Server],
+        loop: EventLoop,
+    ) -> None:
+        """Make these the weights that servers get.
+
+        Args:
+            weights: any number of passes; each is iterated to its end.
+            version: their label.
+            dtype: of the servers.
+            servers: those that answered when they were looked at last.
+            loop: where their endpoints are called.
+        """
+
+    @abstractmethod
+    async def bring(self, server: Server, timeout: float) -> None:
+        """Let one server load what was published last, and label it.
+
+        Raises:
+            NotNow: if only another `publish` can.
+            Unreachable: if it does not.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop and tidy up; `publish` may begin again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """Files of weights that servers can load."""
+
+    version: str
+    folder: Path
+    locations: list[str]
+    """Paths or URLs of the files."""
+    hash: str
+    """`StreamHash` of what the files hold."""
+
+
+class Files(Delivery):
+    """Weights as safetensors files in a folder of this run, one version at a time.
+
+    The files of the last version are removed before the next ones are written; if a server is
+    still reading them, then when it is done.
+    """
+
+    def __init__(self) -> None:
+        self._offer: _Offer | None = None
+        self._readers: Counter[Path] = Counter()
+        self._lock = threading.Lock()
 
     @abstractmethod
     def open(self) -> Path:
@@ -32,42 +100,88 @@ class Delivery(ABC):
     def locations(self, files: Sequence[Path]) -> list[str]:
         """Where a server finds `files` of that folder: paths or URLs."""
 
-    @abstractmethod
+    def publish(
+        self,
+        weights: Weights,
+        *,
+        version: str,
+        dtype: torch.dtype,
+        servers: Sequence[Server],
+        loop: EventLoop,
+    ) -> None:
+        self._withdraw()
+        folder = self.open() / version
+        remove(folder)  # an earlier try
+        try:
+            files, sent = write_weights(weights(dtype), folder)
+        except BaseException:
+            remove(folder)
+            raise
+        self._offer = _Offer(
+            version=version, folder=folder, locations=self.locations(files), hash=sent
+        )
+
+    async def bring(self, server: Server, timeout: float) -> None:
+        with self._lock:
+            offer = self._offer
+            if offer is None:
+                raise Unreachable("there are no weights for it at the moment")
+            self._readers[offer.folder] += 1
+        try:
+            await server.load(offer.locations, offer.hash, offer.version, timeout)
+        finally:
+            with self._lock:
+                self._readers[offer.folder] -= 1
+                if offer is not self._offer and not self._readers[offer.folder]:
+                    remove(offer.folder)
+
     def close(self) -> None:
-        """Stop and tidy up."""
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        with self._lock:
+            offer, self._offer = self._offer, None
+            if offer is not None and not self._readers[offer.folder]:
+                remove(offer.folder)
 
 
-class SharedFolder(Delivery):
+class SharedFolder(Files):
     """Files in a folder that trainer and servers see under the same path.
 
     Args:
-        path: the folder, absolute; it is made if it is not there. Weights of the last two versions
-            lie in it.
+        path: the folder, absolute; it is made if it is not there. Each run writes into a folder of
+            its own in it, so several can share it. In `/dev/shm` weights of one machine need no
+            disk.
 
     Raises:
         ValueError: if `path` is not absolute.
     """
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         if not Path(path).is_absolute():
             raise ValueError(
                 f"`SharedFolder(path=...)` must be absolute, got {path!r}: a server has a working "
                 "directory of its own"
             )
         self.path = Path(path)
+        self._folder: RunFolder | None = None
 
     def open(self) -> Path:
-        self.path.mkdir(parents=True, exist_ok=True)
-        return self.path
+        self._folder = self._folder or RunFolder(self.path)
+        return self._folder.path
 
     def locations(self, files: Sequence[Path]) -> list[str]:
         return [str(file) for file in files]
 
     def close(self) -> None:
-        """The folder is the user's, and stays."""
+        super().close()
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
 
 
-class Download(Delivery):
+class Download(Files):
     """The trainer serves the files over HTTP, and each server's workers download them.
 
     Args:
@@ -79,79 +193,59 @@ class Download(Delivery):
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__()
         if not 0 <= port < 2**16:
             raise ValueError(f"`Download(port=...)` must be in [0, 65535], got {port}")
         self.host, self.port = host, port
-        self._folder: Path | None = None
-        self._server: http.server.ThreadingHTTPServer | None = None
+        self._secret = secrets.token_hex(16)
+        """Whoever knows it can read the weights."""
+        self._folder: RunFolder | None = None
+        self._server: _FileServer | None = None
 
     def open(self) -> Path:
         if self._folder is None:
-            # A name that cannot be guessed: whoever knows it can read the weights.
-            folder = Path(tempfile.mkdtemp(prefix="scsdpo-")) / secrets.token_hex(16)
-            folder.mkdir()
-            handler = functools.partial(_Quiet, directory=str(folder.parent))
-            self._server = http.server.ThreadingHTTPServer((self.host, self.port), handler)
+            folder = RunFolder(Path(tempfile.gettempdir()), mode=0o700)
+            served = folder.path / "served"
+            (served / self._secret).mkdir(parents=True)
+            handler = functools.partial(_Quiet, directory=str(served))
+            try:
+                self._server = _FileServer((self.host, self.port), handler)
+            except OSError:
+                folder.close()
+                raise
             threading.Thread(target=self._server.serve_forever, daemon=True).start()
             self._folder = folder
-        return self._folder
+        return self._folder.path / "served" / self._secret
 
     def locations(self, files: Sequence[Path]) -> list[str]:
-        assert self._server is not None and self._folder is not None
-        port = self._server.server_address[1]
-        names = [quote(str(file.relative_to(self._folder.parent))) for file in files]
+        assert self._server is not None
+        port, folder = self._server.server_address[1], self.open()
+        names = [f"{self._secret}/{quote(str(file.relative_to(folder)))}" for file in files]
         return [f"http://{self.host}:{port}/{name}" for name in names]
 
     def close(self) -> None:
+        super().close()
         if self._server is not None and self._folder is not None:
             self._server.shutdown()
             self._server.server_close()
-            shutil.rmtree(self._folder.parent)
+            self._folder.close()
             self._server = self._folder = None
+
+
+class _FileServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Who asked is gone or too slow, and notices it himself: no traceback."""
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     """Serves files without a line on the terminal for each, and no listing of folders."""
+
+    timeout = _IDLE
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
     def list_directory(self, path: object) -> None:
         self.send_error(403)
-
-
-def write_weights(
-    weights: Iterable[tuple[str, Tensor]], folder: Path, *, dtype: torch.dtype, keep: bool
-) -> tuple[list[Path], str]:
-    """Write (name, value) pairs into safetensors files in a new `folder`.
-
-    Args:
-        weights: is iterated to its end.
-        folder: must not exist yet, or hold an earlier try.
-        dtype: to which floating point values are rounded.
-        keep: False: only iterate (another rank writes, and sharded weights need everyone).
-
-    Returns:
-        The files, and the `StreamHash` of what they hold.
-    """
-    files: list[Path] = []
-    shard: dict[str, Tensor] = {}
-    stream = StreamHash()
-
-    def flush() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(folder / f"{len(files):05d}.safetensors")
-        save_file(shard, files[-1])
-        shard.clear()
-
-    for name, value in weights:
-        if not keep:
-            continue
-        value = value.detach().to(dtype)
-        stream.add(name, value)
-        shard[name] = value.cpu().contiguous()
-        if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    return files, stream.hexdigest()

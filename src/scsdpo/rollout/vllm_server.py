@@ -1,32 +1,44 @@
-"""One vLLM server: its HTTP endpoints, and the two ways in which it can fail."""
+"""One vLLM server: its HTTP endpoints, and the ways in which it can fail."""
 
+import asyncio
 import http.client
 import json
-import urllib.error
-import urllib.request
+import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.rollout.http_exchange import exchange
+from scsdpo.rollout.require_key import KEY_VARIABLE
 from scsdpo.rollout.vllm_rollout import Answer, Request, not_quantised, refusal
 
 SHORT = 10.0
 """Seconds in which a server that is alive answers a question about itself."""
-_CONNECTIONS = 64
-"""Requests under way at one server."""
+_PAUSE = 0.2
+"""Seconds between two tries to empty its prefix cache."""
 
 START = (
-    "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL "
-    "--worker-extension-cls scsdpo.rollout.WeightReceiver --logprobs-mode processed_logprobs "
-    "--enable-scale-out"
+    "VLLM_API_KEY=... VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
+    "--model MODEL --host 127.0.0.1 --middleware scsdpo.rollout.RequireKey --worker-extension-cls "
+    "scsdpo.rollout.WeightReceiver --logprobs-mode processed_logprobs --enable-scale-out"
 )
 """How a server is started; in the CPU build `vllm serve` does not start."""
+
+TRANSFER = '{"backend": "nccl"}'
+"""A server's `--weight-transfer-config` for the delivery `Nccl`."""
 
 
 class Unreachable(Exception):
     """No answer, or one that says that the server is not well: worth another try."""
+
+
+class Silent(Unreachable):
+    """No answer in time: it hangs, or has something else to do, as while it loads weights."""
+
+
+class NotNow(Unreachable):
+    """It answers, and gets its weights only when they are published again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +47,23 @@ class Server:
 
     Args:
         url: e.g. `http://host:8000`.
+        key: environment variable with the server's key; none is sent if it is not set.
     """
 
     url: str
+    key: str = KEY_VARIABLE
 
-    def version(self) -> str:
+    async def version(self) -> str:
         """Label of the weights that it says it has."""
-        return str(self._call("/weight_info", timeout=SHORT)["weight_version"])
+        return str((await self._call("/weight_info", timeout=SHORT))["weight_version"])
 
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """`WeightReceiver.scsdpo_describe`, checked.
 
         Raises:
             ConfigurationError: naming the flag with which it must be started.
         """
-        seen = self._rpc("scsdpo_describe", {}, timeout=SHORT)[0]
+        seen = (await self._rpc("scsdpo_describe", {}, timeout=SHORT))[0]
         if seen["logprobs_mode"] != "processed_logprobs":
             raise ConfigurationError(
                 f"model.rollout.engine: the vLLM server {self.url} reports log-probs of logits "
@@ -59,7 +73,7 @@ class Server:
         not_quantised(seen["quantization"], f"the vLLM server {self.url}")
         return seen
 
-    def load(self, locations: Sequence[str], sent: str, version: str, timeout: float) -> None:
+    async def load(self, locations: Sequence[str], sent: str, version: str, timeout: float) -> None:
         """Let it fetch weights and forget what it remembers of the old ones.
 
         While it loads, and if that fails midway, its label is one that no policy has.
@@ -73,70 +87,102 @@ class Server:
         Raises:
             Unreachable: if other weights arrived, or not all that its model has.
         """
-        self._call("/update_weight_version", {"new_version": f"loading {version}"}, timeout=SHORT)
-        fetched = self._rpc("scsdpo_fetch", {"locations": list(locations)}, timeout=timeout)
+        await self.label(f"loading {version}")
+        fetched = await self._rpc("scsdpo_fetch", {"locations": list(locations)}, timeout=timeout)
         for worker in fetched:
             if why := refusal(worker, sent):
                 raise Unreachable(why)
-        if not self._call("/reset_prefix_cache", {}, timeout=SHORT)["success"]:
-            raise Unreachable("did not reset its prefix cache; is someone else sampling from it?")
-        self._call("/update_weight_version", {"new_version": version}, timeout=SHORT)
+        await self.forget()
+        await self.label(version)
 
-    def generate(self, requests: Sequence[Request], timeout: float) -> list[list[Answer]]:
-        """Responses to each request.
+    async def label(self, version: str) -> None:
+        """Give its weights a label, which answers carry."""
+        await self._call("/update_weight_version", {"new_version": version}, timeout=SHORT)
+
+    async def forget(self) -> None:
+        """Empty its prefix cache.
+
+        Requests that nobody waits for any more may hold a part of it for a while.
+        """
+        try:
+            async with asyncio.timeout(SHORT):
+                while not (await self._call("/reset_prefix_cache", {}, timeout=SHORT))["success"]:
+                    await asyncio.sleep(_PAUSE)
+        except TimeoutError as error:
+            said = "did not reset its prefix cache; is someone else sampling from it?"
+            raise Unreachable(said) from error
+
+    async def world_size(self) -> int:
+        """Its workers."""
+        return int((await self._call("/get_world_size", timeout=SHORT))["world_size"])
+
+    async def join(self, init_info: dict[str, Any], timeout: float) -> None:
+        """Let its workers join a group of vLLM's weight transfer engine, and leave any other."""
+        await self._call("/shutdown_weight_transfer_engine", {}, timeout=SHORT)
+        body = {"init_info": init_info}
+        await self._call("/init_weight_transfer_engine", body, timeout=timeout)
+
+    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """`WeightReceiver.scsdpo_receive` of each worker."""
+        arguments = {"update_info": update_info, "timeout": timeout}
+        return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
+
+    async def generate(self, request: Request, timeout: float) -> list[Answer]:
+        """Responses to the request.
 
         Args:
-            requests: all under way at the same time.
-            timeout: seconds for one of them.
+            request: a prompt, and how many responses to it.
+            timeout: seconds for all of them, from now until the last byte.
         """
-        with ThreadPoolExecutor(min(_CONNECTIONS, len(requests))) as pool:
-            answers = [pool.submit(self._answers, request, timeout) for request in requests]
-            try:
-                return [answer.result() for answer in answers]
-            except Unreachable:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _answers(self, request: Request, timeout: float) -> list[Answer]:
         body = {"token_ids": list(request.ids), "sampling_params": request.parameters}
-        choices = self._call("/inference/v1/generate", body, timeout=timeout)["choices"]
+        answer = await self._call("/inference/v1/generate", body, timeout=timeout)
+        choices = answer["choices"]
         if len(choices) != request.parameters["n"]:
             raise Unreachable(f"gave {len(choices)} of {request.parameters['n']} responses")
         return [_answer(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
-    def _rpc(self, method: str, arguments: dict[str, Any], *, timeout: float) -> list[Any]:
+    async def _rpc(self, method: str, arguments: dict[str, Any], *, timeout: float) -> list[Any]:
         """Call a method of every worker."""
         body = {"method": method, "kwargs": arguments, "timeout": timeout}
-        return self._call("/collective_rpc", body, timeout=timeout)["results"]
+        return (await self._call("/collective_rpc", body, timeout=timeout))["results"]
 
-    def _call(self, path: str, body: Any = None, *, timeout: float) -> Any:
+    async def _call(self, path: str, body: Any = None, *, timeout: float) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url.rstrip("/") + path, data, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key, "").strip():
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise self._explain(error, path) from error
+            async with asyncio.timeout(timeout):
+                status, answer = await exchange(self.url.rstrip("/") + path, data, headers)
+            if status == 200:
+                return json.loads(answer)
+        except TimeoutError as error:
+            raise Silent(f"{path}: no answer within {timeout:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise Unreachable(f"{path}: {reason or type(error).__name__}") from error
+            raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
+        raise self._explain(status, _message(answer), path)
 
-    def _explain(self, error: urllib.error.HTTPError, path: str) -> Exception:
+    def _explain(self, status: int, said: str, path: str) -> Exception:
         """A status of 4xx will not change by itself, one of 5xx may."""
-        said = _message(error)
         if "scsdpo_" in said and "no attribute" in said:
             return self._misses("--worker-extension-cls scsdpo.rollout.WeightReceiver")
-        if error.code >= 500:
-            return Unreachable(f"{path}: status {error.code}: {said}")
-        if error.code == 404:
+        if "Weight transfer not configured" in said:
+            return self._misses(f"--weight-transfer-config '{TRANSFER}'")
+        if status >= 500:
+            return Unreachable(f"{path}: status {status}: {said}")
+        if status == 401:
+            sent = "another than that in" if os.environ.get(self.key) else "one, and none is in"
+            return ConfigurationError(
+                f"model.rollout.engine.key: the vLLM server {self.url} wants a key, {sent} "
+                f"{self.key}: set this environment variable to the server's {KEY_VARIABLE}"
+            )
+        if status == 404:
             return self._misses("VLLM_SERVER_DEV_MODE=1")
         if "--enable-scale-out" in said:
             return self._misses("--enable-scale-out")
         return ConfigurationError(
-            f"model.rollout.engine: the vLLM server {self.url} refuses {path} (status "
-            f"{error.code}): {said}"
+            f"model.rollout.engine: the vLLM server {self.url} refuses {path} (status {status}): "
+            f"{said}"
         )
 
     def _misses(self, flag: str) -> ConfigurationError:
@@ -146,8 +192,8 @@ class Server:
         )
 
 
-def _message(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+def _message(answer: bytes) -> str:
+    text = answer.decode(errors="replace")
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -7,9 +7,11 @@ on every worker (`collective_rpc`). Nothing of vLLM is imported until one is cal
 import logging
 import shutil
 import tempfile
+import threading
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -21,12 +23,17 @@ TIMEOUT = 60.0
 """Seconds without a byte after which a download of weights is given up."""
 
 
+Take = Callable[[Iterable[tuple[str, Tensor]]], Any]
+"""Takes some of the (name, value) pairs of a load."""
+
+
 class WeightReceiver:
     """Methods of each vLLM worker; `self` is the worker."""
 
     if TYPE_CHECKING:
         vllm_config: Any
         model_runner: Any
+        weight_transfer_engine: Any
 
     def scsdpo_describe(self) -> dict[str, Any]:
         """What of the engine's settings decides whether its rollouts can be trained on."""
@@ -36,6 +43,7 @@ class WeightReceiver:
             "quantization": model.quantization,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
+            "max_num_seqs": self.vllm_config.scheduler_config.max_num_seqs,
         }
 
     def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +54,30 @@ class WeightReceiver:
         """
         return self.scsdpo_load(pair for location in locations for pair in _read(location))
 
+    def scsdpo_receive(self, update_info: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Load what the trainer sends by vLLM's weight transfer engine.
+
+        Args:
+            update_info: vLLM's: names, dtypes and shapes.
+            timeout: seconds after which the group is left: a worker that waits for a trainer that
+                is gone would be deaf for ever.
+        """
+        engine = self.weight_transfer_engine
+        watchdog = threading.Timer(timeout, engine.shutdown)
+        watchdog.daemon = True
+
+        def receive(take: Take) -> None:
+            into = SimpleNamespace(load_weights=take)
+            engine.set_weight_update_target(into, engine.model_config)
+            watchdog.start()
+            try:
+                engine.update_weights(update_info)
+            finally:
+                watchdog.cancel()
+                engine.reset_weight_update_target()
+
+        return self._reload(receive)
+
     def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         """Load (name, value) pairs in the checkpoint's names.
 
@@ -53,6 +85,10 @@ class WeightReceiver:
             `hash`: the `StreamHash` of what came; `missing`: modules of this worker's model that
             did not get all of their parameters.
         """
+        return self._reload(lambda take: take(weights))
+
+    def _reload(self, load: Callable[[Take], None]) -> dict[str, Any]:
+        """`load` gives its pairs to the function that it gets, at once or in parts."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import (
             finalize_layerwise_reload,
@@ -69,7 +105,7 @@ class WeightReceiver:
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
             try:
-                model.load_weights(stream.over(weights))
+                load(lambda pairs: model.load_weights(stream.over(pairs)))
                 missing = [name for name in _unfilled(model) if name not in shared]
             finally:  # or the next load would count this one's parts as its own
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
