@@ -40,7 +40,8 @@ class Servers(Engine):
         key: environment variable with the servers' key; unset: they want none.
 
     Raises:
-        ValueError: if there is no URL, one is not http or a number is not positive.
+        ValueError: if there is no URL, one is not http, a number is not positive, or `key` is no
+            variable's name.
         ConfigurationError: from `generate`, if a server was started without what is needed.
         TrainingStopped: from `generate`, if no server is of use.
     """
@@ -62,6 +63,10 @@ class Servers(Engine):
         for name, value in (("patience", patience), ("timeout", timeout)):
             if value <= 0:
                 raise ValueError(f"`Servers({name}=...)` must be > 0, got {value}")
+        if not key.isidentifier():
+            raise ValueError(
+                "`Servers(key=...)` must be the name of an environment variable, not the key itself"
+            )
         self.servers = [Server(url, key) for url in urls]
         self.delivery = delivery
         self.patience = patience
