@@ -11,6 +11,9 @@ GOOD = {
     "dtype": "float32",
     "max_model_len": 512,
     "max_num_seqs": 8,
+    "loaded": "",
+    "adapters": None,
+    "adapter": "",
 }
 """What `WeightReceiver.scsdpo_describe` says of a server that will do."""
 LABEL = "run.digest.0"

@@ -6,6 +6,7 @@ import torch
 from runs import data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
+from scsdpo.rollout.engine_weights import EngineWeights
 from scsdpo.rollout.versions import Versions
 from scsdpo.rollout.vllm_rollout import Answer
 from scsdpo.rollout.weights import StreamHash
@@ -55,6 +56,7 @@ def spy(monkeypatch):
     engine = Colocated(sleep=True, dtype="bfloat16")
     made = Spy(engine)
     engine._llm, engine._ask = made, made.ask
+    engine._weights = EngineWeights(made, torch.bfloat16, None)
     labels = iter(f"label {i}" for i in range(9))
 
     def label(versions, policy):

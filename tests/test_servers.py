@@ -91,7 +91,7 @@ def test_a_server_that_was_started_otherwise_is_refused_with_the_flag(
 ):
     canned.answers |= answers
     with pytest.raises(ConfigurationError, match=message) as refused:
-        sample(policy, Servers([canned.url], Download(), patience=0.1))
+        sample(policy, Servers([canned.url], Download(), patience=30))
     assert canned.url in str(refused.value)
 
 
@@ -100,14 +100,14 @@ def test_a_server_without_room_for_a_response_is_refused_with_the_flag(policy, c
     canned.answers |= ready() | {"/collective_rpc": (200, small)}
     message = f"room for 10: start the server {canned.url} with a larger --max-model-len"
     with pytest.raises(ConfigurationError, match=message):
-        sample(policy, Servers([canned.url], Download(), patience=0.1))
+        sample(policy, Servers([canned.url], Download(), patience=30))
 
 
 def test_a_server_without_scale_out_is_refused_with_the_flag(policy, canned):
     said = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to ..."
     canned.answers |= ready() | {GENERATE: error(403, said)}
     with pytest.raises(ConfigurationError, match="was started without --enable-scale-out"):
-        sample(policy, Servers([canned.url], Download(), patience=0.1))
+        sample(policy, Servers([canned.url], Download(), patience=30))
 
 
 def test_servers_of_different_dtypes_are_refused(policy, canned, other):
@@ -279,7 +279,7 @@ def test_faulty_responses_are_never_returned(policy, canned, fault, message):
     choices = [choice | {"index": 0}, choice | fault | {"index": 1}]
     canned.answers |= ready() | {GENERATE: (200, {"choices": choices})}
     with pytest.raises(TrainingStopped, match=message):
-        sample(policy, Servers([canned.url], Download(), patience=0.1))
+        sample(policy, Servers([canned.url], Download(), patience=2))
 
 
 def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks):

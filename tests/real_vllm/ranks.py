@@ -66,6 +66,7 @@ class Run:
             kv_cache_gib=0.1,
             enforce_eager=True,
             tensor_parallel=case.tensor_parallel,
+            adapter="alone" if case.lora and case.refuses else "merged",
         )
         self.rollout = VLLMRollout(self.engine)
         texts = ["Why?", "Is water wet?", "And fire?"][: 3 if self.rank == 0 else 1]

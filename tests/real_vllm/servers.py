@@ -43,8 +43,8 @@ def wait_for(condition):
 class Running:
     """A server of the shipped policy; it and its workers are one process group."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.flags = flags
+    def __init__(self, folder: Path, *flags: str, model: Path = TINY_FOLDER, **environment: str):
+        self.flags, self.model, self.environment = flags, model, environment
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -54,12 +54,13 @@ class Running:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *FLAGS, *self.flags]
-        where = [f"--model={TINY_FOLDER}", "--host=127.0.0.1", f"--port={self.port}"]
+        where = [f"--model={self.model}", "--host=127.0.0.1", f"--port={self.port}"]
         environment = {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # to nodes, of which two workers need two
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_API_KEY": KEY,
+            **self.environment,
         }
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

@@ -25,7 +25,9 @@ class Case:
 
     def __init__(self, policy, parity):
         self.policy, self.parity = policy, parity
-        self.engine = Colocated(max_model_len=512, kv_cache_gib=0.25, enforce_eager=True)
+        self.engine = Colocated(
+            max_model_len=512, kv_cache_gib=0.25, enforce_eager=True, adapter="merged"
+        )
         self.rollout = VLLMRollout(self.engine)
         self.prompts = short_and_long(policy)
 
@@ -150,7 +152,7 @@ def test_an_engine_that_did_not_get_every_parameter_is_refused(case, monkeypatch
     case.sample()
     move(case.policy, 21)
     with monkeypatch.context() as lacking:
-        lacking.setattr("scsdpo.rollout.colocated.merged_weights", some)
+        lacking.setattr("scsdpo.rollout.engine_weights.merged_weights", some)
         refused_and_mended(case, "got no complete weights for [0-9]+ of its modules")
     assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity
 
@@ -165,7 +167,7 @@ def test_a_stream_that_breaks_off_leaves_nothing_behind(case, monkeypatch):
     case.sample()
     move(case.policy, 22)
     with monkeypatch.context() as broken:
-        broken.setattr("scsdpo.rollout.colocated.merged_weights", torn)
+        broken.setattr("scsdpo.rollout.engine_weights.merged_weights", torn)
         with pytest.raises(OSError, match="torn"):
             case.sample()
     assert max(gap.max() for gap in gaps(case.policy, case.sample())) < case.parity

@@ -61,6 +61,24 @@ def test_a_run_with_vllm_in_process(fit, tmp_path):
     assert len(gaps) == 6 and max(gaps) < 1e-5
 
 
+def test_a_lora_run_whose_adapter_goes_over_alone(fit, tmp_path):
+    engine = "--model.rollout.init_args.engine.init_args"
+    code = fit(
+        "vllm-colocate.yaml",
+        f"{engine}.max_model_len=512",
+        f"{engine}.kv_cache_gib=0.5",
+        f"{engine}.enforce_eager=true",
+        f"{engine}.adapter=alone",
+        "--model.policy.adapter=Lora",
+        "--model.optimizer.lr=1e-2",
+        "--model.gap.warn=2e-5",
+        "--model.gap.stop=2e-5",
+    )
+    assert code == 0
+    gaps = logged_gaps(tmp_path)
+    assert len(gaps) == 6 and max(gaps) < 2e-5
+
+
 def urls(servers):
     listed = ", ".join(server.url for server in servers)
     return f"--model.rollout.init_args.engine.init_args.urls=[{listed}]"

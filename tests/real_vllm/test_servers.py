@@ -78,7 +78,7 @@ def test_prompts_are_spread_and_come_back_in_order(two_servers, policy, prompts,
     asked = {server.url: 0 for server in two_servers}
     generate = Server.generate
 
-    async def recorded(self, request, timeout):
+    async def recorded(self, request, timeout, adapter=""):
         asked[self.url] += 1
         return await generate(self, request, timeout)
 
@@ -152,7 +152,7 @@ def test_weights_that_change_while_it_samples_are_noticed(
     tries = []
     generate = Server.generate
 
-    async def disturbed(self, request, timeout):
+    async def disturbed(self, request, timeout, adapter=""):
         tries.append(request.ids)
         if len(tries) == 1:
             label = ("/update_weight_version", {"new_version": "another run's"})

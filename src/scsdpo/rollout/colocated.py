@@ -14,6 +14,8 @@ from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.agreement import agreed
 from scsdpo.rollout.contained import class_kept, contained, group_spared, launched, make_world
+from scsdpo.rollout.engine_weights import EngineWeights
+from scsdpo.rollout.lora_adapter import Way, rank_for
 from scsdpo.rollout.tensor_parallel import Rounds
 from scsdpo.rollout.vllm_rollout import (
     Answer,
@@ -21,10 +23,8 @@ from scsdpo.rollout.vllm_rollout import (
     Request,
     check_length,
     not_quantised,
-    refusal,
     sampled,
 )
-from scsdpo.rollout.weights import StreamHash, merged_weights
 
 _GIB = 2**30
 _WORK = _GIB
@@ -50,6 +50,8 @@ class Colocated(Engine):
         sleep: give all of the memory back between samplings; GPU only.
         tensor_parallel: ranks that share an engine; must divide their number, and should be within
             one machine.
+        adapter: of a LoRA policy: `merged` into the weights, which all go over at each step, or
+            `alone`, beside the base. `auto`: alone where vLLM can.
 
     Raises:
         ValueError: if a number is not positive.
@@ -67,6 +69,7 @@ class Colocated(Engine):
         enforce_eager: bool = False,
         sleep: bool = False,
         tensor_parallel: int = 1,
+        adapter: Way = "auto",
     ) -> None:
         numbers = {
             "max_model_len": max_model_len,
@@ -82,7 +85,9 @@ class Colocated(Engine):
         self.enforce_eager = enforce_eager
         self.sleep = sleep
         self.tensor_parallel = tensor_parallel
+        self.adapter = adapter
         self._llm: Any = None
+        self._weights: EngineWeights | None = None
         self._rounds: Rounds | None = None
         self._version = ""
         self._held = self._begun = self._asleep = self._made_world = False
@@ -139,7 +144,8 @@ class Colocated(Engine):
                 if self._llm is not None:
                     self._llm.llm_engine.engine_core.shutdown()
                 cleanup_dist_env_and_memory()
-        self._llm, self._rounds, self._version = None, None, ""
+        self._llm = self._weights = self._rounds = None
+        self._version = ""
         self._begun = self._asleep = False
         if self._made_world:
             self._made_world = False
@@ -163,6 +169,8 @@ class Colocated(Engine):
                 (described,) = self._llm.collective_rpc("scsdpo_describe")
                 told = "vLLM, told so by the checkpoint's config,"
                 not_quantised(described["quantization"], told)
+                dtype = self._weight_dtype(policy)
+                self._weights = EngineWeights(self._llm, dtype, described["adapters"])
             undo.pop_all()
         if self.tensor_parallel > 1:
             from vllm.distributed import get_tp_group
@@ -192,6 +200,7 @@ class Colocated(Engine):
         _warn_of_spinning()
 
     def _settings(self, policy: CausalLM) -> dict[str, Any]:
+        rank = rank_for(policy, self.adapter)
         return {
             "model": policy.chat.tokenizer.name_or_path,
             "load_format": "dummy",  # the policy's come before anything is sampled
@@ -209,6 +218,7 @@ class Colocated(Engine):
             # One engine a process, which takes its rank from the trainer's group.
             "distributed_executor_backend": "external_launcher",
             "tensor_parallel_size": self.tensor_parallel,
+            **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
         }
 
     def _weight_dtype(self, policy: CausalLM) -> torch.dtype:
@@ -233,11 +243,12 @@ class Colocated(Engine):
         """Wake the engine, and bring the weights if it has others; on all ranks or none."""
         if version == self._version:
             return
+        assert self._weights is not None
         self._version = ""  # if it fails midway, nothing is known of the engine's weights
         with agreed():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            self._load(policy)
+            self._weights.bring(policy, version)
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
@@ -247,18 +258,6 @@ class Colocated(Engine):
             self._llm.update_weight_version(version)
         self._version = version
 
-    def _load(self, policy: CausalLM) -> None:
-        stream = StreamHash()
-        weights = stream.over(merged_weights(policy, self._weight_dtype(policy)))
-        try:
-            (received,) = self._llm.collective_rpc("scsdpo_load", args=(weights,))
-        finally:
-            # Other ranks may still gather theirs, for which this one is needed.
-            for _ in weights:
-                pass
-        if why := refusal(received, stream.hexdigest()):
-            raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
-
     def _leave(self, device: torch.device) -> None:
         """Answer what the other ranks of the engine still ask for."""
         if self._rounds is not None:
@@ -267,8 +266,9 @@ class Colocated(Engine):
 
     def _rest(self, device: torch.device) -> None:
         """Give the memory back; the weights are dropped, for the next step changes them."""
-        if self.sleep and self._llm is not None:
+        if self.sleep and self._llm is not None and self._weights is not None:
             self._version, self._asleep = "", True
+            self._weights.drop()
             with contained(device):
                 self._llm.sleep(level=2)
 
@@ -283,12 +283,14 @@ class Colocated(Engine):
 
         if not requests:
             return []
+        assert self._weights is not None
         engine = self._llm.llm_engine
         try:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(request.ids)} for request in requests],
                 [SamplingParams(**request.parameters) for request in requests],
                 use_tqdm=False,
+                lora_request=self._weights.request(self._version),
             )
         except BaseException:  # what is under way would be answered the next time
             engine.abort_request(list(engine.output_processor.request_states), internal=True)

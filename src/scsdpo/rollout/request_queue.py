@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout.vllm_rollout import Answer, Request, check_length
@@ -115,7 +116,7 @@ class RequestQueue:
             server = max(free, key=self._room)
             q = self._todo.popleft()
             assert server.described is not None
-            task = asyncio.create_task(self._ask(server, q, server.described["max_model_len"]))
+            task = asyncio.create_task(self._ask(server, q, server.described))
             server.underway.add(task)
             task.add_done_callback(partial(self._ended, server, q))
 
@@ -127,11 +128,11 @@ class RequestQueue:
         sharers = sum(each.ready or not each.problem for each in self.servers)
         return min(max(1, holds), math.ceil(left / sharers)) - len(server.underway)
 
-    async def _ask(self, server: WatchedServer, q: int, longest: int) -> None:
+    async def _ask(self, server: WatchedServer, q: int, seen: dict[str, Any]) -> None:
         remedy = f"start the server {server.server.url} with a larger --max-model-len"
         try:
-            check_length([self.requests[q]], longest, remedy)
-            answers = await server.server.generate(self.requests[q], self.timeout)
+            check_length([self.requests[q]], seen["max_model_len"], remedy)
+            answers = await server.server.generate(self.requests[q], self.timeout, seen["adapter"])
             for answer in answers:
                 if why := answer.fault(self.version):
                     raise Unreachable(why)

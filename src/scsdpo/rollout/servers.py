@@ -8,14 +8,18 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.rollout.delivery import Delivery
+from scsdpo.rollout.adapter_files import AdapterFiles
+from scsdpo.rollout.delivery import Delivery, Download
 from scsdpo.rollout.event_loop import EventLoop
+from scsdpo.rollout.lora_adapter import MergeRounding, Way, base_digest, rank_for
+from scsdpo.rollout.nccl import Nccl
 from scsdpo.rollout.request_queue import RequestQueue, Stranded, agreed_dtype, useless
 from scsdpo.rollout.require_key import KEY_VARIABLE
 from scsdpo.rollout.vllm_rollout import Answer, Engine, Request
-from scsdpo.rollout.vllm_server import NotNow, Server, Unreachable
+from scsdpo.rollout.vllm_server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.watched_server import PAUSE, WatchedServer
 from scsdpo.rollout.weight_passes import WeightPasses
 
@@ -38,6 +42,8 @@ class Servers(Engine):
         timeout: seconds that one prompt's responses, or one load of weights, may take. The run
             stops within patience + 2 timeout after the last response, whatever fails.
         key: environment variable with the servers' key; unset: they want none.
+        adapter: of a LoRA policy: `merged` into the weights, which all go over at each step, or
+            `alone`, beside the base. `auto`: alone if all servers take adapters.
 
     Raises:
         ValueError: if there is no URL, one is not http, a number is not positive, or `key` is no
@@ -53,6 +59,7 @@ class Servers(Engine):
         patience: float = 60.0,
         timeout: float = 600.0,
         key: str = KEY_VARIABLE,
+        adapter: Way = "auto",
     ) -> None:
         wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
         if wrong or not urls:
@@ -71,6 +78,10 @@ class Servers(Engine):
         self.delivery = delivery
         self.patience = patience
         self.timeout = timeout
+        self.adapter = adapter
+        self._alone: AdapterFiles | None = None
+        self._helper = Download(delivery.host if isinstance(delivery, Nccl) else "127.0.0.1")
+        self._rounding = MergeRounding()
         self._version = ""
         """Label of the weights that servers get."""
         self._together = False
@@ -100,8 +111,9 @@ class Servers(Engine):
         if self._loop is not None:
             self._loop.close()
             self._loop = None
-        self._version = ""
+        self._version, self._alone = "", None
         self.delivery.close()
+        self._helper.close()
 
     def _start(self) -> EventLoop:
         self._loop = loop = EventLoop()
@@ -122,7 +134,7 @@ class Servers(Engine):
 
     async def _bring(self, server: Server) -> None:
         try:
-            await self.delivery.bring(server, self.timeout)
+            await (self._alone or self.delivery).bring(server, self.timeout)
         except NotNow as error:
             if self._together:  # the other ranks are sampling
                 raise Unreachable(str(error)) from error
@@ -132,25 +144,61 @@ class Servers(Engine):
         """Make these the weights that servers get, unless they are."""
         self._together = is_sharded(policy)
         passes = WeightPasses(policy)
+        rank = rank_for(policy, self.adapter)
+        base = "" if rank is None else base_digest(policy)
         if _rank() != 0:
             passes.follow()
         elif version != self._version or self.delivery.due:
             self._version = ""
             loop.call(lambda: self._want(""))
             try:
-                self.delivery.publish(
-                    passes,
-                    version=version,
-                    dtype=loop.run(self._dtype()),
-                    servers=[each.server for each in self._watched if each.there],
-                    loop=loop,
-                )
+                self._offer(loop, passes, version, rank, base)
             finally:
                 passes.close()
         else:
             passes.close()
         self._version = version
         loop.call(lambda: self._want(version))
+
+    def _offer(
+        self, loop: EventLoop, passes: WeightPasses, version: str, rank: int | None, base: str
+    ) -> None:
+        """On rank 0: all weights, or the base and an adapter."""
+        dtype = loop.run(self._dtype())
+        servers = [each.server for each in self._watched if each.there]
+        if rank is None or (modules := self._adaptable(rank)) is None:
+            self._alone = None
+            self._rounding.look(passes.policy, dtype)
+            self.delivery.publish(passes, version=version, dtype=dtype, servers=servers, loop=loop)
+            return
+        self._alone = self._alone or AdapterFiles(self.delivery, self._helper)
+        self._alone.publish(
+            passes,
+            base,
+            version=version,
+            dtype=dtype,
+            servers=servers,
+            loop=loop,
+            supported=modules,
+        )
+
+    def _adaptable(self, rank: int) -> list[str] | None:
+        """Modules of which every server takes adapters; None if one of them takes none."""
+        found: set[str] | None = None
+        for each in self._watched:
+            if each.described is None:
+                continue
+            takes = each.described["adapters"]
+            if not takes or not takes["updates"] or takes["rank"] < rank:
+                if self.adapter == "alone":
+                    raise ConfigurationError(
+                        f"model.rollout.engine.adapter: the vLLM server {each.server.url} takes no "
+                        f"adapters of rank {rank}: start it with {ADAPTERS} {rank}, or set adapter "
+                        "to merged"
+                    )
+                return None
+            found = set(takes["modules"]) if found is None else found & set(takes["modules"])
+        return sorted(found or ())
 
     def _want(self, version: str) -> None:
         for watched in self._watched:

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ SHORT = 10.0
 _PAUSE = 0.2
 """Seconds between two tries to empty its prefix cache."""
 
+_PLAIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Endpoints whose answers are no JSON."""
+
 START = (
     "VLLM_API_KEY=... VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
     "--model MODEL --host 127.0.0.1 --middleware scsdpo.rollout.RequireKey --worker-extension-cls "
@@ -28,6 +32,10 @@ START = (
 
 TRANSFER = '{"backend": "nccl"}'
 """A server's `--weight-transfer-config` for the delivery `Nccl`."""
+
+
+ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
+"""What it needs beside, and a rank, for `Servers(adapter="alone")`."""
 
 
 class Unreachable(Exception):
@@ -96,6 +104,34 @@ class Server:
         await self.forget()
         await self.label(version)
 
+    async def load_adapter(
+        self, locations: Sequence[str], sent: str, version: str, timeout: float
+    ) -> None:
+        """Let it put an adapter, called `version`, beside the weights that it has.
+
+        Args:
+            locations: of its files.
+            sent: their `adapter_hash`.
+            version: its label afterwards.
+            timeout: seconds until it has loaded them.
+
+        Raises:
+            Unreachable: if another adapter is in force than was sent.
+        """
+        await self.label(f"loading {version}")
+        arguments = {"locations": list(locations), "place": secrets.token_hex(8)}
+        folder = (await self._rpc("scsdpo_fetch_adapter", arguments, timeout=timeout))[0]
+        models = (await self._call("/v1/models", timeout=SHORT))["data"]
+        for old in (model["id"] for model in models if model["parent"]):
+            await self._call("/v1/unload_lora_adapter", {"lora_name": old}, timeout=SHORT)
+        adapter = {"lora_name": version, "lora_path": folder}
+        await self._call("/v1/load_lora_adapter", adapter, timeout=timeout)
+        for held in await self._rpc("scsdpo_held", {"name": version}, timeout=timeout):
+            if held != sent:
+                raise Unreachable(f"holds another adapter ({held}) than was sent ({sent})")
+        await self.forget()
+        await self.label(version)
+
     async def label(self, version: str) -> None:
         """Give its weights a label, which answers carry."""
         await self._call("/update_weight_version", {"new_version": version}, timeout=SHORT)
@@ -128,14 +164,17 @@ class Server:
         arguments = {"update_info": update_info, "timeout": timeout}
         return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
 
-    async def generate(self, request: Request, timeout: float) -> list[Answer]:
+    async def generate(self, request: Request, timeout: float, adapter: str = "") -> list[Answer]:
         """Responses to the request.
 
         Args:
             request: a prompt, and how many responses to it.
             timeout: seconds for all of them, from now until the last byte.
+            adapter: name of the adapter that answers; '': none.
         """
         body = {"token_ids": list(request.ids), "sampling_params": request.parameters}
+        if adapter:
+            body["model"] = adapter
         answer = await self._call("/inference/v1/generate", body, timeout=timeout)
         choices = answer["choices"]
         if len(choices) != request.parameters["n"]:
@@ -156,7 +195,7 @@ class Server:
             async with asyncio.timeout(timeout):
                 status, answer = await exchange(self.url.rstrip("/") + path, data, headers)
             if status == 200:
-                return json.loads(answer)
+                return answer if path in _PLAIN else json.loads(answer)
         except TimeoutError as error:
             raise Silent(f"{path}: no answer within {timeout:g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -177,6 +216,8 @@ class Server:
                 f"model.rollout.engine.key: the vLLM server {self.url} wants a key, {sent} "
                 f"{self.key}: set this environment variable to the server's {KEY_VARIABLE}"
             )
+        if status == 404 and "does not exist" in said:
+            return Unreachable(said)  # another rank's adapter came, or none yet
         if status == 404:
             return self._misses("VLLM_SERVER_DEV_MODE=1")
         if "--enable-scale-out" in said:

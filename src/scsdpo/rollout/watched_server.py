@@ -130,6 +130,7 @@ class WatchedServer:
             await self.bring(self.server)
         finally:
             self.loading = False
+        self.described = await self.server.describe()  # another adapter is there
 
     def _doubt(self, error: Unreachable) -> None:
         """It failed, unless it may merely be busy: a server that loads does not answer."""

@@ -1,6 +1,6 @@
 """Passes over the policy's weights, which in shards all ranks make together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,9 @@ from torch import Tensor
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.weights import merged_weights
+
+Of = Callable[[CausalLM, torch.dtype], Iterator[tuple[str, Tensor]]]
+"""Some of the policy's weights; a function that pickles."""
 
 
 class WeightPasses:
@@ -23,11 +26,16 @@ class WeightPasses:
         self._together = is_sharded(policy)
         self._pass: Iterator[tuple[str, Tensor]] = iter(())
 
-    def __call__(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) pairs in the checkpoint's names, rounded to `dtype`."""
+    def __call__(self, dtype: torch.dtype, of: Of = merged_weights) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) pairs in the checkpoint's names, rounded to `dtype`.
+
+        Args:
+            dtype: of the servers.
+            of: which of the policy's weights.
+        """
         self._finish()
-        self._told(dtype)
-        self._pass = merged_weights(self.policy, dtype)
+        self._told((of, dtype))
+        self._pass = of(self.policy, dtype)
         return self._pass
 
     def close(self) -> None:
@@ -37,8 +45,9 @@ class WeightPasses:
 
     def follow(self) -> None:
         """Take part in rank 0's passes."""
-        while self._together and (dtype := self._told(None)) is not None:
-            for _ in merged_weights(self.policy, dtype):
+        while self._together and (told := self._told(None)) is not None:
+            of, dtype = told
+            for _ in of(self.policy, dtype):
                 pass
 
     def _finish(self) -> None:
@@ -47,9 +56,9 @@ class WeightPasses:
             for _ in self._pass:
                 pass
 
-    def _told(self, dtype: torch.dtype | None) -> torch.dtype | None:
+    def _told(self, told: tuple[Of, torch.dtype] | None) -> tuple[Of, torch.dtype] | None:
         """What rank 0 says."""
-        said = [dtype]
+        said = [told]
         if self._together:
             dist.broadcast_object_list(said)
         return said[0]

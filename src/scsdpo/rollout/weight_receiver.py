@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from scsdpo.rollout.lora_adapter import adapter_hash, memory_or_disk
 from scsdpo.rollout.weights import StreamHash
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a download of weights is given up."""
-
 
 Take = Callable[[Iterable[tuple[str, Tensor]]], Any]
 """Takes some of the (name, value) pairs of a load."""
@@ -35,6 +35,13 @@ class WeightReceiver:
         model_runner: Any
         weight_transfer_engine: Any
 
+    _scsdpo_loaded = ""
+    """`StreamHash` of the weights of the last whole load."""
+    _scsdpo_adapter = ""
+    """Name of the adapter beside them."""
+    _scsdpo_folder = ""
+    """Where its files were fetched to, until they are read."""
+
     def scsdpo_describe(self) -> dict[str, Any]:
         """What of the engine's settings decides whether its rollouts can be trained on."""
         model = self.vllm_config.model_config
@@ -44,7 +51,82 @@ class WeightReceiver:
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "max_num_seqs": self.vllm_config.scheduler_config.max_num_seqs,
+            "loaded": self._scsdpo_loaded,
+            "adapters": self._scsdpo_adapters(),
+            "adapter": self._scsdpo_adapter,
         }
+
+    def _scsdpo_adapters(self) -> dict[str, Any] | None:
+        """What adapters it has room for; None if it takes none.
+
+        `rank`: the largest; `modules`: last parts of names of what can be adapted; `updates`:
+        whether a server that this worker is of has the endpoint for them.
+        """
+        from vllm.envs import VLLM_ALLOW_RUNTIME_LORA_UPDATING
+
+        if self.vllm_config.lora_config is None:
+            return None
+        manager = self.model_runner.lora_manager._adapter_manager
+        packed = manager.packed_modules_mapping
+        return {
+            "rank": self.vllm_config.lora_config.max_lora_rank,
+            "modules": sorted(
+                p for m in manager.supported_lora_modules for p in packed.get(m, [m])
+            ),
+            "updates": bool(VLLM_ALLOW_RUNTIME_LORA_UPDATING),
+        }
+
+    def scsdpo_fetch_adapter(self, locations: Sequence[str], place: str) -> str:
+        """Put the files of an adapter where this machine's workers can read them; says where.
+
+        Args:
+            locations: paths, which are read where they are, or URLs.
+            place: a random name for the folder, the same for all workers of a server.
+        """
+        self._scsdpo_adapter = ""
+        self._scsdpo_tidy()
+        if not locations[0].startswith("http"):
+            return str(Path(locations[0]).parent)
+        folder = memory_or_disk(2**30) / f"scsdpo-adapter-{place}"
+        self._scsdpo_folder = str(folder)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        for location in locations:
+            file_place = folder / Path(location).name
+            with (
+                urllib.request.urlopen(location, timeout=TIMEOUT) as body,
+                tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
+            ):
+                shutil.copyfileobj(body, file, 2**20)
+            Path(file.name).replace(file_place)  # whole at once: other workers may read it
+        return str(folder)
+
+    def _scsdpo_tidy(self) -> None:
+        """Remove the files of an adapter that were fetched."""
+        if self._scsdpo_folder:
+            shutil.rmtree(self._scsdpo_folder, ignore_errors=True)
+            self._scsdpo_folder = ""
+
+    def scsdpo_held(self, name: str) -> str:
+        """`adapter_hash` of the adapter that was loaded last, '' if it is not in force.
+
+        Args:
+            name: what it is called from now on.
+        """
+        self._scsdpo_adapter = name
+        self._scsdpo_tidy()
+        manager = self.model_runner.lora_manager._adapter_manager
+        last = max(manager.list_adapters(), default=0)
+        if last not in manager.lora_index_to_id:
+            return ""
+        found: dict[str, Tensor] = {}
+        for module, lora in manager.get_adapter(last).loras.items():
+            # vLLM stacks the factors of what it fuses, such as q, k and v.
+            parts = manager.packed_modules.get(module) if lora.is_packed else None
+            a, b = (lora.lora_a, lora.lora_b) if parts else ([lora.lora_a], [lora.lora_b])
+            for part, own_a, own_b in zip(parts or [module], a, b, strict=True):
+                if own_a is not None:
+                    found |= {f"{part}.lora_A.weight": own_a, f"{part}.lora_B.weight": own_b}
+        return adapter_hash(found)
 
     def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, Any]:
         """Load safetensors files, by path or URL.
@@ -99,6 +181,7 @@ class WeightReceiver:
         # tied head, below).
         noisy = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(noisy).setLevel(logging.ERROR)
+        self._scsdpo_loaded = self._scsdpo_adapter = ""
         stream, model = StreamHash(), self.model_runner.get_model()
         shared = _shared(model)
         # What the worker's reload_weights does, which does not tell what was loaded.
@@ -111,6 +194,8 @@ class WeightReceiver:
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             self.model_runner.reset_lora_state()
         _repack_heads(model)
+        if not missing:
+            self._scsdpo_loaded = stream.hexdigest()
         return {"hash": stream.hexdigest(), "missing": missing}
 
 

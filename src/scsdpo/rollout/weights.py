@@ -1,8 +1,9 @@
 """The policy's weights as an engine of its own loads them, and how two copies are told apart."""
 
 import copy
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ _WRAPPED = ".base_layer"
 
 
 @torch.no_grad()
-def digest(policy: nn.Module, most: int | None = None) -> str:
+def digest(
+    policy: nn.Module, most: int | None = None, among: Callable[[str], bool] = lambda name: True
+) -> str:
     """16 hexadecimal digits that tell these weights from any others.
 
     Made of `fold` of each parameter: it is the same on every rank, after a restart, and in every
@@ -28,10 +31,11 @@ def digest(policy: nn.Module, most: int | None = None) -> str:
     Args:
         policy: under shards every rank must ask, in step.
         most: of each parameter's elements that are read, evenly spread; None: all.
+        among: whether a parameter of that name is read.
     """
     settle(policy)
     folds: list[Tensor] = []
-    for parameter in policy.parameters():
+    for _, parameter in filter(lambda pair: among(pair[0]), policy.named_parameters()):
         value = local(parameter).detach()
         stride = 1 if most is None else max(value.numel() // most, 1)
         folds.append(fold(value.reshape(-1)[::stride]))
@@ -90,7 +94,7 @@ def fold(value: Tensor) -> Tensor:
     bits = value.detach().reshape(-1).contiguous().view(_INTEGERS[value.element_size()])
     rows = -(-bits.numel() // _COLUMNS)
     whole = bits.numel() // _COLUMNS
-    u, v = _numbers(_COLUMNS, 0, bits.device), _numbers(rows, 1, bits.device)
+    u, v = _columns(bits.device), _numbers(rows, 1, bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     table = bits[: whole * _COLUMNS].view(whole, _COLUMNS)
     height = _SLAB_ON_CPU if bits.device.type == "cpu" else _SLAB
@@ -101,6 +105,11 @@ def fold(value: Tensor) -> Tensor:
     if rest.numel():
         total += (rest * u[: rest.numel()]).sum() * v[-1]
     return total
+
+
+@functools.cache
+def _columns(device: torch.device) -> Tensor:
+    return _numbers(_COLUMNS, 0, device)
 
 
 def _numbers(count: int, salt: int, device: torch.device) -> Tensor:
@@ -136,15 +145,15 @@ def merged_weights(
     for name, parameter in model.named_parameters():
         owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
         if not owner:
-            yield name, _whole(parameter, dtype)
+            yield name, whole_weight(parameter, dtype)
         elif owner not in done:
             done.add(owner)
             for inner, value in _merged(adapted[owner]).named_parameters():
                 yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
 
 
-def _whole(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight itself, gathered if it is sharded."""
+def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight itself, rounded to `dtype` if there is one, and gathered if it is sharded."""
     value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -155,6 +164,8 @@ def _merged(layer: nn.Module) -> nn.Module:
     alone = copy.deepcopy(layer)
     for module in alone.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(_whole(parameter).float(), requires_grad=False))
+            setattr(
+                module, name, nn.Parameter(whole_weight(parameter).float(), requires_grad=False)
+            )
     alone.merge(safe_merge=True, adapter_names=[STUDENT])
     return alone.get_base_layer()
