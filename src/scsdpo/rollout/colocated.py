@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
-from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
+from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.agreement import agreed
 from scsdpo.rollout.contained import class_kept, contained, group_spared, launched, make_world
