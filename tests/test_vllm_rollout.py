@@ -78,6 +78,7 @@ def test_a_prompt_without_room_for_a_response_is_refused(policy):
         (lambda: Servers([], Download()), r"`Servers\(urls=\.\.\.\)` must be URLs .* got none"),
         (lambda: Servers(["node:8000"], Download()), "got node:8000"),
         (lambda: Servers(["http://n"], Download(), patience=0), r"`Servers\(patience=\.\.\.\)`"),
+        (lambda: Servers(["http://n"], Download(), key="s3-cret"), "must be the name of an env"),
         (lambda: SharedFolder("weights"), r"`SharedFolder\(path=\.\.\.\)` must be absolute"),
         (lambda: Download(port=70000), r"`Download\(port=\.\.\.\)` must be in \[0, 65535\]"),
     ],

@@ -46,7 +46,8 @@ class Servers(Engine):
             `alone`, beside the base. `auto`: alone if all servers take adapters.
 
     Raises:
-        ValueError: if there is no URL, one is not http or a number is not positive.
+        ValueError: if there is no URL, one is not http, a number is not positive, or `key` is no
+            variable's name.
         ConfigurationError: from `generate`, if a server was started without what is needed.
         TrainingStopped: from `generate`, if no server is of use.
     """
@@ -69,6 +70,10 @@ class Servers(Engine):
         for name, value in (("patience", patience), ("timeout", timeout)):
             if value <= 0:
                 raise ValueError(f"`Servers({name}=...)` must be > 0, got {value}")
+        if not key.isidentifier():
+            raise ValueError(
+                "`Servers(key=...)` must be the name of an environment variable, not the key itself"
+            )
         self.servers = [Server(url, key) for url in urls]
         self.delivery = delivery
         self.patience = patience

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,10 +236,9 @@ class Server:
 
 def _message(answer: bytes) -> str:
     text = answer.decode(errors="replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:200]
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
 
 
 def _answer(choice: dict[str, Any]) -> Answer:
