@@ -150,12 +150,14 @@ def test_what_one_server_fails_at_another_does(policy, canned, other, monkeypatc
                 any(p == GENERATE for p, _ in other.asked) and (over.wait(60))
             )
     url = "http://127.0.0.1:9" if fault == "dead" else other.url
+    start = time.monotonic()
     try:
         rollouts = sample(
             policy, Servers([canned.url, url], Download(), patience=1.0), questions=12
         )
     finally:
         over.set()
+    assert time.monotonic() - start < 50
     assert rollouts.ids.tolist() == [[[5], [5]]] * 12
     assert any(path == GENERATE for path, _ in other.asked) == (fault != "dead")
 
@@ -189,6 +191,20 @@ def test_a_server_that_loads_slowly_is_not_waited_for_and_gets_the_newest(
         over.set()
         engine.close()
     assert len(loads) == 2 and "/third/" in loads[1][0]
+
+
+def test_the_server_that_is_ready_first_leaves_a_share_to_the_other(
+    policy, canned, other, monkeypatch
+):
+    monkeypatch.setattr("scsdpo.rollout.vllm_server.refusal", lambda *_: "")
+    over = threading.Event()
+    canned.answers |= ready() | answering()
+    canned.before[GENERATE] = lambda _: over.wait(60)
+    follow(other)
+    other.before["/collective_rpc"] = lambda _: time.sleep(0.3)
+    other.before[GENERATE] = lambda _: over.set()
+    sample(policy, Servers([canned.url, other.url], Download()), questions=4)
+    assert any(path == GENERATE for path, _ in other.asked)
 
 
 def test_each_server_takes_the_next_prompt_when_it_has_room(policy, canned, other):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from scsdpo.rollout import Download, RequireKey, SharedFolder
+from scsdpo.rollout.delivery import _Quiet
 from scsdpo.rollout.run_folder import RunFolder
 from scsdpo.rollout.vllm_server import Unreachable
 from scsdpo.rollout.weight_files import write_weights
@@ -140,6 +141,7 @@ def test_two_runs_in_one_folder_leave_each_others_files(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
+from scsdpo.rollout.delivery import _Quiet
 from scsdpo.rollout.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 (folder.path / "weights").write_bytes(b"16 GB")
@@ -173,7 +175,8 @@ def test_folders_of_others_stay(tmp_path):
 
 
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
-    monkeypatch.setattr("scsdpo.rollout.delivery._Quiet.timeout", 0.2)
+    assert 0 < _Quiet.timeout < 3600
+    monkeypatch.setattr(_Quiet, "timeout", 0.2)
     delivery = Download()
     folder = delivery.open()
     (url,) = delivery.locations([folder / "x"])
