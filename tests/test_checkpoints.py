@@ -157,6 +157,7 @@ def test_a_new_argument_with_a_default_and_what_is_no_part_of_a_run_are_no_chang
 
 @pytest.fixture
 def run():
+    interrupt.reset()  # a step that failed in an earlier test has left its window open
     yield interrupt
     interrupt.reset()
 
