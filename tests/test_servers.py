@@ -350,3 +350,21 @@ def test_weights_are_published_again_when_the_last_server_lost_them(policy, cann
     rollouts = sample(policy, Servers([canned.url], delivery), questions=4)
     assert rollouts.ids.tolist() == [[[5], [5]]] * 4 and delivery.published == 2
     assert sum(path == GENERATE for path, _ in canned.asked) == 5
+
+
+def test_ranks_publish_together_once_and_sample_as_often_as_each_likes(policy, canned, monkeypatch):
+    """In shards publishing is collective: a rank with fewer batches would be waited for."""
+    canned.answers |= ready() | answering()
+    engine = Servers([canned.url], Download())
+    published = []
+    publish = engine._publish
+    monkeypatch.setattr(engine, "_publish", lambda *a: (published.append(1), publish(*a)))
+    rollout = VLLMRollout(engine)
+    prompt = Prompt(key="q", messages=(), verifier=None, answer="", ids=(1, 2))
+    try:
+        with rollout.held(policy):
+            for _ in range(3):
+                rollout.sample(policy, [prompt], Sampling(n=2, max_new_tokens=4))
+    finally:
+        rollout.close()
+    assert len(published) == 1

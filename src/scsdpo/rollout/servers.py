@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -102,10 +102,18 @@ class Servers(Engine):
             timeout=self.timeout,
             changed=self._changed,
         )
-        while True:
+        if version != self._version:
             self._publish(loop, policy, version)
+        while True:
             with suppress(Stranded):
                 return loop.run(queue.run())
+            self._publish(loop, policy, version)
+
+    @contextmanager
+    def held(self, policy: CausalLM, version: str, *, apart: bool = False) -> Iterator[None]:
+        """Publishes the weights, on all ranks: inside, each may sample as often as it likes."""
+        self._publish(self._loop or self._start(), policy, version)
+        yield
 
     def close(self) -> None:
         if self._loop is not None:
