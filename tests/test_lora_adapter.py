@@ -42,7 +42,7 @@ def make(folder, dtype="auto", std=0.02, **settings):
 )
 def test_peft_reads_the_files_as_the_same_policy(qwen3, tmp_path, settings):
     policy = make(qwen3, **settings)
-    write_adapter(adapter_weights(policy, torch.float32), tmp_path / "adapter")
+    write_adapter(dict(adapter_weights(policy, torch.float32)), tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(qwen3)
     ids = torch.arange(3, 60)[None]
     untouched = plain(ids).logits
@@ -67,7 +67,7 @@ def test_the_base_is_the_checkpoint_whatever_the_adapter_is(qwen3):
 
 
 def test_the_hash_sees_every_factor_and_not_what_stands_before_the_layers(qwen3, tmp_path):
-    weights = adapter_weights(make(qwen3), torch.bfloat16)
+    weights = dict(adapter_weights(make(qwen3), torch.bfloat16))
     sent = write_adapter(weights, tmp_path / "adapter")
     assert adapter_hash(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == sent
     renamed = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
@@ -102,7 +102,7 @@ def test_what_vllm_cannot_hold_is_merged_or_refused(qwen3, adapter, key):
 
 
 def test_layers_without_adapters_in_vllm_are_refused(qwen3):
-    weights = adapter_weights(make(qwen3), torch.float32)
+    weights = dict(adapter_weights(make(qwen3), torch.float32))
     check_targets(
         weights, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )

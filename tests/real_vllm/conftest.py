@@ -1,7 +1,9 @@
 """The real vLLM, on CPU: `make test-vllm`. Nothing here is skipped: without vLLM it fails."""
 
 import pytest
-from servers import KEY, Running
+from servers import KEY, Running, all_running
+
+from scsdpo.policy import CausalLM
 
 VLLMS_OWN = (
     "ignore:.*torch.distributed.reduce_op:FutureWarning",
@@ -21,16 +23,19 @@ def key(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
+@pytest.fixture
+def policy():
+    tiny = CausalLM("tiny")
+    tiny.configure_model()
+    return tiny
+
+
 @pytest.fixture(scope="session")
 def two_servers(tmp_path_factory):
     """Two servers of the shipped policy; a test that harms one leaves it well."""
     folder = tmp_path_factory.mktemp("servers")
-    started = [Running(folder), Running(folder)]
-    try:
-        yield [server.wait() for server in started]
-    finally:
-        for server in started:
-            server.kill()
+    with all_running(Running(folder), Running(folder)) as servers:
+        yield servers
 
 
 def pytest_sessionfinish(session):

@@ -12,12 +12,11 @@ LONG = 300
 """Tokens of the long prompt: more than two blocks of the CPU build's prefix cache (128 each)."""
 
 
-def lora_policy(folder):
+def lora_policy(folder, **settings):
     """LoRA with factors that change the model."""
-    policy = CausalLM(str(folder), adapter=Lora(r=4, lora_dropout=0.5))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # peft draws the factors A
-        policy.configure_model()
+    adapter = Lora(**{"r": 4, "lora_dropout": 0.5, "seed": 0} | settings)
+    policy = CausalLM(str(folder), adapter=adapter)
+    policy.configure_model()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

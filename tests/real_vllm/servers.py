@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scsdpo.policy import TINY_FOLDER
@@ -93,3 +95,13 @@ class Running:
         if self.process.poll() is None:
             self.signal(signal.SIGKILL)
             self.process.wait(30)
+
+
+@contextmanager
+def all_running(*started: Running) -> Iterator[list[Running]]:
+    """Servers that answer; all are gone at the end, also if one does not start."""
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            server.kill()

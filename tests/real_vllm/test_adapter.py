@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adapters import PARITY, SAMPLING, largest_gap, make
-from policies import move, short_and_long
+from adapters import PARITY, SAMPLING, check_steps, largest_gap
+from policies import lora_policy, move, short_and_long
 
 from models import olmo3_folder, qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
@@ -40,31 +40,23 @@ def loads(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_alone_is_the_policy_at_every_step(tmp_path, loads, kind):
     """The long prompt would be read from the old adapter's prefix cache."""
-    policy = make((olmo3_folder if kind == "sliding" else qwen3_folder)(tmp_path), **KINDS[kind])
+    policy = lora_policy(
+        (olmo3_folder if kind == "sliding" else qwen3_folder)(tmp_path), **KINDS[kind]
+    )
     rollout = VLLMRollout(engine())
-    try:
-        for step in range(3):
-            assert largest_gap(rollout, policy) < PARITY
-            move(policy, step, 0.01)
-    finally:
-        rollout.close()
+    check_steps(rollout, policy, steps=3)
     assert len(loads) == 1  # the base
 
 
 def test_merged_is_the_policy_too_and_brings_all_weights_each_time(tmp_path, loads):
-    policy, rollout = make(qwen3_folder(tmp_path)), VLLMRollout(engine("merged"))
-    try:
-        for step in range(2):
-            assert largest_gap(rollout, policy) < PARITY
-            move(policy, step, 0.01)
-    finally:
-        rollout.close()
+    policy, rollout = lora_policy(qwen3_folder(tmp_path)), VLLMRollout(engine("merged"))
+    check_steps(rollout, policy, steps=2)
     assert len(loads) == 2
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    policy = make(qwen3_folder(tmp_path_factory.mktemp("policy")))
+    policy = lora_policy(qwen3_folder(tmp_path_factory.mktemp("policy")))
     rollout = VLLMRollout(engine("alone"))
     yield policy, rollout
     rollout.close()

@@ -27,6 +27,12 @@ SHORT = (
     "--model.gap.warn=1e-5",
     "--model.gap.stop=1e-5",
 )
+ENGINE = "--model.rollout.init_args.engine.init_args"
+IN_PROCESS = (
+    f"{ENGINE}.max_model_len=512",
+    f"{ENGINE}.kv_cache_gib=0.5",
+    f"{ENGINE}.enforce_eager=true",
+)
 
 
 @pytest.fixture
@@ -49,26 +55,16 @@ def logged_gaps(folder):
 
 
 def test_a_run_with_vllm_in_process(fit, tmp_path):
-    engine = "--model.rollout.init_args.engine.init_args"
-    code = fit(
-        "vllm-colocate.yaml",
-        f"{engine}.max_model_len=512",
-        f"{engine}.kv_cache_gib=0.5",
-        f"{engine}.enforce_eager=true",
-    )
-    assert code == 0
+    assert fit("vllm-colocate.yaml", *IN_PROCESS) == 0
     gaps = logged_gaps(tmp_path)
     assert len(gaps) == 6 and max(gaps) < 1e-5
 
 
 def test_a_lora_run_whose_adapter_goes_over_alone(fit, tmp_path):
-    engine = "--model.rollout.init_args.engine.init_args"
     code = fit(
         "vllm-colocate.yaml",
-        f"{engine}.max_model_len=512",
-        f"{engine}.kv_cache_gib=0.5",
-        f"{engine}.enforce_eager=true",
-        f"{engine}.adapter=alone",
+        *IN_PROCESS,
+        f"{ENGINE}.adapter=alone",
         "--model.policy.adapter=Lora",
         "--model.optimizer.lr=1e-2",
         "--model.gap.warn=2e-5",
@@ -81,7 +77,7 @@ def test_a_lora_run_whose_adapter_goes_over_alone(fit, tmp_path):
 
 def urls(servers):
     listed = ", ".join(server.url for server in servers)
-    return f"--model.rollout.init_args.engine.init_args.urls=[{listed}]"
+    return f"{ENGINE}.urls=[{listed}]"
 
 
 def test_a_run_with_servers_over_http(fit, tmp_path, two_servers):
@@ -148,7 +144,7 @@ def test_the_run_ends_with_one_line_that_names_the_servers_when_all_are_gone(
 ):
     victim = two_servers[1]
     victim.kill()
-    patience = "--model.rollout.init_args.engine.init_args.patience=3"
+    patience = f"{ENGINE}.patience=3"
     try:
         code = fit("vllm-server.yaml", urls([victim]), patience)
     finally:

@@ -7,9 +7,8 @@ from pathlib import Path
 import gloo_transfer  # noqa: F401 - for what it puts in place
 import pytest
 from policies import gaps, move, short_and_long
-from servers import Running, wait_for
+from servers import Running, all_running, wait_for
 
-from scsdpo.policy import CausalLM
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
 from scsdpo.rollout.transfer_group import Declared, Source
 from scsdpo.types import Sampling
@@ -28,18 +27,8 @@ def servers(tmp_path_factory):
         '--weight-transfer-config={"backend": "nccl"}',
     )
     started = [Running(folder, *flags), Running(folder, *flags, "--tensor-parallel-size=2")]
-    try:
-        yield [server.wait() for server in started]
-    finally:
-        for server in started:
-            server.kill()
-
-
-@pytest.fixture
-def policy():
-    tiny = CausalLM("tiny")
-    tiny.configure_model()
-    return tiny
+    with all_running(*started) as servers:
+        yield servers
 
 
 @pytest.fixture

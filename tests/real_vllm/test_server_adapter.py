@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from adapters import PARITY, SAMPLING, largest_gap, make
-from policies import move, short_and_long
-from servers import Running
+from adapters import PARITY, SAMPLING, check_steps, largest_gap
+from policies import lora_policy, move, short_and_long
+from servers import Running, all_running
 
 from models import qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
@@ -25,11 +25,8 @@ def servers(base, tmp_path_factory):
     started = [
         Running(folder, *flags, model=base, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") for _ in range(2)
     ]
-    try:
-        yield [server.wait() for server in started]
-    finally:
-        for server in started:
-            server.kill()
+    with all_running(*started) as servers:
+        yield servers
 
 
 @pytest.fixture(params=["folder", "download"])
@@ -57,13 +54,8 @@ def loads(monkeypatch):
 
 
 def test_the_adapter_alone_is_the_policy_at_every_step(base, servers, delivery, loads):
-    policy, rollout = make(base), VLLMRollout(engine(servers, delivery))
-    try:
-        for step in range(3):
-            assert largest_gap(rollout, policy) < PARITY
-            move(policy, step, 0.01)
-    finally:
-        rollout.close()
+    policy, rollout = lora_policy(base), VLLMRollout(engine(servers, delivery))
+    check_steps(rollout, policy, steps=3)
     for server in servers:
         kinds = [kind for url, kind in loads if url == server.url]
         assert kinds.count("load") <= 1  # the base, if it has not got it from another test
@@ -71,7 +63,8 @@ def test_the_adapter_alone_is_the_policy_at_every_step(base, servers, delivery, 
 
 
 def test_a_restarted_server_gets_base_and_adapter_again(base, servers):
-    policy, rollout = make(base), VLLMRollout(engine(servers[:1], Download(), patience=180.0))
+    policy = lora_policy(base)
+    rollout = VLLMRollout(engine(servers[:1], Download(), patience=180.0))
     move(policy, 5, 0.01)
     before = rollout.sample(policy, short_and_long(policy), SAMPLING)
     servers[0].kill()
@@ -82,14 +75,14 @@ def test_a_restarted_server_gets_base_and_adapter_again(base, servers):
 
 
 def test_another_adapter_than_was_sent_is_refused(base, servers, tmp_path, monkeypatch):
-    policy = make(base)
+    policy = lora_policy(base)
     write = lora_adapter.save_file
 
     def written(values, path):
         name = next(iter(values))
         write(values | {name: values[name] * 1.5}, path)
 
-    rollout = VLLMRollout(engine(servers[:1], Download(), patience=2.0))
+    rollout = VLLMRollout(engine(servers[:1], Download(), patience=10.0))
     with monkeypatch.context() as harmed:
         harmed.setattr(lora_adapter, "save_file", written)
         with pytest.raises(TrainingStopped, match="holds another adapter"):
@@ -101,7 +94,7 @@ def test_another_adapter_than_was_sent_is_refused(base, servers, tmp_path, monke
 
 
 def test_merged_and_alone_take_turns_on_one_server(base, servers):
-    policy = make(base)
+    policy = lora_policy(base)
     for adapter in ("alone", "merged", "alone"):
         rollout = VLLMRollout(engine(servers[:1], Download(), adapter))
         assert largest_gap(rollout, policy) < PARITY
@@ -111,7 +104,7 @@ def test_merged_and_alone_take_turns_on_one_server(base, servers):
 
 
 def test_a_rank_that_servers_have_no_room_for_is_merged_or_refused(base, servers):
-    policy = make(base, r=9)
+    policy = lora_policy(base, r=9)
     rollout = VLLMRollout(engine(servers[:1], Download()))
     assert largest_gap(rollout, policy) < PARITY
     rollout.close()

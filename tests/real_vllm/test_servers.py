@@ -13,20 +13,12 @@ from servers import KEY, wait_for
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.lab import LabTasks
-from scsdpo.policy import CausalLM
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
 from scsdpo.rollout.vllm_server import Server
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=48, seed=3)
 PARITY = 1e-5
-
-
-@pytest.fixture
-def policy():
-    tiny = CausalLM("tiny")
-    tiny.configure_model()
-    return tiny
 
 
 @pytest.fixture

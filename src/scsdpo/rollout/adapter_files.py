@@ -8,7 +8,7 @@ from torch import Tensor
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.delivery import Delivery, Download, Files
 from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.lora_adapter import adapter_stream, base_weights, check_targets, write_adapter
+from scsdpo.rollout.lora_adapter import adapter_weights, base_weights, check_targets, write_adapter
 from scsdpo.rollout.run_folder import remove
 from scsdpo.rollout.vllm_server import ADAPTERS, Server, Unreachable
 from scsdpo.rollout.weight_passes import WeightPasses
@@ -63,7 +63,7 @@ class AdapterFiles:
                 base_pass, version=f"base-{base}", dtype=dtype, servers=servers, loop=loop
             )
             self._base = base
-        weights = dict(passes(dtype, adapter_stream))
+        weights = dict(passes(dtype, adapter_weights))
         check_targets(weights, supported)
         self.withdraw()
         folder = self.files.open() / f"adapter-{version}"

@@ -78,7 +78,7 @@ class EngineWeights:
             raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
 
     def _load_adapter(self, policy: CausalLM, version: str, supported: list[str]) -> None:
-        weights = adapter_weights(policy, self._dtype)
+        weights = dict(adapter_weights(policy, self._dtype))
         check_targets(weights, supported)
         with folder_in_memory(sum(value.nbytes for value in weights.values())) as folder:
             sent = write_adapter(weights, folder / version)

@@ -85,27 +85,20 @@ def base_digest(policy: CausalLM) -> str:
 
 
 @torch.no_grad()
-def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A and scale B of every adapted layer, as peft's files name them, rounded to `dtype`.
+def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every adapted layer's A and scale B, named as in peft's files, rounded to `dtype`.
 
     The scale (alpha / r, or alpha / sqrt(r)) is multiplied into B in float32, before the one
     rounding. Under shards every rank must ask, in step.
     """
     settle(policy.language_model)
-    found: dict[str, Tensor] = {}
     for name, layer in policy.language_model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         a = whole_weight(layer.lora_A[STUDENT].weight)
         b = whole_weight(layer.lora_B[STUDENT].weight).float() * layer.scaling[STUDENT]
-        found[f"{_PREFIX}{name}.lora_A.weight"] = a.to(dtype)
-        found[f"{_PREFIX}{name}.lora_B.weight"] = b.to(dtype)
-    return found
-
-
-def adapter_stream(policy: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """`adapter_weights`, pair by pair."""
-    yield from adapter_weights(policy, dtype).items()
+        yield f"{_PREFIX}{name}.lora_A.weight", a.to(dtype)
+        yield f"{_PREFIX}{name}.lora_B.weight", b.to(dtype)
 
 
 def check_targets(weights: dict[str, Tensor], supported: list[str]) -> None:
