@@ -82,7 +82,7 @@ def test_another_adapter_than_was_sent_is_refused(base, servers, tmp_path, monke
         name = next(iter(values))
         write(values | {name: values[name] * 1.5}, path)
 
-    rollout = VLLMRollout(engine(servers[:1], Download(), patience=10.0))
+    rollout = VLLMRollout(engine(servers[:1], Download(), patience=2.0))
     with monkeypatch.context() as harmed:
         harmed.setattr(lora_adapter, "save_file", written)
         with pytest.raises(TrainingStopped, match="holds another adapter"):

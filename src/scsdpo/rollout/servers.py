@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -172,9 +173,9 @@ class Servers(Engine):
         self, loop: EventLoop, passes: WeightPasses, version: str, rank: int | None, base: str
     ) -> None:
         """On rank 0: all weights, or the base and an adapter."""
-        dtype = loop.run(self._dtype())
+        dtype, described = loop.run(self._known())
         servers = [each.server for each in self._watched if each.there]
-        if rank is None or (modules := self._adaptable(rank)) is None:
+        if rank is None or (modules := self._adaptable(rank, described)) is None:
             self._alone = None
             self._rounding.look(passes.policy, dtype)
             self.delivery.publish(passes, version=version, dtype=dtype, servers=servers, loop=loop)
@@ -190,17 +191,15 @@ class Servers(Engine):
             supported=modules,
         )
 
-    def _adaptable(self, rank: int) -> list[str] | None:
+    def _adaptable(self, rank: int, described: dict[Server, dict[str, Any]]) -> list[str] | None:
         """Modules of which every server takes adapters; None if one of them takes none."""
         found: set[str] | None = None
-        for each in self._watched:
-            if each.described is None:
-                continue
-            takes = each.described["adapters"]
+        for server, said in described.items():
+            takes = said["adapters"]
             if not takes or not takes["updates"] or takes["rank"] < rank:
                 if self.adapter == "alone":
                     raise ConfigurationError(
-                        f"model.rollout.engine.adapter: the vLLM server {each.server.url} takes no "
+                        f"model.rollout.engine.adapter: the vLLM server {server.url} takes no "
                         f"adapters of rank {rank}: start it with {ADAPTERS} {rank}, or set adapter "
                         "to merged"
                     )
@@ -212,13 +211,16 @@ class Servers(Engine):
         for watched in self._watched:
             watched.want(version)
 
-    async def _dtype(self) -> torch.dtype:
-        """The servers' own: files in a wider one would be rounded to it anyway."""
+    async def _known(self) -> tuple[torch.dtype, dict[Server, dict[str, Any]]]:
+        """The servers' dtype (in a wider one weights would be rounded to it anyway), and what each
+        that is not away says of itself; at one moment, for any can be set aside at the next.
+        """
         start = time.monotonic()
         while True:
             dtype = agreed_dtype(self._watched)
             if dtype and all(each.looked for each in self._watched):
-                return getattr(torch, dtype)
+                said = {each.server: each.described for each in self._watched if each.described}
+                return getattr(torch, dtype), said
             if (waited := time.monotonic() - start) > self.patience:
                 raise useless(self._watched, waited)
             self._changed.clear()
