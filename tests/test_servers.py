@@ -11,6 +11,7 @@ import torch.distributed as dist
 from canned_vllm import GENERATE, GOOD, LABEL, answering, error, follow, ready, serving
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import Delivery, Download, Servers, VLLMRollout
 from scsdpo.rollout.versions import Versions
 from scsdpo.rollout.vllm_server import NotNow
@@ -350,6 +351,25 @@ def test_weights_are_published_again_when_the_last_server_lost_them(policy, cann
     rollouts = sample(policy, Servers([canned.url], delivery), questions=4)
     assert rollouts.ids.tolist() == [[[5], [5]]] * 4 and delivery.published == 2
     assert sum(path == GENERATE for path, _ in canned.asked) == 5
+
+
+def test_a_server_set_aside_between_two_looks_still_has_its_modules(qwen3, canned, monkeypatch):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=4))
+    policy.configure_model()
+    adapters = {"updates": True, "rank": 16, "modules": ["q_proj", "up_proj"]}
+    canned.answers |= ready()
+    canned.answers["/collective_rpc"] = (200, {"results": [GOOD | {"adapters": adapters}]})
+    engine = Servers([canned.url], Download())
+    choose = engine._adaptable
+
+    def set_aside(*given):
+        for watched in engine._watched:
+            watched.described = None
+        raise RuntimeError(f"modules: {choose(*given)}")
+
+    monkeypatch.setattr(engine, "_adaptable", set_aside)
+    with pytest.raises(RuntimeError, match=r"modules: \['q_proj', 'up_proj'\]"):
+        sample(policy, engine)
 
 
 def test_ranks_publish_together_once_and_sample_as_often_as_each_likes(policy, canned, monkeypatch):
