@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scsdpo.comparison import by_seed
+from scsdpo.comparison import SeedRow, by_seed
 from scsdpo.statistics import mean_interval
 
 SMOOTH = 10
@@ -46,22 +46,27 @@ def differences(results: Sequence[dict], ends: Collection[str] = ENDS) -> list[d
     }
     comparisons = (len(values) - 1) * len(ends)
     return [
-        {
-            "method": method,
-            "baseline": baseline,
-            "metric": row.name,
-            "n": row.difference.n,
-            "mean": row.difference.value,
-            "low": row.difference.low,
-            "high": row.difference.high,
-            "ahead": row.ahead,
-            "tells": row.difference.tells,
-            "tells_all": row.joint.tells,
-            "detectable": row.detectable,
-        }
+        difference(row, method, baseline)
         for method, baseline in permutations(values, 2)
         for row in by_seed(values[baseline], values[method], list(ends), comparisons=comparisons)
     ]
+
+
+def difference(row: SeedRow, method: str, baseline: str) -> dict:
+    """One figure of `method` minus `baseline`."""
+    return {
+        "method": method,
+        "baseline": baseline,
+        "metric": row.name,
+        "n": row.difference.n,
+        "mean": row.difference.value,
+        "low": row.difference.low,
+        "high": row.difference.high,
+        "ahead": row.ahead,
+        "tells": row.difference.tells,
+        "tells_all": row.joint.tells,
+        "detectable": row.detectable,
+    }
 
 
 def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
