@@ -6,22 +6,26 @@ A pair is a policy and a task, as words of the command line. Each is checked, th
 `scsdpo fit` with the same words; the gain is that of mean@k on held-out questions, drawn with the
 same model.val_sampling before and after. Without --smollm2 (a folder with
 HuggingFaceTB/SmolLM2-135M-Instruct) only pairs of the shipped tiny policy. What is in --out already
-is not done again. Prints a table and writes check.md and check.json into --out.
+is not done again, and pairs can be added. Prints a table and writes check.md and check.json, a pair
+a line, into --out.
 """
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import variants
+from study import ROOT
 from study_report import table
 
 from scsdpo.cli.compare import job
-from scsdpo.comparison import execute, run_all
+from scsdpo.comparison import execute
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     f"--config={ROOT / 'configs' / 'tiny.yaml'}",
     "--data.val.init_args.size=96",
@@ -46,21 +50,21 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 """Of the tiny policy's pairs. `gold`: the bare answer is shown; `backwards`: what is shown is
 called wrong."""
-SC_SDPO = f"--config={ROOT / 'configs' / 'methods' / 'sc-sdpo.yaml'}"
 ON_SMOLLM2 = {
-    "hybrid": (),
-    "sc-sdpo": (SC_SDPO,),
-    "sc-sdpo-temperature-0.6": (SC_SDPO, "--model.sampling.temperature=0.6"),
-    "sc-sdpo-gold": (SC_SDPO, "--model.teacher.init_args.context=GoldSolution"),
+    **{name: variants.words(name) for name in ("sdpo-hybrid", "sc-sdpo", "sc-sdpo-t06")},
+    "sc-sdpo-gold": variants.words("sc-sdpo-gold"),
     **{
         f"sc-sdpo-{operation}": (
-            SC_SDPO,
+            *variants.words("sc-sdpo"),
             *(f"--data.{split}.init_args.operations=[{operation}]" for split in ("train", "val")),
         )
         for operation in ("sum", "product")
     },
 }
-"""Of SmolLM2's, or another policy's in its place: one warmed up, say. `hybrid`: as configured."""
+"""Of SmolLM2's, or another policy's in its place: one warmed up, say."""
+FILE = "check.json"
+TOLD = ("configured", "another")
+"""What the teacher is told in the columns of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +91,27 @@ def pairs(smollm2: Path | None, batches: int) -> dict[str, Pair]:
     return found
 
 
-def look(pair: Pair, folder: Path, questions: int) -> dict:
-    """What `scsdpo check` says of a pair."""
-    file = folder / "check.json"
+def asked(pair: Pair, questions: int) -> list[str]:
+    """The words of a pair's `scsdpo check`."""
+    quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    return [f"--questions={questions}", *pair.base, *pair.change, *quiet]
+
+
+def look(words: Sequence[str], folder: Path) -> dict:
+    """What `scsdpo check` says of a pair.
+
+    Raises:
+        ValueError: if the folder has what it said of other words.
+    """
+    file, command = folder / FILE, folder / "command.json"
     if not file.exists():
-        quiet = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
-        given = (f"--questions={questions}", f"--out={file}")
-        command = [sys.executable, "-m", "scsdpo", "check", *given, *pair.base, *pair.change]
-        execute([*command, *quiet], folder / "check.txt")
+        folder.mkdir(parents=True, exist_ok=True)
+        command.write_text(json.dumps(list(words), indent=1) + "\n")
+        line = [sys.executable, "-m", "scsdpo", "check", f"--out={file}", *words]
+        execute(line, folder / "check.txt")
+    before = json.loads(command.read_text()) if command.exists() else []
+    if odd := [*(w for w in words if w not in before), *(w for w in before if w not in words)]:
+        raise ValueError(f"{file} is of another command ({odd[0]}): choose another --out")
     return json.loads(file.read_text())
 
 
@@ -105,29 +122,64 @@ def gain(folder: Path) -> tuple[float, float]:
     return rows[0]["val/mean@8"], rows[-1]["val/mean@8"]
 
 
+def row(name: str, found: Mapping, words: Sequence[str], ends: tuple[float, float]) -> dict:
+    """A pair's line of check.json; without the folders of this machine."""
+    policy = Path(found["policy"])
+    command = [word.replace(f"{ROOT}/", "").replace(str(policy), policy.name) for word in words]
+    before, after = ends
+    own = {"pair": name, "command": shlex.join(["scsdpo", "check", *command])}
+    own |= {"before": before, "after": after, "gain": after - before}
+    return {**own, **found, "policy": policy.name}
+
+
+def read(file: Path) -> dict[str, dict]:
+    """The rows of a check.json, by pair; none if there is no file."""
+    rows = json.loads(file.read_text()) if file.exists() else []
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} was written by an older version: choose another --out")
+    return {one["pair"]: one for one in rows}
+
+
+def write(rows: Mapping[str, dict], file: Path) -> None:
+    """A pair a line, sorted."""
+    lines = [json.dumps(rows[name], ensure_ascii=False) for name in sorted(rows)]
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def said(value: float | None, form: str, scale: float = 1) -> str:
+    """A figure, or - if it is not known."""
+    return "-" if value is None else format(scale * value, form)
+
+
+def between(cosine: Mapping[str, float | None]) -> str:
+    """A cosine and its interval."""
+    value, low, high = (said(cosine[key], "+.2f") for key in ("value", "low", "high"))
+    return value if low == "-" else f"{value} ({low} .. {high})"
+
+
 def markdown(results: Mapping[str, dict]) -> str:
     """A row a pair, the largest gain first."""
     rows: list[list[object]] = []
     for name, found in sorted(results.items(), key=lambda item: -item[1]["gain"]):
-        own, told, way = found["answers"], found.get("told", {}), found["directions"]
-        helped = told.get("configured")
-        other = told.get("another")
-        said = [r["text"].partition(":")[0] for r in found["verdict"] if r["level"] != "good"]
+        own, told, way = found["answers"], found["told"], found["directions"]
+        helps = [told[key]["gain"]["value"] if key in told else None for key in TOLD]
+        remarks = [r["text"].partition(":")[0] for r in found["verdict"] if r["level"] != "good"]
         rows.append(
             [
                 name,
-                f"{100 * own['pass_rate']['value']:.0f}",
-                f"{100 * own['truncated']:.0f}",
-                f"{100 * helped['gain']['value']:+.0f}" if helped else "-",
-                f"{100 * other['gain']['value']:+.0f}" if other else "-",
-                f"{found['preference']:.2f}",
-                " ".join(f"{cosine:+.2f}" for cosine in way["step"]) + f" ({way['reward']:+.2f})",
-                "; ".join(said) or "ready",
+                said(own["pass_rate"]["value"], ".0f", 100),
+                said(own["truncated"], ".0f", 100),
+                *(said(help, "+.0f", 100) for help in helps),
+                said(found["preference"], ".2f"),
+                between(way["step"]) if way else "-",
+                said(way["reward"], "+.2f") if way else "-",
+                "; ".join(remarks) or "ready",
                 f"{100 * found['before']:.0f} -> {100 * found['after']:.0f}",
                 f"{100 * found['gain']:+.1f}",
             ]
         )
-    header = ["pair", "right, %", "cut off, %", "told", "another's", "AUC", "cosine (reward's own)"]
+    header = ["pair", "right, %", "cut off, %", "told", "another's", "AUC"]
+    header += ["first step, cosine (95 %)", "reward's own"]
     return table([*header, "verdict", "held-out mean@8, %", "gain"], rows)
 
 
@@ -151,28 +203,42 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def measured(name: str, pair: Pair, out: Path, questions: int) -> dict:
+    """A pair's row, of what is in --out or done now.
+
+    Raises:
+        ValueError: if what is there is of another command.
+        RuntimeError: if the check or the run fails.
+    """
+    off = ("--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
+    run = job(out, name, 0, [*pair.base, *pair.change, *pair.length, *off])
+    done = run.is_done()
+    words = asked(pair, questions)
+    found = look(words, out / name)
+    if not done:
+        run.run(os.cpu_count() or 1)
+    return row(name, found, words, gain(run.folder))
+
+
 def main() -> None:
     args = parsed()
     out = args.out.resolve()
     known = pairs(args.smollm2, args.batches)
-    results, failed = {}, 0
-    for name in args.pairs or known:
-        pair = known[name]
-        off = ("--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
-        run = job(out, name, 0, [*pair.base, *pair.change, *pair.length, *off])
-        try:
-            found = look(pair, out / name, args.questions)
-        except RuntimeError as error:
-            say(f"{name}, check: {error}")
-            failed += 1
-            continue
-        if run_all([run], 1, say):
-            failed += 1
-            continue
-        before, after = gain(run.folder)
-        results[name] = {**found, "before": before, "after": after, "gain": after - before}
-        (out / "check.json").write_text(json.dumps(results, indent=1) + "\n")
-        (out / "check.md").write_text(markdown(results))
+    failed = 0
+    try:
+        results = read(out / FILE)
+        for name in args.pairs or known:
+            try:
+                results[name] = measured(name, known[name], out, args.questions)
+            except RuntimeError as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            print(f"{name}: done", file=sys.stderr, flush=True)
+            write(results, out / FILE)
+            (out / "check.md").write_text(markdown(results))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     print(markdown(results))
     if failed:
         raise SystemExit(f"{failed} pairs failed; run it again")
