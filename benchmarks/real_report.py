@@ -218,7 +218,7 @@ def before(rows: Sequence[Row]) -> str:
     words = start(own[0]["policy"])
     return (
         f"{words[0].upper()}{words[1:]}, {len(own)} runs: mean@8 {mean:.1f} %, maj@8 "
-        f"{majority:.1f} % before training. {', '.join(TRAINING.values())}: of the first and "
+        f"{majority:.1f} % before training. Where there is an arrow: the means of the first and of "
         f"the last {WINDOW} batches.\n"
     )
 
@@ -229,11 +229,11 @@ def costs(rows: Sequence[Row]) -> str:
     for row in filter(is_complete, rows):
         spent.setdefault(row["device"], []).append(row["cpu_seconds"] / 3600)
     said = [
-        f"{sum(spent[device]):.1f} CPU hours for {len(spent[device])} runs"
-        + (" on CPU" if device == CPU else f" with an {device}")
+        f"{sum(spent[device]):.1f} for {len(spent[device])} runs "
+        + ("on CPU" if device == CPU else f"on the host of an {device}")
         for device in sorted(spent, key=order)
     ]
-    return "; ".join(said) + ".\n"
+    return f"CPU hours: {', '.join(said)}.\n"
 
 
 def tables(rows: Sequence[Row], baselines: Sequence[str] = ("grpo", "sdpo")) -> list[str]:
