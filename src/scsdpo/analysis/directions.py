@@ -1,13 +1,16 @@
 """Where the first step of a configuration points, and where the expected reward grows."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from scsdpo.advantage import GroupRelative, LeaveOneOut, Unscaled
 from scsdpo.reduction import TokenSum
+from scsdpo.statistics import Estimate, mean_interval
 from scsdpo.training import Batch, PolicyOptimizer
 from scsdpo.training.update import Update
 from scsdpo.types import Outcomes, Rollouts
@@ -21,18 +24,22 @@ Direction = list[Tensor]
 class Directions:
     """Cosines between directions of ascent, over all trained parameters.
 
+    The reward's direction g is a sum over questions, and so is its cosine with another direction d:
+    cos = mean over q of n <d, g_q> / (|d| |g|). That each question has a part of its own gives
+    Student's interval. d is taken on one half of the questions and g on the other, both ways, and
+    the parts of both are one sample; a half that has no d, or no g, is left out.
+
     Source:
-        The reward's: REINFORCE with a leave-one-out baseline, (r_i - mean of the others) times
+        g_q: REINFORCE with a leave-one-out baseline, sum_i (r_i - mean of the others)
         grad log S(y_i).
     """
 
-    step: tuple[float, ...]
-    """Minus the configured loss's gradient on one half of the questions with the expected reward's
-    gradient on the other half, both ways; nan: that half gives no gradient."""
+    step: Estimate
+    """Minus the configured loss's gradient with the gradient of the expected reward."""
+    length: Estimate
+    """The same with the gradient of the expected length: above 0, responses grow."""
     reward: float
     """The reward's gradient on one half with that on the other: how much of it is seen."""
-    length: tuple[float, ...]
-    """As `step`, with the gradient of the expected length: above 0, responses grow."""
 
 
 def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions:
@@ -46,29 +53,44 @@ def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions
         model: configured.
         halves: two sets of rollouts, of different questions.
     """
-    first, second = batches = [model.prepare(*half) for half in halves]
-    steps = [_direction(model, batch, model.steps.update) for batch in batches]
-    up = [_ascent(model, batch, batch.outcomes.rewards) for batch in batches]
-    reward = cosine(*up)
-    step = tuple(cosine(own, other) for own, other in zip(steps, reversed(up), strict=True))
-    del up
-    longer = (_ascent(model, other, other.rollouts.lengths.float()) for other in (second, first))
-    length = tuple(cosine(own, other) for own, other in zip(steps, longer, strict=True))
-    return Directions(step=step, reward=reward, length=length)
+    batches = [model.prepare(*half) for half in halves]
+    steps = [_step(model, batch) for batch in batches]
+
+    def against(rewards: Callable[[Batch], Tensor]) -> tuple[Estimate, float]:
+        found = [
+            _ascent(model, other, rewards(other), step)
+            for step, other in zip(steps, reversed(batches), strict=True)
+        ]
+        parts = [part for parts, _ in found for part in parts]
+        return mean_interval(parts), cosine(*(direction for _, direction in found))
+
+    step, reward = against(lambda batch: batch.outcomes.rewards)
+    length, _ = against(lambda batch: batch.rollouts.lengths.float())
+    return Directions(step=step, length=length, reward=reward)
 
 
 def cosine(a: Direction, b: Direction) -> float:
     """<a, b> / (|a| |b|); nan where one is 0."""
-
-    def dot(x: Direction, y: Direction) -> float:
-        return sum(float(torch.dot(p, q)) for p, q in zip(x, y, strict=True))
-
-    size = (dot(a, a) * dot(b, b)) ** 0.5
-    return dot(a, b) / size if size > 0 else float("nan")
+    size = (_dot(a, a) * _dot(b, b)) ** 0.5
+    return _dot(a, b) / size if size > 0 else math.nan
 
 
-def _ascent(model: PolicyOptimizer, batch: Batch, rewards: Tensor) -> Direction:
-    """Where the mean of `rewards` [Q, G] over responses grows."""
+def _dot(a: Direction, b: Direction) -> float:
+    return sum(float(torch.dot(p, q)) for p, q in zip(a, b, strict=True))
+
+
+def _step(model: PolicyOptimizer, batch: Batch) -> Direction:
+    """Minus the gradient of the configured loss."""
+    _backward(model, batch, model.steps.update, range(len(batch.mask)))
+    return _taken(model)
+
+
+def _ascent(
+    model: PolicyOptimizer, batch: Batch, rewards: Tensor, along: Direction
+) -> tuple[list[float], Direction]:
+    """Where the mean of `rewards` [Q, G] over responses grows, and each question's part of its
+    cosine with `along`; no parts where one of the two is 0.
+    """
     nobody = torch.zeros_like(batch.outcomes.successes)
     rewarded = replace(batch.outcomes, rewards=rewards)
     plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(rewarded, nobody)
@@ -80,16 +102,40 @@ def _ascent(model: PolicyOptimizer, batch: Batch, rewards: Tensor) -> Direction:
         derivations=(),
     )
     alike = replace(batch, plan=plan, weights=torch.ones_like(batch.weights))
-    return _direction(model, alike, update)
+    questions, group = rewards.shape
+    sums = [0.0]
+    for q in range(questions):
+        _backward(model, alike, update, range(q * group, (q + 1) * group))
+        sums.append(-_dot(along, _gradients(model)))
+    direction = _taken(model)
+    size = (_dot(along, along) * _dot(direction, direction)) ** 0.5
+    if size == 0:
+        return [], direction
+    return [questions * (after - before) / size for before, after in pairwise(sums)], direction
 
 
-def _direction(model: PolicyOptimizer, batch: Batch, update: Update) -> Direction:
-    """Minus the gradient of the loss, a flat tensor for each trained parameter."""
-    trained = [p for p in model.policy.parameters() if p.requires_grad]
+def _trained(model: PolicyOptimizer) -> list[Tensor]:
+    return [p for p in model.policy.parameters() if p.requires_grad]
+
+
+def _backward(model: PolicyOptimizer, batch: Batch, update: Update, rows: Sequence[int]) -> None:
+    """Add the gradient of these rows' share of the loss."""
     budget = model.limits.token_budget(model.policy)
-    for output, _ in update.losses(model.policy, batch, range(len(batch.mask)), budget):
+    for output, _ in update.losses(model.policy, batch, rows, budget):
         output.loss.backward()
-    found = [torch.zeros_like(p) if p.grad is None else -p.grad for p in trained]
-    for p in trained:
+
+
+def _gradients(model: PolicyOptimizer) -> Direction:
+    """What `_backward` has added up, flat: views, as long as it is float32."""
+    return [
+        torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+        for p in _trained(model)
+    ]
+
+
+def _taken(model: PolicyOptimizer) -> Direction:
+    """Minus what `_backward` has added up, which starts anew."""
+    found = [gradient.neg_() for gradient in _gradients(model)]
+    for p in _trained(model):
         p.grad = None
-    return [g.flatten().float() for g in found]
+    return found

@@ -24,3 +24,7 @@ class Looking(L.LightningModule):
 
     def configure_model(self) -> None:
         self.model.configure_model()
+
+    def teardown(self, stage: str) -> None:
+        """Let the rollout's engine go, and the processes that judge."""
+        self.model.answering.close()

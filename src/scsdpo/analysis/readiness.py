@@ -1,9 +1,9 @@
 """What a configuration would learn from at first, and whether its teacher knows more."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from scsdpo.analysis.directions import Answered, Directions, directions
 from scsdpo.analysis.looking import Looking
 from scsdpo.analysis.teacher_distance import distances
+from scsdpo.analysis.telling import Telling, tellings
 from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
-from scsdpo.statistics import Estimate, mean_interval, score_interval
-from scsdpo.teacher import Feedback, GoldSolution, SiblingDemonstration
+from scsdpo.errors import ConfigurationError
+from scsdpo.statistics import Estimate, score_interval
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts, stable_hash
+from scsdpo.types import Prompt, Verdict, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Answers:
     questions: int
     group: int
     formed: float
-    """Share of responses in which the verifier found an answer."""
+    """Share of responses that are right, or in which the verifier found an answer; nan if it finds
+    none in right ones, so that it does not say."""
     truncated: float
     """Share of responses that reach the cap on their length."""
     length: float
@@ -41,23 +43,12 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Telling:
-    """One way of telling the teacher something: accuracy of responses drawn after its prompt."""
-
-    without: Estimate
-    """The policy's own accuracy on the same questions, from the responses that are shown."""
-    told: Estimate
-    gain: Estimate
-    """Paired by question."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Readiness:
     """All that was measured before training; nan and None: there was nothing to measure."""
 
     answers: Answers
-    taught: float = 0.0
-    """Share of rollouts that have a teacher."""
+    taught: float = float("nan")
+    """Share of rollouts that have a teacher; nan: nobody is one."""
     taught_truncated: float = float("nan")
     """Of the tokens that are taught, those in responses that were cut off."""
     preference: float = float("nan")
@@ -65,8 +56,9 @@ class Readiness:
     wrong one (the area under the ROC curve; 1/2: it does not tell them apart)."""
     told: dict[str, Telling] = field(default_factory=dict)
     """`configured`: what the configured context tells; `another`: another question's
-    demonstration, which no teacher should gain from (OP2SD, arXiv:2608.09228); `gold`: the data's
-    answer, where there is one; `feedback`: the verifier's on a failure, where it gives any."""
+    demonstration in its place, which no teacher should gain from (OP2SD, arXiv:2608.09228), where
+    it shows one; `gold`: the data's answer, where there is one; `feedback`: the verifier's on a
+    failure, where it gives any."""
     directions: Directions | None = None
 
 
@@ -86,6 +78,9 @@ def measure(
         data: its first training questions in a fixed random order are asked.
         questions: at most so many; at least two.
         with_directions: also take the six backward passes of `Directions`.
+
+    Raises:
+        ConfigurationError: if there are fewer than two questions.
     """
     share = -(-questions // len(data.train_sources))
     chosen: list[Prompt] = []
@@ -97,16 +92,12 @@ def measure(
     data.val_questions_per_batch = len(chosen)
     check = _Check(model, with_directions)
     trainer.predict(check, data, return_predictions=False)
-    assert check.found is not None
+    if check.found is None:
+        raise ConfigurationError(
+            f"data.train: `scsdpo check` needs two questions at least, and it gives {len(chosen)}, "
+            "less those longer than data.max_prompt_tokens"
+        )
     return check.found
-
-
-class Asked(NamedTuple):
-    """A question, the policy's own pass rate on it, and what is read instead; empty: nothing."""
-
-    prompt: Prompt
-    rate: float
-    ids: tuple[int, ...]
 
 
 class _Check(Looking):
@@ -119,9 +110,13 @@ class _Check(Looking):
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Readiness]:
         """Measure everything; nothing to be collected."""
+        if len(prompts) > 1:
+            self._measure(prompts)
+        return []
+
+    def _measure(self, prompts: Sequence[Prompt]) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             self.found = _readiness(self.model, prompts, self.with_directions)
-        return []
 
 
 def _readiness(
@@ -129,7 +124,7 @@ def _readiness(
 ) -> Readiness:
     halves: list[Answered] = []
     for half in (prompts[0::2], prompts[1::2]):
-        rollouts = model.rollout.sample(model.policy, half, model.sampling.at(0))
+        rollouts = model.sample(half, model.sampling.at(0))
         halves.append((rollouts, model.judge(rollouts)))
     found: dict[str, Any] = {}
     if model.teacher.exists:
@@ -141,6 +136,7 @@ def _readiness(
 
 def _answers(halves: Sequence[Answered]) -> Answers:
     verdicts = [v for _, o in halves for group in o.verdicts for v in group]
+    right = torch.cat([outcomes.successes.flatten() for _, outcomes in halves]).tolist()
     rates = torch.cat([outcomes.pass_rates for _, outcomes in halves]).tolist()
 
     def mean(of: Sequence[Tensor]) -> float:
@@ -149,7 +145,7 @@ def _answers(halves: Sequence[Answered]) -> Answers:
     return Answers(
         questions=len(rates),
         group=halves[0][0].ids.shape[1],
-        formed=fmean(v.answer is not None for v in verdicts),
+        formed=_formed(verdicts, right),
         truncated=1 - mean([rollouts.finished for rollouts, _ in halves]),
         length=mean([rollouts.lengths for rollouts, _ in halves]),
         pass_rate=score_interval(rates),
@@ -158,12 +154,19 @@ def _answers(halves: Sequence[Answered]) -> Answers:
     )
 
 
+def _formed(verdicts: Sequence[Verdict], right: Sequence[bool]) -> float:
+    found = [verdict.answer is not None for verdict in verdicts]
+    if any(right) and not any(found):
+        return float("nan")
+    return fmean(a or b for a, b in zip(found, right, strict=True))
+
+
 def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any]:
     contexts = [model.teacher.contexts(model.policy.chat, *half) for half in halves]
     rows = [row for half in halves for row in distances(model, *half)]
     available = [
-        told.available.to(rollouts.ids.device)
-        for told, (rollouts, _) in zip(contexts, halves, strict=True)
+        context.available.to(rollouts.ids.device)
+        for context, (rollouts, _) in zip(contexts, halves, strict=True)
     ]
     tokens = [r.lengths * a for (r, _), a in zip(halves, available, strict=True)]
     total = sum(float(t.sum()) for t in tokens)
@@ -173,7 +176,7 @@ def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any
         "taught": float(torch.cat(available).double().mean()),
         "taught_truncated": cut / total if total else float("nan"),
         "preference": area([v for v, c in values if c], [v for v, c in values if not c]),
-        "told": _told(model, halves, contexts),
+        "told": tellings(model, halves, contexts),
     }
 
 
@@ -183,59 +186,3 @@ def area(right: Sequence[float], wrong: Sequence[float]) -> float:
         return float("nan")
     a, b = torch.tensor(right).double()[:, None], torch.tensor(wrong).double()
     return float(((a > b).double() + (a == b).double() / 2).mean())
-
-
-def _demonstration(
-    model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes, question: int
-) -> str:
-    """What shows a right response to the question: the data's, or the first of the policy's."""
-    if isinstance(model.teacher.context, GoldSolution):
-        return rollouts.prompts[question].answer
-    good = outcomes.successes[question].nonzero()[:, 0].tolist()
-    return rollouts.texts[question][good[0]] if good else ""
-
-
-def _told(
-    model: PolicyOptimizer, halves: Sequence[Answered], contexts: Sequence[TeacherContexts]
-) -> dict[str, Telling]:
-    """Responses drawn after prompts that tell this or that; `contexts` is the configured one's."""
-    context, chat = model.teacher.context, model.policy.chat
-    own: SiblingDemonstration | Feedback | GoldSolution = SiblingDemonstration()
-    if isinstance(context, SiblingDemonstration | Feedback | GoldSolution):
-        own = context
-    asked: dict[str, list[Asked]] = {"configured": [], "another": [], "gold": [], "feedback": []}
-    ways = {}
-    for name, kind in (("gold", GoldSolution), ("feedback", Feedback)):
-        if not isinstance(context, kind):
-            ways[name] = kind(templates=own.templates, max_tokens=own.max_tokens)
-    shown: list[tuple[Asked, str]] = []
-    for (rollouts, outcomes), configured in zip(halves, contexts, strict=True):
-        rendered = {name: way.render(chat, rollouts, outcomes) for name, way in ways.items()}
-        for name, table in {"configured": configured, **rendered}.items():
-            for q, group in enumerate(table.ids):
-                rate = float(outcomes.pass_rates[q])
-                read = next((ids for ids in group if ids), ())
-                asked[name].append(Asked(rollouts.prompts[q], rate, read))
-                if name == "configured":
-                    shown.append((asked[name][-1], _demonstration(model, rollouts, outcomes, q)))
-    shown = [(one, text) for one, text in shown if one.ids and text]
-    for (one, _), (_, other) in zip(shown, shown[1:] + shown[:1], strict=True):
-        asked["another"].append(one._replace(ids=own.show(chat, one.prompt, other)))
-    found = {name: [one for one in many if one.ids] for name, many in asked.items()}
-    return {name: _accuracy(model, many) for name, many in found.items() if len(many) > 1}
-
-
-def _accuracy(model: PolicyOptimizer, asked: Sequence[Asked]) -> Telling:
-    # Keys by place, for draws of their own.
-    prompts = [
-        replace(one.prompt, key=f"told/{place}/{one.prompt.key}", ids=one.ids)
-        for place, one in enumerate(asked)
-    ]
-    rollouts = model.rollout.sample(model.policy, prompts, model.sampling.at(0))
-    told = model.judge(rollouts).pass_rates.tolist()
-    without = [one.rate for one in asked]
-    return Telling(
-        without=score_interval(without),
-        told=score_interval(told),
-        gain=mean_interval([a - b for a, b in zip(told, without, strict=True)]),
-    )

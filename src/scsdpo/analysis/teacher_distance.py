@@ -88,7 +88,7 @@ def measure_batch(
     model: PolicyOptimizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[Row]:
     """Sample, judge, and measure the teacher on every response that it has something to say on."""
-    rollouts = model.rollout.sample(model.policy, prompts, sampling)
+    rollouts = model.sample(prompts, sampling)
     return distances(model, rollouts, model.judge(rollouts))
 
 

@@ -1,6 +1,5 @@
 """What was measured before training, in words: what is in the way, and what to change."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +45,7 @@ def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]
         found: what was measured.
         limits: from where on a figure is in the way.
     """
-    remarks = [*_answers(found, limits), *_teacher(found), *_step(found)]
+    remarks = [*_answers(found, limits), *_taught(found), *_teacher(found), *_step(found)]
     order: tuple[Level, ...] = ("stop", "mind", "good")
     return sorted(remarks, key=lambda remark: order.index(remark.level))
 
@@ -66,8 +65,8 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
             level="stop" if own.hopeless > limits.lost else "mind",
             text=f"out of reach: no response is right to {own.hopeless:.0%} of the questions "
             f"(at most {limits.hopeless:.0%})",
-            remedy="take easier questions, more responses (model.sampling.n), a better policy, or "
-            "gold solutions for the teacher (GoldSolution)",
+            remedy=f"take easier questions, more responses (model.sampling.n), a better policy"
+            f"{_or(_used(found))}",
         )
     if own.mastered > limits.mastered:
         yield Remark(
@@ -85,6 +84,22 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
         )
 
 
+def _taught(found: Readiness) -> Iterator[Remark]:
+    if found.taught == 0:
+        yield Remark(
+            level="mind",
+            text="no response has a teacher: there is nothing that it could be told",
+            remedy=f"ask more questions (--questions) or more often (model.sampling.n)"
+            f"{_or(_used(found))}, or rely on rewards: {HYBRID}",
+        )
+    elif found.taught > 0 and "configured" not in found.told:
+        yield Remark(
+            level="mind",
+            text="only one question has a teacher",
+            remedy="ask more questions (--questions), to see whether it helps",
+        )
+
+
 def _teacher(found: Readiness) -> Iterator[Remark]:
     told = found.told.get("configured")
     if told is None:
@@ -98,56 +113,64 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
     if gain.low > 0:
         yield Remark(level="good", text=text)
     else:
+        better = " or ".join(_used(found)) or "more"
         yield Remark(
             level="mind",
             text=f"the teacher does not use what it is told: {text}",
-            remedy=f"{_better(found)}, or rely on rewards: {HYBRID}",
+            remedy=f"tell it {better}, or rely on rewards: {HYBRID}",
         )
-    another = found.told.get("another")
-    if another is not None and another.gain.low > 0 and another.told.value > told.told.value:
+    another, beyond = found.told.get("another"), told.beyond_another
+    if another and beyond and another.gain.low > 0 and not beyond.low > 0:
         yield Remark(
             level="mind",
-            text=f"another question's demonstration helps as much ({another.told.value:.0%}): the "
-            "gain is not owed to what is said",
+            text=f"another question's demonstration helps, too ({another.told.value:.0%}), and not "
+            f"clearly less (difference {100 * beyond.value:+.0f} points, "
+            f"{100 * beyond.low:+.0f} to {100 * beyond.high:+.0f}): the gain may not be owed to "
+            "what is said",
             remedy="compare a run with a few examples in every prompt",
         )
 
 
-def _better(found: Readiness) -> str:
-    """What else to tell the teacher: what it was seen to use, if anything."""
-    kinds = {"gold": "GoldSolution", "feedback": "Feedback"}
-    used = [
-        f"{kind} ({100 * found.told[name].gain.value:+.0f} points)"
+def _used(found: Readiness) -> list[str]:
+    """What the teacher was seen to use and is not told."""
+    kinds = {"gold": "gold solutions (GoldSolution", "feedback": "feedback (Feedback"}
+    return [
+        f"{kind}: {100 * found.told[name].gain.value:+.0f} points)"
         for name, kind in kinds.items()
         if name in found.told and found.told[name].gain.low > 0
     ]
-    return f"tell it what it uses: {' or '.join(used)}" if used else "tell it more"
+
+
+def _or(remedies: list[str]) -> str:
+    return "".join(f", or tell the teacher {remedy}" for remedy in remedies)
 
 
 def _step(found: Readiness) -> Iterator[Remark]:
     if found.directions is None:
         return
-    cosines, reward = found.directions.step, found.directions.reward
-    said = " and ".join(f"{value:+.3f}" for value in cosines)
+    step, reward = found.directions.step, found.directions.reward
     text = (
-        f"cosine {said} with the reward's gradient on other questions ({reward:+.3f} with itself)"
+        f"cosine {step.value:+.3f} ({step.low:+.3f} to {step.high:+.3f}; {step.n} questions) with "
+        f"the reward's gradient on other questions ({reward:+.3f} with itself)"
     )
-    if any(math.isnan(value) for value in cosines):
+    if step.n == 0:
         yield Remark(
-            level="mind", text="half of the questions give no gradient", remedy="ask more questions"
+            level="mind",
+            text="no first step to look at: loss or reward gives no gradient",
+            remedy="ask more questions (--questions)",
         )
-    elif max(cosines) < 0:
+    elif step.high < 0:
         yield Remark(
             level="stop",
             text=f"the first step points away from the reward: {text}",
             remedy=f"put a policy gradient beside the teacher ({HYBRID}), or sample at a lower "
             "temperature",
         )
-    elif min(cosines) > 0:
+    elif step.low > 0:
         yield Remark(level="good", text=f"the first step points up: {text}")
     else:
         yield Remark(
             level="mind",
-            text=f"the first step points nowhere in particular: {text}",
+            text=f"the first step points nowhere that can be seen: {text}",
             remedy="ask more questions (--questions), to see it clearer",
         )

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
+from scsdpo.records.jsonl import finite
+from scsdpo.statistics import Estimate
 from scsdpo.training import PolicyOptimizer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def options() -> argparse.ArgumentParser:
@@ -59,7 +62,7 @@ def main(args: Sequence[str]) -> None:
             "verdict": [vars(remark) for remark in remarks],
             **asdict(found),
         }
-        out.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        out.write_text(json.dumps(finite(record), ensure_ascii=False, indent=1) + "\n")
         show(found, remarks, Console())
         print(f"every figure: {out}")
 
@@ -71,20 +74,17 @@ def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
     own = found.answers
     rows = [
         ("questions x responses", f"{own.questions} x {own.group}"),
-        ("responses with an answer", f"{own.formed:.0%}"),
-        ("responses that reach the cap", f"{own.truncated:.0%}"),
+        ("responses with an answer", _share(own.formed)),
+        ("responses that reach the cap", _share(own.truncated)),
         ("mean length, tokens", f"{own.length:.0f}"),
-        (
-            "right",
-            f"{own.pass_rate.value:.0%} ({own.pass_rate.low:.0%} .. {own.pass_rate.high:.0%})",
-        ),
-        ("questions all right, none right", f"{own.mastered:.0%}, {own.hopeless:.0%}"),
+        ("right", _estimate(own.pass_rate, _share)),
+        ("questions all right, none right", f"{_share(own.mastered)}, {_share(own.hopeless)}"),
     ]
-    if found.told or found.taught:
+    if not math.isnan(found.taught):
         rows += [
-            ("responses that are taught", f"{found.taught:.0%}"),
-            ("of their tokens in cut-off ones", f"{found.taught_truncated:.0%}"),
-            ("teacher prefers right ones (AUC)", f"{found.preference:.2f}"),
+            ("responses that are taught", _share(found.taught)),
+            ("of their tokens in cut-off ones", _share(found.taught_truncated)),
+            ("teacher prefers right ones (AUC)", _number(found.preference, "{:.2f}")),
         ]
     names = {
         "configured": "teacher, as configured",
@@ -93,13 +93,13 @@ def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
         "feedback": "told what was wrong",
     }
     for name, one in found.told.items():
-        rows.append((names[name], f"{one.told.value:.0%} (own {one.without.value:.0%})"))
-    if found.directions is not None:
-        cosines = ", ".join(f"{value:+.3f}" for value in found.directions.step)
-        rows.append(("first step with the reward's gradient", cosines))
-        rows.append(("that gradient with itself", f"{found.directions.reward:+.3f}"))
-        lengths = ", ".join(f"{value:+.3f}" for value in found.directions.length)
-        rows.append(("first step with growing length", lengths))
+        rows.append((names[name], f"{_share(one.told.value)} (own {_share(one.without.value)})"))
+    if (way := found.directions) is not None:
+        rows += [
+            ("first step with the reward's gradient", _estimate(way.step, _cosine)),
+            ("that gradient with itself", _cosine(way.reward)),
+            ("first step with growing length", _estimate(way.length, _cosine)),
+        ]
     table = Table(show_header=False, title="before training", title_justify="left")
     for row in rows:
         table.add_row(*row)
@@ -109,3 +109,20 @@ def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
         console.print(
             f"{remark.level}: {remark.text}{remedy}", markup=False, highlight=False, soft_wrap=True
         )
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def _share(value: float) -> str:
+    return _number(value, "{:.0%}")
+
+
+def _cosine(value: float) -> str:
+    return _number(value, "{:+.3f}")
+
+
+def _estimate(found: Estimate, shown: Callable[[float], str]) -> str:
+    known = "" if math.isnan(found.low) else f" ({shown(found.low)} .. {shown(found.high)})"
+    return shown(found.value) + known

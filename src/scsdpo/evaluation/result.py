@@ -9,6 +9,7 @@ from typing import Any
 
 from scsdpo.evaluation.figures import LEVEL, figures
 from scsdpo.evaluation.question import Question
+from scsdpo.records.jsonl import finite
 
 SCHEMA_VERSION = 1
 _TUPLES = {"rewards", "successes", "answers", "lengths", "finished"}
@@ -41,7 +42,7 @@ class Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text(json.dumps(_finite(content), ensure_ascii=False, indent=1) + "\n")
+            partial.write_text(json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -77,12 +78,3 @@ def _question(row: Mapping[str, Any]) -> Question:
     known = {field.name for field in fields(Question)}
     values: dict[str, Any] = {name: value for name, value in row.items() if name in known}
     return Question(**values | {name: tuple(values[name]) for name in _TUPLES})
-
-
-def _finite(value: Any) -> Any:
-    """What is not finite is null."""
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

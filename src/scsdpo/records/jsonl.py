@@ -77,16 +77,17 @@ class JsonLines:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A record as a line of bytes; a number that is not finite is null."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data for JSON: a number that is not finite is null, a tuple a list."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
