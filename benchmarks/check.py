@@ -127,9 +127,9 @@ def row(name: str, found: Mapping, words: Sequence[str], ends: tuple[float, floa
     policy = Path(found["policy"])
     command = [word.replace(f"{ROOT}/", "").replace(str(policy), policy.name) for word in words]
     before, after = ends
-    own = {"pair": name, "command": shlex.join(["scsdpo", "check", *command])}
-    own |= {"before": before, "after": after, "gain": after - before}
-    return {**own, **found, "policy": policy.name}
+    ends_of_run = {"before": before, "after": after, "gain": after - before}
+    asked_as = shlex.join(["scsdpo", "check", *command])
+    return {"pair": name, "command": asked_as, **ends_of_run, **found, "policy": policy.name}
 
 
 def read(file: Path) -> dict[str, dict]:

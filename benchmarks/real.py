@@ -66,7 +66,7 @@ def result(folder: Path, method: str, seed: int, words: Sequence[str] = ()) -> d
     val = [row for row in log if "val/mean@8" in row]
     train = [row for row in log if "train/pass_rate" in row]
     done = (folder / DONE).exists()
-    seconds = json.loads((folder / DONE).read_text())["cpu_seconds"] if done else None
+    seconds = round(json.loads((folder / DONE).read_text())["cpu_seconds"], 1) if done else None
     policy = yaml.safe_load((folder / "config.yaml").read_text())["model"]["policy"]["init_args"]
     found: dict = {
         "method": method,
@@ -76,7 +76,7 @@ def result(folder: Path, method: str, seed: int, words: Sequence[str] = ()) -> d
         "words": list(words),
         "done": done,
         "batches": len(train),
-        "cpu_seconds": round(seconds, 1) if done else None,
+        "cpu_seconds": seconds,
     }
     for name in real_report.ENDS:
         found[name] = round(val[-1][f"val/{name}"], 4) if done else None

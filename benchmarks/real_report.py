@@ -10,7 +10,7 @@ CPU. All others are listed in a table of their own.
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from study_report import by_method, difference, differences_table, table
@@ -32,7 +32,7 @@ LEAST = 3
 """Seeds of an interval: of two that happen to be alike it would have no width."""
 STARTS = {"warm": "after a warm-up", "plain": "after a warm-up without demonstrations"}
 """How a policy's name is said, where its folder's name alone says too little."""
-Row = Mapping
+Row = dict
 """A run, as `real.result` makes it."""
 
 
@@ -209,6 +209,11 @@ def start(policy: str) -> str:
     return STARTS.get(policy, policy)
 
 
+def count(runs: Sequence) -> str:
+    """So many runs, in words."""
+    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+
+
 def before(rows: Sequence[Row]) -> str:
     """A policy's accuracy before training, and its runs."""
     own = chosen(rows)
@@ -217,7 +222,7 @@ def before(rows: Sequence[Row]) -> str:
     )
     words = start(own[0]["policy"])
     return (
-        f"{words[0].upper()}{words[1:]}, {len(own)} runs: mean@8 {mean:.1f} %, maj@8 "
+        f"{words[0].upper()}{words[1:]}, {count(own)}: mean@8 {mean:.1f} %, maj@8 "
         f"{majority:.1f} % before training. Where there is an arrow: the means of the first and of "
         f"the last {WINDOW} batches.\n"
     )
@@ -229,7 +234,7 @@ def costs(rows: Sequence[Row]) -> str:
     for row in filter(is_complete, rows):
         spent.setdefault(row["device"], []).append(row["cpu_seconds"] / 3600)
     said = [
-        f"{sum(spent[device]):.1f} for {len(spent[device])} runs "
+        f"{sum(spent[device]):.1f} for {count(spent[device])} "
         + ("on CPU" if device == CPU else f"on the host of an {device}")
         for device in sorted(spent, key=order)
     ]

@@ -95,10 +95,10 @@ def test_policies_have_tables_of_their_own_and_costs_are_told_by_device():
     rows = [row("a", 0, 0.5, policy=name, cpu_seconds=3600.0) for name in ("smol", "warm")]
     rows[1] |= {"device": "H200", "mean@8 before": 0.375, "warnings": {"Agreement": 7}}
     first, _, quiet, second, _, loud, costs = real_report.tables(rows)
-    assert first.startswith("Smol, 1 runs: mean@8 25.0 %, maj@8 50.0 % before")
-    assert second.startswith("After a warm-up, 1 runs: mean@8 37.5 %")
+    assert first.startswith("Smol, 1 run: mean@8 25.0 %, maj@8 50.0 % before")
+    assert second.startswith("After a warm-up, 1 run: mean@8 37.5 %")
     assert "| `a` | 0: none |" in quiet and "| `a` | 0 (H200): Agreement at 7 |" in loud
-    assert costs == "CPU hours: 1.0 for 1 runs on CPU, 1.0 for 1 runs on the host of an H200.\n"
+    assert costs == "CPU hours: 1.0 for 1 run on CPU, 1.0 for 1 run on the host of an H200.\n"
 
 
 def test_the_tables_of_the_page_are_those_of_its_numbers():
