@@ -47,6 +47,9 @@ VARIANTS = {
         "sc-sdpo", ("--model.teacher=TrustRegion", "--model.teacher.init_args.mix=0.01")
     ),
     "sc-sdpo-gold": Variant("sc-sdpo", ("--model.teacher.init_args.context=GoldSolution",)),
+    "sc-sdpo-self": Variant(
+        "sc-sdpo", ("--model.teacher.init_args.context.init_args.exclude_self=false",)
+    ),
     "sc-sdpo-lr5e-6": Variant("sc-sdpo", (rate("5e-6"),)),
     "sc-sdpo-overlong": Variant(
         "sc-sdpo", ("--model.token_weighting=Overlong", "--model.token_weighting.init_args.cap=40")
@@ -63,7 +66,7 @@ VARIANTS = {
     ),
 }
 """t06: sampled at temperature .6. frozen, trust: another teacher, shown the same. gold: the
-teacher is shown the data's answer. overlong: nothing is learned from responses cut off at 40."""
+teacher is shown the data's answer. self: a lone success is shown to itself. overlong: nothing is learned from responses cut off at 40."""
 
 
 def find(method: str) -> Variant:
