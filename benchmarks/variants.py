@@ -66,7 +66,8 @@ VARIANTS = {
     ),
 }
 """t06: sampled at temperature .6. frozen, trust: another teacher, shown the same. gold: the
-teacher is shown the data's answer. self: a lone success is shown to itself. overlong: nothing is learned from responses cut off at 40."""
+teacher is shown the data's answer. self: a lone success is shown to itself. overlong: nothing is
+learned from responses cut off at 40."""
 
 
 def find(method: str) -> Variant:

@@ -40,6 +40,7 @@ CHANGED = {
     "sc-sdpo-trust": SHOWN
     | {TEACHER: "scsdpo.teacher.TrustRegion", ("teacher", "init_args", "mix"): 0.01},
     "sc-sdpo-gold": {CONTEXT: "scsdpo.teacher.GoldSolution", TEACHER: "scsdpo.teacher.EMA"},
+    "sc-sdpo-self": {("teacher", "init_args", "context", "init_args", "exclude_self"): False},
     "sc-sdpo-lr5e-6": {LR: 5e-6},
     "sc-sdpo-overlong": {("token_weighting", "init_args", "cap"): 40},
     "hybrid-50": {(*PARTS, 0, "weight"): 0.5, (*PARTS, 1, "weight"): 0.5},
