@@ -11,6 +11,13 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 
+def place() -> tuple[int, int]:
+    """Which rank it is, and of how many; (0, 1) with one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def all_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, on each of them, on the device of `value`."""
     return _reduced(value, dist.ReduceOp.SUM)
@@ -47,7 +54,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     different numbers of micro-batches, or none. Losses are divided by the denominators of all
     ranks, hence the sum and not the mean. Shards were summed by FSDP2, in the backward.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if place()[1] == 1:
         return
     for parameter in parameters:
         if isinstance(parameter, DTensor):
@@ -71,8 +78,7 @@ class Agreement:
     @classmethod
     def of_ranks(cls) -> "Agreement | None":
         """None with one process."""
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return cls() if many else None
+        return cls() if place()[1] > 1 else None
 
     def heard(self) -> int:
         return int(self._store.get("asked")) if self._store.check(["asked"]) else 0

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from scsdpo.distributed import all_gather
+from scsdpo.distributed import all_gather, place
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.interrupt import Interrupted, RankLost
 
@@ -30,7 +29,7 @@ class Told:
     @classmethod
     def of(cls, error: BaseException) -> "Told":
         """Of this rank's error."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank, _ = place()
         if isinstance(error, Interrupted):
             return cls(rank=rank, kind="", said="", signum=error.signum)
         kind = "OutOfMemoryError" if _is_memory(error) else type(error).__name__

@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from scsdpo.distributed import place
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
@@ -130,7 +130,7 @@ class Servers(Engine):
         self._watched = [
             WatchedServer(
                 server=server,
-                bring=self._bring if _rank() == 0 else None,
+                bring=self._bring if place()[0] == 0 else None,
                 patience=self.patience,
                 timeout=self.timeout,
                 changed=self._changed,
@@ -155,7 +155,7 @@ class Servers(Engine):
         passes = WeightPasses(policy)
         rank = rank_for(policy, self.adapter)
         base = "" if rank is None else base_digest(policy)
-        if _rank() != 0:
+        if place()[0] != 0:
             passes.follow()
         elif version != self._version or self.delivery.due:
             self._version = ""
@@ -227,7 +227,3 @@ class Servers(Engine):
             with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE):
                     await self._changed.wait()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from scsdpo.distributed import place
 from scsdpo.rollout.weights import digest
 
 GLIMPSE = 1024
@@ -99,7 +100,7 @@ class Versions:
         """RUN, the same on every rank: whoever asks first decides. No collective."""
         if not self._run:
             drawn = secrets.token_hex(4)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if place()[1] > 1:
                 store: Any = dist.distributed_c10d._get_default_store()
                 drawn = store.compare_set("scsdpo/weights", "", drawn).decode()
             self._run = drawn

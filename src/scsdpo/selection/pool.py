@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from scsdpo.distributed import all_gather
+from scsdpo.distributed import all_gather, place
 from scsdpo.selection._base import Judged, Selection
 from scsdpo.state import Stateful
 from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
@@ -64,7 +63,7 @@ class InformativePool(Selection, Stateful):
         self.groups += sorted(all_gather(new), key=lambda group: group[0].prompts[0].key)
         if len(self.groups) < self.questions and self.batches < self.max_batches:
             return ()
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = place()
         mine = self.groups[: self.questions][rank::ranks]
         self.groups, self.batches = [], 0
         return (joined(mine, like=(rollouts, outcomes)),)

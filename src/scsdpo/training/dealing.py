@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scsdpo.advantage import Advantage
-from scsdpo.distributed import all_gather
+from scsdpo.distributed import all_gather, place
 from scsdpo.selection import joined, one_group
 from scsdpo.state import all_remembered, nested_state, remember_all
 from scsdpo.training.batch import Batch
@@ -44,7 +43,7 @@ def deal(
         advantage: plans again for what was dealt.
         judged: rollouts and outcomes of this rank.
     """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    rank, ranks = place()
     if ranks == 1:
         return prepare(*judged)
     memory = nn.ModuleList(nested_state([advantage]))
@@ -55,7 +54,7 @@ def deal(
     mine: list[_Group] = []
     sizes: list[int] = []
     for part in _cut(groups, split(len(groups), len(home.questions))):
-        chosen = balanced([group.cost for group in part], ranks)[dist.get_rank()]
+        chosen = balanced([group.cost for group in part], ranks)[rank]
         mine += [part[i] for i in chosen]
         sizes.append(len(chosen))
     return _joined(mine, tuple(sizes), home, advantage)
@@ -82,7 +81,7 @@ def _groups(batch: Batch) -> list[_Group]:
     lengths, active = batch.rollouts.lengths, batch.active.view_as(batch.weights)
     read = sum(plan.to(lengths) for plan in (batch.plan.needs_teacher, batch.plan.needs_reference))
     costs = (lengths * active * (3 + read)).sum(-1).tolist()
-    rank = dist.get_rank()
+    rank, _ = place()
     return [
         _Group(
             number=(q, rank),
