@@ -6,17 +6,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import check
 import real_report
+import will_it_work
 
 from real_rows import cut_off, row
 from scsdpo.statistics import detectable_difference, mean_interval
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-
-
-def flat(text):
-    return " ".join(text.split())
 
 
 def test_a_file_has_a_run_a_line_in_order(tmp_path):
@@ -102,9 +96,10 @@ def test_policies_have_tables_of_their_own_and_costs_are_told_by_device():
 
 
 def test_the_tables_of_the_page_are_those_of_its_numbers():
-    page = flat((DOCS / "will-it-work.md").read_text())
-    parts = real_report.tables(real_report.read(DOCS / "real" / "runs.json"))
-    checks = DOCS / "real" / "check.json"
-    if checks.exists():
-        parts.append(check.markdown(check.read(checks)))
-    assert [part for part in parts if flat(part) not in page] == []
+    page = will_it_work.PAGE.read_text()
+    assert will_it_work.filled(page) == page
+
+
+def test_a_page_without_a_mark_is_refused():
+    with pytest.raises(ValueError, match="lacks <!-- checks --> or <!-- end of checks -->"):
+        will_it_work.filled("<!-- checks -->")
