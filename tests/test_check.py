@@ -263,7 +263,7 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"answers": answers(hopeless=0.9)}, "mind", "out of reach"),
         ({"answers": answers(hopeless=0.97)}, "stop", "out of reach"),
         ({"answers": answers(mastered=0.9)}, "stop", "mastered"),
-        ({"answers": answers(truncated=0.5)}, "mind", "50% of the responses reach the cap"),
+        ({"answers": answers(truncated=0.5)}, "mind", "cut off: 50% of the responses reach the cap"),
         (
             {"told": {"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])}},
             "mind",

@@ -78,8 +78,8 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
     if own.truncated > limits.truncated:
         yield Remark(
             level="mind",
-            text=f"{own.truncated:.0%} of the responses reach the cap of their length (at most "
-            f"{limits.truncated:.0%}) and are judged and taught as if they had ended",
+            text=f"cut off: {own.truncated:.0%} of the responses reach the cap of their length (at "
+            f"most {limits.truncated:.0%}) and are judged and taught as if they had ended",
             remedy="raise model.sampling.max_new_tokens, or sample at a lower temperature",
         )
 
