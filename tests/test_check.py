@@ -242,6 +242,7 @@ def also_told(beyond):
 
 
 UP = pointing(0.1, 0.2)
+WORSE = {"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])}
 HELPED = {"configured": telling([0.1, 0.2, 0.3], [0.8, 0.7, 0.9])}
 
 
@@ -263,12 +264,22 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"answers": answers(hopeless=0.9)}, "mind", "out of reach"),
         ({"answers": answers(hopeless=0.97)}, "stop", "out of reach"),
         ({"answers": answers(mastered=0.9)}, "stop", "mastered"),
-        ({"answers": answers(truncated=0.5)}, "mind", "cut off: 50% of the responses reach the cap"),
         (
-            {"told": {"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])}},
+            {"answers": answers(truncated=0.5)},
             "mind",
-            "the teacher does not use what it is told",
+            "cut off: 50% of the responses reach the cap",
         ),
+        (
+            {"told": WORSE},
+            "mind",
+            "the teacher is worse for what it is told",
+        ),
+        (
+            {"told": WORSE, "directions": pointing(-0.1, 0.1)},
+            "stop",
+            "the teacher is worse for what it is told",
+        ),
+        ({"told": WORSE, "directions": None}, "stop", "the teacher is worse"),
         (
             {"told": {"configured": telling([0.1, 0.2], [0.1, 0.3])}},
             "mind",
@@ -302,7 +313,7 @@ def test_each_thing_in_the_way_is_said_first_and_with_its_number(figures, level,
 def test_every_remark_that_is_no_praise_has_a_remedy():
     worst = Readiness(
         answers=answers(formed=0.0, truncated=1.0, hopeless=1.0, mastered=1.0),
-        told={"configured": telling([0.8, 0.7, 0.9], [0.1, 0.2, 0.3])},
+        told=WORSE,
         directions=pointing(-0.2, -0.1),
     )
     assert all(remark.remedy for remark in verdict(worst))

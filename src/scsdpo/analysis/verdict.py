@@ -110,14 +110,22 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         f"{told.without.value:.0%} (difference {100 * gain.value:+.0f} points, "
         f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}; {gain.n} questions)"
     )
+    better = " or ".join(_used(found)) or "more"
+    remedy = f"tell it {better}, or rely on rewards: {HYBRID}"
     if gain.low > 0:
         yield Remark(level="good", text=text)
+    elif gain.high < 0:
+        up = found.directions is not None and found.directions.step.low > 0
+        yield Remark(
+            level="mind" if up else "stop",
+            text=f"the teacher is worse for what it is told: {text}",
+            remedy=remedy,
+        )
     else:
-        better = " or ".join(_used(found)) or "more"
         yield Remark(
             level="mind",
             text=f"the teacher does not use what it is told: {text}",
-            remedy=f"tell it {better}, or rely on rewards: {HYBRID}",
+            remedy=remedy,
         )
     another, beyond = found.told.get("another"), told.beyond_another
     if another and beyond and another.gain.low > 0 and not beyond.low > 0:
