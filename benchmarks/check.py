@@ -157,13 +157,22 @@ def between(cosine: Mapping[str, float | None]) -> str:
     return value if low == "-" else f"{value} ({low} .. {high})"
 
 
+def verdict(remarks: Sequence[Mapping[str, str]]) -> str:
+    """What is in the way, in a few words, the worst first."""
+    told = [
+        f"{level}: {'; '.join(texts)}"
+        for level in ("stop", "mind")
+        if (texts := [r["text"].partition(":")[0] for r in remarks if r["level"] == level])
+    ]
+    return ". ".join(told) or "ready"
+
+
 def markdown(results: Mapping[str, dict]) -> str:
     """A row a pair, the largest gain first."""
     rows: list[list[object]] = []
     for name, found in sorted(results.items(), key=lambda item: -item[1]["gain"]):
         own, told, way = found["answers"], found["told"], found["directions"]
         helps = [told[key]["gain"]["value"] if key in told else None for key in TOLD]
-        remarks = [r["text"].partition(":")[0] for r in found["verdict"] if r["level"] != "good"]
         rows.append(
             [
                 name,
@@ -173,7 +182,7 @@ def markdown(results: Mapping[str, dict]) -> str:
                 said(found["preference"], ".2f"),
                 between(way["step"]) if way else "-",
                 said(way["reward"], "+.2f") if way else "-",
-                "; ".join(remarks) or "ready",
+                verdict(found["verdict"]),
                 f"{100 * found['before']:.0f} -> {100 * found['after']:.0f}",
                 f"{100 * found['gain']:+.1f}",
             ]
