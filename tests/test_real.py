@@ -209,8 +209,8 @@ def test_a_pairs_row_has_no_folder_of_this_machine_and_a_table_its_interval(tmp_
     assert len((tmp_path / "check.json").read_text().splitlines()) == 2 + 2
     first, second = check.markdown(check.read(tmp_path / "check.json")).splitlines()[2:]
     assert first == (
-        "| a | 25 | 50 | +50 | - | 0.75 | +0.25 (-0.12 .. +0.62) | - | stop: away. mind: cut off; out of "
-        "reach | 25 -> 75 | +50.0 |"
+        "| a | 25 | 50 | +50 | - | 0.75 | +0.25 (-0.12 .. +0.62) | - | "
+        "stop: away. mind: cut off; out of reach | 25 -> 75 | +50.0 |"
     )
     assert second == "| b | 25 | 50 | - | - | - | - | - | ready | 25 -> 25 | +0.0 |"
 
