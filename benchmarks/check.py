@@ -240,10 +240,10 @@ def main() -> None:
             try:
                 results[name] = measured(name, known[name], out, args.questions)
             except RuntimeError as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                say(f"{name}: {error}")
                 failed += 1
                 continue
-            print(f"{name}: done", file=sys.stderr, flush=True)
+            say(f"{name}: done")
             write(results, out / FILE)
             (out / "check.md").write_text(markdown(results))
     except ValueError as error:
