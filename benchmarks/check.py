@@ -21,7 +21,7 @@ from pathlib import Path
 
 import variants
 from study import ROOT
-from study_report import table
+from study_report import table, write_rows
 
 from scsdpo.cli.compare import job
 from scsdpo.comparison import execute
@@ -142,8 +142,7 @@ def read(file: Path) -> dict[str, dict]:
 
 def write(rows: Mapping[str, dict], file: Path) -> None:
     """A pair a line, sorted."""
-    lines = [json.dumps(rows[name], ensure_ascii=False) for name in sorted(rows)]
-    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    write_rows((rows[name] for name in sorted(rows)), file)
 
 
 def said(value: float | None, form: str, scale: float = 1) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from study_report import by_method, difference, differences_table, table
+from study_report import by_method, difference, differences_table, table, write_rows
 
 from scsdpo.comparison import by_seed
 from scsdpo.statistics import Estimate, mean_interval
@@ -48,9 +48,7 @@ def read(file: Path) -> list[dict]:
 
 def write(rows: Iterable[Row], file: Path) -> None:
     """One run a line, sorted."""
-    lines = [json.dumps(row, allow_nan=False) for row in sorted(rows, key=key)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    write_rows(sorted(rows, key=key), file)
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

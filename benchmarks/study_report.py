@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
 
@@ -75,6 +75,13 @@ def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
     for result in results:
         groups.setdefault(result["method"], []).append(result)
     return groups
+
+
+def write_rows(rows: Iterable[dict], file: Path) -> None:
+    """JSON, a row a line."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

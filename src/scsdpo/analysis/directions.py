@@ -12,6 +12,7 @@ from scsdpo.advantage import GroupRelative, LeaveOneOut, Unscaled
 from scsdpo.reduction import TokenSum
 from scsdpo.statistics import Estimate, mean_interval
 from scsdpo.training import Batch, PolicyOptimizer
+from scsdpo.training.optimizer_steps import trained_parameters
 from scsdpo.training.update import Update
 from scsdpo.types import Outcomes, Rollouts
 from scsdpo.weighting import UniformTokens
@@ -56,15 +57,17 @@ def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions
     batches = [model.prepare(*half) for half in halves]
     steps = [_step(model, batch) for batch in batches]
 
-    def against(rewards: Callable[[Batch], Tensor]) -> tuple[Estimate, float]:
+    def against(rewards: Callable[[Batch], Tensor]) -> tuple[Estimate, list[Direction]]:
         found = [
             _ascent(model, other, rewards(other), step)
             for step, other in zip(steps, reversed(batches), strict=True)
         ]
         parts = [part for parts, _ in found for part in parts]
-        return mean_interval(parts), cosine(*(direction for _, direction in found))
+        return mean_interval(parts), [direction for _, direction in found]
 
-    step, reward = against(lambda batch: batch.outcomes.rewards)
+    step, up = against(lambda batch: batch.outcomes.rewards)
+    reward = cosine(*up)
+    del up
     length, _ = against(lambda batch: batch.rollouts.lengths.float())
     return Directions(step=step, length=length, reward=reward)
 
@@ -114,10 +117,6 @@ def _ascent(
     return [questions * (after - before) / size for before, after in pairwise(sums)], direction
 
 
-def _trained(model: PolicyOptimizer) -> list[Tensor]:
-    return [p for p in model.policy.parameters() if p.requires_grad]
-
-
 def _backward(model: PolicyOptimizer, batch: Batch, update: Update, rows: Sequence[int]) -> None:
     """Add the gradient of these rows' share of the loss."""
     budget = model.limits.token_budget(model.policy)
@@ -129,13 +128,13 @@ def _gradients(model: PolicyOptimizer) -> Direction:
     """What `_backward` has added up, flat: views, as long as it is float32."""
     return [
         torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-        for p in _trained(model)
+        for p in trained_parameters(model.policy)
     ]
 
 
 def _taken(model: PolicyOptimizer) -> Direction:
     """Minus what `_backward` has added up, which starts anew."""
     found = [gradient.neg_() for gradient in _gradients(model)]
-    for p in _trained(model):
+    for p in trained_parameters(model.policy):
         p.grad = None
     return found

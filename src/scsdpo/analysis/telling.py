@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from scsdpo.analysis.directions import Answered
 from scsdpo.statistics import Estimate, mean_interval, score_interval
 from scsdpo.teacher import (
     Context,
@@ -15,7 +16,6 @@ from scsdpo.teacher import (
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
-Answered = tuple[Rollouts, Outcomes]
 Shown = SiblingDemonstration | GoldSolution
 """Contexts of which another question's demonstration can take the place."""
 
