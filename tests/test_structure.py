@@ -1,4 +1,4 @@
-"""The shape of the house: rooms, imports that run down, and how large a file or function may be."""
+"""The layout of the package: packages, imports that run down, and the size of the module's interface."""
 
 import ast
 import importlib
@@ -54,17 +54,6 @@ def test_every_name_that_a_benchmark_imports_exists():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scsdpo"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), path
-
-
-def test_files_and_functions_stay_small():
-    for path in [*FILES.values(), *(ROOT / "benchmarks").glob("*.py")]:
-        assert path.read_text().count("\n") <= 400, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                first = node.body[0]
-                is_doc = ast.get_docstring(node, clean=False) is not None
-                doc = first.end_lineno - first.lineno + 1 if is_doc else 0
-                assert node.end_lineno - node.lineno + 1 - doc <= 60, (path, node.name)
 
 
 def test_the_module_takes_at_most_19_arguments_and_its_step_reads_in_12_lines():
