@@ -61,8 +61,9 @@ def gaps(policy, rollouts):
 
 def excess(policy, rollouts) -> float:
     """Largest gap over what this machine's rounding allows; below 1 for equal weights."""
-    largest = max((float(gap.max()) for gap in gaps(policy, rollouts)), default=0.0)
-    return largest / allowed(policy, rollouts)
+    if not rollouts.prompts:  # this rank was asked nothing
+        return 0.0
+    return max(float(gap.max()) for gap in gaps(policy, rollouts)) / allowed(policy, rollouts)
 
 
 def check_parity(policy, rollouts):

@@ -78,8 +78,10 @@ def test_prompts_are_spread_and_come_back_in_order(two_servers, policy, prompts,
     both, one = rollout(two_servers, Download()), rollout(two_servers[:1], Download())
     both.sample(policy, prompts, SAMPLING)
     wait_for(lambda: two_servers[0].version == two_servers[1].version)
+    # Before, a server that was slow to load may have had none, or may have been asked again.
+    asked.update(dict.fromkeys(asked, 0))
     spread = both.sample(policy, prompts, SAMPLING)
-    assert min(asked.values()) >= 2 and sum(asked.values()) == 8
+    assert [*asked.values()] == [2, 2]
     assert spread.texts == one.sample(policy, prompts, SAMPLING).texts
     fewer = both.sample(policy, prompts[:1], SAMPLING)
     assert fewer.texts == spread.texts[:1]
