@@ -19,7 +19,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from scsdpo.types import Message
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Message, Tool
 
 _BREAK = "\ufdd0"
 """Stands in the spelling of a control token. Unicode keeps this code point free of any character."""
@@ -62,22 +63,48 @@ class Chat:
         pad = self.tokenizer.pad_token_id
         return self.eos_ids[0] if pad is None else pad
 
-    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    @cached_property
+    def _silent(self) -> frozenset[int | None]:
+        """Tokens without text."""
+        own = self.tokenizer
+        return frozenset({*self.eos_ids, own.bos_token_id, own.eos_token_id, own.pad_token_id})
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, with the header that opens the assistant's turn.
 
         Whatever a message says gives ordinary tokens; `control_ids` come from the template alone.
 
+        Args:
+            messages: the turns.
+            tools: functions that the policy may call, for the template's `tools`.
+
         Raises:
             ValueError: if a role is not a plain word.
         """
-        for message in messages:
-            if not _ROLE.fullmatch(message["role"]):
-                raise ValueError(f"the role of a chat turn must be a word, got {message['role']!r}")
-        given = list(messages)
-        broken = _each_text(given, self._broken)
-        if broken == given:
-            return tuple(self._rendered(self.tokenizer, given))
-        return self._unbroken(self._rendered(self._breaking, broken))
+        broken = self._each_broken(messages, tools)
+        if broken == [list(messages), list(tools)]:
+            return tuple(self._filled(self.tokenizer, broken, opened=True, tokenize=True))
+        return self._unbroken(self._filled(self._breaking, broken, opened=True, tokenize=True))
+
+    def text(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
+    ) -> str:
+        """What `render` makes ids of; with `opened=False` without the assistant's header."""
+        broken = self._each_broken(messages, tools)
+        return self._filled(self.tokenizer, broken, opened=opened, tokenize=False).replace(
+            _BREAK, ""
+        )
+
+    def header(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """What opens the assistant's turn: text that the template adds when asked for it.
+
+        Where the end of the user's turn opens it, as Mistral's [/INST] does, that end.
+        """
+        opened = self.text(messages, tools)
+        closed = self.text(messages, tools, opened=False)
+        if opened != closed and opened.startswith(closed):
+            return opened[len(closed) :]
+        return opened.rpartition(messages[-1]["content"].strip() or opened)[2]
 
     def encode(self, text: str) -> list[int]:
         """Ids of bare text: none of `control_ids`, and no special tokens added."""
@@ -86,13 +113,16 @@ class Chat:
             return self.tokenizer.encode(text, add_special_tokens=False)
         return list(self._unbroken(self._breaking.encode(broken, add_special_tokens=False)))
 
-    def _rendered(
-        self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
-    ) -> list[int]:
+    def _filled(
+        self, tokenizer: PreTrainedTokenizerBase, said: list[Any], *, opened: bool, tokenize: bool
+    ) -> Any:
+        """The template filled with messages and tools: text, or ids."""
+        messages, tools = said
         return tokenizer.apply_chat_template(
             messages,
-            add_generation_prompt=True,
-            tokenize=True,
+            tools=tools or None,
+            add_generation_prompt=opened,
+            tokenize=tokenize,
             return_dict=False,
             **self.template_kwargs,
         )
@@ -133,9 +163,7 @@ class Chat:
     def _tags_around(self, messages: list[dict[str, Any]]) -> set[int]:
         """Added tokens in a rendered conversation that are tags, those of thinking left out."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, **self.template_kwargs
-            )
+            text = self._filled(self.tokenizer, [messages, []], opened=False, tokenize=False)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return set()
         added = self.tokenizer.added_tokens_decoder
@@ -143,8 +171,15 @@ class Chat:
         return {
             i
             for i in written
-            if _TAG.fullmatch(added[i].content) and "think" not in added[i].content
+            if _TAG.fullmatch(tag := added[i].content) and without_thinking(f"x{tag}") == f"x{tag}"
         }
+
+    def _each_broken(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Any]:
+        """Messages and tools with a break within each spelling of a control token in them."""
+        for message in messages:
+            if not _ROLE.fullmatch(message["role"]):
+                raise ValueError(f"the role of a chat turn must be a word, got {message['role']!r}")
+        return [_each_text(said, self._broken) for said in (messages, tools)]
 
     def _broken(self, text: str) -> str:
         """`text` with a break within each spelling of a control token."""
@@ -190,9 +225,11 @@ class Chat:
         return tuple(i for i in ids if i != mark)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """Text of a response, special tokens left out; ids beyond the tokenizer give nothing."""
-        known = [i for i in map(int, ids) if i < len(self.tokenizer)]
-        return self.tokenizer.decode(known, skip_special_tokens=True)
+        """Text of a response without beginnings, ends and padding; ids beyond the tokenizer give
+        nothing. Other special tokens stay, such as <think> and <tool_call>: they say something.
+        """
+        said = [i for i in map(int, ids) if i < len(self.tokenizer) and i not in self._silent]
+        return self.tokenizer.decode(said, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """A piece of text for each id; together they are all of it, special tokens included.
