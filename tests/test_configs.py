@@ -223,7 +223,7 @@ def test_a_papers_rate_is_used_over_qwen3_and_nothing_else_of_the_optimizer_chan
         (["tiny", "methods/srpo", "--model.optimizer.init_args.lr=3e-5"], None),
         (["tiny"], None),
     ],
-    ids=" ".join,
+    ids=["over tiny", "none of its own", "put back", "by hand", "alone"],
 )
 def test_a_rate_that_a_method_file_brings_over_another_models_is_said_with_the_remedy(words, said):
     files = [f"--config={CONFIGS / word}.yaml" for word in words if not word.startswith("-")]
@@ -232,9 +232,10 @@ def test_a_rate_that_a_method_file_brings_over_another_models_is_said_with_the_r
     rates = [yaml.safe_load(Path(f.partition("=")[2]).read_text())["model"] for f in files]
     stated = [float(m["optimizer"]["init_args"]["lr"]) for m in rates if "optimizer" in m]
     line = replaced_rate([*files, *options], float(given) if given else stated[-1])
-    assert (
-        bool(re.match(said, line)) and "--model.optimizer.lr=0.0001" in line if said else not line
-    )
+    if said is None:
+        assert line == ""
+    else:
+        assert re.match(said, line) and "--model.optimizer.lr=0.0001" in line
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
