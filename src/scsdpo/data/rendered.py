@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from scsdpo.data._base import Source
 from scsdpo.policy.chat import Chat
+from scsdpo.thinking import left_open
 from scsdpo.types import Prompt
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,12 @@ class Rendered(Dataset[Prompt]):
 
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
-    """The prompt with its `ids`."""
-    return replace(prompt, ids=chat.render(prompt.messages))
+    """The prompt with its `ids`, and with the thinking that they leave open."""
+    return replace(
+        prompt,
+        ids=chat.render(prompt.messages),
+        thinking=left_open(chat.header(prompt.messages)),
+    )
 
 
 def too_long(name: str, count: int, length: int, limit: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Chat:
         pad = self.tokenizer.pad_token_id
         return self.eos_ids[0] if pad is None else pad
 
+    @cached_property
+    def _silent(self) -> frozenset[int | None]:
+        """Tokens without text."""
+        own = self.tokenizer
+        return frozenset({*self.eos_ids, own.bos_token_id, own.eos_token_id, own.pad_token_id})
+
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation, with the header that opens the assistant's turn."""
         return tuple(
@@ -58,14 +65,28 @@ class Chat:
             )
         )
 
+    def header(self, messages: Sequence[Message]) -> str:
+        """What opens the assistant's turn: text that the template adds when asked for it."""
+        opened, closed = (
+            self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=asked, tokenize=False, **self.template_kwargs
+            )
+            for asked in (True, False)
+        )
+        if opened.startswith(closed):
+            return opened[len(closed) :]
+        return opened.rpartition(messages[-1]["content"].strip() or opened)[2]
+
     def encode(self, text: str) -> list[int]:
         """Ids of bare text, no special tokens added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """Text of a response, special tokens left out; ids beyond the tokenizer give nothing."""
-        known = [i for i in map(int, ids) if i < len(self.tokenizer)]
-        return self.tokenizer.decode(known, skip_special_tokens=True)
+        """Text of a response without beginnings, ends and padding; ids beyond the tokenizer give
+        nothing. Other special tokens stay, such as <think> and <tool_call>: they say something.
+        """
+        said = [i for i in map(int, ids) if i < len(self.tokenizer) and i not in self._silent]
+        return self.tokenizer.decode(said, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """A piece of text for each id; together they are all of it, special tokens included.
