@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from kernel_inputs import outcomes
+from kernel_inputs import of_rewards
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import (
     AllOf,
@@ -60,9 +60,10 @@ JSD = SelfDistillation()
 
 def rewarded(*successes, keys=None):
     rewards = torch.stack([(torch.arange(4) < k).float() for k in successes])
-    plain = outcomes(rewards)
+    plain = of_rewards(rewards)
     names = keys or tuple(f"q{i}" for i in range(len(successes)))
-    return replace(plain, keys=names)
+    prompts = [replace(p, key=k) for p, k in zip(plain.prompts, names, strict=True)]
+    return replace(plain, responses=replace(plain.responses, prompts=tuple(prompts)))
 
 
 def test_routers_claim_what_they_say():
@@ -92,22 +93,30 @@ def test_a_rate_power_has_its_closed_form_and_may_remember():
     ):
         assert torch.equal(weighting.weights(given), torch.tensor(expected)[:, None].expand(3, 4))
     average = RatePower(solved=1, rates=MovingAverage(follow=0.25))
-    average.weigh(rewarded(4, keys=("a",)))
+    average.rates.observe(rewarded(4, keys=("a",)))
     assert (average.weigh(rewarded(0, keys=("a",))) == 0.75).all()
     route = Route(advantage=GroupRelative(), weighting=average)
     assert list(nested_state([route])) == [average.rates]
 
 
+def seen_by(rates, batch):
+    """The estimate for the one question of a batch, which asking twice does not change."""
+    first, second = rates.rates(batch), rates.rates(batch)
+    assert torch.equal(first, second)
+    rates.observe(batch)
+    return first.item()
+
+
 def test_running_pass_rates_have_their_closed_forms():
     average, beta = MovingAverage(follow=0.25), DecayedBeta(prior=1, decay=0.5)
     seen = [rewarded(4, keys=("a",)), rewarded(2, keys=("b",)), rewarded(0, keys=("a",))]
-    rates = [(average.observe(o).item(), beta.observe(o).item()) for o in seen]
+    rates = [(seen_by(average, o), seen_by(beta, o)) for o in seen]
     # a: 1, then 1 + (0 - 1) / 4. Beta: (1 + 4) / (2 + 4); two batches later 4 / 4 successes are 1.
     assert [r[0] for r in rates] == [1.0, 0.5, 0.75]
     assert [r[1] for r in rates] == pytest.approx([5 / 6, 3 / 6, (1 + 1) / (2 + 1 + 4)])
-    assert Instant().observe(seen[1]).tolist() == [0.5]
+    assert Instant().rates(seen[1]).tolist() == [0.5]
     everything = DecayedBeta(prior=0, decay=1)
-    assert [everything.observe(o).item() for o in seen] == [1.0, 0.5, 0.5]
+    assert [seen_by(everything, o) for o in seen] == [1.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("make", [MovingAverage, DecayedBeta])
@@ -116,7 +125,7 @@ def test_running_pass_rates_survive_a_reload(make):
     first.observe(rewarded(4, 1))
     second.remember(pickle.loads(pickle.dumps(first.remembered())))
     again = rewarded(0, 3)
-    assert torch.equal(first.observe(again), second.observe(again))
+    assert torch.equal(first.rates(again), second.rates(again))
 
 
 def test_a_ramp_and_a_warmup_follow_the_steps_taken():
@@ -153,34 +162,37 @@ def test_state_is_found_wherever_it_is_nested():
 
 
 def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload():
-    chat, (rollouts, right) = TableChat(), judged()
+    chat, right = TableChat(), judged()
     context = RememberedDemonstration(size=1)
-    plain = SiblingDemonstration().render(chat, rollouts, right)
-    assert context.render(chat, rollouts, right).ids == plain.ids  # nothing to remember yet
+    plain = SiblingDemonstration().render(chat, right)
+    assert context.render(chat, right).ids == plain.ids  # nothing to remember yet
+    context.observe(right)
     wrong = replace(right, successes=torch.zeros_like(right.successes))
     reloaded = RememberedDemonstration(size=1)
     reloaded.remember(pickle.loads(pickle.dumps(context.remembered())))
     for one in (context, reloaded):
-        told = one.render(chat, rollouts, wrong)
+        told = one.render(chat, wrong)
         # question 0 succeeded with its rollouts 0 and 1: the last of them is shown to all
-        text = SiblingDemonstration().show(chat, rollouts.prompts[0], "response 0 1")
+        text = SiblingDemonstration().show(chat, right.prompts[0], "response 0 1")
         assert told.ids[0] == (text,) * G
         assert told.available.tolist() == [[True] * 4, [False] * 4, [True] * 4, [True] * 4]
 
 
 def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive_a_reload():
-    chat, (rollouts, outcomes) = TableChat(), judged()
+    chat, batch = TableChat(), judged()
     first, second = (AttemptMemory(successes=3, failures=1) for _ in range(2))
-    first.render(chat, rollouts, outcomes)
+    first.observe(batch)
     assert first.right["toy/2"] == ["response 2 1", "response 2 2", "response 2 3"]
     assert first.right["toy/0"] == ["response 0 0", "response 0 1"] and "toy/2" not in first.wrong
     assert first.wrong["toy/1"] == ["response 1 3\nwrong 1 3"]
     second.remember(pickle.loads(pickle.dumps(first.remembered())))
-    later = replace(
-        rollouts, texts=tuple(("<think>a</think> new", "b", "c", "d") for _ in range(4))
-    )
+    texts = tuple(("<think>a</think> new", "b", "c", "d") for _ in range(4))
+    later = replace(batch, responses=replace(batch.responses, texts=texts))
     for one in (first, second):
-        told = one.render(chat, later, outcomes)
+        before = pickle.dumps(one.remembered())
+        told = one.render(chat, later)
+        assert pickle.dumps(one.remembered()) == before  # asking changes nothing
+        one.observe(later)
         assert one.right["toy/3"] == ["response 3 0", "new"]
         # All that is remembered of question 1 is its last rollout, which is not told of itself.
         assert (~told.available).nonzero().tolist() == [[1, 3]]
@@ -194,9 +206,9 @@ def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive
 
 
 def test_the_gold_solution_is_told_to_every_rollout():
-    chat, (rollouts, right) = TableChat(), judged()
-    told = GoldSolution().render(chat, rollouts, right)
-    text = SiblingDemonstration().show(chat, rollouts.prompts[2], "gold 2")
+    chat, batch = TableChat(), judged()
+    told = GoldSolution().render(chat, batch)
+    text = SiblingDemonstration().show(chat, batch.prompts[2], "gold 2")
     assert told.available.all() and told.ids[2] == (text,) * G
 
 
@@ -205,37 +217,36 @@ def test_the_gold_solution_is_told_to_every_rollout():
 
 def test_the_pool_waits_for_informative_groups_and_gives_exactly_its_size():
     pool = InformativePool(questions=3, max_batches=9)
-    rollouts, verdicts = judged()
-    assert pool.select(rollouts, verdicts) == ()  # questions 0 and 3
-    ((joined, result),) = pool.select(rollouts, verdicts)
-    assert result.keys == ("toy/0", "toy/3", "toy/0")
-    assert torch.equal(joined.ids[1], rollouts.ids[3]) and joined.texts[1] == rollouts.texts[3]
-    assert torch.equal(result.rewards[2], verdicts.rewards[0])
+    batch = judged()
+    assert pool.select(batch) == ()  # questions 0 and 3
+    (joined,) = pool.select(batch)
+    assert joined.keys == ("toy/0", "toy/3", "toy/0")
+    assert torch.equal(joined.responses.ids[1], batch.responses.ids[3])
+    assert joined.texts[1] == batch.texts[3]
+    assert torch.equal(joined.rewards[2], batch.rewards[0])
     assert pool.groups == []
 
 
 def test_the_pool_is_used_at_its_cap_even_if_it_is_empty():
     pool = InformativePool(questions=3, max_batches=2)
-    rollouts, verdicts = judged()
-    nothing = replace(verdicts, rewards=torch.zeros_like(verdicts.rewards))
-    assert pool.select(rollouts, nothing) == ()
-    ((joined, result),) = pool.select(rollouts, nothing)
-    assert len(joined.prompts) == 0 and result.rewards.shape == (0, G)
+    nothing = replace(judged(), rewards=torch.zeros(4, G))
+    assert pool.select(nothing) == ()
+    (joined,) = pool.select(nothing)
+    assert len(joined.prompts) == 0 and joined.rewards.shape == (0, G)
 
 
 def test_the_pool_survives_a_reload_without_objects_in_the_checkpoint(tmp_path):
     first, second = (InformativePool(questions=4, max_batches=9) for _ in range(2))
-    rollouts, verdicts = judged()
-    first.select(rollouts, verdicts)
+    first.select(judged())
     torch.save(first.remembered(), tmp_path / "pool.pt")
     second.remember(torch.load(tmp_path / "pool.pt", weights_only=True))
-    ((mine, _),), ((theirs, _),) = (pool.select(rollouts, verdicts) for pool in (first, second))
-    assert torch.equal(mine.ids, theirs.ids) and mine.texts == theirs.texts
+    (mine,), (theirs,) = (pool.select(judged()) for pool in (first, second))
+    assert torch.equal(mine.responses.ids, theirs.responses.ids) and mine.texts == theirs.texts
     assert [p.ids for p in mine.prompts] == [p.ids for p in theirs.prompts]
 
 
 def test_everything_is_learned_from_at_once():
-    assert Everything().select(*judged())[0][0].ids.shape[0] == 4
+    assert len(Everything().select(judged())[0].prompts) == 4
 
 
 MEMORIES = {

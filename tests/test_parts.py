@@ -54,9 +54,9 @@ JSD = SelfDistillation()
 class _Cubic(Weighting):
     """W_j = p_j (1 - p_j)^2."""
 
-    def weigh(self, outcomes):
-        p = outcomes.pass_rates[:, None]
-        return (p * (1 - p) ** 2).expand_as(outcomes.rewards)
+    def weigh(self, judged):
+        p = judged.pass_rates[:, None]
+        return (p * (1 - p) ** 2).expand_as(judged.rewards)
 
 
 def step(**strategies):

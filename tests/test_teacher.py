@@ -17,7 +17,7 @@ from scsdpo.teacher import (
     Templates,
     TrustRegion,
 )
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 
 
@@ -29,25 +29,25 @@ def group(texts, rewards, *, feedback="wrong", chat=None):
     lengths = torch.tensor([[len(t) for t in texts]])
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[..., None]
     zeros = torch.zeros(mask.shape)
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=(prompt,),
         ids=zeros.long(),
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=zeros,
         policy_logprobs=zeros,
-        finished=mask.any(-1),
+        ended=mask.any(-1),
         texts=(tuple(texts),),
         temperature=1.0,
     )
     reward = torch.tensor([rewards])
     verdicts = tuple(Verdict(reward=r, feedback="" if r else feedback) for r in rewards)
-    return rollouts, Outcomes(verdicts=(verdicts,), rewards=reward, successes=reward >= 0.5)
+    successes = reward >= 0.5
+    return Judged(responses=responses, verdicts=(verdicts,), rewards=reward, successes=successes)
 
 
 def shown(context, chat, texts, rewards, **kwargs):
     """What each teacher prompt says, decoded."""
-    rollouts, outcomes = group(texts, rewards, chat=chat, **kwargs)
-    contexts = context.render(chat, rollouts, outcomes)
+    contexts = context.render(chat, group(texts, rewards, chat=chat, **kwargs))
     return [chat.tokenizer.decode(list(ids)) for ids in contexts.ids[0]]
 
 
@@ -105,8 +105,8 @@ def test_feedback_steps_in_where_there_is_no_demonstration(policy):
 @pytest.mark.parametrize("limit", [150, 160, 200])
 def test_only_the_demonstration_is_cut_and_its_end_stays(policy, limit):
     demonstration = "".join(chr(97 + i % 26) for i in range(300)) + "ANSWER"
-    rollouts, outcomes = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
-    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, rollouts, outcomes)
+    judged = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
+    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, judged)
     ids = contexts.ids[0][1]
     text = policy.chat.tokenizer.decode(list(ids))
     assert len(ids) <= limit
@@ -119,9 +119,9 @@ def test_no_room_for_template_and_question_means_no_teacher(policy):
 
 
 def test_plain_prompt_shows_what_the_student_sees(policy):
-    rollouts, outcomes = group(["a", "b"], [1.0, 0], chat=policy.chat)
-    contexts = PlainPrompt().render(policy.chat, rollouts, outcomes)
-    assert contexts.ids == ((rollouts.prompts[0].ids,) * 2,)
+    judged = group(["a", "b"], [1.0, 0], chat=policy.chat)
+    contexts = PlainPrompt().render(policy.chat, judged)
+    assert contexts.ids == ((judged.prompts[0].ids,) * 2,)
     assert contexts.available.all()
 
 

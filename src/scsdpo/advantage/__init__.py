@@ -2,6 +2,7 @@
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
+from scsdpo.advantage.batch import Batch
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
 from scsdpo.advantage.divergence import (
@@ -50,6 +51,7 @@ __all__ = [
     "AllOf",
     "AsTaught",
     "Baseline",
+    "Batch",
     "BatchStd",
     "Blend",
     "Divergence",

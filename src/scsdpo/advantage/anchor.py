@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.loss import Chunk, Credit, DenseCredit, SparseCredit
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Estimator(ABC):
@@ -94,7 +94,7 @@ class ReferenceKL(Advantage):
     def objective_name(self) -> str:
         return "divergence"
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         everyone = torch.ones_like(available)
         return Plan(
             active=everyone,
@@ -125,7 +125,7 @@ class EntropyBonus(Advantage):
     def objective_name(self) -> str:
         return "negative_entropy"
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         everyone = torch.ones_like(available)
         return Plan(
             active=everyone,

@@ -18,7 +18,7 @@ from scsdpo.loss import (
     SparseCredit,
     mean_log_ratio,
 )
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Baseline(ABC):
@@ -259,8 +259,8 @@ class GroupRelative(Advantage):
         wide = rewards.double()
         return self.scale.divide(self.baseline.centre(wide), wide)
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        advantages = self.advantages(outcomes.rewards)
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
+        advantages = self.advantages(judged.rewards)
         nobody = torch.zeros_like(available)
         asked = available & (advantages != 0) if self.needs_teacher else nobody
         return Plan(

@@ -14,7 +14,7 @@ from scsdpo.data.prompts import check_gold
 from scsdpo.data.rendered import rendered
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 
 SHARED_AHEAD = 1_000
 """Questions of a stream, or of a large source, that are compared with those of validation."""
@@ -170,18 +170,20 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
     zeros = torch.zeros(shape)
     rewards = torch.tensor([[1.0, 0.0]])
     verdicts = (Verdict(reward=1.0), Verdict(reward=0.0, feedback="It is wrong."))
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=(prompt,),
         ids=torch.full(shape, chat.eos_ids[0]),
-        mask=torch.ones(shape, dtype=torch.bool),
+        sampled=torch.ones(shape, dtype=torch.bool),
         sampling_logprobs=zeros,
         policy_logprobs=zeros,
-        finished=torch.ones(shape[:2], dtype=torch.bool),
+        ended=torch.ones(shape[:2], dtype=torch.bool),
         texts=(("It is right.", "It is not."),),
         temperature=1.0,
     )
-    outcomes = Outcomes(verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5)
-    ids = module.teacher.contexts(chat, rollouts, outcomes).ids[0][1]
+    judged = Judged(
+        responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
+    )
+    ids = module.teacher.contexts(chat, judged).ids[0][1]
     if not ids:
         return "the teacher has nothing to tell a failure beside a success"
     header = chat.encode(_header(chat, prompt, name))

@@ -7,14 +7,14 @@ from typing import Literal
 
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class Context(ABC):
     """Privileged information f for each rollout, as a rendered teacher prompt."""
 
     @abstractmethod
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         """Teacher prompts [Q][G]; an empty one where there is nothing to tell."""
 
 
@@ -22,9 +22,9 @@ class Context(ABC):
 class PlainPrompt(Context):
     """Nothing privileged: the teacher reads what the student reads. For KL anchors."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        group = rollouts.ids.shape[1]
-        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in rollouts.prompts))
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        group = judged.rewards.shape[1]
+        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in judged.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +53,18 @@ class _Reprompt(Context):
             )
 
     @abstractmethod
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         """What to tell the teacher of this rollout."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        questions, group = rollouts.ids.shape[:2]
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        questions, group = judged.rewards.shape
         rendered: dict[tuple[int, PrivilegedInfo], tuple[int, ...]] = {}
         table = []
         for q in range(questions):
-            told = [self.privileged(q, g, rollouts, outcomes) for g in range(group)]
+            told = [self.privileged(q, g, judged) for g in range(group)]
             for one in told:
                 if (q, one) not in rendered:
-                    rendered[q, one] = self._fit(chat, rollouts.prompts[q], one)
+                    rendered[q, one] = self._fit(chat, judged.prompts[q], one)
             table.append(tuple(rendered[q, one] for one in told))
         return TeacherContexts(ids=tuple(table))
 
@@ -138,25 +136,19 @@ class SiblingDemonstration(_Templated):
     exclude_self: bool = True
     strip_thinking: bool = True
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(
-            demonstration=self.demonstration(question, rollout, rollouts, outcomes)
-        )
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=self.demonstration(question, rollout, judged))
 
-    def demonstration(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> str:
+    def demonstration(self, question: int, rollout: int, judged: Judged) -> str:
         """The text to show; empty if there is none."""
-        good = outcomes.successes[question].nonzero()[:, 0].tolist()
+        good = judged.successes[question].nonzero()[:, 0].tolist()
         if self.exclude_self:
             good = [g for g in good if g != rollout]
         if not good:
             return ""
-        lengths = rollouts.mask[question].sum(-1).tolist()
+        lengths = judged.lengths[question].tolist()
         chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(rollouts.texts[question][chosen])
+        return self.shown(judged.texts[question][chosen])
 
     def shown(self, text: str) -> str:
         """What of a response is shown."""
@@ -177,10 +169,8 @@ class Feedback(_Templated):
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(feedback=_own_feedback(question, rollout, outcomes))
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(feedback=_own_feedback(question, rollout, judged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +191,12 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
     both: bool = False
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        demonstration = self.demonstration(question, rollout, rollouts, outcomes)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        demonstration = self.demonstration(question, rollout, judged)
         if demonstration and not self.both:
             return PrivilegedInfo(demonstration=demonstration)
         return PrivilegedInfo(
-            demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
+            demonstration=demonstration, feedback=_own_feedback(question, rollout, judged)
         )
 
 
@@ -226,10 +214,8 @@ class GoldSolution(_Templated):
         OPSD, arXiv:2601.18734.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(demonstration=rollouts.prompts[question].answer)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=judged.prompts[question].answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,26 +242,24 @@ class ShortestSuccess(_Reprompt):
     def words(self) -> Templates:
         return self.attempt_templates
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        lengths = rollouts.lengths[question].tolist()
-        right = outcomes.successes[question].tolist()
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        lengths = judged.lengths[question].tolist()
+        right = judged.successes[question].tolist()
         shortest = sorted(range(len(right)), key=lengths.__getitem__)
         taught = next((g for g in shortest if right[g]), None)
         others = [g for g in shortest if g != taught]
         if rollout != taught or not others:
             return PrivilegedInfo()
         other = min(others, key=right.__getitem__)
-        text = rollouts.texts[question][other]
+        text = judged.texts[question][other]
         shown = without_thinking(text) if self.strip_thinking else text
         return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
 
 
-def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
-    if outcomes.successes[question, rollout]:
+def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
+    if judged.successes[question, rollout]:
         return ""
-    return outcomes.verdicts[question][rollout].feedback
+    return judged.verdicts[question][rollout].feedback
 
 
 def without_thinking(text: str) -> str:
