@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from formulas import rhythm
 from scsdpo.advantage import (
     Blend,
     Divergence,
@@ -13,6 +14,7 @@ from scsdpo.advantage import (
     LogitMix,
     Never,
     PriorAtForks,
+    Rhythm,
     Route,
     Routed,
     SelfDistillation,
@@ -57,6 +59,25 @@ class _Cubic(Weighting):
     def weigh(self, judged):
         p = judged.pass_rates[:, None]
         return (p * (1 - p) ** 2).expand_as(judged.rewards)
+
+
+class _Looped(Surprise):
+    """`Rhythm` by the plain loops of the formulas."""
+
+    def __init__(self, **arguments):
+        self.__dict__.update(vars(Surprise()), arguments=arguments)
+
+    needs = property(lambda self: frozenset({"student_entropy", "teacher_entropy"}))
+
+    def factor(self, chunk, advantage):
+        signals = chunk.signals
+        table = torch.zeros_like(signals.student_entropy)
+        for row, mask in enumerate(signals.mask):
+            pair = (
+                h[row][mask].tolist() for h in (signals.student_entropy, signals.teacher_entropy)
+            )
+            table[row][mask] = torch.tensor(rhythm(*pair, **self.arguments), dtype=table.dtype)
+        return 1 + chunk.at(table) * (super().factor(chunk, advantage) - 1)
 
 
 def step(**strategies):
@@ -175,6 +196,14 @@ SAME = {
         {"advantage": GroupRelative(modulator=Surprise(sharpness=0))},
         PG,
     ),
+    "a rhythm of sharpness 0 = unmodulated": (
+        {"advantage": GroupRelative(modulator=Rhythm(sharpness=0))},
+        PG,
+    ),
+    "a rhythm whose windows are one token at most = its formula": (
+        {"advantage": GroupRelative(modulator=Rhythm(window=1))},
+        {"advantage": GroupRelative(modulator=_Looped(window=1))},
+    ),
 }
 
 
@@ -206,7 +235,7 @@ def test_the_hybrid_at_its_ends_is_its_parts(tmp_path, share, other):
 
 def test_a_part_does_not_run_where_its_weighting_is_0_and_the_others_do(tmp_path):
     """SDPO teaches the successes of a mastered question; weighted by its pass rate it does not."""
-    given, available = judged()[1], torch.ones(4, G, dtype=torch.bool)
+    given, available = judged(), torch.ones(4, G, dtype=torch.bool)
     informative = torch.tensor([[True], [False], [False], [True]]).expand(4, G)
     parts = (
         Weighted(advantage=EntropyBonus()),

@@ -1,12 +1,12 @@
 """Contexts: what the teacher is told that the student was not."""
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
+from scsdpo.thinking import without_thinking
 from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
@@ -85,7 +85,7 @@ def fit(
     demonstration, feedback = told.demonstration, told.feedback
     while demonstration or feedback:
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
-        ids = chat.render(messages)
+        ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
@@ -123,7 +123,7 @@ class SiblingDemonstration(_Templated):
     Args:
         pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
-        strip_thinking: drop <think>...</think> blocks from the demonstration.
+        strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
         templates: the words around it.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
             template or the question; if those alone are too long there is no context.
@@ -148,11 +148,11 @@ class SiblingDemonstration(_Templated):
             return ""
         lengths = judged.lengths[question].tolist()
         chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(judged.texts[question][chosen])
+        return self.shown(judged.prompts[question], judged.texts[question][chosen])
 
-    def shown(self, text: str) -> str:
-        """What of a response is shown."""
-        return without_thinking(text) if self.strip_thinking else text
+    def shown(self, prompt: Prompt, text: str) -> str:
+        """What of a response to `prompt` is shown."""
+        return without_thinking(prompt.thinking + text) if self.strip_thinking else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ class ShortestSuccess(_Reprompt):
     supervision stands where the student arrived, and needs no reference solution.
 
     Args:
-        strip_thinking: drop <think>...</think> blocks from what is shown.
+        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
         attempt_templates: the words around it, {demonstration} if right, {feedback} if wrong.
         max_tokens: as in `SiblingDemonstration`.
 
@@ -251,8 +251,9 @@ class ShortestSuccess(_Reprompt):
         if rollout != taught or not others:
             return PrivilegedInfo()
         other = min(others, key=right.__getitem__)
-        text = judged.texts[question][other]
-        shown = without_thinking(text) if self.strip_thinking else text
+        shown = judged.texts[question][other]
+        if self.strip_thinking:
+            shown = without_thinking(judged.prompts[question].thinking + shown)
         return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
 
 
@@ -260,10 +261,3 @@ def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
     if judged.successes[question, rollout]:
         return ""
     return judged.verdicts[question][rollout].feedback
-
-
-def without_thinking(text: str) -> str:
-    """Some templates open <think> in the prompt; then only its end stands in the response."""
-    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
-        text = "<think>" + text
-    return re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)

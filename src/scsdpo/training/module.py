@@ -1,7 +1,7 @@
 """The LightningModule: prompts, rollouts, verdicts, teacher, advantage, weighting, one loss."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -14,6 +14,7 @@ from scsdpo.advantage import Advantage, Batch
 from scsdpo.callbacks import Progress, RunRecords, show_batch, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
+from scsdpo.data.rendered import rendered
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -282,7 +283,7 @@ class PolicyOptimizer(Resumable):
         """
         self.configure_model()
         chat = self.policy.chat
-        asked = [p if p.ids else replace(p, ids=chat.render(p.messages)) for p in prompts]
+        asked = [p if p.ids else rendered(p, chat) for p in prompts]
         responses = self.sample(asked, self.sampling.at(int(self.batches) + 1))
         batch = self.prepare(self.selection.preview(self.judge(responses)))
         budget = self.limits.token_budget(self.policy)
