@@ -163,7 +163,12 @@ def _sentencepiece(added, kind="bpe", prepend="first"):
 
 def _word_level(added):
     """Words of lower-cased text, where the spellings of control tokens are words too."""
-    words = ["<unk>", "</s>", "<pad>", *["user", "assistant", "system", ":", "the", "answer", "is", "42"]]
+    words = [
+        "<unk>",
+        "</s>",
+        "<pad>",
+        *["user", "assistant", "system", ":", "the", "answer", "is", "42"],
+    ]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+|:"), behavior="removed")

@@ -67,7 +67,8 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     ones = torch.ones(n, dtype=torch.float64)
     scale = given.pop("scale", ones)
     column = {name: table[:, None] for name, table in given.items()}
-    signals = Signals.unmeasured(torch.ones(n, 1, dtype=torch.bool), **column)
+    every = torch.ones(n, 1, dtype=torch.bool)
+    signals = Signals.unmeasured(every, every[:, 0], **column)
     return Tokens(ids=ids, places=torch.arange(n), scale=scale, weight=ones, signals=signals)
 
 

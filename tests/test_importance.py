@@ -50,6 +50,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     signals = Signals.unmeasured(
         mask,
+        mask.any(-1),
         logprobs(sampler).expand(2, -1),
         torch.full((2, LENGTH), torch.nan) if old is None else logprobs(old).expand(2, -1),
     )

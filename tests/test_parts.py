@@ -123,7 +123,7 @@ SAME = {
         {},
     ),
     "a floor of 1 = uniform tokens": ({"token_weighting": Position(floor=1.0)}, {}),
-    "a cap that none reaches = uniform tokens": ({"token_weighting": Overlong(cap=99)}, {}),
+    "all responses ended: filtering = none": ({"token_weighting": Overlong()}, {}),
     "a filter that keeps all = uniform": ({"weighting": HardFilter(low=0, high=1)}, {}),
     "a product with uniform = its other factor": (
         {"weighting": Product(factors=(Uniform(), PassRate()))},

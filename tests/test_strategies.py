@@ -142,7 +142,9 @@ def test_a_batch_without_informative_questions_weighs_nothing():
 
 def test_teacher_entropy_averages_to_one_over_distilled_tokens():
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    signals = Signals.unmeasured(mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
+    signals = Signals.unmeasured(
+        mask, mask.any(-1), torch.zeros(mask.shape), torch.zeros(mask.shape)
+    )
     signals.teacher_entropy.copy_(torch.tensor([[0.0, 1.0, 2.0], [5.0, 9.0, 9.0]]))
     distilled = mask & torch.tensor([[True], [False]])
     weights = TeacherEntropy(beta=1).weigh(signals, distilled)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from scsdpo import contracts
@@ -12,6 +13,8 @@ from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Judged
 from scsdpo.weighting import Weighting
 
+NOBODY = torch.tensor(False)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Plan:
@@ -19,14 +22,19 @@ class Plan:
 
     active: Tensor
     """[Q, G] bool: rollouts whose credit may be other than zero."""
-    needs_teacher: Tensor
-    """[Q, G] bool: rollouts whose credit reads the teacher."""
-    needs_reference: Tensor
-    """[Q, G] bool: rollouts whose credit reads the reference."""
     credit: Callable[[Chunk], Credit]
     """Credit of a chunk of tokens of active rollouts."""
+    needs_teacher: Tensor = NOBODY
+    """[Q, G] bool: rollouts whose credit reads the teacher; a scalar counts for all of them."""
+    needs_reference: Tensor = NOBODY
+    """[Q, G] bool: rollouts whose credit reads the reference; a scalar counts for all of them."""
     derivations: tuple[Derivation, ...] = ()
     """Tables like those of `Advantage.derivations`, if they depend on the batch's verdicts."""
+
+    def __post_init__(self) -> None:
+        for name in ("needs_teacher", "needs_reference"):
+            if (mask := getattr(self, name)).dim() == 0:
+                object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
 class Advantage(NeedsSignals, ABC):

@@ -96,22 +96,12 @@ class ReferenceKL(Advantage):
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:
         everyone = torch.ones_like(available)
-        return Plan(
-            active=everyone,
-            needs_teacher=~everyone,
-            needs_reference=everyone,
-            credit=self._credit,
-        )
+        return Plan(active=everyone, needs_reference=everyone, credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         log_ratio = chunk.logprob - chunk.reference().logprob(chunk.ids)
         value = self.estimator.credit(log_ratio)
-        return SparseCredit(
-            ids=chunk.ids[:, None],
-            values=value[:, None],
-            rest=torch.zeros_like(value),
-            objective=self.estimator.value(log_ratio),
-        )
+        return SparseCredit.at_sampled(chunk, value, objective=self.estimator.value(log_ratio))
 
 
 @dataclass(frozen=True)
@@ -126,13 +116,7 @@ class EntropyBonus(Advantage):
         return "negative_entropy"
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:
-        everyone = torch.ones_like(available)
-        return Plan(
-            active=everyone,
-            needs_teacher=~everyone,
-            needs_reference=~everyone,
-            credit=self._credit,
-        )
+        return Plan(active=torch.ones_like(available), credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         entropy = chunk.student.entropy()

@@ -131,7 +131,6 @@ class ReferenceAnchor(_Distillation):
     def plan(self, judged: Judged, available: Tensor) -> Plan:
         return Plan(
             active=torch.ones_like(available),
-            needs_teacher=torch.zeros_like(available),
             needs_reference=torch.ones_like(available),
             credit=self._credit,
         )

@@ -48,17 +48,9 @@ class GatedGap(Advantage):
         return "gated_gap"
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:
-        nobody = torch.zeros_like(available)
-        return Plan(
-            active=available, needs_teacher=available, needs_reference=nobody, credit=self._credit
-        )
+        return Plan(active=available, needs_teacher=available, credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         gap = chunk.teacher().logprob(chunk.ids) - chunk.logprob
         gate = torch.sigmoid(self.sharpness * gap)
-        return SparseCredit(
-            ids=chunk.ids[:, None],
-            values=gate[:, None],
-            rest=torch.zeros_like(gate),
-            objective=gate * gap,
-        )
+        return SparseCredit.at_sampled(chunk, gate, objective=gate * gap)

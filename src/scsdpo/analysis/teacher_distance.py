@@ -98,12 +98,7 @@ def distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
     contexts = model.teacher.contexts(chat, judged)
     available = contexts.available.to(judged.rewards.device)
     probe = Probe(judged.responses.sampled.flatten(0, 1))
-    plan = Plan(
-        active=available,
-        needs_teacher=available,
-        needs_reference=torch.zeros_like(available),
-        credit=probe.credit,
-    )
+    plan = Plan(active=available, needs_teacher=available, credit=probe.credit)
     batch = Batch.of(
         judged,
         plan,

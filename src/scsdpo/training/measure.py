@@ -29,7 +29,8 @@ def measure(forwards: Forwards, needs: Set[str]) -> Signals:
     """
     batch = forwards.batch
     sampled = batch.judged.responses.sampling_logprobs.flatten(0, 1)
-    signals = Signals.unmeasured(batch.sampled, sampled, batch.old_logprobs)
+    ended = batch.judged.ended.flatten()
+    signals = Signals.unmeasured(batch.sampled, ended, sampled, batch.old_logprobs)
     of_student = any(name.startswith("student") for name in needs)
     of_teacher = any(name.startswith("teacher") for name in needs)
     of_objective = "objective" in needs
