@@ -82,7 +82,8 @@ class PolicyOptimizer(Resumable):
         optimizer: made from the trainable parameters.
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
-        success_threshold: reward from which a rollout counts as a success.
+        success_threshold: reward from which a rollout counts as a success. Of successes with
+            different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
 
     Raises:
@@ -110,7 +111,7 @@ class PolicyOptimizer(Resumable):
             o, factor=1.0
         ),
         updates_per_rollout: int = 1,
-        success_threshold: float = 0.5,
+        success_threshold: float = 1.0,
         limits: Limits = Limits(),
     ) -> None:
         super().__init__()
