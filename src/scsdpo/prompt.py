@@ -13,6 +13,9 @@ from scsdpo.thinking import behind_thinking
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
+Tool = dict[str, Any]
+"""One function that the policy may call, `{"type": "function", "function": {"name": ...,
+"description": ..., "parameters": <JSON schema>}}`, as chat templates take it."""
 
 
 def stable_hash(*parts: object) -> int:
@@ -33,6 +36,8 @@ class Prompt:
     """Turns a response to this prompt into a `Verdict`."""
     answer: str
     """The gold answer in the form that `verifier` compares with; never shown to the policy."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the policy may call; the chat template writes them into the prompt."""
     category: str = ""
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
     stop: tuple[str, ...] = ()

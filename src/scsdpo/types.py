@@ -10,7 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from scsdpo.prompt import Message, Prompt, Verdict, stable_hash
+from scsdpo.prompt import Message, Prompt, Tool, Verdict, stable_hash
 from scsdpo.seeds import Seed, resolved
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Rollouts",
     "Sampling",
     "TeacherContexts",
+    "Tool",
     "Verdict",
     "stable_hash",
 ]

@@ -33,7 +33,8 @@ class Rendered(Dataset[Prompt]):
     ) -> None:
         self.prompts, self.chat = prompts, chat
         # By index: a source need not say where it ends.
-        lengths = [len(chat.render(prompts[i].messages)) for i in range(len(prompts))]
+        asked = (prompts[index] for index in range(len(prompts)))
+        lengths = [len(chat.render(prompt.messages, prompt.tools)) for prompt in asked]
         self.kept = [index for index, length in enumerate(lengths) if length <= max_tokens]
         if not self.kept:
             raise ValueError(too_long(name, len(lengths), min(lengths, default=0), max_tokens))
@@ -52,8 +53,8 @@ def rendered(prompt: Prompt, chat: Chat) -> Prompt:
     """The prompt with its `ids`, and with the thinking that they leave open."""
     return replace(
         prompt,
-        ids=chat.render(prompt.messages),
-        thinking=left_open(chat.header(prompt.messages)),
+        ids=chat.render(prompt.messages, prompt.tools),
+        thinking=left_open(chat.header(prompt.messages, prompt.tools)),
     )
 
 

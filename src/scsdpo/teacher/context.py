@@ -91,7 +91,7 @@ def fit(
     demonstration, feedback = told.demonstration, told.feedback
     while demonstration.strip() or feedback.strip():
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
-        ids = chat.render(messages)
+        ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
