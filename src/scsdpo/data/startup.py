@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from scsdpo.data._base import CHECK_AHEAD, Source, source_key
-from scsdpo.data.prompts import check_gold
+from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.rendered import rendered
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
@@ -58,13 +58,13 @@ def _check_source(module: Any, source: Source) -> None:
 
 
 def check_golds(source: Source) -> None:
-    """Raise a ValueError if a verifier cannot read one of the first gold answers of a source.
+    """Raise a ValueError if no response could meet one of the first gold answers of a source.
 
-    A stream checks its own as they come.
+    Rows of a file or a set are proved as they are read, also those of a stream.
     """
-    if not source.sequential:
-        for number, prompt in enumerate(islice(source.read(), CHECK_AHEAD), start=1):
-            check_gold(prompt, f"prompt {number} of {source.name!r}")
+    if not source.proves_golds:
+        prompts = list(islice(source.read(), CHECK_AHEAD))
+        refuse_unmet(source.name, prompts, lambda index: f"prompt {index + 1} of {source.name!r}")
 
 
 def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> int:
