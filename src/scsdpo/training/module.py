@@ -16,6 +16,7 @@ from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
+from scsdpo.data.startup import check_context
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -171,6 +172,8 @@ class PolicyOptimizer(Resumable):
             most = data.max_prompt_tokens
             if stage == "fit":
                 self.answering.check_room("sampling", self.sampling, most)
+                longest = max(source.longest for source in data.train_set.sources)
+                check_context(self, data.train_sources[0], longest)
             self.answering.check_room("val_sampling", self.val_sampling, most)
         self.answering.verifiers.start()
 
