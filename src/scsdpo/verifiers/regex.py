@@ -71,15 +71,14 @@ _TOKEN = re.compile(
 
 @lru_cache
 def _answer_alone(pattern: str) -> Any:
-    """The pattern of the answer: of the first group with the flags that hold there, or all of it."""
+    """The pattern of the answer: of the first group, with its flags, or all of it."""
     if not _compiled(pattern).groups:
         return _compiled(pattern)
     flags, depth, start = "", 0, -1
     for token in _TOKEN.finditer(pattern):
         if token["flags"] and start < 0:
-            flags += (
-                f"(?{token['flags']})"  # one that has ended counts too: rather too much is matched
-            )
+            # One that has ended counts too: rather too much is matched.
+            flags += f"(?{token['flags']})"
         if token["open"] and start < 0:
             start, depth = token.end(), 0
         elif token["open"] or token["apart"] or token["scope"] == ":":
