@@ -97,7 +97,8 @@ DEEPSEEK = """\
 {{- '<｜tool▁call▁begin｜>' + call.function.name + call.function.arguments }}
 {%- endfor %}
 {{- '<｜tool▁call▁end｜><｜end▁of▁sentence｜>' }}
-{%- else %}{{- '<｜Assistant｜></think>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+{%- else %}
+{{- '<｜Assistant｜></think>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\\n' }}{% endif %}"""

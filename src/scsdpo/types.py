@@ -316,6 +316,12 @@ class Judged(_ToDevice):
             successes=torch.cat([self.successes, *(each.successes.to(device) for each in others)]),
         )
 
+    def best_first(self, question: int) -> list[int]:
+        """The successes of a question: the highest reward first, of equals the first in order."""
+        rewards = self.rewards[question].tolist()
+        good = self.successes[question].nonzero()[:, 0].tolist()
+        return sorted(good, key=lambda g: -rewards[g])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherContexts:

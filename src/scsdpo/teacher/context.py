@@ -1,6 +1,7 @@
 """Contexts: what the teacher is told that the student was not."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,10 @@ from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class Context(ABC):
-    """Privileged information f for each rollout, as a rendered teacher prompt."""
+    """Privileged information f for each rollout, as a rendered teacher prompt.
+
+    White space alone is nothing to tell.
+    """
 
     @abstractmethod
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
@@ -83,13 +87,13 @@ def fit(
     the end); template and question stay whole, or there is no context.
     """
     demonstration, feedback = told.demonstration, told.feedback
-    while demonstration or feedback:
+    while demonstration.strip() or feedback.strip():
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
         ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
-        if demonstration:
+        if demonstration.strip():
             demonstration = _cut(chat, demonstration, excess)
         else:
             feedback = _cut(chat, feedback, excess)
@@ -115,13 +119,15 @@ class _Templated(_Reprompt):
 
 @dataclass(frozen=True, kw_only=True)
 class SiblingDemonstration(_Templated):
-    """A successful rollout of the same question, shown as a correct solution.
+    """The best successful rollout of the same question, shown as a correct solution.
 
-    A rollout without a (different) successful sibling has no teacher and no loss: with
-    `exclude_self` the only success of a group gets none, its failures do.
+    The best has the highest reward; of equals, `pick` says which. One that is nothing but thinking
+    is not shown. A rollout without a (different) successful sibling has no teacher and no loss:
+    with `exclude_self` the only success of a group gets none, its failures do.
 
     Args:
-        pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
+        pick: of successes with the same reward the `first` in the group's order, or the `shortest`
+            in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
         strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
         templates: the words around it.
@@ -141,14 +147,22 @@ class SiblingDemonstration(_Templated):
 
     def demonstration(self, question: int, rollout: int, judged: Judged) -> str:
         """The text to show; empty if there is none."""
-        good = judged.successes[question].nonzero()[:, 0].tolist()
-        if self.exclude_self:
-            good = [g for g in good if g != rollout]
-        if not good:
-            return ""
-        lengths = judged.lengths[question].tolist()
-        chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(judged.prompts[question], judged.texts[question][chosen])
+        for g, text in self.demonstrations(question, judged):
+            if g != rollout or not self.exclude_self:
+                return text
+        return ""
+
+    def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
+        """The successes of a question that leave something to show, the one to show first first."""
+        best = judged.best_first(question)
+        if self.pick == "shortest":
+            rewards = judged.rewards[question].tolist()
+            lengths = judged.lengths[question].tolist()
+            best.sort(key=lambda g: (-rewards[g], lengths[g]))
+        for g in best:
+            text = self.shown(judged.prompts[question], judged.texts[question][g])
+            if text.strip():
+                yield g, text
 
     def shown(self, prompt: Prompt, text: str) -> str:
         """What of a response to `prompt` is shown."""
@@ -222,6 +236,8 @@ class GoldSolution(_Templated):
 class ShortestSuccess(_Reprompt):
     """Only the shortest success of a group has a teacher, which reads another rollout of it.
 
+    Of successes with different rewards, the shortest of the best.
+
     That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
     told as what it is. The other rollouts, and groups without a success, are not learned from:
     supervision stands where the student arrived, and needs no reference solution.
@@ -243,18 +259,19 @@ class ShortestSuccess(_Reprompt):
         return self.attempt_templates
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
-        lengths = judged.lengths[question].tolist()
-        right = judged.successes[question].tolist()
-        shortest = sorted(range(len(right)), key=lengths.__getitem__)
-        taught = next((g for g in shortest if right[g]), None)
-        others = [g for g in shortest if g != taught]
-        if rollout != taught or not others:
+        lengths, rewards = judged.lengths[question].tolist(), judged.rewards[question].tolist()
+        right = judged.best_first(question)
+        taught = min(right, key=lambda g: (-rewards[g], lengths[g]), default=None)
+        if rollout != taught:
             return PrivilegedInfo()
-        other = min(others, key=right.__getitem__)
-        shown = judged.texts[question][other]
-        if self.strip_thinking:
-            shown = without_thinking(judged.prompts[question].thinking + shown)
-        return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
+        others = [g for g in range(len(lengths)) if g != taught]
+        for other in sorted(others, key=lambda g: (g in right, lengths[g])):
+            shown = judged.texts[question][other]
+            if self.strip_thinking:
+                shown = without_thinking(judged.prompts[question].thinking + shown)
+            if shown.strip():
+                return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
+        return PrivilegedInfo()
 
 
 def _own_feedback(question: int, rollout: int, judged: Judged) -> str:

@@ -18,11 +18,12 @@ from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
-    """A sibling's success; in a group without any, the last one of an earlier visit.
+    """A sibling's success; in a group without any, the best one of earlier visits.
 
-    Groups with a success are told what `demonstration` says. Each question keeps its last `size`
-    different successes, of earlier policies; they are checkpointed, and the same on every rank.
-    Memory grows with the number of distinct questions.
+    Groups with a success are told what `demonstration` says. Each question keeps its best `size`
+    different successes, of equals the last ones, and the last of the best is shown; one of which
+    nothing would be shown counts as none. They are checkpointed, and the same on every rank. Memory
+    grows with the number of distinct questions.
 
     Args:
         demonstration: how a success is picked and shown.
@@ -42,34 +43,38 @@ class RememberedDemonstration(Context, Stateful):
         if size < 1:
             raise ValueError(f"`RememberedDemonstration(size=...)` must be >= 1, got {size}")
         self.demonstration, self.size = demonstration, size
-        self.kept: dict[str, list[str]] = {}
+        self.kept: dict[str, list[tuple[float, str]]] = {}
+        """By question: rewards and responses, the one to show last."""
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         table = list(self.demonstration.render(chat, judged).ids)
         for q, prompt in enumerate(judged.prompts):
-            if prompt.key in self.kept and not judged.successes[q].any():
-                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1])
+            if prompt.key in self.kept and not any(self.demonstration.demonstrations(q, judged)):
+                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1][1])
                 table[q] = (self.demonstration.show(chat, prompt, text),) * len(table[q])
         return TeacherContexts(ids=tuple(table))
 
     def observe(self, judged: Judged) -> None:
+        rewards = judged.rewards.tolist()
         good = [
-            (prompt.key, text)
-            for prompt, texts, right in zip(
-                judged.prompts, judged.texts, judged.successes.tolist(), strict=True
-            )
-            for text, success in zip(texts, right, strict=True)
-            if success
+            (prompt.key, rewards[q][g], judged.texts[q][g])
+            for q, prompt in enumerate(judged.prompts)
+            for g, _ in sorted(self.demonstration.demonstrations(q, judged))
         ]
-        for key, text in all_gather(good):
-            others = [kept for kept in self.kept.get(key, []) if kept != text]
-            self.kept[key] = [*others, text][-self.size :]
+        for key, reward, text in all_gather(good):
+            others = [kept for kept in self.kept.get(key, []) if kept[1] != text]
+            ranked = sorted([*others, (reward, text)], key=lambda kept: kept[0])
+            self.kept[key] = ranked[-self.size :]
 
     def remembered(self) -> dict[str, Any]:
         return {"kept": self.kept}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
-        self.kept = dict(remembered["kept"])
+        self.kept = {
+            # Before rewards were kept, each was that of a success.
+            key: [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
+            for key, responses in remembered["kept"].items()
+        }
 
 
 class AttemptMemory(Context, Stateful):
@@ -167,7 +172,7 @@ class AttemptMemory(Context, Stateful):
         self, table: list[list[tuple[str, bool, str]]]
     ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """Right and wrong entries of the batch's questions, all ranks', the batch included."""
-        attempts = all_gather([one for group in table for one in group])
+        attempts = all_gather([one for group in table for one in group if one[-1].strip()])
         keys = {key for key, _, _ in attempts}
         right, wrong = ({k: old[k] for k in keys & old.keys()} for old in (self.right, self.wrong))
         for key, good, entry in attempts:
@@ -178,7 +183,7 @@ class AttemptMemory(Context, Stateful):
 
     def _entry(self, prompt: Prompt, text: str, feedback: str) -> str:
         shown = without_thinking(prompt.thinking + text) if self.strip_thinking else text
-        return f"{shown}\n{feedback}" if feedback else shown
+        return f"{shown}\n{feedback}" if feedback.strip() else shown
 
     def remembered(self) -> dict[str, Any]:
         return {"right": self.right, "wrong": self.wrong}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from scsdpo.errors import ConfigurationError
@@ -12,7 +13,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
-from scsdpo.types import Judged, Prompt, Responses, Sampling
+from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Verification, VerifierPool, report_errors
 
 
@@ -36,6 +37,7 @@ class Answering:
         self.rollout, self.verifiers = rollout, VerifierPool(verification)
         self.success_threshold, self.timer = success_threshold, timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
+        self._said = False
 
     def sample(
         self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
@@ -90,6 +92,7 @@ class Answering:
         with self.timer("verify"):
             verdicts = self.verifiers.verify(responses.prompts, responses.texts)
         report_errors(verdicts)
+        self._say_what_succeeds(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,
@@ -102,6 +105,16 @@ class Answering:
             successes=rewards >= self.success_threshold,
             split=split,
         )
+
+    def _say_what_succeeds(self, verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """One line at the first reward that is neither wrong nor right."""
+        partial = (v.reward for group in verdicts for v in group if 0 < v.reward < 1)
+        if not self._said and (first := next(partial, None)) is not None:
+            self._said = True
+            rank_zero_info(
+                f"a reward between 0 and 1 ({first:g}): a success is a reward of at least "
+                f"{self.success_threshold:g} (model.success_threshold)"
+            )
 
     def close(self) -> None:
         """Let the rollout's engine go, and the processes that judge."""
