@@ -56,6 +56,12 @@ def group(texts, rewards, *, feedback="wrong", chat=None):
     return Judged(responses=responses, verdicts=(verdicts,), rewards=reward, successes=successes)
 
 
+def with_prompt(judged, **changes):
+    """The same batch, whose questions are changed."""
+    prompts = tuple(replace(prompt, **changes) for prompt in judged.prompts)
+    return replace(judged, responses=replace(judged.responses, prompts=prompts))
+
+
 def shown(context, chat, texts, rewards, **kwargs):
     """What each teacher prompt says, decoded."""
     contexts = context.render(chat, group(texts, rewards, chat=chat, **kwargs))
@@ -133,16 +139,16 @@ class Half(Verifier):
 
 def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(policy, caplog):
     assert inspect.signature(PolicyOptimizer).parameters["success_threshold"].default == 1
-    rollouts, _ = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat)
-    prompts = tuple(replace(prompt, verifier=Half()) for prompt in rollouts.prompts)
+    responses = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat).responses
+    prompts = tuple(replace(prompt, verifier=Half()) for prompt in responses.prompts)
     answering = Answering(HFRollout(), Verification(workers=0), 1.0, PhaseTimer())
     with caplog.at_level(logging.INFO):
-        whole = replace(rollouts, prompts=prompts, texts=(("0", "1", "1", "0"),))
-        assert answering.judge(whole).successes.tolist() == [[False, True, True, False]]
+        whole = replace(responses, prompts=prompts, texts=(("0", "1", "1", "0"),))
+        assert answering.judge(whole, "train").successes.tolist() == [[False, True, True, False]]
         assert not caplog.messages
         for _ in range(2):
-            outcomes = answering.judge(replace(rollouts, prompts=prompts))
-            assert outcomes.successes.tolist() == [[False, True, False, False]]
+            judged = answering.judge(replace(responses, prompts=prompts), "train")
+            assert judged.successes.tolist() == [[False, True, False, False]]
     assert caplog.messages == [
         "a reward between 0 and 1 (0.5): a success is a reward of at least 1 "
         "(model.success_threshold)"
@@ -151,11 +157,11 @@ def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(polic
 
 def test_an_evaluation_keeps_the_best_response_that_is_more_than_thinking():
     texts = ["half", "<think>all</think>", "<think>a</think>right", "right too"]
-    (question,) = questions(*group(texts, [0.5, 1, 1, 1]))
+    (question,) = questions(group(texts, [0.5, 1, 1, 1]))
     assert question.right == "<think>a</think>right"
-    (question,) = questions(*group(["half", "a"], [0.5, 0]))
+    (question,) = questions(group(["half", "a"], [0.5, 0]))
     assert question.right == "half"
-    (question,) = questions(*group(["<think>", "a"], [1.0, 0]))
+    (question,) = questions(group(["<think>", "a"], [1.0, 0]))
     assert question.right == "<think>"
 
 
@@ -170,16 +176,14 @@ def test_white_space_is_nothing_to_tell(policy, blank):
     assert not any(shown(Feedback(), policy.chat, ["a", "b"], [0.0, 0], feedback=blank))
     both = DemonstrationOrFeedback(both=True)
     assert "unsuccessful" not in shown(both, policy.chat, ["a", "b"], [0.0, 1], feedback=blank)[0]
-    rollouts, outcomes = group(["a", "b"], [0.0, 1], chat=policy.chat)
-    prompts = tuple(replace(prompt, answer=blank) for prompt in rollouts.prompts)
-    told = GoldSolution().render(policy.chat, replace(rollouts, prompts=prompts), outcomes)
+    judged = group(["a", "b"], [0.0, 1], chat=policy.chat)
+    told = GoldSolution().render(policy.chat, with_prompt(judged, answer=blank))
     assert not told.available.any()
 
 
 def test_thinking_that_the_prompt_opened_and_nothing_ends_is_not_shown(policy):
-    rollouts, outcomes = group(["no end", "a</think>b", "c"], [1.0, 1, 0], chat=policy.chat)
-    prompts = tuple(replace(prompt, thinking="<think>") for prompt in rollouts.prompts)
-    told = SiblingDemonstration().render(policy.chat, replace(rollouts, prompts=prompts), outcomes)
+    judged = group(["no end", "a</think>b", "c"], [1.0, 1, 0], chat=policy.chat)
+    told = SiblingDemonstration().render(policy.chat, with_prompt(judged, thinking="<think>"))
     texts = [policy.chat.tokenizer.decode(list(ids)) for ids in told.ids[0]]
     assert ["\nb\n" in text for text in texts] == [True, False, True]
 
