@@ -5,6 +5,7 @@ this alone.
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
@@ -34,6 +35,9 @@ class Prompt:
     """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
+    copy: int = 0
+    """How often the same question stands before it in the training batch, over all ranks, or in the
+    validation: its response i is drawn, and recorded, as response copy G + i to the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +61,9 @@ class Verifier(ABC):
     processes that judge. It has no state, so that its verdicts do not depend on what was judged
     before.
     """
+
+    reads_json: ClassVar[bool] = False
+    """Whether gold answers are JSON: then a list, or a value with columns of its own, is one."""
 
     def prepare(self) -> None:  # noqa: B027
         """Whatever takes long the first time, such as imports; off the clock of any verdict.

@@ -76,10 +76,11 @@ def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, An
     """A record for each response of a judged batch, in its order: docs/evaluation.md."""
     lengths, finished = rollouts.lengths.tolist(), rollouts.finished.tolist()
     for q, prompt in enumerate(rollouts.prompts):
-        for sample, text in enumerate(rollouts.texts[q]):
+        texts = rollouts.texts[q]
+        for sample, text in enumerate(texts):
             yield {
                 "key": prompt.key,
-                "sample": sample,
+                "sample": prompt.copy * len(texts) + sample,
                 "category": prompt.category,
                 "question": prompt.messages[-1]["content"] if prompt.messages else "",
                 "gold": prompt.answer,

@@ -92,9 +92,9 @@ def token_record(
 
 
 def _place(batch: JudgedBatch, q: int, g: int, where: dict[str, Any]) -> Place:
-    key = batch.rollouts.prompts[q].key
+    prompt, samples = batch.rollouts.prompts[q], batch.outcomes.successes.shape[1]
     here = {"schema_version": SCHEMA_VERSION, **where, "split": batch.split}
-    return cast(Place, {**here, "key": key, "sample": g})
+    return cast(Place, {**here, "key": prompt.key, "sample": prompt.copy * samples + g})
 
 
 def _numbers(values: Tensor) -> list[Number]:

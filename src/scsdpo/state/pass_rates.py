@@ -44,7 +44,9 @@ class _Remembered(PassRates, Stateful):
         self.batches += 1
         counts = outcomes.successes.double().sum(-1).tolist()
         group = outcomes.successes.shape[-1]
-        for key, right in all_gather(list(zip(outcomes.question_keys(), counts, strict=True))):
+        found = all_gather(list(zip(outcomes.question_keys(), counts, strict=True)))
+        # Copies of a question come in an order that does not depend on which rank has which.
+        for key, right in sorted(found):
             self.kept[key] = self._follow(self.kept.get(key, []), right, group)
         rates = [self._rate(self.kept[key]) for key in outcomes.keys]
         return torch.tensor(rates, dtype=torch.float64, device=outcomes.rewards.device)

@@ -1,6 +1,7 @@
 """Contexts that remember earlier attempts."""
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from scsdpo.distributed import all_gather
@@ -55,14 +56,15 @@ class RememberedDemonstration(Context, Stateful):
 
     def _remember(self, rollouts: Rollouts, outcomes: Outcomes) -> None:
         good = [
-            (prompt.key, text)
+            (prompt.copy, prompt.key, text)
             for prompt, texts, right in zip(
                 rollouts.prompts, rollouts.texts, outcomes.successes.tolist(), strict=True
             )
             for text, success in zip(texts, right, strict=True)
             if success
         ]
-        for key, text in all_gather(good):
+        # Copies of a question in their order, whichever rank has which.
+        for _, key, text in sorted(all_gather(good), key=itemgetter(0)):
             others = [kept for kept in self.kept.get(key, []) if kept != text]
             self.kept[key] = [*others, text][-self.size :]
 
@@ -132,7 +134,9 @@ class AttemptMemory(Context, Stateful):
                 strict=True,
             )
         ]
-        for key, right, entry in all_gather([one for group in table for one in group]):
+        copies = [prompt.copy for prompt in rollouts.prompts]
+        found = [(copy, *one) for copy, group in zip(copies, table, strict=True) for one in group]
+        for _, key, right, entry in sorted(all_gather(found), key=itemgetter(0)):
             kept, size = (self.right, self.successes) if right else (self.wrong, self.failures)
             others = [other for other in kept.get(key, []) if other != entry]
             kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.tool_call_reference import reference_verdict
@@ -37,6 +37,7 @@ class ToolCall(Verifier):
         input stays with its call, and nested objects are read to their end.
     """
 
+    reads_json: ClassVar[bool] = True
     reveal: bool = False
     compatibility: Literal["none", "reference"] = "none"
 
