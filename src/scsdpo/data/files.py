@@ -295,24 +295,24 @@ def _count(number: int, what: str) -> str:
 
 
 def _cells(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str] | BrokenRow]]:
-    """The cells of each row, with the line that it begins on."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            why = "its quotes are not closed" if "unexpected end" in str(error) else str(error)
-            yield number, BrokenRow(f"line {number} cannot be read: {why}")
-            continue
-        if escaped := next(filter(None, map(_ESCAPED.search, row)), None):
-            byte = ord(escaped[0]) - 0xDC00
-            yield number, BrokenRow(f"line {number} is not UTF-8 text (byte 0x{byte:02x})")
-        elif row:
-            yield number, row
+    """The cells of each row, with the line that it begins on; closes the file."""
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        while True:
+            number = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                why = "its quotes are not closed" if "unexpected end" in str(error) else str(error)
+                yield number, BrokenRow(f"line {number} cannot be read: {why}")
+                continue
+            if escaped := next(filter(None, map(_ESCAPED.search, row)), None):
+                byte = ord(escaped[0]) - 0xDC00
+                yield number, BrokenRow(f"line {number} is not UTF-8 text (byte 0x{byte:02x})")
+            elif row:
+                yield number, row
 
 
 def _cell(text: str) -> str | Decimal | None:
