@@ -16,6 +16,8 @@ class Callable(Verifier):
     Args:
         function: as `module:function`, with the module in the folder in which the command runs, or
             on the import path.
+        strip_thinking: give the function only what stands behind the thinking, as `Verifier` says;
+            False: all of the response.
 
     Raises:
         ValueError: if there is no such function.
@@ -23,6 +25,7 @@ class Callable(Verifier):
 
     reads_json: ClassVar[bool] = True
     function: str
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         _found(self.function)
