@@ -5,7 +5,6 @@ to the place, and the first line that is neither says what is wrong there. A mes
 form is shown as it is, in one line.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +183,7 @@ def _not_there(path: str) -> str:
         if error.name != name.partition(".")[0]:
             return f": importing {name} fails: {first_line(error)}"
         where = f"{name.replace('.', '/')}.py"
-        return f": there is no {where} in {os.getcwd()}, nor a module {name} on PYTHONPATH"
+        return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
     except Exception as error:  # whatever the user's module does
         return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
     if attribute in vars(module):
