@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from scsdpo.data._base import CHECK_AHEAD, Source
+from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.table import Table, is_missing, whole_text
 from scsdpo.types import Message, Prompt, stable_hash
 from scsdpo.verifiers import Verifier
@@ -114,18 +115,19 @@ class PromptColumns:
         found = {column: f"{name}={column!r}" for name, column in named.items() if column}
         return found | dict.fromkeys(self._in_template, "template=...")
 
-    def prompts(self, table: Table, name: str, verifier: Verifier) -> list[Prompt]:
-        """A prompt of source `name` for each row.
+    def prompts(self, tables: Iterable[Table], name: str, verifier: Verifier) -> list[Prompt]:
+        """A prompt of source `name` for each row of all tables.
 
         Raises:
             ValueError: if a row has no question or no answer, or the verifier cannot read the
-                answer; with the number of the row.
+                answer, with the number of the row; or if no response could meet an answer.
             BrokenRow: if what it has is no text.
         """
-        made = [self._prompt(table, index, name, verifier) for index in range(len(table.rows))]
-        for index, prompt in enumerate(made):
-            if table.number(index) <= CHECK_AHEAD:
-                check_gold(prompt, table.where(index))
+        rows = [(table, index) for table in tables for index in range(len(table.rows))]
+        made = [self._prompt(table, index, name, verifier) for table, index in rows]
+        # Of a stream's rows, which come one by one, the first ones are proved.
+        if len(made) > 1 or rows[0][0].number(0) <= CHECK_AHEAD:
+            refuse_unmet(name, made, lambda place: rows[place][0].where(rows[place][1]))
         return made
 
     def _prompt(self, table: Table, index: int, name: str, verifier: Verifier) -> Prompt:
@@ -246,13 +248,3 @@ def _joined(content: str | list[Any], where: str) -> str:
                 raise ValueError(f"{where} has a part of the type {kind!r}; only text can be asked")
         content = "".join(part["text"] for part in content)
     return whole_text(content, where)
-
-
-def check_gold(prompt: Prompt, where: str) -> None:
-    """Raise a ValueError that begins with `where` if the verifier cannot read the gold answer."""
-    try:
-        prompt.verifier.check(prompt)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: {error}; no response could be right: mend the answer, or remove the row"
-        ) from error

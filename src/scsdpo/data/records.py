@@ -126,14 +126,16 @@ class Records(Stream):
         """Whether rows are read as a stream."""
         return self.streaming
 
+    @property
+    def proves_golds(self) -> bool:
+        """Row by row, with its number."""
+        return True
+
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """All of them."""
-        found: list[Prompt] = []
-        for table in self.rows.tables(list(self.columns.arguments)):
-            self._check_columns(table)
-            found += self._prompts(table)
-        return tuple(found)
+        tables = map(self._checked, self.rows.tables(list(self.columns.arguments)))
+        return tuple(self.columns.prompts(tables, self.name, self.verifier))
 
     def __len__(self) -> int:
         return self.size if self.streaming else len(self.prompts)
@@ -153,12 +155,11 @@ class Records(Stream):
         rows = self.rows.stream(list(self.columns.arguments))
         for number, row in enumerate(rows, start=1):
             if isinstance(row, Table) and row.place != checked:  # the first row of a file
-                self._check_columns(row)
-                checked = row.place
+                checked = self._checked(row).place
             try:
                 if isinstance(row, BrokenRow):
                     raise row
-                (prompt,) = self._prompts(row)
+                (prompt,) = self.columns.prompts([row], self.name, self.verifier)
             except BrokenRow as error:
                 broken += 1
                 if broken > self.max_broken_rows:
@@ -185,12 +186,10 @@ class Records(Stream):
         self._told[what] = count
         _warn(self.name, count, read, what, str(why))
 
-    def _prompts(self, table: Table) -> list[Prompt]:
-        return self.columns.prompts(table, self.name, self.verifier)
-
-    def _check_columns(self, table: Table) -> None:
+    def _checked(self, table: Table) -> Table:
         for column, argument in self.columns.arguments.items():
             table.check(column, f"{type(self).__name__}({argument})")
+        return table
 
 
 def _stem(path: str) -> str:
@@ -270,10 +269,15 @@ class ToolUse(PromptList):
         """Always `tooluse`."""
         return "tooluse"
 
+    @property
+    def proves_golds(self) -> bool:
+        """Row by row, with its number."""
+        return True
+
     def load(self) -> Iterable[Prompt]:
         """One prompt a row; a row whose gold answer cannot be read is an error."""
         owner, wanted = f"ToolUse(path={str(self.path)!r})", ("prompt", "answer", "system")
         table = Table.read(self.path, owner, wanted)
         for column in wanted[:2]:
             table.check(column, owner)
-        return PromptColumns(system="system").prompts(table, self.name, self.verifier)
+        return PromptColumns(system="system").prompts([table], self.name, self.verifier)

@@ -39,6 +39,11 @@ class ShuffledSource(ABC):
     def __getitem__(self, number: int) -> Prompt:
         """The rendered prompt that is asked as `number`, from 0."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the longest prompt; where they are not known before, the limit on them."""
+
     def key(self, number: int) -> str:
         """Its key."""
         return self[number].key
@@ -70,6 +75,10 @@ class _Permuted(ShuffledSource):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        return self.prompts.longest
 
     def __getitem__(self, number: int) -> Prompt:
         return self.prompts[self._place(number)]
@@ -112,6 +121,10 @@ class _Streamed(ShuffledSource):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def longest(self) -> int:
+        return self.max_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prompts": iter(()), "_at": -1}
