@@ -8,10 +8,13 @@ form is shown as it is, in one line.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
 from scsdpo.cli.front import did_you_mean, no_such_key
+from scsdpo.data import Records
+from scsdpo.errors import first_line
 
 Sections = Mapping[str, type]
 
@@ -86,11 +89,13 @@ def _unknown_key(option: str, sections: Sections) -> str:
 
 
 def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
-    if name == "class_path":
+    if name == "class_path" and where != "records":
         return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
     known = list(arguments(kind))[skip:]
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)
+    if where == "records" and name in (*arguments(Records), "class_path"):
+        hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
     return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
 
 
@@ -160,11 +165,31 @@ def _fault(message: str, sections: Sections) -> str:
     if match := _NO_CLASS.match(wrong):
         name = next(filter(None, match.groups()))
         flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
-        return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+        return f"{key}: {name} is {flaw}{_not_there(name) or _offer(place.hint, name)}"
     got = _GOT.search(message)
     if got and place.hint is not Any:
         return f"{key}: must be {spell(place.hint)}, got {got[1]}"
     return f"{key}: {wrong}"
+
+
+def _not_there(path: str) -> str:
+    """Why nothing can be imported from there; '' if it can, or if it is a bare name."""
+    name, _, attribute = path.strip("'\"").rpartition(".")
+    if not name:
+        return ""
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            return f": importing {name} fails: {first_line(error)}"
+        where = f"{name.replace('.', '/')}.py"
+        return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
+    except Exception as error:  # whatever the user's module does
+        return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
+    if attribute in vars(module):
+        return ""
+    named = [each for each, held in vars(module).items() if isinstance(held, type)]
+    return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"
 
 
 def _kinds(hint: Any) -> str:

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers import landlock
@@ -55,6 +56,7 @@ class PythonTests(Verifier):
         ValueError: if a limit is too small, or the system has no such filter.
     """
 
+    reads_json: ClassVar[bool] = True
     seconds: float = 5.0
     memory_mb: int = 1024
     reveal: bool = False
