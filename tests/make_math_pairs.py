@@ -1330,7 +1330,7 @@ def finding(draw: Random) -> tuple[str, str, str]:
         [
             (str(n), str(n), str(m)),
             (str(n), str(n), str(m)),
-            (rf"\frac{{{n}}}{{7{n}}}".replace("7", "1", 1), rf"\frac{{{n}}}{{1{n}}}", rf"\frac{{{n}}}{{2{n}}}"),
+            (rf"\frac{{{n}}}{{1{n}}}", rf"\frac{{{n}}}{{1{n}}}", rf"\frac{{{n}}}{{2{n}}}"),
             (rf"{n}\sqrt{{2}}", rf"{n}\sqrt{{2}}", rf"{m}\sqrt{{2}}"),
             (rf"({n}, {m})", rf"({n}, {m})", rf"({m}, {n})"),
         ]
