@@ -115,7 +115,7 @@ _UNION, _OTHER, _MEMBER = re.compile("∪"), re.compile("[∩∖⇒]"), re.compi
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SPACED = re.compile(r"[-+]?\s*\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _MATRIX = re.compile(
-    r"(?:\\left|[\[(|]|\s)*\\begin \{(?P<kind>[pbvBV]?matrix|smallmatrix|array)\}\s*"
+    r"(?:\\left|[\[(|]|\s)*\\begin \{(?P<kind>[pbB]?matrix|smallmatrix|array)\}\s*"
     r"(?P<columns>\{[lcr| ]*\})?(?P<body>.*)\\end \{(?P=kind)\}\s*[\])|]?\s*",
     re.DOTALL,
 )
@@ -130,7 +130,8 @@ _INDEX = r"(?:_(?:\{[^{}]*\}|[A-Za-z0-9]))?"
 _NAME = re.compile(
     rf"\|?\s*(?:{_LETTERS}|\\[A-Za-z]+ ?)\s*{_INDEX}'*(?:\^\{{-1\}})?(?:\([^()]*\))?\s*\|?"
     r"|\\(?:angle|triangle|overline|vec|hat|bar) ?\{?\s*[A-Za-z]{1,4}\s*\}?"
-    r"|«[A-Za-z ]{1,30}»|[A-Z](?:_\{?\w+\}?)?:[A-Z](?:_\{?\w+\}?)?|\|[A-Z]+\|"
+    r"|\\frac ?\{[A-Z]{1,3}\}\{[A-Z]{1,3}\}|«[A-Za-z ]{1,30}»|\|[A-Z]+\|"
+    r"|[A-Z](?:_\{?\w+\}?)?:[A-Z](?:_\{?\w+\}?)?"
 )
 _MONTHS = [
     "january", "february", "march", "april", "may", "june", "july", "august", "september",
@@ -140,9 +141,8 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*([ap])\.?\s*m\.?")
 _ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})")
 _MONTH_FIRST = re.compile(r"([A-Za-z]{3,9})\.?\s*(\d{1,2})(?:st|nd|rd|th)?\s*,?\s*(\d{4})")
 _DAY_FIRST = re.compile(r"(\d{1,2})(?:st|nd|rd|th)?\s*(?:of\s*)?([A-Za-z]{3,9})\.?\s*,?\s*(\d{4})")
-_NO_SUM = re.compile(
-    r"\d+(?:[.,]\d+)*\s*-{1,3}\s*\d+(?:[.,]\d+)*|\d+(?:\s*:\s*\d+)+|\d{1,4}(?:[-/]\d{1,4}){2}"
-)
+_RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+|\d{1,4}(?:[-/]\d{1,4}){2}")
+_RANGE = re.compile(r"(\d+(?:\.\d+)?)\s*-{1,3}\s*(\d+(?:\.\d+)?)")
 _BASED = re.compile(
     r"\(?\s*(?P<digits>[0-9A-Fa-f]+)\s*\)?\s*(?:_\s*\{?\s*(?P<base>\d{1,2}|«?[a-z]{3,8}»?)\s*\}?"
     r"|«?\s*\(?\s*base\s*(?P<said>\d{1,2}|[a-z]{3,8})\s*\)?\s*»?)"
@@ -153,6 +153,11 @@ _BASES = {
 }  # fmt: skip
 _POWER_OF_TEN = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))\s*[eE]\s*([-+]?\d+)")
 _MIXED = re.compile(r"([-+]?)\s*(\d+) (\d+)\s*/\s*(\d+)")
+_MULTIPLES = {
+    "dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12,
+}  # fmt: skip
+_MULTIPLE = re.compile(rf"({'|'.join(_MULTIPLES)})s?\b", re.IGNORECASE)
 _CURRENCY = re.compile(r"([-+]?)\s*([$€£¥])\s*(.+)")
 _LITERAL = r"[-+]?\s*(?:\d+(?:\.\d+)?|\.\d+)"
 _WITH_UNIT = re.compile(
@@ -183,11 +188,13 @@ def _read(text: str, depth: int, brackets: bool = False) -> Answer:
     moment = _moment(text.replace("«", " ").replace("»", " "))
     if moment:
         return Text(moment)
-    text = text.replace("\x03", "")
+    text = text.replace("\x03", "").strip()
+    if not text:
+        return Text(written)
     if text[0] == "«" and closing(text, 0) == len(text) - 1 and _COMMA.search(text[1:-1]):
         text = text[1:-1].strip()
     if not brackets:
-        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        text = _joined_thousands(text)
         if _SPACED.fullmatch(text):
             text = text.replace(" ", "")
     return (
@@ -197,6 +204,17 @@ def _read(text: str, depth: int, brackets: bool = False) -> Answer:
         or _bracketed(text, written, depth)
         or _single(text, written)
     )
+
+
+def _joined_thousands(text: str) -> str:
+    """1,234 is a number where it stands in no bracket; (1,234) are two."""
+
+    def joined(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        depth = sum(before.count(a) - before.count(b) for a, b in ("()", "[]", "{}", "⦃⦄"))
+        return match[0] if depth else match[0].replace(",", "")
+
+    return _THOUSANDS.sub(joined, text)
 
 
 def _moment(text: str) -> str:
@@ -219,7 +237,8 @@ def _moment(text: str) -> str:
         day, month, year = last[1], _month(last[2]), last[3]
     if month:
         return f"{year}-{month:02}-{int(day):02}"
-    if _NO_SUM.fullmatch(text):
+    span = _RANGE.fullmatch(text)
+    if _RATIO.fullmatch(text) or (span and Fraction(span[1]) < Fraction(span[2])):
         return re.sub(r"-+", "-", text.replace(" ", ""))
     return ""
 
@@ -236,7 +255,7 @@ def _arranged(text: str, written: str, depth: int) -> Answer | None:
     named = re.fullmatch(rf"({_NAME.pattern})\s*=\s*(.*\\begin.*)", text, re.DOTALL)
     matrix = _MATRIX.fullmatch(named[2] if named else text)
     system = _SYSTEM.fullmatch(text)
-    if matrix and not text.startswith("⦃"):
+    if matrix and not text.startswith("⦃") and r"\begin" not in matrix["body"]:
         rows = [row for row in matrix["body"].split(r"\\") if row.strip()]
         entries = [[cell.strip() for cell in row.split("&")] for row in rows]
         if sum(map(len, entries)) > 4 * MAX_PARTS:
@@ -255,7 +274,7 @@ def _listed(text: str, written: str, depth: int) -> Answer | None:
     parts = [part.strip() for part in split(text, _COMMA)]
     if len(parts) > 1:
         parts = [part for part in parts if part]
-        if len(parts) > MAX_PARTS:
+        if not 0 < len(parts) <= MAX_PARTS:
             return Text(written)
         if len(parts) == 1:
             return _read(parts[0], depth + 1)
@@ -377,6 +396,8 @@ def _based(match: re.Match[str], written: str) -> Answer | None:
     said = (match["base"] or match["said"]).strip("«»")
     base = int(said) if said.isdigit() else _BASES.get(said, 0)
     digits = match["digits"].upper()
+    if digits in "ABCDEF":
+        return None  # a letter with an index
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         return None
     if base == 10:
@@ -425,11 +446,14 @@ def _quantity(text: str, written: str) -> Answer | None:
 
 
 def _of(number: str, unit: str, written: str, *, any_words: bool) -> Answer | None:
-    number = number.strip().rstrip("*").strip()
-    found = read_unit(unit, any_words=any_words)
+    number, unit = number.strip().rstrip("*").strip(), unit.strip()
+    multiple = _MULTIPLE.match(unit)
+    found = read_unit(unit[multiple.end() :] if multiple else unit, any_words=any_words)
     node = _node(number)
     if found is None or node is None:
         return None
+    if multiple:
+        node = _times(node, Fraction(_MULTIPLES[multiple[1].lower()]))
     return Quantity(written, node, found) if found.powers else Value(written, node)
 
 
@@ -541,10 +565,10 @@ def _nearly(gold: Node, said: Node, rules: Rules) -> bool:
 
 def _same_many(gold: Answer, said: Answer, rules: Rules) -> bool:
     """In any order, each part once. A set and several answers are the same; a union is neither."""
-    sets = _as_set(gold), _as_set(said)
     if isinstance(gold, Many) and isinstance(said, Many):
         if "union" in (gold.sort, said.sort) and gold.sort != said.sort:
-            return sets[0] is not None and sets[1] is not None and same(sets[0], sets[1], rules)
+            one, other = _as_union(gold), _as_union(said)
+            return one is not None and other is not None and _same_many(one, other, rules)
         golds, saids = _parts(gold, rules), _parts(said, rules)
         if gold.sort == "several" and said.sort == "several":
             bare = _without_names(golds, saids)
@@ -610,11 +634,9 @@ def _is_name(side: Answer) -> bool:
     if isinstance(side, Group):
         return all(_is_name(part) for part in side.parts)
     if isinstance(side, Value):
-        return isinstance(side.node, Symbol) or (
-            isinstance(side.node, Apply)
-            and side.node.what == "abs"
-            and isinstance(side.node.to[0], Symbol)
-        )
+        node = side.node
+        is_name = not _is_constant(side) and not re.match(r"\\(?!frac)", side.written)
+        return isinstance(node, Symbol) or bool(is_name and _NAME.fullmatch(side.written))
     if isinstance(side, Text):
         return bool(_NAME.fullmatch(side.written) or re.fullmatch("[a-z ]{3,30}", side.written))
     return False
@@ -709,14 +731,18 @@ def _stated_by(gold: Answer, said: Relation, rules: Rules) -> bool:
     return interval is not None and isinstance(gold, Group | Many) and same(gold, interval, rules)
 
 
+def _as_union(many: Many) -> Many | None:
+    """Several inequalities as the union of what they describe; a union as it is."""
+    if many.sort == "union":
+        return many
+    parts = [_as_set(part) if isinstance(part, Relation) else None for part in many.parts]
+    found = tuple(part for part in parts if part is not None)
+    is_union = many.sort == "several" and len(found) == len(parts)
+    return Many(many.written, found, "union") if is_union else None
+
+
 def _as_set(answer: Answer) -> Answer | None:
-    """The interval of an inequality for one letter, the union of several; sets as they are."""
-    if isinstance(answer, Group) or (isinstance(answer, Many) and answer.sort != "several"):
-        return answer
-    if isinstance(answer, Many):
-        parts = [_as_set(part) if isinstance(part, Relation) else None for part in answer.parts]
-        found = tuple(part for part in parts if part is not None)
-        return Many(answer.written, found, "union") if len(found) == len(parts) else None
+    """The interval of an inequality for one letter."""
     if not isinstance(answer, Relation):
         return None
     relation = _ascending(answer)

@@ -198,23 +198,16 @@ class _Reader:
         return token.kind != "end"
 
     def signed(self) -> Node:
-        """A factor behind any number of signs."""
+        """A factor, or one behind a sign: -2 3/4 is -(2 3/4)."""
+        if not self.sign("+-"):
+            return self.power()
+        minus = self.take().text == "-"
         if self.sign("+-"):
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise Unreadable("too many signs")
-            minus = self.take().text == "-"
-            node = self.signed_term() if minus else self.signed()
-            self.depth -= 1
-            return Apply("-", (node,)) if minus else node
-        return self.power()
-
-    def signed_term(self) -> Node:
-        """What a minus is put before: -2 3/4 is -(2 3/4)."""
-        node = self.signed()
-        while self.starts():
+            raise Unreadable("two signs")
+        node = self.power()
+        while minus and self.starts():
             node = self.joined(node)
-        return node
+        return Apply("-", (node,)) if minus else node
 
     def power(self) -> Node:
         node = self.primary()
@@ -256,6 +249,8 @@ class _Reader:
         if self.sign("{"):
             return self.braced()
         token = self.peek()
+        if token.kind == "number" and "." in token.text:
+            raise Unreadable("a decimal without braces")
         if token.kind == "number" and len(token.text) > 1:
             self.tokens[self.place] = _Token("number", token.text[1:], token.start + 1)
             return Number(Fraction(token.text[0]))

@@ -127,8 +127,9 @@ def _is_link(text: str) -> bool:
 
 _CUE = re.compile(
     r"(?:\b(?:final|correct|right)?\s*(?:answer|result|solution)s?\b"
-    r"(?P<middle>[^.\n:=$]{0,60}?)\s*(?P<verb>\b(?:is|are|equals)\b|=|:)\s*:?|####)",
-    re.IGNORECASE,
+    r"(?P<middle>[^.\n:=$]{0,60}?)\s*\b(?:is|are|equals|(?:should|must|will|to)\s+be)\b\s*:?"
+    r"|\banswers?\b(?P<between>[^.\n:=$]{0,60}?)\s*[:=]|####|^\W*(?:final\s+)?answer\s+(?=[$\\\d]))",
+    re.IGNORECASE | re.MULTILINE,
 )
 _HEADING = re.compile(r"(?im)^[\s#*]*(?:the\s+)?(?:final\s+)?answer\s*:?[\s*]*$")
 _LEAD = re.compile(
@@ -138,6 +139,11 @@ _LEAD = re.compile(
 )
 _NOT = re.compile(
     r"\s*(?:not|n't|never|no longer|unknown|unclear|wrong|incorrect)\b", re.IGNORECASE
+)
+_COURTESY = re.compile(
+    r"\W*(?:very\s+)?(?:helpful|clear|correct|right|useful|as follows|(?:given|shown|found)? ?"
+    r"(?:above|below)|what you)\b",
+    re.IGNORECASE,
 )
 _REST = re.compile(
     r",?\s+(?:because|since|as|which|where|when|so|after|by|if|for|in which|that is|i\.e\.)\b"
@@ -168,16 +174,16 @@ _KNOWN_WORDS = frozenset([
 
 def _said(text: str) -> str:
     """What follows the last words that announce an answer; empty if there are none."""
-    found = ""
     cues = [(match.end(), match) for match in _CUE.finditer(text)]
     cues += [(match.end(), match) for match in _HEADING.finditer(text)]
-    for place, match in sorted(cues, key=lambda cue: cue[0], reverse=True)[:4]:
-        middle = match.groupdict().get("middle") or ""
-        if _DOUBT.search(middle) or re.search(r"\b(?:would|too|was|be)\b", middle):
+    for place, match in sorted(cues, key=lambda cue: cue[0], reverse=True)[:6]:
+        words, rest = match.groupdict(), text[place : place + MAX_ANSWER]
+        middle = words.get("middle") or words.get("between") or ""
+        if _COURTESY.match(rest):
             continue
-        found = _statement(text[place : place + MAX_ANSWER])
-        if found:
-            return found
+        if _DOUBT.search(middle) or re.search(r"\b(?:would|too|was)\b", middle):
+            continue
+        return _statement(rest)
     turned = list(_IS_ANSWER.finditer(text))
     if turned and not _DOUBT.search(turned[-1]["said"]):
         said = re.sub(r"(?i)^\W*(?:so|thus|hence|therefore)\b[\s,]*", "", turned[-1]["said"])
@@ -204,13 +210,14 @@ def _statement(text: str) -> str:
         sentence = sentence[last_is[-1].end() :].strip()
         chunks = list(_MATH.finditer(sentence))
     sentence = sentence.strip("*_ ").rstrip(".!*_ ")
-    outside = _WORDS.findall(_MATH.sub(" ", sentence))
+    outside = _WORDS.findall(re.sub(r"\\[A-Za-z]+", " ", _MATH.sub(" ", sentence)))
     words = [word for word in outside if word.lower() not in _KNOWN_WORDS]
     if chunks and chunks[0].start() == 0 and len(words) > 3:
         return chunks[0][0]
     if len(words) > 5 or _DOUBT.search(" ".join(words[:2])):
         number = _NUMBER.match(sentence)
-        return number[0] if number else ""
+        compared = re.search(r"\b(?:more|less|fewer|times|than|plus|minus|or|not)\b", sentence)
+        return number[0] if number and not compared else ""
     return sentence
 
 
@@ -235,6 +242,11 @@ def _last_line(text: str) -> str:
         bare = re.sub(r"^\$(.*)\$[.,]?$", r"\1", line) if line.count("$") == 2 else line
         words = _WORDS.findall(re.sub(r"\\[A-Za-z]+", " ", bare))
         has_math = _MATH_SIGN.search(line)
+        counted = re.fullmatch(rf"(?:\$[^$]+\$|{_NUMBER.pattern})\s*[a-z%°]+(?:\s[a-z]+)?\.?", line)
+        if counted:
+            return line.rstrip(".")
+        if _MATH.fullmatch(re.sub(r"[.,!]$", "", line)):
+            return bare.rstrip(".,!") if len(bare) <= MAX_ANSWER else ""
         if has_math and not [w for w in words if w.lower() not in _KNOWN_WORDS]:
             return bare.rstrip(".!,") if len(bare) <= MAX_ANSWER else ""
         if not has_math:
@@ -260,14 +272,19 @@ def _concluded(line: str, *, is_last: bool) -> str:
     )
     if verbs:
         after = sentence[verbs[-1].end() :].strip().strip("*_ ").rstrip(".!*_ ")
+        after = re.sub(r"(?<=\d)\s+(?:of|in|at|for|to|on)\b.*$", "", after)
         chunk = _MATH.fullmatch(after)
         literal = re.fullmatch(rf"{_NUMBER.pattern}(?:\s+[A-Za-z]+){{0,2}}", after)
         if chunk or literal:
             return after
+    chunks = list(_MATH.finditer(sentence))
+    ends_in_one = len(chunks) == 1 and not sentence[chunks[0].end() :].strip(".!*_ ")
+    if ends_in_one and re.search(r"[\d=<>]|\\(?:[lg]eq?|[lg]t|in|begin)\b", chunks[0][0]):
+        return chunks[0][0]
     if _CONCLUDES.match(sentence):
-        chunks, numbers = _MATH.findall(sentence), _NUMBER.findall(blank)
+        numbers = _NUMBER.findall(blank)
         if len(chunks) == 1 and not re.search(r"[1-9]", blank):
-            return next(part for part in chunks[0] if part)
+            return chunks[0][0]
         if not chunks and len(numbers) == 1:
             return str(numbers[0])
     return ""

@@ -45,7 +45,7 @@ _COMMANDS = {
 _NOTHING = [
     "left", "right", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "bigm",
     "big", "Big", "bigg", "Bigg", "middle", "displaystyle", "textstyle", "scriptstyle",
-    "limits", "nolimits", "mathstrut", "strut", "boldmath", "null",
+    "limits", "nolimits", "mathstrut", "strut", "boldmath", "null", "bf", "it", "rm", "cal",
 ]  # fmt: skip
 _SPACES = ("quad", "qquad", "enspace", "enskip", "thinspace", "space", "hspace", "nobreak")
 _TEXT = (
@@ -65,6 +65,7 @@ _PLAIN = re.compile(
 
 def clean(text: str) -> str:
     """The text in the small language."""
+    text = re.sub(r"[\x00-\x08]", " ", text)  # ours alone
     text = _latex(_unicode(_undollared(text)))
     text = re.sub(r"\s+", " ", text).strip()
     while True:
@@ -107,7 +108,9 @@ def _unicode(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    text = re.sub(r"\\(?:boxed|fbox)\s*(?=\{)", "", text)
+    text = re.sub(r"\\(?:boxed|fbox|(?:text)?color\s*\{[a-z]*\})\s*(?=\{|[\d-])", "", text)
+    if r"\begin" not in text:  # no row can end: the backslashes were escaped twice
+        text = re.sub(r"\\\\(?=[A-Za-z(\[{}\])])", r"\\", text)
     text = text.replace(r"\\", "\x02")  # the end of a row
     text = text.replace(r"\{", "⦃").replace(r"\}", "⦄").replace(r"\%", "%").replace(r"\_", "_")
     text = text.replace(r"\#", "#").replace(r"\&", "&").replace("{,}", "\x03").replace("'", "'")
@@ -159,7 +162,7 @@ def stripped(text: str) -> str:
     """Without outer braces, quotes and closing marks."""
     text = text.strip().strip('"`').strip()
     text = re.sub(r"\*\*(.*)\*\*", r"\1", text) if text.startswith("**") else text
-    text = re.sub(r"(?<=[^.])[.,;:]$", "", text).strip()
+    text = re.sub(r"(?:\s*\\\\)+$", "", re.sub(r"(?<=[^.])[.,;:]$", "", text)).strip()
     if text.startswith("{") and closing(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     if text.startswith("«") and text.endswith("»") and text.count("«") == 1:

@@ -50,7 +50,8 @@ _NOT_UNITS = frozenset([
     "and", "or", "if", "for", "where", "when", "is", "are", "the", "than", "mod", "more",
     "less", "times", "of", "only", "not", "in", "at", "with", "am", "pm", "a.m.", "p.m.",
     "base", "a", "an", "to", "from", "by", "but", "then", "so", "that", "which", "because",
-    "since",
+    "since", "wrong", "incorrect", "false", "fewer", "plus", "minus", "greater", "half", "double",
+    "couple", "pairs", "pair", "percentile", "score", "squared", "cubed", "factorial", "root",
 ])  # fmt: skip
 _PIECE = re.compile(
     r"\s*(?:(?P<name>[A-Za-z]+|[°$€%£¥¢])(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?|(?P<sign>[/*]))\s*\.?"

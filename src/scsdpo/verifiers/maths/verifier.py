@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Literal
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
-from scsdpo.verifiers.maths.answers import Answer, Rules, Text, read_answer, same, spelling
+from scsdpo.verifiers.maths.answers import Answer, Rules, read_answer, same, spelling
 from scsdpo.verifiers.maths.finding import MAX_ANSWER, final_answer
 
 
@@ -81,7 +81,7 @@ class MathAnswer(Verifier):
             form = r"The response has no final answer in \boxed{...} that can be read."
             return Verdict(reward=0.0, feedback=form)
         rules = Rules(Fraction(str(self.tolerance)), self.units == "compared")
-        if same(gold, answer, rules) or _same_by_library(prompt.answer, gold, written, answer):
+        if same(gold, answer, rules) or _same_by_library(prompt.answer, written):
             return Verdict(reward=1.0, answer=spelling(gold))
         feedback = "The final answer is not correct."
         return Verdict(reward=0.0, answer=spelling(answer), feedback=feedback)
@@ -124,13 +124,13 @@ _BEYOND = re.compile(r"\\(?:sum|prod|int|lim|max|min|gcd|det|bmod|pmod)(?![A-Za-
 _MAX_SYMBOLS = 60
 
 
-def _same_by_library(gold: str, read: Answer, written: str, answer: Answer) -> bool:
+def _same_by_library(gold: str, written: str) -> bool:
     """Whether math-verify takes one for the other, where both have the same symbols.
 
     Its parser does not tell R from r and drops what it does not know. It is asked only of texts
     that differ by the order of their symbols.
     """
-    if not (isinstance(read, Text) and isinstance(answer, Text) and _BEYOND.search(gold)):
+    if not _BEYOND.search(gold):
         return False
     symbols = [Counter(_SYMBOLS.findall(text)) for text in (gold, written)]
     if symbols[0] != symbols[1] or symbols[0].total() > _MAX_SYMBOLS:
