@@ -174,6 +174,8 @@ def read_answer(text: str) -> Answer:
     """The answer that a text states; at worst a `Text`. Takes a bounded time."""
     if len(text) > MAX_CHARACTERS:
         return Text(flat(text))
+    if re.fullmatch(r"-?\d+(?:\.\d+)?", text, re.ASCII):  # most answers
+        return Value(text, expression.read_expression(text))
     try:
         return _read(clean(text), 0)
     except RecursionError:
@@ -567,8 +569,8 @@ def _same_many(gold: Answer, said: Answer, rules: Rules) -> bool:
     """In any order, each part once. A set and several answers are the same; a union is neither."""
     if isinstance(gold, Many) and isinstance(said, Many):
         if "union" in (gold.sort, said.sort) and gold.sort != said.sort:
-            one, other = _as_union(gold), _as_union(said)
-            return one is not None and other is not None and _same_many(one, other, rules)
+            one, two = _as_union(gold), _as_union(said)
+            return one is not None and two is not None and _same_many(one, two, rules)
         golds, saids = _parts(gold, rules), _parts(said, rules)
         if gold.sort == "several" and said.sort == "several":
             bare = _without_names(golds, saids)

@@ -107,6 +107,8 @@ def read_unit(text: str, *, any_words: bool) -> Unit | None:
                 return None
             known = (_stem(name), Fraction(1))
         power = over * next_power * int(match["power"] or 1)
+        if power == 0:
+            return None
         powers[known[0]] = powers.get(known[0], 0) + power
         size *= known[1] ** power
         next_power = 1
