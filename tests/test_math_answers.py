@@ -287,8 +287,6 @@ LONG = "We go on for a while, and nothing of it matters. " * 20
         ("Hence there are 42 of them.", "42"),
         ("The answer is $5$ or $7$.", "$5$ or $7$"),
         ("The answer is Evelyn.", "Evelyn"),
-        (r"<think>I guess \boxed{7}", ""),
-        (r"<think>first \boxed{8}</think>The answer is 7.", "7"),
         ("The answer is not 42.", ""),
         ("I do not know.", ""),
         ("We add the 3 apples and the 4 pears.", ""),
@@ -301,6 +299,14 @@ LONG = "We go on for a while, and nothing of it matters. " * 20
 )
 def test_the_final_answer_is_found_or_there_is_none(response, answer):
     assert final_answer(response) == answer
+
+
+def test_thinking_holds_no_answer():
+    assert verdict("7", r"<think>I guess \boxed{7}").reward == 0
+    assert verdict("7", r"<think>first \boxed{8}</think>The answer is 7.").reward == 1
+    assert verdict("8", r"<think>first \boxed{8}</think>The answer is 7.").reward == 0
+    whole = MathAnswer(strip_thinking=False)
+    assert verdict("7", r"<think>I guess \boxed{7}", whole).reward == 1
 
 
 def test_equal_wrong_answers_vote_together_and_others_do_not():
@@ -320,7 +326,9 @@ def test_equal_wrong_answers_vote_together_and_others_do_not():
 # --- the documentation ----------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
-EXAMPLES = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (right|wrong) \|", DOCS.read_text(), re.MULTILINE)
+EXAMPLES = re.findall(
+    r"^\| `([^`]+)` \| `([^`]+)` \| (right|wrong) \|", DOCS.read_text(), re.MULTILINE
+)
 
 
 def test_the_documentations_examples_are_judged_as_it_says():

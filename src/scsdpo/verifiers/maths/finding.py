@@ -25,21 +25,10 @@ _TURNS = frozenset([
     "which", "actually", "first", "try", "again", "wrong", "correct", "check", "verify", "let",
     "since", "because", "small", "large", "guess", "at",
 ])  # fmt: skip
-_THINKING_ENDS = ("</think>", "</thinking>", "</thought>", "[/THINK]", "</reasoning>")
-_THINKING_BEGINS = ("<think>", "<thinking>", "<thought>", "[THINK]", "<reasoning>")
-
-
-def after_thinking(response: str) -> str:
-    """What stands behind the last end of thinking; empty if thinking is still open."""
-    ends = [(response.rfind(mark), len(mark)) for mark in _THINKING_ENDS]
-    place, length = max(ends)
-    rest = response[place + length :] if place >= 0 else response
-    return "" if any(mark in rest for mark in _THINKING_BEGINS) else rest
 
 
 def final_answer(response: str) -> str:
     """The text of the final answer; empty if there is none."""
-    response = after_thinking(response)
     boxes = _boxes(response)
     if boxes:
         return _listed(response, boxes)

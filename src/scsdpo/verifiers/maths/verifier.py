@@ -18,11 +18,10 @@ from scsdpo.verifiers.maths.finding import MAX_ANSWER, final_answer
 class MathAnswer(Verifier):
     r"""Right iff the final answer equals `prompt.answer` as mathematics.
 
-    The final answer stands behind the thinking: the last \boxed{...} that is closed and holds
-    something, together with the boxes that it is listed with (\boxed{1} and \boxed{2}); else the
-    last <answer> block; else what follows the last "the answer is", "Answer:" or ####; else the
-    last line, if it is mathematics or ends in it. Then the kind of both answers is decided, and
-    they are compared by kind:
+    The final answer is the last \boxed{...} that is closed and holds something, together with the
+    boxes that it is listed with (\boxed{1} and \boxed{2}); else the last <answer> block; else what
+    follows the last "the answer is", "Answer:" or ####; else the last line, if it is mathematics or
+    ends in it. Then the kind of both answers is decided, and they are compared by kind:
 
     * numbers and expressions by their values, exactly: 1/2^70 is not 1/2^71. A decimal of six
       digits or more equals a number that no decimal is (1/3, the root of 2) if it is that number
@@ -44,6 +43,8 @@ class MathAnswer(Verifier):
         tolerance: how far a number may be from the gold one, relative to it, where one of the two
             is written with a decimal point. 0: not at all, but for rounding as above.
         units: `compared`: 5 cm is not 5 km, and is 50 mm. `ignored`: only the numbers count.
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
 
     Raises:
         ValueError: if `tolerance` is not in [0, 1).
@@ -54,6 +55,7 @@ class MathAnswer(Verifier):
 
     tolerance: float = 0.0
     units: Literal["compared", "ignored"] = "compared"
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
