@@ -173,6 +173,40 @@ def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload(
         assert told.available.tolist() == [[True] * 4, [False] * 4, [True] * 4, [True] * 4]
 
 
+def test_the_best_success_is_remembered_and_one_without_anything_to_show_is_not():
+    chat, (rollouts, outcomes) = TableChat(), judged()
+    rewards = torch.tensor([[1.0, 0.5, 0.0, 0.0]] * len(rollouts.prompts))
+    right = replace(outcomes, rewards=rewards, successes=rewards >= 0.5)
+    wrong = replace(outcomes, rewards=0 * rewards, successes=rewards > 2)
+    context = RememberedDemonstration(size=2)
+    context.render(chat, rollouts, right)
+    empty = tuple(("<think>only</think>", "half", "c", "d") for _ in rollouts.prompts)
+    context.render(chat, replace(rollouts, texts=empty), right)
+    assert context.kept["toy/0"] == [(0.5, "half"), (1.0, "response 0 0")]
+    older = RememberedDemonstration()
+    older.remember({"kept": {"toy/0": ["a", "response 0 0"]}})  # as once saved, without rewards
+    told = context.render(chat, rollouts, wrong).ids[0]
+    assert told == older.render(chat, rollouts, wrong).ids[0]
+    assert told[0] == SiblingDemonstration().show(chat, rollouts.prompts[0], "response 0 0")
+    # A group whose only success is all thinking is told what is remembered.
+    texts = tuple(("<think>only</think>", "b", "c", "d") for _ in rollouts.prompts)
+    first = replace(right, successes=rewards == 1)
+    assert context.render(chat, replace(rollouts, texts=texts), first).ids[0] == told
+
+
+def test_attempts_without_words_are_not_remembered():
+    chat, (rollouts, outcomes) = TableChat(), judged()
+    context = AttemptMemory()
+    verdicts = tuple(
+        tuple(replace(verdict, feedback=" ") for verdict in group) for group in outcomes.verdicts
+    )
+    texts = tuple(("<think>a</think>", " ", "<think>c", "d") for _ in rollouts.prompts)
+    context.render(chat, replace(rollouts, texts=texts), replace(outcomes, verdicts=verdicts))
+    assert {
+        entry for kept in (context.right, context.wrong) for e in kept.values() for entry in e
+    } == {"d"}
+
+
 def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive_a_reload():
     chat, (rollouts, outcomes) = TableChat(), judged()
     first, second = (AttemptMemory(successes=3, failures=1) for _ in range(2))

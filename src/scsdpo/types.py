@@ -163,6 +163,12 @@ class Outcomes(_ToDevice):
         """[Q] float64: share of successes among a question's rollouts, p = k / G."""
         return self.successes.double().mean(-1)
 
+    def best_first(self, question: int) -> list[int]:
+        """The successes of a question: the highest reward first, of equals the first in order."""
+        rewards = self.rewards[question].tolist()
+        good = self.successes[question].nonzero()[:, 0].tolist()
+        return sorted(good, key=lambda g: -rewards[g])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherContexts:

@@ -73,6 +73,10 @@ class MathAnswer(Verifier):
         if not _is_met(prompt.answer):
             raise ValueError(_unreadable(prompt.answer))
 
+    def written(self, prompt: Prompt) -> str:
+        """The answer in a box."""
+        return _boxed(prompt.answer)
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the same for equal answers, however spelled."""
         if not _is_met(prompt.answer):
@@ -100,12 +104,13 @@ def _is_met(answer: str) -> bool:
     if not answer.strip() or not _is_whole(answer):
         return False
     gold = _gold(answer)
-    if not gold.written.strip("\"'"):
+    if not gold.written.strip("\"'") or len(answer) > MAX_ANSWER:
         return False
-    if len(answer) > MAX_ANSWER:
-        return False
-    boxed = answer if "\\boxed" in answer else rf"\boxed{{{answer}}}"
-    return same(gold, read_answer(final_answer(boxed)), Rules())
+    return same(gold, read_answer(final_answer(_boxed(answer))), Rules())
+
+
+def _boxed(answer: str) -> str:
+    return answer if "\\boxed" in answer else rf"\boxed{{{answer}}}"
 
 
 def _is_whole(text: str) -> bool:
