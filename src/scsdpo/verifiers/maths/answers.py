@@ -164,6 +164,7 @@ _WITH_UNIT = re.compile(
     rf"(?P<number>{_LITERAL}(?:\s*/\s*\d+)?|{_LITERAL} \d+/\d+)\s*"
     r"(?P<unit>[A-Za-z°$€%£¥¢][A-Za-z°$€%£¥¢/*^{}\d\s.-]*)"
 )
+_UNIT_START = re.compile(r"[A-Za-z]{2}|(?<=\s)[mgLsh](?![A-Za-z])")
 _EXPRESSION_WITH_UNIT = re.compile(
     r"(?P<value>.*[\d})\]!a-z])\s*(?:(?<=[\s\d})\]])(?P<words>[A-Za-z]{2,}[A-Za-z/*^{}\d\s]*)"
     r"|(?P<mark>[°%¢€]))"
@@ -202,6 +203,7 @@ def _read(text: str, depth: int, brackets: bool = False) -> Answer:
     return (
         _arranged(text, written, depth)
         or _listed(text, written, depth)
+        or _both(text, written, depth)
         or _related(text, written, depth)
         or _bracketed(text, written, depth)
         or _single(text, written)
@@ -272,7 +274,7 @@ def _arranged(text: str, written: str, depth: int) -> Answer | None:
 
 
 def _listed(text: str, written: str, depth: int) -> Answer | None:
-    """Several answers, or both that a ± stands for."""
+    """Several answers."""
     parts = [part.strip() for part in split(text, _COMMA)]
     if len(parts) > 1:
         parts = [part for part in parts if part]
@@ -281,10 +283,17 @@ def _listed(text: str, written: str, depth: int) -> Answer | None:
         if len(parts) == 1:
             return _read(parts[0], depth + 1)
         return _many(written, [_read(part, depth + 1) for part in _named_alike(parts)])
-    if "±" in text:
-        both = [text.replace("±", a).replace("∓", b) for a, b in (("+", "-"), ("-", "+"))]
-        return _many(written, [_read(re.sub(r"(^|=)\s*\+", r"\1", t), depth + 1) for t in both])
     return None
+
+
+def _both(text: str, written: str, depth: int) -> Answer | None:
+    """Both answers that a ± stands for, unless it stands within a list."""
+    is_list = text[0] in "([⦃" and closing(text, 0) == len(text) - 1
+    if not re.search("[±∓]", text) or (is_list and len(split(text[1:-1], _INNER_COMMA)) > 1):
+        return None
+    pairs = (("+", "-"), ("-", "+"))
+    both = [text.replace("±", upper).replace("∓", lower) for upper, lower in pairs]
+    return _many(written, [_read(re.sub(r"(^|=)\s*\+", r"\1", t), depth + 1) for t in both])
 
 
 def _named_alike(parts: Sequence[str]) -> list[str]:
@@ -384,7 +393,8 @@ def _single(text: str, written: str) -> Answer:
     if re.fullmatch(r"[A-Za-z]+", text) and text not in ("e", "i"):
         return Text(written)
     plain = _WITH_UNIT.fullmatch(text)
-    if plain and re.match("[A-Za-z]{2}", plain["unit"]):  # 5 cm is no product of c and m
+    # 5 cm is no product of c and m, and neither is 5 m, but 5m is.
+    if plain and _UNIT_START.match(text, plain.start("unit")):
         quantity = _of(plain["number"], plain["unit"], written, any_words=False)
         if quantity:
             return quantity

@@ -329,6 +329,8 @@ class _Reader:
             node = self.sum()
             self.expect({"lfloor": r"\rfloor", "lceil": r"\rceil", "lvert": r"\rvert"}[name])
             return Apply({"lfloor": "floor", "lceil": "ceil", "lvert": "abs"}[name], (node,))
+        if name in ("Gamma", "zeta") and self.sign("("):
+            return Symbol(token.text + self.raw_group("(", ")"))
         if name in _GREEK:
             return Symbol(token.text + self.subscript())
         if name in _FUNCTIONS:

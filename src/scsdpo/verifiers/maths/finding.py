@@ -116,8 +116,9 @@ def _is_link(text: str) -> bool:
 
 _CUE = re.compile(
     r"(?:\b(?:final|correct|right)?\s*(?:answer|result|solution)s?\b"
-    r"(?P<middle>[^.\n:=$]{0,60}?)\s*\b(?:is|are|equals|(?:should|must|will|to)\s+be)\b\s*:?"
-    r"|\banswers?\b(?P<between>[^.\n:=$]{0,60}?)\s*[:=]|####|^\W*(?:final\s+)?answer\s+(?=[$\\\d]))",
+    r"(?P<middle>[^.\n:=$]{0,60}?)\s*\b(?:is|are|equals|(?:should|must|will|to)\s+be|comes?\s+(?:out\s+)?to)\b\s*:?"
+    r"|^\W*(?:ans|final|final\s+result|result|solution|output)\s*[:.→]+(?=[\s*_]*[-$\\\d(])"
+    r"|\banswers?\b(?P<between>[^.\n:=$]{0,60}?)\s*[:=→]|####|^\W*(?:final\s+)?answer\s+(?=[$\\\d]))",
     re.IGNORECASE | re.MULTILINE,
 )
 _HEADING = re.compile(r"(?im)^[\s#*]*(?:the\s+)?(?:final\s+)?answer\s*:?[\s*]*$")
@@ -151,7 +152,7 @@ _DOUBT = re.compile(
 )
 _MATH_SIGN = re.compile(r"[\d$\\=√π∞¼-¾⅐-⅞]")
 _IS_ANSWER = re.compile(
-    r"(?i)(?:^|[.!?]\s|\n)(?P<said>[^.!?\n]{1,80}?)\s+(?:is|are)\s+(?:the|our|my)\s+"
+    r"(?i)(?:^|[.!?]\s|\n)(?P<said>(?:[^.!?\n]|\.(?=\d)){1,80}?)\s+(?:is|are)\s+(?:the|our|my)\s+"
     r"(?:final\s+|correct\s+|right\s+)?(?:answers?|results?|solutions?)\b"
 )
 _WORDS = re.compile(r"[A-Za-z]{2,}")
@@ -255,7 +256,7 @@ def _concluded(line: str, *, is_last: bool) -> str:
     blank = _blanked(sentence)
     verbs = list(
         re.finditer(
-            r"\b(?:is|are|equals|gives|get|obtain|have|makes)\b(?:\s+(?:therefore|thus|exactly|then))?|=",
+            r"\b(?:is|are|equals|gives|get|obtain|have|makes|'s)\b(?:\s+(?:therefore|thus|exactly|then))?|=",
             blank,
         )
     )
