@@ -76,7 +76,7 @@ def test_an_answer_that_is_no_mathematics_is_wrong_and_such_a_gold_answer_an_err
     for response in ("", r"\boxed{}", "I do not know", r"\boxed{"):
         assert judge(MathAnswer(), "1", response).reward == 0
     prompt = Prompt(key="k", messages=(), verifier=MathAnswer(), answer="")
-    assert "cannot be met" in MathAnswer().verify(prompt, r"\boxed{1}").error
+    assert "cannot be read" in MathAnswer().verify(prompt, r"\boxed{1}").error
 
 
 PIECES = [r"\frac", r"\sqrt", r"\boxed{", r"\text{", r"\begin{matrix}", "<answer>", "</answer>"]

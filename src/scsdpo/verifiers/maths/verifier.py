@@ -121,7 +121,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _unreadable(answer: str) -> str:
-    return f"the gold answer {answer!r} cannot be met by a response"
+    return f"the gold answer {answer!r} cannot be read as mathematics"
 
 
 # --- what only math-verify reads ------------------------------------------------------------------
