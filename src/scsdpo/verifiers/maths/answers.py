@@ -130,7 +130,7 @@ _INDEX = r"(?:_(?:\{[^{}]*\}|[A-Za-z0-9]))?"
 _NAME = re.compile(
     rf"\|?\s*(?:{_LETTERS}|\\[A-Za-z]+ ?)\s*{_INDEX}'*(?:\^\{{-1\}})?(?:\([^()]*\))?\s*\|?"
     r"|\\(?:angle|triangle|overline|vec|hat|bar) ?\{?\s*[A-Za-z]{1,4}\s*\}?"
-    r"|\\frac ?\{[A-Z]{1,3}\}\{[A-Z]{1,3}\}|«[A-Za-z ]{1,30}»|\|[A-Z]+\|"
+    r"|\\frac ?\{(?:[A-Z]{1,3}|d[a-z])\}\{(?:[A-Z]{1,3}|d[a-z])\}|«[A-Za-z ]{1,30}»|\|[A-Z]+\|"
     r"|[A-Z](?:_\{?\w+\}?)?:[A-Z](?:_\{?\w+\}?)?"
 )
 _MONTHS = [
@@ -473,7 +473,19 @@ def _of(number: str, unit: str, written: str, *, any_words: bool) -> Answer | No
 
 
 def same(gold: Answer, said: Answer, rules: Rules) -> bool:
-    """Whether `said` is a right way to state `gold`."""
+    """Whether `said` is a right way to state `gold`. A set of one number is that number."""
+    return _same(_of_one(gold), _of_one(said), rules)
+
+
+def _of_one(answer: Answer) -> Answer:
+    if isinstance(answer, Many) and answer.sort == "set":
+        first = answer.parts[0]
+        if isinstance(first, Value) and {part.written for part in answer.parts} == {first.written}:
+            return first
+    return answer
+
+
+def _same(gold: Answer, said: Answer, rules: Rules) -> bool:
     if gold.written == said.written and gold.written:
         return True
     gold, said = _lone(gold), _lone(said)
@@ -505,7 +517,7 @@ def _lone(answer: Answer) -> Answer:
 
 def _in_order(golds: Sequence[Answer], saids: Sequence[Answer], rules: Rules) -> bool:
     return len(golds) == len(saids) and all(
-        same(a, b, rules) for a, b in zip(golds, saids, strict=True)
+        _same(a, b, rules) for a, b in zip(golds, saids, strict=True)
     )
 
 
@@ -559,7 +571,7 @@ def _nearly(gold: Node, said: Node, rules: Rules) -> bool:
     """
     if not (expression.has_decimal(gold) or expression.has_decimal(said)):
         return False
-    (wanted, _), (found, _) = expression.value(gold, {}), expression.value(said, {})
+    wanted, found = expression.value(gold), expression.value(said)
     if rules.tolerance and abs(wanted - found) <= abs(wanted) * float(rules.tolerance):
         return True
     for decimal, number in ((gold, said), (said, gold)):
@@ -581,17 +593,23 @@ def _same_many(gold: Answer, said: Answer, rules: Rules) -> bool:
         if "union" in (gold.sort, said.sort) and gold.sort != said.sort:
             one, two = _as_union(gold), _as_union(said)
             return one is not None and two is not None and _same_many(one, two, rules)
+        if {_joint(gold), _joint(said)} == {"and", "or"}:
+            return False
         golds, saids = _parts(gold, rules), _parts(said, rules)
         if gold.sort == "several" and said.sort == "several":
             bare = _without_names(golds, saids)
             if bare is not None:
                 return _in_order(bare, saids, rules)
         return _matched(golds, saids, rules)
-    many, other = (gold, said) if isinstance(gold, Many) else (said, gold)
-    if isinstance(many, Many) and many.sort == "set":
-        lone = len(many.parts) == 1 and isinstance(many.parts[0], Value)
-        return lone and isinstance(other, Value) and same(many.parts[0], other, rules)
     return False
+
+
+def _joint(many: Many) -> str:
+    """The word between inequalities, which says what they describe together; else nothing."""
+    if all(isinstance(part, Relation) and "=" not in part.signs for part in many.parts):
+        word = re.search(r"and|or", many.written)
+        return word[0] if word else ""
+    return ""
 
 
 def _parts(many: Many, rules: Rules) -> list[Answer]:
@@ -600,7 +618,7 @@ def _parts(many: Many, rules: Rules) -> list[Answer]:
         return list(many.parts)
     kept: list[Answer] = []
     for part in many.parts:
-        if not any(same(part, other, rules) for other in kept):
+        if not any(_same(part, other, rules) for other in kept):
             kept.append(part)
     return kept
 
@@ -610,7 +628,7 @@ def _matched(golds: Sequence[Answer], saids: Sequence[Answer], rules: Rules) -> 
         return False
     left = list(saids)
     for gold in golds:
-        found = next((n for n, said in enumerate(left) if same(gold, said, rules)), None)
+        found = next((n for n, said in enumerate(left) if _same(gold, said, rules)), None)
         if found is None:
             return False
         del left[found]
@@ -636,7 +654,7 @@ def _assigned(relation: Relation) -> tuple[str, Answer] | None:
         written = relation.sides[name].written
         if _is_name(relation.sides[name]):
             constants = [side for side in relation.sides if _is_constant(side)]
-            if all(same(constants[0], other, Rules()) for other in constants[1:]):
+            if all(_same(constants[0], other, Rules()) for other in constants[1:]):
                 return written, relation.sides[value]
             return None
     return None
@@ -662,7 +680,7 @@ def _same_relation(gold: Relation, said: Relation, rules: Rules) -> bool:
     pairs = _assigned(gold), _assigned(said)
     if pairs[0] is not None and pairs[1] is not None:
         if pairs[0][0] == pairs[1][0]:
-            return same(pairs[0][1], pairs[1][1], rules)
+            return _same(pairs[0][1], pairs[1][1], rules)
         if _is_constant(pairs[0][1]) or _is_constant(pairs[1][1]):
             return False
     if len(gold.sides) == 2 and len(said.sides) == 2:
@@ -724,23 +742,23 @@ def _same_as_relation(gold: Relation, said: Answer, rules: Rules) -> bool:
     if pair is not None:
         name, value = pair
         is_curve = name in ("x", "y", "z") and isinstance(value, Value) and not _is_constant(value)
-        return not is_curve and same(value, said, rules)
+        return not is_curve and _same(value, said, rules)
     interval = _as_set(gold)
-    return interval is not None and isinstance(said, Group | Many) and same(interval, said, rules)
+    return interval is not None and isinstance(said, Group | Many) and _same(interval, said, rules)
 
 
 def _stated_by(gold: Answer, said: Relation, rules: Rules) -> bool:
     """Gold is no relation: the answer gives a name to it, works it out, or describes it."""
     pair = _assigned(said)
     if pair is not None:
-        return same(gold, pair[1], rules)
+        return _same(gold, pair[1], rules)
     if set(said.signs) == {"="} and all(map(_is_constant, said.sides)):
-        return all(same(gold, side, rules) for side in said.sides)
+        return all(_same(gold, side, rules) for side in said.sides)
     total = re.fullmatch(r"[a-zA-Z](?:\+[a-zA-Z])+", said.sides[0].written)
     if total and said.signs == ("=",) and isinstance(gold, Value) and _is_constant(gold):
-        return same(gold, said.sides[1], rules)
+        return _same(gold, said.sides[1], rules)
     interval = _as_set(said)
-    return interval is not None and isinstance(gold, Group | Many) and same(gold, interval, rules)
+    return interval is not None and isinstance(gold, Group | Many) and _same(gold, interval, rules)
 
 
 def _as_union(many: Many) -> Many | None:
@@ -813,9 +831,8 @@ def _digits(node: Node) -> str:
         ):
             return str(value)
         names = sorted(expression.symbols(node))
-        point = expression.points(frozenset(names))[0]
-        result, _ = expression.value(node, point)
+        digits = expression.shown(node, expression.points(frozenset(names))[0])
     except Unreadable:
         return ""
     at = f" ({', '.join(names)})" if names else ""
-    return f"{expression.shown(result)}{at}"
+    return f"{digits}{at}"

@@ -20,7 +20,7 @@ MAX_DEPTH = 24
 _BITS = 40_000
 """Of an exact value: 12,000 decimal digits."""
 _DIGITS = 60
-_MOST_DIGITS = 2_000
+_MOST_DIGITS = 4_000
 _SIGNS = ((1, 1), (1, 1), (-1, -1), (-1, 1), (1, -1))
 """Of the letters, in turn, at each point where trees are compared."""
 
@@ -512,28 +512,37 @@ class _Sizes:
     point: Mapping[str, Any] = field(default_factory=dict)
 
 
-def value(node: Node, point: Mapping[str, Fraction]) -> tuple[Any, Any]:
-    """The value at a point to at least 40 digits, and how far rounding may have moved it.
+def value(node: Node) -> Any:
+    """The value of a tree without letters, to 40 digits or more.
 
     Raises:
         Unreadable: if there is none, or it is too large.
     """
-    mp = _mp()
-    digits = _DIGITS
-    while True:
+    return _values([node], {})[0][0]
+
+
+def _values(nodes: Sequence[Node], point: Mapping[str, Fraction]) -> list[tuple[Any, Any]]:
+    """The values of trees at a point, and how far rounding may have moved them.
+
+    What a number of some size can change in another may be as small as its cube: all of them are
+    computed to as many digits as the largest and the smallest number in any of them asks for.
+    """
+    mp, digits = _mp(), _DIGITS
+    while digits <= _MOST_DIGITS:
         with mp.workdps(digits):
             numbers = {k: mp.mpf(v.numerator) / v.denominator for k, v in point.items()}
-            sizes = _Sizes(point=numbers)
+            sizes = [_Sizes(point=numbers) for _ in nodes]
             try:
-                result = _value(node, sizes)
+                found = [_value(node, size) for node, size in zip(nodes, sizes, strict=True)]
             except (ArithmeticError, ValueError, TypeError, OverflowError) as error:
                 raise Unreadable("it has no value") from error
-            need = _DIGITS + int(1.2 * sizes.exponent)
+            need = _DIGITS + int(3 * max(size.exponent for size in sizes))
             if need <= digits:
-                return result, sizes.addend * mp.mpf(10) ** (15 - digits)
-        if need > _MOST_DIGITS:
-            raise Unreadable("its value has too many digits")
+                noise = mp.mpf(10) ** (20 - digits)
+                pairs = zip(found, sizes, strict=True)
+                return [(v, max(size.addend, abs(v)) * noise) for v, size in pairs]
         digits = need
+    raise Unreadable("its value has too many digits")
 
 
 def _value(node: Node, sizes: _Sizes) -> Any:
@@ -619,62 +628,63 @@ def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
     ]
 
 
-def close(one: Any, other: Any, noise: Any) -> bool:
-    """Whether two values are the same number, to 40 digits or to their noise."""
-    mp = _mp()
-    with mp.workdps(_MOST_DIGITS):
-        gap = abs(one - other)
-        return bool(gap <= noise or gap <= max(abs(one), abs(other)) * mp.mpf(10) ** -40)
+def _close(one: Any, other: Any, noise: Any) -> bool:
+    with _mp().workdps(_MOST_DIGITS):
+        return bool(abs(one - other) <= noise)
 
 
 def same_value(one: Node, other: Node) -> bool:
     """Whether two trees are equal wherever they have a value."""
-    values = exact(one), exact(other)
-    if values[0] is not None and values[1] is not None:
-        return values[0] == values[1]
+    exactly = exact(one), exact(other)
+    if exactly[0] is not None and exactly[1] is not None:
+        return exactly[0] == exactly[1]
     agreed, where = 0, points(symbols(one) | symbols(other))
     for point in where:
-        found = _try(one, point), _try(other, point)
-        if found[0] is None and found[1] is None:
+        try:
+            (first, noise), (second, more) = _values([one, other], point)
+        except Unreadable:
+            if _has_value(one, point) or _has_value(other, point):
+                return False
             continue
-        if found[0] is None or found[1] is None:
-            return False
-        if not close(found[0][0], found[1][0], found[0][1] + found[1][1]):
+        if not _close(first, second, noise + more):
             return False
         agreed += 1
     return agreed >= min(2, len(where))
 
 
+def _has_value(node: Node, point: Mapping[str, Fraction]) -> bool:
+    try:
+        _values([node], point)
+    except Unreadable:
+        return False
+    return True
+
+
 def ratio(one: Node, other: Node) -> Any:
     """The constant c with one = c * other at every point; None if there is none, or it is 0."""
-    agreed, found, where = 0, None, points(symbols(one) | symbols(other))
+    agreed, found, noise = 0, None, _mp().mpf(0)
+    where = points(symbols(one) | symbols(other))
     for point in where:
-        upper, lower = _try(one, point), _try(other, point)
-        if upper is None or lower is None:
+        try:
+            (top, top_noise), (below, below_noise) = _values([one, other], point)
+        except Unreadable:
             continue
-        (top, top_noise), (below, below_noise) = upper, lower
         if abs(top) <= top_noise or abs(below) <= below_noise:
             return None
-        quotient = top / below
-        if found is not None and not close(found, quotient, 0):
+        with _mp().workdps(_MOST_DIGITS):
+            quotient = top / below
+            moved = 2 * abs(quotient) * (top_noise / abs(top) + below_noise / abs(below))
+        if found is not None and not _close(found, quotient, noise + moved):
             return None
-        found = quotient
+        found, noise = quotient, max(noise, moved)
         agreed += 1
     return found if agreed >= min(2, len(where)) else None
 
 
-def is_zero(node: Node) -> bool:
-    """Whether it is 0 at every point."""
-    return same_value(node, Number(Fraction(0)))
+def shown(node: Node, point: Mapping[str, Fraction]) -> str:
+    """Twelve digits of the value at a point.
 
-
-def _try(node: Node, point: Mapping[str, Fraction]) -> tuple[Any, Any] | None:
-    try:
-        return value(node, point)
-    except Unreadable:
-        return None
-
-
-def shown(number: Any) -> str:
-    """Twelve digits of a value."""
-    return str(_mp().nstr(number, 12))
+    Raises:
+        Unreadable: if there is none.
+    """
+    return str(_mp().nstr(_values([node], point)[0][0], 12))

@@ -37,10 +37,10 @@ _COMMANDS = {
     "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "infty": "∞",
     "emptyset": "∅", "varnothing": "∅", "circ": "°", "degree": "°", "lbrace": "⦃", "rbrace": "⦄",
     "colon": ":", "prime": "'", "mid": "|", "vert": "|", "bmod": "mod", "dots": "...",
-    "ldots": "...", "cdots": "...", "land": "«and»", "lor": "«or»", "wedge": "«and»",
-    "vee": "«or»", "implies": "⇒", "Rightarrow": "⇒", "lparen": "(", "rparen": ")",
+    "ldots": "...", "cdots": "...", "land": "∧", "lor": "∨", "wedge": "∧", "vee": "∨",
+    "implies": "⇒", "Rightarrow": "⇒", "lparen": "(", "rparen": ")",
     "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "euro": "€",
-    "pounds": "£", "textdollar": "$", "textdegree": "°",
+    "pounds": "£", "textdollar": "$", "textdegree": "°", "imath": "i", "cent": "¢",
 }  # fmt: skip
 _NOTHING = [
     "left", "right", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "bigm",
@@ -133,6 +133,8 @@ def _latex(text: str) -> str:
     text = re.sub(r"°\s*(?:«\s*([CF])\s*»|([CF])(?![a-z]))", r"«deg\1\2»", text)
     text = re.sub(r"\{([:;=<>≤≥])\}", r"\1", text)
     text = re.sub(r"(?<=[)\]⦄])\s*U\s*(?=[(\[⦃])", "∪", text)
+    if re.search(r"[<>≤≥=]", text):  # between relations, and no operation of logic
+        text = text.replace("∧", " «and» ").replace("∨", " «or» ")
     return text.replace("\x02", r" \\ ")
 
 

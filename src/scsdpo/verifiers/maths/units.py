@@ -79,6 +79,7 @@ def read_unit(text: str, *, any_words: bool) -> Unit | None:
         any_words: take up to three words that are no known unit, such as "blue apples", for one.
     """
     words = re.sub(r"\bper\b", "/", text.replace("square units", "").replace("cubic units", ""))
+    words = re.sub(r"(?:degrees?|°)\s*([Cc]elsius|[Ff]ahrenheit)", r"\1", words)
     for whole, parts in _WHOLE.items():
         words = re.sub(rf"\b{whole}\b", parts, words)
     powers: dict[str, int] = {}
@@ -120,7 +121,7 @@ def _known(name: str) -> tuple[str, Fraction] | None:
     for spelling in (name, name.lower() if len(name) > 2 else name, _stem(name.lower())):
         if spelling in _KNOWN and (len(spelling) > 2 or spelling == name):
             return _KNOWN[spelling]
-    return None
+    return _KNOWN.get(name[:-1]) if name.endswith("s") and len(name) == 3 else None  # lbs, hrs
 
 
 def _stem(name: str) -> str:
