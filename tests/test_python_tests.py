@@ -192,17 +192,6 @@ def test_what_a_program_may_need_is_there(code, said):
     assert said in feedback
 
 
-@pytest.mark.parametrize("line", ["[1]", "[" * 9999, "{", '"\\ud800"', "3"])
-def test_a_forged_report_makes_no_error(line):
-    code = f"""
-import gc, os
-(job,) = [thing for thing in gc.get_objects() if isinstance(thing, dict) and "secret" in thing]
-os.write(3, (job["secret"] + " " + {line!r} + "\\n").encode())
-os._exit(0)
-"""
-    assert judge(code).feedback.startswith("The code failed before any test: ")
-
-
 @pytest.mark.parametrize("answer", ["", "x", "[]", "{}", "[1]", "[" * 9999])
 def test_an_unreadable_gold_answer_is_an_error(answer):
     verifier = PythonTests()
@@ -217,6 +206,8 @@ def test_a_system_without_the_filter_is_refused_before_training(monkeypatch):
         PythonTests().prepare()
     monkeypatch.undo()
     monkeypatch.setattr(python_tests, "SANDBOX", "/nowhere")
+    monkeypatch.setattr(python_tests, "_starters", {})
+    monkeypatch.setattr(python_tests, "_PAUSES", ())
     with pytest.raises(ValueError, match="allow seccomp in this container"):
         PythonTests().prepare()
     python_tests._check_system.cache_clear()

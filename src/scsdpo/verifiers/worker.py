@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import resource
-import signal
 import sys
 import threading
 import time
@@ -25,11 +24,8 @@ from scsdpo.verifiers.guard import children, end_children, guarded
 from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import contained, prepare_all
 
-GRACE = 1.0
-"""Seconds after the deadline at which the kernel ends a worker whose owner is gone."""
 
-
-def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None:
+def main(token: str, memory_mb: int, max_feedback: int) -> None:
     """Judge until standard input closes."""
     guarded()
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
@@ -38,8 +34,6 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     _limit_memory(memory_mb)
-    # Left at its default, the alarm ends the process even inside a C function that never returns.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     chunks: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_receive, args=(source, chunks), daemon=True).start()
 
@@ -59,10 +53,8 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
         say("ready", os.getpid())
         for number, prompt, response in jobs:
             begin = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, deadline + GRACE)
             verdict = contained(prompt, response, max_feedback)
             end_children(kept)
-            signal.setitimer(signal.ITIMER_REAL, 0)
             taken = time.monotonic() - begin
             fields = (verdict.reward, verdict.answer, verdict.feedback, verdict.error)
             say("verdict", number, *fields, taken)
