@@ -12,7 +12,7 @@ from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
-from scsdpo.verifiers import Verification, VerifierPool, report_errors
+from scsdpo.verifiers import Failures, Verification, VerifierPool
 
 
 class Answering:
@@ -33,6 +33,7 @@ class Answering:
         timer: PhaseTimer,
     ) -> None:
         self.rollout, self.verifiers = rollout, VerifierPool(verification)
+        self.failures = Failures()
         self.success_threshold, self.timer = success_threshold, timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
 
@@ -85,10 +86,14 @@ class Answering:
             )
 
     def judge(self, rollouts: Rollouts) -> Outcomes:
-        """Verdicts of each prompt's verifier; those that failed are logged."""
+        """Verdicts of each prompt's verifier; those that failed are logged.
+
+        Raises:
+            TrainingStopped: if most of a verifier's failed.
+        """
         with self.timer("verify"):
             verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
-        report_errors(verdicts)
+        self.failures.count(rollouts.prompts, verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,

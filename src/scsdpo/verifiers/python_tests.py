@@ -309,11 +309,12 @@ class _Attempt:
                         self._descriptors.add(listener)
                         poll.register(listener, select.POLLIN)
                 elif not self._grant(descriptor, time_left.pids[0]):
+                    self._report += b'"it starts threads without end"\n'
                     return False
         return True
 
     def _grant(self, listener: int, response: int) -> bool:
-        """Say whether a thread may start; False if the response has asked for far too many."""
+        """Say whether a thread may start; False if the response asks without end."""
         question = array.array("B", bytes(_QUESTION_BYTES))
         try:
             fcntl.ioctl(listener, _RECEIVE, question)
@@ -322,8 +323,8 @@ class _Attempt:
             (number,) = struct.unpack_from("=Q", question)
             error, flags = (0, _GO_ON) if granted else (-errno.EAGAIN, 0)
             fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
-        except OSError:  # it has ended meanwhile
-            return False
+        except OSError:  # it has ended meanwhile; the report will say so
+            return True
         self._granted += granted
         self._refused += not granted
         return self._refused < _REFUSALS

@@ -6,13 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.text import capped, capped_distinct
 
 MAX_FEEDBACK = 4000
 """Characters, unless told otherwise."""
 MAX_ANSWER, MAX_ERROR = 20_000, 500
+FEW = 8
+"""Failed verdicts of a kind below which a run goes on."""
 
 _log = logging.getLogger(__name__)
 
@@ -110,10 +112,37 @@ def prepare_all(verifiers: Iterable[Verifier]) -> None:
             _end_copy(home)
 
 
-def report_errors(verdicts: Sequence[Sequence[Verdict]]) -> None:
-    """Log, in one line, how many verdicts are none and why: their reward of 0 says nothing."""
-    errors = Counter(verdict.error for group in verdicts for verdict in group if verdict.error)
-    if errors:
-        reasons = "; ".join(f"{count} x {why}" for why, count in errors.most_common(3))
-        total = sum(map(len, verdicts))
-        _log.warning("%d of %d verdicts failed: %s", errors.total(), total, reasons)
+class Failures:
+    """Verdicts that failed, of each kind of verifier: said of a few, and a stop at many.
+
+    Their reward of 0 says nothing of a response, so a run learns nothing right from them.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row: Counter[str] = Counter()
+
+    def count(self, prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """Log, in one line, how many verdicts [Q][G] of a batch failed, and why.
+
+        Raises:
+            TrainingStopped: if of one kind of verifier most verdicts of the batch failed, or all of
+                the last ones, in either case at least `FEW`.
+        """
+        kinds: dict[str, list[Verdict]] = {}
+        for prompt, group in zip(prompts, verdicts, strict=True):
+            kinds.setdefault(type(prompt.verifier).__name__, []).extend(group)
+        for kind, judged in kinds.items():
+            failed = [verdict.error for verdict in judged if verdict.error]
+            if not failed:
+                self._in_a_row[kind] = 0
+                continue
+            all_failed = len(failed) == len(judged)
+            self._in_a_row[kind] = self._in_a_row[kind] + len(failed) if all_failed else 0
+            reasons = "; ".join(f"{count} x {why}" for why, count in Counter(failed).most_common(3))
+            said = f"{len(failed)} of {len(judged)} verdicts failed: {reasons}"
+            if self._in_a_row[kind] >= FEW or (len(failed) > len(judged) / 2 >= FEW / 2):
+                raise TrainingStopped(
+                    f"the verifier {kind} does not judge: {said}. Mend it, or what it was given; a "
+                    "failed verdict is no wrong answer, and nothing right is learned from it"
+                )
+            _log.warning("%s", said)
