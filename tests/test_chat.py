@@ -97,13 +97,13 @@ def conversations(draw, chat):
 
 
 def spells(chat, messages):
-    return any(name in m["content"].lower() for m in messages for name in map(str.lower, names(chat)))
+    return any(
+        name in m["content"].lower() for m in messages for name in map(str.lower, names(chat))
+    )
 
 
 @pytest.mark.parametrize("name", [*NAMES, "tiny"])
-@settings(
-    max_examples=60, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=60, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_only_the_template_writes_control_tokens(name, data):
     chat = chats()[name]
@@ -121,9 +121,7 @@ def test_only_the_template_writes_control_tokens(name, data):
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-@settings(
-    max_examples=30, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=30, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_the_text_of_a_prompt_is_the_template_s(name, data):
     """Stripped, split and repeated by the template as ever; only the tokens differ."""

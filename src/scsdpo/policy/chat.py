@@ -27,6 +27,7 @@ _BREAK = "\ufdd0"
 _TAG = re.compile(r"[<\[].*\w.*[>\]]")
 _ROLE = re.compile(r"[\w .-]+")
 
+
 @dataclass(frozen=True, kw_only=True)
 class Chat:
     """A tokenizer with its chat template and end-of-sequence ids.

@@ -43,6 +43,9 @@ class VerifierPool:
     A verifier that cannot be sent to another process, for its class stands in a function or in the
     program itself, is judged in this one.
 
+    Where the machine has no room for what a verifier wants to start, its verdict is tried again
+    once all others are known.
+
     Args:
         settings: number of processes, deadline, memory, length of feedback.
     """
@@ -187,10 +190,16 @@ class _Batch:
         self.pool, self.jobs = pool, jobs
         self.todo = deque(range(len(jobs)))
         self.done: dict[int, Verdict] = {}
+        self.crowded: deque[int] = deque()
+        """Jobs for which the machine had no room; each is tried once more, alone."""
+        self.alone: set[int] = set()
 
     def verdicts(self) -> list[Verdict]:
         """In the order of the jobs."""
         while len(self.done) < len(self.jobs):
+            if self.crowded and not self.todo and all(w.idle for w in self.pool.workers):
+                self.todo.append(self.crowded.popleft())
+                self.alone.add(self.todo[0])
             if self.todo:
                 self.pool.start()
             for worker in self.pool.workers:
@@ -230,8 +239,8 @@ class _Batch:
     def _note(self, worker: Worker, kind: str, *rest: Any) -> None:
         if kind == "ready":
             worker.ready(rest[0], self.pool.settings.deadline)
-        elif kind == "verdict":
-            self._judged(worker, *rest)
+        elif kind in ("verdict", "no room"):
+            self._judged(worker, kind == "verdict", *rest)
         elif kind == "broken":
             raise ConfigurationError(
                 f"data: a verifier cannot be used in a worker process: {rest[0]}"
@@ -239,12 +248,16 @@ class _Batch:
         else:
             self._lost(worker, rest[0])
 
-    def _judged(self, worker: Worker, number: int, *fields: Any) -> None:
+    def _judged(self, worker: Worker, final: bool, number: int, *fields: Any) -> None:
         if not worker.numbers or number != worker.numbers[0]:
             return  # it has answered twice
         reward, answer, feedback, error, seconds = fields
         worker.judged(number, self.pool.settings.deadline)
-        self.done[number] = Verdict(reward=reward, answer=answer, feedback=feedback, error=error)
+        if final or number in self.alone:
+            verdict = Verdict(reward=reward, answer=answer, feedback=feedback, error=error)
+            self.done[number] = verdict
+        else:
+            self.crowded.append(number)
         self.pool.took(self.jobs[number][0], seconds)
         if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
             self.pool.remove(worker)

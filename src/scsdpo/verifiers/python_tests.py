@@ -27,6 +27,7 @@ from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers import landlock, seccomp
 from scsdpo.verifiers.own_time import LOOK_SECONDS, OwnTime
 from scsdpo.verifiers.remote import subjects
+from scsdpo.verifiers.verify import NO_ROOM
 
 _READ_ANY_FILE = 1 << 2
 """CAP_DAC_READ_SEARCH: root's Python may stand in another user's folder."""
@@ -35,8 +36,10 @@ THREADS = 64
 """That a response may have at a time, give or take those that start at the same moment."""
 _REFUSALS = 1000
 """Threads too many after which a response is ended: to refuse costs time, too."""
-_PAUSES = (0.05, 0.2, 0.5, 1.0)
+_PAUSES = (0.05, 0.2, 0.5)
 """Seconds before another attempt, where the machine had no room for the processes."""
+_PREPARATIONS = 20
+"""Times that, before any verdict, such attempts are made."""
 _REPORT_BYTES = 1 << 20
 # Possessive, lest a long run of blanks be divided in every way.
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
@@ -182,16 +185,17 @@ def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[s
         try:
             ends, timed_out = attempt.run(job.encode())
         except OSError as error:
-            fault: OSError | None = error
+            fault = error
         else:
-            fault = attempt.short_of_threads(ends)
             # The code may raise that error itself: unless it is so now, it is the code's own.
-            if fault is None or (pause is None and _can_start_thread()):
+            if not attempt.short_of_threads(ends) or (pause is None and _can_start_thread()):
                 return ends, timed_out
+            fault = OSError(errno.EAGAIN, "no thread could be started")
         if pause is None or time.monotonic() - begin > seconds:
             raise OSError(
+                fault.errno,
                 f"the machine had no room for the processes that judge ({fault}); lower "
-                "model.verification.workers, or raise the limits on processes and memory"
+                "model.verification.workers, or raise the limits on processes and memory",
             ) from fault
         time.sleep(min(pause, seconds))
     raise AssertionError
@@ -245,7 +249,7 @@ class _Attempt:
                     self._close(theirs)
                     self._close(report)
                     if not isinstance(pids, list):
-                        raise OSError(pids)
+                        raise OSError(pids, os.strerror(pids))
                     time_left = OwnTime(pids, self._seconds)
                     timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
                 endings = starter.ask({}, [])
@@ -261,14 +265,13 @@ class _Attempt:
         if not timed_out and (not ends or ends[-1] is not None):
             for ending in endings:
                 if ending and _killed(ending[0]) and ending[1] < math.ceil(self._seconds):
-                    raise OSError("one was killed, most likely for want of memory")
+                    raise OSError(errno.ENOMEM, "one was killed, most likely for want of memory")
         return ends, timed_out
 
-    def short_of_threads(self, ends: list[str | None]) -> OSError | None:
-        """The error, if the code was granted a thread and says that there was none to be had."""
-        if self._granted and not self._refused and ends and "start new thread" in (ends[-1] or ""):
-            return OSError(errno.EAGAIN, "no thread could be started")
-        return None
+    def short_of_threads(self, ends: list[str | None]) -> bool:
+        """Whether the code was granted threads, and says that there was none to be had."""
+        said = "start new thread" in (ends[-1] or "") if ends else False
+        return said and self._granted > 0 and not self._refused
 
     def _opened(self, descriptors: tuple[int, int]) -> tuple[int, int]:
         self._descriptors.update(descriptors)
@@ -435,10 +438,15 @@ def _check_system() -> None:
         raise ValueError(
             "PythonTests runs on Linux on x86-64 or arm64 only, for there it can shut code in"
         )
-    try:
-        ends, _ = _run("", '["pass"]', 60.0, 1024)
-    except OSError as error:
-        ends = [str(error)]
+    ends: list[str | None] = []
+    for _ in range(_PREPARATIONS):
+        try:
+            ends, _ = _run("", '["pass"]', 60.0, 1024)
+        except OSError as error:
+            ends = [str(error)]
+            if error.errno in NO_ROOM:
+                continue
+        break
     if ends != [None, None]:
         raise ValueError(
             "the kernel refuses the restrictions that PythonTests runs code under, a system call "

@@ -50,8 +50,8 @@ def main() -> None:
 
     A request is a JSON object. One with restrictions comes with three descriptors: the tests' job,
     their report, and a socket for whoever counts the response's threads; the answer has the numbers
-    of the two processes, or the error. One without ends them; the answer has how each had ended by
-    itself, if it had: its status and its seconds of CPU time.
+    of the two processes, or that of the error. One without ends them; the answer has how each had
+    ended by itself, if it had: its status and its seconds of CPU time.
     """
     owner = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -73,7 +73,7 @@ def main() -> None:
             try:
                 answer = started = start(request, descriptors, owner)
             except OSError as error:
-                answer = str(error)
+                answer = error.errno
             for descriptor in descriptors:
                 os.close(descriptor)
         else:

@@ -1,5 +1,6 @@
 """From response texts to verdicts, in this very process."""
 
+import errno
 import logging
 import math
 import os
@@ -13,8 +14,10 @@ from scsdpo.verifiers.text import capped, capped_distinct
 MAX_FEEDBACK = 4000
 """Characters, unless told otherwise."""
 MAX_ANSWER, MAX_ERROR = 20_000, 500
-FEW = 8
-"""Failed verdicts of a kind below which a run goes on."""
+NO_ROOM = (errno.EAGAIN, errno.ENOMEM)
+"""Numbers of an OSError with which the machine refuses a process, a thread or memory."""
+ENOUGH = 8
+"""Verdicts of a verifier from which on it is known that it fails."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +32,29 @@ def verify_all(
     `VerifierPool` has deadlines.
     """
     prepare_all(prompt.verifier for prompt in prompts)
+
+    def judged(prompt: Prompt, text: str) -> Verdict:
+        try:
+            return contained(prompt, text, max_feedback)
+        except NoRoom as fault:
+            return fault.verdict
+
     return tuple(
-        tuple(contained(prompt, text, max_feedback) for text in group)
+        tuple(judged(prompt, text) for text in group)
         for prompt, group in zip(prompts, texts, strict=True)
     )
+
+
+class NoRoom(Exception):
+    """The machine had no room for what a verifier wanted to start: it may have later.
+
+    Args:
+        verdict: if it never has.
+    """
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.error)
+        self.verdict = verdict
 
 
 def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
@@ -40,6 +62,9 @@ def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
 
     Its texts are valid, and cut where they are longer than `MAX_ANSWER`, `max_feedback` and
     `MAX_ERROR` characters.
+
+    Raises:
+        NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
     """
     home = os.getpid()
     try:
@@ -59,6 +84,9 @@ def _judged(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
         raise
     except BaseException as error:
         why = f"{name}: {_shown(error)}"
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            verdict = Verdict(reward=0.0, error=capped(why, MAX_ERROR))
+            raise NoRoom(verdict) from error
     return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
 
 
@@ -125,8 +153,8 @@ class Failures:
         """Log, in one line, how many verdicts [Q][G] of a batch failed, and why.
 
         Raises:
-            TrainingStopped: if of one kind of verifier most verdicts of the batch failed, or all of
-                the last ones, in either case at least `FEW`.
+            TrainingStopped: if of one kind of verifier more than half of the batch's verdicts
+                failed, or all those of the last batches, out of at least `ENOUGH`.
         """
         kinds: dict[str, list[Verdict]] = {}
         for prompt, group in zip(prompts, verdicts, strict=True):
@@ -137,10 +165,11 @@ class Failures:
                 self._in_a_row[kind] = 0
                 continue
             all_failed = len(failed) == len(judged)
-            self._in_a_row[kind] = self._in_a_row[kind] + len(failed) if all_failed else 0
+            self._in_a_row[kind] = all_failed * (self._in_a_row[kind] + len(failed))
             reasons = "; ".join(f"{count} x {why}" for why, count in Counter(failed).most_common(3))
             said = f"{len(failed)} of {len(judged)} verdicts failed: {reasons}"
-            if self._in_a_row[kind] >= FEW or (len(failed) > len(judged) / 2 >= FEW / 2):
+            most_failed = len(failed) > len(judged) / 2 and len(judged) >= ENOUGH
+            if most_failed or self._in_a_row[kind] >= ENOUGH:
                 raise TrainingStopped(
                     f"the verifier {kind} does not judge: {said}. Mend it, or what it was given; a "
                     "failed verdict is no wrong answer, and nothing right is learned from it"

@@ -2,8 +2,8 @@
 
 It reads pickled chunks of (prompt, response) from its standard input, each behind its length, and
 writes a line an event: a token, by which the owner tells its lines from whatever else a verifier
-may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["broken", why]`. The
-verifiers' own prints go to standard error.
+may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["no room", ...]`,
+`["broken", why]`. The verifiers' own prints go to standard error.
 
 What a verifier starts while it prepares may stay; what it starts for a verdict and leaves behind is
 ended before the verdict is told. The process above this one (`guarded`) ends the rest.
@@ -22,7 +22,7 @@ from typing import BinaryIO
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers.guard import children, end_children, guarded
 from scsdpo.verifiers.text import capped
-from scsdpo.verifiers.verify import contained, prepare_all
+from scsdpo.verifiers.verify import NoRoom, contained, prepare_all
 
 
 def main(token: str, memory_mb: int, max_feedback: int) -> None:
@@ -53,11 +53,15 @@ def main(token: str, memory_mb: int, max_feedback: int) -> None:
         say("ready", os.getpid())
         for number, prompt, response in jobs:
             begin = time.monotonic()
-            verdict = contained(prompt, response, max_feedback)
+            kind = "verdict"
+            try:
+                verdict = contained(prompt, response, max_feedback)
+            except NoRoom as fault:
+                kind, verdict = "no room", fault.verdict
             end_children(kept)
             taken = time.monotonic() - begin
             fields = (verdict.reward, verdict.answer, verdict.feedback, verdict.error)
-            say("verdict", number, *fields, taken)
+            say(kind, number, *fields, taken)
 
 
 def _limit_memory(memory_mb: int) -> None:
