@@ -248,7 +248,7 @@ def few_processes():
         group.rmdir()
 
 
-def test_siblings_of_those_that_start_threads_without_end_are_judged(few_processes, tmp_path, room):
+def test_siblings_of_those_that_start_threads_without_end_are_judged(few_processes, tmp_path):
     """Six workers need about 40 processes and threads, and each that starts threads takes 64."""
     (tmp_path / "crowd.py").write_text(CROWD)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

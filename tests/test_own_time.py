@@ -138,7 +138,7 @@ def test_a_machine_that_is_frozen_in_the_middle_of_verdicts_makes_none_of_them_w
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout.readline() == "ready\n"
         time.sleep(0.4)
-        for stop, pause in ((signal.SIGSTOP, 4.0), (signal.SIGCONT, 0.0)):
+        for stop, pause in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 0.0)):
             for pid in descendants(owner.pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, stop)
