@@ -99,10 +99,11 @@ class Checkpoint(ModelCheckpoint):
         self._time = time.monotonic()
         if trainer.is_global_zero and not is_remote(self.dirpath or ""):
             folders = [self._folder, runs_folder(trainer)]
-            self._outage.attempt(partial(remove_parts, self._folder))
+            self._outage.attempt(partial(remove_parts, self._folder), part=True)
             if trainer.ckpt_path is not None:  # in another folder, of a run that may be alive
                 folders.append(Path(trainer.ckpt_path).parent)
-                self._outage.attempt(partial(remove_parts, folders[-1], untouched=_ABANDONED))
+                old = partial(remove_parts, folders[-1], untouched=_ABANDONED)
+                self._outage.attempt(old, part=True)
             self._number = max(self._number, highest_number(folders))
 
     def on_train_batch_end(
@@ -211,7 +212,7 @@ class Checkpoint(ModelCheckpoint):
         if self._place is None and self._is_another_runs(trainer):
             first = trainer.is_global_zero
             aside = partial(set_aside, self._folder, (LAST, PREVIOUS)) if first else lambda: None
-            if not everywhere(self._outage, aside):
+            if not everywhere(self._outage, aside, part=True):
                 return
         last = f"{self.dirpath}/{LAST}"
         strategy = trainer.strategy
@@ -226,7 +227,7 @@ class Checkpoint(ModelCheckpoint):
         content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         part, begun = part_of(self._folder / LAST), list[Background]()
         write = lambda: begun.append(strategy.begin_checkpoint(content, part))  # noqa: E731
-        if everywhere(self._outage, write):
+        if everywhere(self._outage, write, part=True):
             self._under_way = begun[0], place
         elif trainer.is_global_zero:
             with suppress(OSError):
@@ -300,7 +301,7 @@ class Checkpoint(ModelCheckpoint):
         """Whether all could `write` their part, and it has its name now."""
         part, first = part_of(path), trainer.is_global_zero
         name = partial(install, part, path, aside) if first else lambda: None
-        written = everywhere(self._outage, write) and everywhere(self._outage, name)
+        written = everywhere(self._outage, write, part=True) and everywhere(self._outage, name)
         if not written and first:
             with suppress(OSError):  # a disk that is read-only now
                 discard(part)

@@ -52,6 +52,16 @@ def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
                 yield found
 
 
+def whole_object(path: Path, *keys: str) -> dict[str, Any]:
+    """The object in a file of JSON, with these keys; empty if there is no file, or it is torn."""
+    if not path.exists():
+        return {}
+    found = parsed(path.read_bytes(), *keys)
+    if found is None:
+        tell(f"{path} is torn, and passed over")
+    return found or {}
+
+
 def parsed(line: bytes, *keys: str) -> dict[str, Any] | None:
     """The object of a line that has these keys; None: it is torn. NULs before it are none of it."""
     try:

@@ -40,11 +40,18 @@ class Outage:
         self._since: float | None = None
         self.error: Exception | None = None
         """Of the last try; None: it worked."""
+        self.trying = False
 
-    def attempt(self, work: Callable[[], Any]) -> bool:
-        """Whether `work` was done."""
+    def attempt(self, work: Callable[[], Any], *, part: bool = False) -> bool:
+        """Whether `work` was done.
+
+        Args:
+            work: may fail.
+            part: it is only a part of what is tried: done, it is no sign that the whole works.
+        """
         if self._since is not None and time.monotonic() < self._since + self.pause:
             return False
+        self.trying = True
         try:
             work()
         except self.errors as error:
@@ -56,6 +63,10 @@ class Outage:
                 )
             self._since, self.error = time.monotonic(), error
             return False
+        finally:
+            self.trying = False
+        if part:
+            return True
         self.error = None
         if self._since is not None:
             rank_zero_info(f"{self.what} works again")
@@ -79,7 +90,7 @@ def guard(logger: Logger) -> None:
     if isinstance(logger.log_metrics, _Guarded):
         return
     outage = Outage(f"the logger {type(logger).__name__}", Exception, PAUSE)
-    logger.__class__ = _opening_safely(type(logger))
+    logger.__class__ = _opening_safely(type(logger), outage)
     for name in _VERBS:
         if hasattr(logger, name):
             setattr(logger, name, _Guarded(getattr(logger, name), logger, outage))
@@ -87,14 +98,19 @@ def guard(logger: Logger) -> None:
         _silence_writers()
 
 
-def _opening_safely(kind: type[Logger]) -> type[Logger]:
-    """A logger's class, whose `experiment` does nothing while it cannot be opened."""
+def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
+    """A logger's class, whose `experiment` does nothing while it cannot be opened.
+
+    Inside a guarded verb the failure is the verb's.
+    """
     own = getattr(kind, "experiment", None)
     if not isinstance(own, property) or own.fget is None:
         return kind
-    open_own, outage = own.fget, Outage(f"opening the logger {kind.__name__}", Exception, PAUSE)
+    open_own = own.fget
 
     def experiment(logger: Logger) -> Any:
+        if outage.trying:
+            return open_own(logger)
         opened: list[Any] = []
         tried = outage.attempt(lambda: opened.append(open_own(logger)))
         return opened[0] if tried else DummyExperiment()
