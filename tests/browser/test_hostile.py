@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from made_up_runs import made_up_run
 from scsdpo.report import read_runs, write
@@ -95,9 +96,8 @@ def long(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     run = rewritten(made_up_run(folder / "run", batches=21, alarm=True), long_values)
     (run / "environment.json").write_text(json.dumps({LONG: LONG}))
-    (run / "config.yaml").write_text(
-        f"model:\n  teacher:\n    class_path: {LONG}\n{LONG}: {LONG}\n"
-    )
+    config = {"model": {"teacher": {"class_path": LONG, "init_args": {LONG: LONG}}}, LONG: LONG}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     path = folder / "report.html"
     write(read_runs([f"{LONG}={run}"]), path)
     return path

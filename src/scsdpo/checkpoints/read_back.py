@@ -1,6 +1,7 @@
 """What is written is read back before it has a checkpoint's name."""
 
 import io
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -47,7 +48,7 @@ def save(content: dict[str, Any], file: Path | io.BytesIO) -> None:
 def _fault(content: Any, file: Path | io.BytesIO) -> str:
     """Why `content` cannot be read back from where it was written now; '' if it can."""
     try:
-        torch.save(content, file)
+        _write(content, file)
         if isinstance(file, io.BytesIO):
             file.seek(0)
         mapped = isinstance(file, Path)  # tensors are not read then, but for their places
@@ -55,6 +56,18 @@ def _fault(content: Any, file: Path | io.BytesIO) -> str:
     except _FAULTS as error:
         return _reason(error)
     return ""
+
+
+def _write(content: Any, file: Path | io.BytesIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError:  # torch counts bytes, and does not say why some are missing
+        if isinstance(file, Path):
+            with file.open("ab") as end:
+                end.write(bytes(2**16))
+                end.flush()
+                os.fsync(end.fileno())
+        raise
 
 
 def _reason(error: Exception) -> str:
