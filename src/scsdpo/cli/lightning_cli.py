@@ -12,12 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.monitor import check_monitor
 from scsdpo.cli.parser import SECTIONS, Parser
+from scsdpo.cli.rate import replaced_rate
 from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
@@ -72,6 +74,10 @@ class CLI(LightningCLI):
                 if self.subcommand == "fit":
                     others = self.trainer.callbacks  # type: ignore[attr-defined]
                     check_monitor(saver, self.model.val_sampling.n, others)
+        if self.subcommand == "fit":
+            optimizer = described["model"]["optimizer"].get("init_args") or {}
+            if said := replaced_rate(sys.argv[2:], optimizer.get("lr")):
+                rank_zero_info(said)
         self._choose_checkpoint(described)
 
     def _choose_checkpoint(self, described: dict[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """What an evaluation keeps of a question."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scsdpo.statistics import majority, pass_at_k, pass_ks
-from scsdpo.types import Outcomes, Rollouts
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Outcomes, Prompt, Rollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Question:
     response: str
     """The first of the k responses."""
     right: str = ""
-    """The first successful one; '' if there is none."""
+    """The best successful one that is more than thinking, of equals the first; '' if there is no
+    success."""
 
     def scores(self) -> dict[str, float]:
         """mean@k, maj@k, pass@1, 2, 4, ... k, and shares; each figure is their mean."""
@@ -68,8 +70,13 @@ def questions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[Question]:
             finished=tuple(rollouts.finished[q].tolist()),
             errors=sum(bool(verdict.error) for verdict in verdicts),
             response=texts[0],
-            right=next((t for t, good in zip(texts, successes, strict=True) if good), ""),
+            right=_right(prompt, [texts[g] for g in outcomes.best_first(q)]),
         )
+
+
+def _right(prompt: Prompt, best: Sequence[str]) -> str:
+    said = (text for text in best if without_thinking(prompt.thinking + text).strip())
+    return next(said, best[0] if best else "")
 
 
 def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, Any]]:

@@ -1,17 +1,21 @@
 """Contexts: what the teacher is told that the student was not."""
 
-import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
+from scsdpo.thinking import without_thinking
 from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
 
 class Context(ABC):
-    """Privileged information f for each rollout, as a rendered teacher prompt."""
+    """Privileged information f for each rollout, as a rendered teacher prompt.
+
+    White space alone is nothing to tell.
+    """
 
     @abstractmethod
     def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
@@ -85,13 +89,13 @@ def fit(
     the end); template and question stay whole, or there is no context.
     """
     demonstration, feedback = told.demonstration, told.feedback
-    while demonstration or feedback:
+    while demonstration.strip() or feedback.strip():
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
-        ids = chat.render(messages)
+        ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
-        if demonstration:
+        if demonstration.strip():
             demonstration = _cut(chat, demonstration, excess)
         else:
             feedback = _cut(chat, feedback, excess)
@@ -117,15 +121,17 @@ class _Templated(_Reprompt):
 
 @dataclass(frozen=True, kw_only=True)
 class SiblingDemonstration(_Templated):
-    """A successful rollout of the same question, shown as a correct solution.
+    """The best successful rollout of the same question, shown as a correct solution.
 
-    A rollout without a (different) successful sibling has no teacher and no loss: with
-    `exclude_self` the only success of a group gets none, its failures do.
+    The best has the highest reward; of equals, `pick` says which. One that is nothing but thinking
+    is not shown. A rollout without a (different) successful sibling has no teacher and no loss:
+    with `exclude_self` the only success of a group gets none, its failures do.
 
     Args:
-        pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
+        pick: of successes with the same reward the `first` in the group's order, or the `shortest`
+            in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
-        strip_thinking: drop <think>...</think> blocks from the demonstration.
+        strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
         templates: the words around it.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
             template or the question; if those alone are too long there is no context.
@@ -149,18 +155,28 @@ class SiblingDemonstration(_Templated):
         self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
     ) -> str:
         """The text to show; empty if there is none."""
-        good = outcomes.successes[question].nonzero()[:, 0].tolist()
-        if self.exclude_self:
-            good = [g for g in good if g != rollout]
-        if not good:
-            return ""
-        lengths = rollouts.mask[question].sum(-1).tolist()
-        chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(rollouts.texts[question][chosen])
+        for g, text in self.demonstrations(question, rollouts, outcomes):
+            if g != rollout or not self.exclude_self:
+                return text
+        return ""
 
-    def shown(self, text: str) -> str:
-        """What of a response is shown."""
-        return without_thinking(text) if self.strip_thinking else text
+    def demonstrations(
+        self, question: int, rollouts: Rollouts, outcomes: Outcomes
+    ) -> Iterator[tuple[int, str]]:
+        """The successes of a question that leave something to show, the one to show first first."""
+        best = outcomes.best_first(question)
+        if self.pick == "shortest":
+            rewards = outcomes.rewards[question].tolist()
+            lengths = rollouts.mask[question].sum(-1).tolist()
+            best.sort(key=lambda g: (-rewards[g], lengths[g]))
+        for g in best:
+            text = self.shown(rollouts.prompts[question], rollouts.texts[question][g])
+            if text.strip():
+                yield g, text
+
+    def shown(self, prompt: Prompt, text: str) -> str:
+        """What of a response to `prompt` is shown."""
+        return without_thinking(prompt.thinking + text) if self.strip_thinking else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +252,14 @@ class GoldSolution(_Templated):
 class ShortestSuccess(_Reprompt):
     """Only the shortest success of a group has a teacher, which reads another rollout of it.
 
+    Of successes with different rewards, the shortest of the best.
+
     That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
     told as what it is. The other rollouts, and groups without a success, are not learned from:
     supervision stands where the student arrived, and needs no reference solution.
 
     Args:
-        strip_thinking: drop <think>...</think> blocks from what is shown.
+        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
         attempt_templates: the words around it, {demonstration} if right, {feedback} if wrong.
         max_tokens: as in `SiblingDemonstration`.
 
@@ -259,27 +277,22 @@ class ShortestSuccess(_Reprompt):
     def privileged(
         self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
     ) -> PrivilegedInfo:
-        lengths = rollouts.lengths[question].tolist()
-        right = outcomes.successes[question].tolist()
-        shortest = sorted(range(len(right)), key=lengths.__getitem__)
-        taught = next((g for g in shortest if right[g]), None)
-        others = [g for g in shortest if g != taught]
-        if rollout != taught or not others:
+        lengths, rewards = rollouts.lengths[question].tolist(), outcomes.rewards[question].tolist()
+        right = outcomes.best_first(question)
+        taught = min(right, key=lambda g: (-rewards[g], lengths[g]), default=None)
+        if rollout != taught:
             return PrivilegedInfo()
-        other = min(others, key=right.__getitem__)
-        text = rollouts.texts[question][other]
-        shown = without_thinking(text) if self.strip_thinking else text
-        return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
+        others = [g for g in range(len(lengths)) if g != taught]
+        for other in sorted(others, key=lambda g: (g in right, lengths[g])):
+            shown = rollouts.texts[question][other]
+            if self.strip_thinking:
+                shown = without_thinking(rollouts.prompts[question].thinking + shown)
+            if shown.strip():
+                return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
+        return PrivilegedInfo()
 
 
 def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
     if outcomes.successes[question, rollout]:
         return ""
     return outcomes.verdicts[question][rollout].feedback
-
-
-def without_thinking(text: str) -> str:
-    """Some templates open <think> in the prompt; then only its end stands in the response."""
-    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
-        text = "<think>" + text
-    return re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)

@@ -11,18 +11,19 @@ from scsdpo.teacher.context import (
     PrivilegedInfo,
     SiblingDemonstration,
     fit,
-    without_thinking,
 )
 from scsdpo.teacher.templates import ATTEMPTS, Templates
-from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
-    """A sibling's success; in a group without any, the last one of an earlier visit.
+    """A sibling's success; in a group without any, the best one of earlier visits.
 
-    Groups with a success are told what `demonstration` says. Each question keeps its last `size`
-    different successes, of earlier policies; they are checkpointed, and the same on every rank.
-    Memory grows with the number of distinct questions.
+    Groups with a success are told what `demonstration` says. Each question keeps its best `size`
+    different successes, of equals the last ones, and the last of the best is shown; one of which
+    nothing would be shown counts as none. They are checkpointed, and the same on every rank. Memory
+    grows with the number of distinct questions.
 
     Args:
         demonstration: how a success is picked and shown.
@@ -42,35 +43,41 @@ class RememberedDemonstration(Context, Stateful):
         if size < 1:
             raise ValueError(f"`RememberedDemonstration(size=...)` must be >= 1, got {size}")
         self.demonstration, self.size = demonstration, size
-        self.kept: dict[str, list[str]] = {}
+        self.kept: dict[str, list[tuple[float, str]]] = {}
+        """By question: rewards and responses, the one to show last."""
 
     def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
         table = list(self.demonstration.render(chat, rollouts, outcomes).ids)
         for q, prompt in enumerate(rollouts.prompts):
-            if prompt.key in self.kept and not outcomes.successes[q].any():
-                text = self.demonstration.shown(self.kept[prompt.key][-1])
+            if prompt.key in self.kept and not any(
+                self.demonstration.demonstrations(q, rollouts, outcomes)
+            ):
+                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1][1])
                 table[q] = (self.demonstration.show(chat, prompt, text),) * len(table[q])
         self._remember(rollouts, outcomes)
         return TeacherContexts(ids=tuple(table))
 
     def _remember(self, rollouts: Rollouts, outcomes: Outcomes) -> None:
+        rewards = outcomes.rewards.tolist()
         good = [
-            (prompt.key, text)
-            for prompt, texts, right in zip(
-                rollouts.prompts, rollouts.texts, outcomes.successes.tolist(), strict=True
-            )
-            for text, success in zip(texts, right, strict=True)
-            if success
+            (prompt.key, rewards[q][g], rollouts.texts[q][g])
+            for q, prompt in enumerate(rollouts.prompts)
+            for g, _ in sorted(self.demonstration.demonstrations(q, rollouts, outcomes))
         ]
-        for key, text in all_gather(good):
-            others = [kept for kept in self.kept.get(key, []) if kept != text]
-            self.kept[key] = [*others, text][-self.size :]
+        for key, reward, text in all_gather(good):
+            others = [kept for kept in self.kept.get(key, []) if kept[1] != text]
+            ranked = sorted([*others, (reward, text)], key=lambda kept: kept[0])
+            self.kept[key] = ranked[-self.size :]
 
     def remembered(self) -> dict[str, Any]:
         return {"kept": self.kept}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
-        self.kept = dict(remembered["kept"])
+        self.kept = {
+            # Before rewards were kept, each was that of a success.
+            key: [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
+            for key, responses in remembered["kept"].items()
+        }
 
 
 class AttemptMemory(Context, Stateful):
@@ -84,7 +91,7 @@ class AttemptMemory(Context, Stateful):
     Args:
         successes: right responses kept a question, >= 0.
         failures: wrong ones, >= 0.
-        strip_thinking: drop <think>...</think> blocks from what is kept.
+        strip_thinking: drop thinking, in the tags of the common models, from what is kept.
         attempt_templates: the words around them, {demonstration} for right ones, {feedback} for
             wrong ones.
         max_tokens: cap on the rendered teacher prompt; the oldest right ones are cut first.
@@ -121,7 +128,11 @@ class AttemptMemory(Context, Stateful):
     def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
         table = [
             [
-                (prompt.key, bool(right), self._entry(text, "" if right else verdict.feedback))
+                (
+                    prompt.key,
+                    bool(right),
+                    self._entry(prompt, text, "" if right else verdict.feedback),
+                )
                 for text, verdict, right in zip(texts, verdicts, successes, strict=True)
             ]
             for prompt, texts, verdicts, successes in zip(
@@ -132,7 +143,8 @@ class AttemptMemory(Context, Stateful):
                 strict=True,
             )
         ]
-        for key, right, entry in all_gather([one for group in table for one in group]):
+        told = [one for group in table for one in group if one[-1].strip()]
+        for key, right, entry in all_gather(told):
             kept, size = (self.right, self.successes) if right else (self.wrong, self.failures)
             others = [other for other in kept.get(key, []) if other != entry]
             kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]
@@ -146,9 +158,9 @@ class AttemptMemory(Context, Stateful):
             )
         )
 
-    def _entry(self, text: str, feedback: str) -> str:
-        shown = without_thinking(text) if self.strip_thinking else text
-        return f"{shown}\n{feedback}" if feedback else shown
+    def _entry(self, prompt: Prompt, text: str, feedback: str) -> str:
+        shown = without_thinking(prompt.thinking + text) if self.strip_thinking else text
+        return f"{shown}\n{feedback}" if feedback.strip() else shown
 
     def _told(self, key: str, right: bool, own: str) -> PrivilegedInfo:
         def join(kept: dict[str, list[str]]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from scsdpo.errors import ConfigurationError
@@ -11,7 +12,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
-from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling, Verdict
 from scsdpo.verifiers import Verification, VerifierPool, report_errors
 
 
@@ -35,6 +36,7 @@ class Answering:
         self.rollout, self.verifiers = rollout, VerifierPool(verification)
         self.success_threshold, self.timer = success_threshold, timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
+        self._said = False
 
     def sample(
         self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
@@ -89,6 +91,7 @@ class Answering:
         with self.timer("verify"):
             verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
         report_errors(verdicts)
+        self._say_what_succeeds(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,
@@ -100,6 +103,16 @@ class Answering:
             successes=(rewards >= self.success_threshold).view(rollouts.ids.shape[:2]),
             keys=tuple(prompt.key for prompt in rollouts.prompts),
         )
+
+    def _say_what_succeeds(self, verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """One line at the first reward that is neither wrong nor right."""
+        partial = (v.reward for group in verdicts for v in group if 0 < v.reward < 1)
+        if not self._said and (first := next(partial, None)) is not None:
+            self._said = True
+            rank_zero_info(
+                f"a reward between 0 and 1 ({first:g}): a success is a reward of at least "
+                f"{self.success_threshold:g} (model.success_threshold)"
+            )
 
     def close(self) -> None:
         """Let the rollout's engine go, and the processes that judge."""

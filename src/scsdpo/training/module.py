@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,8 @@ from scsdpo.advantage import Advantage
 from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
+from scsdpo.data.rendered import rendered
+from scsdpo.data.startup import check_context
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -81,7 +83,8 @@ class PolicyOptimizer(Resumable):
         optimizer: made from the trainable parameters.
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
-        success_threshold: reward from which a rollout counts as a success.
+        success_threshold: reward from which a rollout counts as a success. Of successes with
+            different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
 
     Raises:
@@ -109,7 +112,7 @@ class PolicyOptimizer(Resumable):
             o, factor=1.0
         ),
         updates_per_rollout: int = 1,
-        success_threshold: float = 0.5,
+        success_threshold: float = 1.0,
         limits: Limits = Limits(),
     ) -> None:
         super().__init__()
@@ -174,6 +177,8 @@ class PolicyOptimizer(Resumable):
             most = data.max_prompt_tokens
             if stage == "fit":
                 self.answering.check_room("sampling", self.sampling, most)
+                longest = max(source.longest for source in data.train_set.sources)
+                check_context(self, data.train_sources[0], longest)
             self.answering.check_room("val_sampling", self.val_sampling, most)
         self.answering.verifiers.start()
 
@@ -286,7 +291,7 @@ class PolicyOptimizer(Resumable):
         """
         self.configure_model()
         chat = self.policy.chat
-        asked = [p if p.ids else replace(p, ids=chat.render(p.messages)) for p in prompts]
+        asked = [p if p.ids else rendered(p, chat) for p in prompts]
         kept = copy.deepcopy(all_remembered(self))
         rollouts = self.sample(asked, self.sampling.at(int(self.batches) + 1))
         try:
