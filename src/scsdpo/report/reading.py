@@ -127,7 +127,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
 
 
 def _metrics(folder: Path) -> list[Line]:
-    return list(whole_lines(folder / "metrics.jsonl", "batch", "step", "time"))
+    return list(whole_lines(folder / "metrics.jsonl", "batch", "step"))
 
 
 def _split(given: str) -> tuple[str, Path]:
