@@ -9,10 +9,10 @@ import lightning as L
 from jsonargparse.typing import NonNegativeInt
 from rich.text import Text
 
+from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.io.text import in_one_line
 from scsdpo.records import Recorded, TextLog
-from scsdpo.types import JudgedBatch
 
 FIRST = (
     ("pass_rate", "pass rate"),
@@ -68,27 +68,26 @@ class Progress(RolloutCallback):
         self._sums, self._since = {}, time.monotonic()
         self._began = int(pl_module.batches)
 
-    def on_rollouts(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
-    ) -> None:
+    def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
         assert isinstance(module, Recorded)
-        now = int(module.batches)
-        if batch.split != "train" or not trainer.is_global_zero or not batch.rollouts.prompts:
+        now, judged = int(module.batches), batch.judged
+        if not trainer.is_global_zero or not judged.prompts:
             return
         if self.responses and _due(now, self.responses_every):
-            q = _informative(batch.outcomes.pass_rates.tolist())
-            for g in _telling(batch.outcomes.successes[q].tolist())[: self.responses]:
+            q = _informative(judged.pass_rates.tolist())
+            for g in _telling(judged.successes[q].tolist())[: self.responses]:
                 self._show(trainer, batch, q, g, now)
 
-    def _show(self, trainer: L.Trainer, batch: JudgedBatch, q: int, g: int, now: int) -> None:
-        prompt, verdict = batch.rollouts.prompts[q], batch.outcomes.verdicts[q][g]
-        right = bool(batch.outcomes.successes[q, g])
-        rate, weight = float(batch.outcomes.pass_rates[q]), float(batch.weights[q, g])
+    def _show(self, trainer: L.Trainer, batch: Batch, q: int, g: int, now: int) -> None:
+        judged = batch.judged
+        prompt, verdict = judged.prompts[q], judged.verdicts[q][g]
+        right = bool(judged.successes[q, g])
+        rate, weight = float(judged.pass_rates[q]), float(batch.weights[q, g])
         said = f"{'right' if right else 'wrong'}, reward {verdict.reward:g}"
         said += f", pass rate {rate:.2f}, weight {weight:.2f}"
-        said += "" if batch.rollouts.finished[q, g] else ", cut off"
+        said += "" if judged.ended[q, g] else ", cut off"
         said += f": {verdict.error or verdict.feedback}" if not right else ""
-        text = batch.rollouts.texts[q][g]
+        text = judged.texts[q][g]
         row = [
             ("question", prompt.messages[-1]["content"]),
             ("response", text),

@@ -70,9 +70,16 @@ def _fault(folder: Path, *, needed: bool) -> str:
 
 
 def _take(folder: Path) -> None:
-    """Raises BlockingIOError if another process has it."""
-    if folder in _held:
-        return
+    """Hold it and say who does; raises BlockingIOError if another process has it."""
+    if folder not in _held:
+        _held[folder] = _locked(folder)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    who = f"pid {os.getpid()} on {socket.gethostname()} since {since}\n"
+    os.ftruncate(_held[folder], 0)
+    os.pwrite(_held[folder], who.encode(), 0)
+
+
+def _locked(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     while True:
@@ -80,7 +87,7 @@ def _take(folder: Path) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break  # and not a file that its owner has removed meanwhile
+                return descriptor  # and not of a file that its owner has removed meanwhile
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -89,9 +96,3 @@ def _take(folder: Path) -> None:
                 raise BlockingIOError(error.errno, error.strerror) from error
             raise
         os.close(descriptor)
-    _held[folder] = descriptor
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(
-        descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0
-    )
