@@ -194,6 +194,14 @@ def test_of_3000_mutated_gold_answers_none_is_accepted_but_quantities_without_th
         (r"\sum_{k=1}^{n} k^2", r"\sum_{k=1}^{n} k^3"),
         ("f(x)", "f(y)"),
         ("1/2x", "x/2"),
+        (r"\cos(10^{-30})", "1"),
+        (r"\sqrt{10^{40}+1}", "10^{20}"),
+        ("x^2+2x+1", "(x+1)^2+10^{-50}"),
+        (r"e^{\pi\sqrt{163}}", "262537412640768744"),
+        (r"P \wedge Q", r"P \vee Q"),
+        (r"k<-1 \text{ or } k>3", r"k<-1 \text{ and } k>3"),
+        (r"\{\{1\},2\}", r"\{1,2\}"),
+        (r"\{(1,2)\}", r"\{1,2\}"),
     ],
 )
 def test_what_is_near_is_wrong(gold, near):
@@ -288,6 +296,17 @@ LONG = "We go on for a while, and nothing of it matters. " * 20
         ("The answer is $5$ or $7$.", "$5$ or $7$"),
         ("The answer is Evelyn.", "Evelyn"),
         ("The answer is not 42.", ""),
+        ("The answer is 42, not 43.", "42"),
+        ("The answer is 42? No, the answer is not 42.", ""),
+        ("The answer is 42. I hope the answer is clear.", "42"),
+        ("My first answer is 42. But the answer should be 43.", "43"),
+        ("The answer is at least 42.", "at least 42"),
+        ("The answer is 42 when x > 0 and 43 otherwise.", "42 when x > 0 and 43 otherwise"),
+        ("So 42 is wrong.", ""),
+        ("So there are at least 42.", ""),
+        ("Therefore 42 divides n.", ""),
+        ("So she pays $64 for 16 glasses.", "$64"),
+        ("So she has 42 apples.", "42 apples"),
         ("I do not know.", ""),
         ("We add the 3 apples and the 4 pears.", ""),
         ("Let $n$ be the number of apples.", ""),
@@ -371,6 +390,9 @@ HOSTILE = [
     r"\pm " * 50 + "1",
     "½" * 500,
     "1e999999999",
+    "+".join([r"\sin(10^{300})"] * 30),
+    "+".join([r"\binom{500x}{300y}"] * 20),
+    "+".join([r"\tan(10^{300}x)"] * 30),
 ]
 
 
