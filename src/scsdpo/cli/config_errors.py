@@ -96,6 +96,7 @@ def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
     hint = did_you_mean(name, known)
     if where == "records" and name in (*arguments(Records), "class_path"):
         hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
+        takes = ""
     return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
 
 

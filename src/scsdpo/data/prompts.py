@@ -153,11 +153,10 @@ class PromptColumns:
         if self.category:
             category = table.text(index, self.category, optional=True).strip()
             prompt = replace(prompt, category=category or name)
-        if self.tools and not is_missing(given := table.rows[index].get(self.tools)):
+        given = table.rows[index].get(self.tools) if self.tools else None
+        if not is_missing(given) and given != "":
             tools = tools_of(given, table.where(index, self.tools))
-            key = (
-                f"{name}/{stable_hash(prompt.key, json.dumps(tools)):016x}" if tools else prompt.key
-            )
+            key = f"{name}/{stable_hash(prompt.key, json.dumps(tools)):016x}"
             prompt = replace(prompt, key=key, tools=tools)
         return prompt
 
