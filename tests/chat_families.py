@@ -192,7 +192,7 @@ def families():
     llama = _special("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>")
     llama += _special("<|end_header_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>")
     gemma = _special("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<image>")
-    gemma += _words("\n\n", "<b>", "</b>")
+    gemma += _words("\n\n", "<b>", "</b>", "[multimodal]")
     mistral = _special("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[THINK]", "[/THINK]")
     harmony = _special("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
     deepseek = _special("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")

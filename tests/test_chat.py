@@ -69,6 +69,7 @@ def test_control_tokens_are_special_or_written_around_turns():
     }  # fmt: skip
     # Words of the model: thinking, calls, markup and white space.
     assert not names(chats()["gemma"]) & {"\n\n", "<b>", "</b>"}
+    assert "[multimodal]" in names(chats()["gemma"])
 
 
 def test_an_end_of_responses_is_a_control_token_whatever_the_tokenizer_calls_it():

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from datetime import datetime
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from models import qwen3_folder
 from scsdpo.__main__ import main as command
 from scsdpo.checkpoints import Saved
 from scsdpo.cli.export import export, load_weights, make_policy
+from scsdpo.cli.model_card import model_card
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import STUDENT
 from test_cli import VALID
@@ -118,6 +120,21 @@ def test_the_model_card_holds_method_and_metrics(full, lora, qwen3, tmp_path):
     settings = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert settings["model"] == Saved.read(full).model
     assert "PeftModel.from_pretrained" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_the_model_card_says_how_the_template_was_filled(full):
+    saved = Saved.read(full)
+    saved.model["policy"]["init_args"]["chat_template_kwargs"] = {
+        "strftime_now": "2026-01-31",
+        "enable_thinking": False,
+    }
+    (line,) = [one for one in model_card(saved, adapter=False).split("\n") if "Trained with" in one]
+    filled = line.removeprefix("# Trained with tokenizer.apply_chat_template(..., ").removesuffix(
+        ")"
+    )
+    arguments = eval(f"dict({filled})", {"datetime": datetime})
+    assert arguments.pop("strftime_now")("%d %b %Y") == "31 Jan 2026"
+    assert arguments == {"enable_thinking": False}
 
 
 def test_weights_are_written_in_the_dtype_that_training_started_from(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from scsdpo.checkpoints import Saved
+from scsdpo.policy.chat import TODAY
 
 _CARD = """\
 ---
@@ -61,7 +62,11 @@ def model_card(saved: Saved, *, adapter: bool) -> str:
         front["base_model"] = base
     use = _ADAPTER.format(base=base) if adapter else _MERGED
     if template := arguments.get("chat_template_kwargs"):
-        use += f"\n# Trained with tokenizer.apply_chat_template(..., **{template!r})"
+        spelled = {key: repr(value) for key, value in template.items()}
+        if TODAY in template:  # templates call it
+            spelled[TODAY] = f"datetime.fromisoformat({str(template[TODAY])!r}).strftime"
+        given = ", ".join(f"{key}={value}" for key, value in spelled.items())
+        use += f"\n# Trained with tokenizer.apply_chat_template(..., {given})"
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         what=f"From {base}, after {saved.step} optimizer steps.",

@@ -26,9 +26,10 @@ from scsdpo.types import Message, Tool
 
 _BREAK = "\ufdd0"
 """Stands in the spelling of a control token; Unicode gives this code point to no character."""
-_TODAY = "strftime_now"
+TODAY = "strftime_now"
 """What templates call for the date, in transformers."""
 _TAG = re.compile(r"[<\[].*\w.*[>\]]")
+_MEDIA = re.compile(rf"(?=.*(?:image|img|vision|video|audio|multimodal)){_TAG.pattern}", re.I)
 _ROLE = re.compile(r"[\w .-]+")
 
 
@@ -144,25 +145,25 @@ class Chat:
     @cached_property
     def _filling(self) -> dict[str, Any]:
         """`template_kwargs` with the function that tells templates the date, if it is fixed."""
-        if _TODAY not in self.template_kwargs:
+        if TODAY not in self.template_kwargs:
             return dict(self.template_kwargs)
-        given = str(self.template_kwargs[_TODAY])
+        given = str(self.template_kwargs[TODAY])
         try:
             today = datetime.fromisoformat(given)
         except ValueError as error:
             raise ValueError(
-                f"`chat_template_kwargs: {{{_TODAY}: ...}}` must be a date such as 2026-01-31, got "
+                f"`chat_template_kwargs: {{{TODAY}: ...}}` must be a date such as 2026-01-31, got "
                 f"{given!r}"
             ) from error
-        return {**self.template_kwargs, _TODAY: today.strftime}
+        return {**self.template_kwargs, TODAY: today.strftime}
 
     def writes_date(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
         """Whether the template writes today's date, so that tomorrow's prompt is another one."""
         days = ("2001-02-03", "2014-12-25T12:13:14")
-        if _TODAY in self.template_kwargs:
+        if TODAY in self.template_kwargs:
             return False
         others = [
-            replace(self, template_kwargs={**self.template_kwargs, _TODAY: day}) for day in days
+            replace(self, template_kwargs={**self.template_kwargs, TODAY: day}) for day in days
         ]
         return len({chat.text(messages, tools) for chat in others}) > 1
 
@@ -171,14 +172,19 @@ class Chat:
         """Tokens that no text becomes.
 
         They are what the tokenizer calls special (beginnings, ends, padding, turns, images), what
-        ends a response, and what the template writes around the turns of a conversation, also where
-        the tokenizer calls it merely added (DeepSeek's <｜User｜>). Other added tokens are words of
-        the model, which a text may use: <think> and <tool_call> where they are not special. An
-        added token for which the embedding has no row is none of them.
+        ends a response, and, where the tokenizer calls them merely added, what the template writes
+        around the turns of a conversation (DeepSeek's <｜User｜>) and what is named after images,
+        video or audio. Other added tokens are words of the model, which a text may use: <think> and
+        <tool_call> where they are not special. An added token for which the embedding has no row is
+        none of them.
         """
         own = self.tokenizer
         added = own.added_tokens_decoder.items()
-        special = {i for i, token in added if token.special or i >= self.rows}
+        special = {
+            i
+            for i, token in added
+            if token.special or i >= self.rows or _MEDIA.fullmatch(token.content)
+        }
         return frozenset({*special, *own.all_special_ids, *self.eos_ids, *self._turn_ids()})
 
     def _turn_ids(self) -> set[int]:
