@@ -44,6 +44,13 @@ from scsdpo.training.optimizer_steps import (
     refuse_what_cannot_resume,
     trained_parameters,
 )
+from scsdpo.training.run_checks import (
+    check_course,
+    check_settings,
+    made,
+    make_schedule,
+    say_what_ended,
+)
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
@@ -79,7 +86,8 @@ class PolicyOptimizer(Resumable):
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         verification: how responses are judged: processes and deadlines.
         optimizer: made from the trainable parameters.
-        lr_scheduler: stepped once per optimizer step taken.
+        lr_scheduler: stepped once per optimizer step taken; Lightning's `ReduceLROnPlateau`, which
+            names its `monitor`, after each validation.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
         success_threshold: reward from which a rollout counts as a success.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
@@ -105,8 +113,9 @@ class PolicyOptimizer(Resumable):
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         verification: Verification = Verification(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
-            o, factor=1.0
+        # Constant; its one argument is no other schedule's, so that none is kept from it.
+        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.LinearLR(
+            o, start_factor=1.0
         ),
         updates_per_rollout: int = 1,
         success_threshold: float = 0.5,
@@ -134,7 +143,8 @@ class PolicyOptimizer(Resumable):
         )
         strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
         # A bad setting of these fails here, and not after the weights were loaded.
-        lr_scheduler(optimizer([nn.Parameter(torch.zeros(1))]))
+        probe = made("model.optimizer", lambda: optimizer([nn.Parameter(torch.zeros(1))]))
+        made("model.lr_scheduler", lambda: lr_scheduler(probe))
         self.steps = OptimizerSteps(
             strategies.update(),
             limits=limits,
@@ -150,6 +160,8 @@ class PolicyOptimizer(Resumable):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run plans its memory, shows and keeps what happens, and fails well."""
+        if self.trainer.state.fn == "fit":
+            check_settings(self.trainer, self)
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
@@ -161,7 +173,8 @@ class PolicyOptimizer(Resumable):
         """Start the processes that judge, which are ready before the weights are.
 
         Raises:
-            ConfigurationError: if the longest prompt leaves the sampler no room for a response.
+            ConfigurationError: if the longest prompt leaves the sampler no room for a response, or
+                schedule, validations and monitors do not fit the run.
         """
         super().setup(stage)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -170,6 +183,8 @@ class PolicyOptimizer(Resumable):
             if stage == "fit":
                 self.answering.check_room("sampling", self.sampling, most)
             self.answering.check_room("val_sampling", self.val_sampling, most)
+        if stage == "fit":
+            check_course(self.trainer, self)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
@@ -199,7 +214,7 @@ class PolicyOptimizer(Resumable):
             )
         optimizer = self.optimizer(parameters)
         refuse_what_cannot_resume(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+        return {"optimizer": optimizer, "lr_scheduler": make_schedule(self, optimizer)}
 
     # ------------------------------------------------------------------ training
 
@@ -210,6 +225,7 @@ class PolicyOptimizer(Resumable):
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""
         self._check_size(prompts)
+        self.steps.stop_if_broken()
         interrupt.open_window()
         self.batches += 1
         rollouts = self.sample(prompts, self.sampling.at(int(self.batches)))
@@ -293,6 +309,10 @@ class PolicyOptimizer(Resumable):
         update = self.steps.update
         return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)
 
+    def on_train_end(self) -> None:
+        """Say which limit ended the run."""
+        say_what_ended(self.trainer, self)
+
     # ---------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
@@ -309,6 +329,8 @@ class PolicyOptimizer(Resumable):
         """Log mean@k and maj@k, overall and by category."""
         self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.steps.after_validation(self)
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """As validation."""
