@@ -44,11 +44,15 @@ def jobs(args: argparse.Namespace) -> dict[Job, tuple[str, int]]:
         "--checkpoint.save_last=false",
         "--checkpoint.save_top_k=0",
     ]
+    # A method file's rate is of its paper's model: all methods run at the base file's.
+    model = yaml.safe_load((ROOT / "configs" / "smollm2.yaml").read_text())["model"]
+    own = f"--model.optimizer.init_args.lr={model['optimizer']['init_args']['lr']}"
     found = {}
     for seed in range(args.seeds):
         for method in args.methods:
             name = Path(method).stem
-            run = job(args.out, name, seed, [*base, *variants.words(method), *args.words])
+            file, *changes = variants.words(method)
+            run = job(args.out, name, seed, [*base, file, own, *changes, *args.words])
             found[run] = (name, seed)
     return found
 

@@ -215,12 +215,11 @@ def srpo(case, weight=lambda p: 1.0):
             if (q, g, t) in weights:
                 value = weights[q, g, t] / mean * jsd(case, q, g, t, sibling(case, q, g))
                 value = weight(SUCCESSES[q] / G) * value
-            elif grpo(case, q, g):
+            else:  # z_GRPO = 1 - z_SDPO, with A = 0 where all rewards are equal
                 value = pg(grpo)(case, q, g, t, "")
-            else:
-                continue
             terms[q, g, t] = case.cap(q, g, t) * value
-    return token_mean_active(case, terms)
+    assert len(terms) == sum(case.length(q, g) for q, g in case.rows())
+    return sum(terms.values()) / len(terms)
 
 
 def rlsd_factor(case, q, g, t, told, a):
@@ -229,14 +228,48 @@ def rlsd_factor(case, q, g, t, told, a):
     return 0.5 + 0.5 * min(max(ratio, 0.8), 1.2)
 
 
+def entropies(case, q, g, told):
+    """Of student and teacher at each token of a response."""
+    both = [], []
+    for t in range(case.length(q, g)):
+        pair = case.log_s(q, g, t).detach(), case.log_t(q, g, t, told)
+        for kept, log_p in zip(both, pair, strict=True):
+            kept.append(-float(log_p.exp() @ log_p))
+    return both
+
+
+def rhythm(student, teacher, window=8, steepness=1.0, gain=1.0, highest=1.5):
+    """DRIFT's eq. (11) to (15): gate_t of one response, from its two lists of entropies."""
+    n = len(student)
+
+    def drop(h, t):
+        before, after = h[max(t - window, 0) : t], h[t + 1 : t + 1 + window]
+        if not before or not after:
+            return 0.0
+        return max(sum(before) / len(before) - sum(after) / len(after), 0.0)
+
+    anchors = [
+        max(drop(teacher, t) - drop(student, t), 0.0) * max(student[t] - teacher[t], 0.0)
+        for t in range(n)
+    ]
+    mean = sum(anchors) / n
+    std = math.sqrt(sum((a - mean) ** 2 for a in anchors) / n)
+    z = [(a - mean) / std if std > 0 else 0.0 for a in anchors]
+    m = [1 + gain * 2 * max(1 / (1 + math.exp(-steepness * each)) - 0.5, 0.0) for each in z]
+    scale = sum(m) / n
+    clipped = [min(max(each / scale, 0.5), highest) for each in m]
+    return [min(max((each - 1) / (highest - 1), 0.0), 1.0) for each in clipped]
+
+
 def drift_factor(case, q, g, t, told, a):
     difference = case.log_s(q, g, t).detach() - case.log_t(q, g, t, told)
-    return min(math.exp(max(float(difference[case.y(q, g, t)]), 0)), 2.0)
+    surprise = min(math.exp(max(float(difference[case.y(q, g, t)]), 0)), 2.0) - 1
+    return 1 + rhythm(*entropies(case, q, g, told))[t] * surprise
 
 
 def drift(case):
     """Beta(1, 1) after one group of four: rates 3/6, 1/6, 5/6, 2/6: medium, hard, easy, medium."""
-    terms = {}
+    terms, gates = {}, []
     for q, g in case.rows():
         rate, told = (SUCCESSES[q] + 1) / (G + 2), sibling(case, q, g)
         for t in range(case.length(q, g)):
@@ -246,10 +279,12 @@ def drift(case):
                 value = jsd(case, q, g, t, told)
             elif 0.2 <= rate <= 0.8:
                 value = pg(grpo, drift_factor)(case, q, g, t, told)
+                gates += rhythm(*entropies(case, q, g, told)) if told else []
             else:  # question 2, whose GRPO advantage is 0
                 continue
             terms[q, g, t] = case.cap(q, g, t) * value
-    return token_mean_active(case, terms)
+    assert max(gates) > 0
+    return token_mean_all(case, terms)
 
 
 def block(*lines):
@@ -316,8 +351,8 @@ def geosd(case):
             taught, first = case.log_t(q, g, t, gold(case, q, g)).exp(), case.log_r(q, g, t).exp()
             hellinger = sum((a.sqrt() - b.sqrt()) ** 2 for a, b in zip(s, taught, strict=True)) / 2
             arc = 2 * torch.arccos(sum((a * b).sqrt() for a, b in zip(s, first, strict=True)))
-            terms[q, g, t] = case.cap(q, g, t) * (hellinger + 0.1 * arc**2)
-    return token_mean_active(case, terms)
+            terms[q, g, t] = case.cap(q, g, t) * (hellinger + arc**2)
+    return sequence_mean(case, terms)
 
 
 def position(case, q, g, t):
@@ -331,6 +366,12 @@ def horizon(case, q, g, t):
     r = [float(value(case, q, g, s, gold(case, q, g)).detach()) for s in range(case.length(q, g))]
     gates = [1 / (1 + math.exp(5 * (each - sum(r) / len(r)))) for each in r]
     return sum(math.prod(gates[start:t]) for start in range(t + 1))
+
+
+def sequence_mean_active(case, terms):
+    """mean over the rollouts with a loss of each one's token mean."""
+    rollouts = len({(q, g) for q, g, _ in terms})
+    return sum(value / (rollouts * case.length(q, g)) for (q, g, t), value in terms.items())
 
 
 def dr_grpo(case, terms):

@@ -23,7 +23,7 @@ class TableChat:
 
     pad_id = 0
 
-    def render(self, messages):
+    def render(self, messages, tools=()):
         text = "|".join(message["content"] for message in messages)
         return (zlib.crc32(text.encode()) % 97, len(text))
 

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from scsdpo.advantage import Rhythm
 from scsdpo.cli.config_types import arguments
 from scsdpo.cli.parser import Parser
+from scsdpo.cli.rate import replaced_rate
 from scsdpo.rollout import Rollout
 from scsdpo.training import PolicyOptimizer
 from shared import SHARED, needs_shared
@@ -177,10 +181,77 @@ def states_everything(mine, full, where):
 @pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
 def test_a_method_file_states_every_axis_and_every_argument(method, scsdpo, capsys):
     stated = yaml.safe_load(method.read_text())["model"]
+    stated.pop("optimizer", None)  # a paper's rate: the tests below
     assert set(stated) == set(AXES)
     config = printed(scsdpo, capsys, "--config", CONFIGS / "tiny.yaml", "--config", method)["model"]
     for axis in AXES:
         states_everything(stated[axis], config[axis], f"{method.name}: {axis}")
+
+
+RATES = {"srpo": 5e-6, "sc-srpo": 5e-6, "dash": 5e-6, "sdar": 1e-6}
+"""The papers' learning rates where they are not the 1e-5 of qwen3.yaml."""
+
+
+def test_a_method_file_carries_its_papers_rate_where_the_base_has_another():
+    for method in METHODS:
+        optimizer = yaml.safe_load(method.read_text())["model"].get("optimizer")
+        rate = RATES.get(method.stem)
+        # No class: whatever optimizer the base file has, it keeps, and all its other arguments.
+        assert optimizer == (rate and {"init_args": {"lr": rate}}), method.name
+        assert ("# Rate: " in method.read_text()) == bool(rate), method.name
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_a_papers_rate_is_used_over_qwen3_and_nothing_else_of_the_optimizer_changes(
+    method, scsdpo, capsys
+):
+    files = [CONFIGS / "qwen3.yaml", CONFIGS / "methods" / f"{method}.yaml"]
+    base, both = (
+        printed(scsdpo, capsys, *(w for f in these for w in ("--config", f)))["model"]["optimizer"]
+        for these in (files[:1], files)
+    )
+    assert both["init_args"].pop("lr") == RATES[method]
+    assert base["init_args"].pop("lr") == 1e-5 and both == base
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny", "methods/srpo"], r"model.optimizer.lr is 5e-06, of \S+srpo.yaml, and not 0.0001"),
+        (["tiny", "methods/grpo"], None),
+        (["tiny", "methods/srpo", "--model.optimizer.lr=1e-4"], None),
+        (["tiny", "methods/srpo", "--model.optimizer.init_args.lr=3e-5"], None),
+        (["tiny"], None),
+    ],
+    ids=["over tiny", "none of its own", "put back", "by hand", "alone"],
+)
+def test_a_rate_that_a_method_file_brings_over_another_models_is_said_with_the_remedy(words, said):
+    files = [f"--config={CONFIGS / word}.yaml" for word in words if not word.startswith("-")]
+    options = [word for word in words if word.startswith("-")]
+    given = options[0].partition("=")[2] if options else None
+    rates = [yaml.safe_load(Path(f.partition("=")[2]).read_text())["model"] for f in files]
+    stated = [float(m["optimizer"]["init_args"]["lr"]) for m in rates if "optimizer" in m]
+    line = replaced_rate([*files, *options], float(given) if given else stated[-1])
+    if said is None:
+        assert line == ""
+    else:
+        assert re.match(said, line) and "--model.optimizer.lr=0.0001" in line
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda p: p.stem)
+def test_the_head_of_a_method_file_names_what_departs_from_its_paper(method):
+    head = method.read_text().partition("model:\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for label in ("Paper", "Command", "Reading", "Departs"):
+        assert re.search(rf"^# {label}: +\S", head, re.MULTILINE), label
+
+
+def test_the_head_of_drift_says_of_each_constant_that_it_is_ours():
+    text = (CONFIGS / "methods" / "drift.yaml").read_text()
+    departs = " ".join(re.search(r"# Departs:.*?(?=model:)", text, re.DOTALL)[0].split("#"))
+    ours = departs.partition(" are ours")[0]
+    for name in (f.name for f in fields(Rhythm)):
+        assert name in ours, name
 
 
 @pytest.mark.parametrize("base", ["tiny", "qwen3", "qwen3-lora", "olmo3"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from precision import allowed
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import HFRollout, merged
 from scsdpo.rollout.kv_cache import KVCache, Size
@@ -92,7 +93,8 @@ def test_no_budget_changes_a_response(folder, optimist, request, stragglers, hel
     ids = everything.ids[everything.mask]
     drawn = (ids != END) & (ids != END + 1)  # the others were put there
     assert drawn.sum() > 600
-    assert error[drawn].abs().max() < 1e-5
+    limit = allowed(policy, everything)
+    assert error[drawn].abs().max() < limit
     given_up = []
     if optimist:
         monkeypatch.setattr(Scheduler, "_mean", lambda *_: 1.0)
@@ -107,7 +109,7 @@ def test_no_budget_changes_a_response(folder, optimist, request, stragglers, hel
         assert other.texts[::-1] == everything.texts
         for name in ("policy_logprobs", "sampling_logprobs"):
             error = getattr(other, name).flip(0) - getattr(everything, name)
-            assert error.abs().max() < 2e-5
+            assert error.abs().max() < 2 * limit
     assert bool(given_up) == optimist
 
 
@@ -189,14 +191,14 @@ def test_lora_samples_from_merged_weights_and_leaves_the_policy_as_it_was(qwen3,
     adapted = HFRollout().sample(policy, prompts, SAMPLING)
     assert all(steps)
     assert torch.equal(fast.ids, adapted.ids) and fast.version == adapted.version
-    assert (fast.policy_logprobs - adapted.policy_logprobs).abs().max() < 2e-5
+    assert (fast.policy_logprobs - adapted.policy_logprobs).abs().max() < allowed(policy, adapted)
 
 
 def test_dora_layers_run_as_they_are(qwen3):
     policy = load(qwen3, adapter=Lora(r=4, use_dora=True))
     rollouts = HFRollout().sample(policy, prompts_of(policy, "Why?"), SAMPLING)
     error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
-    assert error.abs().max() < 1e-5
+    assert error.abs().max() < allowed(policy, rollouts)
 
 
 def test_scores_of_narrow_numbers_are_float32():

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+from collections import Counter
 from dataclasses import replace
 
 import lightning as L
@@ -21,16 +23,17 @@ from scsdpo.advantage import (
     LogitMix,
     Never,
     RateWithin,
+    Rhythm,
     Route,
     Routed,
     SelfDistillation,
     Succeeded,
-    Surprise,
     Warmup,
     Weighted,
 )
 from scsdpo.errors import ConfigurationError
 from scsdpo.selection import Everything, InformativePool
+from scsdpo.selection import pool as pool_module
 from scsdpo.state import DecayedBeta, Instant, MovingAverage, Ramp, nested_state
 from scsdpo.teacher import (
     AttemptMemory,
@@ -42,6 +45,8 @@ from scsdpo.teacher import (
     SiblingDemonstration,
 )
 from scsdpo.training import PolicyOptimizer
+from scsdpo.types import Prompt, Rollouts
+from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import (
     FrozenPassRate,
     PassRate,
@@ -208,10 +213,92 @@ def test_the_pool_waits_for_informative_groups_and_gives_exactly_its_size():
     rollouts, verdicts = judged()
     assert pool.select(rollouts, verdicts) == ()  # questions 0 and 3
     ((joined, result),) = pool.select(rollouts, verdicts)
-    assert result.keys == ("toy/0", "toy/3", "toy/0")
-    assert torch.equal(joined.ids[1], rollouts.ids[3]) and joined.texts[1] == rollouts.texts[3]
-    assert torch.equal(result.rewards[2], verdicts.rewards[0])
+    assert len(result.keys) == 3 and set(result.keys) == {"toy/0", "toy/3"}
+    for place, q in enumerate(int(key[-1]) for key in result.keys):
+        assert torch.equal(joined.ids[place], rollouts.ids[q])
+        assert joined.texts[place] == rollouts.texts[q]
+        assert torch.equal(result.rewards[place], verdicts.rewards[q])
     assert pool.groups == []
+
+
+def informative(keys):
+    """A batch of one right and one wrong rollout for each key."""
+    shape = (len(keys), 2, 1)
+    prompts = tuple(Prompt(key=k, messages=(), verifier=ExactMatch(), answer="") for k in keys)
+    rewards = torch.tensor([[1.0, 0.0]]).expand(shape[:2])
+    zeros = torch.zeros(shape)
+    rollouts = Rollouts(
+        prompts=prompts,
+        ids=torch.tensor([[[len(k)], [ord(k[-1])]] for k in keys]),
+        mask=torch.ones(shape, dtype=torch.bool),
+        sampling_logprobs=zeros,
+        policy_logprobs=zeros,
+        finished=torch.ones(shape[:2], dtype=torch.bool),
+        texts=(("yes", "no"),) * len(keys),
+        temperature=1.0,
+    )
+    return rollouts, replace(outcomes(rewards), keys=tuple(keys))
+
+
+def test_no_group_loses_its_place_in_the_pool_by_its_name_or_by_when_it_came():
+    """Of 24 informative groups 15 stay: each in 5/8 of the pools, whatever source and batch."""
+    pool, kept, pools = InformativePool(questions=15, max_batches=9), Counter(), 200
+    sources = ("algebra", "zoology")
+    first, second = ([f"{s}/{i}{b}" for s in sources for i in range(6)] for b in ("a", "b"))
+    for _ in range(pools):
+        assert pool.select(*informative(first)) == ()
+        ((_, result),) = pool.select(*informative(second))
+        kept.update(set(result.keys))
+    std = (pools * 5 / 8 * 3 / 8) ** 0.5
+    for key in (*first, *second):
+        assert abs(kept[key] - pools * 5 / 8) < 4 * std, key  # 24 groups: 1 of 650 seeds fails
+    for part in (*sources, "a", "b"):
+        ours = [n for key, n in kept.items() if key.startswith(part + "/") or key[-1] == part]
+        assert len(ours) == 12
+        # The sum of 12 draws without replacement has less variance than 12 independent ones.
+        assert abs(sum(ours) - 12 * pools * 5 / 8) < 3 * 12**0.5 * std, part
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_which_groups_stay_depends_neither_on_ranks_nor_on_the_order_in_the_batch(
+    monkeypatch, ranks
+):
+    keys = [f"{s}/{i}" for s in ("a", "z") for i in range(9)]
+    shuffled = random.Random(1).sample(keys, len(keys))
+
+    def chosen(order, rank=0, ranks=1):
+        monkeypatch.setattr(pool_module, "place", lambda: (rank, ranks))
+        # What a rank gathers: the groups of all ranks, one rank's after the other's.
+        monkeypatch.setattr(
+            pool_module,
+            "all_gather",
+            lambda _: pool_module._informative(
+                *informative([k for r in range(ranks) for k in order[r::ranks]])
+            ),
+        )
+        pool = InformativePool(questions=7)
+        results = [pool.select(*informative(order[rank::ranks])) for _ in range(3)]
+        return [result.keys for ((_, result),) in results]
+
+    alone = chosen(keys)
+    assert len({frozenset(batch) for batch in alone}) == 3  # drawn anew each time
+    assert chosen(shuffled) == alone
+    shares = [chosen(shuffled, rank, ranks) for rank in range(ranks)]
+    for number, whole in enumerate(alone):
+        for rank, share in enumerate(shares):
+            assert share[number] == whole[rank::ranks]
+
+
+def test_a_resumed_pool_draws_what_an_uninterrupted_one_does():
+    keys = [f"q/{i}" for i in range(9)]
+    whole = InformativePool(questions=4)
+    for _ in range(3):
+        whole.select(*informative(keys))
+    resumed = InformativePool(questions=4)
+    resumed.remember(whole.remembered())
+    ((_, mine),), ((_, theirs),) = (p.select(*informative(keys)) for p in (whole, resumed))
+    ((_, anew),) = InformativePool(questions=4).select(*informative(keys))
+    assert mine.keys == theirs.keys != anew.keys
 
 
 def test_the_pool_is_used_at_its_cap_even_if_it_is_empty():
@@ -250,7 +337,7 @@ MEMORIES = {
             routes=(
                 Route(advantage=JSD, where=Failed()),
                 Route(
-                    advantage=GroupRelative(modulator=Surprise()),
+                    advantage=GroupRelative(modulator=Rhythm(window=2)),
                     where=RateWithin(low=0.3, high=0.7, rates=DecayedBeta()),
                 ),
             )

@@ -41,6 +41,7 @@ from formulas import (
     rlsd_factor,
     sdar,
     sequence_mean,
+    sequence_mean_active,
     sibling,
     sibling_or_feedback,
     srpo,
@@ -60,6 +61,7 @@ def module(name, tmp_path, **changes):
     """The method file's strategies around a table policy whose teacher is a little behind."""
     policy = TablePolicy()
     axes = yaml.safe_load((METHODS / f"{name}.yaml").read_text())["model"] | changes
+    axes.pop("optimizer", None)  # the paper's rate, without a class
     if name == "sdpo-paced":
         axes["weighting"]["init_args"]["path"] = str(rates_file(tmp_path, policy))
     parser = ArgumentParser(exit_on_error=False)
@@ -106,9 +108,11 @@ BY_HAND = {
     "stable-sdpo": distil,
     "srpo": srpo,
     "sc-srpo": lambda c: srpo(c, normalised(0.5)),
-    "opsd": lambda c: distil(c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active),
+    "opsd": lambda c: distil(
+        c, tell=gold, divergence=forward_kl(0.05), reduce=sequence_mean_active
+    ),
     "pw-opsd": lambda c: distil(
-        c, tell=gold, divergence=forward_kl(0.05), reduce=token_mean_active, token=position
+        c, tell=gold, divergence=forward_kl(0.05), reduce=sequence_mean_active, token=position
     ),
     "sdft": lambda c: distil(c, tell=gold, divergence=forward_kl(INF), reduce=token_mean_active),
     "rlsd": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=rlsd_factor),
@@ -116,7 +120,7 @@ BY_HAND = {
     "dash": lambda c: distil(c, tell=gold, divergence=forward_kl(0.05), token=horizon),
     "pmd": lambda c: distil(c, tell=remembered_attempts),
     "oasis": lambda c: distil(
-        c, tell=another_attempt, divergence=forward_kl(0.05), reduce=token_mean_active
+        c, tell=another_attempt, divergence=forward_kl(0.05), reduce=sequence_mean_active
     ),
     "ad-opsd": ad_opsd,
     "sdar": sdar,

@@ -1,19 +1,42 @@
 """Whole training runs: what each kind of batch does, what is logged, saved and restored."""
 
+import copy
 import math
 
+import lightning as L
 import pytest
 import torch
 
 from runs import Always, Toys, data, module, trainer, weights
-from scsdpo.advantage import Blend, Full, GroupRelative, ReferenceAnchor, SelfDistillation, Weighted
+from scsdpo.advantage import (
+    Advantage,
+    Blend,
+    Full,
+    GroupRelative,
+    LogitMix,
+    Plan,
+    ReferenceAnchor,
+    SelfDistillation,
+    Weighted,
+)
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.loss import TokenImportance
+from scsdpo.loss import Importance, SparseCredit, TokenImportance
 from scsdpo.policy import CausalLM, FullFineTune, Lora
+from scsdpo.state import Ramp
 from scsdpo.teacher import EMA, Feedback, Frozen, Live, NoTeacher, PlainPrompt, TrustRegion
 from scsdpo.training import Limits
+from scsdpo.training.finite import all_zero, total_norm
 from scsdpo.types import Sampling
-from scsdpo.weighting import PassRate, TeacherEntropy, Uniform
+from scsdpo.weighting import (
+    HardFilter,
+    Overlong,
+    PassRate,
+    Position,
+    TeacherEntropy,
+    TokenWeighting,
+    Uniform,
+    Weighting,
+)
 
 METHODS = {
     "sc-sdpo": {},
@@ -73,6 +96,142 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
     assert model.steps.skipped == 3 and model.batches == 3
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class Silent(TokenWeighting):
+    """Every token of a batch weighs 0, but for those of the first `loud` batches."""
+
+    def __init__(self, loud=0):
+        self.left = loud
+
+    def weigh(self, signals, distilled):
+        self.left -= 1
+        return torch.full(distilled.shape, float(self.left >= 0))
+
+
+class NoCredit(Advantage):
+    """Rollouts whose credit turns out to be 0 in the forward."""
+
+    def plan(self, outcomes, available):
+        everyone = torch.ones_like(available)
+        return Plan(
+            active=everyone,
+            needs_teacher=~everyone,
+            needs_reference=~everyone,
+            credit=SparseCredit.nothing,
+        )
+
+
+class NoTrust(Importance):
+    """Weights of 0, which no table knows before the loss."""
+
+    def weigh(self, chunk):
+        return torch.zeros_like(chunk.logprob)
+
+
+class EvenQuestions(Weighting):
+    """Half of the questions, which a token weighting of the other half leaves nothing of."""
+
+    def weigh(self, outcomes):
+        weights = torch.ones_like(outcomes.rewards)
+        weights[1::2] = 0
+        return weights
+
+
+class OddTokens(TokenWeighting):
+    def weigh(self, signals, distilled):
+        weights = torch.ones(distilled.shape)
+        weights.view(-1, 2, 4, weights.shape[-1])[:, 0] = 0  # of even questions, G = 4
+        return weights
+
+
+NOTHING = {
+    "question": {"weighting": HardFilter(low=1.0, high=1.0)},
+    "overlong": {"weighting": Uniform(), "token_weighting": Overlong(cap=1)},
+    "position": {
+        "weighting": Uniform(),
+        "token_weighting": Position(floor=0, centre=9, width=0.01),
+    },
+    "product": {"weighting": EvenQuestions(), "token_weighting": OddTokens()},
+    "credit": {"weighting": Uniform(), "advantage": NoCredit(), "teacher": NoTeacher()},
+    "importance": {"weighting": Uniform(), "importance": NoTrust()},
+    "blend": {
+        "weighting": Uniform(),
+        "advantage": Blend(parts=(Weighted(advantage=SelfDistillation(), weight=0.0),)),
+    },
+}
+"""Sources of a batch from which nothing can be learned."""
+
+
+def state(model, run):
+    """All that a step moves: weights, teachers, optimizer, schedule, and what counts steps."""
+    optimizer, schedule = model.optimizers(), model.lr_schedulers()
+    moments = [v for each in optimizer.state.values() for v in each.values()]
+    counted = {k: v for k, v in model.state_dict().items() if not k.startswith("steps.")}
+    counted.pop("batches", None)
+    return {**counted, "moments": moments, "epoch": schedule.last_epoch, "step": run.global_step}
+
+
+@pytest.mark.parametrize("source", NOTHING)
+def test_where_nothing_can_be_learned_no_step_is_taken_and_it_is_counted(qwen3, tmp_path, source):
+    settings = NOTHING[source]
+    model = module(qwen3, **settings)
+    model.configure_model()
+    before, run = weights(model), trainer(tmp_path)
+    run.fit(model, data())
+    assert run.global_step == 0 and model.steps.skipped == 3
+    assert model.lr_schedulers().last_epoch == 0 and not model.optimizers().state
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_silent_batch_after_a_step_moves_neither_momentum_nor_teacher_nor_ramp(qwen3, tmp_path):
+    """AdamW has momentum by then, and would move weights on a gradient of 0."""
+    seen = []
+
+    class See(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(copy.deepcopy(state(pl_module, trainer)))
+
+    mix = SelfDistillation(target=LogitMix(share=Ramp(0.5, 1.0, 9)))
+    settings = {"advantage": mix, "weighting": Uniform(), "token_weighting": Silent(loud=1)}
+    model, run = module(qwen3, **settings), trainer(tmp_path, callbacks=[See()])
+    run.fit(model, data())
+    first, *others = seen
+    assert run.global_step == 1 and model.steps.skipped == 2 and first["moments"]
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, value in first.items():
+            assert_same(other[name], value)
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_run_whose_tokens_all_weigh_nothing_stops_and_says_so(qwen3, tmp_path):
+    run = trainer(tmp_path, max_steps=1, max_epochs=-1)
+    settings = {"weighting": Uniform(), "token_weighting": Overlong(cap=1)}
+    model = module(qwen3, limits=Limits(max_idle_batches=2), **settings)
+    with pytest.raises(TrainingStopped, match=r"2 batches .* weight 0, as Overlong does"):
+        run.fit(model, data())
+
+
+def test_a_rank_whose_tokens_all_weigh_0_runs_them_if_another_ranks_do_not(qwen3, monkeypatch):
+    from batches import ALL, double_policy, parts
+    from scsdpo.training import update as module_of_update
+
+    policy = double_policy(qwen3)
+    batch, update = parts(policy, GroupRelative(), token_weighting=Overlong(cap=1))
+    assert list(update.losses(policy, batch, ALL, 10**6)) == []
+    monkeypatch.setattr(module_of_update, "all_max", torch.ones_like)
+    ((output, _),) = update.losses(policy, batch, ALL, 10**6)
+    assert output.loss == 0 and len(output.logprob) == batch.mask[batch.active].sum()
+
+
+def test_a_gradient_that_is_small_and_not_0_is_one():
+    tiny = torch.full((3,), 1e-30)
+    assert total_norm([tiny]) == 0 and not all_zero([tiny]) and all_zero([tiny * 0])
 
 
 def test_a_run_that_never_learns_stops_with_the_reason(qwen3, tmp_path):

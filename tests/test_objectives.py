@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from formulas import rhythm
 from kernel_inputs import run, tokens
 from oracle import divergence, supported
 from scsdpo.advantage import (
@@ -20,6 +21,7 @@ from scsdpo.advantage import (
     Full,
     LogitMix,
     ReferenceKL,
+    Rhythm,
     SelfDistillation,
     SquaredFisherRao,
     SquaredHellinger,
@@ -181,6 +183,65 @@ def test_position_weights_rise_from_the_floor_along_the_response():
     # at t / T = 1/2 the sigmoid is a half
     assert weights[0, 1].item() == weights[1, 0].item() == pytest.approx(0.2 + 0.8 / 2)
     assert (weights[0].diff() > 0).all() and 0.2 < weights[0, 0] < weights[0, 3] < 1
+
+
+def rhythm_tables(lengths, seed=0):
+    """Random entropies, and zeros behind each response."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    signals = Signals.unmeasured(mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
+    for table in (signals.student_entropy, signals.teacher_entropy):
+        drawn = 2 * torch.rand(mask.shape, generator=generator).double()
+        table.copy_(torch.where(mask, drawn, 7.0))  # what lies behind a response is not read
+    return signals
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"window": 1},
+        {"window": 3, "steepness": 4.0, "gain": 2.0, "highest": 3.0},
+        {"window": 99},
+    ],
+)
+def test_the_gate_of_rhythm_is_the_papers_formula_in_plain_loops(arguments):
+    lengths = (40, 7, 3, 2, 1, 0)
+    signals = rhythm_tables(lengths)
+    ours = Rhythm(**arguments).gate(signals)
+    for row, length in enumerate(lengths):
+        tables = signals.student_entropy, signals.teacher_entropy
+        pair = (t[row, :length].tolist() for t in tables)
+        expected = rhythm(*pair, **arguments) if length else []
+        assert ours[row, :length].tolist() == pytest.approx(expected, abs=1e-12)
+        assert (ours[row, length:] == 0).all()
+    assert 0 < (ours[0] > 0).sum() < 20 and ours.max() <= 1  # the few tokens above the mean
+
+
+def test_rhythm_opens_at_the_one_token_where_the_teacher_settles_and_the_student_does_not():
+    """The teacher is certain from token 3 on, the student never is.
+
+    With a window of 2 the means of H_T before tokens 1 to 4 are 1, 1, 1, 1/2 and those after them
+    1/2, 0, 0, 0: drops of 1/2, 1, 1, 1/2. Tokens 0 and 5 lack a side; the student's drops are 0.
+    """
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    signals = Signals.unmeasured(mask, torch.zeros(1, 6), torch.zeros(1, 6))
+    signals.teacher_entropy.copy_(torch.tensor([[1.0, 1, 1, 0, 0, 0]]))
+    signals.student_entropy.fill_(2.0)
+    # anchors: the teacher's drop times H_S - H_T = 1, 1, 1, 2, 2, 2
+    a = torch.tensor([0, 0.5 * 1, 1.0 * 1, 1.0 * 2, 0.5 * 2, 0], dtype=torch.float64)
+    z = (a - a.mean()) / a.std(correction=0)
+    raised = 1 + 2 * (torch.sigmoid(z) - 0.5).clamp(min=0)
+    expected = ((raised / raised.mean()).clamp(max=1.5) - 1).clamp(min=0) / 0.5
+    gate = Rhythm(window=2).gate(signals)[0]
+    torch.testing.assert_close(gate, expected)
+    assert gate.argmax() == 3 and gate[0] == gate[1] == gate[5] == 0
+
+
+def test_equal_entropies_leave_the_gate_of_rhythm_shut():
+    signals = rhythm_tables((9, 4))
+    signals.teacher_entropy.copy_(signals.student_entropy)
+    assert (Rhythm().gate(signals) == 0).all()
 
 
 def test_overlong_responses_teach_nothing():

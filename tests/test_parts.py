@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from formulas import rhythm
 from scsdpo.advantage import (
     Blend,
     Divergence,
@@ -13,6 +14,7 @@ from scsdpo.advantage import (
     LogitMix,
     Never,
     PriorAtForks,
+    Rhythm,
     Route,
     Routed,
     SelfDistillation,
@@ -57,6 +59,25 @@ class _Cubic(Weighting):
     def weigh(self, outcomes):
         p = outcomes.pass_rates[:, None]
         return (p * (1 - p) ** 2).expand_as(outcomes.rewards)
+
+
+class _Looped(Surprise):
+    """`Rhythm` by the plain loops of the formulas."""
+
+    def __init__(self, **arguments):
+        self.__dict__.update(vars(Surprise()), arguments=arguments)
+
+    needs = property(lambda self: frozenset({"student_entropy", "teacher_entropy"}))
+
+    def factor(self, chunk, advantage):
+        signals = chunk.signals
+        table = torch.zeros_like(signals.student_entropy)
+        for row, mask in enumerate(signals.mask):
+            pair = (
+                h[row][mask].tolist() for h in (signals.student_entropy, signals.teacher_entropy)
+            )
+            table[row][mask] = torch.tensor(rhythm(*pair, **self.arguments), dtype=table.dtype)
+        return 1 + chunk.at(table) * (super().factor(chunk, advantage) - 1)
 
 
 def step(**strategies):
@@ -174,6 +195,14 @@ SAME = {
     "a surprise of sharpness 0 = unmodulated": (
         {"advantage": GroupRelative(modulator=Surprise(sharpness=0))},
         PG,
+    ),
+    "a rhythm of sharpness 0 = unmodulated": (
+        {"advantage": GroupRelative(modulator=Rhythm(sharpness=0))},
+        PG,
+    ),
+    "a rhythm whose windows are one token at most = its formula": (
+        {"advantage": GroupRelative(modulator=Rhythm(window=1))},
+        {"advantage": GroupRelative(modulator=_Looped(window=1))},
     ),
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from coins import Coin, Unprepared, Unruly
+from precision import within
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers import MultipleChoice, Verification, Verifier, VerifierPool, verify_all
@@ -136,10 +137,7 @@ def test_a_verifier_may_print_what_it_likes(pool):
 
 
 def test_slow_verifiers_share_the_processes_evenly(pool):
-    begin = time.monotonic()
-    judged(pool, ["sleep 0.2"] * 4)
-    judged(pool, ["sleep 0.2"] * 4)
-    assert time.monotonic() - begin < 1.3
+    within(1.3, lambda: [judged(pool, ["sleep 0.2"] * 4) for _ in range(2)])
 
 
 def test_a_process_killed_between_batches_is_replaced(pool):
@@ -262,9 +260,7 @@ def test_512_rollouts_of_multiple_choice_take_less_than_a_fifth_of_a_second(pool
     prompts = [prompt()] * 64
     texts = [["reasoning " * 800 + "<answer>A</answer>"] * 8] * 64
     pool.verify(prompts, texts)
-    begin = time.perf_counter()
-    verdicts = pool.verify(prompts, texts)
-    assert time.perf_counter() - begin < 0.2
+    verdicts = within(0.2, lambda: pool.verify(prompts, texts))
     assert sum(v.reward for group in verdicts for v in group) == 512
 
 

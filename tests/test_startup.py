@@ -107,3 +107,26 @@ def test_a_template_that_ends_no_turn_is_taken_as_it_is(caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template), [Toys()])
     assert "the template itself ends no turn" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+        " {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+    ],
+)
+def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
+    with caplog.at_level(logging.INFO):
+        check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
+    assert "responses begin after" in caplog.messages[0] and "[/INST]' and" in caplog.messages[0]
+    assert caplog.messages[0].endswith(" tokens more, and the same end")
+
+
+def test_an_end_of_turn_behind_white_space_must_end_responses_too():
+    template = CHATML.replace("<|im_end|>", " \n<|im_end|>")
+    with pytest.raises(ValueError, match=r"ends the assistant's turn with '<\|im_end\|>' \(2\)"):
+        check_start(module(template=template, eos_ids=(0,)), [Toys()])
+    check_start(module(template=template), [Toys()])

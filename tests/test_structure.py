@@ -1,4 +1,4 @@
-"""The layout of the package: packages, imports that run down, and the size of the module's interface."""
+"""The layout of the package: imports that run down, and the size of the module's interface."""
 
 import ast
 import importlib

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from precision import within
 from scsdpo.types import Prompt, Verdict
 from scsdpo.verifiers import ExactMatch, MultipleChoice, ToolCall, Verifier, last_answer, verify_all
 from shared import SHARED, needs_shared
@@ -394,7 +395,5 @@ def test_verdicts_keep_the_order_of_the_rollouts():
 def test_512_rollouts_of_multiple_choice_take_less_than_a_fifth_of_a_second():
     prompts = [prompt("A", MultipleChoice())] * 64
     texts = [["reasoning " * 800 + "<answer>A</answer>"] * 8] * 64
-    begin = time.perf_counter()
-    verdicts = verify_all(prompts, texts)
-    assert time.perf_counter() - begin < 0.2
+    verdicts = within(0.2, lambda: verify_all(prompts, texts))
     assert Counter(v.reward for group in verdicts for v in group) == {1: 512}

@@ -4,10 +4,18 @@ this alone.
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+from scsdpo.thinking import behind_thinking
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
+Tool = dict[str, Any]
+"""One function that the policy may call, `{"type": "function", "function": {"name": ...,
+"description": ..., "parameters": <JSON schema>}}`, as chat templates take it."""
 
 
 def stable_hash(*parts: object) -> int:
@@ -28,12 +36,17 @@ class Prompt:
     """Turns a response to this prompt into a `Verdict`."""
     answer: str
     """The gold answer in the form that `verifier` compares with; never shown to the policy."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the policy may call; the chat template writes them into the prompt."""
     category: str = ""
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
     stop: tuple[str, ...] = ()
     """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
+    thinking: str = ""
+    """Tags of thinking that the rendered prompt leaves open, such as <think>: the response begins
+    with thinking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +63,39 @@ class Verdict:
     """Why the verifier itself failed; counted and logged, never a silent zero."""
 
 
+def _behind_thinking(verify: Callable[[Any, Prompt, str], Verdict]) -> Any:
+    @wraps(verify)
+    def verify_graded(self: "Verifier", prompt: Prompt, response: str) -> Verdict:
+        graded = self.graded(prompt, response)
+        # Nothing is open before what is graded, for a `verify` that calls another one.
+        return verify(self, replace(prompt, thinking="") if prompt.thinking else prompt, graded)
+
+    return verify_graded
+
+
 class Verifier(ABC):
     """Judges a response: (prompt, response text) -> `Verdict`.
+
+    Whoever calls `verify` gives the whole response, and `verify` receives what is `graded` of it:
+    the text behind the last end of thinking, or "" where thinking has not ended. So a draft is
+    never an answer. This holds for every subclass; one with `strip_thinking = False` receives all.
 
     A verifier is a frozen dataclass in a module that can be imported: prompts carry it to the
     processes that judge. It has no state, so that its verdicts do not depend on what was judged
     before.
     """
+
+    strip_thinking: bool = True
+    """Whether `verify` receives only what stands behind the thinking (`scsdpo.thinking`)."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "verify" in vars(cls):
+            cls.verify = _behind_thinking(cls.verify)  # type: ignore[method-assign]
+
+    def graded(self, prompt: Prompt, response: str) -> str:
+        """What `verify` receives of a response."""
+        return behind_thinking(prompt.thinking + response) if self.strip_thinking else response
 
     def prepare(self) -> None:  # noqa: B027
         """Whatever takes long the first time, such as imports; off the clock of any verdict.
@@ -77,6 +116,6 @@ class Verifier(ABC):
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """The verdict on one response. It may be slow, hang, raise or exit: `VerifierPool` contains
-        all of that.
+        """The verdict on what is `graded` of a response. It may be slow, hang, raise or exit:
+        `VerifierPool` contains all of that.
         """

@@ -10,7 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from scsdpo.prompt import Message, Prompt, Verdict, stable_hash
+from scsdpo.prompt import Message, Prompt, Tool, Verdict, stable_hash
 from scsdpo.seeds import Seed, resolved
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Rollouts",
     "Sampling",
     "TeacherContexts",
+    "Tool",
     "Verdict",
     "stable_hash",
 ]
@@ -55,7 +56,7 @@ class Sampling:
         top_k: keep the `top_k` most likely tokens; 0 keeps all.
         min_p: keep tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
         stop: strings that end a response. The token that completes one is the response's last;
-            ids and text keep it. Special tokens have no text.
+            ids and text keep it. The ends of a sequence have no text.
         seed: the draw of response i to a prompt depends on (seed, prompt key, i) and on nothing
             else: not on the batch, its order, or the device count. `auto`: in training the run's
             seed (`seed_everything`), in validation 0, so that runs stay comparable in pairs.
@@ -127,7 +128,7 @@ class Rollouts(_ToDevice):
     finished: Tensor
     """[Q, G] bool: ended by an end of sequence or a stop string, not by the length cap."""
     texts: tuple[tuple[str, ...], ...]
-    """[Q][G] decoded responses without special tokens; for verifiers and demonstrations only."""
+    """[Q][G] as `Chat.decode` gives them; for verifiers and demonstrations only."""
     temperature: float
     """The sampling temperature."""
     version: str = ""

@@ -1,10 +1,9 @@
 """Policies that vLLM can hold, prompts for them, and the trainer's view of what was sampled."""
 
-import copy
-
 import torch
 
 from models import olmo3_folder, qwen3_folder
+from precision import allowed, log_probs
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.types import Prompt
 
@@ -51,33 +50,24 @@ def short_and_long(policy):
 
 
 def gaps(policy, rollouts):
-    """|log S of a plain forward - the sampler's| at the sampled tokens, a tensor per prompt.
+    """|log S in float64 - the sampler's| at the sampled tokens, in nats, a tensor per prompt."""
+    return [
+        (exact - said[mask].double()).abs()
+        for exact, said, mask in zip(
+            log_probs(policy, rollouts), rollouts.policy_logprobs, rollouts.mask, strict=True
+        )
+    ]
 
-    The forward is in the policy's dtype and in float64, and the nearer of the two counts: two
-    float32 forwards on one side of the exact value and on the other are 1.05e-5 nats apart on some
-    processors, where on others no two are 1e-5.
-    """
-    found = []
-    for q, start in enumerate(rollouts.prompts):
-        rows = []
-        for ids, mask, said in zip(
-            rollouts.ids[q], rollouts.mask[q], rollouts.policy_logprobs[q], strict=True
-        ):
-            response = ids[mask]
-            sequence = torch.tensor([[*start.ids, *response.tolist()]])
-            with policy.sampling_mode() as model:
-                both = [
-                    each(sequence, use_cache=False).logits[0, len(start.ids) - 1 : -1].double()
-                    for each in (model, copy.deepcopy(model).double())
-                ]
-            distances = [
-                (z / rollouts.temperature).log_softmax(-1).gather(-1, response[:, None])[:, 0]
-                - said[mask]
-                for z in both
-            ]
-            rows.append(torch.stack(distances).abs().amin(0))
-        found.append(torch.cat(rows))
-    return found
+
+def excess(policy, rollouts) -> float:
+    """Largest gap over what this machine's rounding allows; below 1 for equal weights."""
+    if not rollouts.prompts:  # this rank was asked nothing
+        return 0.0
+    return max(float(gap.max()) for gap in gaps(policy, rollouts)) / allowed(policy, rollouts)
+
+
+def check_parity(policy, rollouts):
+    assert excess(policy, rollouts) < 1
 
 
 def move(policy, seed, size=0.02):

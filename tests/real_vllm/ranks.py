@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from policies import gaps, prompt
+from policies import excess, prompt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -38,7 +38,7 @@ class Case:
     """Rank 1 has no prompts; otherwise it has fewer."""
     refuses: bool
     """Rank 1 asks for what cannot be; otherwise the engine is closed and starts again."""
-    seen: dict = field(default_factory=lambda: {"gaps": [], "errors": [], "versions": []})
+    seen: dict = field(default_factory=lambda: {"excess": [], "errors": [], "versions": []})
 
 
 #                   tied     TP  shards lora   empty  refuses
@@ -75,13 +75,12 @@ class Run:
             self.prompts = []
 
     def sample(self, sampling: Sampling = SAMPLING) -> None:
-        """And note how far the trainer's log-probs are."""
+        """And note how far the trainer's log-probs are, over what rounding allows."""
         rollouts = self.rollout.sample(self.policy, self.prompts, sampling)
         assert rollouts.ids.shape[:2] == (len(self.prompts), sampling.n)
         assert [p.key for p in rollouts.prompts] == [p.key for p in self.prompts]
         with self.policy.held_whole():
-            found = [float(gap.max()) for gap in gaps(self.policy, rollouts)]
-        self.case.seen["gaps"].append(max(found, default=0.0))
+            self.case.seen["excess"].append(excess(self.policy, rollouts))
         self.case.seen["versions"].append(rollouts.version)
 
     def fails(self, work) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gloo_transfer  # noqa: F401 - for what it puts in place
 import pytest
-from policies import gaps, move, short_and_long
+from policies import check_parity, gaps, move, short_and_long
 from servers import Running, all_running, wait_for
 
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
@@ -14,7 +14,6 @@ from scsdpo.rollout.transfer_group import Declared, Source
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
-PARITY = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def rollout(servers, monkeypatch):
 
 def check(policy, rollout, seed=3):
     rollouts = rollout.sample(policy, short_and_long(policy), replace(SAMPLING, seed=seed))
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     return rollouts
 
 

@@ -8,9 +8,10 @@ import urllib.request
 
 import pytest
 import torch
-from policies import gaps, move
+from policies import check_parity, gaps, move
 from servers import KEY, wait_for
 
+from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.lab import LabTasks
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
@@ -18,7 +19,6 @@ from scsdpo.rollout.vllm_server import Server
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=48, seed=3)
-PARITY = 1e-5
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_weights_reach_every_server_before_each_sampling(two_servers, policy, pr
     seen = []
     for step in range(3):
         rollouts = engine.sample(policy, prompts, SAMPLING)
-        assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+        check_parity(policy, rollouts)
         assert rollouts.version in [server.version for server in two_servers]
         seen.append(rollouts.version)
         move(policy, step, 0.002)
@@ -78,8 +78,10 @@ def test_prompts_are_spread_and_come_back_in_order(two_servers, policy, prompts,
     both, one = rollout(two_servers, Download()), rollout(two_servers[:1], Download())
     both.sample(policy, prompts, SAMPLING)
     wait_for(lambda: two_servers[0].version == two_servers[1].version)
+    # Before, a server that was slow to load may have had none, or may have been asked again.
+    asked.update(dict.fromkeys(asked, 0))
     spread = both.sample(policy, prompts, SAMPLING)
-    assert min(asked.values()) >= 2 and sum(asked.values()) == 8
+    assert [*asked.values()] == [2, 2]
     assert spread.texts == one.sample(policy, prompts, SAMPLING).texts
     fewer = both.sample(policy, prompts[:1], SAMPLING)
     assert fewer.texts == spread.texts[:1]
@@ -90,7 +92,7 @@ def test_prompts_are_spread_and_come_back_in_order(two_servers, policy, prompts,
 def test_temperature_is_part_of_the_log_probs(two_servers, policy, prompts):
     engine = rollout(two_servers, Download())
     rollouts = engine.sample(policy, prompts, Sampling(n=4, max_new_tokens=48, temperature=0.7))
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     engine.close()
 
 
@@ -111,7 +113,7 @@ def test_a_stalled_server_costs_its_own_share_and_is_used_again_when_it_wakes(
         rollouts = engine.sample(policy, prompts, SAMPLING)
     finally:
         stalled.signal(signal.SIGCONT)
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     wait_for(lambda: stalled.version == rollouts.version)
     engine.close()
 
@@ -131,7 +133,7 @@ def test_a_run_whose_only_server_stalls_ends_with_its_name(
     finally:
         stalled.signal(signal.SIGCONT)
     rollouts = engine.sample(policy, prompts, SAMPLING)
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     engine.close()
 
 
@@ -154,7 +156,7 @@ def test_weights_that_change_while_it_samples_are_noticed(
     monkeypatch.setattr(Server, "generate", disturbed)
     rollouts = engine.sample(policy, prompts, SAMPLING)
     assert len(tries) > len(prompts)
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     engine.close()
 
 
@@ -178,7 +180,7 @@ def test_a_load_that_fails_midway_leaves_no_label_and_the_next_one_heals(
     assert server.version.startswith("loading ")
     healed = rollout([server], SharedFolder(str(tmp_path / "again")))
     rollouts = healed.sample(policy, prompts, SAMPLING)
-    assert max(gap.max() for gap in gaps(policy, rollouts)) < PARITY
+    check_parity(policy, rollouts)
     engine.close()
     healed.close()
 
@@ -198,7 +200,9 @@ def test_a_restarted_server_gets_the_weights_again_while_nobody_samples(
     wait_for(lambda: restarted.version == before.version)
     alone = rollout([restarted], Download()).sample(policy, prompts, SAMPLING)
     assert alone.texts == before.texts
-    torch.testing.assert_close(alone.policy_logprobs, before.policy_logprobs, rtol=0, atol=PARITY)
+    torch.testing.assert_close(
+        alone.policy_logprobs, before.policy_logprobs, rtol=0, atol=allowed(policy, before)
+    )
     engine.close()
 
 

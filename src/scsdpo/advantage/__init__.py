@@ -1,6 +1,7 @@
 """Advantage: what credit does each vocabulary entry get at each position?"""
 
 from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage._composed import Composed
 from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
@@ -25,7 +26,7 @@ from scsdpo.advantage.group_relative import (
     TokenLevel,
     Unscaled,
 )
-from scsdpo.advantage.modulator import Modulator, Surprise, TeacherRatio, Unmodulated
+from scsdpo.advantage.modulator import Modulator, Rhythm, Surprise, TeacherRatio, Unmodulated
 from scsdpo.advantage.routed import Route, Routed
 from scsdpo.advantage.router import (
     AllOf,
@@ -52,6 +53,7 @@ __all__ = [
     "Baseline",
     "BatchStd",
     "Blend",
+    "Composed",
     "Divergence",
     "DivergenceMix",
     "EntropyBonus",
@@ -77,6 +79,7 @@ __all__ = [
     "RatioLevel",
     "ReferenceAnchor",
     "ReferenceKL",
+    "Rhythm",
     "Route",
     "Routed",
     "Router",

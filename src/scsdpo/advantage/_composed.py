@@ -52,7 +52,7 @@ class Composed(Advantage):
 
     @property
     def needs_group(self) -> bool:
-        return all(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
+        return any(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
 
     @property
     def weightings(self) -> tuple[Weighting, ...]:

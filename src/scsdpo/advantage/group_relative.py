@@ -248,11 +248,11 @@ class GroupRelative(Advantage):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.level.needs
+        return self.level.needs | self.modulator.needs
 
     @property
     def derivations(self) -> tuple[Derivation, ...]:
-        return self.level.derivations
+        return (*self.level.derivations, *self.modulator.derivations)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """A [Q, G] float64."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scsdpo.loss import Chunk
+from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals
 
 
-class Modulator(ABC):
+class Modulator(NeedsSignals, ABC):
     """A factor on the sequence's advantage, token by token; inside the PPO clip."""
 
     @property
@@ -69,9 +69,10 @@ class TeacherRatio(Modulator):
 
 @dataclass(frozen=True, kw_only=True)
 class Surprise(Modulator):
-    """DRIFT's. factor = min(exp(sharpness d), cap), d = max(log S(y) - log T(y) - margin, 0)
+    """factor = min(exp(sharpness d), cap), d = max(log S(y) - log T(y) - margin, 0)
 
-    Tokens at which the student went its own way weigh more. Detached; >= 1.
+    Tokens at which the student went its own way weigh more, formatting and connectives included:
+    DRIFT multiplies it by a gate (`Rhythm`). Detached; >= 1.
 
     Args:
         sharpness: per nat, >= 0; 0 is `Unmodulated`.
@@ -91,10 +92,109 @@ class Surprise(Modulator):
 
     def __post_init__(self) -> None:
         if self.sharpness < 0:
-            raise ValueError(f"`Surprise(sharpness=...)` must be >= 0, got {self.sharpness}")
+            raise ValueError(
+                f"`{type(self).__name__}(sharpness=...)` must be >= 0, got {self.sharpness}"
+            )
         if self.cap < 1:
-            raise ValueError(f"`Surprise(cap=...)` must be >= 1, got {self.cap}")
+            raise ValueError(f"`{type(self).__name__}(cap=...)` must be >= 1, got {self.cap}")
 
     def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
         excess = chunk.logprob - chunk.teacher().logprob(chunk.ids) - self.margin
         return (self.sharpness * excess.clamp(min=0)).exp().clamp(max=self.cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rhythm(Surprise):
+    """DRIFT's. factor = 1 + gate_t (s_t - 1), s_t the factor of `Surprise`; detached, in [1, cap]
+
+    The gate opens where the teacher's uncertainty falls and the student's does not, at a token at
+    which the student is the less certain one. With H the entropy and m the student or the teacher,
+
+        drop_m(t) = max(mean of H_m over `window` tokens before t - the mean over those after t, 0)
+        a_t       = max(drop_T(t) - drop_S(t), 0) max(H_S(t) - H_T(t), 0)
+        z_t       = (a_t - mean a) / std a              over the response; population std
+        r_t       = 1 + gain 2 max(sigmoid(steepness z_t) - 1/2, 0)
+        gate_t    = ((min(r_t / mean r, highest) - 1) / (highest - 1)), and 0 where that is < 0
+
+    Only tokens above the response's mean have a gate above 0. The paper's lower clip m_min <= 1 of
+    r_t / mean r cannot change the gate, and is left out.
+
+    Windows leave out t itself and end where the response does; where one has no token the drop is
+    0, and so is z where a does not vary. These choices are ours, the paper's are not stated.
+
+    It measures both entropies before the loss, which makes a second pass over the vocabulary.
+
+    Args:
+        sharpness: of `Surprise`.
+        margin: of `Surprise`.
+        cap: of `Surprise`.
+        window: tokens on each side, >= 1.
+        steepness: of the sigmoid, > 0.
+        gain: of the anchor, > 0.
+        highest: r_t / mean r from which the gate is 1, > 1.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        DRIFT, arXiv:2606.30345v1, eq. (9) to (16). It does not state the constants: all are ours.
+    """
+
+    window: int = 8
+    steepness: float = 1.0
+    gain: float = 1.0
+    highest: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"`Rhythm(window=...)` must be >= 1, got {self.window}")
+        for name, least in (("steepness", 0), ("gain", 0), ("highest", 1)):
+            if not getattr(self, name) > least:
+                raise ValueError(
+                    f"`Rhythm({name}=...)` must be > {least}, got {getattr(self, name)}"
+                )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student_entropy", "teacher_entropy"})
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (self.gate,)
+
+    def gate(self, signals: Signals) -> Tensor:
+        """[R, L] in [0, 1]; 0 outside responses."""
+        mask = signals.mask
+        student = torch.where(mask, signals.student_entropy, 0.0)
+        teacher = torch.where(mask, signals.teacher_entropy, 0.0)
+        wider = self._drop(teacher, mask) - self._drop(student, mask)
+        anchor = wider.clamp(min=0) * (student - teacher).clamp(min=0)
+        centred = torch.where(mask, anchor - _row_mean(anchor, mask), 0.0)
+        std = _row_mean(centred.square(), mask).sqrt()
+        z = torch.where(std > 1e-12, centred / std, 0.0)  # less is rounding
+        raised = 1 + self.gain * 2 * (torch.sigmoid(self.steepness * z) - 0.5).clamp(min=0)
+        relative = (raised / _row_mean(raised, mask)).clamp(max=self.highest)
+        return torch.where(mask, ((relative - 1) / (self.highest - 1)).clamp(min=0), 0.0)
+
+    def _drop(self, entropy: Tensor, mask: Tensor) -> Tensor:
+        """[R, L]: how far the mean entropy after a token is below that before it; >= 0."""
+        sums = torch.nn.functional.pad(entropy.cumsum(-1), (1, 0))
+        counts = torch.nn.functional.pad(mask.double().cumsum(-1), (1, 0))
+        here = torch.arange(mask.shape[1], device=mask.device)
+        end = (here + 1 + self.window).clamp(max=mask.shape[1])
+        sides = ((here - self.window).clamp(min=0), here), (here + 1, end)
+        means = []
+        for first, last in sides:
+            total, count = (table[:, last] - table[:, first] for table in (sums, counts))
+            means.append(torch.where(count > 0, total / count, torch.nan))
+        return (means[0] - means[1]).nan_to_num().clamp(min=0)
+
+    def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
+        return 1 + chunk.derived(self.gate) * (super().factor(chunk, advantage) - 1)
+
+
+def _row_mean(table: Tensor, mask: Tensor) -> Tensor:
+    """[R, 1]: the mean over each row's tokens; 0 without any."""
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, table, 0.0).sum(-1, keepdim=True) / count

@@ -114,9 +114,8 @@ class PriorAtForks(Target):
         ValueError: if an argument is outside its range.
 
     Source:
-        AD-OPSD, arXiv:2607.10805 (its formula, at second hand): .2 and 1. Differs, maybe: the
-        paper's gate could be one for each vocabulary entry; here it is that of the sampled token,
-        so that the target sums to one.
+        AD-OPSD, arXiv:2607.10805, eq. (5): the gate is that of the sampled token, so that the
+        target sums to one; .2 and 1.
     """
 
     fork_share: float = 0.2

@@ -72,7 +72,7 @@ def _told(
             replace(
                 prompt,
                 key=f"{place}/{prompt.key}",
-                messages=tuple(fill(prompt.messages, demonstration=shown(text))),
+                messages=tuple(fill(prompt.messages, demonstration=shown(prompt, text))),
             )
             for place, (prompt, text) in enumerate(pairs)
         )

@@ -43,5 +43,6 @@ def _reason(figures: Mapping[str, Any]) -> str:
         )
     return (
         "model.weighting gives all questions of the last one weight 0, or its responses have no "
-        "teacher, route or difference in reward"
+        "teacher, route or difference in reward, or model.token_weighting gives all their tokens "
+        "weight 0"
     )

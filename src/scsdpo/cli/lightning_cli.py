@@ -13,12 +13,14 @@ from lightning.pytorch.strategies.launchers import (
     _SubprocessScriptLauncher,
 )
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint, say
 from scsdpo.cli.config_types import Builder
 from scsdpo.cli.kept import kept
 from scsdpo.cli.parser import SECTIONS, Parser
+from scsdpo.cli.rate import replaced_rate
 from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
@@ -75,6 +77,10 @@ class CLI(LightningCLI):
         for saver in self.trainer.checkpoint_callbacks:
             if isinstance(saver, Checkpoint):
                 saver.config = {key: described[key] for key in described if key in _COMPARED}
+        if self.subcommand == "fit":
+            optimizer = described["model"]["optimizer"].get("init_args") or {}
+            if said := replaced_rate(sys.argv[2:], optimizer.get("lr")):
+                rank_zero_info(said)
         self._choose_checkpoint(described)
 
     def _choose_checkpoint(self, described: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from scsdpo.data._base import Source
 from scsdpo.policy.chat import Chat
+from scsdpo.thinking import left_open
 from scsdpo.types import Prompt
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class Rendered(Dataset[Prompt]):
     ) -> None:
         self.prompts, self.chat = prompts, chat
         # By index: a source need not say where it ends.
-        lengths = [len(chat.render(prompts[i].messages)) for i in range(len(prompts))]
+        asked = (prompts[index] for index in range(len(prompts)))
+        lengths = [len(chat.render(prompt.messages, prompt.tools)) for prompt in asked]
         self.kept = [index for index, length in enumerate(lengths) if length <= max_tokens]
         if not self.kept:
             raise ValueError(too_long(name, len(lengths), min(lengths, default=0), max_tokens))
@@ -48,8 +50,12 @@ class Rendered(Dataset[Prompt]):
 
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
-    """The prompt with its `ids`."""
-    return replace(prompt, ids=chat.render(prompt.messages))
+    """The prompt with its `ids`, and with the thinking that they leave open."""
+    return replace(
+        prompt,
+        ids=chat.render(prompt.messages, prompt.tools),
+        thinking=left_open(chat.header(prompt.messages, prompt.tools)),
+    )
 
 
 def too_long(name: str, count: int, length: int, limit: int) -> str:

@@ -19,6 +19,7 @@ from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
 SHARED_AHEAD = 1_000
 """Questions of a stream, or of a large source, that are compared with those of validation."""
 _WORD = "scsdpo"
+_TURN = {"role": "assistant", "content": _WORD}
 _log = logging.getLogger(__name__)
 
 
@@ -111,18 +112,13 @@ def _log_unread(chat: Chat) -> None:
             )
 
 
-def _text(chat: Chat, messages: Sequence[dict[str, str]], *, opened: bool = False) -> str:
-    return chat.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=opened, tokenize=False, **chat.template_kwargs
-    )
-
-
 def _header(chat: Chat, prompt: Prompt, name: str) -> str:
     """What opens the assistant's turn; the prompt's own words must stand before it."""
     model = chat.tokenizer.name_or_path
     try:
-        opened = _text(chat, prompt.messages, opened=True)
-        closed = _text(chat, prompt.messages)
+        opened = chat.text(prompt.messages, prompt.tools)
+        header = chat.header(prompt.messages, prompt.tools)
+        answered = chat.text([*prompt.messages, _TURN], prompt.tools, opened=False)
     except TemplateError as error:
         roles = [message["role"] for message in prompt.messages]
         raise ValueError(
@@ -135,8 +131,11 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
                 f"the chat template of {model!r} leaves out what the {message['role']} says in the "
                 f"first prompt of {name!r}; use a template that has such turns"
             )
-    header = opened.removeprefix(closed)
-    if not header or header == opened:
+    # Where a template has no header to add, the user's end opens the assistant's turn, as Mistral's
+    # [/INST] does, if it writes nothing more before what the assistant says.
+    added = opened != chat.text(prompt.messages, prompt.tools, opened=False)
+    before = answered.rpartition(_WORD)[0]
+    if not header or not (added or before.rstrip() == opened.rstrip()):
         raise ValueError(
             f"the chat template of {model!r} does not open the assistant's turn when asked to "
             "(add_generation_prompt): responses would go on with the user's words"
@@ -146,18 +145,18 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
 
 def _end(chat: Chat, prompt: Prompt) -> str:
     """What ends the assistant's turn; as a token of its own, it must end responses too."""
-    turn = {"role": "assistant", "content": _WORD}
-    after = _text(chat, [*prompt.messages, turn]).rpartition(_WORD)[2]
+    said = chat.text([*prompt.messages, _TURN], prompt.tools, opened=False)
+    after = said.rpartition(_WORD)[2]
     ends = ", ".join(_shown(chat, end) for end in chat.eos_ids)
-    ids = chat.encode(after)
     if not after.strip():
         return f"end with {ends}; the template itself ends no turn"
-    if ids[0] in chat.eos_ids:
+    end = next((i for i in _ids(chat, after) if i in chat.control_ids), None)
+    if end in chat.eos_ids:
         return f"end with {ends}"
-    if ids[0] in chat.tokenizer.all_special_ids:
+    if end is not None:
         raise ValueError(
             f"the chat template of {chat.tokenizer.name_or_path!r} ends the assistant's turn with "
-            f"{_shown(chat, ids[0])}, but responses end with {ends}: add it to `eos_token_id` in "
+            f"{_shown(chat, end)}, but responses end with {ends}: add it to `eos_token_id` in "
             "generation_config.json"
         )
     return f"end with {ends}, while the template ends a turn with {after!r}"
@@ -184,13 +183,18 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
     ids = module.teacher.contexts(chat, rollouts, outcomes).ids[0][1]
     if not ids:
         return "the teacher has nothing to tell a failure beside a success"
-    header = chat.encode(_header(chat, prompt, name))
+    header = _ids(chat, _header(chat, prompt, name))
     if list(ids[-len(header) :]) != list(prompt.ids[-len(header) :]):
         raise ValueError(
             f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
             ", so that it would judge other words than were said; render them with `chat.render`"
         )
     return f"the teacher's prompt has {len(ids) - len(prompt.ids)} tokens more, and the same end"
+
+
+def _ids(chat: Chat, text: str) -> list[int]:
+    """Of what the template wrote, its own tokens included."""
+    return chat.tokenizer.encode(text, add_special_tokens=False)
 
 
 def _shown(chat: Chat, token: int) -> str:

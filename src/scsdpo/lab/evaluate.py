@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scsdpo.data.rendered import rendered
 from scsdpo.lab.tasks import LabTasks
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
@@ -20,9 +21,9 @@ def respond(
     policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
 ) -> tuple[Rollouts, tuple[tuple[Verdict, ...], ...]]:
     """Rollouts and verdicts [Q][n]; prompts are rendered where they were not yet."""
-    rendered = [p if p.ids else replace(p, ids=policy.chat.render(p.messages)) for p in prompts]
-    rollouts = HFRollout().sample(policy, rendered, sampling)
-    return rollouts, verify_all(prompts, rollouts.texts)
+    asked = [p if p.ids else rendered(p, policy.chat) for p in prompts]
+    rollouts = HFRollout().sample(policy, asked, sampling)
+    return rollouts, verify_all(asked, rollouts.texts)
 
 
 def accuracy(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:

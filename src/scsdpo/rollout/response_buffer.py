@@ -10,7 +10,7 @@ from scsdpo.rollout.draw import draw, uniforms
 from scsdpo.types import Prompt, Rollouts, Sampling
 
 _SLACK = 8
-"""Tokens read before the shortest stretch that could hold a stop string: specials have no text."""
+"""Tokens read before the shortest stretch that could hold a stop string: ends have no text."""
 _UNDRAWN = -1
 """Stands where no token was drawn; no vocabulary has it."""
 

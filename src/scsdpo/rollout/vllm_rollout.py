@@ -49,6 +49,7 @@ class Request:
                 "stop": list(stops),
                 "include_stop_str_in_output": True,
                 "detokenize": bool(stops),
+                "skip_special_tokens": False,  # a stop string may be one, as </tool_call> is
                 # It refuses ids that no token has.
                 "stop_token_ids": [i for i in policy.chat.eos_ids if i < policy.vocabulary],
                 "ignore_eos": True,  # it would end at one id only, and not say at which

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from scsdpo.distributed import all_gather, place
+from scsdpo.seeds import run_seed
 from scsdpo.selection._base import Judged, Selection
 from scsdpo.state import Stateful
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict, stable_hash
 from scsdpo.verifiers import Verifier
 
 
@@ -28,7 +29,12 @@ class InformativePool(Selection, Stateful):
     Groups whose rewards differ go into a pool; the others are dropped. Each batch of questions is
     one training step; the optimizer steps when the pool holds `questions` groups over all ranks,
     or `max_batches` batches after the last time with what is there. What exceeds a full pool is
-    dropped: after the step it would be of an older policy. The pool is in the checkpoint.
+    dropped: after the step it would be of an older policy.
+
+    Which groups stay is drawn anew for each pool, every group with the same chance, whichever
+    batch it came in and whatever its source is called. The draw is by a hash of the run's seed, the
+    number of pools used so far, and the group's question and responses: it does not depend on ranks
+    or on the order in the batch. Groups and that number are in the checkpoint.
 
     Every rank holds the whole pool and learns from its share of it.
 
@@ -51,6 +57,8 @@ class InformativePool(Selection, Stateful):
         self.questions, self.max_batches = questions, max_batches
         self.groups: list[Judged] = []
         self.batches = 0
+        self.used = 0
+        """Pools that were learned from so far."""
 
     @property
     def needs_group(self) -> bool:
@@ -59,23 +67,31 @@ class InformativePool(Selection, Stateful):
     def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
         self.batches += 1
         new = _informative(rollouts, outcomes)
-        # In an order that does not depend on how the batch was spread over ranks.
-        self.groups += sorted(all_gather(new), key=lambda group: group[0].prompts[0].key)
+        self.groups = sorted([*self.groups, *all_gather(new)], key=self._draw)
         if len(self.groups) < self.questions and self.batches < self.max_batches:
             return ()
         rank, ranks = place()
         mine = self.groups[: self.questions][rank::ranks]
-        self.groups, self.batches = [], 0
+        self.groups, self.batches, self.used = [], 0, self.used + 1
         return (joined(mine, like=(rollouts, outcomes)),)
+
+    def _draw(self, group: Judged) -> int:
+        """The group's place in the pool, by a number drawn for it."""
+        rollouts, _ = group
+        pairs = zip(rollouts.ids[0], rollouts.mask[0], strict=True)
+        said = [ids[mask].tolist() for ids, mask in pairs]
+        return stable_hash(run_seed(), self.used, rollouts.prompts[0].key, said)
 
     def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
         return joined(_informative(rollouts, outcomes), like=(rollouts, outcomes))
 
     def remembered(self) -> dict[str, Any]:
-        return {"batches": self.batches, "groups": [_plain(group) for group in self.groups]}
+        groups = [_plain(group) for group in self.groups]
+        return {"batches": self.batches, "used": self.used, "groups": groups}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
         self.batches = remembered["batches"]
+        self.used = remembered.get("used", 0)  # earlier checkpoints did not count
         self.groups = [_restored(*group) for group in remembered["groups"]]
 
 

@@ -1,12 +1,12 @@
 """Contexts: what the teacher is told that the student was not."""
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
+from scsdpo.thinking import without_thinking
 from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
 
@@ -87,7 +87,7 @@ def fit(
     demonstration, feedback = told.demonstration, told.feedback
     while demonstration or feedback:
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
-        ids = chat.render(messages)
+        ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
@@ -125,7 +125,7 @@ class SiblingDemonstration(_Templated):
     Args:
         pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
-        strip_thinking: drop <think>...</think> blocks from the demonstration.
+        strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
         templates: the words around it.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
             template or the question; if those alone are too long there is no context.
@@ -156,11 +156,11 @@ class SiblingDemonstration(_Templated):
             return ""
         lengths = rollouts.mask[question].sum(-1).tolist()
         chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(rollouts.texts[question][chosen])
+        return self.shown(rollouts.prompts[question], rollouts.texts[question][chosen])
 
-    def shown(self, text: str) -> str:
-        """What of a response is shown."""
-        return without_thinking(text) if self.strip_thinking else text
+    def shown(self, prompt: Prompt, text: str) -> str:
+        """What of a response to `prompt` is shown."""
+        return without_thinking(prompt.thinking + text) if self.strip_thinking else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ class ShortestSuccess(_Reprompt):
     supervision stands where the student arrived, and needs no reference solution.
 
     Args:
-        strip_thinking: drop <think>...</think> blocks from what is shown.
+        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
         attempt_templates: the words around it, {demonstration} if right, {feedback} if wrong.
         max_tokens: as in `SiblingDemonstration`.
 
@@ -267,8 +267,9 @@ class ShortestSuccess(_Reprompt):
         if rollout != taught or not others:
             return PrivilegedInfo()
         other = min(others, key=right.__getitem__)
-        text = rollouts.texts[question][other]
-        shown = without_thinking(text) if self.strip_thinking else text
+        shown = rollouts.texts[question][other]
+        if self.strip_thinking:
+            shown = without_thinking(rollouts.prompts[question].thinking + shown)
         return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
 
 
@@ -276,10 +277,3 @@ def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
     if outcomes.successes[question, rollout]:
         return ""
     return outcomes.verdicts[question][rollout].feedback
-
-
-def without_thinking(text: str) -> str:
-    """Some templates open <think> in the prompt; then only its end stands in the response."""
-    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
-        text = "<think>" + text
-    return re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)

@@ -11,10 +11,10 @@ from scsdpo.teacher.context import (
     PrivilegedInfo,
     SiblingDemonstration,
     fit,
-    without_thinking,
 )
 from scsdpo.teacher.templates import ATTEMPTS, Templates
-from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
@@ -48,7 +48,7 @@ class RememberedDemonstration(Context, Stateful):
         table = list(self.demonstration.render(chat, rollouts, outcomes).ids)
         for q, prompt in enumerate(rollouts.prompts):
             if prompt.key in self.kept and not outcomes.successes[q].any():
-                text = self.demonstration.shown(self.kept[prompt.key][-1])
+                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1])
                 table[q] = (self.demonstration.show(chat, prompt, text),) * len(table[q])
         self._remember(rollouts, outcomes)
         return TeacherContexts(ids=tuple(table))
@@ -84,7 +84,7 @@ class AttemptMemory(Context, Stateful):
     Args:
         successes: right responses kept a question, >= 0.
         failures: wrong ones, >= 0.
-        strip_thinking: drop <think>...</think> blocks from what is kept.
+        strip_thinking: drop thinking, in the tags of the common models, from what is kept.
         attempt_templates: the words around them, {demonstration} for right ones, {feedback} for
             wrong ones.
         max_tokens: cap on the rendered teacher prompt; the oldest right ones are cut first.
@@ -121,7 +121,11 @@ class AttemptMemory(Context, Stateful):
     def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
         table = [
             [
-                (prompt.key, bool(right), self._entry(text, "" if right else verdict.feedback))
+                (
+                    prompt.key,
+                    bool(right),
+                    self._entry(prompt, text, "" if right else verdict.feedback),
+                )
                 for text, verdict, right in zip(texts, verdicts, successes, strict=True)
             ]
             for prompt, texts, verdicts, successes in zip(
@@ -146,8 +150,8 @@ class AttemptMemory(Context, Stateful):
             )
         )
 
-    def _entry(self, text: str, feedback: str) -> str:
-        shown = without_thinking(text) if self.strip_thinking else text
+    def _entry(self, prompt: Prompt, text: str, feedback: str) -> str:
+        shown = without_thinking(prompt.thinking + text) if self.strip_thinking else text
         return f"{shown}\n{feedback}" if feedback else shown
 
     def _told(self, key: str, right: bool, own: str) -> PrivilegedInfo:

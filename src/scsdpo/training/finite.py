@@ -60,6 +60,11 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def all_zero(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry on every rank is exactly 0; a norm of 0 may be one that underflowed."""
+    return not bool(all_max(torch.tensor(float(any(bool(local(t).any()) for t in tensors)))))
+
+
 def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
     """Stop a run whose policy gave no distribution to draw from.
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,7 @@ from scsdpo.advantage import Advantage
 from scsdpo.callbacks import Progress, RunRecords, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
+from scsdpo.data.rendered import rendered
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -297,7 +298,7 @@ class PolicyOptimizer(Resumable):
         """
         self.configure_model()
         chat = self.policy.chat
-        asked = [p if p.ids else replace(p, ids=chat.render(p.messages)) for p in prompts]
+        asked = [p if p.ids else rendered(p, chat) for p in prompts]
         kept = copy.deepcopy(all_remembered(self))
         rollouts = self.sample(asked, self.sampling.at(int(self.batches) + 1))
         try:

@@ -25,7 +25,7 @@ from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.batch import Batch
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
-from scsdpo.training.finite import blamed, total_norm, weight_norm
+from scsdpo.training.finite import all_zero, blamed, total_norm, weight_norm
 from scsdpo.training.limits import Limits
 from scsdpo.training.run_checks import is_plateau
 from scsdpo.training.update import Update
@@ -35,6 +35,24 @@ T = TypeVar("T")
 
 IDLE_WARNING = 10
 """Batches in a row without anything to learn from after which that is said."""
+NO_CREDIT = "no rollout has both a weight and a credit"
+NO_TOKEN = "every token weighs 0"
+NO_GRADIENT = "the gradient is exactly 0"
+REMEDIES = {
+    NO_CREDIT: (
+        "the questions are all too hard or all mastered, or the verifier does not accept the "
+        "policy's format; look at `scsdpo predict`"
+    ),
+    NO_TOKEN: (
+        "model.token_weighting gives every token weight 0, as Overlong does where every response "
+        "reaches its cap; raise the cap and model.sampling.max_new_tokens, or choose UniformTokens"
+    ),
+    NO_GRADIENT: (
+        "the gradient is exactly 0, as where the clip of model.advantage binds at every token or "
+        "the teacher says what the student does"
+    ),
+}
+"""Why a step has nothing to learn from, and what to do about it."""
 LARGEST_GROWTH = 1e3
 """Of the weights' norm in one step: more has destroyed what they were."""
 
@@ -43,7 +61,17 @@ class OptimizerSteps(nn.Module):
     """Split, measure, accumulate, clip, step or skip, count, report.
 
     A step of which nothing can be learned is not taken: optimizer, schedule and teachers stay as
-    they are, and it is counted. So is one whose loss or gradient is not finite.
+    they are, and it is counted. Nothing can be learned where, over all ranks,
+
+    * no rollout has a weight, a credit and a token: known before any forward, none is run;
+    * every token of those that have weighs 0 (`Overlong`, `Position(floor=0)`): known before the
+      loss, which is not computed;
+    * the gradient is exactly 0 in every entry: a credit that the forward made 0, such as one that
+      the PPO clip takes at every token.
+
+    AdamW would move weights on a gradient of 0, by decay and by momentum, and a teacher would
+    follow them. A gradient that is small and not 0, rounding included, is a step. A step whose loss
+    or gradient is not finite is not taken either, and is counted.
 
     Args:
         update: makes the losses.
@@ -121,9 +149,8 @@ class OptimizerSteps(nn.Module):
         here = batch.active[rows]
         active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
         if active == 0:
-            self._idle(host, policy, batch)
+            self._idle(host, policy, batch, NO_CREDIT)
             return
-        self.idle.zero_()
         with self.update.timer("student"):
             work = partial(self._accumulate, host, policy, batch, rows)
             loss, outputs = self._within_memory(work, policy, batch, rows)
@@ -133,12 +160,21 @@ class OptimizerSteps(nn.Module):
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = total_norm(gradients)
             figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
+            finite = math.isfinite(figures["loss"])
+            nothing = finite and figures["gradient_norm"] == 0 and all_zero(gradients)
         gap = self._gap(batch, rows, outputs)
         cap = self.update.importance.most
         seen = token_metrics([o for o, _ in outputs], self.objective_name, cap)
         counts = {"trained_rollouts": active, "trained_tokens": tokens}
+        if nothing:
+            counts = dict.fromkeys(counts, 0)
         log_figures(host, "train", figures | seen | gap | counts)
         self.gap.judge(gap)
+        if nothing:
+            host.optimizers().zero_grad()  # type: ignore[union-attr]
+            self._idle(host, policy, batch, NO_GRADIENT if seen else NO_TOKEN)
+            return
+        self.idle.zero_()
         with self.update.timer("step"):
             self._step(host, policy, figures, norm, outputs)
 
@@ -172,7 +208,7 @@ class OptimizerSteps(nn.Module):
             return self.gap.measure([(output.logprob, sampled) for output, sampled in outputs])
         return self.gap.measure([(old, batch.rollouts.policy_logprobs.flatten(0, 1)[rows])])
 
-    def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
+    def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch, reason: str) -> None:
         """Nothing to learn from: counted, and after a while said."""
         self.skipped += 1
         self.idle += 1
@@ -181,16 +217,15 @@ class OptimizerSteps(nn.Module):
             rollouts = batch.rollouts
             mean = float(rollouts.policy_logprobs[rollouts.mask].double().mean())
             rank_zero_warn(
-                f"{IDLE_WARNING} batches in a row had nothing to learn from; the last responses' "
-                f"mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
+                f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason}); "
+                f"its mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
                 f"{-math.log(policy.vocabulary):.2f})"
             )
         if self.idle >= self.limits.max_idle_batches:
             rate = float(host.trainer.callback_metrics["train/pass_rate"])
             raise TrainingStopped(
                 f"{int(self.idle)} batches in a row had nothing to learn from (pass rate "
-                f"{rate:.2f}): the questions are all too hard or all mastered, or the verifier "
-                "does not accept the policy's format; look at `scsdpo predict`"
+                f"{rate:.2f}): {REMEDIES[reason]}"
             )
 
     def _step(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from scsdpo.advantage import Advantage
+from scsdpo.advantage import Advantage, Composed
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Importance
 from scsdpo.reduction import Reduction
@@ -69,7 +69,7 @@ class Strategies:
         for key, strategy in compared:
             if strategy.needs_group and group == 1:
                 raise ConfigurationError(
-                    f"model.{key}: {type(strategy).__name__} compares the rollouts of a question: "
+                    f"model.{key}: {_comparing(strategy)} compares the rollouts of a question: "
                     "set model.sampling.n above 1"
                 )
         reads = self.advantage.needs or self.advantage.derivations
@@ -109,3 +109,14 @@ class Strategies:
                 f"model.advantage is {advantage}: set model.reference to NoTeacher, or Blend the "
                 "advantage with a ReferenceAnchor"
             )
+
+
+def _comparing(strategy: Advantage | Weighting | Selection) -> str:
+    """The class that compares the rollouts of a question, however deep inside `strategy`."""
+    parts: list[Advantage | Weighting] = []
+    if isinstance(strategy, Composed):
+        parts = [part for each in strategy.inner for part in (each.advantage, each.weighting)]
+    elif isinstance(strategy, Product):
+        parts = list(strategy.factors)
+    inside = [part for part in parts if part.needs_group]
+    return _comparing(inside[0]) if inside else type(strategy).__name__

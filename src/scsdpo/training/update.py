@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo import contracts
+from scsdpo.distributed import all_max
 from scsdpo.loss import (
     Chunk,
     Derivation,
@@ -61,7 +62,8 @@ class Update:
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
     ) -> Iterator[tuple[LossOutput, Tensor]]:
         """Per micro-batch of the active ones among `rows`, its share of the step's loss and the
-        sampler's log-probs [N]. The caller runs backward on each before asking for the next.
+        sampler's log-probs [N]. The caller runs backward on each before asking for the next. There
+        is none where every token of all ranks weighs 0.
 
         Args:
             policy: is run, and gets the gradient.
@@ -76,6 +78,9 @@ class Update:
         for make in (*batch.plan.derivations, *self.derivations):
             signals.derive(make)
         factors = self._coefficients(forwards), self._token_weights(forwards, signals)
+        weighed = (factors[0][:, None] * factors[1])[forwards.chosen] * batch.mask[forwards.chosen]
+        if not bool(all_max(weighed.any().double())):
+            return
         sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
         for micro, output in forwards.losses(partial(self._loss, forwards, signals, factors)):
             yield output, forwards.of_tokens(micro, sampled)

@@ -20,7 +20,14 @@ def last_answer(response: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch(Verifier):
-    """Right iff the last <answer> block holds exactly `prompt.answer`, outer whitespace aside."""
+    """Right iff the last <answer> block holds exactly `prompt.answer`, outer whitespace aside.
+
+    Args:
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
+    """
+
+    strip_thinking: bool = True
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the block's text."""
@@ -39,12 +46,15 @@ class MultipleChoice(Verifier):
     Args:
         strict: the block must hold the letter and nothing else, as the published reward wants it.
             False also takes the other spellings of the letter: "a", "(A)", "A.", "A: 0.8", "**A**".
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response, as the published grader does.
 
     Source:
         Hübotter et al. 2026, arXiv:2601.20802, and its code (lasgroup/SDPO): the strict form.
     """
 
     strict: bool = True
+    strip_thinking: bool = True
 
     def check(self, prompt: Prompt) -> None:
         """Whether it is the letter of an option."""

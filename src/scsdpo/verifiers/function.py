@@ -14,12 +14,15 @@ class Callable(Verifier):
 
     Args:
         function: as `module:function`, with the module on the import path.
+        strip_thinking: give the function only what stands behind the thinking, as `Verifier` says;
+            False: all of the response.
 
     Raises:
         ValueError: if there is no such function.
     """
 
     function: str
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         _found(self.function)

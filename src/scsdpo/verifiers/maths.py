@@ -25,9 +25,15 @@ class MathAnswer(Verifier):
     finds in the response's last line. 1/2, 0.5 and \frac{1}{2} are equal, and so are sets in any
     order. An expression can be made to take forever to simplify; the pool's deadline ends that.
 
+    Args:
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
+
     Source:
         github.com/huggingface/Math-Verify.
     """
+
+    strip_thinking: bool = True
 
     def prepare(self) -> None:
         """Import sympy and build the parser."""

@@ -48,6 +48,8 @@ class PythonTests(Verifier):
             `Verification(deadline=...)`.
         memory_mb: MiB of address space, Python itself (about 30) included.
         reveal: the feedback quotes the test that failed.
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
 
     Raises:
         ValueError: if a limit is too small, or the system has no such filter.
@@ -56,6 +58,7 @@ class PythonTests(Verifier):
     seconds: float = 5.0
     memory_mb: int = 1024
     reveal: bool = False
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:

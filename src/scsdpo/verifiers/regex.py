@@ -17,12 +17,15 @@ class Regex(Verifier):
         pattern: in RE2's syntax, which takes time linear in the response whatever the pattern; it
             has no lookaround and no back references. If it has a group, the first one is the
             answer. For the last match begin it with `(?s).*`: `(?s).*answer: (-?[0-9]+)`.
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
 
     Raises:
         ValueError: if the pattern is not one of RE2.
     """
 
     pattern: str
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         try:

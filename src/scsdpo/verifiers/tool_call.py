@@ -27,7 +27,10 @@ class ToolCall(Verifier):
         reveal: the feedback on calls that are wrong says which would have been right.
         compatibility: `reference` gives the reward of the published grader instead, for numbers
             that compare with published ones. It stops at the first "}" of an input and merges all
-            inputs, and so rejects some gold answers and accepts swapped arguments.
+            inputs, and so rejects some gold answers and accepts swapped arguments. It reads the
+            thinking too.
+        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+            of the response.
 
     Raises:
         ValueError: if `compatibility` is neither `none` nor `reference`.
@@ -39,6 +42,7 @@ class ToolCall(Verifier):
 
     reveal: bool = False
     compatibility: Literal["none", "reference"] = "none"
+    strip_thinking: bool = True
 
     def __post_init__(self) -> None:
         if self.compatibility not in ("none", "reference"):
@@ -50,6 +54,12 @@ class ToolCall(Verifier):
     def check(self, prompt: Prompt) -> None:
         """Whether it is a list of calls."""
         gold_calls(prompt.answer)
+
+    def graded(self, prompt: Prompt, response: str) -> str:
+        """What stands behind the thinking; for the published grader, all."""
+        if self.compatibility == "reference":
+            return response
+        return super().graded(prompt, response)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the sorted calls in canonical spelling."""
