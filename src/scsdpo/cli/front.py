@@ -71,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         _check_node(path, node, "", {})
         content = None if node is None else loader.construct_document(node)
@@ -97,9 +97,26 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads numbers and dates as jsonargparse does: `1e-5` is a number, 2024-01-05 a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in each if not tag.endswith((":float", ":timestamp"))]
+    for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _CONFIG = ("-c", "--config")
 _TAG = "tag:yaml.org,2002:"
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+        r"|\.[0-9_]+(?:[eE][-+][0-9]+)?$|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
 
 
 def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
