@@ -97,7 +97,8 @@ DEEPSEEK = """\
 {{- '<｜tool▁call▁begin｜>' + call.function.name + call.function.arguments }}
 {%- endfor %}
 {{- '<｜tool▁call▁end｜><｜end▁of▁sentence｜>' }}
-{%- else %}{{- '<｜Assistant｜></think>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+{%- else %}
+{{- '<｜Assistant｜></think>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\\n' }}{% endif %}"""
@@ -163,7 +164,12 @@ def _sentencepiece(added, kind="bpe", prepend="first"):
 
 def _word_level(added):
     """Words of lower-cased text, where the spellings of control tokens are words too."""
-    words = ["<unk>", "</s>", "<pad>", *"user assistant system : the answer is 42".split()]
+    words = [
+        "<unk>",
+        "</s>",
+        "<pad>",
+        *["user", "assistant", "system", ":", "the", "answer", "is", "42"],
+    ]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+|:"), behavior="removed")

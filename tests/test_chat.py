@@ -55,7 +55,7 @@ def test_the_families_are_those_that_are_tried():
     assert {*NAMES, "tiny"} == set(chats())
 
 
-# --- which tokens a text never becomes --------------------------------------------------------------
+# --- which tokens a text never becomes ------------------------------------------------------------
 
 
 def test_control_tokens_are_special_or_written_around_turns():
@@ -79,7 +79,7 @@ def test_an_end_of_responses_is_a_control_token_whatever_the_tokenizer_calls_it(
     assert end not in chat.encode("a</tool_call>")
 
 
-# --- the property ------------------------------------------------------------------------------------
+# --- the property ---------------------------------------------------------------------------------
 
 
 @st.composite
@@ -136,7 +136,7 @@ def test_the_text_of_a_prompt_is_the_template_s(name, data):
         assert text == rendered(chat, messages)
 
 
-# --- single cases ------------------------------------------------------------------------------------
+# --- single cases ---------------------------------------------------------------------------------
 
 
 def test_unknown_is_not_spelled_and_a_noncharacter_is_a_text():

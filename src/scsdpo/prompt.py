@@ -108,11 +108,19 @@ class Verifier(ABC):
     def check(self, prompt: Prompt) -> None:  # noqa: B027
         """Whether `verify` can read the gold answer of `prompt`; without this, any.
 
-        Called in the training process, for the first 20,000 prompts of a source before training.
+        Called in the training process, before training.
 
         Raises:
             ValueError: if it cannot, so that no response to the prompt would ever be right.
         """
+
+    def written(self, prompt: Prompt) -> str:
+        """A response that gives the gold answer in the form that the task asks for.
+
+        Before training it is judged, and a gold answer that is judged wrong is refused. Empty:
+        this verifier cannot say, and nothing is proved.
+        """
+        return ""
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:

@@ -35,6 +35,7 @@ class Rendered(Dataset[Prompt]):
         # By index: a source need not say where it ends.
         asked = (prompts[index] for index in range(len(prompts)))
         lengths = [len(chat.render(prompt.messages, prompt.tools)) for prompt in asked]
+        self.longest = max((length for length in lengths if length <= max_tokens), default=0)
         self.kept = [index for index, length in enumerate(lengths) if length <= max_tokens]
         if not self.kept:
             raise ValueError(too_long(name, len(lengths), min(lengths, default=0), max_tokens))

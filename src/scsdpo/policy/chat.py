@@ -1,16 +1,18 @@
 """Between chat messages and token ids, in one place.
 
-A text never becomes a control token, one that opens or closes a turn (`Chat.control_ids`): only the
-chat template writes these. Where a text spells one, a break is put into the spelling before the
-template sees it. The template then renders as always, the tokenizer, which knows the break as a
-token of its own, cannot join what stands on both sides of it, and the break's id is left out. A text
-that spells none goes to the tokenizer as it is, so that its ids are those of `apply_chat_template`.
+A text never becomes a control token, such as one that opens or closes a turn (`Chat.control_ids`):
+only the chat template writes these. Where a text spells one, a break is put into the spelling
+before the template sees it. The template then renders as always, the tokenizer, which knows the
+break as a token of its own, cannot join what stands on its two sides, and the break's id is left
+out. A text that spells none goes to the tokenizer as it is: its ids are `apply_chat_template`'s.
 """
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -23,7 +25,9 @@ from scsdpo.thinking import without_thinking
 from scsdpo.types import Message, Tool
 
 _BREAK = "\ufdd0"
-"""Stands in the spelling of a control token. Unicode keeps this code point free of any character."""
+"""Stands in the spelling of a control token; Unicode gives this code point to no character."""
+_TODAY = "strftime_now"
+"""What templates call for the date, in transformers."""
 _TAG = re.compile(r"[<\[].*\w.*[>\]]")
 _ROLE = re.compile(r"[\w .-]+")
 
@@ -35,15 +39,21 @@ class Chat:
     Args:
         tokenizer: must have a chat template.
         eos_ids: every id that ends a response; several are common (`<|im_end|>`, `<|endoftext|>`).
-        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
+        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`. A date for
+            `strftime_now`, such as 2026-01-31, is today's date for templates that write one.
+        rows: of the model's embedding; ids from there on have none.
+        positions: tokens of a prompt and its response that the model was made for.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or there is no end-of-sequence id.
+        ValueError: if the tokenizer has no chat template, there is no end-of-sequence id, or
+            `strftime_now` is no date.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = sys.maxsize
+    positions: int = sys.maxsize
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -57,12 +67,15 @@ class Chat:
                 f"neither the tokenizer nor the generation config of {name!r} names an "
                 "end-of-sequence token; set `eos_token_id` in its generation_config.json"
             )
+        self._filling  # noqa: B018 - a date that is none is refused here
 
     @property
     def pad_id(self) -> int:
         """Fills the places that masks leave out; which id it is changes no number."""
         pad = self.tokenizer.pad_token_id
-        return self.eos_ids[0] if pad is None else pad
+        if pad is not None and pad < self.rows:
+            return pad
+        return next((end for end in self.eos_ids if end < self.rows), self.eos_ids[0])
 
     @cached_property
     def _silent(self) -> frozenset[int | None]:
@@ -125,8 +138,33 @@ class Chat:
             add_generation_prompt=opened,
             tokenize=tokenize,
             return_dict=False,
-            **self.template_kwargs,
+            **self._filling,
         )
+
+    @cached_property
+    def _filling(self) -> dict[str, Any]:
+        """`template_kwargs` with the function that tells templates the date, if it is fixed."""
+        if _TODAY not in self.template_kwargs:
+            return dict(self.template_kwargs)
+        given = str(self.template_kwargs[_TODAY])
+        try:
+            today = datetime.fromisoformat(given)
+        except ValueError as error:
+            raise ValueError(
+                f"`chat_template_kwargs: {{{_TODAY}: ...}}` must be a date such as 2026-01-31, got "
+                f"{given!r}"
+            ) from error
+        return {**self.template_kwargs, _TODAY: today.strftime}
+
+    def writes_date(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
+        """Whether the template writes today's date, so that tomorrow's prompt is another one."""
+        days = ("2001-02-03", "2014-12-25T12:13:14")
+        if _TODAY in self.template_kwargs:
+            return False
+        others = [
+            replace(self, template_kwargs={**self.template_kwargs, _TODAY: day}) for day in days
+        ]
+        return len({chat.text(messages, tools) for chat in others}) > 1
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -135,10 +173,12 @@ class Chat:
         They are what the tokenizer calls special (beginnings, ends, padding, turns, images), what
         ends a response, and what the template writes around the turns of a conversation, also where
         the tokenizer calls it merely added (DeepSeek's <｜User｜>). Other added tokens are words of
-        the model, which a text may use: <think> and <tool_call> where they are not special.
+        the model, which a text may use: <think> and <tool_call> where they are not special. An
+        added token for which the embedding has no row is none of them.
         """
         own = self.tokenizer
-        special = {i for i, token in own.added_tokens_decoder.items() if token.special}
+        added = own.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special or i >= self.rows}
         return frozenset({*special, *own.all_special_ids, *self.eos_ids, *self._turn_ids()})
 
     def _turn_ids(self) -> set[int]:

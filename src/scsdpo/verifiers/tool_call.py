@@ -61,6 +61,13 @@ class ToolCall(Verifier):
             return response
         return super().graded(prompt, response)
 
+    def written(self, prompt: Prompt) -> str:
+        """The calls as text; none for the published grader, which rejects some gold answers."""
+        if self.compatibility == "reference":
+            return ""
+        calls = gold_calls(prompt.answer)
+        return "\n".join(f"Action: {tool}\nAction Input: {text}" for tool, text in calls)
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the sorted calls in canonical spelling."""
         try:
