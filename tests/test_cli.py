@@ -10,6 +10,7 @@ import yaml
 
 from runs import Toys
 from scsdpo.__main__ import main as command
+from scsdpo.callbacks import PredictionWriter, prediction_writer
 from scsdpo.cli.commands import COMMANDS
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.training import PolicyOptimizer
@@ -489,3 +490,29 @@ def test_an_argument_that_is_the_command_line_s_own_is_named(scsdpo, tmp_path, m
         "model.weighting: helped.Mine has an argument `help`, and --model.weighting.help is the "
         "command line's own: give the argument another name"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["predict", "--out=x.csv"], "name it x.jsonl or x.parquet"),
+        (["predict", "--out=x.json"], "name it x.jsonl or x.parquet"),
+        (["validate", "--out=x.html"], "name it x.json"),
+        (["rates", "--out=x.csv"], "name it x.json"),
+        (["check", "--out=x.txt"], "name it x.json"),
+        (["compare", "--out=x.csv", "a", "b"], "name it x.json"),
+    ],
+)
+def test_a_file_holds_what_its_name_says_or_is_not_written(command, said, scsdpo):
+    name = command[1].partition("=")[2]
+    base = () if command[0] == "compare" else ("--config=valid.yaml",)
+    line = refused(scsdpo(*command, base=base))
+    assert line == f"--out: {name} would not hold what its name says; {said}"
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_asked(monkeypatch):
+    monkeypatch.setattr(prediction_writer, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs pyarrow: install it, or write .jsonl"):
+        PredictionWriter("x.parquet")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.parquet"):
+        PredictionWriter("x.xlsx")

@@ -162,7 +162,7 @@ def test_a_schedule_that_just_lasts_and_figures_that_are_logged_are_taken(qwen3,
     assert given.global_step == 3
     # Whatever was logged can be monitored.
     assert len(given.callback_metrics) > 30
-    for name in given.callback_metrics:
+    for name in (name for name in given.callback_metrics if "/" in name):  # or a callback's
         run_checks._check_name("key", name, given, run)
     with pytest.raises(ConfigurationError, match="nothing logs train/nothing"):
         run_checks._check_name("key", "train/nothing", given, run)
