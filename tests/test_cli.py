@@ -512,7 +512,7 @@ def test_a_file_holds_what_its_name_says_or_is_not_written(command, said, scsdpo
 
 def test_a_table_that_cannot_be_written_is_refused_before_anything_is_asked(monkeypatch):
     monkeypatch.setattr(prediction_writer, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs pyarrow: install it, or write .jsonl"):
+    with pytest.raises(ValueError, match="needs pyarrow: install it"):
         PredictionWriter("x.parquet")
     with pytest.raises(ValueError, match=r"must end in \.jsonl or \.parquet"):
         PredictionWriter("x.xlsx")

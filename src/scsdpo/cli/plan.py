@@ -5,11 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import own_parser
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.console import Terminal
 from scsdpo.planning import (
     Devices,
     Lengths,
@@ -62,7 +61,7 @@ def main(args: Sequence[str]) -> None:
                 host=given.host_ms / 1e3,
             )
             if given.split is None:
-                print_plan(setup, memory_of(setup), rates, Console())
+                print_plan(setup, memory_of(setup), rates, Terminal())
                 return
             found = splits(setup, given.split, rates)
             if not found:
@@ -70,7 +69,7 @@ def main(args: Sequence[str]) -> None:
                     f"--split: {given.split} devices cannot be dealt out: the weights fit on no "
                     f"server, or {setup.questions} questions divide among no number of trainers"
                 )
-            print_splits(setup, found, rates, Console())
+            print_splits(setup, found, rates, Terminal())
 
     # LightningCLI and its messages read the command line.
     sys.argv = ["scsdpo", "fit", *rest]

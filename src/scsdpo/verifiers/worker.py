@@ -20,6 +20,7 @@ import time
 from queue import SimpleQueue
 from typing import BinaryIO
 
+from scsdpo.io import streams
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers.guard import children, end_children, guarded
 from scsdpo.verifiers.text import capped
@@ -36,6 +37,7 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
+    streams.guard()  # what a verifier prints may have no reader any more
     sys.stdout = sys.stderr
     _limit_memory(memory_mb)
     # Left at its default, the alarm ends the process even inside a C function that never returns.
