@@ -8,7 +8,7 @@ from jsonargparse._util import resolved_import_paths
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-import scsdpo.lab  # noqa: F401 - so that their classes go by short names
+import scsdpo.lab
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
