@@ -4,16 +4,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.types import Prompt
+from scsdpo.verifiers import Verifier
 from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import MAX_FEEDBACK, contained, prepare_all
 
 SECONDS = 60.0
 """That the proofs of one source may take; then those that were proved are a sample of it."""
 _SHOWN = 120
+_prepared: WeakValueDictionary[int, Verifier] = WeakValueDictionary()
+"""By `id`: those that are ready to judge in this process."""
 
 
 def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], str]) -> None:
@@ -62,8 +66,11 @@ def _prove(prompt: Prompt) -> None:
     response = verifier.written(prompt)
     if not response:
         return
-    prepare_all([verifier])
-    verdict = contained(replace(prompt, thinking=""), response, MAX_FEEDBACK)
+    if _prepared.get(id(verifier)) is not verifier:
+        prepare_all([verifier])
+        _prepared[id(verifier)] = verifier
+    bare = replace(prompt, thinking="") if prompt.thinking else prompt
+    verdict = contained(bare, response, MAX_FEEDBACK)
     if verdict.error:
         raise ValueError(f"the gold answer {gold} cannot be judged: {verdict.error}")
     if verdict.reward <= 0:
