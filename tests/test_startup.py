@@ -95,7 +95,7 @@ def test_what_does_not_agree_is_refused_with_the_remedy(settings, source, messag
 class Headless(Context):
     """Leaves out the header that opens the assistant's turn."""
 
-    def render(self, chat, rollouts, outcomes):
+    def render(self, chat, judged):
         ids = tuple(chat.encode("Here it is."))
         return TeacherContexts(ids=((ids, ids),))
 

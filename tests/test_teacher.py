@@ -28,7 +28,7 @@ from scsdpo.teacher import (
 )
 from scsdpo.training import PolicyOptimizer
 from scsdpo.training.answering import Answering
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch, Verification, Verifier
 
 
@@ -40,25 +40,31 @@ def group(texts, rewards, *, feedback="wrong", chat=None):
     lengths = torch.tensor([[len(t) for t in texts]])
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[..., None]
     zeros = torch.zeros(mask.shape)
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=(prompt,),
         ids=zeros.long(),
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=zeros,
         policy_logprobs=zeros,
-        finished=mask.any(-1),
+        ended=mask.any(-1),
         texts=(tuple(texts),),
         temperature=1.0,
     )
     reward = torch.tensor([rewards])
     verdicts = tuple(Verdict(reward=r, feedback="" if r else feedback) for r in rewards)
-    return rollouts, Outcomes(verdicts=(verdicts,), rewards=reward, successes=reward >= 0.5)
+    successes = reward >= 0.5
+    return Judged(responses=responses, verdicts=(verdicts,), rewards=reward, successes=successes)
+
+
+def with_prompt(judged, **changes):
+    """The same batch, whose questions are changed."""
+    prompts = tuple(replace(prompt, **changes) for prompt in judged.prompts)
+    return replace(judged, responses=replace(judged.responses, prompts=prompts))
 
 
 def shown(context, chat, texts, rewards, **kwargs):
     """What each teacher prompt says, decoded."""
-    rollouts, outcomes = group(texts, rewards, chat=chat, **kwargs)
-    contexts = context.render(chat, rollouts, outcomes)
+    contexts = context.render(chat, group(texts, rewards, chat=chat, **kwargs))
     return [chat.tokenizer.decode(list(ids)) for ids in contexts.ids[0]]
 
 
@@ -133,16 +139,16 @@ class Half(Verifier):
 
 def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(policy, caplog):
     assert inspect.signature(PolicyOptimizer).parameters["success_threshold"].default == 1
-    rollouts, _ = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat)
-    prompts = tuple(replace(prompt, verifier=Half()) for prompt in rollouts.prompts)
+    responses = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat).responses
+    prompts = tuple(replace(prompt, verifier=Half()) for prompt in responses.prompts)
     answering = Answering(HFRollout(), Verification(workers=0), 1.0, PhaseTimer())
     with caplog.at_level(logging.INFO):
-        whole = replace(rollouts, prompts=prompts, texts=(("0", "1", "1", "0"),))
-        assert answering.judge(whole).successes.tolist() == [[False, True, True, False]]
+        whole = replace(responses, prompts=prompts, texts=(("0", "1", "1", "0"),))
+        assert answering.judge(whole, "train").successes.tolist() == [[False, True, True, False]]
         assert not caplog.messages
         for _ in range(2):
-            outcomes = answering.judge(replace(rollouts, prompts=prompts))
-            assert outcomes.successes.tolist() == [[False, True, False, False]]
+            judged = answering.judge(replace(responses, prompts=prompts), "train")
+            assert judged.successes.tolist() == [[False, True, False, False]]
     assert caplog.messages == [
         "a reward between 0 and 1 (0.5): a success is a reward of at least 1 "
         "(model.success_threshold)"
@@ -151,11 +157,11 @@ def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(polic
 
 def test_an_evaluation_keeps_the_best_response_that_is_more_than_thinking():
     texts = ["half", "<think>all</think>", "<think>a</think>right", "right too"]
-    (question,) = questions(*group(texts, [0.5, 1, 1, 1]))
+    (question,) = questions(group(texts, [0.5, 1, 1, 1]))
     assert question.right == "<think>a</think>right"
-    (question,) = questions(*group(["half", "a"], [0.5, 0]))
+    (question,) = questions(group(["half", "a"], [0.5, 0]))
     assert question.right == "half"
-    (question,) = questions(*group(["<think>", "a"], [1.0, 0]))
+    (question,) = questions(group(["<think>", "a"], [1.0, 0]))
     assert question.right == "<think>"
 
 
@@ -170,16 +176,14 @@ def test_white_space_is_nothing_to_tell(policy, blank):
     assert not any(shown(Feedback(), policy.chat, ["a", "b"], [0.0, 0], feedback=blank))
     both = DemonstrationOrFeedback(both=True)
     assert "unsuccessful" not in shown(both, policy.chat, ["a", "b"], [0.0, 1], feedback=blank)[0]
-    rollouts, outcomes = group(["a", "b"], [0.0, 1], chat=policy.chat)
-    prompts = tuple(replace(prompt, answer=blank) for prompt in rollouts.prompts)
-    told = GoldSolution().render(policy.chat, replace(rollouts, prompts=prompts), outcomes)
+    judged = group(["a", "b"], [0.0, 1], chat=policy.chat)
+    told = GoldSolution().render(policy.chat, with_prompt(judged, answer=blank))
     assert not told.available.any()
 
 
 def test_thinking_that_the_prompt_opened_and_nothing_ends_is_not_shown(policy):
-    rollouts, outcomes = group(["no end", "a</think>b", "c"], [1.0, 1, 0], chat=policy.chat)
-    prompts = tuple(replace(prompt, thinking="<think>") for prompt in rollouts.prompts)
-    told = SiblingDemonstration().render(policy.chat, replace(rollouts, prompts=prompts), outcomes)
+    judged = group(["no end", "a</think>b", "c"], [1.0, 1, 0], chat=policy.chat)
+    told = SiblingDemonstration().render(policy.chat, with_prompt(judged, thinking="<think>"))
     texts = [policy.chat.tokenizer.decode(list(ids)) for ids in told.ids[0]]
     assert ["\nb\n" in text for text in texts] == [True, False, True]
 
@@ -201,8 +205,8 @@ def test_feedback_steps_in_where_there_is_no_demonstration(policy):
 @pytest.mark.parametrize("limit", [150, 160, 200])
 def test_only_the_demonstration_is_cut_and_its_end_stays(policy, limit):
     demonstration = "".join(chr(97 + i % 26) for i in range(300)) + "ANSWER"
-    rollouts, outcomes = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
-    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, rollouts, outcomes)
+    judged = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
+    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, judged)
     ids = contexts.ids[0][1]
     text = policy.chat.tokenizer.decode(list(ids))
     assert len(ids) <= limit
@@ -215,9 +219,9 @@ def test_no_room_for_template_and_question_means_no_teacher(policy):
 
 
 def test_plain_prompt_shows_what_the_student_sees(policy):
-    rollouts, outcomes = group(["a", "b"], [1.0, 0], chat=policy.chat)
-    contexts = PlainPrompt().render(policy.chat, rollouts, outcomes)
-    assert contexts.ids == ((rollouts.prompts[0].ids,) * 2,)
+    judged = group(["a", "b"], [1.0, 0], chat=policy.chat)
+    contexts = PlainPrompt().render(policy.chat, judged)
+    assert contexts.ids == ((judged.prompts[0].ids,) * 2,)
     assert contexts.available.all()
 
 

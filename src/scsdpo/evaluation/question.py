@@ -6,7 +6,7 @@ from typing import Any
 
 from scsdpo.statistics import majority, pass_at_k, pass_ks
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Outcomes, Prompt, Rollouts
+from scsdpo.types import Judged, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,24 +53,24 @@ class Question:
         }
 
 
-def questions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[Question]:
+def questions(judged: Judged) -> Iterator[Question]:
     """Those of a judged batch, in its order."""
-    for q, prompt in enumerate(rollouts.prompts):
-        verdicts, texts = outcomes.verdicts[q], rollouts.texts[q]
-        successes = tuple(outcomes.successes[q].tolist())
+    for q, prompt in enumerate(judged.prompts):
+        verdicts, texts = judged.verdicts[q], judged.texts[q]
+        successes = tuple(judged.successes[q].tolist())
         yield Question(
             key=prompt.key,
             category=prompt.category,
             question=prompt.messages[-1]["content"] if prompt.messages else "",
             gold=prompt.answer,
-            rewards=tuple(outcomes.rewards[q].tolist()),
+            rewards=tuple(judged.rewards[q].tolist()),
             successes=successes,
             answers=tuple(verdict.answer for verdict in verdicts),
-            lengths=tuple(rollouts.lengths[q].tolist()),
-            finished=tuple(rollouts.finished[q].tolist()),
+            lengths=tuple(judged.lengths[q].tolist()),
+            finished=tuple(judged.ended[q].tolist()),
             errors=sum(bool(verdict.error) for verdict in verdicts),
             response=texts[0],
-            right=_right(prompt, [texts[g] for g in outcomes.best_first(q)]),
+            right=_right(prompt, [texts[g] for g in judged.best_first(q)]),
         )
 
 
@@ -79,11 +79,11 @@ def _right(prompt: Prompt, best: Sequence[str]) -> str:
     return next(said, best[0] if best else "")
 
 
-def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, Any]]:
+def predictions(judged: Judged) -> Iterator[dict[str, Any]]:
     """A record for each response of a judged batch, in its order: docs/evaluation.md."""
-    lengths, finished = rollouts.lengths.tolist(), rollouts.finished.tolist()
-    for q, prompt in enumerate(rollouts.prompts):
-        for sample, text in enumerate(rollouts.texts[q]):
+    lengths, ended = judged.lengths.tolist(), judged.ended.tolist()
+    for q, prompt in enumerate(judged.prompts):
+        for sample, text in enumerate(judged.texts[q]):
             yield {
                 "key": prompt.key,
                 "sample": sample,
@@ -91,7 +91,7 @@ def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, An
                 "question": prompt.messages[-1]["content"] if prompt.messages else "",
                 "gold": prompt.answer,
                 "response": text,
-                **asdict(outcomes.verdicts[q][sample]),
+                **asdict(judged.verdicts[q][sample]),
                 "n_tokens": lengths[q][sample],
-                "finished": finished[q][sample],
+                "finished": ended[q][sample],
             }

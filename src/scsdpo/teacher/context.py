@@ -8,7 +8,7 @@ from typing import Literal
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class Context(ABC):
@@ -18,7 +18,7 @@ class Context(ABC):
     """
 
     @abstractmethod
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         """Teacher prompts [Q][G]; an empty one where there is nothing to tell."""
 
 
@@ -26,9 +26,9 @@ class Context(ABC):
 class PlainPrompt(Context):
     """Nothing privileged: the teacher reads what the student reads. For KL anchors."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        group = rollouts.ids.shape[1]
-        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in rollouts.prompts))
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        group = judged.rewards.shape[1]
+        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in judged.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +57,18 @@ class _Reprompt(Context):
             )
 
     @abstractmethod
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         """What to tell the teacher of this rollout."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        questions, group = rollouts.ids.shape[:2]
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        questions, group = judged.rewards.shape
         rendered: dict[tuple[int, PrivilegedInfo], tuple[int, ...]] = {}
         table = []
         for q in range(questions):
-            told = [self.privileged(q, g, rollouts, outcomes) for g in range(group)]
+            told = [self.privileged(q, g, judged) for g in range(group)]
             for one in told:
                 if (q, one) not in rendered:
-                    rendered[q, one] = self._fit(chat, rollouts.prompts[q], one)
+                    rendered[q, one] = self._fit(chat, judged.prompts[q], one)
             table.append(tuple(rendered[q, one] for one in told))
         return TeacherContexts(ids=tuple(table))
 
@@ -144,33 +142,25 @@ class SiblingDemonstration(_Templated):
     exclude_self: bool = True
     strip_thinking: bool = True
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(
-            demonstration=self.demonstration(question, rollout, rollouts, outcomes)
-        )
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=self.demonstration(question, rollout, judged))
 
-    def demonstration(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> str:
+    def demonstration(self, question: int, rollout: int, judged: Judged) -> str:
         """The text to show; empty if there is none."""
-        for g, text in self.demonstrations(question, rollouts, outcomes):
+        for g, text in self.demonstrations(question, judged):
             if g != rollout or not self.exclude_self:
                 return text
         return ""
 
-    def demonstrations(
-        self, question: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> Iterator[tuple[int, str]]:
+    def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
         """The successes of a question that leave something to show, the one to show first first."""
-        best = outcomes.best_first(question)
+        best = judged.best_first(question)
         if self.pick == "shortest":
-            rewards = outcomes.rewards[question].tolist()
-            lengths = rollouts.mask[question].sum(-1).tolist()
+            rewards = judged.rewards[question].tolist()
+            lengths = judged.lengths[question].tolist()
             best.sort(key=lambda g: (-rewards[g], lengths[g]))
         for g in best:
-            text = self.shown(rollouts.prompts[question], rollouts.texts[question][g])
+            text = self.shown(judged.prompts[question], judged.texts[question][g])
             if text.strip():
                 yield g, text
 
@@ -193,10 +183,8 @@ class Feedback(_Templated):
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(feedback=_own_feedback(question, rollout, outcomes))
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(feedback=_own_feedback(question, rollout, judged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +205,12 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
     both: bool = False
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        demonstration = self.demonstration(question, rollout, rollouts, outcomes)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        demonstration = self.demonstration(question, rollout, judged)
         if demonstration and not self.both:
             return PrivilegedInfo(demonstration=demonstration)
         return PrivilegedInfo(
-            demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
+            demonstration=demonstration, feedback=_own_feedback(question, rollout, judged)
         )
 
 
@@ -242,10 +228,8 @@ class GoldSolution(_Templated):
         OPSD, arXiv:2601.18734.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(demonstration=rollouts.prompts[question].answer)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=judged.prompts[question].answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,25 +258,23 @@ class ShortestSuccess(_Reprompt):
     def words(self) -> Templates:
         return self.attempt_templates
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        lengths, rewards = rollouts.lengths[question].tolist(), outcomes.rewards[question].tolist()
-        right = outcomes.best_first(question)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        lengths, rewards = judged.lengths[question].tolist(), judged.rewards[question].tolist()
+        right = judged.best_first(question)
         taught = min(right, key=lambda g: (-rewards[g], lengths[g]), default=None)
         if rollout != taught:
             return PrivilegedInfo()
         others = [g for g in range(len(lengths)) if g != taught]
         for other in sorted(others, key=lambda g: (g in right, lengths[g])):
-            shown = rollouts.texts[question][other]
+            shown = judged.texts[question][other]
             if self.strip_thinking:
-                shown = without_thinking(rollouts.prompts[question].thinking + shown)
+                shown = without_thinking(judged.prompts[question].thinking + shown)
             if shown.strip():
                 return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
         return PrivilegedInfo()
 
 
-def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
-    if outcomes.successes[question, rollout]:
+def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
+    if judged.successes[question, rollout]:
         return ""
-    return outcomes.verdicts[question][rollout].feedback
+    return judged.verdicts[question][rollout].feedback
