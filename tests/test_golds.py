@@ -96,6 +96,7 @@ def call(tool="f", given="{}"):
 OPTIONS = "Which one?\n\nA: this\nB: that\nC: both\nD: none\nPlease reason step by step."
 WITHIN_REACH = [
     (ToolCall(), "q", [call(), call("[x] f"), call("f", '{"a": "Action: g"}')]),
+    (ToolCall(), "q", ['[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]']),
     (ExactMatch(), "q", ["x", "a < b", " padded "]),
     (MultipleChoice(), OPTIONS, ["A", "D"]),
     (MultipleChoice(strict=False), OPTIONS, ["B"]),
