@@ -334,6 +334,12 @@ def test_the_final_answer_is_found_or_there_is_none(response, answer):
     assert final_answer(response) == answer
 
 
+def test_of_a_gold_answer_that_is_a_worked_solution_the_box_counts():
+    gold = r"We add $3$ and $4$, which makes $\boxed{7}$. So the answer is odd."
+    assert is_right(gold, "7") and not is_right(gold, "3")
+    MathAnswer().check(Prompt(key="k", messages=(), verifier=MathAnswer(), answer=gold))
+
+
 def test_thinking_holds_no_answer():
     assert verdict("7", r"<think>I guess \boxed{7}").reward == 0
     assert verdict("7", r"<think>first \boxed{8}</think>The answer is 7.").reward == 1
