@@ -185,6 +185,8 @@ def test_of_3000_mutated_gold_answers_none_is_accepted_but_quantities_without_th
         ("5 apples", "5 oranges"),
         (r"\$5", "5 euros"),
         ("5", r"5 \text{ million}"),
+        ("5", r"5 \text{ tenths}"),
+        ("5", r"5 \text{ below zero}"),
         ("5", "--5"),
         (r"15\mbox{ cm}^2", r"15 \text{ cm}"),
         ("1011_2", "1011_3"),
