@@ -166,11 +166,23 @@ def _fault(message: str, sections: Sections) -> str:
     if match := _NO_CLASS.match(wrong):
         name = next(filter(None, match.groups()))
         flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
-        return f"{key}: {name} is {flaw}{_not_there(name) or _offer(place.hint, name)}"
+        return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
     got = _GOT.search(message)
     if got and place.hint is not Any:
         return f"{key}: must be {spell(place.hint)}, got {got[1]}"
     return f"{key}: {wrong}"
+
+
+def _kinds(hint: Any) -> str:
+    return " or ".join(kind.__name__ for kind in classes(hint)) or "class"
+
+
+def _offer(hint: Any, name: str = "") -> str:
+    if missing := _not_there(name):
+        return missing
+    known = choices(classes(hint))
+    listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
+    return did_you_mean(name.rpartition(".")[2], known) + listed
 
 
 def _not_there(path: str) -> str:
@@ -191,13 +203,3 @@ def _not_there(path: str) -> str:
         return ""
     named = [each for each, held in vars(module).items() if isinstance(held, type)]
     return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"
-
-
-def _kinds(hint: Any) -> str:
-    return " or ".join(kind.__name__ for kind in classes(hint)) or "class"
-
-
-def _offer(hint: Any, name: str = "") -> str:
-    known = choices(classes(hint))
-    listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
-    return did_you_mean(name.rpartition(".")[2], known) + listed
