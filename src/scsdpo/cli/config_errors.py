@@ -199,7 +199,7 @@ def _not_there(path: str) -> str:
         return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
     except Exception as error:  # whatever the user's module does
         return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
-    if attribute in vars(module):
+    if hasattr(module, attribute):
         return ""
     named = [each for each, held in vars(module).items() if isinstance(held, type)]
     return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"
