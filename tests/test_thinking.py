@@ -13,7 +13,7 @@ from models import CHATML, tokenizer
 from scsdpo.data import make_prompt
 from scsdpo.data.rendered import rendered
 from scsdpo.policy import Chat
-from scsdpo.thinking import behind_thinking, left_open, without_thinking
+from scsdpo.thinking import behind_thinking, without_thinking
 from scsdpo.types import Verdict
 from scsdpo.verifiers import (
     Callable,
