@@ -103,9 +103,8 @@ def test_what_is_findable_uses_the_deviation_of_the_interval_beside_it():
                 continue
             half = max(one.high - one.value, one.value - one.low)
             assert one.high - one.low > 0 and not one.tells
-            assert row.detectable == pytest.approx(
-                half / t_quantile(0.975, 2) * 3**0.5 * detectable(3)
-            )
+            deviation = half * 3**0.5 / t_quantile(0.975, 2)
+            assert row.detectable == pytest.approx(deviation * detectable(3))
             assert row.detectable > half
 
 
