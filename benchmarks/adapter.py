@@ -19,7 +19,7 @@ from torch import Tensor
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import Colocated, VLLMRollout
 from scsdpo.rollout.lora_adapter import share_kept
-from scsdpo.types import Prompt, Rollouts, Sampling
+from scsdpo.types import Prompt, Responses, Sampling
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -55,7 +55,7 @@ def error(policy: CausalLM, adapter: str) -> float:
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def distance(policy: CausalLM, rollouts: Rollouts) -> float:
+def distance(policy: CausalLM, rollouts: Responses) -> float:
     """Mean over sampled tokens of |float32 log-prob - vLLM's|."""
     found: list[Tensor] = []
     exact = CausalLM(policy.name_or_path, dtype="float32", adapter=policy.adapter)
@@ -64,7 +64,7 @@ def distance(policy: CausalLM, rollouts: Rollouts) -> float:
         own.data.copy_(other.data)
     for q, prompt in enumerate(rollouts.prompts):
         for ids, mask, said in zip(
-            rollouts.ids[q], rollouts.mask[q], rollouts.policy_logprobs[q], strict=True
+            rollouts.ids[q], rollouts.sampled[q], rollouts.policy_logprobs[q], strict=True
         ):
             sequence = torch.tensor([[*prompt.ids, *ids[mask].tolist()]])
             with exact.sampling_mode() as model:

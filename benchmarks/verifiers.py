@@ -53,11 +53,12 @@ def main() -> None:
     print(f"512 x MultipleChoice: {usual:.3f} s")
     for verifier, answer, text in (
         (MathAnswer(), "1/2", thought + r"\boxed{0.5}"),
+        (MathAnswer(), r"\frac{\sqrt{5}-1}{2}", thought + r"\boxed{\frac{2}{\sqrt{5}+1}}"),
         (Regex(pattern=r"answer: (\w+)"), "yes", thought + "answer: yes"),
     ):
         asked = questions(verifier, answer)
         took = seconds(lambda asked=asked, text=text: pool.verify(asked, [[text] * 8] * 64))
-        print(f"512 x {type(verifier).__name__}: {took:.3f} s")
+        print(f"512 x {type(verifier).__name__}, {answer}: {took:.3f} s")
     tests = questions(PythonTests(seconds=60.0), json.dumps(["assert f(1) == 2"]))
     good = "```python\ndef f(x):\n    return x + 1\n```"
     mixed = [*prompts[:63], tests[0]]

@@ -25,7 +25,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.policy.tree import prefix_tree
 from scsdpo.teacher import EMA
 from scsdpo.training import Batch, PolicyOptimizer
-from scsdpo.types import Prompt, Rollouts, Sampling, Verdict
+from scsdpo.types import Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Verification, Verifier
 
 
@@ -98,7 +98,7 @@ def load_prompts(policy: CausalLM, task: Path, order: Order, count: int) -> list
     return prompts
 
 
-def random_rollouts(policy: CausalLM, prompts: list[Prompt], order: Order, seed: int) -> Rollouts:
+def random_rollouts(policy: CausalLM, prompts: list[Prompt], order: Order, seed: int) -> Responses:
     """Responses of random ids with the order's lengths."""
     generator = torch.Generator().manual_seed(seed)
     shape = (order.questions, order.rollouts)
@@ -112,13 +112,13 @@ def random_rollouts(policy: CausalLM, prompts: list[Prompt], order: Order, seed:
         tuple(policy.chat.decode(row[keep]) for row, keep in zip(group, kept, strict=True))
         for group, kept in zip(ids, mask, strict=True)
     )
-    return Rollouts(
+    return Responses.of_one_turn(
         prompts=tuple(prompts),
         ids=ids,
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=noise,
         policy_logprobs=noise,
-        finished=mask.any(-1),
+        ended=mask.any(-1),
         texts=texts,
         temperature=1.0,
     ).to(policy.language_model.device)
@@ -149,17 +149,17 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.prompts = load_prompts(policy, task, order, order.questions * steps)
 
-    def rollouts(self, step: int) -> Rollouts:
+    def rollouts(self, step: int) -> Responses:
         """The batch of one step."""
         first = step * self.order.questions
         chosen = self.prompts[first : first + self.order.questions]
         return random_rollouts(self.policy, chosen, self.order, step)
 
-    def batch(self, rollouts: Rollouts) -> Batch:
+    def batch(self, rollouts: Responses) -> Batch:
         """Judged, and ready to be learned from."""
-        return self.module.prepare(rollouts, self.module.judge(rollouts))
+        return self.module.prepare(self.module.judge(rollouts))
 
-    def losses(self, rollouts: Rollouts) -> Iterator[torch.Tensor]:
+    def losses(self, rollouts: Responses) -> Iterator[torch.Tensor]:
         """The loss of each micro-batch; backward each before the next."""
         rows = list(range(self.order.questions * self.order.rollouts))
         budget = self.order.budget or self.policy.token_budget()
@@ -167,7 +167,7 @@ class Ours:
         for output, _ in update.losses(self.policy, batch, rows, budget):
             yield output.loss
 
-    def update(self, rollouts: Rollouts) -> float:
+    def update(self, rollouts: Responses) -> float:
         """Seconds of one whole update."""
         start = now()
         for loss in self.losses(rollouts):
@@ -220,7 +220,7 @@ def forward_flops(
     model, chosen = policy.language_model, rows.nonzero()[:, 0].tolist()
     config, layers = model.config, model.get_decoder().layers
     roots, _ = prefix_tree([prompts[row] for row in chosen], longest=2**30)
-    lengths = batch.mask.sum(-1).tolist()
+    lengths = batch.sampled.sum(-1).tolist()
     # (tokens, position of the first); a response's last token predicts nothing and is not run.
     runs = [(len(s.ids), s.position) for root in roots for s in root.walk()]
     runs += [(lengths[row] - 1, len(prompts[row])) for row in chosen]

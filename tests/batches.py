@@ -1,11 +1,9 @@
 """A batch of judged rollouts, methods to learn from it with, and the gradient of a step."""
 
-from dataclasses import fields, replace
-
 import torch
-from torch import Tensor
 
 from scsdpo.advantage import (
+    Batch,
     Blend,
     Full,
     GroupMean,
@@ -22,8 +20,8 @@ from scsdpo.loss import NoImportance, TokenImportance
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import SequenceMean, TokenMean
 from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt
-from scsdpo.training import Batch, Update
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.training import Update
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import PassRate, TeacherEntropy, Uniform, UniformTokens
 
@@ -58,35 +56,19 @@ def judged(policy, seed=0):
     mask = torch.arange(9) < lengths[..., None]
     ids = torch.randint(3, 250, mask.shape, generator=generator) * mask
     noise = -torch.rand(mask.shape, generator=generator) * 5
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=tuple(prompts),
         ids=ids,
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=noise,
         policy_logprobs=noise,
-        finished=mask.any(-1),
+        ended=mask.any(-1),
         texts=tuple(tuple(f"text {q} {g}" for g in range(G)) for q in range(Q)),
         temperature=0.8,
     )
     rewards = (torch.arange(G) < torch.tensor([2, 0, 3, 1])[:, None]).float()
     verdicts = tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist())
-    keys = tuple(prompt.key for prompt in prompts)
-    return rollouts, Outcomes(
-        verdicts=verdicts, rewards=rewards, successes=rewards > 0.5, keys=keys
-    )
-
-
-def questions(batch, chosen):
-    """Some questions of a dataclass whose tensors and tuples have one entry a question."""
-    cut = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(
-        batch,
-        **{
-            name: value[chosen] if isinstance(value, Tensor) else tuple(value[q] for q in chosen)
-            for name, value in cut.items()
-            if isinstance(value, Tensor | tuple)
-        },
-    )
+    return Judged(responses=responses, verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)
 
 
 def parts(
@@ -97,17 +79,14 @@ def parts(
     reference = NoTeacher() if reference is None else reference
     teacher.configure(policy, "teacher")
     reference.configure(policy, "reference")
-    rollouts, outcomes = (questions(x, list(chosen)) for x in judged(policy))
-    contexts = teacher.contexts(policy.chat, rollouts, outcomes)
-    batch = Batch(
-        rollouts=rollouts,
-        outcomes=outcomes,
-        plan=advantage.planned(outcomes, contexts.available),
-        weights=(weighting or Uniform()).weights(outcomes),
-        teacher=contexts,
-        reference=reference.contexts(policy.chat, rollouts, outcomes),
-        questions=(len(outcomes.rewards),),
-        old_logprobs=torch.full(rollouts.mask.flatten(0, 1).shape, torch.nan),
+    some = judged(policy)[list(chosen)]
+    contexts = teacher.contexts(policy.chat, some)
+    batch = Batch.of(
+        some,
+        advantage.planned(some, contexts.available),
+        (weighting or Uniform()).weights(some),
+        (contexts, reference.contexts(policy.chat, some)),
+        (len(some.rewards),),
     )
     settings = {
         "token_weighting": UniformTokens(),

@@ -17,7 +17,8 @@ class Case:
     """One batch: `table` is the student's, with a gradient; `behind` the teacher's weights."""
 
     def __init__(self, model, *, live=False):
-        self.rollouts, self.outcomes = judged()
+        self.judged = judged()
+        self.rollouts = self.judged.responses
         self.chat, self.tau = model.policy.chat, self.rollouts.temperature
         self.table = model.policy.table.detach().clone().requires_grad_()
         self.behind = TablePolicy().table.detach()
@@ -31,7 +32,7 @@ class Case:
         return g < SUCCESSES[q]
 
     def length(self, q, g):
-        return int(self.rollouts.mask[q, g].sum())
+        return int(self.rollouts.sampled[q, g].sum())
 
     def y(self, q, g, t):
         return int(self.rollouts.ids[q, g, t])

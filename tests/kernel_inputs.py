@@ -1,5 +1,7 @@
 """Small inputs to the credit loss, through its public classes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,29 @@ from scsdpo.loss import (
     credit_loss,
 )
 from scsdpo.teacher import NoTeacher
-from scsdpo.types import Outcomes, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
+from scsdpo.verifiers import ExactMatch
 
 
-def outcomes(rewards: Tensor) -> Outcomes:
-    return Outcomes(
+def of_rewards(rewards: Tensor, **responses: Any) -> Judged:
+    """Responses of one token that got `rewards` [Q, G], to the questions "0", "1", ..."""
+    shape = (*rewards.shape, 1)
+    prompts = [
+        Prompt(key=str(q), messages=(), verifier=ExactMatch(), answer="")
+        for q in range(len(rewards))
+    ]
+    given = {
+        "prompts": tuple(prompts),
+        "ids": torch.zeros(shape, dtype=torch.int64),
+        "sampled": torch.ones(shape, dtype=torch.bool),
+        "sampling_logprobs": torch.zeros(shape),
+        "policy_logprobs": torch.zeros(shape),
+        "ended": torch.ones(rewards.shape, dtype=torch.bool),
+        "texts": tuple(("",) * rewards.shape[1] for _ in prompts),
+        "temperature": 1.0,
+    }
+    return Judged(
+        responses=Responses.of_one_turn(**(given | responses)),
         verdicts=tuple(tuple(Verdict(reward=r) for r in row) for row in rewards.tolist()),
         rewards=rewards.float(),
         successes=rewards >= 0.5,
@@ -47,7 +67,8 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     ones = torch.ones(n, dtype=torch.float64)
     scale = given.pop("scale", ones)
     column = {name: table[:, None] for name, table in given.items()}
-    signals = Signals.unmeasured(torch.ones(n, 1, dtype=torch.bool), **column)
+    every = torch.ones(n, 1, dtype=torch.bool)
+    signals = Signals.unmeasured(every, every[:, 0], **column)
     return Tokens(ids=ids, places=torch.arange(n), scale=scale, weight=ones, signals=signals)
 
 
@@ -70,7 +91,7 @@ def run(
     """The kernel on `student` and `teacher` hidden states [N, D], the reference = the teacher."""
     rewards = torch.zeros(1, max(len(batch.ids), 1)) if rewards is None else rewards
     head = identity_head(student.shape[-1], student.dtype) if head is None else head
-    plan = advantage.plan(outcomes(rewards), torch.ones_like(rewards, dtype=torch.bool))
+    plan = advantage.plan(of_rewards(rewards), torch.ones_like(rewards, dtype=torch.bool))
     objective = Objective(
         credit=plan.credit,
         importance=importance.weigh,

@@ -31,7 +31,7 @@ def log_probs(policy, rollouts, dtype=torch.float64):
         found = []
         for q, prompt in enumerate(rollouts.prompts):
             rows = []
-            for ids, mask in zip(rollouts.ids[q], rollouts.mask[q], strict=True):
+            for ids, mask in zip(rollouts.ids[q], rollouts.sampled[q], strict=True):
                 response = ids[mask]
                 sequence = torch.tensor([[*prompt.ids, *response.tolist()]])
                 z = model(sequence, use_cache=False).logits[0, len(prompt.ids) - 1 : -1].double()

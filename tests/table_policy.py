@@ -9,7 +9,7 @@ from torch import nn
 
 from kernel_inputs import identity_head
 from scsdpo.policy.adapter import Weights
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 
 V, STATES = 6, 11
@@ -23,7 +23,7 @@ class TableChat:
 
     pad_id = 0
 
-    def render(self, messages):
+    def render(self, messages, tools=()):
         text = "|".join(message["content"] for message in messages)
         return (zlib.crc32(text.encode()) % 97, len(text))
 
@@ -91,8 +91,13 @@ class TablePolicy(nn.Module):
     def _hidden(self, table, rows):
         places = [
             state(prompt, previous)
-            for prompt, ids, mask in zip(rows.prompts, rows.ids, rows.mask, strict=True)
-            for previous in [-1, *ids[mask].tolist()][: int(mask.sum())]
+            for prompt, ids, present, sampled in zip(
+                rows.prompts, rows.ids, rows.present, rows.sampled, strict=True
+            )
+            for previous, drawn in zip(
+                [-1, *ids[present].tolist()], sampled[present].tolist(), strict=False
+            )
+            if drawn
         ]
         return table[places]
 
@@ -138,13 +143,13 @@ def judged(seed=0, temperature=0.8):
     ids = torch.randint(V, mask.shape, generator=generator) * mask
     noise = -torch.rand(mask.shape, generator=generator).double() * 3
     rewards = (torch.arange(G) < torch.tensor(SUCCESSES)[:, None]).float()
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=tuple(prompts),
         ids=ids,
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=noise,
         policy_logprobs=noise,
-        finished=torch.ones(Q, G, dtype=torch.bool),
+        ended=torch.ones(Q, G, dtype=torch.bool),
         texts=tuple(tuple(f"response {q} {g}" for g in range(G)) for q in range(Q)),
         temperature=temperature,
     )
@@ -153,10 +158,4 @@ def judged(seed=0, temperature=0.8):
         tuple(Verdict(reward=r, feedback=words) for r, words in zip(*row, strict=True))
         for row in zip(rewards.tolist(), said, strict=True)
     )
-    outcomes = Outcomes(
-        verdicts=verdicts,
-        rewards=rewards,
-        successes=rewards > 0.5,
-        keys=tuple(prompt.key for prompt in prompts),
-    )
-    return rollouts, outcomes
+    return Judged(responses=responses, verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)

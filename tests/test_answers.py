@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scsdpo.metrics import MajAtK
 from scsdpo.prompt import Prompt, Verdict
 from scsdpo.verifiers import Callable, MathAnswer, Regex, Verification, VerifierPool, verify_all
-from scsdpo.verifiers.maths import final_answer
 
 PROPERTY = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -73,25 +72,6 @@ def test_a_corrupted_number_is_wrong(number, change):
     assert judge(MathAnswer(), str(number), rf"\boxed{{{number + change}}}").reward == 0
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        (r"\boxed{1} and then \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
-        (r"<answer>3</answer>", "3"),
-        (r"<answer>3</answer> \boxed{4}", "4"),
-        ("one\nThe answer is 5.\n", "The answer is 5."),
-        (r"\boxed{6", ""),
-        (r"\boxed{}", ""),
-        (r"\boxed{" + "1" * 600 + "}", ""),
-        ("<answer>" + "1" * 600 + "</answer>", ""),
-        ("", ""),
-    ],
-)
-def test_the_final_answer_is_the_last_box_else_the_last_block_else_the_last_line(response, answer):
-    assert final_answer(response) == answer
-
-
 def test_an_answer_that_is_no_mathematics_is_wrong_and_such_a_gold_answer_an_error():
     for response in ("", r"\boxed{}", "I do not know", r"\boxed{"):
         assert judge(MathAnswer(), "1", response).reward == 0
@@ -106,7 +86,6 @@ LATEX = st.lists(
 
 
 def test_no_response_makes_a_verifier_raise():
-    """In the pool, since an expression may well take sympy for ever."""
     pool = VerifierPool(Verification(workers=1, deadline=5.0))
     prompt = Prompt(key="k", messages=(), verifier=MathAnswer(), answer="1")
 

@@ -50,17 +50,17 @@ def optimizer(advantage, teacher):
     return model
 
 
-def way_up(model, rollouts, outcomes, questions=range(Q)):
+def way_up(model, half, questions=range(Q)):
     """grad of sum_i (r_i - mean of the others) log S(y_i), term by term."""
-    table = model.policy.table
+    table, responses = model.policy.table, half.responses
     total = torch.zeros((), dtype=torch.float64)
     for q in questions:
-        group = outcomes.rewards[q].tolist()
+        group = half.rewards[q].tolist()
         for g, reward in enumerate(group):
             advantage = reward - (sum(group) - reward) / (G - 1)
             previous = -1
-            for token in rollouts.ids[q, g][rollouts.mask[q, g]].tolist():
-                row = table[state(rollouts.prompts[q].ids, previous)] / rollouts.temperature
+            for token in responses.ids[q, g][responses.sampled[q, g]].tolist():
+                row = table[state(half.prompts[q].ids, previous)] / responses.temperature
                 total = total + advantage * row.log_softmax(-1)[token]
                 previous = token
     if not total.requires_grad:
@@ -69,19 +69,19 @@ def way_up(model, rollouts, outcomes, questions=range(Q)):
     return [gradient.flatten()]
 
 
-def parts(model, step, rollouts, outcomes):
+def parts(model, step, half):
     """n <step, g_q> / (|step| |g|) of each question."""
-    whole = way_up(model, rollouts, outcomes)[0]
-    ways = [way_up(model, rollouts, outcomes, [q])[0] for q in range(Q)]
+    whole = way_up(model, half)[0]
+    ways = [way_up(model, half, [q])[0] for q in range(Q)]
     return [float(Q * step[0].dot(way) / (step[0].norm() * whole.norm())) for way in ways]
 
 
 def first_steps(model, halves):
     found = []
     for half in halves:
-        batch = model.prepare(*half)
+        batch = model.prepare(half)
         update = model.steps.update
-        for output, _ in update.losses(model.policy, batch, range(len(batch.mask)), 10**6):
+        for output, _ in update.losses(model.policy, batch, range(len(batch.sampled)), 10**6):
             output.loss.backward()
         found.append([-model.policy.table.grad.flatten()])
         model.policy.table.grad = None
@@ -98,7 +98,7 @@ def same(found, values):
 def test_the_rewards_direction_is_that_of_reinforce_and_so_is_its_own_first_step():
     halves = [judged(seed=0), judged(seed=1)]
     model = optimizer(REINFORCE, NoTeacher())
-    first, second = (way_up(model, *half) for half in halves)
+    first, second = (way_up(model, half) for half in halves)
     found = directions(model, halves)
     assert found.reward == pytest.approx(cosine(first, second), rel=1e-6)
     assert found.step.value == pytest.approx(found.reward, rel=1e-6)
@@ -110,20 +110,20 @@ def test_a_step_is_compared_with_the_reward_of_each_question_of_the_other_half()
     model = optimizer(SelfDistillation(), EMA())
     first, second = first_steps(model, halves)
     found = directions(model, halves)
-    same(found.step, parts(model, first, *halves[1]) + parts(model, second, *halves[0]))
-    longer = [(r, replace(o, rewards=r.lengths.double())) for r, o in halves]
-    same(found.length, parts(model, first, *longer[1]) + parts(model, second, *longer[0]))
+    same(found.step, parts(model, first, halves[1]) + parts(model, second, halves[0]))
+    longer = [replace(half, rewards=half.lengths.double()) for half in halves]
+    same(found.length, parts(model, first, longer[1]) + parts(model, second, longer[0]))
 
 
 def test_a_half_without_a_gradient_is_left_out():
     """All are right: no reward's gradient there. SDPO still teaches, so the other half's counts."""
-    rollouts, outcomes = judged(seed=1)
-    ones = torch.ones_like(outcomes.rewards)
-    halves = [judged(seed=0), (rollouts, replace(outcomes, rewards=ones, successes=ones > 0))]
+    other = judged(seed=1)
+    ones = torch.ones_like(other.rewards)
+    halves = [judged(seed=0), replace(other, rewards=ones, successes=ones > 0)]
     model = optimizer(SelfDistillation(), EMA())
     _, second = first_steps(model, halves)
     found = directions(model, halves)
-    same(found.step, parts(model, second, *halves[0]))
+    same(found.step, parts(model, second, halves[0]))
     assert math.isnan(found.reward)
 
 
@@ -152,10 +152,10 @@ def told(context, monkeypatch):
         rates = [RATES[p.key.partition("/")[0]] + 0.1 * (p.key[-1] == "0") for p in prompts]
         return SimpleNamespace(pass_rates=torch.tensor(rates))
 
-    halves[1] = (renamed(halves[1][0]), halves[1][1])
+    halves[1] = replace(halves[1], responses=renamed(halves[1].responses))
     monkeypatch.setattr(model, "sample", sample)
     monkeypatch.setattr(model, "judge", judge)
-    contexts = [context.render(TableChat(), *half) for half in halves]
+    contexts = [context.render(TableChat(), half) for half in halves]
     return tellings(model, halves, contexts), asked, halves
 
 
@@ -174,16 +174,16 @@ def test_each_question_is_asked_again_and_told_in_every_way(monkeypatch):
     assert found["another"].gain.value == pytest.approx(0.25)
     assert found["gold"].gain.n == 8 and found["gold"].gain.value == pytest.approx(0.625)
     assert found["feedback"].gain.value == pytest.approx(-0.25)
-    (rollouts, _), (later, _) = halves
+    first, later = halves
     # Without a success is question 1; each is shown the next one's first, the last the first's.
     shown = {
-        "toy/0": context.show(TableChat(), rollouts.prompts[0], "response 2 0"),
-        "toy/3": context.show(TableChat(), rollouts.prompts[3], "response 0 0"),
+        "toy/0": context.show(TableChat(), first.prompts[0], "response 2 0"),
+        "toy/3": context.show(TableChat(), first.prompts[3], "response 0 0"),
         "other/toy/3": context.show(TableChat(), later.prompts[3], "response 0 0"),
     }
     assert set(asked["another"]) == {f"{h}toy/{q}" for h in ("", "other/") for q in (0, 2, 3)}
     assert {key: asked["another"][key] for key in shown} == shown
-    assert asked["own"]["toy/1"] == rollouts.prompts[1].ids
+    assert asked["own"]["toy/1"] == first.prompts[1].ids
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_what_a_weighting_is_asked_reaches_it_from_any_composite():
         def check_questions(self, keys):
             self.heard.append(tuple(keys))
 
-        def weigh(self, outcomes):
+        def weigh(self, judged):
             raise NotImplementedError
 
     mine = Asked()

@@ -72,7 +72,7 @@ def plain_log_probs(policy, rollouts):
     found = []
     for q, prompt in enumerate(rollouts.prompts):
         for i in range(rollouts.ids.shape[1]):
-            response = rollouts.ids[q, i][rollouts.mask[q, i]]
+            response = rollouts.ids[q, i][rollouts.sampled[q, i]]
             ids = torch.cat([torch.tensor(prompt.ids), response])[None]
             with policy.sampling_mode() as model:
                 z = model(ids, use_cache=False).logits[0, len(prompt.ids) - 1 : -1]
@@ -89,8 +89,8 @@ def test_no_budget_changes_a_response(folder, optimist, request, stragglers, hel
     prompts = prompts_of(policy, "A" * 40, "Is water wet?", "One, two, ...", "Why?")
     everything = HFRollout().sample(policy, prompts, SAMPLING)
     assert torch.equal(everything.lengths, stragglers)
-    error = everything.policy_logprobs[everything.mask] - plain_log_probs(policy, everything)
-    ids = everything.ids[everything.mask]
+    error = everything.policy_logprobs[everything.sampled] - plain_log_probs(policy, everything)
+    ids = everything.ids[everything.sampled]
     drawn = (ids != END) & (ids != END + 1)  # the others were put there
     assert drawn.sum() > 600
     limit = allowed(policy, everything)
@@ -197,7 +197,7 @@ def test_lora_samples_from_merged_weights_and_leaves_the_policy_as_it_was(qwen3,
 def test_dora_layers_run_as_they_are(qwen3):
     policy = load(qwen3, adapter=Lora(r=4, use_dora=True))
     rollouts = HFRollout().sample(policy, prompts_of(policy, "Why?"), SAMPLING)
-    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    error = rollouts.policy_logprobs[rollouts.sampled] - plain_log_probs(policy, rollouts)
     assert error.abs().max() < allowed(policy, rollouts)
 
 

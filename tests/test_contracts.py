@@ -16,8 +16,8 @@ class _Mine(Weighting):
     def __init__(self, value):
         self.value = value
 
-    def weigh(self, outcomes):
-        return self.value(outcomes.rewards)
+    def weigh(self, judged):
+        return self.value(judged.rewards)
 
 
 @pytest.mark.parametrize(
@@ -31,17 +31,17 @@ class _Mine(Weighting):
 )
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: Product(factors=(Uniform(), w))])
 def test_weights_must_be_a_finite_table_of_the_groups(policy, value, came, wrap):
-    _, outcomes = judged(policy)
+    some = judged(policy)
     with pytest.raises(
         ConfigurationError, match=rf"`_Mine.weigh` must give finite weights.*{came}"
     ):
-        wrap(_Mine(value)).weights(outcomes)
+        wrap(_Mine(value)).weights(some)
 
 
 def test_weights_of_another_dtype_are_converted(policy):
-    _, outcomes = judged(policy)
+    some = judged(policy)
     for kind in (torch.float32, torch.int64, torch.bool):
-        weights = _Mine(lambda r, kind=kind: (r > 0).to(kind)).weights(outcomes)
+        weights = _Mine(lambda r, kind=kind: (r > 0).to(kind)).weights(some)
         assert weights.dtype == torch.float64 and weights.sum() == 6
 
 
@@ -52,7 +52,7 @@ class _Own(Advantage):
     change: object = staticmethod(lambda plan: plan)
     credit: object = None
 
-    def plan(self, outcomes, available):
+    def plan(self, judged, available):
         everyone = torch.ones_like(available)
         plan = Plan(
             active=everyone,
@@ -85,10 +85,10 @@ WRAPS = {
     ],
 )
 def test_a_plans_masks_must_be_bool_tables_of_the_groups(policy, wrap, change, message):
-    _, outcomes = judged(policy)
+    some = judged(policy)
     available = torch.ones(Q, G, dtype=torch.bool)
     with pytest.raises(ConfigurationError, match=message):
-        WRAPS[wrap](_Own(change)).planned(outcomes, available)
+        WRAPS[wrap](_Own(change)).planned(some, available)
 
 
 def short(chunk):
@@ -138,7 +138,7 @@ class _OddImportance(Importance):
 
 
 class _OddRouter(Router):
-    def claims(self, outcomes, available):
+    def claims(self, judged, available):
         return available.float()
 
 
@@ -148,7 +148,7 @@ def test_the_other_plug_ins_are_checked_too(qwen3):
         gradient(policy, *parts(policy, _Own(), token_weighting=_OddTokens()))
     with pytest.raises(ConfigurationError, match=r"`_OddImportance.weigh` must give numbers \[n\]"):
         gradient(policy, *parts(policy, _Own(), importance=_OddImportance()))
-    _, outcomes = judged(policy)
+    some = judged(policy)
     odd = Routed(routes=(Route(advantage=_Own(), where=_OddRouter()),))
     with pytest.raises(ConfigurationError, match=r"`_OddRouter.claims` must give a bool tensor"):
-        odd.planned(outcomes, torch.ones(Q, G, dtype=torch.bool))
+        odd.planned(some, torch.ones(Q, G, dtype=torch.bool))

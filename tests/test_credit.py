@@ -57,7 +57,7 @@ RELATIVE = [
 class Undefined(Advantage):
     """Credit that is not a number, as a route's part may give where it has no say."""
 
-    def plan(self, outcomes, available):
+    def plan(self, judged, available):
         nobody = torch.zeros_like(available)
         return Plan(active=nobody, needs_teacher=nobody, needs_reference=nobody, credit=self.credit)
 
@@ -73,8 +73,8 @@ class Route(Advantage):
     even: Advantage
     odd: Advantage
 
-    def plan(self, outcomes, available):
-        plans = [a.plan(outcomes, available) for a in (self.even, self.odd, Undefined())]
+    def plan(self, judged, available):
+        plans = [a.plan(judged, available) for a in (self.even, self.odd, Undefined())]
         return replace(plans[0], credit=partial(self.credit, plans))
 
     def credit(self, plans, chunk):

@@ -17,7 +17,7 @@ from scsdpo.cli.catalog import catalog
 from scsdpo.cli.front import check
 from scsdpo.cli.helping import help_for
 from scsdpo.loss import Chunk, DenseCredit, SparseCredit, SumCredit
-from scsdpo.types import Outcomes, Rollouts
+from scsdpo.types import Judged, Responses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +109,7 @@ def test_python_of_runs_md_runs(tmp_path, monkeypatch, capsys):
     for code in (record, figure, batch):
         exec(compile(code, "docs/runs.md", "exec"), scope)
     assert scope["pass_rates"] == [(1, 0.5)]
-    assert scope["trace"].credit.shape == scope["batch"].rollouts.mask.shape
+    assert scope["trace"].credit.shape == scope["batch"].judged.responses.ids.shape
     assert "nan" in capsys.readouterr().out
 
 
@@ -166,7 +166,7 @@ def test_an_advantage_in_the_docs_is_constructed(content):
 
 
 def test_the_fields_that_extending_md_names_exist():
-    kinds = [Outcomes, Rollouts, Chunk, Plan, DenseCredit, SparseCredit, SumCredit]
+    kinds = [Judged, Responses, Chunk, Plan, DenseCredit, SparseCredit, SumCredit]
     named = {kind.__name__: kind for kind in kinds}
     seen, kind = set(), None
     for line in (ROOT / "docs/extending.md").read_text().splitlines():

@@ -70,7 +70,7 @@ class Off(Rollout):
 
     def sample(self, policy, prompts, sampling):
         rollouts = HFRollout().sample(policy, prompts, sampling)
-        shifted = rollouts.policy_logprobs + self.by * rollouts.mask
+        shifted = rollouts.policy_logprobs + self.by * rollouts.sampled
         return replace(rollouts, policy_logprobs=shifted)
 
 
@@ -118,7 +118,7 @@ def test_a_gap_that_is_not_known_is_not_logged(qwen3, tmp_path):
     class Unknown(Rollout):
         def sample(self, policy, prompts, sampling):
             rollouts = HFRollout().sample(policy, prompts, sampling)
-            unknown = torch.where(rollouts.mask, torch.nan, 0.0)
+            unknown = torch.where(rollouts.sampled, torch.nan, 0.0)
             return replace(rollouts, policy_logprobs=unknown)
 
     run = trainer(tmp_path)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from kernel_inputs import identity_head, outcomes, teacher_output
+from kernel_inputs import identity_head, of_rewards, teacher_output
 from scsdpo.advantage import (
     Divergence,
     GroupRelative,
@@ -50,11 +50,12 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     signals = Signals.unmeasured(
         mask,
+        mask.any(-1),
         logprobs(sampler).expand(2, -1),
         torch.full((2, LENGTH), torch.nan) if old is None else logprobs(old).expand(2, -1),
     )
     signals.student_logprob.copy_(logprobs(z.detach()))
-    plan = advantage.plan(outcomes(rewards), torch.ones(1, 2, dtype=torch.bool))
+    plan = advantage.plan(of_rewards(rewards), torch.ones(1, 2, dtype=torch.bool))
     for make in (*advantage.derivations, *importance.derivations):
         signals.derive(make)
     batch = Tokens(
@@ -170,7 +171,7 @@ def test_a_sequence_ratio_is_gspos_gradient(reward):
 def test_a_weighted_estimator_is_unbiased_for_the_weighted_divergence(weighting):
     """sum_j W_j E_y[gradient] = d (sum_j W_j KL_j) / dz, one question with k = 1 and one with 2."""
     successes = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0]])
-    weights = weighting.weigh(outcomes(successes))[:, 0]
+    weights = weighting.weigh(of_rewards(successes))[:, 0]
     advantage = SelfDistillation(divergence=Divergence(alpha=1.0), support=Sampled())
     students = [logits(seed).requires_grad_() for seed in (0, 1)]
     targets = [logits(seed) for seed in (2, 3)]

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from kernel_inputs import outcomes
+from kernel_inputs import of_rewards
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import (
     AllOf,
@@ -45,7 +45,7 @@ from scsdpo.teacher import (
     SiblingDemonstration,
 )
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Prompt, Rollouts
+from scsdpo.types import Prompt
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import (
     FrozenPassRate,
@@ -65,9 +65,10 @@ JSD = SelfDistillation()
 
 def rewarded(*successes, keys=None):
     rewards = torch.stack([(torch.arange(4) < k).float() for k in successes])
-    plain = outcomes(rewards)
+    plain = of_rewards(rewards)
     names = keys or tuple(f"q{i}" for i in range(len(successes)))
-    return replace(plain, keys=names)
+    prompts = [replace(p, key=k) for p, k in zip(plain.prompts, names, strict=True)]
+    return replace(plain, responses=replace(plain.responses, prompts=tuple(prompts)))
 
 
 def test_routers_claim_what_they_say():
@@ -97,22 +98,30 @@ def test_a_rate_power_has_its_closed_form_and_may_remember():
     ):
         assert torch.equal(weighting.weights(given), torch.tensor(expected)[:, None].expand(3, 4))
     average = RatePower(solved=1, rates=MovingAverage(follow=0.25))
-    average.weigh(rewarded(4, keys=("a",)))
+    average.rates.observe(rewarded(4, keys=("a",)))
     assert (average.weigh(rewarded(0, keys=("a",))) == 0.75).all()
     route = Route(advantage=GroupRelative(), weighting=average)
     assert list(nested_state([route])) == [average.rates]
 
 
+def seen_by(rates, batch):
+    """The estimate for the one question of a batch, which asking twice does not change."""
+    first, second = rates.rates(batch), rates.rates(batch)
+    assert torch.equal(first, second)
+    rates.observe(batch)
+    return first.item()
+
+
 def test_running_pass_rates_have_their_closed_forms():
     average, beta = MovingAverage(follow=0.25), DecayedBeta(prior=1, decay=0.5)
     seen = [rewarded(4, keys=("a",)), rewarded(2, keys=("b",)), rewarded(0, keys=("a",))]
-    rates = [(average.observe(o).item(), beta.observe(o).item()) for o in seen]
+    rates = [(seen_by(average, o), seen_by(beta, o)) for o in seen]
     # a: 1, then 1 + (0 - 1) / 4. Beta: (1 + 4) / (2 + 4); two batches later 4 / 4 successes are 1.
     assert [r[0] for r in rates] == [1.0, 0.5, 0.75]
     assert [r[1] for r in rates] == pytest.approx([5 / 6, 3 / 6, (1 + 1) / (2 + 1 + 4)])
-    assert Instant().observe(seen[1]).tolist() == [0.5]
+    assert Instant().rates(seen[1]).tolist() == [0.5]
     everything = DecayedBeta(prior=0, decay=1)
-    assert [everything.observe(o).item() for o in seen] == [1.0, 0.5, 0.5]
+    assert [seen_by(everything, o) for o in seen] == [1.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("make", [MovingAverage, DecayedBeta])
@@ -121,7 +130,7 @@ def test_running_pass_rates_survive_a_reload(make):
     first.observe(rewarded(4, 1))
     second.remember(pickle.loads(pickle.dumps(first.remembered())))
     again = rewarded(0, 3)
-    assert torch.equal(first.observe(again), second.observe(again))
+    assert torch.equal(first.rates(again), second.rates(again))
 
 
 def test_a_ramp_and_a_warmup_follow_the_steps_taken():
@@ -158,34 +167,73 @@ def test_state_is_found_wherever_it_is_nested():
 
 
 def test_a_remembered_success_teaches_a_group_without_one_and_survives_a_reload():
-    chat, (rollouts, right) = TableChat(), judged()
+    chat, right = TableChat(), judged()
     context = RememberedDemonstration(size=1)
-    plain = SiblingDemonstration().render(chat, rollouts, right)
-    assert context.render(chat, rollouts, right).ids == plain.ids  # nothing to remember yet
+    plain = SiblingDemonstration().render(chat, right)
+    assert context.render(chat, right).ids == plain.ids  # nothing to remember yet
+    context.observe(right)
     wrong = replace(right, successes=torch.zeros_like(right.successes))
     reloaded = RememberedDemonstration(size=1)
     reloaded.remember(pickle.loads(pickle.dumps(context.remembered())))
     for one in (context, reloaded):
-        told = one.render(chat, rollouts, wrong)
+        told = one.render(chat, wrong)
         # question 0 succeeded with its rollouts 0 and 1: the last of them is shown to all
-        text = SiblingDemonstration().show(chat, rollouts.prompts[0], "response 0 1")
+        text = SiblingDemonstration().show(chat, right.prompts[0], "response 0 1")
         assert told.ids[0] == (text,) * G
         assert told.available.tolist() == [[True] * 4, [False] * 4, [True] * 4, [True] * 4]
 
 
+def with_texts(batch, *texts):
+    """The same batch, in which every question got these responses."""
+    responses = replace(batch.responses, texts=(texts,) * len(batch.prompts))
+    return replace(batch, responses=responses)
+
+
+def test_the_best_success_is_remembered_and_one_without_anything_to_show_is_not():
+    chat, batch = TableChat(), judged()
+    rewards = torch.tensor([[1.0, 0.5, 0.0, 0.0]] * len(batch.prompts))
+    right = replace(batch, rewards=rewards, successes=rewards >= 0.5)
+    wrong = replace(batch, rewards=0 * rewards, successes=rewards > 2)
+    context = RememberedDemonstration(size=2)
+    context.observe(right)
+    context.observe(with_texts(right, "<think>only</think>", "half", "c", "d"))
+    assert context.kept["toy/0"] == [(0.5, "half"), (1.0, "response 0 0")]
+    older = RememberedDemonstration()
+    older.remember({"kept": {"toy/0": ["a", "response 0 0"]}})  # as once saved, without rewards
+    told = context.render(chat, wrong).ids[0]
+    assert told == older.render(chat, wrong).ids[0]
+    assert told[0] == SiblingDemonstration().show(chat, batch.prompts[0], "response 0 0")
+    # A group whose only success is all thinking is told what is remembered.
+    first = with_texts(right, "<think>only</think>", "b", "c", "d")
+    assert context.render(chat, replace(first, successes=rewards == 1)).ids[0] == told
+
+
+def test_attempts_without_words_are_not_remembered():
+    batch, context = judged(), AttemptMemory()
+    verdicts = tuple(
+        tuple(replace(verdict, feedback=" ") for verdict in group) for group in batch.verdicts
+    )
+    blank = with_texts(batch, "<think>a</think>", " ", "<think>c", "d")
+    context.observe(replace(blank, verdicts=verdicts))
+    assert {
+        entry for kept in (context.right, context.wrong) for e in kept.values() for entry in e
+    } == {"d"}
+
+
 def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive_a_reload():
-    chat, (rollouts, outcomes) = TableChat(), judged()
+    chat, batch = TableChat(), judged()
     first, second = (AttemptMemory(successes=3, failures=1) for _ in range(2))
-    first.render(chat, rollouts, outcomes)
+    first.observe(batch)
     assert first.right["toy/2"] == ["response 2 1", "response 2 2", "response 2 3"]
     assert first.right["toy/0"] == ["response 0 0", "response 0 1"] and "toy/2" not in first.wrong
     assert first.wrong["toy/1"] == ["response 1 3\nwrong 1 3"]
     second.remember(pickle.loads(pickle.dumps(first.remembered())))
-    later = replace(
-        rollouts, texts=tuple(("<think>a</think> new", "b", "c", "d") for _ in range(4))
-    )
+    later = with_texts(batch, "<think>a</think> new", "b", "c", "d")
     for one in (first, second):
-        told = one.render(chat, later, outcomes)
+        before = pickle.dumps(one.remembered())
+        told = one.render(chat, later)
+        assert pickle.dumps(one.remembered()) == before  # asking changes nothing
+        one.observe(later)
         assert one.right["toy/3"] == ["response 3 0", "new"]
         # All that is remembered of question 1 is its last rollout, which is not told of itself.
         assert (~told.available).nonzero().tolist() == [[1, 3]]
@@ -199,9 +247,9 @@ def test_attempts_are_remembered_right_and_wrong_up_to_their_numbers_and_survive
 
 
 def test_the_gold_solution_is_told_to_every_rollout():
-    chat, (rollouts, right) = TableChat(), judged()
-    told = GoldSolution().render(chat, rollouts, right)
-    text = SiblingDemonstration().show(chat, rollouts.prompts[2], "gold 2")
+    chat, batch = TableChat(), judged()
+    told = GoldSolution().render(chat, batch)
+    text = SiblingDemonstration().show(chat, batch.prompts[2], "gold 2")
     assert told.available.all() and told.ids[2] == (text,) * G
 
 
@@ -210,34 +258,26 @@ def test_the_gold_solution_is_told_to_every_rollout():
 
 def test_the_pool_waits_for_informative_groups_and_gives_exactly_its_size():
     pool = InformativePool(questions=3, max_batches=9)
-    rollouts, verdicts = judged()
-    assert pool.select(rollouts, verdicts) == ()  # questions 0 and 3
-    ((joined, result),) = pool.select(rollouts, verdicts)
-    assert len(result.keys) == 3 and set(result.keys) == {"toy/0", "toy/3"}
-    for place, q in enumerate(int(key[-1]) for key in result.keys):
-        assert torch.equal(joined.ids[place], rollouts.ids[q])
-        assert joined.texts[place] == rollouts.texts[q]
-        assert torch.equal(result.rewards[place], verdicts.rewards[q])
+    batch = judged()
+    assert pool.select(batch) == ()  # questions 0 and 3
+    (joined,) = pool.select(batch)
+    assert len(joined.keys) == 3 and set(joined.keys) == {"toy/0", "toy/3"}
+    for place, q in enumerate(int(key[-1]) for key in joined.keys):
+        assert torch.equal(joined.responses.ids[place], batch.responses.ids[q])
+        assert joined.texts[place] == batch.texts[q]
+        assert torch.equal(joined.rewards[place], batch.rewards[q])
     assert pool.groups == []
 
 
 def informative(keys):
     """A batch of one right and one wrong rollout for each key."""
-    shape = (len(keys), 2, 1)
     prompts = tuple(Prompt(key=k, messages=(), verifier=ExactMatch(), answer="") for k in keys)
-    rewards = torch.tensor([[1.0, 0.0]]).expand(shape[:2])
-    zeros = torch.zeros(shape)
-    rollouts = Rollouts(
+    return of_rewards(
+        torch.tensor([[1.0, 0.0]]).expand(len(keys), 2),
         prompts=prompts,
         ids=torch.tensor([[[len(k)], [ord(k[-1])]] for k in keys]),
-        mask=torch.ones(shape, dtype=torch.bool),
-        sampling_logprobs=zeros,
-        policy_logprobs=zeros,
-        finished=torch.ones(shape[:2], dtype=torch.bool),
         texts=(("yes", "no"),) * len(keys),
-        temperature=1.0,
     )
-    return rollouts, replace(outcomes(rewards), keys=tuple(keys))
 
 
 def test_no_group_loses_its_place_in_the_pool_by_its_name_or_by_when_it_came():
@@ -246,8 +286,8 @@ def test_no_group_loses_its_place_in_the_pool_by_its_name_or_by_when_it_came():
     sources = ("algebra", "zoology")
     first, second = ([f"{s}/{i}{b}" for s in sources for i in range(6)] for b in ("a", "b"))
     for _ in range(pools):
-        assert pool.select(*informative(first)) == ()
-        ((_, result),) = pool.select(*informative(second))
+        assert pool.select(informative(first)) == ()
+        (result,) = pool.select(informative(second))
         kept.update(set(result.keys))
     std = (pools * 5 / 8 * 3 / 8) ** 0.5
     for key in (*first, *second):
@@ -269,16 +309,12 @@ def test_which_groups_stay_depends_neither_on_ranks_nor_on_the_order_in_the_batc
     def chosen(order, rank=0, ranks=1):
         monkeypatch.setattr(pool_module, "place", lambda: (rank, ranks))
         # What a rank gathers: the groups of all ranks, one rank's after the other's.
-        monkeypatch.setattr(
-            pool_module,
-            "all_gather",
-            lambda _: pool_module._informative(
-                *informative([k for r in range(ranks) for k in order[r::ranks]])
-            ),
-        )
+        everyone = informative([k for r in range(ranks) for k in order[r::ranks]])
+        groups = [everyone[[q]] for q in range(len(keys))]
+        monkeypatch.setattr(pool_module, "all_gather", lambda _: groups)
         pool = InformativePool(questions=7)
-        results = [pool.select(*informative(order[rank::ranks])) for _ in range(3)]
-        return [result.keys for ((_, result),) in results]
+        results = [pool.select(informative(order[rank::ranks])) for _ in range(3)]
+        return [result.keys for (result,) in results]
 
     alone = chosen(keys)
     assert len({frozenset(batch) for batch in alone}) == 3  # drawn anew each time
@@ -293,36 +329,34 @@ def test_a_resumed_pool_draws_what_an_uninterrupted_one_does():
     keys = [f"q/{i}" for i in range(9)]
     whole = InformativePool(questions=4)
     for _ in range(3):
-        whole.select(*informative(keys))
+        whole.select(informative(keys))
     resumed = InformativePool(questions=4)
     resumed.remember(whole.remembered())
-    ((_, mine),), ((_, theirs),) = (p.select(*informative(keys)) for p in (whole, resumed))
-    ((_, anew),) = InformativePool(questions=4).select(*informative(keys))
+    (mine,), (theirs,) = (p.select(informative(keys)) for p in (whole, resumed))
+    (anew,) = InformativePool(questions=4).select(informative(keys))
     assert mine.keys == theirs.keys != anew.keys
 
 
 def test_the_pool_is_used_at_its_cap_even_if_it_is_empty():
     pool = InformativePool(questions=3, max_batches=2)
-    rollouts, verdicts = judged()
-    nothing = replace(verdicts, rewards=torch.zeros_like(verdicts.rewards))
-    assert pool.select(rollouts, nothing) == ()
-    ((joined, result),) = pool.select(rollouts, nothing)
-    assert len(joined.prompts) == 0 and result.rewards.shape == (0, G)
+    nothing = replace(judged(), rewards=torch.zeros(4, G))
+    assert pool.select(nothing) == ()
+    (joined,) = pool.select(nothing)
+    assert len(joined.prompts) == 0 and joined.rewards.shape == (0, G)
 
 
 def test_the_pool_survives_a_reload_without_objects_in_the_checkpoint(tmp_path):
     first, second = (InformativePool(questions=4, max_batches=9) for _ in range(2))
-    rollouts, verdicts = judged()
-    first.select(rollouts, verdicts)
+    first.select(judged())
     torch.save(first.remembered(), tmp_path / "pool.pt")
     second.remember(torch.load(tmp_path / "pool.pt", weights_only=True))
-    ((mine, _),), ((theirs, _),) = (pool.select(rollouts, verdicts) for pool in (first, second))
-    assert torch.equal(mine.ids, theirs.ids) and mine.texts == theirs.texts
+    (mine,), (theirs,) = (pool.select(judged()) for pool in (first, second))
+    assert torch.equal(mine.responses.ids, theirs.responses.ids) and mine.texts == theirs.texts
     assert [p.ids for p in mine.prompts] == [p.ids for p in theirs.prompts]
 
 
 def test_everything_is_learned_from_at_once():
-    assert Everything().select(*judged())[0][0].ids.shape[0] == 4
+    assert len(Everything().select(judged())[0].prompts) == 4
 
 
 MEMORIES = {

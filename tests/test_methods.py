@@ -132,9 +132,9 @@ def one_step(model):
     """Loss and gradient of the table, through the package."""
     if hasattr(model.selection, "questions"):
         model.selection.questions = 2
-    ((rollouts, outcomes),) = model.selection.select(*judged())
-    batch = model.prepare(rollouts, outcomes)
-    rows = list(range(len(rollouts.prompts) * G))
+    (chosen,) = model.selection.select(judged())
+    batch = model.prepare(chosen)
+    rows = list(range(len(chosen.prompts) * G))
     model.policy.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for output, _ in model.steps.update.losses(model.policy, batch, rows, 40):

@@ -7,13 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from kernel_inputs import outcomes
+from kernel_inputs import of_rewards
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
 from scsdpo.callbacks.no_steps import why_none
 from scsdpo.metrics import rollout_metrics
-from scsdpo.types import Prompt, Rollouts
-from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import PassRate, Uniform
 from streams import Counting
 
@@ -22,38 +20,29 @@ def judged(successes, lengths, *, finished):
     """One rollout batch with the given successes [Q, G] and lengths [Q, G]."""
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     zeros = torch.zeros(mask.shape)
-    prompt = Prompt(key="", messages=(), verifier=ExactMatch(), answer="")
-    return Rollouts(
-        prompts=(prompt,) * len(successes),
-        ids=zeros.long(),
-        mask=mask,
-        sampling_logprobs=zeros,
-        policy_logprobs=zeros,
-        finished=finished,
-        texts=tuple(("",) * len(row) for row in successes),
-        temperature=1.0,
-    ), outcomes(successes)
+    tables = {"sampling_logprobs": zeros, "policy_logprobs": zeros, "ids": zeros.long()}
+    return of_rewards(successes, sampled=mask, ended=finished, **tables)
 
 
 def test_rollout_metrics_have_their_closed_form():
     successes = torch.tensor([[1.0, 0], [1, 1], [0, 1], [0, 0]])
     lengths = torch.tensor([[2, 4], [6, 8], [1, 3], [5, 3]])
-    rollouts, result = judged(successes, lengths, finished=lengths < 8)
-    logged = rollout_metrics(rollouts, result, PassRate().weigh(result))
+    result = judged(successes, lengths, finished=lengths < 8)
+    logged = rollout_metrics(result, PassRate().weigh(result))
     assert logged["pass_rate"] == 0.5 and logged["informative"] == 0.5
     assert logged["solve_none"] == 0.25 and logged["solve_all"] == 0.25
     assert logged["medium"] == logged["central"] == 0.5
     assert logged["response_length"] == 4 and logged["truncated"] == 1 / 8
     assert logged["effective_questions"] == pytest.approx(2)  # two equal weights, two zeros
-    logged = rollout_metrics(rollouts, result, Uniform().weigh(result))
+    logged = rollout_metrics(result, Uniform().weigh(result))
     assert logged["effective_questions"] == pytest.approx(4)
 
 
 def test_medium_questions_have_an_eighth_to_seven_eighths_and_central_ones_a_quarter_to_three():
     successes = (torch.arange(8) < torch.arange(9)[:, None]).float()  # k = 0..8 of 8
     lengths = torch.ones(9, 8)
-    rollouts, result = judged(successes, lengths, finished=lengths > 0)
-    logged = rollout_metrics(rollouts, result, Uniform().weigh(result))
+    result = judged(successes, lengths, finished=lengths > 0)
+    logged = rollout_metrics(result, Uniform().weigh(result))
     assert logged["medium"] == pytest.approx(7 / 9) and logged["central"] == pytest.approx(5 / 9)
 
 

@@ -112,7 +112,7 @@ class Silent(TokenWeighting):
 class NoCredit(Advantage):
     """Rollouts whose credit turns out to be 0 in the forward."""
 
-    def plan(self, outcomes, available):
+    def plan(self, judged, available):
         everyone = torch.ones_like(available)
         return Plan(
             active=everyone,
@@ -132,8 +132,8 @@ class NoTrust(Importance):
 class EvenQuestions(Weighting):
     """Half of the questions, which a token weighting of the other half leaves nothing of."""
 
-    def weigh(self, outcomes):
-        weights = torch.ones_like(outcomes.rewards)
+    def weigh(self, judged):
+        weights = torch.ones_like(judged.rewards)
         weights[1::2] = 0
         return weights
 
@@ -145,9 +145,15 @@ class OddTokens(TokenWeighting):
         return weights
 
 
+CUT = Sampling(n=4, max_new_tokens=1, seed=3)
+"""Of its responses none ends by itself."""
 NOTHING = {
     "question": {"weighting": HardFilter(low=1.0, high=1.0)},
-    "overlong": {"weighting": Uniform(), "token_weighting": Overlong(cap=1)},
+    "overlong": {
+        "weighting": Uniform(),
+        "token_weighting": Overlong(),
+        "sampling": CUT,
+    },
     "position": {
         "weighting": Uniform(),
         "token_weighting": Position(floor=0, centre=9, width=0.01),
@@ -211,7 +217,11 @@ def assert_same(ours, theirs):
 
 def test_a_run_whose_tokens_all_weigh_nothing_stops_and_says_so(qwen3, tmp_path):
     run = trainer(tmp_path, max_steps=1, max_epochs=-1)
-    settings = {"weighting": Uniform(), "token_weighting": Overlong(cap=1)}
+    settings = {
+        "weighting": Uniform(),
+        "token_weighting": Overlong(),
+        "sampling": CUT,
+    }
     model = module(qwen3, limits=Limits(max_idle_batches=2), **settings)
     with pytest.raises(TrainingStopped, match=r"2 batches .* weight 0, as Overlong does"):
         run.fit(model, data())
@@ -222,11 +232,13 @@ def test_a_rank_whose_tokens_all_weigh_0_runs_them_if_another_ranks_do_not(qwen3
     from scsdpo.training import update as module_of_update
 
     policy = double_policy(qwen3)
-    batch, update = parts(policy, GroupRelative(), token_weighting=Overlong(cap=1))
+    batch, update = parts(
+        policy, GroupRelative(), token_weighting=Position(floor=0, centre=9, width=0.01)
+    )
     assert list(update.losses(policy, batch, ALL, 10**6)) == []
     monkeypatch.setattr(module_of_update, "all_max", torch.ones_like)
     ((output, _),) = update.losses(policy, batch, ALL, 10**6)
-    assert output.loss == 0 and len(output.logprob) == batch.mask[batch.active].sum()
+    assert output.loss == 0 and len(output.logprob) == batch.sampled[batch.active].sum()
 
 
 def test_a_gradient_that_is_small_and_not_0_is_one():

@@ -178,7 +178,7 @@ def test_targets_between_student_and_teacher_have_their_closed_forms():
 
 def test_position_weights_rise_from_the_floor_along_the_response():
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
-    signals = Signals.unmeasured(mask, torch.zeros(2, 4), torch.zeros(2, 4))
+    signals = Signals.unmeasured(mask, mask.any(-1), torch.zeros(2, 4), torch.zeros(2, 4))
     weights = Position(floor=0.2, centre=0.5, width=0.1).weigh(signals, mask)
     # at t / T = 1/2 the sigmoid is a half
     assert weights[0, 1].item() == weights[1, 0].item() == pytest.approx(0.2 + 0.8 / 2)
@@ -189,7 +189,9 @@ def rhythm_tables(lengths, seed=0):
     """Random entropies, and zeros behind each response."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    signals = Signals.unmeasured(mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
+    signals = Signals.unmeasured(
+        mask, mask.any(-1), torch.zeros(mask.shape), torch.zeros(mask.shape)
+    )
     for table in (signals.student_entropy, signals.teacher_entropy):
         drawn = 2 * torch.rand(mask.shape, generator=generator).double()
         table.copy_(torch.where(mask, drawn, 7.0))  # what lies behind a response is not read
@@ -225,7 +227,7 @@ def test_rhythm_opens_at_the_one_token_where_the_teacher_settles_and_the_student
     1/2, 0, 0, 0: drops of 1/2, 1, 1, 1/2. Tokens 0 and 5 lack a side; the student's drops are 0.
     """
     mask = torch.ones(1, 6, dtype=torch.bool)
-    signals = Signals.unmeasured(mask, torch.zeros(1, 6), torch.zeros(1, 6))
+    signals = Signals.unmeasured(mask, mask.any(-1), torch.zeros(1, 6), torch.zeros(1, 6))
     signals.teacher_entropy.copy_(torch.tensor([[1.0, 1, 1, 0, 0, 0]]))
     signals.student_entropy.fill_(2.0)
     # anchors: the teacher's drop times H_S - H_T = 1, 1, 1, 2, 2, 2
@@ -246,5 +248,6 @@ def test_equal_entropies_leave_the_gate_of_rhythm_shut():
 
 def test_overlong_responses_teach_nothing():
     mask = torch.tensor([[True] * 4, [True, True, True, False]])
-    signals = Signals.unmeasured(mask, torch.zeros(2, 4), torch.zeros(2, 4))
-    assert Overlong(cap=4).weigh(signals, mask).tolist() == [[0.0] * 4, [1.0] * 4]
+    ended = torch.tensor([False, True])
+    signals = Signals.unmeasured(mask, ended, torch.zeros(2, 4), torch.zeros(2, 4))
+    assert Overlong().weigh(signals, mask).tolist() == [[0.0] * 4, [1.0] * 4]

@@ -79,11 +79,11 @@ def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
     from scsdpo.types import Sampling
     from test_methods import Case, sibling
 
-    rollouts, outcomes = judged()
+    given = judged()
 
     class Given(Rollout):
         def sample(self, policy, prompts, sampling):
-            return rollouts
+            return given.responses
 
     policy = TablePolicy()
     model = PolicyOptimizer(
@@ -97,8 +97,8 @@ def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
     with torch.no_grad():
         policy.table += 0.5
         policy.table[:, 0] += 1
-    monkeypatch.setattr(model, "judge", lambda _: outcomes)
-    rows = teacher_distance.measure_batch(model, rollouts.prompts, Sampling(n=G))
+    monkeypatch.setattr(model, "judge", lambda _: given)
+    rows = teacher_distance.measure_batch(model, given.prompts, Sampling(n=G))
     case, expected = Case(model), []
     for q, g in case.rows():
         told = sibling(case, q, g)

@@ -56,9 +56,9 @@ JSD = SelfDistillation()
 class _Cubic(Weighting):
     """W_j = p_j (1 - p_j)^2."""
 
-    def weigh(self, outcomes):
-        p = outcomes.pass_rates[:, None]
-        return (p * (1 - p) ** 2).expand_as(outcomes.rewards)
+    def weigh(self, judged):
+        p = judged.pass_rates[:, None]
+        return (p * (1 - p) ** 2).expand_as(judged.rewards)
 
 
 class _Looped(Surprise):
@@ -123,7 +123,7 @@ SAME = {
         {},
     ),
     "a floor of 1 = uniform tokens": ({"token_weighting": Position(floor=1.0)}, {}),
-    "a cap that none reaches = uniform tokens": ({"token_weighting": Overlong(cap=99)}, {}),
+    "all responses ended: filtering = none": ({"token_weighting": Overlong()}, {}),
     "a filter that keeps all = uniform": ({"weighting": HardFilter(low=0, high=1)}, {}),
     "a product with uniform = its other factor": (
         {"weighting": Product(factors=(Uniform(), PassRate()))},
@@ -235,7 +235,7 @@ def test_the_hybrid_at_its_ends_is_its_parts(tmp_path, share, other):
 
 def test_a_part_does_not_run_where_its_weighting_is_0_and_the_others_do(tmp_path):
     """SDPO teaches the successes of a mastered question; weighted by its pass rate it does not."""
-    given, available = judged()[1], torch.ones(4, G, dtype=torch.bool)
+    given, available = judged(), torch.ones(4, G, dtype=torch.bool)
     informative = torch.tensor([[True], [False], [False], [True]]).expand(4, G)
     parts = (
         Weighted(advantage=EntropyBonus()),

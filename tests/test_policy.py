@@ -28,7 +28,9 @@ def rows(seed=0):
     lengths = torch.tensor([6, 2, 1, 5, 3])
     mask = torch.arange(6) < lengths[:, None]
     ids = torch.randint(3, 250, (5, 6), generator=generator) * mask
-    return Rows(prompts=[prompts[i] for i in (0, 1, 0, 2, 0)], ids=ids, mask=mask, pad_id=0)
+    return Rows(
+        prompts=[prompts[i] for i in (0, 1, 0, 2, 0)], ids=ids, present=mask, sampled=mask, pad_id=0
+    )
 
 
 def load(path, **kwargs):
@@ -70,7 +72,9 @@ def test_separate_rows_equal_the_model_on_one_unpadded_sequence(policy):
     batch = rows()
     flat = separate_rows(policy.language_model, batch)
     start = 0
-    for prompt, ids, n in zip(batch.prompts, batch.ids, batch.mask.sum(-1).tolist(), strict=True):
+    for prompt, ids, n in zip(
+        batch.prompts, batch.ids, batch.sampled.sum(-1).tolist(), strict=True
+    ):
         sequence = torch.tensor([[*prompt, *ids[:n].tolist()]])
         alone = policy.language_model.get_decoder()(sequence).last_hidden_state[0]
         expected = alone[len(prompt) - 1 : len(prompt) + n - 1]

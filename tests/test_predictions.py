@@ -68,7 +68,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(qwen3, tmp_path):
     path = tmp_path / "x.jsonl"
     with pytest.raises(SystemExit):
         predict(tmp_path, qwen3, Stopping(str(path)))
-    with pytest.raises(ConfigurationError, match=r"success_threshold = 0\.5, now 0"):
+    with pytest.raises(ConfigurationError, match=r"success_threshold = 1\.0, now 0"):
         predict(tmp_path, qwen3, PredictionWriter(str(path)), success_threshold=0.7)
 
 

@@ -148,21 +148,24 @@ class Diversity(RolloutCallback):
     """The example of its docstring."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.weights = [], []
 
-    def on_rollouts(self, trainer, module, batch):
-        self.seen.append((batch.split, batch.weights))
-        if batch.split == "train":
-            distinct = [len(set(group)) / len(group) for group in batch.rollouts.texts]
+    def on_rollouts(self, trainer, module, judged):
+        self.seen.append(judged.split)
+        if judged.split == "train":
+            distinct = [len(set(group)) / len(group) for group in judged.texts]
             module.log("train/distinct", sum(distinct) / len(distinct), sync_dist=True)
+
+    def on_batch(self, trainer, module, batch):
+        self.weights.append(batch.weights)
 
 
 def test_a_callback_sees_rollouts_verdicts_and_weights_and_its_figure_is_recorded(qwen3, tmp_path):
     callback = Diversity()
     model = module(qwen3)
     trainer(tmp_path, callbacks=[callback]).fit(model, data())
-    splits = [split for split, _ in callback.seen]
-    assert splits == ["train", "train", "train", "val"]
-    weights = callback.seen[0][1]
+    assert callback.seen == ["train", "train", "train", "val"]
+    assert len(callback.weights) == 3
+    weights = callback.weights[0]
     assert weights.shape == (4, 4) and not bool((weights == 1).all())
     assert all(0 < record["train/distinct"] <= 1 for record in lines(tmp_path / "metrics.jsonl"))

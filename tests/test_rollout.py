@@ -37,14 +37,14 @@ def prompt(policy, text, key=None):
 def logits(policy, rollouts, q, i):
     """[n, V] of the plain model on one unpadded sequence, divided by the temperature."""
     start = rollouts.prompts[q].ids
-    response = rollouts.ids[q, i][rollouts.mask[q, i]].tolist()
+    response = rollouts.ids[q, i][rollouts.sampled[q, i]].tolist()
     with policy.sampling_mode() as model:
         everything = model(torch.tensor([[*start, *response]]), use_cache=False).logits[0]
     return everything[len(start) - 1 : -1] / rollouts.temperature, torch.tensor(response)
 
 
 def plain_log_probs(policy, rollouts):
-    """[N] in the order of `rollouts.mask`."""
+    """[N] in the order of `rollouts.sampled`."""
     rows = []
     for q in range(len(rollouts.prompts)):
         for i in range(rollouts.ids.shape[1]):
@@ -81,7 +81,7 @@ def test_log_probs_are_those_of_a_plain_forward(folder, make, prompts, request):
     assert rollouts.policy_logprobs.dtype == torch.float32
     expected = plain_log_probs(policy, rollouts)
     assert len(expected) > 100
-    error = rollouts.policy_logprobs[rollouts.mask] - expected
+    error = rollouts.policy_logprobs[rollouts.sampled] - expected
     assert error.abs().max() < allowed(policy, rollouts)
     assert torch.equal(rollouts.sampling_logprobs, rollouts.policy_logprobs)
 
@@ -91,7 +91,7 @@ def test_other_dtypes_sample_too(dtype, prompts, olmo3):
     policy = load(olmo3)
     policy.to(dtype)
     rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
-    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    error = rollouts.policy_logprobs[rollouts.sampled] - plain_log_probs(policy, rollouts)
     # RMSNorm and rotary positions are float32 even in a float64 model.
     assert error.abs().mean() < {torch.float64: 1e-6, torch.bfloat16: 0.1}[dtype]
 
@@ -99,7 +99,7 @@ def test_other_dtypes_sample_too(dtype, prompts, olmo3):
 def test_autocast_samples_too(policy, prompts):
     with torch.autocast("cpu", torch.bfloat16):
         rollouts = FEW_ROWS.sample(policy, prompts, SAMPLING)
-    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    error = rollouts.policy_logprobs[rollouts.sampled] - plain_log_probs(policy, rollouts)
     assert error.abs().mean() < 0.1
 
 
@@ -107,7 +107,7 @@ def test_autocast_samples_too(policy, prompts):
 def test_sampling_log_probs_are_renormalised_over_what_was_kept(cut, policy, prompts):
     sampling = replace(SAMPLING, **cut)
     rollouts = FEW_ROWS.sample(policy, prompts[:2], sampling)
-    assert (rollouts.sampling_logprobs > rollouts.policy_logprobs)[rollouts.mask].all()
+    assert (rollouts.sampling_logprobs > rollouts.policy_logprobs)[rollouts.sampled].all()
     limit = allowed(policy, rollouts)
     for q in range(2):
         z, response = logits(policy, rollouts, q, 1)
@@ -160,7 +160,7 @@ def test_equal_prompts_run_once_and_are_drawn_by_their_own_keys(policy, prompts)
     assert max(rows for rows, tokens in passes if tokens == 1) == 16
     assert rollouts.texts[0] == rollouts.texts[-1]
     assert not set(rollouts.texts[0]) & set(rollouts.texts[-2])
-    error = rollouts.policy_logprobs[rollouts.mask] - plain_log_probs(policy, rollouts)
+    error = rollouts.policy_logprobs[rollouts.sampled] - plain_log_probs(policy, rollouts)
     assert error.abs().max() < allowed(policy, rollouts)
 
 
@@ -197,14 +197,14 @@ def test_any_end_id_ends_a_response_and_belongs_to_it(policy, prompts):
         for i in range(SAMPLING.n):
             n = int(rollouts.lengths[q, i])
             row = rollouts.ids[q, i].tolist()
-            assert rollouts.mask[q, i].tolist() == [t < n for t in range(len(row))]
+            assert rollouts.sampled[q, i].tolist() == [t < n for t in range(len(row))]
             assert not set(row[: n - 1]) & set(ends)
-            assert bool(rollouts.finished[q, i]) == (row[n - 1] in ends)
-            assert rollouts.finished[q, i] or n == SAMPLING.max_new_tokens
+            assert bool(rollouts.ended[q, i]) == (row[n - 1] in ends)
+            assert rollouts.ended[q, i] or n == SAMPLING.max_new_tokens
             assert set(row[n:]) <= {policy.chat.pad_id}
             hit.add(row[n - 1])
     assert set(ends) <= hit
-    assert not rollouts.policy_logprobs[~rollouts.mask].any()
+    assert not rollouts.policy_logprobs[~rollouts.sampled].any()
 
 
 def test_padding_may_be_an_end_id(policy, prompts):
@@ -214,12 +214,12 @@ def test_padding_may_be_an_end_id(policy, prompts):
     policy.chat = replace(policy.chat, eos_ids=(end,))
     assert policy.chat.pad_id == end
     rollouts = HFRollout().sample(policy, prompts, SAMPLING)
-    assert rollouts.finished.any() and not rollouts.finished.all()
+    assert rollouts.ended.any() and not rollouts.ended.all()
     last = rollouts.ids.gather(-1, rollouts.lengths[..., None] - 1)[..., 0]
-    assert torch.equal(last == end, rollouts.finished)
+    assert torch.equal(last == end, rollouts.ended)
     # Within the mask an end comes once; outside it there is nothing else.
-    assert ((rollouts.ids == end) & rollouts.mask).sum() == rollouts.finished.sum()
-    assert (rollouts.ids == end)[~rollouts.mask].all()
+    assert ((rollouts.ids == end) & rollouts.sampled).sum() == rollouts.ended.sum()
+    assert (rollouts.ids == end)[~rollouts.sampled].all()
 
 
 @pytest.mark.parametrize("cap", [1, 2, 7])
@@ -227,7 +227,7 @@ def test_the_length_cap_does_not_finish_a_response(cap, policy, prompts):
     policy.chat = replace(policy.chat, eos_ids=(10_000,))
     rollouts = FEW_ROWS.sample(policy, prompts, replace(SAMPLING, max_new_tokens=cap))
     assert rollouts.ids.shape == (5, 4, cap)
-    assert rollouts.mask.all() and not rollouts.finished.any()
+    assert rollouts.sampled.all() and not rollouts.ended.any()
 
 
 def test_ids_beyond_the_tokenizer_give_no_text(policy, prompts):
@@ -235,7 +235,7 @@ def test_ids_beyond_the_tokenizer_give_no_text(policy, prompts):
     size = len(policy.chat.tokenizer)
     assert (rollouts.ids >= size).any()
     for q, i in (rollouts.ids >= size).any(-1).nonzero().tolist():
-        ids = rollouts.ids[q, i][rollouts.mask[q, i]]
+        ids = rollouts.ids[q, i][rollouts.sampled[q, i]]
         assert rollouts.texts[q][i] == policy.chat.decode(ids[ids < size])
 
 
@@ -255,7 +255,7 @@ def test_stop_strings_end_a_response_at_the_token_that_completes_one(policy, pro
             assert torch.equal(ids, plain.ids[q, i, :n])
             found = [stop for stop in stops if stop in policy.chat.decode(ids)]
             assert not any(stop in policy.chat.decode(ids[:-1]) for stop in stops)
-            assert bool(rollouts.finished[q, i]) == bool(found)
+            assert bool(rollouts.ended[q, i]) == bool(found)
             assert found or n == SAMPLING.max_new_tokens
             assert rollouts.texts[q][i] == policy.chat.decode(ids)
             hits.update(found)
@@ -270,7 +270,7 @@ def test_an_end_of_sequence_before_a_stop_string_wins(policy, prompts):
     policy.chat = replace(policy.chat, eos_ids=(end,))
     rollouts = HFRollout().sample(policy, prompts[:1], replace(SAMPLING, stop=(text[4:7],)))
     first = plain.ids[0, 0].tolist().index(end)
-    assert rollouts.lengths[0, 0] == first + 1 and rollouts.finished[0, 0]
+    assert rollouts.lengths[0, 0] == first + 1 and rollouts.ended[0, 0]
 
 
 @pytest.mark.parametrize(

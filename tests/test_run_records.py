@@ -243,19 +243,22 @@ def test_settings_that_make_no_sense_are_refused(settings):
 
 
 def test_a_record_is_of_a_frozen_batch(qwen3, tmp_path):
-    """What callbacks are shown has the lesson in training alone."""
+    """What callbacks are shown is weighed and planned in training alone."""
     from scsdpo.callbacks import RolloutCallback
 
     class Looking(RolloutCallback):
         def __init__(self):
-            self.seen = []
+            self.seen, self.learned = [], []
 
-        def on_rollouts(self, trainer, module, batch):
-            self.seen.append(replace(batch))
+        def on_rollouts(self, trainer, module, judged):
+            self.seen.append(replace(judged))
+
+        def on_batch(self, trainer, module, batch):
+            self.learned.append(replace(batch))
 
     looking = Looking()
     trainer(tmp_path, callbacks=[looking]).fit(module(qwen3), data(Toys(4), Toys(2)))
-    (learned,) = [batch for batch in looking.seen if batch.split == "train"]
-    assert learned.lesson.active.shape == learned.outcomes.rewards.shape
-    assert torch.equal(learned.lesson.active, learned.lesson.reads_teacher & (learned.weights > 0))
-    assert all(batch.lesson is None for batch in looking.seen if batch.split == "val")
+    assert [judged.split for judged in looking.seen].count("train") == 1
+    (learned,) = looking.learned
+    active = learned.active.view_as(learned.judged.rewards)
+    assert torch.equal(active, learned.plan.needs_teacher & (learned.weights > 0))

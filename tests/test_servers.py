@@ -130,7 +130,7 @@ def test_a_server_that_is_not_well_is_asked_again(policy, canned):
     recovery.start()
     rollouts = sample(policy, Servers([canned.url], Download()))
     recovery.join()
-    assert rollouts.ids.tolist() == [[[5], [5]]] and rollouts.finished.all()
+    assert rollouts.ids.tolist() == [[[5], [5]]] and rollouts.ended.all()
     assert rollouts.sampling_logprobs.tolist() == [[[-1.0], [-1.0]]]
     assert rollouts.version == LABEL
 

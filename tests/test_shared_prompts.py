@@ -42,7 +42,7 @@ def nested(seed=0):
     lengths = torch.randint(1, 12, (len(prompts),), generator=generator)
     mask = torch.arange(11) < lengths[:, None]
     ids = torch.randint(3, 250, mask.shape, generator=generator) * mask
-    return Rows(prompts=[prompts[i] for i in order], ids=ids, mask=mask, pad_id=0)
+    return Rows(prompts=[prompts[i] for i in order], ids=ids, present=mask, sampled=mask, pad_id=0)
 
 
 def learn(runner, rows):
@@ -55,7 +55,7 @@ def learn(runner, rows):
     def loss(micro, hidden):
         if not micro:  # a rank that waits for others
             return hidden.sum()
-        parts = hidden.split(rows.mask.sum(-1)[micro].tolist())
+        parts = hidden.split(rows.sampled.sum(-1)[micro].tolist())
         states.update(zip(micro, (part.detach() for part in parts), strict=True))
         told = [
             torch.sin(torch.arange(part.numel()) + 7.0 * row)
@@ -145,7 +145,7 @@ def test_every_distinct_token_runs_once_and_a_prompt_that_fills_the_budget_once_
     rows = nested()
     # A response's last token predicts nothing; under a shared start tokens are distinct once.
     starts = {prompt[:n] for prompt in rows.prompts for n in range(1, len(prompt) + 1)}
-    distinct = len(starts) + int(rows.mask.sum()) - len(rows.prompts)
+    distinct = len(starts) + int(rows.sampled.sum()) - len(rows.prompts)
     assert tokens_run(policy, rows, 10**6) == distinct
     assert tokens_run(policy, rows, 250) == distinct
     assert distinct < tokens_run(policy, rows, 20) <= distinct + len(starts)
@@ -159,7 +159,8 @@ def test_memory_is_bounded_by_the_budget_whatever_the_rollouts(qwen3):
     def peak(rollouts, budget):
         prompts = [draw(generator, 300)] * rollouts
         ids = torch.randint(3, 250, (rollouts, 40), generator=generator)
-        rows = Rows(prompts=prompts, ids=ids, mask=torch.ones_like(ids).bool(), pad_id=0)
+        every = torch.ones_like(ids).bool()
+        rows = Rows(prompts=prompts, ids=ids, present=every, sampled=every, pad_id=0)
         policy.zero_grad()
         work = lambda: gradient(policy, SharedPrompts, rows, budget)  # noqa: E731
         return peak_bytes(work, torch.device("cpu"))
@@ -182,9 +183,9 @@ def test_the_probed_line_is_what_a_step_allocates(qwen3, settings, autocast):
     policy.configure_model()
     generator, tokens = torch.Generator().manual_seed(0), 1024
     ids = torch.randint(3, 250, (32, 64), generator=generator)
-    rows = Rows(
-        prompts=[draw(generator, 16)] * 32, ids=ids, mask=torch.ones_like(ids).bool(), pad_id=0
-    )
+    every = torch.ones_like(ids).bool()
+    prompts = [draw(generator, 16)] * 32
+    rows = Rows(prompts=prompts, ids=ids, present=every, sampled=every, pad_id=0)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         fixed, a_token = policy.memory_line()
         work = lambda: gradient(policy, SharedPrompts, rows, tokens)  # noqa: E731

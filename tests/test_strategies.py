@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_inputs import outcomes
+from kernel_inputs import of_rewards
 from scsdpo.advantage import (
     BatchStd,
     Blend,
@@ -85,14 +85,14 @@ def test_batch_std_is_one_scale_for_all_questions():
 def test_equal_rewards_give_exactly_zero_advantage(rewards, which):
     scale = [GroupStd(), Unscaled(), GroupPassRate(), BatchStd()][which]
     same = torch.full((2, len(rewards)), rewards[0])
-    plan = GroupRelative(scale=scale).plan(outcomes(same), torch.zeros(2, len(rewards)).bool())
+    plan = GroupRelative(scale=scale).plan(of_rewards(same), torch.zeros(2, len(rewards)).bool())
     if not isinstance(scale, Unscaled):  # there a float mean may differ from its equal terms
         assert not plan.active.any()
 
 
 def test_pass_rate_weights_are_the_papers():
     # sqrt(p (1 - p)) at G = 8, k = 1..4: .331 .433 .484 .500 (METHODS in docs/methods.md)
-    weights = PassRate(power=0.5).weigh(outcomes(binary(1, 2, 3, 4)))[:, 0]
+    weights = PassRate(power=0.5).weigh(of_rewards(binary(1, 2, 3, 4)))[:, 0]
     raw = torch.tensor([7.0, 12, 15, 16], dtype=torch.float64).sqrt() / 8
     torch.testing.assert_close(weights, raw / raw.mean())
     assert raw.tolist() == pytest.approx([0.331, 0.433, 0.484, 0.5], abs=5e-4)
@@ -103,7 +103,7 @@ def test_pass_rate_weights_are_the_papers():
     st.floats(0, 4),
 )
 def test_pass_rate_weights_average_to_one_over_informative_questions(counts, power):
-    weights = PassRate(power=power).weigh(outcomes(binary(*counts)))
+    weights = PassRate(power=power).weigh(of_rewards(binary(*counts)))
     informative = torch.tensor([0 < k < G for k in counts])
     assert (weights[~informative] == 0).all()
     assert weights.shape == (len(counts), G)
@@ -115,9 +115,9 @@ def test_pass_rate_weights_are_normalised_over_the_questions_of_all_ranks(monkey
     """On a part, too: two ranks of two questions each have the weights of one with four."""
     part = Weighted(advantage=GroupRelative(), weight=0.5, weighting=PassRate())
     counts, sums = (1, 4, 0, 2), []
-    whole = part.coefficients(outcomes(binary(*counts)))
+    whole = part.coefficients(of_rewards(binary(*counts)))
     monkeypatch.setattr(pass_rate, "all_sum", lambda value: sums.append(value) or value)
-    ranks = [outcomes(binary(*counts[:2])), outcomes(binary(*counts[2:]))]
+    ranks = [of_rewards(binary(*counts[:2])), of_rewards(binary(*counts[2:]))]
     alone = torch.cat([part.coefficients(rank) for rank in ranks])
     monkeypatch.setattr(pass_rate, "all_sum", lambda value: sum(sums))
     together = torch.cat([part.coefficients(rank) for rank in ranks])
@@ -126,23 +126,25 @@ def test_pass_rate_weights_are_normalised_over_the_questions_of_all_ranks(monkey
 
 
 def test_power_zero_drops_degenerate_questions_and_weighs_the_rest_equally():
-    weights = PassRate(power=0).weigh(outcomes(binary(0, 1, 4, 8)))
+    weights = PassRate(power=0).weigh(of_rewards(binary(0, 1, 4, 8)))
     assert weights[:, 0].tolist() == [0, 1, 1, 0]
 
 
 def test_power_to_zero_converges_to_power_zero():
     counts = binary(0, 1, 4, 7, 8)
-    near = PassRate(power=1e-9).weigh(outcomes(counts))
-    torch.testing.assert_close(near, PassRate(power=0).weigh(outcomes(counts)), rtol=0, atol=1e-8)
+    near = PassRate(power=1e-9).weigh(of_rewards(counts))
+    torch.testing.assert_close(near, PassRate(power=0).weigh(of_rewards(counts)), rtol=0, atol=1e-8)
 
 
 def test_a_batch_without_informative_questions_weighs_nothing():
-    assert (PassRate().weigh(outcomes(binary(0, 8, 0))) == 0).all()
+    assert (PassRate().weigh(of_rewards(binary(0, 8, 0))) == 0).all()
 
 
 def test_teacher_entropy_averages_to_one_over_distilled_tokens():
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    signals = Signals.unmeasured(mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
+    signals = Signals.unmeasured(
+        mask, mask.any(-1), torch.zeros(mask.shape), torch.zeros(mask.shape)
+    )
     signals.teacher_entropy.copy_(torch.tensor([[0.0, 1.0, 2.0], [5.0, 9.0, 9.0]]))
     distilled = mask & torch.tensor([[True], [False]])
     weights = TeacherEntropy(beta=1).weigh(signals, distilled)
@@ -180,8 +182,8 @@ def test_reductions_stay_finite_without_tokens_or_active_rollouts(reduction):
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES, ids=repr)
-def test_every_advantage_is_picklable_and_leaves_outcomes_unmodified(advantage):
-    judged = outcomes(binary(3, 0))
+def test_every_advantage_is_picklable_and_leaves_verdicts_unmodified(advantage):
+    judged = of_rewards(binary(3, 0))
     before = judged.rewards.clone()
     available = torch.ones(2, G, dtype=torch.bool)
     plan = pickle.loads(pickle.dumps(advantage)).plan(judged, available)
@@ -196,19 +198,19 @@ def test_every_advantage_is_picklable_and_leaves_outcomes_unmodified(advantage):
 
 @pytest.mark.parametrize("advantage", ADVANTAGES, ids=repr)
 def test_no_advantage_asks_a_teacher_that_is_not_there(advantage):
-    plan = advantage.plan(outcomes(binary(3, 0)), torch.zeros(2, G, dtype=torch.bool))
+    plan = advantage.plan(of_rewards(binary(3, 0)), torch.zeros(2, G, dtype=torch.bool))
     assert not plan.needs_teacher.any()
 
 
 @pytest.mark.parametrize("weighting", [Uniform(), PassRate(), PassRate(power=1)], ids=repr)
 def test_every_weighting_is_nonnegative_and_picklable(weighting):
-    weights = pickle.loads(pickle.dumps(weighting)).weigh(outcomes(binary(0, 3, 8)))
+    weights = pickle.loads(pickle.dumps(weighting)).weigh(of_rewards(binary(0, 3, 8)))
     assert weights.dtype == torch.float64 and weights.shape == (3, G) and (weights >= 0).all()
     assert copy.deepcopy(weighting) == weighting
 
 
 def test_uniform_weights_are_one():
-    assert (Uniform().weigh(outcomes(binary(0, 3))) == 1).all()
+    assert (Uniform().weigh(of_rewards(binary(0, 3))) == 1).all()
 
 
 @pytest.mark.parametrize(

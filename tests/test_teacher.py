@@ -1,24 +1,35 @@
 """Contexts, templates, and how teachers' weights move."""
 
+import inspect
+import logging
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
+from scsdpo.evaluation.question import questions
 from scsdpo.loss import TokenLogits
+from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM, Lora
+from scsdpo.rollout import HFRollout
 from scsdpo.teacher import (
     EMA,
     DemonstrationOrFeedback,
     Feedback,
     Frozen,
+    GoldSolution,
     Live,
     NoTeacher,
     PlainPrompt,
+    ShortestSuccess,
     SiblingDemonstration,
     Templates,
     TrustRegion,
 )
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
-from scsdpo.verifiers import ExactMatch
+from scsdpo.training import PolicyOptimizer
+from scsdpo.training.answering import Answering
+from scsdpo.types import Judged, Prompt, Responses, Verdict
+from scsdpo.verifiers import ExactMatch, Verification, Verifier
 
 
 def group(texts, rewards, *, feedback="wrong", chat=None):
@@ -29,25 +40,31 @@ def group(texts, rewards, *, feedback="wrong", chat=None):
     lengths = torch.tensor([[len(t) for t in texts]])
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[..., None]
     zeros = torch.zeros(mask.shape)
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=(prompt,),
         ids=zeros.long(),
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=zeros,
         policy_logprobs=zeros,
-        finished=mask.any(-1),
+        ended=mask.any(-1),
         texts=(tuple(texts),),
         temperature=1.0,
     )
     reward = torch.tensor([rewards])
     verdicts = tuple(Verdict(reward=r, feedback="" if r else feedback) for r in rewards)
-    return rollouts, Outcomes(verdicts=(verdicts,), rewards=reward, successes=reward >= 0.5)
+    successes = reward >= 0.5
+    return Judged(responses=responses, verdicts=(verdicts,), rewards=reward, successes=successes)
+
+
+def with_prompt(judged, **changes):
+    """The same batch, whose questions are changed."""
+    prompts = tuple(replace(prompt, **changes) for prompt in judged.prompts)
+    return replace(judged, responses=replace(judged.responses, prompts=prompts))
 
 
 def shown(context, chat, texts, rewards, **kwargs):
     """What each teacher prompt says, decoded."""
-    rollouts, outcomes = group(texts, rewards, chat=chat, **kwargs)
-    contexts = context.render(chat, rollouts, outcomes)
+    contexts = context.render(chat, group(texts, rewards, chat=chat, **kwargs))
     return [chat.tokenizer.decode(list(ids)) for ids in contexts.ids[0]]
 
 
@@ -88,6 +105,89 @@ def test_thinking_opened_in_the_prompt_is_stripped_too(policy):
     assert "hmm" in shown(kept, policy.chat, ["hmm</think>\n\nyes", "b"], [1.0, 0])[1]
 
 
+def test_the_demonstration_is_the_best_success_whatever_the_threshold(policy):
+    rewards = [0.5, 0, 0.5, 1, 0, 1, 1, 1]
+    texts = [f"<{letter}>" for letter in "abcdefgh"]
+    out = shown(SiblingDemonstration(), policy.chat, texts, rewards)  # threshold 0.5
+    assert ["<d>" in text for text in out] == [g != 3 for g in range(8)]
+    assert "<f>" in out[3]
+    out = shown(SiblingDemonstration(pick="shortest"), policy.chat, ["a", "b1", "c22"], [0.5, 1, 1])
+    assert ["b1" in text for text in out] == [True, False, True] and "c22" in out[1]
+    assert not any("\na\n" in text for text in out)
+
+
+@pytest.mark.parametrize("empty", ["<think>all of it</think>", "</think>", " \n", "<think>open"])
+def test_a_success_that_leaves_nothing_to_show_does_not_cost_the_others_their_teacher(
+    policy, empty
+):
+    out = shown(SiblingDemonstration(), policy.chat, [empty, "b", "c", empty], [1.0, 1, 0, 0])
+    assert ["\nb\n" in text for text in out] == [True, False, True, True]
+    assert not out[1]  # the other success has nothing to show
+    out = shown(DemonstrationOrFeedback(), policy.chat, [empty, "b"], [1.0, 0])
+    assert not out[0] and "wrong" in out[1]
+    out = shown(ShortestSuccess(), policy.chat, ["right", empty, "wrong one"], [1.0, 0, 0])
+    assert "wrong one" in out[0] and not any(out[1:])
+
+
+@dataclass(frozen=True)
+class Half(Verifier):
+    """As much of the answer as the response names."""
+
+    def verify(self, prompt, response):
+        return Verdict(reward=float(response))
+
+
+def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(policy, caplog):
+    assert inspect.signature(PolicyOptimizer).parameters["success_threshold"].default == 1
+    responses = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat).responses
+    prompts = tuple(replace(prompt, verifier=Half()) for prompt in responses.prompts)
+    answering = Answering(HFRollout(), Verification(workers=0), 1.0, PhaseTimer())
+    with caplog.at_level(logging.INFO):
+        whole = replace(responses, prompts=prompts, texts=(("0", "1", "1", "0"),))
+        assert answering.judge(whole, "train").successes.tolist() == [[False, True, True, False]]
+        assert not caplog.messages
+        for _ in range(2):
+            judged = answering.judge(replace(responses, prompts=prompts), "train")
+            assert judged.successes.tolist() == [[False, True, False, False]]
+    assert caplog.messages == [
+        "a reward between 0 and 1 (0.5): a success is a reward of at least 1 "
+        "(model.success_threshold)"
+    ]
+
+
+def test_an_evaluation_keeps_the_best_response_that_is_more_than_thinking():
+    texts = ["half", "<think>all</think>", "<think>a</think>right", "right too"]
+    (question,) = questions(group(texts, [0.5, 1, 1, 1]))
+    assert question.right == "<think>a</think>right"
+    (question,) = questions(group(["half", "a"], [0.5, 0]))
+    assert question.right == "half"
+    (question,) = questions(group(["<think>", "a"], [1.0, 0]))
+    assert question.right == "<think>"
+
+
+def test_the_shortest_of_the_best_successes_is_taught(policy):
+    out = shown(ShortestSuccess(), policy.chat, ["half", "whole one", "whole"], [0.5, 1, 1])
+    assert [bool(text) for text in out] == [False, False, True]
+    assert "were right" in out[2] and "half" in out[2]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t "])
+def test_white_space_is_nothing_to_tell(policy, blank):
+    assert not any(shown(Feedback(), policy.chat, ["a", "b"], [0.0, 0], feedback=blank))
+    both = DemonstrationOrFeedback(both=True)
+    assert "unsuccessful" not in shown(both, policy.chat, ["a", "b"], [0.0, 1], feedback=blank)[0]
+    judged = group(["a", "b"], [0.0, 1], chat=policy.chat)
+    told = GoldSolution().render(policy.chat, with_prompt(judged, answer=blank))
+    assert not told.available.any()
+
+
+def test_thinking_that_the_prompt_opened_and_nothing_ends_is_not_shown(policy):
+    judged = group(["no end", "a</think>b", "c"], [1.0, 1, 0], chat=policy.chat)
+    told = SiblingDemonstration().render(policy.chat, with_prompt(judged, thinking="<think>"))
+    texts = [policy.chat.tokenizer.decode(list(ids)) for ids in told.ids[0]]
+    assert ["\nb\n" in text for text in texts] == [True, False, True]
+
+
 def test_feedback_is_told_to_failures_only(policy):
     out = shown(Feedback(), policy.chat, ["a", "b"], [1.0, 0], feedback="off by {one}")
     assert not out[0] and "off by {one}" in out[1] and "unsuccessful earlier attempt" in out[1]
@@ -105,8 +205,8 @@ def test_feedback_steps_in_where_there_is_no_demonstration(policy):
 @pytest.mark.parametrize("limit", [150, 160, 200])
 def test_only_the_demonstration_is_cut_and_its_end_stays(policy, limit):
     demonstration = "".join(chr(97 + i % 26) for i in range(300)) + "ANSWER"
-    rollouts, outcomes = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
-    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, rollouts, outcomes)
+    judged = group([demonstration, "b"], [1.0, 0], chat=policy.chat)
+    contexts = SiblingDemonstration(max_tokens=limit).render(policy.chat, judged)
     ids = contexts.ids[0][1]
     text = policy.chat.tokenizer.decode(list(ids))
     assert len(ids) <= limit
@@ -119,9 +219,9 @@ def test_no_room_for_template_and_question_means_no_teacher(policy):
 
 
 def test_plain_prompt_shows_what_the_student_sees(policy):
-    rollouts, outcomes = group(["a", "b"], [1.0, 0], chat=policy.chat)
-    contexts = PlainPrompt().render(policy.chat, rollouts, outcomes)
-    assert contexts.ids == ((rollouts.prompts[0].ids,) * 2,)
+    judged = group(["a", "b"], [1.0, 0], chat=policy.chat)
+    contexts = PlainPrompt().render(policy.chat, judged)
+    assert contexts.ids == ((judged.prompts[0].ids,) * 2,)
     assert contexts.available.all()
 
 

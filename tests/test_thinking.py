@@ -153,9 +153,12 @@ def test_whatever_was_thought_a_closed_thinking_leaves_the_answer_alone(thought,
 
 
 @pytest.mark.parametrize(
-    "bit", ["<think>", "<think>x", "x</think>", "<think>x</think> ", "[THINK]x", "<", "<think:"]
-    + ["<|channel|>analysis", "<|end|> ", "<|end|><|start|>assistant", "<thinking><think>x"],
-)  # fmt: skip
+    "bit",
+    [
+        *("<think>", "<think>x", "x</think>", "<think>x</think> ", "<thinking><think>x", "<think:"),
+        *("[THINK]x", "<", "<|channel|>analysis", "<|end|> ", "<|end|><|start|>assistant"),
+    ],
+)
 def test_texts_are_split_in_linear_time(bit):
     for split in (behind_thinking, without_thinking):
         begin = time.perf_counter()

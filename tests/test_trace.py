@@ -30,8 +30,7 @@ class Drawn(Rollout):
     """The rollouts of `table_policy.judged`, whatever is asked."""
 
     def sample(self, policy, prompts, sampling):
-        rollouts, _ = judged()
-        return replace(rollouts, prompts=tuple(prompts))
+        return replace(judged().responses, prompts=tuple(prompts))
 
 
 class TokenCase(Case):
@@ -50,14 +49,14 @@ class TokenCase(Case):
 
 
 def questions_of(batch):
-    return [replace(prompt, verifier=AsJudged()) for prompt in batch[0].prompts]
+    return [replace(prompt, verifier=AsJudged()) for prompt in batch.prompts]
 
 
 def traced(name, tmp_path):
     """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
     model = module(name, tmp_path, verification={"workers": 0})
     model.answering.rollout = Drawn()
-    width = judged()[0].mask.shape[-1]
+    width = judged().responses.sampled.shape[-1]
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
     table = torch.zeros(questions * G * width, V, dtype=torch.float64)
 
@@ -72,13 +71,13 @@ def assert_recorded(model, trace):
     """A record of the tokens has the same numbers, and its factors multiply to the credit."""
     batch = trace.batch
     rows = batch.active.nonzero()[:, 0].tolist()
-    taught, length = batch.plan.needs_teacher.flatten(), batch.mask.shape[1]
+    taught, length = batch.plan.needs_teacher.flatten(), batch.sampled.shape[1]
     record = TokenTrace(rows, taught, length=length, candidates=2)
     model.trace(questions_of(judged()), observe=record)
     for row in rows:
-        kept = record.columns(row, int(batch.mask[row].sum()))
+        kept = record.columns(row, batch.sampled[row])
         for name in ("credit", "magnitude", "objective", "logprob", "teacher_logprob", "entropy"):
-            expected = getattr(trace, name).flatten(0, 1)[row][batch.mask[row]]
+            expected = getattr(trace, name).flatten(0, 1)[row][batch.sampled[row]]
             torch.testing.assert_close(kept[name], expected, equal_nan=True, rtol=1e-12, atol=0)
         weight = batch.weights.flatten()[row]
         denominators = kept["scale"] / weight
@@ -100,7 +99,7 @@ def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tm
     assert trace.loss == pytest.approx(expected.item(), rel=1e-10)
     torch.testing.assert_close(table, by_token, rtol=1e-10, atol=1e-13)
     known = ~trace.credit.isnan()
-    ids = trace.batch.rollouts.ids[..., None]
+    ids = trace.batch.judged.responses.ids[..., None]
     sampled = by_token.gather(-1, ids)[..., 0]
     torch.testing.assert_close(trace.credit[known], sampled[known], rtol=1e-10, atol=1e-13)
     assert_recorded(model, trace)
@@ -115,12 +114,12 @@ def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
     model, trace, _ = traced(name, tmp_path)
     batch, case = trace.batch, TokenCase(model, live=False)
     rows = (batch.active & batch.plan.needs_teacher.flatten()).nonzero()[:, 0].tolist()
-    taught, length = batch.plan.needs_teacher.flatten(), batch.mask.shape[1]
+    taught, length = batch.plan.needs_teacher.flatten(), batch.sampled.shape[1]
     record = TokenTrace(rows, taught, length=length, candidates=V)
     model.trace(questions_of(judged()), observe=record)
     seen = []
     for row in rows:
-        (q, g), kept = divmod(row, G), record.columns(row, int(batch.mask[row].sum()))
+        (q, g), kept = divmod(row, G), record.columns(row, batch.sampled[row])
         factor = kept["scale"] * kept["token_weight"] * kept["importance"]
         for t in range(len(factor)):
             # The teacher's log-probs are those that the record holds of the whole vocabulary.
@@ -173,12 +172,12 @@ def test_a_trace_from_python_needs_no_trainer_and_changes_nothing(qwen3):
     first = model.trace(batch)
     assert all_remembered(model)["memory.0"] == {"batches": 0, "kept": {}}
     second = model.trace(batch)
-    assert first.batch.rollouts.texts == second.batch.rollouts.texts
+    assert first.batch.judged.responses.texts == second.batch.judged.responses.texts
     torch.testing.assert_close(first.credit, second.credit, rtol=0, atol=0, equal_nan=True)
     assert all(p.grad is None for p in model.parameters())
     for name, value in (before or {}).items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert first.credit.shape == first.batch.rollouts.mask.shape
+    assert first.credit.shape == first.batch.judged.responses.sampled.shape
 
 
 def test_validation_questions_can_be_had_without_a_trainer_too(policy):

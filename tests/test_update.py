@@ -83,7 +83,7 @@ def test_updates_by_question_use_their_own_denominators(policy):
     advantage, settings = METHODS["grpo"]()
     batch, update = parts(policy, advantage, reduction=TokenMean(over="all"), **settings)
     first = gradient(policy, batch, update, rows=[0, 1, 2])
-    lengths = batch.mask.sum(-1)
+    lengths = batch.sampled.sum(-1)
     whole = gradient(policy, batch, update)
     fraction = lengths[:3].sum() / lengths.sum()
     other = gradient(policy, batch, update, rows=list(range(3, Q * G)))
@@ -97,9 +97,9 @@ def test_a_measuring_pass_gives_the_log_probs_of_the_loss(policy):
     batch, update = parts(policy, advantage, **settings)
     measured = update.measure(policy, batch, ALL, 10**6)
     ((output, _),) = list(update.losses(policy, batch, ALL, 10**6))
-    ours = measured[batch.active][batch.mask[batch.active]]
+    ours = measured[batch.active][batch.sampled[batch.active]]
     torch.testing.assert_close(ours.float(), output.logprob, rtol=1e-5, atol=1e-5)
-    assert measured[~batch.mask].isnan().all()
+    assert measured[~batch.sampled].isnan().all()
 
 
 def test_the_ratio_is_one_in_the_first_update_and_live_after(policy):

@@ -68,13 +68,42 @@ def test_both_modes_accept_the_bare_letter(text):
         assert (verdict.reward, verdict.answer) == (1, "B")
 
 
-@pytest.mark.parametrize("text", ["b", "B.", "(B)", "(b)", "B: 0.8", "B) yes", "**B**", "**B.** x"])
+SPELLED = [
+    *("b", "B.", "(B)", "(b)", "**B**", "[B]", "`B`", '"B"', "$B$", "\uff08\uff22\uff09", "B)"),
+    *(r"\boxed{B}", r"\text{B}", r"\boxed{\text{B}}", r"$\mathrm{(B)}$", r"\boxed{(B)}"),
+    *("Option B", "option (B)", "**Option B**", "Answer: B", "Choice B.", "Final answer: B"),
+    *("The answer is B", "The correct answer is (B).", "the correct option is B"),
+]
+WITH_TEXT = ["B: 0.8", "B) yes", "**B.** x", "(B) vitamin C", "Option B: vitamin C.", "B: a or b"]
+SEVERAL = [
+    *("A) B) C) D)", "B) A)", "B) x\nA) y", "(B)(A)", "B. A", "B) or A)", "B: 5 or A: 6"),
+    *("B or A", "B, A", "B/A", "B and A", r"\boxed{B, A}", r"\boxed{B} \boxed{A}", "Options B, A"),
+]
+
+
+@pytest.mark.parametrize("text", [*SPELLED, *WITH_TEXT])
 def test_only_the_lenient_mode_accepts_other_spellings_of_the_letter(text):
     response = f"<answer>{text}</answer>"
     assert judge(MultipleChoice(), "B", response).reward == 0
     lenient = judge(MultipleChoice(strict=False), "B", response)
     assert (lenient.reward, lenient.answer) == (1, "B")
     assert judge(MultipleChoice(strict=False), "C", response).reward == 0
+
+
+@pytest.mark.parametrize("text", SEVERAL)
+def test_a_text_that_names_several_options_is_none_of_them(text):
+    for response in (f"<answer>{text}</answer>", text):
+        for letter in "AB":
+            assert judge(MultipleChoice(strict=False), letter, response).reward == 0
+
+
+def test_without_a_block_the_lenient_mode_takes_a_box_or_the_bare_letter():
+    lenient = MultipleChoice(strict=False)
+    for response in (r"So \boxed{B}.", r"First \boxed{A}" "\nthen \\boxed{\\text{B}}.", *SPELLED):
+        assert judge(lenient, "B", response).reward == 1
+        assert judge(MultipleChoice(), "B", response).reward == 0
+    for response in (*WITH_TEXT, "I think B", "B it is", r"\boxed{7}", r"\boxed{B", r"\boxed{}"):
+        assert judge(lenient, "B", response).reward == 0
 
 
 @pytest.mark.parametrize("text", ["", "B protein", "A or B", "AB", "A, B", "ß", "1", "A B"])

@@ -4,8 +4,8 @@ this alone.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -13,6 +13,9 @@ from scsdpo.thinking import behind_thinking
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
+Tool = dict[str, Any]
+"""One function that the policy may call, `{"type": "function", "function": {"name": ...,
+"description": ..., "parameters": <JSON schema>}}`, as chat templates take it."""
 
 
 def stable_hash(*parts: object) -> int:
@@ -33,10 +36,15 @@ class Prompt:
     """Turns a response to this prompt into a `Verdict`."""
     answer: str
     """The gold answer in the form that `verifier` compares with; never shown to the policy."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the policy may call; the chat template writes them into the prompt."""
     category: str = ""
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
     stop: tuple[str, ...] = ()
     """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
+    response_template: Mapping[str, Any] = field(default_factory=dict)
+    """How the tokenizer reads its model's responses (`parse_response` of transformers); empty: it
+    does not say."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
     thinking: str = ""
@@ -103,11 +111,19 @@ class Verifier(ABC):
     def check(self, prompt: Prompt) -> None:  # noqa: B027
         """Whether `verify` can read the gold answer of `prompt`; without this, any.
 
-        Called in the training process, for the first 20,000 prompts of a source before training.
+        Called in the training process, before training.
 
         Raises:
             ValueError: if it cannot, so that no response to the prompt would ever be right.
         """
+
+    def written(self, prompt: Prompt) -> str:
+        """A response that gives the gold answer in the form that the task asks for.
+
+        Before training it is judged, and a gold answer that is judged wrong is refused. Empty:
+        this verifier cannot say, and nothing is proved.
+        """
+        return ""
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:

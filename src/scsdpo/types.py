@@ -4,24 +4,24 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 (responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from scsdpo.prompt import Message, Prompt, Verdict, stable_hash
+from scsdpo.prompt import Message, Prompt, Tool, Verdict, stable_hash
 from scsdpo.seeds import Seed, resolved
 
 __all__ = [
-    "JudgedBatch",
-    "Lesson",
+    "Judged",
     "Message",
-    "Outcomes",
     "Prompt",
-    "Rollouts",
+    "Responses",
     "Sampling",
     "TeacherContexts",
+    "Tool",
     "Verdict",
     "stable_hash",
 ]
@@ -36,7 +36,7 @@ class _ToDevice:
         moved = {
             f.name: value.to(device)
             for f in fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor | _ToDevice)
         }
         return replace(self, **moved)  # type: ignore[type-var]
 
@@ -111,56 +111,216 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rollouts(_ToDevice):
-    """Q x G responses, token ids straight from the sampler."""
+class Responses(_ToDevice):
+    """Q x G responses, as the token ids that stand after their prompts.
+
+    A token is `present` if it stands there, and `sampled` if the policy drew it. A token that is
+    present and not sampled, such as a tool's answer, is attended to and never learned from: losses,
+    log-probs, entropies, denominators and lengths are of sampled tokens.
+    """
 
     prompts: tuple[Prompt, ...]
     """The Q questions."""
     ids: Tensor
-    """[Q, G, L] int64: sampled tokens, end-of-sequence included, then padding."""
-    mask: Tensor
-    """[Q, G, L] bool: True at sampled tokens. A response may be empty (no True)."""
+    """[Q, G, L] int64: the sampler's own ids, never tokenised again; then padding."""
+    present: Tensor
+    """[Q, G, L] bool: a token stands here, sampled or written by somebody else; a prefix of L."""
+    sampled: Tensor
+    """[Q, G, L] bool: the policy drew this token, an end of sequence included. May be nowhere."""
     sampling_logprobs: Tensor
     """[Q, G, L] float32, nats: under the distribution drawn from (temperature and cuts)."""
     policy_logprobs: Tensor
     """[Q, G, L] float32, nats: under softmax(logits / temperature), nothing cut; nan: unknown."""
-    finished: Tensor
+    ended: Tensor
     """[Q, G] bool: ended by an end of sequence or a stop string, not by the length cap."""
     texts: tuple[tuple[str, ...], ...]
     """[Q][G] as `Chat.decode` gives them; for verifiers and demonstrations only."""
     temperature: float
     """The sampling temperature."""
-    version: str = ""
-    """Label of the weights that were sampled from: a `rollout.weights.digest`, or a `Versions`'."""
+    turns: Tensor
+    """[Q, G, L] int32: number, from 0, of the turn that a token belongs to. What answers a turn
+    has the turn's number."""
+    labels: tuple[str, ...]
+    """Labels of the weights that were sampled from, oldest first."""
+    versions: Tensor
+    """[Q, G, L] int32: which of `labels` drew a token."""
+    experts: Tensor
+    """[Q, G, L, layers, k] int16: experts that the sampler chose; layers is 0 if it says none."""
+
+    @classmethod
+    def of_one_turn(
+        cls,
+        *,
+        prompts: tuple[Prompt, ...],
+        ids: Tensor,
+        sampled: Tensor,
+        sampling_logprobs: Tensor,
+        policy_logprobs: Tensor,
+        ended: Tensor,
+        texts: tuple[tuple[str, ...], ...],
+        temperature: float,
+        version: str = "",
+    ) -> "Responses":
+        """Responses of one turn under one set of weights: what is present was sampled."""
+        zeros = torch.zeros_like(ids, dtype=torch.int32)
+        return cls(
+            prompts=prompts,
+            ids=ids,
+            present=sampled,
+            sampled=sampled,
+            sampling_logprobs=sampling_logprobs,
+            policy_logprobs=policy_logprobs,
+            ended=ended,
+            texts=texts,
+            temperature=temperature,
+            turns=zeros,
+            labels=(version,),
+            versions=zeros,
+            experts=zeros.new_zeros((*ids.shape, 0, 0), dtype=torch.int16),
+        )
 
     @property
     def lengths(self) -> Tensor:
-        """[Q, G] int64: tokens in each response."""
-        return self.mask.sum(-1)
+        """[Q, G] int64: tokens that the policy sampled."""
+        return self.sampled.sum(-1)
+
+    @property
+    def extents(self) -> Tensor:
+        """[Q, G] int64: tokens that stand after the prompt, whoever wrote them."""
+        return self.present.sum(-1)
+
+    @property
+    def version(self) -> str:
+        """Label of the newest weights that were sampled from."""
+        return self.labels[-1]
+
+    def __getitem__(self, questions: Sequence[int]) -> "Responses":
+        """Some questions, in the order given."""
+        index = list(questions)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[q] for q in index),
+            texts=tuple(self.texts[q] for q in index),
+            **{name: table[index] for name, table in _tensors(self).items()},
+        )
+
+    def cat(self, others: "Sequence[Responses]") -> "Responses":
+        """The questions of this and of others, one after the other, on this one's device.
+
+        Tables are as wide as the longest response of those that have questions.
+        """
+        every = [self, *(other.to(self.ids.device) for other in others)]
+        labels = tuple(dict.fromkeys(label for each in every for label in each.labels))
+        width = max((each.ids.shape[2] for each in every if each.prompts), default=0)
+
+        def joined(name: str) -> Tensor:
+            tables = [_tensors(each)[name] for each in every]
+            if name == "versions":
+                numbers = [[labels.index(label) for label in each.labels] for each in every]
+                tables = [
+                    torch.tensor(number, dtype=t.dtype, device=t.device)[t.long()]
+                    for number, t in zip(numbers, tables, strict=True)
+                ]
+            if tables[0].ndim > 2:
+                tables = [_wide(table, width) for table in tables]
+            return torch.cat(tables)
+
+        return replace(
+            self,
+            prompts=tuple(prompt for each in every for prompt in each.prompts),
+            texts=tuple(texts for each in every for texts in each.texts),
+            labels=labels,
+            **dict[str, Any]({name: joined(name) for name in _tensors(self)}),
+        )
+
+
+def _wide(table: Tensor, width: int) -> Tensor:
+    """[Q, G, L, ...] -> [Q, G, width, ...], cut or filled with zeros at the end of L."""
+    table = table[:, :, :width]
+    missing = table.new_zeros((*table.shape[:2], width - table.shape[2], *table.shape[3:]))
+    return torch.cat([table, missing], dim=2)
+
+
+def _tensors(batch: Responses) -> dict[str, Any]:
+    """Field -> tensor."""
+    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Outcomes(_ToDevice):
-    """The verdicts on a batch of rollouts."""
+class Judged(_ToDevice):
+    """A batch of responses with their verdicts: what strategies, selections and callbacks see.
 
+    In a run of several ranks, one rank's share.
+    """
+
+    responses: Responses
     verdicts: tuple[tuple[Verdict, ...], ...]
     """[Q][G]."""
     rewards: Tensor
     """[Q, G] float32."""
     successes: Tensor
     """[Q, G] bool: reward >= the success threshold."""
-    keys: tuple[str, ...] = ()
-    """[Q] `Prompt.key` of each question, for strategies that remember questions."""
+    split: Literal["train", "val", "test"] = "train"
+    """What the responses were sampled for."""
 
-    def question_keys(self) -> tuple[str, ...]:
-        """`keys`, which must be there."""
-        assert len(self.keys) == len(self.rewards), "these outcomes do not name their questions"
-        return self.keys
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The Q questions."""
+        return self.responses.prompts
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """[Q] `Prompt.key` of each question, for strategies that remember questions."""
+        return tuple(prompt.key for prompt in self.responses.prompts)
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """[Q][G] decoded responses."""
+        return self.responses.texts
+
+    @property
+    def lengths(self) -> Tensor:
+        """[Q, G] int64: tokens that the policy sampled in each response."""
+        return self.responses.lengths
+
+    @property
+    def ended(self) -> Tensor:
+        """[Q, G] bool: the response ended by itself, not by the length cap."""
+        return self.responses.ended
 
     @property
     def pass_rates(self) -> Tensor:
-        """[Q] float64: share of successes among a question's rollouts, p = k / G."""
+        """[Q] float64: share of successes among a question's responses, p = k / G."""
         return self.successes.double().mean(-1)
+
+    def __getitem__(self, questions: Sequence[int]) -> "Judged":
+        """Some questions, in the order given."""
+        index = list(questions)
+        return replace(
+            self,
+            responses=self.responses[index],
+            verdicts=tuple(self.verdicts[q] for q in index),
+            rewards=self.rewards[index],
+            successes=self.successes[index],
+        )
+
+    def cat(self, others: "Sequence[Judged]") -> "Judged":
+        """The questions of this and of others, one after the other, on this one's device."""
+        device = self.rewards.device
+        return replace(
+            self,
+            responses=self.responses.cat([other.responses for other in others]),
+            verdicts=tuple(row for each in (self, *others) for row in each.verdicts),
+            rewards=torch.cat([self.rewards, *(each.rewards.to(device) for each in others)]),
+            successes=torch.cat([self.successes, *(each.successes.to(device) for each in others)]),
+        )
+
+    def best_first(self, question: int) -> list[int]:
+        """The successes of a question: the highest reward first, of equals the first in order."""
+        rewards = self.rewards[question].tolist()
+        good = self.successes[question].nonzero()[:, 0].tolist()
+        return sorted(good, key=lambda g: -rewards[g])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -174,30 +334,3 @@ class TeacherContexts:
     def available(self) -> Tensor:
         """[Q, G] bool: the rollout has a teacher prompt."""
         return torch.tensor([[bool(row) for row in group] for group in self.ids], dtype=torch.bool)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Lesson:
-    """What of a batch the loss looks at."""
-
-    active: Tensor
-    """[Q, G] bool: rollouts that may get credit; the others are not run."""
-    reads_teacher: Tensor
-    """[Q, G] bool: rollouts whose credit reads the teacher."""
-    teacher: TeacherContexts
-    """What it reads before each response."""
-    objective_name: str
-    """What the advantage calls its objective."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class JudgedBatch:
-    """One rank's share of a batch of questions, answered and judged."""
-
-    split: Literal["train", "val", "test"]
-    rollouts: Rollouts
-    outcomes: Outcomes
-    weights: Tensor
-    """[Q, G] float64: `Weighting.weigh` in training; ones elsewhere."""
-    lesson: Lesson | None = None
-    """How it is learned from; None in validation and test."""

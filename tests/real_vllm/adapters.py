@@ -9,7 +9,7 @@ SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
 
 def check_sample(rollout, policy):
     rollouts = rollout.sample(policy, short_and_long(policy), SAMPLING)
-    assert int(rollouts.mask.sum()) > 100
+    assert int(rollouts.sampled.sum()) > 100
     check_parity(policy, rollouts)
 
 

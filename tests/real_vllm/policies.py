@@ -54,7 +54,7 @@ def gaps(policy, rollouts):
     return [
         (exact - said[mask].double()).abs()
         for exact, said, mask in zip(
-            log_probs(policy, rollouts), rollouts.policy_logprobs, rollouts.mask, strict=True
+            log_probs(policy, rollouts), rollouts.policy_logprobs, rollouts.sampled, strict=True
         )
     ]
 

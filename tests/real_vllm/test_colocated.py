@@ -44,7 +44,7 @@ def case(request, tmp_path_factory):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampled_log_probs_are_the_trainers(case, temperature):
     rollouts = case.sample(replace(SAMPLING, temperature=temperature))
-    assert int(rollouts.mask.sum()) > 100
+    assert int(rollouts.sampled.sum()) > 100
     check_parity(case.policy, rollouts)
     assert torch.equal(rollouts.sampling_logprobs, rollouts.policy_logprobs)
 
@@ -211,9 +211,9 @@ def test_sampling_leaves_the_process_as_it_was(case):
 def test_cut_log_probs_are_renormalised_and_the_policys_unknown(case, cut):
     sampling = replace(SAMPLING, **cut)
     rollouts = case.sample(sampling)
-    assert rollouts.policy_logprobs[rollouts.mask].isnan().all()
-    assert not rollouts.policy_logprobs[~rollouts.mask].any()
-    start, ids = case.prompts[1].ids, rollouts.ids[1, 0][rollouts.mask[1, 0]]
+    assert rollouts.policy_logprobs[rollouts.sampled].isnan().all()
+    assert not rollouts.policy_logprobs[~rollouts.sampled].any()
+    start, ids = case.prompts[1].ids, rollouts.ids[1, 0][rollouts.sampled[1, 0]]
     with case.policy.sampling_mode() as model:
         z = model(torch.tensor([[*start, *ids.tolist()]])).logits[0, len(start) - 1 : -1]
     limit = allowed(case.policy, rollouts)
@@ -235,7 +235,7 @@ def test_any_end_id_and_any_stop_string_ends_a_response(case):
     try:
         case.policy.chat = replace(chat, eos_ids=(10_000,))
         plain = case.sample()
-        assert not plain.finished.any() and plain.mask.all()
+        assert not plain.ended.any() and plain.sampled.all()
         end, stop = int(plain.ids[0, 0, 5]), plain.texts[1][1][5:7]
         case.policy.chat = replace(chat, eos_ids=(end,))
         prompts = [case.prompts[0], replace(case.prompts[1], stop=(stop,)), case.prompts[2]]
@@ -250,8 +250,8 @@ def test_any_end_id_and_any_stop_string_ends_a_response(case):
             assert ids == plain.ids[q, i, :n].tolist()
             assert end not in ids[:-1]
             by_string = q == 1 and stop in rollouts.texts[q][i]
-            assert bool(rollouts.finished[q, i]) == (ids[-1] == end or by_string)
-            assert rollouts.finished[q, i] or n == SAMPLING.max_new_tokens
+            assert bool(rollouts.ended[q, i]) == (ids[-1] == end or by_string)
+            assert rollouts.ended[q, i] or n == SAMPLING.max_new_tokens
             assert rollouts.texts[q][i] == chat.decode(ids)
             seen.add("string" if by_string else "id" if ids[-1] == end else "cap")
     assert {"string", "id"} <= seen

@@ -3,6 +3,7 @@
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage._composed import Composed
 from scsdpo.advantage.anchor import K1, K2, K3, EntropyBonus, Estimator, ReferenceKL
+from scsdpo.advantage.batch import Batch
 from scsdpo.advantage.blend import Blend, Weighted
 from scsdpo.advantage.distillation import ReferenceAnchor, SelfDistillation
 from scsdpo.advantage.divergence import (
@@ -51,6 +52,7 @@ __all__ = [
     "AllOf",
     "AsTaught",
     "Baseline",
+    "Batch",
     "BatchStd",
     "Blend",
     "Composed",

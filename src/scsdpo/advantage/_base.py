@@ -1,16 +1,19 @@
-"""The contract of an advantage: plan from outcomes alone, then credit chunk by chunk."""
+"""The contract of an advantage: plan from verdicts alone, then credit chunk by chunk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from scsdpo import contracts
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 from scsdpo.weighting import Weighting
+
+NOBODY = torch.tensor(False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -19,14 +22,19 @@ class Plan:
 
     active: Tensor
     """[Q, G] bool: rollouts whose credit may be other than zero."""
-    needs_teacher: Tensor
-    """[Q, G] bool: rollouts whose credit reads the teacher."""
-    needs_reference: Tensor
-    """[Q, G] bool: rollouts whose credit reads the reference."""
     credit: Callable[[Chunk], Credit]
     """Credit of a chunk of tokens of active rollouts."""
+    needs_teacher: Tensor = NOBODY
+    """[Q, G] bool: rollouts whose credit reads the teacher; a scalar counts for all of them."""
+    needs_reference: Tensor = NOBODY
+    """[Q, G] bool: rollouts whose credit reads the reference; a scalar counts for all of them."""
     derivations: tuple[Derivation, ...] = ()
-    """Tables like those of `Advantage.derivations`, if they depend on the batch's outcomes."""
+    """Tables like those of `Advantage.derivations`, if they depend on the batch's verdicts."""
+
+    def __post_init__(self) -> None:
+        for name in ("needs_teacher", "needs_reference"):
+            if (mask := getattr(self, name)).dim() == 0:
+                object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
 class Advantage(NeedsSignals, ABC):
@@ -58,22 +66,22 @@ class Advantage(NeedsSignals, ABC):
         return "objective"
 
     @abstractmethod
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        """The plan for one batch of rollouts.
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
+        """The plan for one batch of rollouts; it may be asked several times and changes nothing.
 
         Args:
-            outcomes: the batch's verdicts.
+            judged: the responses and their verdicts.
             available: [Q, G] bool: the rollout has a teacher prompt.
         """
 
-    def planned(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def planned(self, judged: Judged, available: Tensor) -> Plan:
         """What `plan` gives, checked; and its first credit, before it is used.
 
         Raises:
             ConfigurationError: if masks or credit are not of the shapes that a `Plan` says.
         """
-        plan, name = self.plan(outcomes, available), type(self).__name__
-        shape = tuple(outcomes.rewards.shape)
+        plan, name = self.plan(judged, available), type(self).__name__
+        shape = tuple(judged.rewards.shape)
         for field in ("active", "needs_teacher", "needs_reference"):
             contracts.mask(
                 getattr(plan, field), of=f"{name}.plan, {field}", axes="[Q, G]", shape=shape

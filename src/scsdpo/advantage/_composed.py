@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.loss import Chunk, Credit, Derivation, SparseCredit, SumCredit
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 from scsdpo.weighting import Uniform, Weighting
 
 
@@ -29,9 +29,9 @@ class Part:
                 f"`{type(self).__name__}(weight=...)` must be finite, got {self.weight}"
             )
 
-    def coefficients(self, outcomes: Outcomes) -> Tensor:
+    def coefficients(self, judged: Judged) -> Tensor:
         """[Q, G] float64: weight * W."""
-        return self.weight * self.weighting.weights(outcomes)
+        return self.weight * self.weighting.weights(judged)
 
 
 class Composed(Advantage):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.loss import Chunk, Credit, DenseCredit, SparseCredit
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Estimator(ABC):
@@ -94,24 +94,14 @@ class ReferenceKL(Advantage):
     def objective_name(self) -> str:
         return "divergence"
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         everyone = torch.ones_like(available)
-        return Plan(
-            active=everyone,
-            needs_teacher=~everyone,
-            needs_reference=everyone,
-            credit=self._credit,
-        )
+        return Plan(active=everyone, needs_reference=everyone, credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         log_ratio = chunk.logprob - chunk.reference().logprob(chunk.ids)
         value = self.estimator.credit(log_ratio)
-        return SparseCredit(
-            ids=chunk.ids[:, None],
-            values=value[:, None],
-            rest=torch.zeros_like(value),
-            objective=self.estimator.value(log_ratio),
-        )
+        return SparseCredit.at_sampled(chunk, value, objective=self.estimator.value(log_ratio))
 
 
 @dataclass(frozen=True)
@@ -125,14 +115,8 @@ class EntropyBonus(Advantage):
     def objective_name(self) -> str:
         return "negative_entropy"
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        everyone = torch.ones_like(available)
-        return Plan(
-            active=everyone,
-            needs_teacher=~everyone,
-            needs_reference=~everyone,
-            credit=self._credit,
-        )
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
+        return Plan(active=torch.ones_like(available), credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         entropy = chunk.student.entropy()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Plan
 from scsdpo.advantage._composed import Composed, Part, combined
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,7 @@ class Blend(Composed):
     def inner(self) -> Sequence[Part]:
         return self.parts
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         parts = [part for part in self.parts if part.weight != 0]
-        plans = [
-            (p.coefficients(outcomes), p.advantage.planned(outcomes, available)) for p in parts
-        ]
+        plans = [(p.coefficients(judged), p.advantage.planned(judged, available)) for p in parts]
         return combined(plans, available)

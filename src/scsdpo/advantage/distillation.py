@@ -11,7 +11,7 @@ from scsdpo.advantage.divergence import Divergence, FDivergence
 from scsdpo.advantage.support import Support, TopK
 from scsdpo.advantage.target import AsTaught, Target
 from scsdpo.loss import Chunk, Credit, Derivation, TokenLogits
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class SelfDistillation(_Distillation):
     def goal(self, chunk: Chunk) -> TokenLogits:
         return self.target.of(chunk)
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         return Plan(
             active=available,
             needs_teacher=available,
@@ -128,10 +128,9 @@ class ReferenceAnchor(_Distillation):
     def goal(self, chunk: Chunk) -> TokenLogits:
         return chunk.reference()
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         return Plan(
             active=torch.ones_like(available),
-            needs_teacher=torch.zeros_like(available),
             needs_reference=torch.ones_like(available),
             credit=self._credit,
         )

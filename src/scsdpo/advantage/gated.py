@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.loss import Chunk, Credit, SparseCredit
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,10 @@ class GatedGap(Advantage):
     def objective_name(self) -> str:
         return "gated_gap"
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        nobody = torch.zeros_like(available)
-        return Plan(
-            active=available, needs_teacher=available, needs_reference=nobody, credit=self._credit
-        )
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
+        return Plan(active=available, needs_teacher=available, credit=self._credit)
 
     def _credit(self, chunk: Chunk) -> Credit:
         gap = chunk.teacher().logprob(chunk.ids) - chunk.logprob
         gate = torch.sigmoid(self.sharpness * gap)
-        return SparseCredit(
-            ids=chunk.ids[:, None],
-            values=gate[:, None],
-            rest=torch.zeros_like(gate),
-            objective=gate * gap,
-        )
+        return SparseCredit.at_sampled(chunk, gate, objective=gate * gap)

@@ -18,7 +18,7 @@ from scsdpo.loss import (
     SparseCredit,
     mean_log_ratio,
 )
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Baseline(ABC):
@@ -259,14 +259,12 @@ class GroupRelative(Advantage):
         wide = rewards.double()
         return self.scale.divide(self.baseline.centre(wide), wide)
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
-        advantages = self.advantages(outcomes.rewards)
-        nobody = torch.zeros_like(available)
-        asked = available & (advantages != 0) if self.needs_teacher else nobody
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
+        advantages = self.advantages(judged.rewards)
+        asked = available & (advantages != 0) & self.needs_teacher
         return Plan(
             active=advantages != 0,
             needs_teacher=asked,
-            needs_reference=nobody,
             credit=partial(self._credit, advantages.flatten(), asked.flatten()),
         )
 
@@ -281,9 +279,5 @@ class GroupRelative(Advantage):
         plain = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
         credit = torch.where(plain <= clipped, plain, 0.0)
-        return SparseCredit(
-            ids=chunk.ids[:, None],
-            values=credit[:, None],
-            rest=torch.zeros_like(credit),
-            objective=-torch.minimum(plain, clipped),
-        )
+        objective = -torch.minimum(plain, clipped)
+        return SparseCredit.at_sampled(chunk, credit, objective)

@@ -10,7 +10,7 @@ from scsdpo import contracts
 from scsdpo.advantage._base import Plan
 from scsdpo.advantage._composed import Composed, Part, combined
 from scsdpo.advantage.router import Every, Router
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +64,18 @@ class Routed(Composed):
     def inner(self) -> Sequence[Part]:
         return self.routes
 
-    def plan(self, outcomes: Outcomes, available: Tensor) -> Plan:
+    def plan(self, judged: Judged, available: Tensor) -> Plan:
         free = torch.ones_like(available)
         plans = []
         for route in self.routes:
             claimed = contracts.mask(
-                route.where.claims(outcomes, available),
+                route.where.claims(judged, available),
                 of=f"{type(route.where).__name__}.claims",
                 axes="[Q, G]",
                 shape=tuple(available.shape),
             )
             mine = free & claimed
             free = free & ~mine
-            plan = route.advantage.planned(outcomes, available)
-            plans.append((route.coefficients(outcomes) * mine, plan))
+            plan = route.advantage.planned(judged, available)
+            plans.append((route.coefficients(judged) * mine, plan))
         return combined(plans, available)

@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 from scsdpo.state import Instant, PassRates, Stateful
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Router(ABC):
     """Says of each rollout whether it is claimed."""
 
     @abstractmethod
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        """[Q, G] bool; `available` [Q, G]: the rollout has a teacher prompt. Once a batch."""
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        """[Q, G] bool; `available` [Q, G]: the rollout has a teacher prompt. Changes nothing."""
 
 
 @dataclass(frozen=True)
 class Every(Router):
     """Every rollout: the last route, for what no other claims."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return torch.ones_like(available)
 
 
@@ -30,7 +30,7 @@ class Every(Router):
 class Never(Router):
     """No rollout: switches a route off."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return torch.zeros_like(available)
 
 
@@ -38,31 +38,31 @@ class Never(Router):
 class Failed(Router):
     """Rollouts below the success threshold."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        return ~outcomes.successes
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        return ~judged.successes
 
 
 @dataclass(frozen=True)
 class Succeeded(Router):
     """Rollouts that reach the success threshold."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        return outcomes.successes
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        return judged.successes
 
 
 @dataclass(frozen=True)
 class GroupFailed(Router):
     """Every rollout of a group without any success."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        return (~outcomes.successes).all(-1, keepdim=True).expand_as(available)
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        return (~judged.successes).all(-1, keepdim=True).expand_as(available)
 
 
 @dataclass(frozen=True)
 class HasTeacher(Router):
     """Rollouts whose teacher has something to be told."""
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return available
 
 
@@ -90,8 +90,8 @@ class RateWithin(Router):
                 f"got {self.low} and {self.high}"
             )
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        p = self.rates.observe(outcomes)
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        p = self.rates.rates(judged)
         return ((p >= self.low) & (p <= self.high))[:, None].expand_as(available)
 
 
@@ -116,7 +116,7 @@ class Warmup(Router, Stateful):
     def after_step(self) -> None:
         self.taken += 1
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return torch.full_like(available, bool(self.taken < self.steps))
 
 
@@ -137,5 +137,5 @@ class AllOf(Router):
         if not self.routers:
             raise ValueError("`AllOf(routers=...)` must name at least one router, got none")
 
-    def claims(self, outcomes: Outcomes, available: Tensor) -> Tensor:
-        return torch.stack([r.claims(outcomes, available) for r in self.routers]).all(0)
+    def claims(self, judged: Judged, available: Tensor) -> Tensor:
+        return torch.stack([r.claims(judged, available) for r in self.routers]).all(0)

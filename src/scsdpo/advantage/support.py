@@ -129,9 +129,4 @@ class Sampled(Support):
         self, divergence: FDivergence, student: TokenLogits, target: TokenLogits, ids: Tensor
     ) -> Credit:
         value = target.logprob(ids) - student.logprob(ids)
-        return SparseCredit(
-            ids=ids[:, None],
-            values=value[:, None],
-            rest=torch.zeros_like(value),
-            objective=-value,
-        )
+        return SparseCredit(ids[:, None], value[:, None], torch.zeros_like(value), -value)

@@ -22,7 +22,7 @@ def with_demonstrations(
 ) -> dict[str, Any]:
     """Accuracy with a right response of its own in the prompt, and with one to another question.
 
-    Follows an evaluation by the same trainer, whose first right response to each question is the
+    Follows an evaluation by the same trainer, whose best right response to each question is the
     demonstration, put in the words of the model's teacher. The policy's weights read it: not those
     of an EMA. The control shows each question the demonstration of the next question that has one
     (the first one's to the last): what it gains is not owed to what the demonstration says.
@@ -40,39 +40,45 @@ def with_demonstrations(
     found = model.evaluation.result.questions
     prompts = list(islice(data.val_prompts(), len(found)))
     assert [p.key for p in prompts] == [q.key for q in found]
-    shown = [(p, q) for p, q in zip(prompts, found, strict=True) if q.right]
+    context = model.teacher.context
+    if not isinstance(context, SiblingDemonstration):
+        context = SiblingDemonstration()
+    solved = ((p, q, context.shown(p, q.right)) for p, q in zip(prompts, found, strict=True))
+    shown = [(p, q, text) for p, q, text in solved if text.strip()]
     if len(shown) < 2:
         raise ConfigurationError(
             f"--demonstrations: {len(shown)} of {len(found)} questions were solved, nothing can be "
             "shown; take easier questions, more responses or a better policy"
         )
-    others = [shown[(i + 1) % len(shown)][1] for i in range(len(shown))]
-    own = _told(trainer, model, data, [(p, q.right) for p, q in shown])
-    another = _told(
-        trainer, model, data, [(p, o.right) for (p, _), o in zip(shown, others, strict=True)]
+    texts = [text for _, _, text in shown]
+    own, another = (
+        _evaluated(
+            trainer,
+            model,
+            data,
+            context,
+            [(p, text) for (p, _, _), text in zip(shown, order, strict=True)],
+        )
+        for order in (texts, [*texts[1:], texts[0]])
     )
-    without = [q for _, q in shown]
-    return _summary(_means(without), _means(own), _means(another))
+    return _summary(_means([q for _, q, _ in shown]), _means(own), _means(another))
 
 
-def _told(
+def _evaluated(
     trainer: L.Trainer,
     model: PolicyOptimizer,
     data: TaskDataModule,
+    context: SiblingDemonstration,
     pairs: Sequence[tuple[Prompt, str]],
 ) -> Sequence[Question]:
     """An evaluation in which each prompt shows a demonstration."""
-    context = model.teacher.context
-    if not isinstance(context, SiblingDemonstration):
-        context = SiblingDemonstration()
-    fill, shown = context.templates.fill, context.shown
     # Keys by place: two prompts may be the same question with another demonstration.
     data.val_sources = [
         told(
             replace(
                 prompt,
                 key=f"{place}/{prompt.key}",
-                messages=tuple(fill(prompt.messages, demonstration=shown(prompt, text))),
+                messages=tuple(context.templates.fill(prompt.messages, demonstration=text)),
             )
             for place, (prompt, text) in enumerate(pairs)
         )

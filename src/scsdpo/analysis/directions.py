@@ -14,10 +14,9 @@ from scsdpo.statistics import Estimate, mean_interval
 from scsdpo.training import Batch, PolicyOptimizer
 from scsdpo.training.optimizer_steps import trained_parameters
 from scsdpo.training.update import Update
-from scsdpo.types import Outcomes, Rollouts
+from scsdpo.types import Judged
 from scsdpo.weighting import UniformTokens
 
-Answered = tuple[Rollouts, Outcomes]
 Direction = list[Tensor]
 
 
@@ -43,7 +42,7 @@ class Directions:
     """The reward's gradient on one half with that on the other: how much of it is seen."""
 
 
-def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions:
+def directions(model: PolicyOptimizer, halves: Sequence[Judged]) -> Directions:
     """Compare the configured first step with the way up, each on questions that the other lacks.
 
     On the same rollouts the two would agree or not by chance alike; on disjoint questions a cosine
@@ -54,7 +53,7 @@ def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions
         model: configured.
         halves: two sets of rollouts, of different questions.
     """
-    batches = [model.prepare(*half) for half in halves]
+    batches = [model.prepare(half) for half in halves]
     steps = [_step(model, batch) for batch in batches]
 
     def against(rewards: Callable[[Batch], Tensor]) -> tuple[Estimate, list[Direction]]:
@@ -65,10 +64,10 @@ def directions(model: PolicyOptimizer, halves: Sequence[Answered]) -> Directions
         parts = [part for parts, _ in found for part in parts]
         return mean_interval(parts), [direction for _, direction in found]
 
-    step, up = against(lambda batch: batch.outcomes.rewards)
+    step, up = against(lambda batch: batch.judged.rewards)
     reward = cosine(*up)
     del up
-    length, _ = against(lambda batch: batch.rollouts.lengths.float())
+    length, _ = against(lambda batch: batch.judged.lengths.float())
     return Directions(step=step, length=length, reward=reward)
 
 
@@ -84,7 +83,7 @@ def _dot(a: Direction, b: Direction) -> float:
 
 def _step(model: PolicyOptimizer, batch: Batch) -> Direction:
     """Minus the gradient of the configured loss."""
-    _backward(model, batch, model.steps.update, range(len(batch.mask)))
+    _backward(model, batch, model.steps.update, range(len(batch.ids)))
     return _taken(model)
 
 
@@ -94,8 +93,8 @@ def _ascent(
     """Where the mean of `rewards` [Q, G] over responses grows, and each question's part of its
     cosine with `along`; no parts where one of the two is 0.
     """
-    nobody = torch.zeros_like(batch.outcomes.successes)
-    rewarded = replace(batch.outcomes, rewards=rewards)
+    nobody = torch.zeros_like(batch.judged.successes)
+    rewarded = replace(batch.judged, rewards=rewards)
     plan = GroupRelative(baseline=LeaveOneOut(), scale=Unscaled()).planned(rewarded, nobody)
     update = replace(
         model.steps.update,

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.analysis.directions import Answered, Directions, directions
+from scsdpo.analysis.directions import Directions, directions
 from scsdpo.analysis.looking import Looking
 from scsdpo.analysis.teacher_distance import distances
 from scsdpo.analysis.telling import Telling, tellings
@@ -18,7 +18,7 @@ from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.statistics import Estimate, score_interval
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Prompt, Verdict, stable_hash
+from scsdpo.types import Judged, Prompt, Verdict, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +122,8 @@ class _Check(Looking):
 def _readiness(
     model: PolicyOptimizer, prompts: Sequence[Prompt], with_directions: bool
 ) -> Readiness:
-    halves: list[Answered] = []
-    for half in (prompts[0::2], prompts[1::2]):
-        rollouts = model.sample(half, model.sampling.at(0))
-        halves.append((rollouts, model.judge(rollouts)))
+    sampling = model.sampling.at(0)
+    halves = [model.judge(model.sample(p, sampling)) for p in (prompts[0::2], prompts[1::2])]
     found: dict[str, Any] = {}
     if model.teacher.exists:
         found = _taught(model, halves)
@@ -134,20 +132,20 @@ def _readiness(
     return Readiness(answers=_answers(halves), **found)
 
 
-def _answers(halves: Sequence[Answered]) -> Answers:
-    verdicts = [v for _, o in halves for group in o.verdicts for v in group]
-    right = torch.cat([outcomes.successes.flatten() for _, outcomes in halves]).tolist()
-    rates = torch.cat([outcomes.pass_rates for _, outcomes in halves]).tolist()
+def _answers(halves: Sequence[Judged]) -> Answers:
+    verdicts = [v for half in halves for group in half.verdicts for v in group]
+    right = torch.cat([half.successes.flatten() for half in halves]).tolist()
+    rates = torch.cat([half.pass_rates for half in halves]).tolist()
 
     def mean(of: Sequence[Tensor]) -> float:
         return float(torch.cat([table.double().flatten() for table in of]).mean())
 
     return Answers(
         questions=len(rates),
-        group=halves[0][0].ids.shape[1],
+        group=halves[0].rewards.shape[1],
         formed=_formed(verdicts, right),
-        truncated=1 - mean([rollouts.finished for rollouts, _ in halves]),
-        length=mean([rollouts.lengths for rollouts, _ in halves]),
+        truncated=1 - mean([half.ended for half in halves]),
+        length=mean([half.lengths for half in halves]),
         pass_rate=score_interval(rates),
         mastered=fmean(rate == 1 for rate in rates),
         hopeless=fmean(rate == 0 for rate in rates),
@@ -161,16 +159,16 @@ def _formed(verdicts: Sequence[Verdict], right: Sequence[bool]) -> float:
     return fmean(a or b for a, b in zip(found, right, strict=True))
 
 
-def _taught(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, Any]:
-    contexts = [model.teacher.contexts(model.policy.chat, *half) for half in halves]
-    rows = [row for half in halves for row in distances(model, *half)]
+def _taught(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, Any]:
+    contexts = [model.teacher.contexts(model.policy.chat, half) for half in halves]
+    rows = [row for half in halves for row in distances(model, half)]
     available = [
-        context.available.to(rollouts.ids.device)
-        for context, (rollouts, _) in zip(contexts, halves, strict=True)
+        context.available.to(half.rewards.device)
+        for context, half in zip(contexts, halves, strict=True)
     ]
-    tokens = [r.lengths * a for (r, _), a in zip(halves, available, strict=True)]
+    tokens = [half.lengths * a for half, a in zip(halves, available, strict=True)]
     total = sum(float(t.sum()) for t in tokens)
-    cut = sum(float((t * ~r.finished).sum()) for t, (r, _) in zip(tokens, halves, strict=True))
+    cut = sum(float((t * ~half.ended).sum()) for t, half in zip(tokens, halves, strict=True))
     values = [(row.values["log_teacher_over_student"], row.correct) for row in rows]
     return {
         "taught": float(torch.cat(available).double().mean()),

@@ -9,14 +9,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from scsdpo.advantage import Divergence, Plan, TopK
+from scsdpo.advantage import Batch, Divergence, Plan, TopK
 from scsdpo.analysis.looking import Looking
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
 from scsdpo.teacher import NoTeacher
-from scsdpo.training import Batch, PolicyOptimizer
-from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.training import PolicyOptimizer
+from scsdpo.types import Judged, Prompt, Sampling
 
 MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
 """sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
@@ -40,7 +40,7 @@ class Probe:
     """Credit of zero everywhere, that writes down the four measures on the way.
 
     Args:
-        mask: [R, L] response tokens; the tables have its shape.
+        mask: [R, L] sampled tokens; the tables have its shape.
     """
 
     mask: Tensor
@@ -88,44 +88,35 @@ def measure_batch(
     model: PolicyOptimizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[Row]:
     """Sample, judge, and measure the teacher on every response that it has something to say on."""
-    rollouts = model.sample(prompts, sampling)
-    return distances(model, rollouts, model.judge(rollouts))
+    return distances(model, model.judge(model.sample(prompts, sampling)))
 
 
-def distances(model: PolicyOptimizer, rollouts: Rollouts, outcomes: Outcomes) -> list[Row]:
+def distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
     """Measure the teacher on every response that it has something to say on."""
-    prompts, group = rollouts.prompts, rollouts.ids.shape[1]
+    prompts, group = judged.prompts, judged.rewards.shape[1]
     chat = model.policy.chat
-    contexts = model.teacher.contexts(chat, rollouts, outcomes)
-    available = contexts.available.to(rollouts.ids.device)
-    probe = Probe(rollouts.mask.flatten(0, 1))
-    plan = Plan(
-        active=available,
-        needs_teacher=available,
-        needs_reference=torch.zeros_like(available),
-        credit=probe.credit,
-    )
-    batch = Batch(
-        rollouts=rollouts,
-        outcomes=outcomes,
-        plan=plan,
-        weights=torch.ones_like(outcomes.rewards).double(),
-        teacher=contexts,
-        reference=NoTeacher().contexts(chat, rollouts, outcomes),
-        questions=(len(prompts),),
-        old_logprobs=torch.full_like(rollouts.policy_logprobs, torch.nan).flatten(0, 1),
+    contexts = model.teacher.contexts(chat, judged)
+    available = contexts.available.to(judged.rewards.device)
+    probe = Probe(judged.responses.sampled.flatten(0, 1))
+    plan = Plan(active=available, needs_teacher=available, credit=probe.credit)
+    batch = Batch.of(
+        judged,
+        plan,
+        torch.ones_like(judged.rewards).double(),
+        (contexts, NoTeacher().contexts(chat, judged)),
+        (len(prompts),),
     )
     update = replace(model.steps.update, needs=frozenset(), derivations=())
     budget = model.limits.token_budget(model.policy)
     with torch.no_grad():
-        for _ in update.losses(model.policy, batch, list(range(batch.mask.shape[0])), budget):
+        for _ in update.losses(model.policy, batch, list(range(len(batch.ids))), budget):
             pass
-    lengths, mask = batch.mask.sum(-1).tolist(), batch.mask.cpu()
+    lengths, mask = batch.sampled.sum(-1).tolist(), batch.sampled.cpu()
     rows = []
     for i in batch.active.nonzero()[:, 0].tolist():
         q, g = divmod(i, group)
         means = {name: float(t[i][mask[i]].mean()) for name, t in probe.tables.items()}
-        rate, right = float(outcomes.pass_rates[q]), bool(outcomes.successes[q, g])
+        rate, right = float(judged.pass_rates[q]), bool(judged.successes[q, g])
         rows.append(Row(prompts[q].key, rate, right, lengths[i], means))
     return rows
 

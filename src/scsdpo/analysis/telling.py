@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from scsdpo.analysis.directions import Answered
 from scsdpo.statistics import Estimate, paired_interval, score_interval
 from scsdpo.teacher import (
     Context,
@@ -14,7 +13,7 @@ from scsdpo.teacher import (
     SiblingDemonstration,
 )
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+from scsdpo.types import Judged, Prompt, TeacherContexts
 
 Shown = SiblingDemonstration | GoldSolution
 """Contexts of which another question's demonstration can take the place."""
@@ -42,7 +41,7 @@ class Asked(NamedTuple):
 
 
 def tellings(
-    model: PolicyOptimizer, halves: Sequence[Answered], contexts: Sequence[TeacherContexts]
+    model: PolicyOptimizer, halves: Sequence[Judged], contexts: Sequence[TeacherContexts]
 ) -> dict[str, Telling]:
     """Answer what each way of telling makes of the questions.
 
@@ -69,17 +68,17 @@ def tellings(
     return found
 
 
-def _asked(halves: Sequence[Answered], contexts: Iterable[TeacherContexts]) -> list[Asked]:
+def _asked(halves: Sequence[Judged], contexts: Iterable[TeacherContexts]) -> list[Asked]:
     """Of each question the first prompt of its rollouts' teachers, if any."""
     return [
         Asked(prompt, ids)
-        for (rollouts, _), table in zip(halves, contexts, strict=True)
-        for prompt, group in zip(rollouts.prompts, table.ids, strict=True)
+        for judged, table in zip(halves, contexts, strict=True)
+        for prompt, group in zip(judged.prompts, table.ids, strict=True)
         if (ids := next((ids for ids in group if ids), ()))
     ]
 
 
-def _others(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, list[Asked]]:
+def _others(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, list[Asked]]:
     """What could be told and is not."""
     context, chat = model.teacher.context, model.policy.chat
     words: SiblingDemonstration | Feedback | GoldSolution = SiblingDemonstration()
@@ -89,12 +88,12 @@ def _others(model: PolicyOptimizer, halves: Sequence[Answered]) -> dict[str, lis
     for name, kind in (("gold", GoldSolution), ("feedback", Feedback)):
         if not isinstance(context, kind):
             way = kind(templates=words.templates, max_tokens=words.max_tokens)
-            found[name] = _asked(halves, [way.render(chat, *half) for half in halves])
+            found[name] = _asked(halves, [way.render(chat, half) for half in halves])
     return found
 
 
 def _swapped(
-    model: PolicyOptimizer, halves: Sequence[Answered], configured: Sequence[Asked]
+    model: PolicyOptimizer, halves: Sequence[Judged], configured: Sequence[Asked]
 ) -> list[Asked]:
     """Each question that is shown a demonstration, with the next one's."""
     shown_by = _shown_by(model.teacher.context)
@@ -103,9 +102,9 @@ def _swapped(
     told = {one.prompt.key for one in configured}
     shown = [
         (prompt, text)
-        for rollouts, outcomes in halves
-        for q, prompt in enumerate(rollouts.prompts)
-        if prompt.key in told and (text := _demonstration(shown_by, q, rollouts, outcomes))
+        for judged in halves
+        for q, prompt in enumerate(judged.prompts)
+        if prompt.key in told and (text := _demonstration(shown_by, q, judged))
     ]
     return [
         Asked(prompt, ids)
@@ -120,10 +119,10 @@ def _shown_by(context: Context) -> Shown | None:
     return context if isinstance(context, SiblingDemonstration | GoldSolution) else None
 
 
-def _demonstration(shown_by: Shown, question: int, rollouts: Rollouts, outcomes: Outcomes) -> str:
+def _demonstration(shown_by: Shown, question: int, judged: Judged) -> str:
     if isinstance(shown_by, GoldSolution):
-        return rollouts.prompts[question].answer
-    return shown_by.demonstration(question, -1, rollouts, outcomes)  # to none of them
+        return judged.prompts[question].answer
+    return shown_by.demonstration(question, -1, judged)  # to none of them
 
 
 def _rates(model: PolicyOptimizer, name: str, asked: Sequence[Asked]) -> dict[str, float]:
@@ -133,8 +132,7 @@ def _rates(model: PolicyOptimizer, name: str, asked: Sequence[Asked]) -> dict[st
     ]
     if not prompts:
         return {}
-    rollouts = model.sample(prompts, model.sampling.at(0))
-    rates = model.judge(rollouts).pass_rates.tolist()
+    rates = model.judge(model.sample(prompts, model.sampling.at(0))).pass_rates.tolist()
     return {one.prompt.key: rate for one, rate in zip(asked, rates, strict=True)}
 
 

@@ -4,7 +4,7 @@ from scsdpo.callbacks.before_after import BeforeAfter, before_after_table
 from scsdpo.callbacks.prediction_writer import PredictionWriter
 from scsdpo.callbacks.progress import Progress
 from scsdpo.callbacks.report import Report
-from scsdpo.callbacks.rollouts import RolloutCallback, show_rollouts
+from scsdpo.callbacks.rollouts import RolloutCallback, show_batch, show_rollouts
 from scsdpo.callbacks.run_records import RunRecords
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "RolloutCallback",
     "RunRecords",
     "before_after_table",
+    "show_batch",
     "show_rollouts",
 ]

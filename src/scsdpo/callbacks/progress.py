@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 from jsonargparse.typing import NonNegativeInt
 
+from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.records import Recorded, TextLog
-from scsdpo.types import JudgedBatch
 
 FIRST = (
     ("pass_rate", "pass rate"),
@@ -64,26 +64,25 @@ class Progress(RolloutCallback):
         self._sums, self._since = {}, time.monotonic()
         self._began = int(pl_module.batches)
 
-    def on_rollouts(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
-    ) -> None:
+    def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
         assert isinstance(module, Recorded)
-        now = int(module.batches)
-        if batch.split != "train" or not trainer.is_global_zero or not batch.rollouts.prompts:
+        now, judged = int(module.batches), batch.judged
+        if not trainer.is_global_zero or not judged.prompts:
             return
         if self.responses and _due(now, self.responses_every):
-            for g in _telling(batch.outcomes.successes[0].tolist())[: self.responses]:
+            for g in _telling(judged.successes[0].tolist())[: self.responses]:
                 self._show(trainer, batch, g, now)
 
-    def _show(self, trainer: L.Trainer, batch: JudgedBatch, g: int, now: int) -> None:
-        prompt, verdict = batch.rollouts.prompts[0], batch.outcomes.verdicts[0][g]
-        right = bool(batch.outcomes.successes[0, g])
-        rate, weight = float(batch.outcomes.pass_rates[0]), float(batch.weights[0, g])
+    def _show(self, trainer: L.Trainer, batch: Batch, g: int, now: int) -> None:
+        judged = batch.judged
+        prompt, verdict = judged.prompts[0], judged.verdicts[0][g]
+        right = bool(judged.successes[0, g])
+        rate, weight = float(judged.pass_rates[0]), float(batch.weights[0, g])
         said = f"{'right' if right else 'wrong'}, reward {verdict.reward:g}"
         said += f", pass rate {rate:.2f}, weight {weight:.2f}"
-        said += "" if batch.rollouts.finished[0, g] else ", cut off"
+        said += "" if judged.ended[0, g] else ", cut off"
         said += f": {verdict.error or verdict.feedback}" if not right else ""
-        text = batch.rollouts.texts[0][g]
+        text = judged.texts[0][g]
         row = [
             ("question", prompt.messages[-1]["content"]),
             ("response", text),

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import lightning as L
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.distributed import all_gather
 from scsdpo.policy import CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.records import BatchFiles, Outage, Recorded, TokenTrace, run_folder
 from scsdpo.records.lines import rollout_record, token_record
-from scsdpo.types import JudgedBatch, stable_hash
+from scsdpo.types import Judged, stable_hash
 
 FOLDERS = ("rollouts", "tokens")
 
@@ -35,7 +36,7 @@ class _Group:
 class _Batch:
     """What is to be written of a batch that is being learned from."""
 
-    judged: JudgedBatch
+    batch: Batch
     where: dict[str, Any]
     chosen: list[_Group]
     """Of all ranks."""
@@ -99,37 +100,35 @@ class RunRecords(RolloutCallback):
         for files in self._files.values():
             files.begin(batch, checkpoint)
 
-    def on_rollouts(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
-    ) -> None:
-        if trainer.state.fn != "fit" or self.questions == 0:
+    def on_rollouts(self, trainer: L.Trainer, module: L.LightningModule, judged: Judged) -> None:
+        if trainer.state.fn != "fit" or self.questions == 0 or judged.split == "train":
+            return
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+            assert isinstance(module, Recorded)
+            self._keep_validation(module, judged, self._where(trainer, module))
+
+    def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
+        """Choose what to write of a batch, and what to trace; its kernel has not run yet."""
+        if self.questions == 0:
             return
         assert isinstance(module, Recorded)
-        where = {"run": self._run, "batch": int(module.batches), "step": trainer.global_step}
-        if batch.lesson is not None:
-            self._choose(module, batch, where)
-        elif not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
-            self._keep_validation(module, batch, where)
-
-    def _choose(self, module: Recorded, batch: JudgedBatch, where: dict[str, Any]) -> None:
-        """What to write of a batch, and what to trace; its kernel has not run yet."""
-        assert batch.lesson is not None
-        rollouts, outcomes = batch.rollouts, batch.outcomes
-        active, successes = batch.lesson.active.tolist(), outcomes.successes.tolist()
+        where, judged = self._where(trainer, module), batch.judged
+        active = batch.active.view_as(judged.successes).tolist()
+        successes = judged.successes.tolist()
         mine = [
             _Group(
-                draw=stable_hash(where["batch"], prompt.key, *rollouts.texts[q]),
+                draw=stable_hash(where["batch"], prompt.key, *judged.texts[q]),
                 rank=module.global_rank,
                 question=q,
                 active=active[q],
                 successes=successes[q],
             )
-            for q, prompt in enumerate(rollouts.prompts)
+            for q, prompt in enumerate(judged.prompts)
         ]
         chosen = sorted(all_gather(mine))[: self.questions]
         due = self.trace_every and (where["batch"] - 1) % self.trace_every == 0
         traced = _traced(chosen, self.traces if due else 0)
-        samples = outcomes.successes.shape[1]
+        samples = judged.successes.shape[1]
         # A question that is twice in the batch, where one pass ends and the next begins, has the
         # same responses both times, and so the same draw.
         rows = [
@@ -141,9 +140,9 @@ class RunRecords(RolloutCallback):
         ]
         trace = None
         if rows:
-            taught, length = batch.lesson.reads_teacher.flatten(), rollouts.mask.shape[-1]
+            taught, length = batch.plan.needs_teacher.flatten(), batch.ids.shape[-1]
             trace = TokenTrace(rows, taught, length=length, candidates=self.candidates)
-            module.observe(trace)
+            module.watch(trace)
         self._batch = _Batch(batch, where, chosen, set(traced), trace)
 
     def on_train_batch_end(
@@ -176,22 +175,25 @@ class RunRecords(RolloutCallback):
             traced, tokens = (group.draw, g) in now.traced, None
             if traced:
                 assert now.trace is not None
-                length = int(now.judged.rollouts.lengths[q, g])
-                columns = now.trace.columns(q * samples + g, length)
-                tokens = token_record(now.judged, q, g, columns=columns, **made)
-            record = rollout_record(now.judged, q, g, traced=traced, **made)
+                sampled = now.batch.judged.responses.sampled[q, g]
+                columns = now.trace.columns(q * samples + g, sampled)
+                tokens = token_record(now.batch, q, g, columns=columns, **made)
+            record = rollout_record(now.batch.judged, q, g, batch=now.batch, traced=traced, **made)
             lines.append((group.draw, g, record, tokens))
         return lines
 
-    def _keep_validation(self, module: Recorded, batch: JudgedBatch, where: dict[str, Any]) -> None:
+    def _where(self, trainer: L.Trainer, module: Recorded) -> dict[str, Any]:
+        return {"run": self._run, "batch": int(module.batches), "step": trainer.global_step}
+
+    def _keep_validation(self, module: Recorded, judged: Judged, where: dict[str, Any]) -> None:
         """The questions that come first in a draw that is the same at every validation."""
         made: dict[str, Any] = {"where": where, "chat": _chat(module), "traced": False}
-        for q, prompt in enumerate(batch.rollouts.prompts):
+        for q, prompt in enumerate(judged.prompts):
             draw = stable_hash("validation", prompt.key)
             kept = self._validated[: self.questions]
             if self.questions is None or len(kept) < self.questions or draw < kept[-1][0]:
-                samples = range(batch.outcomes.successes.shape[1])
-                records: list[Any] = [rollout_record(batch, q, g, **made) for g in samples]
+                samples = range(judged.successes.shape[1])
+                records: list[Any] = [rollout_record(judged, q, g, **made) for g in samples]
                 self._validated = sorted([*kept, (draw, records)], key=lambda each: each[0])
         self._validated = self._validated[: self.questions]
 

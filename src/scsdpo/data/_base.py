@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from scsdpo.types import Prompt, stable_hash
 
 CHECK_AHEAD = 20_000
-"""So many rows of a source have their gold answers checked by their verifiers."""
+"""So many prompts of a stream, or of a source of the user's own, have their gold answers proved."""
 
 
 class Source(Dataset[Prompt], ABC):
@@ -39,6 +39,11 @@ class Source(Dataset[Prompt], ABC):
     def sequential(self) -> bool:
         """Whether prompts can be read in order only."""
         return False
+
+    @property
+    def proves_golds(self) -> bool:
+        """Whether it refuses, as it reads, gold answers that no response could meet."""
+        return self.sequential
 
     def read(self) -> Iterator[Prompt]:
         """One pass over the prompts, in order."""

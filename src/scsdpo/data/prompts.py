@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from scsdpo.data._base import CHECK_AHEAD, Source
+from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.table import Table
 from scsdpo.types import Message, Prompt, stable_hash
 from scsdpo.verifiers import Verifier
@@ -63,7 +64,7 @@ def table_prompts(
 
     Raises:
         ValueError: if a row has no question or no answer, or the verifier cannot read the answer;
-            with the number of the row.
+            with the number of the row; or if no response could meet an answer.
     """
     questions, answers = table.texts(prompt), table.texts(answer)
     systems = table.texts(system, optional=True) if system else [""] * len(questions)
@@ -73,17 +74,6 @@ def table_prompts(
         )
         for question, gold, turn in zip(questions, answers, systems, strict=True)
     ]
-    for index, made in enumerate(prompts):
-        if table.number(index) <= CHECK_AHEAD:
-            check_gold(made, table.where(index))
+    if len(prompts) > 1 or table.number(0) <= CHECK_AHEAD:  # of a stream's rows, the first ones
+        refuse_unmet(name, prompts, table.where)
     return prompts
-
-
-def check_gold(prompt: Prompt, where: str) -> None:
-    """Raise a ValueError that begins with `where` if the verifier cannot read the gold answer."""
-    try:
-        prompt.verifier.check(prompt)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: {error}; no response could be right: mend the answer, or remove the row"
-        ) from error

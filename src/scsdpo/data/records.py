@@ -95,6 +95,11 @@ class Records(Stream):
         """Whether rows are read as a stream."""
         return self.streaming
 
+    @property
+    def proves_golds(self) -> bool:
+        """Row by row, with its number."""
+        return True
+
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """All of them."""
@@ -259,6 +264,11 @@ class ToolUse(PromptList):
     def name(self) -> str:
         """Always `tooluse`."""
         return "tooluse"
+
+    @property
+    def proves_golds(self) -> bool:
+        """Row by row, with its number."""
+        return True
 
     def load(self) -> Iterable[Prompt]:
         """One prompt a row; a row whose gold answer cannot be read is an error."""

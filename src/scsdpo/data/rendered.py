@@ -33,7 +33,9 @@ class Rendered(Dataset[Prompt]):
     ) -> None:
         self.prompts, self.chat = prompts, chat
         # By index: a source need not say where it ends.
-        lengths = [len(chat.render(prompts[i].messages)) for i in range(len(prompts))]
+        asked = (prompts[index] for index in range(len(prompts)))
+        lengths = [len(chat.render(prompt.messages, prompt.tools)) for prompt in asked]
+        self.longest = max((length for length in lengths if length <= max_tokens), default=0)
         self.kept = [index for index, length in enumerate(lengths) if length <= max_tokens]
         if not self.kept:
             raise ValueError(too_long(name, len(lengths), min(lengths, default=0), max_tokens))
@@ -49,11 +51,12 @@ class Rendered(Dataset[Prompt]):
 
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
-    """The prompt with its `ids`, and with the thinking that they leave open."""
+    """The prompt with its `ids`, the thinking that they leave open, and how to read responses."""
     return replace(
         prompt,
-        ids=chat.render(prompt.messages),
-        thinking=left_open(chat.header(prompt.messages)),
+        ids=chat.render(prompt.messages, prompt.tools),
+        response_template=chat.tokenizer.response_template or {},
+        thinking=left_open(chat.header(prompt.messages, prompt.tools)),
     )
 
 

@@ -56,6 +56,7 @@ class SciKnowEval(PromptList):
         source: name of the set on the Hugging Face hub, or a folder with `train.json` and
             `test.json` in the format of the SDPO authors' repository. Both give the same prompts.
         strict: as in `MultipleChoice`.
+        strip_thinking: as in `MultipleChoice`.
         level: of the set, L1 to L5; files hold the reasoning level, L3.
 
     Raises:
@@ -73,6 +74,7 @@ class SciKnowEval(PromptList):
         *,
         source: str = "hicai-zju/SciKnowEval",
         strict: bool = True,
+        strip_thinking: bool = True,
         level: str = FILE_LEVEL,
     ) -> None:
         for name, value, choices in (
@@ -84,12 +86,17 @@ class SciKnowEval(PromptList):
                 raise ValueError(f"`SciKnowEval({name}=...)` must be of {choices}, got {value!r}")
         self.domain, self.split, self.level = domain, split, level
         self.source = source
-        self.verifier = MultipleChoice(strict=strict)
+        self.verifier = MultipleChoice(strict=strict, strip_thinking=strip_thinking)
 
     @property
     def name(self) -> str:
         """The domain."""
         return self.domain
+
+    @property
+    def proves_golds(self) -> bool:
+        """Row by row, with its number."""
+        return True
 
     def load(self) -> Iterable[Prompt]:
         """The questions of the split."""

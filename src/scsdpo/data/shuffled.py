@@ -36,6 +36,11 @@ class ShuffledSource(ABC):
     def __getitem__(self, number: int) -> Prompt:
         """The rendered prompt that is asked as `number`, from 0."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the longest prompt; where they are not known before, the limit on them."""
+
     def question_keys(self) -> Iterator[str]:
         """Keys of the first pass's prompts, at most `FILTER_AHEAD`."""
         return (self[number].key for number in range(min(len(self), FILTER_AHEAD)))
@@ -56,6 +61,10 @@ class _Permuted(ShuffledSource):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        return self.prompts.longest
 
     def __getitem__(self, number: int) -> Prompt:
         passes, place = divmod(number, len(self))
@@ -83,6 +92,10 @@ class _Streamed(ShuffledSource):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def longest(self) -> int:
+        return self.max_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prompts": iter(()), "_at": -1}

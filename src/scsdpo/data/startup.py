@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from datetime import date
 from itertools import islice
 from typing import Any
 
@@ -10,15 +11,16 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from scsdpo.data._base import CHECK_AHEAD, Source, source_key
-from scsdpo.data.prompts import check_gold
+from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.rendered import rendered
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict
+from scsdpo.types import Judged, Prompt, Responses, Verdict
 
 SHARED_AHEAD = 1_000
 """Questions of a stream, or of a large source, that are compared with those of validation."""
 _WORD = "scsdpo"
+_TURN = {"role": "assistant", "content": _WORD}
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,89 @@ def check_start(module: Any, sources: Sequence[Source]) -> None:
         with blamed_on(source_key("train", number, len(sources))):
             _check_source(module, source)
     _log_unread(chat)
+    first = next(sources[0].read())
+    with blamed_on("model.policy"):
+        _check_rows(chat, chat.render(first.messages, first.tools))
+    if chat.writes_date(first.messages, first.tools):
+        _say_date(chat)
+
+
+def check_context(module: Any, source: Source, longest: int) -> None:
+    """Log one line if prompts and responses may be longer than what the model was made for.
+
+    Args:
+        module: has `policy.chat`, `teacher` and `sampling`.
+        source: of training questions; its first prompt is shown to the teacher, with a response
+            that is as long as it may be.
+        longest: tokens of the longest prompt.
+    """
+    chat: Chat = module.policy.chat
+    prompt = rendered(next(source.read()), chat)
+    response = module.sampling.max_new_tokens
+    needed = [("the policy reads", longest, "data.max_prompt_tokens")]
+    if module.teacher.exists:
+        told = len(_told(module, prompt, " a" * response)) or len(prompt.ids)
+        said = longest + told - len(prompt.ids)
+        needed.append(("the teacher reads about", said, "max_tokens of model.teacher.context"))
+    who, tokens, key = max(needed, key=lambda need: need[1])
+    if tokens + response > chat.positions:
+        _warn(
+            f"model.policy: {chat.tokenizer.name_or_path!r} was made for {chat.positions} tokens, "
+            f"and {who} prompts of {tokens} before responses of {response}: lower {key} or "
+            "model.sampling.max_new_tokens, or take a model with a longer context"
+        )
+
+
+def _check_rows(chat: Chat, prompt: tuple[int, ...]) -> None:
+    """Each id that a run can meet must have a row in the embedding; a text meets no control id."""
+    own, model = chat.tokenizer, chat.tokenizer.name_or_path
+    remedy = (
+        "take the tokenizer that belongs to the model, or enlarge its embedding "
+        "(`resize_token_embeddings`) and save it"
+    )
+    if used := sorted(i for i in set(prompt) if i >= chat.rows):
+        raise ValueError(
+            f"the chat template of {model!r} writes {_shown(chat, used[0])}, for which the "
+            f"embedding of {chat.rows} rows has none; {remedy}"
+        )
+    if all(end >= chat.rows for end in chat.eos_ids):
+        raise ValueError(
+            f"no response of {model!r} can end: the embedding has {chat.rows} rows, and none for "
+            f"{', '.join(_shown(chat, end) for end in chat.eos_ids)}; set `eos_token_id` in "
+            "generation_config.json to a token that it has"
+        )
+    without = {i: token for token, i in own.get_vocab().items() if i >= chat.rows}
+    if words := sorted(i for i in without if i not in chat.control_ids):
+        raise ValueError(
+            f"the tokenizer of {model!r} makes {len(words)} tokens of texts, such as "
+            f"{_shown(chat, words[0])}, for which the embedding of {chat.rows} rows has none; "
+            f"{remedy}"
+        )
+    if without:
+        rank_zero_info(
+            f"model.policy: the embedding of {model!r} has {chat.rows} rows, and none for "
+            f"{', '.join(_shown(chat, i) for i in sorted(without)[:3])}"
+            f"{f' and {len(without) - 3} more' if len(without) > 3 else ''}: texts that spell them "
+            f"are read as ordinary tokens; if they are wanted, {remedy}"
+        )
+    if lost := [end for end in chat.eos_ids if end >= min(chat.rows, len(own))]:
+        rank_zero_info(
+            f"model.policy: {', '.join(_shown(chat, end) for end in lost)} of `eos_token_id` is no "
+            f"token that {model!r} can say: responses end with the others"
+        )
+
+
+def _say_date(chat: Chat) -> None:
+    _warn(
+        f"model.policy.chat_template_kwargs: the chat template of {chat.tokenizer.name_or_path!r} "
+        "writes today's date, so that a run that goes on tomorrow has other prompts; "
+        f"{{strftime_now: {date.today()}}} fixes it"
+    )
+
+
+@rank_zero_only
+def _warn(text: str) -> None:
+    _log.warning(text)
 
 
 def _check_source(module: Any, source: Source) -> None:
@@ -57,13 +142,13 @@ def _check_source(module: Any, source: Source) -> None:
 
 
 def check_golds(source: Source) -> None:
-    """Raise a ValueError if a verifier cannot read one of the first gold answers of a source.
+    """Raise a ValueError if no response could meet one of the first gold answers of a source.
 
-    A stream checks its own as they come.
+    Rows of a file or a set are proved as they are read, also those of a stream.
     """
-    if not source.sequential:
-        for number, prompt in enumerate(islice(source.read(), CHECK_AHEAD), start=1):
-            check_gold(prompt, f"prompt {number} of {source.name!r}")
+    if not source.proves_golds:
+        prompts = list(islice(source.read(), CHECK_AHEAD))
+        refuse_unmet(source.name, prompts, lambda index: f"prompt {index + 1} of {source.name!r}")
 
 
 def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> int:
@@ -111,18 +196,13 @@ def _log_unread(chat: Chat) -> None:
             )
 
 
-def _text(chat: Chat, messages: Sequence[dict[str, str]], *, opened: bool = False) -> str:
-    return chat.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=opened, tokenize=False, **chat.template_kwargs
-    )
-
-
 def _header(chat: Chat, prompt: Prompt, name: str) -> str:
     """What opens the assistant's turn; the prompt's own words must stand before it."""
     model = chat.tokenizer.name_or_path
     try:
-        opened = _text(chat, prompt.messages, opened=True)
-        closed = _text(chat, prompt.messages)
+        opened = chat.text(prompt.messages, prompt.tools)
+        header = chat.header(prompt.messages, prompt.tools)
+        answered = chat.text([*prompt.messages, _TURN], prompt.tools, opened=False)
     except TemplateError as error:
         roles = [message["role"] for message in prompt.messages]
         raise ValueError(
@@ -135,8 +215,11 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
                 f"the chat template of {model!r} leaves out what the {message['role']} says in the "
                 f"first prompt of {name!r}; use a template that has such turns"
             )
-    header = opened.removeprefix(closed)
-    if not header or header == opened:
+    # Where a template has no header to add, the user's end opens the assistant's turn, as Mistral's
+    # [/INST] does, if it writes nothing more before what the assistant says.
+    added = opened != chat.text(prompt.messages, prompt.tools, opened=False)
+    before = answered.rpartition(_WORD)[0]
+    if not header or not (added or before.rstrip() == opened.rstrip()):
         raise ValueError(
             f"the chat template of {model!r} does not open the assistant's turn when asked to "
             "(add_generation_prompt): responses would go on with the user's words"
@@ -146,45 +229,53 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
 
 def _end(chat: Chat, prompt: Prompt) -> str:
     """What ends the assistant's turn; as a token of its own, it must end responses too."""
-    turn = {"role": "assistant", "content": _WORD}
-    after = _text(chat, [*prompt.messages, turn]).rpartition(_WORD)[2]
+    said = chat.text([*prompt.messages, _TURN], prompt.tools, opened=False)
+    after = said.rpartition(_WORD)[2]
     ends = ", ".join(_shown(chat, end) for end in chat.eos_ids)
-    ids = chat.encode(after)
     if not after.strip():
         return f"end with {ends}; the template itself ends no turn"
-    if ids[0] in chat.eos_ids:
+    end = next((i for i in _ids(chat, after) if i in chat.control_ids), None)
+    if end in chat.eos_ids:
         return f"end with {ends}"
-    if ids[0] in chat.tokenizer.all_special_ids:
+    if end is not None:
         raise ValueError(
             f"the chat template of {chat.tokenizer.name_or_path!r} ends the assistant's turn with "
-            f"{_shown(chat, ids[0])}, but responses end with {ends}: add it to `eos_token_id` in "
+            f"{_shown(chat, end)}, but responses end with {ends}: add it to `eos_token_id` in "
             "generation_config.json"
         )
     return f"end with {ends}, while the template ends a turn with {after!r}"
 
 
-def _teacher(module: Any, prompt: Prompt, name: str) -> str:
-    """The teacher's prompt, for a failure beside a success, must end as the student's does."""
+def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
+    """The teacher's prompt for a failure beside the success `right`; empty: it has none."""
     chat: Chat = module.policy.chat
     shape = (1, 2, 1)
     zeros = torch.zeros(shape)
     rewards = torch.tensor([[1.0, 0.0]])
     verdicts = (Verdict(reward=1.0), Verdict(reward=0.0, feedback="It is wrong."))
-    rollouts = Rollouts(
+    responses = Responses.of_one_turn(
         prompts=(prompt,),
         ids=torch.full(shape, chat.eos_ids[0]),
-        mask=torch.ones(shape, dtype=torch.bool),
+        sampled=torch.ones(shape, dtype=torch.bool),
         sampling_logprobs=zeros,
         policy_logprobs=zeros,
-        finished=torch.ones(shape[:2], dtype=torch.bool),
-        texts=(("It is right.", "It is not."),),
+        ended=torch.ones(shape[:2], dtype=torch.bool),
+        texts=((right, "It is not."),),
         temperature=1.0,
     )
-    outcomes = Outcomes(verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5)
-    ids = module.teacher.contexts(chat, rollouts, outcomes).ids[0][1]
+    judged = Judged(
+        responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
+    )
+    return module.teacher.contexts(chat, judged).ids[0][1]
+
+
+def _teacher(module: Any, prompt: Prompt, name: str) -> str:
+    """The teacher's prompt must end as the student's does."""
+    chat: Chat = module.policy.chat
+    ids = _told(module, prompt, "It is right.")
     if not ids:
         return "the teacher has nothing to tell a failure beside a success"
-    header = chat.encode(_header(chat, prompt, name))
+    header = _ids(chat, _header(chat, prompt, name))
     if list(ids[-len(header) :]) != list(prompt.ids[-len(header) :]):
         raise ValueError(
             f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
@@ -193,5 +284,12 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
     return f"the teacher's prompt has {len(ids) - len(prompt.ids)} tokens more, and the same end"
 
 
+def _ids(chat: Chat, text: str) -> list[int]:
+    """Of what the template wrote, its own tokens included."""
+    return chat.tokenizer.encode(text, add_special_tokens=False)
+
+
 def _shown(chat: Chat, token: int) -> str:
+    if token >= len(chat.tokenizer):
+        return f"id {token}"
     return f"{chat.tokenizer.convert_ids_to_tokens(token)!r} ({token})"

@@ -1,11 +1,12 @@
 """What an evaluation keeps of a question."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scsdpo.statistics import majority, pass_at_k, pass_ks
-from scsdpo.types import Outcomes, Rollouts
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Judged, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Question:
     response: str
     """The first of the k responses."""
     right: str = ""
-    """The first successful one; '' if there is none."""
+    """The best successful one that is more than thinking, of equals the first; '' if there is no
+    success."""
 
     def scores(self) -> dict[str, float]:
         """mean@k, maj@k, pass@1, 2, 4, ... k, and shares; each figure is their mean."""
@@ -51,32 +53,37 @@ class Question:
         }
 
 
-def questions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[Question]:
+def questions(judged: Judged) -> Iterator[Question]:
     """Those of a judged batch, in its order."""
-    for q, prompt in enumerate(rollouts.prompts):
-        verdicts, texts = outcomes.verdicts[q], rollouts.texts[q]
-        successes = tuple(outcomes.successes[q].tolist())
+    for q, prompt in enumerate(judged.prompts):
+        verdicts, texts = judged.verdicts[q], judged.texts[q]
+        successes = tuple(judged.successes[q].tolist())
         yield Question(
             key=prompt.key,
             category=prompt.category,
             question=prompt.messages[-1]["content"] if prompt.messages else "",
             gold=prompt.answer,
-            rewards=tuple(outcomes.rewards[q].tolist()),
+            rewards=tuple(judged.rewards[q].tolist()),
             successes=successes,
             answers=tuple(verdict.answer for verdict in verdicts),
-            lengths=tuple(rollouts.lengths[q].tolist()),
-            finished=tuple(rollouts.finished[q].tolist()),
+            lengths=tuple(judged.lengths[q].tolist()),
+            finished=tuple(judged.ended[q].tolist()),
             errors=sum(bool(verdict.error) for verdict in verdicts),
             response=texts[0],
-            right=next((t for t, good in zip(texts, successes, strict=True) if good), ""),
+            right=_right(prompt, [texts[g] for g in judged.best_first(q)]),
         )
 
 
-def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, Any]]:
+def _right(prompt: Prompt, best: Sequence[str]) -> str:
+    said = (text for text in best if without_thinking(prompt.thinking + text).strip())
+    return next(said, best[0] if best else "")
+
+
+def predictions(judged: Judged) -> Iterator[dict[str, Any]]:
     """A record for each response of a judged batch, in its order: docs/evaluation.md."""
-    lengths, finished = rollouts.lengths.tolist(), rollouts.finished.tolist()
-    for q, prompt in enumerate(rollouts.prompts):
-        for sample, text in enumerate(rollouts.texts[q]):
+    lengths, ended = judged.lengths.tolist(), judged.ended.tolist()
+    for q, prompt in enumerate(judged.prompts):
+        for sample, text in enumerate(judged.texts[q]):
             yield {
                 "key": prompt.key,
                 "sample": sample,
@@ -84,7 +91,7 @@ def predictions(rollouts: Rollouts, outcomes: Outcomes) -> Iterator[dict[str, An
                 "question": prompt.messages[-1]["content"] if prompt.messages else "",
                 "gold": prompt.answer,
                 "response": text,
-                **asdict(outcomes.verdicts[q][sample]),
+                **asdict(judged.verdicts[q][sample]),
                 "n_tokens": lengths[q][sample],
-                "finished": finished[q][sample],
+                "finished": ended[q][sample],
             }

@@ -8,7 +8,7 @@ from scsdpo.lab.tasks import LabTasks
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.teacher.templates import Templates
-from scsdpo.types import Prompt, Rollouts, Sampling, Verdict
+from scsdpo.types import Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import verify_all
 
 MAX_NEW_TOKENS = 64
@@ -19,11 +19,11 @@ VAL_SAMPLING = Sampling(n=16, temperature=0.6, top_p=0.95, max_new_tokens=MAX_NE
 
 def respond(
     policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
-) -> tuple[Rollouts, tuple[tuple[Verdict, ...], ...]]:
-    """Rollouts and verdicts [Q][n]; prompts are rendered where they were not yet."""
+) -> tuple[Responses, tuple[tuple[Verdict, ...], ...]]:
+    """Responses and verdicts [Q][n]; prompts are rendered where they were not yet."""
     asked = [p if p.ids else rendered(p, policy.chat) for p in prompts]
-    rollouts = HFRollout().sample(policy, asked, sampling)
-    return rollouts, verify_all(asked, rollouts.texts)
+    responses = HFRollout().sample(policy, asked, sampling)
+    return responses, verify_all(asked, responses.texts)
 
 
 def accuracy(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
@@ -35,9 +35,9 @@ def accuracy(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -
     return {name: _mean(rewards) for name, rewards in sorted(strata.items())}
 
 
-def well_formed(rollouts: Rollouts, verdicts: Sequence[Sequence[Verdict]]) -> float:
+def well_formed(responses: Responses, verdicts: Sequence[Sequence[Verdict]]) -> float:
     """Share of responses that ended by themselves and hold an answer, right or wrong."""
-    ended = rollouts.finished.flatten().tolist()
+    ended = responses.ended.flatten().tolist()
     held = [verdict.answer is not None for group in verdicts for verdict in group]
     return _mean([float(a and b) for a, b in zip(ended, held, strict=True)])
 

@@ -149,10 +149,17 @@ class SparseCredit(Credit):
         return SparseCredit(self.ids, *numbers)
 
     @staticmethod
+    def at_sampled(chunk: Chunk, values: Tensor, objective: Tensor) -> "SparseCredit":
+        """Credit c(y) = values [n] at the sampled tokens, and 0 at every other token."""
+        return SparseCredit(
+            chunk.ids[:, None], values[:, None], torch.zeros_like(values), objective
+        )
+
+    @staticmethod
     def nothing(chunk: Chunk) -> "SparseCredit":
         """No credit for any token of the chunk."""
         zero = torch.zeros_like(chunk.logprob)
-        return SparseCredit(chunk.ids[:, None], zero[:, None], zero, zero)
+        return SparseCredit.at_sampled(chunk, zero, zero)
 
     def mass(self, student: TokenLogits) -> Tensor:
         # sum_u c(u) - rest, for rest * S is subtracted everywhere and put back at `ids`.

@@ -11,13 +11,15 @@ from torch import Tensor
 class Signals:
     """Tables [R, L] float64 of the R = Q * G rollouts of an optimizer step, in nats.
 
-    The first two are always there. A strategy names those of the others that it `needs`; the update
-    fills them in a pass without gradient before the loss, with 0 where nothing was measured. A
-    strategy that names none costs nothing.
+    The first four are always there. A strategy names those of the others that it `needs`; the
+    update fills them in a pass without gradient before the loss, with 0 where nothing was measured.
+    A strategy that names none costs nothing.
     """
 
     mask: Tensor
-    """[R, L] bool: response tokens."""
+    """[R, L] bool: tokens that the policy sampled. All other tables are of these."""
+    ended: Tensor
+    """[R] bool: the response ended by itself, not by the length cap."""
     sampling_logprob: Tensor
     """log-prob of y_t under the distribution that it was drawn from."""
     old_logprob: Tensor
@@ -36,11 +38,14 @@ class Signals:
     _derived: "dict[Derivation, Tensor]" = field(default_factory=dict)
 
     @staticmethod
-    def unmeasured(mask: Tensor, sampling_logprob: Tensor, old_logprob: Tensor) -> "Signals":
+    def unmeasured(
+        mask: Tensor, ended: Tensor, sampling_logprob: Tensor, old_logprob: Tensor
+    ) -> "Signals":
         """What is known before any forward; zeros where a measuring pass would write."""
         zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(5)]
         return Signals(
             mask=mask,
+            ended=ended,
             sampling_logprob=sampling_logprob.double(),
             old_logprob=old_logprob.double(),
             student_logprob=zeros[0],

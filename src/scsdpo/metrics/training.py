@@ -11,7 +11,7 @@ from scsdpo.distributed import all_max, all_sum
 from scsdpo.loss import LossOutput
 from scsdpo.metrics.memory import peak_gib
 from scsdpo.metrics.phases import PhaseTimer
-from scsdpo.types import Outcomes, Rollouts
+from scsdpo.types import Judged
 
 PHASES = ("rollout", "verify", "teacher", "student", "step")
 """Of a training step, in order; their tokens and seconds are logged."""
@@ -30,7 +30,7 @@ def log_figures(
         )
 
 
-def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> dict[str, float]:
+def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
     """Of the batch over all ranks: pass rate, lengths, and so on.
 
     Shares of questions: `solve_none` (p = 0), `solve_all` (p = 1), `informative` (0 < p < 1),
@@ -39,7 +39,7 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
     `effective_questions` is the effective sample size of the question weights,
     (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
     """
-    p = outcomes.pass_rates
+    p = judged.pass_rates
     of_questions = {
         "pass_rate": p,
         "solve_none": p == 0,
@@ -49,13 +49,13 @@ def rollout_metrics(rollouts: Rollouts, outcomes: Outcomes, weights: Tensor) -> 
         "central": (p >= 2 / 8) & (p <= 6 / 8),
     }
     of_rollouts = {
-        "reward": outcomes.rewards,
-        "response_length": rollouts.lengths,
-        "truncated": ~rollouts.finished,
+        "reward": judged.rewards,
+        "response_length": judged.lengths,
+        "truncated": ~judged.ended,
     }
-    errors = sum(bool(verdict.error) for group in outcomes.verdicts for verdict in group)
+    errors = sum(bool(verdict.error) for group in judged.verdicts for verdict in group)
     per_question = weights.double().mean(-1)
-    others = [len(p), outcomes.rewards.numel(), errors]
+    others = [len(p), judged.rewards.numel(), errors]
     sums = [value.double().sum() for value in (*of_questions.values(), *of_rollouts.values())]
     sums += [per_question.sum(), per_question.square().sum(), *(p.new_tensor(n) for n in others)]
     *total, weight, square, questions, count, failed = all_sum(torch.stack(sums)).tolist()

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from scsdpo.advantage import Batch
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
@@ -19,7 +20,6 @@ from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import GIB, LATE_BYTES, Devices, Lengths, Setup, setup_of, sharding
 from scsdpo.planning.table import compact, gib, verdict
-from scsdpo.types import JudgedBatch, Lesson
 
 
 class MemoryPlan(RolloutCallback):
@@ -57,11 +57,9 @@ class MemoryPlan(RolloutCallback):
         if self.planned is not None and torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
-    def on_rollouts(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: JudgedBatch
-    ) -> None:
-        if self.planned is not None and batch.lesson is not None:
-            self.lengths = _lengths(batch, batch.lesson)
+    def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
+        if self.planned is not None:
+            self.lengths = _lengths(batch)
 
     def on_train_batch_end(
         self,
@@ -127,14 +125,14 @@ def _refuse(setup: Setup, memory: Memory) -> None:
     )
 
 
-def _lengths(batch: JudgedBatch, lesson: Lesson) -> Lengths:
-    prompts = [len(prompt.ids) for prompt in batch.rollouts.prompts]
-    told = [len(ids) for group in lesson.teacher.ids for ids in group if ids]
+def _lengths(batch: Batch) -> Lengths:
+    prompts = [len(prompt.ids) for prompt in batch.judged.prompts]
+    told = [len(ids) for group in batch.teacher.ids for ids in group if ids]
     prompt = _mean(prompts)
     return Lengths(
         prompt=prompt,
         teacher_prompt=_mean(told) if told else prompt,
-        response=_mean(batch.rollouts.lengths.flatten().tolist()),
+        response=_mean(batch.judged.lengths.flatten().tolist()),
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -59,6 +61,7 @@ class CausalLM(nn.Module):
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
+            `strftime_now: 2026-01-31` fixes the date that a template writes.
 
     Raises:
         ValueError: if there is no such checkpoint, no chat template or no end-of-sequence token;
@@ -202,7 +205,8 @@ class CausalLM(nn.Module):
         """Hidden states of a response of that length."""
         pad, device = self.chat.pad_id, self.language_model.device
         ids = torch.full((1, tokens), pad, device=device)
-        rows = Rows(prompts=[(pad,)], ids=ids, mask=torch.ones_like(ids).bool(), pad_id=pad)
+        every = torch.ones_like(ids).bool()
+        rows = Rows(prompts=[(pad,)], ids=ids, present=every, sampled=every, pad_id=pad)
         return self.runner(rows, [0], tokens).run([0], lambda hidden, head: hidden)
 
     def runner(
@@ -300,10 +304,11 @@ def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metad
 def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path).get_text_config()
         try:
             ends = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
-            ends = AutoConfig.from_pretrained(path).eos_token_id
+            ends = config.eos_token_id
     except (OSError, ValueError) as error:
         kind = "folder" if Path(path).exists() else "hub name (or the hub cannot be reached)"
         raise ValueError(
@@ -314,8 +319,21 @@ def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:
     if tokenizer.eos_token_id is not None:
         listed.append(tokenizer.eos_token_id)
     return Chat(
-        tokenizer=tokenizer, eos_ids=tuple(dict.fromkeys(listed)), template_kwargs=template_kwargs
+        tokenizer=tokenizer,
+        eos_ids=tuple(dict.fromkeys(listed)),
+        template_kwargs=template_kwargs,
+        rows=config.vocab_size,
+        positions=_positions(config),
     )
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """Tokens that a model was made for, scaled rotary frequencies counted."""
+    settings = config.to_dict()
+    positions = settings.get("max_position_embeddings") or settings.get("n_positions")
+    rope = settings.get("rope_parameters") or {}
+    scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(positions, int(scaled)) if positions else sys.maxsize
 
 
 def _refuse_rescaled_logits(model: PreTrainedModel) -> None:

@@ -1,14 +1,35 @@
-"""Between chat messages and token ids, in one place."""
+"""Between chat messages and token ids, in one place.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+A text never becomes a control token, such as one that opens or closes a turn (`Chat.control_ids`):
+only the chat template writes these. Where a text spells one, a break is put into the spelling
+before the template sees it. The template then renders as always, the tokenizer, which knows the
+break as a token of its own, cannot join what stands on its two sides, and the break's id is left
+out. A text that spells none goes to the tokenizer as it is: its ids are `apply_chat_template`'s.
+"""
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AddedToken, PreTrainedTokenizerBase
 
-from scsdpo.types import Message
+from scsdpo.thinking import without_thinking
+from scsdpo.types import Message, Tool
+
+_BREAK = "\ufdd0"
+"""Stands in the spelling of a control token; Unicode gives this code point to no character."""
+_TODAY = "strftime_now"
+"""What templates call for the date, in transformers."""
+_TAG = re.compile(r"[<\[].*\w.*[>\]]")
+_ROLE = re.compile(r"[\w .-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +39,21 @@ class Chat:
     Args:
         tokenizer: must have a chat template.
         eos_ids: every id that ends a response; several are common (`<|im_end|>`, `<|endoftext|>`).
-        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
+        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`. A date for
+            `strftime_now`, such as 2026-01-31, is today's date for templates that write one.
+        rows: of the model's embedding; ids from there on have none.
+        positions: tokens of a prompt and its response that the model was made for.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or there is no end-of-sequence id.
+        ValueError: if the tokenizer has no chat template, there is no end-of-sequence id, or
+            `strftime_now` is no date.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = sys.maxsize
+    positions: int = sys.maxsize
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -40,12 +67,15 @@ class Chat:
                 f"neither the tokenizer nor the generation config of {name!r} names an "
                 "end-of-sequence token; set `eos_token_id` in its generation_config.json"
             )
+        self._filling  # noqa: B018 - a date that is none is refused here
 
     @property
     def pad_id(self) -> int:
         """Fills the places that masks leave out; which id it is changes no number."""
         pad = self.tokenizer.pad_token_id
-        return self.eos_ids[0] if pad is None else pad
+        if pad is not None and pad < self.rows:
+            return pad
+        return next((end for end in self.eos_ids if end < self.rows), self.eos_ids[0])
 
     @cached_property
     def _silent(self) -> frozenset[int | None]:
@@ -53,33 +83,187 @@ class Chat:
         own = self.tokenizer
         return frozenset({*self.eos_ids, own.bos_token_id, own.eos_token_id, own.pad_token_id})
 
-    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation, with the header that opens the assistant's turn."""
-        return tuple(
-            self.tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.template_kwargs,
-            )
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
+        """Token ids of a conversation, with the header that opens the assistant's turn.
+
+        Whatever a message says gives ordinary tokens; `control_ids` come from the template alone.
+
+        Args:
+            messages: the turns.
+            tools: functions that the policy may call, for the template's `tools`.
+
+        Raises:
+            ValueError: if a role is not a plain word.
+        """
+        broken = self._each_broken(messages, tools)
+        if broken == [list(messages), list(tools)]:
+            return tuple(self._filled(self.tokenizer, broken, opened=True, tokenize=True))
+        return self._unbroken(self._filled(self._breaking, broken, opened=True, tokenize=True))
+
+    def text(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
+    ) -> str:
+        """What `render` makes ids of; with `opened=False` without the assistant's header."""
+        broken = self._each_broken(messages, tools)
+        return self._filled(self.tokenizer, broken, opened=opened, tokenize=False).replace(
+            _BREAK, ""
         )
 
-    def header(self, messages: Sequence[Message]) -> str:
-        """What opens the assistant's turn: text that the template adds when asked for it."""
-        opened, closed = (
-            self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=asked, tokenize=False, **self.template_kwargs
-            )
-            for asked in (True, False)
-        )
-        if opened.startswith(closed):
+    def header(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """What opens the assistant's turn: text that the template adds when asked for it.
+
+        Where the end of the user's turn opens it, as Mistral's [/INST] does, that end.
+        """
+        opened = self.text(messages, tools)
+        closed = self.text(messages, tools, opened=False)
+        if opened != closed and opened.startswith(closed):
             return opened[len(closed) :]
         return opened.rpartition(messages[-1]["content"].strip() or opened)[2]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of bare text, no special tokens added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Ids of bare text: none of `control_ids`, and no special tokens added."""
+        broken = self._broken(text)
+        if broken == text:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return list(self._unbroken(self._breaking.encode(broken, add_special_tokens=False)))
+
+    def _filled(
+        self, tokenizer: PreTrainedTokenizerBase, said: list[Any], *, opened: bool, tokenize: bool
+    ) -> Any:
+        """The template filled with messages and tools: text, or ids."""
+        messages, tools = said
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            add_generation_prompt=opened,
+            tokenize=tokenize,
+            return_dict=False,
+            **self._filling,
+        )
+
+    @cached_property
+    def _filling(self) -> dict[str, Any]:
+        """`template_kwargs` with the function that tells templates the date, if it is fixed."""
+        if _TODAY not in self.template_kwargs:
+            return dict(self.template_kwargs)
+        given = str(self.template_kwargs[_TODAY])
+        try:
+            today = datetime.fromisoformat(given)
+        except ValueError as error:
+            raise ValueError(
+                f"`chat_template_kwargs: {{{_TODAY}: ...}}` must be a date such as 2026-01-31, got "
+                f"{given!r}"
+            ) from error
+        return {**self.template_kwargs, _TODAY: today.strftime}
+
+    def writes_date(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
+        """Whether the template writes today's date, so that tomorrow's prompt is another one."""
+        days = ("2001-02-03", "2014-12-25T12:13:14")
+        if _TODAY in self.template_kwargs:
+            return False
+        others = [
+            replace(self, template_kwargs={**self.template_kwargs, _TODAY: day}) for day in days
+        ]
+        return len({chat.text(messages, tools) for chat in others}) > 1
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text becomes.
+
+        They are what the tokenizer calls special (beginnings, ends, padding, turns, images), what
+        ends a response, and what the template writes around the turns of a conversation, also where
+        the tokenizer calls it merely added (DeepSeek's <｜User｜>). Other added tokens are words of
+        the model, which a text may use: <think> and <tool_call> where they are not special. An
+        added token for which the embedding has no row is none of them.
+        """
+        own = self.tokenizer
+        added = own.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special or i >= self.rows}
+        return frozenset({*special, *own.all_special_ids, *self.eos_ids, *self._turn_ids()})
+
+    def _turn_ids(self) -> set[int]:
+        """Added tokens that the template writes around turns; none where it refuses such turns."""
+
+        def turn(role: str, **more: Any) -> dict[str, Any]:
+            return {"role": role, "content": "scsdpo", **more}
+
+        def called(arguments: object) -> dict[str, Any]:
+            function = {"name": "scsdpo", "arguments": arguments}
+            call = {"type": "function", "id": "scsdpo000", "function": function}
+            return turn("assistant", tool_calls=[call])
+
+        talk = [turn("user"), turn("assistant"), turn("user")]
+        ids = self._tags_around(talk) | self._tags_around([turn("system"), *talk])
+        for arguments in ({"scsdpo": "scsdpo"}, '{"scsdpo": "scsdpo"}'):
+            call = [turn("user"), called(arguments)]
+            result = turn("tool", name="scsdpo", tool_call_id="scsdpo000")
+            # Of a call the template writes words of the model; around its result, a turn.
+            ids |= self._tags_around([*call, result]) - self._tags_around(call)
+        return ids
+
+    def _tags_around(self, messages: list[dict[str, Any]]) -> set[int]:
+        """Added tokens in a rendered conversation that are tags, those of thinking left out."""
+        try:
+            text = self._filled(self.tokenizer, [messages, []], opened=False, tokenize=False)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return set()
+        added = self.tokenizer.added_tokens_decoder
+        written = set(self.tokenizer.encode(text, add_special_tokens=False)) & added.keys()
+        return {
+            i
+            for i in written
+            if _TAG.fullmatch(tag := added[i].content) and without_thinking(f"x{tag}") == f"x{tag}"
+        }
+
+    def _each_broken(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Any]:
+        """Messages and tools with a break within each spelling of a control token in them."""
+        for message in messages:
+            if not _ROLE.fullmatch(message["role"]):
+                raise ValueError(f"the role of a chat turn must be a word, got {message['role']!r}")
+        return [_each_text(said, self._broken) for said in (messages, tools)]
+
+    def _broken(self, text: str) -> str:
+        """`text` with a break within each spelling of a control token."""
+        cuts = [
+            start + 1 + len(said) - len(said.lstrip())
+            for start, end in self._spelled(text)
+            if len((said := text[start:end]).strip()) > 1
+        ]
+        if not cuts:
+            return text
+        # Behind a break another spelling may begin.
+        return _BREAK.join(self._broken(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
+
+    def _spelled(self, text: str) -> Iterable[tuple[int, int]]:
+        """Beginning and end of what the tokenizer would make a control token of."""
+        own = self.tokenizer
+        if not own.is_fast:
+            spellings = sorted((own.convert_ids_to_tokens(i) for i in self.control_ids), key=len)
+            pattern = "|".join(map(re.escape, reversed(spellings)))
+            return (found.span() for found in re.finditer(pattern, text))
+        ids = own.encode(text, add_special_tokens=False, verbose=False)
+        if self.control_ids.isdisjoint(ids):
+            return ()
+        read = own(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        unknown = own.unk_token_id
+        return (
+            (start, end)
+            for token, (start, end) in zip(ids, read["offset_mapping"], strict=True)
+            if token in self.control_ids
+            # A character that the vocabulary lacks is unknown without spelling that.
+            and (token != unknown or text[start:end].strip() == own.unk_token)
+        )
+
+    @cached_property
+    def _breaking(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the break as a token of its own."""
+        own = copy.deepcopy(self.tokenizer)
+        own.add_tokens([AddedToken(_BREAK, special=True, normalized=False)], special_tokens=True)
+        return own
+
+    def _unbroken(self, ids: Sequence[int]) -> tuple[int, ...]:
+        mark = self._breaking.convert_tokens_to_ids(_BREAK)
+        return tuple(i for i in ids if i != mark)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Text of a response without beginnings, ends and padding; ids beyond the tokenizer give
@@ -109,3 +293,14 @@ class Chat:
         return self.tokenizer.decode(
             known, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """`value`, made of lists, mappings and texts, with each text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _each_text(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(one, change) for one in value]
+    return value

@@ -16,24 +16,27 @@ class Rows:
     """[R] prompt ids; equal ones are run once."""
     ids: Tensor
     """[R, L] int64 response ids, padded on the right."""
-    mask: Tensor
-    """[R, L] bool: True at response tokens; N of them in all."""
+    present: Tensor
+    """[R, L] bool: a token stands here, and later ones attend to it; a prefix of L."""
+    sampled: Tensor
+    """[R, L] bool: the tokens among them that are predicted; N of them in all."""
     pad_id: int
 
     @property
     def distinct_tokens(self) -> int:
         """Tokens of the responses, and of each distinct prompt once."""
-        return int(self.mask.sum()) + sum(map(len, set(self.prompts)))
+        return int(self.present.sum()) + sum(map(len, set(self.prompts)))
 
     def at(self, chosen: Sequence[int]) -> "Rows":
         """Some of them, without the padding that only others need."""
         index = list(chosen)
-        mask = self.mask[index]
-        width = int(mask.sum(-1).max())
+        present = self.present[index]
+        width = int(present.sum(-1).max())
         return Rows(
             prompts=[self.prompts[row] for row in index],
             ids=self.ids[index, :width],
-            mask=mask[:, :width],
+            present=present[:, :width],
+            sampled=self.sampled[index, :width],
             pad_id=self.pad_id,
         )
 
@@ -42,16 +45,17 @@ class Rows:
         return Rows(
             prompts=[(self.pad_id,)],
             ids=self.ids.new_full((1, 1), self.pad_id),
-            mask=self.mask.new_zeros((1, 1)),
+            present=self.present.new_zeros((1, 1)),
+            sampled=self.sampled.new_zeros((1, 1)),
             pad_id=self.pad_id,
         )
 
 
 def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """[N, D] hidden states that predict the response tokens, in row-major order."""
+    """[N, D] hidden states that predict the sampled tokens, in row-major order."""
     device = rows.ids.device
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
-    lengths = rows.mask.sum(-1)
+    lengths = rows.present.sum(-1)
     total = starts + lengths
     width = int(total.max())
     ids = torch.full((len(rows.prompts), width), rows.pad_id, device=device)
@@ -70,4 +74,4 @@ def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     # The state at place t predicts the token at t + 1.
     predicts = starts[:, None] - 1 + torch.arange(rows.ids.shape[1], device=device)
     index = predicts.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index)[rows.mask]
+    return hidden.gather(1, index)[rows.sampled]

@@ -19,7 +19,7 @@ from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_t
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]
-"""From hidden states [N, D], which predict N response tokens, and the head."""
+"""From hidden states [N, D], which predict N sampled tokens, and the head."""
 Within = Callable[[Callable[[PreTrainedModel], T]], T]
 """Runs work on the model where its weights are whole and in force."""
 States = dict[int, tuple[Tensor, Tensor]]
@@ -73,7 +73,7 @@ class SeparateRows(Runner):
 
     def micro_batches(self) -> list[list[int]]:
         """Rows of similar length together, as each is padded to the longest; longest first."""
-        lengths = self._rows.mask.sum(-1).tolist()
+        lengths = self._rows.present.sum(-1).tolist()
         sizes = {row: len(self._rows.prompts[row]) + lengths[row] for row in self._chosen}
         longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
         return _padded(filled(longest_first, sizes, self._budget), self._in_step)
@@ -130,8 +130,9 @@ class SharedPrompts(Runner):
         # In the order of the tree, so that responses to one prompt follow one another.
         self._ends = {row: ends[rows.prompts[row]] for row in chosen}
         self._rank = {row: (ranks[end], row) for row, end in self._ends.items()}
-        lengths, ids = rows.mask.sum(-1).tolist(), rows.ids.tolist()
+        lengths, ids, sampled = (t.tolist() for t in (rows.present.sum(-1), rows.ids, rows.sampled))
         self._ids = {row: tuple(ids[row][: lengths[row]]) for row in chosen}
+        self._predicted = {row: [t for t, of in enumerate(sampled[row]) if of] for row in chosen}
         self._waiting: list[set[int]] = [set() for _ in self._pieces]
         for row, end in self._ends.items():
             for segment in end.line:
@@ -209,7 +210,7 @@ class SharedPrompts(Runner):
         return nn.functional.embedding(last.to(hidden.device), hidden[0]), layout.states()
 
     def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
-        """[N, D] that predict the tokens of responses, in row-major order."""
+        """[N, D] that predict the sampled tokens of responses, in row-major order."""
         # A response's last token predicts nothing and is left out.
         leaves = {row: Segment(self._ids[row][:-1], self._ends[row].line) for row in micro}
         tables, starts, total = [], {}, 0
@@ -229,11 +230,11 @@ class SharedPrompts(Runner):
             tables.append(hidden[0])
         predicts = []
         for row in micro:
+            # The prompt's last state predicts token 0, the state at token t - 1 predicts token t.
             i = self._piece_of[self._ends[row]]
-            predicts.append(starts[i] + self._pieces[i].segments.index(self._ends[row]))
-            if leaves[row].ids:
-                span = layout.span(leaves[row])
-                predicts.extend(range(total + span.start, total + span.stop))
+            first = starts[i] + self._pieces[i].segments.index(self._ends[row])
+            start = total + layout.span(leaves[row]).start if leaves[row].ids else 0
+            predicts += [start + t - 1 if t else first for t in self._predicted[row]]
         places = torch.tensor(predicts, dtype=torch.long, device=model.device)
         return nn.functional.embedding(places, torch.cat(tables))
 

@@ -5,52 +5,61 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from scsdpo.advantage import Batch
 from scsdpo.policy.chat import Chat
 from scsdpo.records.schema import SCHEMA_VERSION, Number, Place, RolloutRecord, TokenRecord
-from scsdpo.types import JudgedBatch
+from scsdpo.types import Judged
 
 
 def rollout_record(
-    batch: JudgedBatch, q: int, g: int, *, where: dict[str, Any], chat: Chat, traced: bool
+    judged: Judged,
+    q: int,
+    g: int,
+    *,
+    where: dict[str, Any],
+    chat: Chat,
+    traced: bool,
+    batch: Batch | None = None,
 ) -> RolloutRecord:
     """One response of a judged batch.
 
     Args:
-        batch: what was judged.
+        judged: what was judged.
         q: question.
         g: its response.
         where: the run's name, the batch and the step.
         chat: decodes what the teacher read.
         traced: whether its tokens are recorded too.
+        batch: how `judged` is learned from; None in validation, where nothing is.
     """
-    rollouts, outcomes, lesson = batch.rollouts, batch.outcomes, batch.lesson
-    prompt, verdict = rollouts.prompts[q], outcomes.verdicts[q][g]
-    told = lesson.teacher.ids[q][g] if lesson else ()
+    prompt, verdict = judged.prompts[q], judged.verdicts[q][g]
+    told = batch.teacher.ids[q][g] if batch else ()
+    active = batch.active.view_as(judged.successes) if batch else judged.successes & False
     return RolloutRecord(
-        **_place(batch, q, g, where),
+        **_place(judged, q, g, where),
         category=prompt.category,
         messages=list(prompt.messages),
         target=prompt.answer,
-        output=rollouts.texts[q][g],
+        output=judged.texts[q][g],
         answer=verdict.answer,
         reward=verdict.reward,
-        success=bool(outcomes.successes[q, g]),
+        success=bool(judged.successes[q, g]),
         feedback=verdict.feedback,
         error=verdict.error,
-        finish_reason="stop" if rollouts.finished[q, g] else "length",
-        n_tokens=int(rollouts.lengths[q, g]),
-        samples=outcomes.successes.shape[1],
-        pass_rate=float(outcomes.pass_rates[q]),
-        weight=float(batch.weights[q, g]),
-        active=bool(lesson.active[q, g]) if lesson else False,
+        finish_reason="stop" if judged.ended[q, g] else "length",
+        n_tokens=int(judged.lengths[q, g]),
+        samples=judged.successes.shape[1],
+        pass_rate=float(judged.pass_rates[q]),
+        weight=float(batch.weights[q, g]) if batch else 1.0,
+        active=bool(active[q, g]),
         teacher_prompt="".join(chat.pieces(told)) if told else None,
-        version=rollouts.version,
+        version=judged.responses.version,
         traced=traced,
     )
 
 
 def token_record(
-    batch: JudgedBatch,
+    batch: Batch,
     q: int,
     g: int,
     *,
@@ -58,20 +67,19 @@ def token_record(
     chat: Chat,
     columns: dict[str, Tensor],
 ) -> TokenRecord:
-    """The tokens of one response; `columns` are those of a `TokenTrace`, the rest as above."""
-    rollouts, lesson = batch.rollouts, batch.lesson
-    assert lesson is not None
-    weight, length = float(batch.weights[q, g]), int(rollouts.lengths[q, g])
-    ids = rollouts.ids[q, g, :length].tolist()
-    sampled = rollouts.policy_logprobs[q, g, :length].double().cpu()
+    """The sampled tokens of one response; `columns` are those of a `TokenTrace`."""
+    responses, weight = batch.judged.responses, float(batch.weights[q, g])
+    here = responses.sampled[q, g]
+    ids = responses.ids[q, g][here].tolist()
+    sampled = responses.policy_logprobs[q, g][here].double().cpu()
     given = {name: table for name, table in columns.items() if not name.startswith("top_")}
     scale, old = float(given.pop("scale")[0]), given.pop("old_logprob")
     tops = columns["top_ids"] >= 0
     top_ids = [row[kept].tolist() for row, kept in zip(columns["top_ids"], tops, strict=True)]
     record = {
-        **_place(batch, q, g, where),
-        "temperature": rollouts.temperature,
-        "objective_name": lesson.objective_name,
+        **_place(batch.judged, q, g, where),
+        "temperature": responses.temperature,
+        "objective_name": batch.objective_name,
         "coefficient": _rounded(scale / weight),
         "weight": weight,
         "ids": ids,
@@ -91,9 +99,9 @@ def token_record(
     return cast(TokenRecord, record)
 
 
-def _place(batch: JudgedBatch, q: int, g: int, where: dict[str, Any]) -> Place:
-    key = batch.rollouts.prompts[q].key
-    here = {"schema_version": SCHEMA_VERSION, **where, "split": batch.split}
+def _place(judged: Judged, q: int, g: int, where: dict[str, Any]) -> Place:
+    key = judged.prompts[q].key
+    here = {"schema_version": SCHEMA_VERSION, **where, "split": judged.split}
     return cast(Place, {**here, "key": key, "sample": g})
 
 

@@ -36,7 +36,7 @@ class Recorded(L.LightningModule):
         logged, self._logged = self._logged, set()
         return logged
 
-    def observe(self, observer: Observer) -> None:
+    def watch(self, observer: Observer) -> None:
         """Show the kernel's blocks of tokens to `observer` in the steps on the batch at hand.
 
         For `RolloutCallback.on_rollouts`. A block may come again if memory ran out amid a step.

@@ -60,16 +60,18 @@ class TokenTrace:
             time = seen.chunk.places.cpu()[part] % self._length
             self._write(seen, part, slot[part] * self._length + time)
 
-    def columns(self, row: int, length: int) -> dict[str, Tensor]:
-        """[length] of each column of a rollout; `top_*` are [length, 2 candidates], ids -1: none.
+    def columns(self, row: int, sampled: Tensor) -> dict[str, Tensor]:
+        """[n] of each column at a rollout's n sampled tokens; `top_*` are [n, 2 candidates], of
+        which ids of -1 stand for none.
 
         Args:
             row: flat index of the rollout.
-            length: its tokens.
+            sampled: [L] bool: its tokens that the policy drew.
         """
         start = int(self._slot[row]) * self._length
+        at = start + sampled.cpu().nonzero()[:, 0]
         tables = self._columns | {"top_ids": self._ids} | self._tops
-        return {name: table[start : start + length] for name, table in tables.items()}
+        return {name: table[at] for name, table in tables.items()}
 
     def _write(self, seen: Observation, part: Tensor, at: Tensor) -> None:
         """The tokens `part` of a block, to the places `at` here."""

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from scsdpo.policy import CausalLM
-from scsdpo.types import Prompt, Rollouts, Sampling
+from scsdpo.types import Prompt, Responses, Sampling
 
 
 class Rollout(ABC):
     """Which responses do we learn from?"""
 
     @abstractmethod
-    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """`sampling.n` responses to each prompt, drawn from the policy as it is now.
 
         The ids are the sampler's own and are trained on as they are; texts are never tokenised

@@ -16,7 +16,7 @@ from scsdpo.rollout.response_buffer import ResponseBuffer
 from scsdpo.rollout.scheduler import Group, Scheduler
 from scsdpo.rollout.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights import digest
-from scsdpo.types import Prompt, Rollouts, Sampling
+from scsdpo.types import Prompt, Responses, Sampling
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -55,7 +55,7 @@ class HFRollout(Rollout):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`HFRollout({name}=...)` must be >= 1, got {value}")
 
-    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         groups = _groups(prompts, sampling.n)
         with policy.sampling_mode() as model, shared_prefix_attention(model):
             _refuse_model(model)
@@ -70,7 +70,7 @@ class HFRollout(Rollout):
             cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
             with merged_adapters(model):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
-            return buffer.rollouts(digest(model))
+            return buffer.responses(digest(model))
 
     def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
         return policy.held_whole()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scsdpo.policy import Chat
 from scsdpo.rollout.draw import draw, uniforms
-from scsdpo.types import Prompt, Rollouts, Sampling
+from scsdpo.types import Prompt, Responses, Sampling
 
 _SLACK = 8
 """Tokens read before the shortest stretch that could hold a stop string: ends have no text."""
@@ -93,7 +93,7 @@ class ResponseBuffer:
         text = self.chat.decode(ids)
         return any(stop in text for stop in self.stops[row])
 
-    def rollouts(self, version: str) -> Rollouts:
+    def responses(self, version: str) -> Responses:
         """Everything up to the first end of each response, that one included.
 
         Args:
@@ -108,14 +108,14 @@ class ResponseBuffer:
         def batch(table: Tensor) -> Tensor:
             return table[:, :longest].reshape(len(self.prompts), self.sampling.n, longest)
 
-        return Rollouts(
+        return Responses.of_one_turn(
             prompts=self.prompts,
             ids=batch(self.ids[:, :longest].masked_fill(~mask, self.chat.pad_id)),
-            mask=batch(mask),
+            sampled=batch(mask),
             # Steps between an end and its being noticed drew on: drop their log-probs too.
             sampling_logprobs=batch(self.sampling_logprobs[:, :longest] * mask),
             policy_logprobs=batch(self.policy_logprobs[:, :longest] * mask),
-            finished=(ends[:, :longest] & mask).any(-1).view(-1, self.sampling.n),
+            ended=(ends[:, :longest] & mask).any(-1).view(-1, self.sampling.n),
             texts=self._texts(mask),
             temperature=self.sampling.temperature,
             version=version,

@@ -14,7 +14,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.versions import Versions
 from scsdpo.seeds import resolved
-from scsdpo.types import Prompt, Rollouts, Sampling, stable_hash
+from scsdpo.types import Prompt, Responses, Sampling, stable_hash
 
 TESTED = "0.32.0"
 """The vLLM that the tests run with; the extra `vllm` of this package names it too."""
@@ -154,7 +154,7 @@ class VLLMRollout(Rollout):
         self._version = ""
         """Of the weights that are held; '': none are."""
 
-    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         for prompt in prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
@@ -164,7 +164,7 @@ class VLLMRollout(Rollout):
         with self.held(policy), _plain(policy):
             version = self._version
             answers = self.engine.generate(policy, requests, version)
-        return _rollouts(policy, prompts, sampling, answers, version)
+        return _responses(policy, prompts, sampling, answers, version)
 
     @contextmanager
     def held(self, policy: CausalLM, *, apart: bool = False) -> Iterator[None]:
@@ -196,13 +196,13 @@ def _plain(policy: CausalLM) -> AbstractContextManager[object]:
     return torch.autocast(policy.language_model.device.type, enabled=False)
 
 
-def _rollouts(
+def _responses(
     policy: CausalLM,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     answers: list[list[Answer]],
     version: str,
-) -> Rollouts:
+) -> Responses:
     device = policy.language_model.device
     rows = [answer for group in answers for answer in group]
     longest = max((len(row.ids) for row in rows), default=0)
@@ -215,13 +215,13 @@ def _rollouts(
         return torch.tensor(padded, dtype=dtype, device=device).view(shape)
 
     drawn = table([row.logprobs for row in rows], 0.0, torch.float32)
-    return Rollouts(
+    return Responses.of_one_turn(
         prompts=tuple(prompts),
         ids=table([row.ids for row in rows], policy.chat.pad_id, torch.int64),
-        mask=mask,
+        sampled=mask,
         sampling_logprobs=drawn,
         policy_logprobs=torch.where(mask, torch.nan, 0.0) if sampling.cuts else drawn,
-        finished=torch.tensor([row.finish_reason == "stop" for row in rows], device=device).view(
+        ended=torch.tensor([row.finish_reason == "stop" for row in rows], device=device).view(
             shape[:2]
         ),
         texts=tuple(tuple(policy.chat.decode(row.ids) for row in group) for group in answers),

@@ -3,14 +3,11 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from scsdpo.types import Outcomes, Rollouts
-
-Judged = tuple[Rollouts, Outcomes]
-"""Rollouts and their verdicts."""
+from scsdpo.types import Judged
 
 
 class Selection(ABC):
-    """Which groups of judged rollouts are learned from, and when."""
+    """Which groups of judged responses are learned from, and when."""
 
     @property
     def needs_group(self) -> bool:
@@ -18,17 +15,20 @@ class Selection(ABC):
         return False
 
     @abstractmethod
-    def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
-        """The batch to learn from now, or none yet; the same on every rank."""
+    def select(self, judged: Judged) -> tuple[Judged, ...]:
+        """The batch to learn from now, or none yet; the same on every rank.
 
-    def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
+        Called once for each batch that was sampled: what it holds back, it remembers here.
+        """
+
+    def preview(self, judged: Judged) -> Judged:
         """What of one batch would be learned from; nothing is remembered."""
-        return rollouts, outcomes
+        return judged
 
 
 @dataclass(frozen=True)
 class Everything(Selection):
     """What was sampled is learned from, at once."""
 
-    def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
-        return ((rollouts, outcomes),)
+    def select(self, judged: Judged) -> tuple[Judged, ...]:
+        return (judged,)

@@ -1,17 +1,14 @@
 """DAPO's dynamic sampling: collect informative groups until they make a batch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from scsdpo.distributed import all_gather, place
 from scsdpo.seeds import run_seed
-from scsdpo.selection._base import Judged, Selection
+from scsdpo.selection._base import Selection
 from scsdpo.state import Stateful
-from scsdpo.types import Outcomes, Prompt, Rollouts, Verdict, stable_hash
+from scsdpo.types import Judged, Prompt, Responses, Verdict, stable_hash
 from scsdpo.verifiers import Verifier
 
 
@@ -64,26 +61,26 @@ class InformativePool(Selection, Stateful):
     def needs_group(self) -> bool:
         return True
 
-    def select(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Judged, ...]:
+    def select(self, judged: Judged) -> tuple[Judged, ...]:
         self.batches += 1
-        new = _informative(rollouts, outcomes)
+        new = [judged[[q]].to("cpu") for q in _informative(judged)]
         self.groups = sorted([*self.groups, *all_gather(new)], key=self._draw)
         if len(self.groups) < self.questions and self.batches < self.max_batches:
             return ()
         rank, ranks = place()
         mine = self.groups[: self.questions][rank::ranks]
         self.groups, self.batches, self.used = [], 0, self.used + 1
-        return (joined(mine, like=(rollouts, outcomes)),)
+        return (judged[[]].cat(mine),)
 
     def _draw(self, group: Judged) -> int:
         """The group's place in the pool, by a number drawn for it."""
-        rollouts, _ = group
-        pairs = zip(rollouts.ids[0], rollouts.mask[0], strict=True)
-        said = [ids[mask].tolist() for ids, mask in pairs]
-        return stable_hash(run_seed(), self.used, rollouts.prompts[0].key, said)
+        responses = group.responses
+        pairs = zip(responses.ids[0], responses.sampled[0], strict=True)
+        said = [ids[sampled].tolist() for ids, sampled in pairs]
+        return stable_hash(run_seed(), self.used, group.keys[0], said)
 
-    def preview(self, rollouts: Rollouts, outcomes: Outcomes) -> Judged:
-        return joined(_informative(rollouts, outcomes), like=(rollouts, outcomes))
+    def preview(self, judged: Judged) -> Judged:
+        return judged[_informative(judged)]
 
     def remembered(self) -> dict[str, Any]:
         groups = [_plain(group) for group in self.groups]
@@ -95,85 +92,38 @@ class InformativePool(Selection, Stateful):
         self.groups = [_restored(*group) for group in remembered["groups"]]
 
 
-def _informative(rollouts: Rollouts, outcomes: Outcomes) -> list[Judged]:
-    """The groups whose rewards differ."""
-    spread = (outcomes.rewards != outcomes.rewards[:, :1]).any(-1)
-    return [one_group(rollouts, outcomes, q) for q in spread.nonzero()[:, 0].tolist()]
-
-
-def one_group(rollouts: Rollouts, outcomes: Outcomes, q: int) -> Judged:
-    """One question's rollouts, on the CPU."""
-    one = slice(q, q + 1)
-    tensors: dict[str, Any] = {
-        n: t[one].cpu() for n, t in vars_of(rollouts).items() if isinstance(t, Tensor)
-    }
-    return (
-        replace(rollouts, prompts=rollouts.prompts[one], texts=rollouts.texts[one], **tensors),
-        Outcomes(
-            verdicts=outcomes.verdicts[one],
-            rewards=outcomes.rewards[one].cpu(),
-            successes=outcomes.successes[one].cpu(),
-            keys=outcomes.keys[one],
-        ),
-    )
-
-
-def joined(groups: Sequence[Judged], like: Judged) -> Judged:
-    """One batch of several groups, of 0 questions if there are none; widths and device of all."""
-    rollouts, outcomes = like
-    width = max([group[0].ids.shape[-1] for group in groups], default=0)
-    device = rollouts.ids.device
-
-    def cat(name: str) -> Tensor:
-        empty = getattr(rollouts, name)[:0]
-        parts = [getattr(group[0], name) for group in groups]
-        if empty.ndim == 3:
-            empty = empty[..., :0]
-            parts = [torch.nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
-            empty = torch.nn.functional.pad(empty, (0, width))
-        return torch.cat([empty, *(part.to(device) for part in parts)])
-
-    names = [n for n, value in vars_of(rollouts).items() if isinstance(value, Tensor)]
-    tensors: dict[str, Any] = {name: cat(name) for name in names}
-    return (
-        replace(
-            rollouts,
-            prompts=tuple(prompt for group in groups for prompt in group[0].prompts),
-            texts=tuple(texts for group in groups for texts in group[0].texts),
-            **tensors,
-        ),
-        Outcomes(
-            verdicts=tuple(row for group in groups for row in group[1].verdicts),
-            rewards=torch.cat([outcomes.rewards[:0], *(g[1].rewards.to(device) for g in groups)]),
-            successes=torch.cat(
-                [outcomes.successes[:0], *(g[1].successes.to(device) for g in groups)]
-            ),
-            keys=tuple(key for group in groups for key in group[1].keys),
-        ),
-    )
-
-
-def vars_of(batch: Rollouts) -> dict[str, Any]:
-    """Field -> value."""
-    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+def _informative(judged: Judged) -> list[int]:
+    """The questions whose rewards differ."""
+    spread = (judged.rewards != judged.rewards[:, :1]).any(-1)
+    return spread.nonzero()[:, 0].tolist()
 
 
 def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     """A group as tensors and primitives."""
-    rollouts, outcomes = group
-    (prompt,), (verdicts,) = rollouts.prompts, outcomes.verdicts
+    (prompt,), (verdicts,) = group.prompts, group.verdicts
     told = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
-    rest = {"verdicts": [asdict(v) for v in verdicts], "keys": outcomes.keys}
+    responses = {f.name: getattr(group.responses, f.name) for f in fields(group.responses)}
     return (
-        vars_of(rollouts) | {"prompts": told},
-        {"rewards": outcomes.rewards, "successes": outcomes.successes, **rest},
+        responses | {"prompts": told},
+        {
+            "verdicts": [asdict(verdict) for verdict in verdicts],
+            "rewards": group.rewards,
+            "successes": group.successes,
+        },
     )
 
 
-def _restored(rollouts: dict[str, Any], outcomes: dict[str, Any]) -> Judged:
-    prompt = Prompt(verifier=_Spent(), **rollouts["prompts"])
-    verdicts = tuple(Verdict(**verdict) for verdict in outcomes["verdicts"])
-    return (
-        Rollouts(**(rollouts | {"prompts": (prompt,)})),
-        Outcomes(**(outcomes | {"verdicts": (verdicts,)})),
+def _restored(responses: dict[str, Any], verdicts: dict[str, Any]) -> Judged:
+    prompts = (Prompt(verifier=_Spent(), **responses["prompts"]),)
+    if "mask" in responses:  # a checkpoint of 0.1
+        old = responses | {"prompts": prompts}
+        old |= {"sampled": old.pop("mask"), "ended": old.pop("finished")}
+        restored = Responses.of_one_turn(**old)
+    else:
+        restored = Responses(**(responses | {"prompts": prompts}))
+    return Judged(
+        responses=restored,
+        verdicts=(tuple(Verdict(**verdict) for verdict in verdicts["verdicts"]),),
+        rewards=verdicts["rewards"],
+        successes=verdicts["successes"],
     )

@@ -10,23 +10,26 @@ from torch import Tensor
 
 from scsdpo.distributed import all_gather
 from scsdpo.state.stateful import Stateful
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class PassRates(ABC):
     """An estimate of how often the policy solves a question."""
 
     @abstractmethod
-    def observe(self, outcomes: Outcomes) -> Tensor:
-        """Take in a batch, and give the estimate [Q] float64 for its questions; once a batch."""
+    def rates(self, judged: Judged) -> Tensor:
+        """The estimate [Q] float64 for the batch's questions, this batch included.
+
+        It may be asked several times: what is remembered changes in `Stateful.observe` alone.
+        """
 
 
 @dataclass(frozen=True)
 class Instant(PassRates):
     """p_j = k_j / G of this batch; nothing is remembered."""
 
-    def observe(self, outcomes: Outcomes) -> Tensor:
-        return outcomes.pass_rates
+    def rates(self, judged: Judged) -> Tensor:
+        return judged.pass_rates
 
 
 class _Remembered(PassRates, Stateful):
@@ -40,14 +43,24 @@ class _Remembered(PassRates, Stateful):
         self.batches = 0
         self.kept: dict[str, list[float]] = {}
 
-    def observe(self, outcomes: Outcomes) -> Tensor:
+    def rates(self, judged: Judged) -> Tensor:
+        after = self._after(judged)
+        rates = [self._rate(after[key]) for key in judged.keys]
+        return torch.tensor(rates, dtype=torch.float64, device=judged.rewards.device)
+
+    def observe(self, judged: Judged) -> None:
+        self.kept |= self._after(judged)
         self.batches += 1
-        counts = outcomes.successes.double().sum(-1).tolist()
-        group = outcomes.successes.shape[-1]
-        for key, right in all_gather(list(zip(outcomes.question_keys(), counts, strict=True))):
-            self.kept[key] = self._follow(self.kept.get(key, []), right, group)
-        rates = [self._rate(self.kept[key]) for key in outcomes.keys]
-        return torch.tensor(rates, dtype=torch.float64, device=outcomes.rewards.device)
+
+    def _after(self, judged: Judged) -> dict[str, list[float]]:
+        """What will be kept of the questions of this batch, those of all ranks."""
+        counts = judged.successes.double().sum(-1).tolist()
+        group = judged.successes.shape[-1]
+        after: dict[str, list[float]] = {}
+        for key, right in all_gather(list(zip(judged.keys, counts, strict=True))):
+            kept = after.get(key, self.kept.get(key, []))
+            after[key] = self._follow(kept, right, group, self.batches + 1)
+        return after
 
     def remembered(self) -> dict[str, Any]:
         return {"batches": self.batches, "kept": self.kept}
@@ -56,8 +69,11 @@ class _Remembered(PassRates, Stateful):
         self.batches, self.kept = remembered["batches"], dict(remembered["kept"])
 
     @abstractmethod
-    def _follow(self, kept: Sequence[float], right: float, group: int) -> list[float]:
-        """What to keep of a question after a group with `right` successes; [] : first met."""
+    def _follow(self, kept: Sequence[float], right: float, group: int, batch: int) -> list[float]:
+        """What to keep of a question after a group with `right` successes in batch `batch`.
+
+        `kept` is empty where the question is met for the first time.
+        """
 
     @abstractmethod
     def _rate(self, kept: Sequence[float]) -> float:
@@ -80,7 +96,7 @@ class MovingAverage(_Remembered):
             raise ValueError(f"`MovingAverage(follow=...)` must be in (0, 1], got {follow}")
         self.follow = follow
 
-    def _follow(self, kept: Sequence[float], right: float, group: int) -> list[float]:
+    def _follow(self, kept: Sequence[float], right: float, group: int, batch: int) -> list[float]:
         now = right / group
         return [kept[0] + self.follow * (now - kept[0]) if kept else now]
 
@@ -113,10 +129,10 @@ class DecayedBeta(_Remembered):
             raise ValueError(f"`DecayedBeta(decay=...)` must be in (0, 1], got {decay}")
         self.prior, self.decay = prior, decay
 
-    def _follow(self, kept: Sequence[float], right: float, group: int) -> list[float]:
-        a, b, last = kept or (0.0, 0.0, self.batches)
-        left = self.decay ** (self.batches - last)
-        return [left * a + right, left * b + group - right, self.batches]
+    def _follow(self, kept: Sequence[float], right: float, group: int, batch: int) -> list[float]:
+        a, b, last = kept or (0.0, 0.0, batch)
+        left = self.decay ** (batch - last)
+        return [left * a + right, left * b + group - right, batch]
 
     def _rate(self, kept: Sequence[float]) -> float:
         a, b, _ = kept

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from scsdpo.types import Judged
+
 
 class Stateful(nn.Module):
     """A part of a strategy that changes during training.
@@ -13,6 +15,13 @@ class Stateful(nn.Module):
     What it keeps in buffers, and what `remembered` gives, is in the checkpoint. Every rank keeps
     the same: what depends on a rank's questions is gathered first.
     """
+
+    def observe(self, judged: Judged) -> None:
+        """Remember of a batch what later ones are to know; called once for each batch.
+
+        It is called before the batch's first optimizer step, on every rank with its share. Asking
+        a strategy (`plan`, `weigh`, `claims`, `render`, `rates`) never changes what it remembers.
+        """
 
     def after_step(self) -> None:
         """Called once after each optimizer step that was taken."""

@@ -9,7 +9,7 @@ from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Weights
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.context import Context, PlainPrompt
-from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+from scsdpo.types import Judged, TeacherContexts
 
 
 class Teacher(nn.Module, ABC):
@@ -32,9 +32,9 @@ class Teacher(nn.Module, ABC):
         """False for `NoTeacher` only."""
         return True
 
-    def contexts(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+    def contexts(self, chat: Chat, judged: Judged) -> TeacherContexts:
         """Teacher prompts [Q][G], or none, per rollout."""
-        return self.context.render(chat, rollouts, outcomes)
+        return self.context.render(chat, judged)
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         """Make weights of its own once the policy has its own; a second call does nothing.
@@ -68,8 +68,8 @@ class NoTeacher(Teacher):
     def exists(self) -> bool:
         return False
 
-    def contexts(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        questions, group = rollouts.ids.shape[:2]
+    def contexts(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        questions, group = judged.rewards.shape
         return TeacherContexts(ids=(((),) * group,) * questions)
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:

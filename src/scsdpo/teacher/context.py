@@ -1,20 +1,24 @@
 """Contexts: what the teacher is told that the student was not."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class Context(ABC):
-    """Privileged information f for each rollout, as a rendered teacher prompt."""
+    """Privileged information f for each rollout, as a rendered teacher prompt.
+
+    White space alone is nothing to tell.
+    """
 
     @abstractmethod
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         """Teacher prompts [Q][G]; an empty one where there is nothing to tell."""
 
 
@@ -22,9 +26,9 @@ class Context(ABC):
 class PlainPrompt(Context):
     """Nothing privileged: the teacher reads what the student reads. For KL anchors."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        group = rollouts.ids.shape[1]
-        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in rollouts.prompts))
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        group = judged.rewards.shape[1]
+        return TeacherContexts(ids=tuple((prompt.ids,) * group for prompt in judged.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +57,18 @@ class _Reprompt(Context):
             )
 
     @abstractmethod
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         """What to tell the teacher of this rollout."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        questions, group = rollouts.ids.shape[:2]
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        questions, group = judged.rewards.shape
         rendered: dict[tuple[int, PrivilegedInfo], tuple[int, ...]] = {}
         table = []
         for q in range(questions):
-            told = [self.privileged(q, g, rollouts, outcomes) for g in range(group)]
+            told = [self.privileged(q, g, judged) for g in range(group)]
             for one in told:
                 if (q, one) not in rendered:
-                    rendered[q, one] = self._fit(chat, rollouts.prompts[q], one)
+                    rendered[q, one] = self._fit(chat, judged.prompts[q], one)
             table.append(tuple(rendered[q, one] for one in told))
         return TeacherContexts(ids=tuple(table))
 
@@ -85,13 +87,13 @@ def fit(
     the end); template and question stay whole, or there is no context.
     """
     demonstration, feedback = told.demonstration, told.feedback
-    while demonstration or feedback:
+    while demonstration.strip() or feedback.strip():
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
-        ids = chat.render(messages)
+        ids = chat.render(messages, prompt.tools)
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
-        if demonstration:
+        if demonstration.strip():
             demonstration = _cut(chat, demonstration, excess)
         else:
             feedback = _cut(chat, feedback, excess)
@@ -117,13 +119,15 @@ class _Templated(_Reprompt):
 
 @dataclass(frozen=True, kw_only=True)
 class SiblingDemonstration(_Templated):
-    """A successful rollout of the same question, shown as a correct solution.
+    """The best successful rollout of the same question, shown as a correct solution.
 
-    A rollout without a (different) successful sibling has no teacher and no loss: with
-    `exclude_self` the only success of a group gets none, its failures do.
+    The best has the highest reward; of equals, `pick` says which. One that is nothing but thinking
+    is not shown. A rollout without a (different) successful sibling has no teacher and no loss:
+    with `exclude_self` the only success of a group gets none, its failures do.
 
     Args:
-        pick: `first` in the group's order, or the `shortest` in tokens (the first of equals).
+        pick: of successes with the same reward the `first` in the group's order, or the `shortest`
+            in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
         strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
         templates: the words around it.
@@ -138,25 +142,27 @@ class SiblingDemonstration(_Templated):
     exclude_self: bool = True
     strip_thinking: bool = True
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(
-            demonstration=self.demonstration(question, rollout, rollouts, outcomes)
-        )
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=self.demonstration(question, rollout, judged))
 
-    def demonstration(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> str:
+    def demonstration(self, question: int, rollout: int, judged: Judged) -> str:
         """The text to show; empty if there is none."""
-        good = outcomes.successes[question].nonzero()[:, 0].tolist()
-        if self.exclude_self:
-            good = [g for g in good if g != rollout]
-        if not good:
-            return ""
-        lengths = rollouts.mask[question].sum(-1).tolist()
-        chosen = good[0] if self.pick == "first" else min(good, key=lambda g: lengths[g])
-        return self.shown(rollouts.prompts[question], rollouts.texts[question][chosen])
+        for g, text in self.demonstrations(question, judged):
+            if g != rollout or not self.exclude_self:
+                return text
+        return ""
+
+    def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
+        """The successes of a question that leave something to show, the one to show first first."""
+        best = judged.best_first(question)
+        if self.pick == "shortest":
+            rewards = judged.rewards[question].tolist()
+            lengths = judged.lengths[question].tolist()
+            best.sort(key=lambda g: (-rewards[g], lengths[g]))
+        for g in best:
+            text = self.shown(judged.prompts[question], judged.texts[question][g])
+            if text.strip():
+                yield g, text
 
     def shown(self, prompt: Prompt, text: str) -> str:
         """What of a response to `prompt` is shown."""
@@ -177,10 +183,8 @@ class Feedback(_Templated):
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(feedback=_own_feedback(question, rollout, outcomes))
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(feedback=_own_feedback(question, rollout, judged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +205,12 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
     both: bool = False
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        demonstration = self.demonstration(question, rollout, rollouts, outcomes)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        demonstration = self.demonstration(question, rollout, judged)
         if demonstration and not self.both:
             return PrivilegedInfo(demonstration=demonstration)
         return PrivilegedInfo(
-            demonstration=demonstration, feedback=_own_feedback(question, rollout, outcomes)
+            demonstration=demonstration, feedback=_own_feedback(question, rollout, judged)
         )
 
 
@@ -226,15 +228,15 @@ class GoldSolution(_Templated):
         OPSD, arXiv:2601.18734.
     """
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        return PrivilegedInfo(demonstration=rollouts.prompts[question].answer)
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=judged.prompts[question].answer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortestSuccess(_Reprompt):
     """Only the shortest success of a group has a teacher, which reads another rollout of it.
+
+    Of successes with different rewards, the shortest of the best.
 
     That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
     told as what it is. The other rollouts, and groups without a success, are not learned from:
@@ -256,24 +258,23 @@ class ShortestSuccess(_Reprompt):
     def words(self) -> Templates:
         return self.attempt_templates
 
-    def privileged(
-        self, question: int, rollout: int, rollouts: Rollouts, outcomes: Outcomes
-    ) -> PrivilegedInfo:
-        lengths = rollouts.lengths[question].tolist()
-        right = outcomes.successes[question].tolist()
-        shortest = sorted(range(len(right)), key=lengths.__getitem__)
-        taught = next((g for g in shortest if right[g]), None)
-        others = [g for g in shortest if g != taught]
-        if rollout != taught or not others:
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        lengths, rewards = judged.lengths[question].tolist(), judged.rewards[question].tolist()
+        right = judged.best_first(question)
+        taught = min(right, key=lambda g: (-rewards[g], lengths[g]), default=None)
+        if rollout != taught:
             return PrivilegedInfo()
-        other = min(others, key=right.__getitem__)
-        shown = rollouts.texts[question][other]
-        if self.strip_thinking:
-            shown = without_thinking(rollouts.prompts[question].thinking + shown)
-        return PrivilegedInfo(**{"demonstration" if right[other] else "feedback": shown})
+        others = [g for g in range(len(lengths)) if g != taught]
+        for other in sorted(others, key=lambda g: (g in right, lengths[g])):
+            shown = judged.texts[question][other]
+            if self.strip_thinking:
+                shown = without_thinking(judged.prompts[question].thinking + shown)
+            if shown.strip():
+                return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
+        return PrivilegedInfo()
 
 
-def _own_feedback(question: int, rollout: int, outcomes: Outcomes) -> str:
-    if outcomes.successes[question, rollout]:
+def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
+    if judged.successes[question, rollout]:
         return ""
-    return outcomes.verdicts[question][rollout].feedback
+    return judged.verdicts[question][rollout].feedback

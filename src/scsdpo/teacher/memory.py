@@ -14,15 +14,16 @@ from scsdpo.teacher.context import (
 )
 from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Outcomes, Prompt, Rollouts, TeacherContexts
+from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
-    """A sibling's success; in a group without any, the last one of an earlier visit.
+    """A sibling's success; in a group without any, the best one of earlier visits.
 
-    Groups with a success are told what `demonstration` says. Each question keeps its last `size`
-    different successes, of earlier policies; they are checkpointed, and the same on every rank.
-    Memory grows with the number of distinct questions.
+    Groups with a success are told what `demonstration` says. Each question keeps its best `size`
+    different successes, of equals the last ones, and the last of the best is shown; one of which
+    nothing would be shown counts as none. They are checkpointed, and the same on every rank. Memory
+    grows with the number of distinct questions.
 
     Args:
         demonstration: how a success is picked and shown.
@@ -42,35 +43,38 @@ class RememberedDemonstration(Context, Stateful):
         if size < 1:
             raise ValueError(f"`RememberedDemonstration(size=...)` must be >= 1, got {size}")
         self.demonstration, self.size = demonstration, size
-        self.kept: dict[str, list[str]] = {}
+        self.kept: dict[str, list[tuple[float, str]]] = {}
+        """By question: rewards and responses, the one to show last."""
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        table = list(self.demonstration.render(chat, rollouts, outcomes).ids)
-        for q, prompt in enumerate(rollouts.prompts):
-            if prompt.key in self.kept and not outcomes.successes[q].any():
-                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1])
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        table = list(self.demonstration.render(chat, judged).ids)
+        for q, prompt in enumerate(judged.prompts):
+            if prompt.key in self.kept and not any(self.demonstration.demonstrations(q, judged)):
+                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1][1])
                 table[q] = (self.demonstration.show(chat, prompt, text),) * len(table[q])
-        self._remember(rollouts, outcomes)
         return TeacherContexts(ids=tuple(table))
 
-    def _remember(self, rollouts: Rollouts, outcomes: Outcomes) -> None:
+    def observe(self, judged: Judged) -> None:
+        rewards = judged.rewards.tolist()
         good = [
-            (prompt.key, text)
-            for prompt, texts, right in zip(
-                rollouts.prompts, rollouts.texts, outcomes.successes.tolist(), strict=True
-            )
-            for text, success in zip(texts, right, strict=True)
-            if success
+            (prompt.key, rewards[q][g], judged.texts[q][g])
+            for q, prompt in enumerate(judged.prompts)
+            for g, _ in sorted(self.demonstration.demonstrations(q, judged))
         ]
-        for key, text in all_gather(good):
-            others = [kept for kept in self.kept.get(key, []) if kept != text]
-            self.kept[key] = [*others, text][-self.size :]
+        for key, reward, text in all_gather(good):
+            others = [kept for kept in self.kept.get(key, []) if kept[1] != text]
+            ranked = sorted([*others, (reward, text)], key=lambda kept: kept[0])
+            self.kept[key] = ranked[-self.size :]
 
     def remembered(self) -> dict[str, Any]:
         return {"kept": self.kept}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
-        self.kept = dict(remembered["kept"])
+        self.kept = {
+            # Before rewards were kept, each was that of a success.
+            key: [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
+            for key, responses in remembered["kept"].items()
+        }
 
 
 class AttemptMemory(Context, Stateful):
@@ -118,8 +122,35 @@ class AttemptMemory(Context, Stateful):
         self.right: dict[str, list[str]] = {}
         self.wrong: dict[str, list[str]] = {}
 
-    def render(self, chat: Chat, rollouts: Rollouts, outcomes: Outcomes) -> TeacherContexts:
-        table = [
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        table = self._attempts(judged)
+        right, wrong = self._after(table)
+
+        def told(key: str, own: str) -> PrivilegedInfo:
+            shown = [
+                "\n\n".join(entry for entry in kept.get(key, []) if entry != own)
+                for kept in (right, wrong)
+            ]
+            return PrivilegedInfo(demonstration=shown[0], feedback=shown[1])
+
+        return TeacherContexts(
+            ids=tuple(
+                tuple(
+                    fit(chat, prompt, told(key, own), self.attempt_templates, self.max_tokens)
+                    for key, _, own in group
+                )
+                for prompt, group in zip(judged.prompts, table, strict=True)
+            )
+        )
+
+    def observe(self, judged: Judged) -> None:
+        right, wrong = self._after(self._attempts(judged))
+        self.right |= right
+        self.wrong |= wrong
+
+    def _attempts(self, judged: Judged) -> list[list[tuple[str, bool, str]]]:
+        """[Q][G]: the question's key, whether the attempt was right, and its entry."""
+        return [
             [
                 (
                     prompt.key,
@@ -129,36 +160,30 @@ class AttemptMemory(Context, Stateful):
                 for text, verdict, right in zip(texts, verdicts, successes, strict=True)
             ]
             for prompt, texts, verdicts, successes in zip(
-                rollouts.prompts,
-                rollouts.texts,
-                outcomes.verdicts,
-                outcomes.successes.tolist(),
+                judged.prompts,
+                judged.texts,
+                judged.verdicts,
+                judged.successes.tolist(),
                 strict=True,
             )
         ]
-        for key, right, entry in all_gather([one for group in table for one in group]):
-            kept, size = (self.right, self.successes) if right else (self.wrong, self.failures)
+
+    def _after(
+        self, table: list[list[tuple[str, bool, str]]]
+    ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Right and wrong entries of the batch's questions, all ranks', the batch included."""
+        attempts = all_gather([one for group in table for one in group if one[-1].strip()])
+        keys = {key for key, _, _ in attempts}
+        right, wrong = ({k: old[k] for k in keys & old.keys()} for old in (self.right, self.wrong))
+        for key, good, entry in attempts:
+            kept, size = (right, self.successes) if good else (wrong, self.failures)
             others = [other for other in kept.get(key, []) if other != entry]
             kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]
-        return TeacherContexts(
-            ids=tuple(
-                tuple(
-                    fit(chat, prompt, self._told(*one), self.attempt_templates, self.max_tokens)
-                    for one in group
-                )
-                for prompt, group in zip(rollouts.prompts, table, strict=True)
-            )
-        )
+        return right, wrong
 
     def _entry(self, prompt: Prompt, text: str, feedback: str) -> str:
         shown = without_thinking(prompt.thinking + text) if self.strip_thinking else text
-        return f"{shown}\n{feedback}" if feedback else shown
-
-    def _told(self, key: str, right: bool, own: str) -> PrivilegedInfo:
-        def join(kept: dict[str, list[str]]) -> str:
-            return "\n\n".join(entry for entry in kept.get(key, []) if entry != own)
-
-        return PrivilegedInfo(demonstration=join(self.right), feedback=join(self.wrong))
+        return f"{shown}\n{feedback}" if feedback.strip() else shown
 
     def remembered(self) -> dict[str, Any]:
         return {"right": self.right, "wrong": self.wrong}

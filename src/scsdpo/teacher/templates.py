@@ -61,4 +61,4 @@ ATTEMPTS = Templates(
 
 
 def _insert(template: str, place: str, text: str) -> str:
-    return template.replace(f"{{{place}}}", text) if text else ""
+    return template.replace(f"{{{place}}}", text) if text.strip() else ""

@@ -1,6 +1,6 @@
 """Training: the module that composes the strategies, and the optimizer step."""
 
-from scsdpo.training.batch import Batch
+from scsdpo.advantage import Batch
 from scsdpo.training.evaluation_files import FOLDER
 from scsdpo.training.limits import Limits
 from scsdpo.training.module import PolicyOptimizer

@@ -1,8 +1,10 @@
 """Asking the policy and judging what it answers: the same in training, evaluation and analysis."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from scsdpo.errors import ConfigurationError
@@ -11,7 +13,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
-from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Verification, VerifierPool, report_errors
 
 
@@ -35,10 +37,11 @@ class Answering:
         self.rollout, self.verifiers = rollout, VerifierPool(verification)
         self.success_threshold, self.timer = success_threshold, timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
+        self._said = False
 
     def sample(
         self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Rollouts:
+    ) -> Responses:
         """Responses of the policy as it is now, with fewer rows in flight where memory is short.
 
         Args:
@@ -51,7 +54,7 @@ class Answering:
             TrainingStopped: if memory does not suffice for one row, or logits are not finite.
         """
 
-        def attempt(rows: int) -> Rollouts:
+        def attempt(rows: int) -> Responses:
             with noticed():
                 return self.rollout.with_rows(rows).sample(policy, prompts, sampling)
 
@@ -59,10 +62,10 @@ class Answering:
             most = self.rollout.rows(len(prompts) * sampling.n)
             least = most if self.rollout.with_rows(1) is self.rollout else 1
             with self.rollout.held(policy):  # ranks need not try equally often
-                rollouts = self.room.run(attempt, most=most, extent=lambda: (least, most))
-            check_sampled(rollouts, module)
-        self.timer.count("rollout", int(rollouts.lengths.sum()))
-        return rollouts
+                responses = self.room.run(attempt, most=most, extent=lambda: (least, most))
+            check_sampled(responses, module)
+        self.timer.count("rollout", int(responses.lengths.sum()))
+        return responses
 
     def check_room(self, key: str, sampling: Sampling, prompt_tokens: int) -> None:
         """Refuse responses for which the sampler has no room behind the longest prompt.
@@ -84,22 +87,34 @@ class Answering:
                 "model.rollout.init_args.engine.init_args.max_model_len, or lower one of them"
             )
 
-    def judge(self, rollouts: Rollouts) -> Outcomes:
+    def judge(self, responses: Responses, split: Literal["train", "val", "test"]) -> Judged:
         """Verdicts of each prompt's verifier; those that failed are logged."""
         with self.timer("verify"):
-            verdicts = self.verifiers.verify(rollouts.prompts, rollouts.texts)
+            verdicts = self.verifiers.verify(responses.prompts, responses.texts)
         report_errors(verdicts)
+        self._say_what_succeeds(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,
-            device=rollouts.ids.device,
-        )
-        return Outcomes(
+            device=responses.ids.device,
+        ).view(responses.ids.shape[:2])
+        return Judged(
+            responses=responses,
             verdicts=verdicts,
-            rewards=rewards.view(rollouts.ids.shape[:2]),
-            successes=(rewards >= self.success_threshold).view(rollouts.ids.shape[:2]),
-            keys=tuple(prompt.key for prompt in rollouts.prompts),
+            rewards=rewards,
+            successes=rewards >= self.success_threshold,
+            split=split,
         )
+
+    def _say_what_succeeds(self, verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """One line at the first reward that is neither wrong nor right."""
+        partial = (v.reward for group in verdicts for v in group if 0 < v.reward < 1)
+        if not self._said and (first := next(partial, None)) is not None:
+            self._said = True
+            rank_zero_info(
+                f"a reward between 0 and 1 ({first:g}): a success is a reward of at least "
+                f"{self.success_threshold:g} (model.success_threshold)"
+            )
 
     def close(self) -> None:
         """Let the rollout's engine go, and the processes that judge."""

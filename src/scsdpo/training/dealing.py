@@ -1,18 +1,14 @@
 """Questions dealt to ranks so that each has nearly as many tokens to train on."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scsdpo.advantage import Advantage
+from scsdpo.advantage import Advantage, Batch
 from scsdpo.distributed import all_gather, place
-from scsdpo.selection import joined, one_group
-from scsdpo.state import all_remembered, nested_state, remember_all
-from scsdpo.training.batch import Batch
-from scsdpo.types import Outcomes, Rollouts, TeacherContexts
+from scsdpo.types import Judged, TeacherContexts
 
 Ids = tuple[tuple[int, ...], ...]
 
@@ -23,33 +19,26 @@ class _Group(NamedTuple):
     number: tuple[int, int]
     """In the order of one process: place in its rank's batch, rank."""
     cost: int
-    judged: tuple[Rollouts, Outcomes]
+    judged: Judged
     weights: Tensor
     contexts: tuple[Ids, Ids]
 
 
-def deal(
-    prepare: Callable[[Rollouts, Outcomes], Batch],
-    advantage: Advantage,
-    judged: tuple[Rollouts, Outcomes],
-) -> Batch:
+def deal(prepare: Callable[[Judged], Batch], advantage: Advantage, judged: Judged) -> Batch:
     """A batch to learn from: this rank's own, or its share of all, groups whole.
 
     Every rank waits for the slowest in each optimizer step, and what a question costs is known only
     when its rollouts are. Sums are over all ranks, hence no number depends on who has which.
 
     Args:
-        prepare: contexts, weights and plan of judged rollouts.
+        prepare: contexts, weights and plan of judged responses.
         advantage: plans again for what was dealt.
-        judged: rollouts and outcomes of this rank.
+        judged: the responses of this rank.
     """
     rank, ranks = place()
     if ranks == 1:
-        return prepare(*judged)
-    memory = nn.ModuleList(nested_state([advantage]))
-    before = copy.deepcopy(all_remembered(memory))
-    home = prepare(*judged)
-    remember_all(memory, before)  # it meets the batch once
+        return prepare(judged)
+    home = prepare(judged)
     groups = sorted(all_gather(_groups(home)), key=lambda group: group.number)
     mine: list[_Group] = []
     sizes: list[int] = []
@@ -78,7 +67,7 @@ def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 def _groups(batch: Batch) -> list[_Group]:
     # In tokens forward: a student's token goes forward and back, three times as much work.
-    lengths, active = batch.rollouts.lengths, batch.active.view_as(batch.weights)
+    lengths, active = batch.judged.lengths, batch.active.view_as(batch.weights)
     read = sum(plan.to(lengths) for plan in (batch.plan.needs_teacher, batch.plan.needs_reference))
     costs = (lengths * active * (3 + read)).sum(-1).tolist()
     rank, _ = place()
@@ -86,7 +75,7 @@ def _groups(batch: Batch) -> list[_Group]:
         _Group(
             number=(q, rank),
             cost=cost,
-            judged=one_group(batch.rollouts, batch.outcomes, q),
+            judged=batch.judged[[q]].to("cpu"),
             weights=batch.weights[q].cpu(),
             contexts=(batch.teacher.ids[q], batch.reference.ids[q]),
         )
@@ -102,21 +91,17 @@ def _cut(groups: list[_Group], sizes: Sequence[int]) -> list[list[_Group]]:
 def _joined(
     groups: Sequence[_Group], questions: tuple[int, ...], home: Batch, advantage: Advantage
 ) -> Batch:
-    rollouts, outcomes = joined([g.judged for g in groups], like=(home.rollouts, home.outcomes))
+    judged = home.judged[[]].cat([group.judged for group in groups])
     device = home.weights.device
     teacher, reference = (
         TeacherContexts(ids=tuple(group.contexts[slot] for group in groups)) for slot in (0, 1)
     )
-    available = teacher.available.to(device).view_as(outcomes.successes)
-    return Batch(
-        rollouts=rollouts,
-        outcomes=outcomes,
-        plan=advantage.planned(outcomes, available),
-        weights=torch.cat([home.weights[:0], *(g.weights.to(device)[None] for g in groups)]),
-        teacher=teacher,
-        reference=reference,
-        questions=questions,
-        old_logprobs=torch.full_like(
-            rollouts.policy_logprobs, torch.nan, dtype=torch.float64
-        ).flatten(0, 1),
+    available = teacher.available.to(device).view_as(judged.successes)
+    return Batch.of(
+        judged,
+        advantage.planned(judged, available),
+        torch.cat([home.weights[:0], *(g.weights.to(device)[None] for g in groups)]),
+        (teacher, reference),
+        questions,
+        home.objective_name,
     )

@@ -5,7 +5,6 @@ from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import lightning as L
-import torch
 
 from scsdpo import interrupt
 from scsdpo.callbacks import show_rollouts
@@ -15,7 +14,7 @@ from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
 from scsdpo.records import Recorded
 from scsdpo.training.answering import Answering
-from scsdpo.types import JudgedBatch, Prompt, Sampling
+from scsdpo.types import Prompt, Sampling
 
 
 class Evaluation:
@@ -49,12 +48,10 @@ class Evaluation:
         if not prompts:  # the last batch of fewer questions than ranks
             self.answering.rollout.absent()
             return
-        rollouts = self.answering.sample(module, policy, prompts, sampling)
-        outcomes = self.answering.judge(rollouts)
-        self._own += questions(rollouts, outcomes)
-        weights = torch.ones_like(outcomes.rewards).double()
-        batch = JudgedBatch(split=split, rollouts=rollouts, outcomes=outcomes, weights=weights)
-        show_rollouts(module, batch)
+        responses = self.answering.sample(module, policy, prompts, sampling)
+        judged = self.answering.judge(responses, split)
+        self._own += questions(judged)
+        show_rollouts(module, judged)
 
     def end(self, module: Recorded, split: Literal["val", "test"]) -> None:
         """Log the figures of all ranks."""
@@ -79,7 +76,7 @@ class Evaluation:
         """Responses and verdicts, one record per rollout."""
         interrupt.begin_run(Agreement.of_ranks())
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
-        rollouts = self.answering.sample(module, policy, prompts, sampling)
-        outcomes = self.answering.judge(rollouts)
+        responses = self.answering.sample(module, policy, prompts, sampling)
+        judged = self.answering.judge(responses, "test")
         self.answering.timer.take()
-        return list(predictions(rollouts, outcomes))
+        return list(predictions(judged))

@@ -10,7 +10,7 @@ from scsdpo.distributed import all_gather, all_max
 from scsdpo.errors import TrainingStopped
 from scsdpo.loss import LossOutput
 from scsdpo.policy.sharding import local
-from scsdpo.types import Rollouts
+from scsdpo.types import Responses
 
 LARGEST = 1e15
 """Of a weight; float32 squares overflow at 2e19, and norms with them."""
@@ -65,18 +65,18 @@ def all_zero(tensors: Sequence[Tensor]) -> bool:
     return not bool(all_max(torch.tensor(float(any(bool(local(t).any()) for t in tensors)))))
 
 
-def check_sampled(rollouts: Rollouts, model: nn.Module) -> None:
+def check_sampled(responses: Responses, model: nn.Module) -> None:
     """Stop a run whose policy gave no distribution to draw from.
 
     Args:
-        rollouts: what was sampled.
+        responses: what was sampled.
         model: has the policy and its teachers; looked at only then.
 
     Raises:
         TrainingStopped: saying whether the weights or the logits are at fault.
     """
     # The policy's own log-probs may be unknown: vLLM gives none of a cut distribution.
-    if bool(rollouts.sampling_logprobs.where(rollouts.mask, 0.0).isfinite().all()):
+    if bool(responses.sampling_logprobs.where(responses.sampled, 0.0).isfinite().all()):
         return
     fault = spoiled(model.named_parameters()) or (
         "the policy's logits are not finite, though its weights are: they overflow on the way"

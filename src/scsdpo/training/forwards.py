@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from scsdpo.advantage import Batch
 from scsdpo.distributed import all_max
 from scsdpo.loss import Buffers, Head, HeadGradient, LossOutput, TeacherOutput, TokenLogits
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.teacher import Teacher
-from scsdpo.training.batch import Batch
 
 T = TypeVar("T")
 Loss = Callable[..., LossOutput]
@@ -53,7 +53,13 @@ class Forwards:
         }
         pad, self._max_tokens = policy.chat.pad_id, max_tokens
         self._rows = {
-            slot: Rows(prompts=each, ids=batch.ids, mask=batch.mask, pad_id=pad)
+            slot: Rows(
+                prompts=each,
+                ids=batch.ids,
+                present=batch.present,
+                sampled=batch.sampled,
+                pad_id=pad,
+            )
             for slot, each in prompts.items()
         }
         self.reads = {
@@ -65,8 +71,8 @@ class Forwards:
         self.index = torch.tensor(rows, dtype=torch.long, device=active.device)
         self.chosen = torch.zeros_like(active).index_fill_(0, self.index, True) & active
         """[R] bool: the rows that are run."""
-        self.lengths = batch.mask.sum(-1)
-        self.temperature = batch.rollouts.temperature
+        self.lengths = batch.sampled.sum(-1)
+        self.temperature = batch.judged.responses.temperature
         self._student = self._runner("student", self.chosen)
         self.micro_batches = self._student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
@@ -112,8 +118,8 @@ class Forwards:
         return head
 
     def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
-        """[N]: the entries of `table` [R, L] at the micro-batch's tokens, in row-major order."""
-        return table[list(micro)][self.batch.mask[list(micro)]]
+        """[N]: the entries of `table` [R, L] at the micro-batch's sampled tokens, row-major."""
+        return table[list(micro)][self.batch.sampled[list(micro)]]
 
     def losses(
         self, loss_of: Callable[[list[int]], Loss]
@@ -170,7 +176,7 @@ class Forwards:
             if not some:
                 return nothing
             # Rows that it does not read keep zeros: uniform logits, and no credit reads them.
-            here = self.of_tokens(micro, reads[:, None].expand_as(self.batch.mask))
+            here = self.of_tokens(micro, reads[:, None].expand_as(self.batch.sampled))
             return TeacherOutput(
                 hidden=tuple(_place(hidden, here) for hidden, _ in runs),
                 heads=tuple(head for _, head in runs),

@@ -28,8 +28,9 @@ def measure(forwards: Forwards, needs: Set[str]) -> Signals:
         ConfigurationError: if the objective is asked for, and depends on tables itself.
     """
     batch = forwards.batch
-    sampled = batch.rollouts.sampling_logprobs.flatten(0, 1)
-    signals = Signals.unmeasured(batch.mask, sampled, batch.old_logprobs)
+    sampled = batch.judged.responses.sampling_logprobs.flatten(0, 1)
+    ended = batch.judged.ended.flatten()
+    signals = Signals.unmeasured(batch.sampled, ended, sampled, batch.old_logprobs)
     of_student = any(name.startswith("student") for name in needs)
     of_teacher = any(name.startswith("teacher") for name in needs)
     of_objective = "objective" in needs
@@ -92,8 +93,8 @@ def _read(
 
 def _write(forwards: Forwards, micro: list[int], table: Tensor, values: Tensor) -> None:
     """Put a micro-batch's values [N] into a table [R, L]."""
-    mask = torch.zeros_like(forwards.batch.mask)
-    mask[micro] = forwards.batch.mask[micro]
+    mask = torch.zeros_like(forwards.batch.sampled)
+    mask[micro] = forwards.batch.sampled[micro]
     table[mask] = values  # both in row-major order: a micro-batch's rows ascend
 
 

@@ -1,6 +1,5 @@
 """The LightningModule: prompts, rollouts, verdicts, teacher, advantage, weighting, one loss."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,11 +10,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from scsdpo import interrupt
-from scsdpo.advantage import Advantage
-from scsdpo.callbacks import Progress, RunRecords, show_rollouts
+from scsdpo.advantage import Advantage, Batch
+from scsdpo.callbacks import Progress, RunRecords, show_batch, show_rollouts
 from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
+from scsdpo.data.startup import check_context
 from scsdpo.distributed import Agreement
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
@@ -29,10 +29,9 @@ from scsdpo.records import MetricsFile
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
-from scsdpo.state import all_remembered, memory, remember_all
+from scsdpo.state import Stateful, memory
 from scsdpo.teacher import NoTeacher, Teacher
 from scsdpo.training.answering import Answering
-from scsdpo.training.batch import Batch
 from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
 from scsdpo.training.evaluation_files import EvaluationFiles
@@ -47,7 +46,7 @@ from scsdpo.training.optimizer_steps import (
 )
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
-from scsdpo.types import Outcomes, Prompt, Rollouts, Sampling
+from scsdpo.types import Judged, Prompt, Responses, Sampling
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
@@ -57,12 +56,12 @@ class PolicyOptimizer(Resumable):
 
     Each batch of questions is answered, judged, and learned from:
 
-        rollouts = rollout.sample(policy, prompts, sampling)
-        outcomes = judge(rollouts)
-        contexts = teacher.contexts(...)
-        weights  = weighting.weigh(outcomes)
-        plan     = advantage.plan(outcomes, contexts.available)
-        loss     = sum_t reduction * weight * token weight * importance * objective_t
+        responses = rollout.sample(policy, prompts, sampling)
+        judged    = judge(responses)
+        contexts  = teacher.contexts(chat, judged)
+        weights   = weighting.weigh(judged)
+        plan      = advantage.plan(judged, contexts.available)
+        loss      = sum_t reduction * weight * token weight * importance * objective_t
 
     Args:
         policy: the language model that is trained.
@@ -82,7 +81,8 @@ class PolicyOptimizer(Resumable):
         optimizer: made from the trainable parameters.
         lr_scheduler: stepped once per optimizer step taken.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
-        success_threshold: reward from which a rollout counts as a success.
+        success_threshold: reward from which a rollout counts as a success. Of successes with
+            different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
 
     Raises:
@@ -110,7 +110,7 @@ class PolicyOptimizer(Resumable):
             o, factor=1.0
         ),
         updates_per_rollout: int = 1,
-        success_threshold: float = 0.5,
+        success_threshold: float = 1.0,
         limits: Limits = Limits(),
     ) -> None:
         super().__init__()
@@ -170,6 +170,8 @@ class PolicyOptimizer(Resumable):
             most = data.max_prompt_tokens
             if stage == "fit":
                 self.answering.check_room("sampling", self.sampling, most)
+                longest = max(source.longest for source in data.train_set.sources)
+                check_context(self, data.train_sources[0], longest)
             self.answering.check_room("val_sampling", self.val_sampling, most)
         self.answering.verifiers.start()
 
@@ -213,12 +215,11 @@ class PolicyOptimizer(Resumable):
         self._check_size(prompts)
         interrupt.open_window()
         self.batches += 1
-        rollouts = self.sample(prompts, self.sampling.at(int(self.batches)))
-        outcomes = self.judge(rollouts)
+        judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
         interrupt.meet()
-        chosen = self.selection.select(rollouts, outcomes)
-        prepared = [deal(self.prepare, self.advantage, judged) for judged in chosen]
-        self._report(rollouts, outcomes, prepared)
+        chosen = self.selection.select(judged)
+        prepared = [deal(self.prepare, self.advantage, each) for each in chosen]
+        self._report(judged, prepared)
         for batch in prepared:
             self._learn(batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
@@ -230,41 +231,45 @@ class PolicyOptimizer(Resumable):
                 f"questions per batch, got {len(prompts)}: raise data.questions_per_batch"
             )
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
         return self.answering.sample(self, self.policy, prompts, sampling)
 
-    def judge(self, rollouts: Rollouts) -> Outcomes:
+    def judge(self, responses: Responses) -> Judged:
         """Verdicts of each prompt's verifier; those that failed are logged."""
-        return self.answering.judge(rollouts)
+        return self.answering.judge(responses, "train")
 
-    def prepare(self, rollouts: Rollouts, outcomes: Outcomes) -> Batch:
-        """Contexts, weights and plan: everything before the first forward."""
-        contexts = self.teacher.contexts(self.policy.chat, rollouts, outcomes)
-        references = self.reference.contexts(self.policy.chat, rollouts, outcomes)
-        available = contexts.available.to(rollouts.ids.device).view_as(outcomes.successes)
-        return Batch(
-            rollouts=rollouts,
-            outcomes=outcomes,
-            plan=self.advantage.planned(outcomes, available),
-            weights=self.weighting.weights(outcomes),
-            teacher=contexts,
-            reference=references,
-            questions=split(len(outcomes.rewards), self.updates_per_rollout),
-            old_logprobs=torch.full_like(
-                rollouts.policy_logprobs, torch.nan, dtype=torch.float64
-            ).flatten(0, 1),
+    def prepare(self, judged: Judged) -> Batch:
+        """Contexts, weights and plan: everything before the first forward. Changes nothing."""
+        contexts = self.teacher.contexts(self.policy.chat, judged)
+        references = self.reference.contexts(self.policy.chat, judged)
+        available = contexts.available.to(judged.rewards.device).view_as(judged.successes)
+        return Batch.of(
+            judged,
+            self.advantage.planned(judged, available),
+            self.weighting.weights(judged),
+            (contexts, references),
+            split(len(judged.rewards), self.updates_per_rollout),
+            self.advantage.objective_name,
         )
 
-    def _report(self, rollouts: Rollouts, outcomes: Outcomes, prepared: Iterable[Batch]) -> None:
+    def observe(self, judged: Judged) -> None:
+        """Let every strategy that remembers see a batch; once a batch."""
+        for part in self.modules():
+            if isinstance(part, Stateful):
+                part.observe(judged)
+
+    def _report(self, judged: Judged, prepared: Iterable[Batch]) -> None:
         """Log what was sampled."""
-        weights = [outcomes.rewards[:0].double(), *(batch.weights for batch in prepared)]
-        figures = rollout_metrics(rollouts, outcomes, torch.cat(weights))
+        weights = [judged.rewards[:0].double(), *(batch.weights for batch in prepared)]
+        figures = rollout_metrics(judged, torch.cat(weights))
         log_figures(self, "train", figures, shown="pass_rate")
 
     def _learn(self, batch: Batch) -> None:
         """Show callbacks what is learned from, and learn."""
-        show_rollouts(self, batch.judged(self.advantage.objective_name))
+        self.observe(batch.judged)
+        show_rollouts(self, batch.judged)
+        show_batch(self, batch)
         self.steps.learn(self, self.policy, batch)
 
     def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
@@ -283,13 +288,8 @@ class PolicyOptimizer(Resumable):
         self.configure_model()
         chat = self.policy.chat
         asked = [p if p.ids else rendered(p, chat) for p in prompts]
-        kept = copy.deepcopy(all_remembered(self))
-        rollouts = self.sample(asked, self.sampling.at(int(self.batches) + 1))
-        try:
-            judged = self.selection.preview(rollouts, self.judge(rollouts))
-            batch = self.prepare(*judged)
-        finally:
-            remember_all(self, kept)
+        responses = self.sample(asked, self.sampling.at(int(self.batches) + 1))
+        batch = self.prepare(self.selection.preview(self.judge(responses)))
         budget = self.limits.token_budget(self.policy)
         update = self.steps.update
         return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)

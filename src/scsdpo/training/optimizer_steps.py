@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from scsdpo import interrupt
+from scsdpo.advantage import Batch
 from scsdpo.distributed import all_sum, sum_gradients
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import LossOutput
@@ -23,7 +24,6 @@ from scsdpo.policy import CausalLM
 from scsdpo.records import Recorded
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
-from scsdpo.training.batch import Batch
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
 from scsdpo.training.finite import all_zero, blamed, total_norm, weight_norm
 from scsdpo.training.limits import Limits
@@ -145,7 +145,9 @@ class OptimizerSteps(nn.Module):
     ) -> None:
         """One optimizer step on `rows`, unless nothing there can be learned from."""
         here = batch.active[rows]
-        active, tokens = all_sum(torch.stack([here.sum(), batch.mask[rows][here].sum()])).tolist()
+        active, tokens = all_sum(
+            torch.stack([here.sum(), batch.sampled[rows][here].sum()])
+        ).tolist()
         if active == 0:
             self._idle(host, policy, batch, NO_CREDIT)
             return
@@ -204,7 +206,7 @@ class OptimizerSteps(nn.Module):
         old = batch.old_logprobs[rows]
         if bool(old.isnan().all()):
             return self.gap.measure([(output.logprob, sampled) for output, sampled in outputs])
-        return self.gap.measure([(old, batch.rollouts.policy_logprobs.flatten(0, 1)[rows])])
+        return self.gap.measure([(old, batch.judged.responses.policy_logprobs.flatten(0, 1)[rows])])
 
     def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch, reason: str) -> None:
         """Nothing to learn from: counted, and after a while said."""
@@ -212,8 +214,8 @@ class OptimizerSteps(nn.Module):
         self.idle += 1
         log_figures(host, "train", {"skipped": float(self.skipped)})
         if self.idle == IDLE_WARNING:
-            rollouts = batch.rollouts
-            mean = float(rollouts.policy_logprobs[rollouts.mask].double().mean())
+            responses = batch.judged.responses
+            mean = float(responses.policy_logprobs[responses.sampled].double().mean())
             rank_zero_warn(
                 f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason}); "
                 f"its mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
@@ -314,7 +316,7 @@ def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
     above which one holds them all.
     """
     active = batch.active[rows]
-    lengths = batch.mask[rows].sum(-1)[active].tolist()
+    lengths = batch.present[rows].sum(-1)[active].tolist()
     contexts = (batch.teacher.ids, batch.reference.ids)
     prompts = (batch.student_prompts(), *([ids for g in c for ids in g] for c in contexts))
     longest = max((len(ids) for each in prompts for ids in each), default=0)

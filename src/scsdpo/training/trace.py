@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from scsdpo.advantage import Batch
 from scsdpo.loss import Observation, Observer
 from scsdpo.policy import CausalLM
-from scsdpo.training.batch import Batch
 from scsdpo.training.update import Update
 
 
@@ -21,7 +21,7 @@ class BatchTrace:
     """
 
     batch: Batch
-    """Rollouts, outcomes (verdicts, rewards), teacher and reference contexts, plan and weights."""
+    """Judged responses, teacher and reference contexts, plan and weights."""
     loss: float
     """The logged loss: sum of scale * importance * objective over all tokens."""
     credit: Tensor
@@ -51,10 +51,10 @@ def trace_update(
         max_tokens: budget of a micro-batch; changes no number.
         observe: sees each block with its credit over the whole vocabulary, too.
     """
-    shape = batch.rollouts.mask.shape
+    shape = batch.judged.responses.ids.shape
     names = ("credit", "magnitude", "objective", "logprob", "teacher_logprob", "entropy")
     tables = {
-        name: torch.full(shape, torch.nan, dtype=torch.float64, device=batch.mask.device)
+        name: torch.full(shape, torch.nan, dtype=torch.float64, device=batch.ids.device)
         for name in names
     }
     look = partial(_write, tables, batch.plan.needs_teacher.flatten(), observe)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo import contracts
+from scsdpo.advantage import Batch
 from scsdpo.distributed import all_max
 from scsdpo.loss import (
     Chunk,
@@ -25,7 +26,6 @@ from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import Reduction
 from scsdpo.teacher import Teacher
-from scsdpo.training.batch import Batch
 from scsdpo.training.budget import agreed
 from scsdpo.training.forwards import Forwards, Loss
 from scsdpo.training.measure import measure
@@ -78,10 +78,11 @@ class Update:
         for make in (*batch.plan.derivations, *self.derivations):
             signals.derive(make)
         factors = self._coefficients(forwards), self._token_weights(forwards, signals)
-        weighed = (factors[0][:, None] * factors[1])[forwards.chosen] * batch.mask[forwards.chosen]
+        chosen = forwards.chosen
+        weighed = (factors[0][:, None] * factors[1])[chosen] * batch.sampled[chosen]
         if not bool(all_max(weighed.any().double())):
             return
-        sampled = batch.rollouts.policy_logprobs.flatten(0, 1)
+        sampled = batch.judged.responses.policy_logprobs.flatten(0, 1)
         for micro, output in forwards.losses(partial(self._loss, forwards, signals, factors)):
             yield output, forwards.of_tokens(micro, sampled)
 
@@ -91,7 +92,7 @@ class Update:
         """[R, L]: log S(y) of the active ones among `rows`, without gradient; nan elsewhere."""
         forwards = self._forwards(policy, batch, rows, max_tokens)
         signals = measure(forwards, {"student_logprob"})
-        measured = batch.mask & forwards.chosen[:, None]
+        measured = batch.sampled & forwards.chosen[:, None]
         return torch.where(measured, signals.student_logprob, torch.nan)
 
     def _forwards(
@@ -111,7 +112,7 @@ class Update:
 
     def _token_weights(self, forwards: Forwards, signals: Signals) -> Tensor:
         """[R, L]."""
-        distilled = forwards.batch.mask & (forwards.reads["teacher"] & forwards.chosen)[:, None]
+        distilled = forwards.batch.sampled & (forwards.reads["teacher"] & forwards.chosen)[:, None]
         return contracts.weights(
             self.token_weighting.weigh(signals, distilled),
             of=f"{type(self.token_weighting).__name__}.weigh",
@@ -127,7 +128,7 @@ class Update:
         micro: list[int],
     ) -> Loss:
         """The micro-batch's share of the step's loss, once the student has run."""
-        mask, (coefficients, weights) = forwards.batch.mask, factors
+        mask, (coefficients, weights) = forwards.batch.sampled, factors
         places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         tokens = Tokens(
             ids=forwards.of_tokens(micro, forwards.batch.ids),

@@ -1,5 +1,6 @@
 """Verifier of an answer that a regular expression finds."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -37,6 +38,17 @@ class Regex(Verifier):
                 f"`Regex(pattern={self.pattern!r})` must be in RE2's syntax: {reason}"
             ) from error
 
+    def check(self, prompt: Prompt) -> None:
+        """Whether the pattern, or its group, can match the answer."""
+        gold = prompt.answer.strip()
+        padded = (f"{a}{gold}{b}" for a in ("", " ", "\n") for b in ("", " ", "\n"))
+        answer = _answer_alone(self.pattern)
+        if not any(answer.fullmatch(text.encode(errors="replace").decode()) for text in padded):
+            raise ValueError(
+                f"the gold answer {prompt.answer!r} is never found by "
+                f"`Regex(pattern={self.pattern!r})`"
+            )
+
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is what was found."""
         # RE2 reads UTF-8, which has no lone surrogates.
@@ -47,6 +59,35 @@ class Regex(Verifier):
         if found.strip() == prompt.answer.strip():
             return Verdict(reward=1.0, answer=found.strip())
         return Verdict(reward=0.0, answer=found.strip(), feedback="The answer is not correct.")
+
+
+_TOKEN = re.compile(
+    r"(?P<quoted>\\Q.*?(?:\\E|$))|\\.|\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]"
+    r"|\(\?(?P<flags>[a-zA-Z-]+)(?P<scope>[):])|(?P<apart>\(\?:)"
+    r"|(?P<open>\((?:\?P?<\w+>)?)|(?P<close>\))",
+    re.DOTALL,
+)
+
+
+@lru_cache
+def _answer_alone(pattern: str) -> Any:
+    """The pattern of the answer: of the first group, with its flags, or all of it."""
+    if not _compiled(pattern).groups:
+        return _compiled(pattern)
+    flags, depth, start = "", 0, -1
+    for token in _TOKEN.finditer(pattern):
+        if token["flags"] and start < 0:
+            # One that has ended counts too: rather too much is matched.
+            flags += f"(?{token['flags']})"
+        if token["open"] and start < 0:
+            start, depth = token.end(), 0
+        elif token["open"] or token["apart"] or token["scope"] == ":":
+            depth += 1
+        elif token["close"]:
+            if start >= 0 and depth == 0:
+                return _compiled(flags + pattern[start : token.start()])
+            depth -= 1
+    return _compiled("(?s).*")  # not found: anything
 
 
 @lru_cache

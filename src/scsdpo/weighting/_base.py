@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scsdpo import contracts
 from scsdpo.policy import CausalLM
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 
 
 class Weighting(ABC):
@@ -35,18 +35,22 @@ class Weighting(ABC):
         """
 
     @abstractmethod
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        """Weights [Q, G] >= 0 and finite, known before any forward; 0 drops the rollout's work."""
+    def weigh(self, judged: Judged) -> Tensor:
+        """Weights [Q, G] >= 0 and finite, known before any forward; 0 drops the rollout's work.
 
-    def weights(self, outcomes: Outcomes) -> Tensor:
+        It may be asked several times and changes nothing: a weighting that remembers is a
+        `scsdpo.state.Stateful`, whose `observe` is called once a batch.
+        """
+
+    def weights(self, judged: Judged) -> Tensor:
         """What `weigh` gives, as float64.
 
         Raises:
             ConfigurationError: if that is no such table.
         """
         return contracts.weights(
-            self.weigh(outcomes),
+            self.weigh(judged),
             of=f"{type(self).__name__}.weigh",
             axes="[Q, G]",
-            shape=tuple(outcomes.rewards.shape),
+            shape=tuple(judged.rewards.shape),
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 from scsdpo.weighting._base import Weighting
 
 FORMAT = "scsdpo rates 1"
@@ -102,14 +102,14 @@ class FrozenPassRate(Weighting):
                     f"written for other training questions; write it again with {_COMMAND}"
                 )
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        self.check_questions(outcomes.question_keys())
+    def weigh(self, judged: Judged) -> Tensor:
+        self.check_questions(judged.keys)
         weights = torch.tensor(
-            [self._raw[key] / self._mean for key in outcomes.keys],
+            [self._raw[key] / self._mean for key in judged.keys],
             dtype=torch.float64,
-            device=outcomes.rewards.device,
+            device=judged.rewards.device,
         )
-        return weights[:, None].expand(-1, outcomes.rewards.shape[1])
+        return weights[:, None].expand(-1, judged.rewards.shape[1])
 
 
 def fingerprint(model: nn.Module) -> str:

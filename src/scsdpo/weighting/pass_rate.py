@@ -11,7 +11,7 @@ from torch import Tensor
 from scsdpo.distributed import all_sum
 from scsdpo.policy import CausalLM
 from scsdpo.state import Instant, PassRates
-from scsdpo.types import Outcomes
+from scsdpo.types import Judged
 from scsdpo.weighting._base import Weighting
 
 
@@ -19,8 +19,8 @@ from scsdpo.weighting._base import Weighting
 class Uniform(Weighting):
     """W_j = 1 for every question."""
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        return torch.ones_like(outcomes.rewards, dtype=torch.float64)
+    def weigh(self, judged: Judged) -> Tensor:
+        return torch.ones_like(judged.rewards, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ class PassRate(Weighting):
     def needs_group(self) -> bool:
         return True
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        p = outcomes.pass_rates
+    def weigh(self, judged: Judged) -> Tensor:
+        p = judged.pass_rates
         informative = (p > 0) & (p < 1)
         raw = torch.where(informative, (p * (1 - p)) ** self.power, 0.0)
         total, count = all_sum(torch.stack([raw.sum(), informative.double().sum()]))
         mean = total / count if count > 0 else total.new_ones(())
-        return (raw / mean)[:, None].expand(-1, outcomes.rewards.shape[1])
+        return (raw / mean)[:, None].expand(-1, judged.rewards.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,10 @@ class RatePower(Weighting):
             if not 0 <= exponent < math.inf:
                 raise ValueError(f"`RatePower({name}=...)` must be >= 0 and finite, got {exponent}")
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        p = self.rates.observe(outcomes)
+    def weigh(self, judged: Judged) -> Tensor:
+        p = self.rates.rates(judged)
         weights = p**self.solved * (1 - p) ** self.failed
-        return weights[:, None].expand(-1, outcomes.rewards.shape[1])
+        return weights[:, None].expand(-1, judged.rewards.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +133,10 @@ class HardFilter(Weighting):
     def needs_group(self) -> bool:
         return True
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        p = outcomes.pass_rates
+    def weigh(self, judged: Judged) -> Tensor:
+        p = judged.pass_rates
         kept = ((p >= self.low) & (p <= self.high)).double()
-        return kept[:, None].expand(-1, outcomes.rewards.shape[1])
+        return kept[:, None].expand(-1, judged.rewards.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,5 +170,5 @@ class Product(Weighting):
         for factor, own in zip(self.factors, tee(keys, len(self.factors)), strict=True):
             factor.check_questions(own)
 
-    def weigh(self, outcomes: Outcomes) -> Tensor:
-        return torch.stack([factor.weights(outcomes) for factor in self.factors]).prod(0)
+    def weigh(self, judged: Judged) -> Tensor:
+        return torch.stack([factor.weights(judged) for factor in self.factors]).prod(0)

@@ -136,29 +136,16 @@ class Horizon(TokenWeighting):
         return torch.where(distilled, weights, 1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Overlong(TokenWeighting):
-    """Overlong filtering: nothing is learned from cut responses. u_t = 1 if T < cap, else 0
+    """Overlong filtering: nothing is learned from cut responses. u_t = 1 if it ended, else 0
 
-    T is the response's tokens. One that ends by itself at its very last token is left out too. The
+    A response ended if an end of sequence or a stop string closed it, and not the length cap. The
     reduction's denominators still count what is left out.
-
-    Args:
-        cap: `model.sampling.max_new_tokens`, >= 1.
-
-    Raises:
-        ValueError: if `cap` < 1.
 
     Source:
         DAPO, arXiv:2503.14476, section 3.4.
     """
 
-    cap: int
-
-    def __post_init__(self) -> None:
-        if self.cap < 1:
-            raise ValueError(f"`Overlong(cap=...)` must be >= 1, got {self.cap}")
-
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
-        ended = signals.mask.sum(-1, keepdim=True) < self.cap
-        return ended.double().expand_as(signals.mask).clone()
+        return signals.ended[:, None].double().expand_as(signals.mask).clone()

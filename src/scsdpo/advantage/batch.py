@@ -1,0 +1,86 @@
+"""A judged batch, ready to be learned from."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from scsdpo.advantage._base import Plan
+from scsdpo.types import Judged, TeacherContexts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What is known of R = Q * G judged responses before the first forward. Rows are q * G + g."""
+
+    judged: Judged
+    plan: Plan
+    weights: Tensor
+    """[Q, G] float64 question and rollout weights."""
+    teacher: TeacherContexts
+    """What the teacher reads before each response."""
+    reference: TeacherContexts
+    """What the reference reads."""
+    questions: tuple[int, ...]
+    """Of each optimizer step, how many; the first ones first."""
+    objective_name: str
+    """What the advantage calls its objective."""
+    old_logprobs: Tensor
+    """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
+
+    @classmethod
+    def of(
+        cls,
+        judged: Judged,
+        plan: Plan,
+        weights: Tensor,
+        contexts: tuple[TeacherContexts, TeacherContexts],
+        questions: tuple[int, ...],
+        objective_name: str = "objective",
+    ) -> "Batch":
+        """A batch before its first update; `contexts` are the teacher's and the reference's."""
+        unknown = torch.full_like(judged.responses.policy_logprobs, torch.nan, dtype=torch.float64)
+        return cls(
+            judged=judged,
+            plan=plan,
+            weights=weights,
+            teacher=contexts[0],
+            reference=contexts[1],
+            questions=questions,
+            objective_name=objective_name,
+            old_logprobs=unknown.flatten(0, 1),
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        """[R, L] response ids."""
+        return self.judged.responses.ids.flatten(0, 1)
+
+    @property
+    def present(self) -> Tensor:
+        """[R, L] bool: a token stands here."""
+        return self.judged.responses.present.flatten(0, 1)
+
+    @property
+    def sampled(self) -> Tensor:
+        """[R, L] bool: the policy drew this token; the others are read and never learned from."""
+        return self.judged.responses.sampled.flatten(0, 1)
+
+    @property
+    def active(self) -> Tensor:
+        """[R] bool: rollouts that can get credit; the others enter no forward."""
+        wanted = self.plan.active & (self.weights > 0) & (self.judged.lengths > 0)
+        return wanted.flatten()
+
+    @property
+    def steps(self) -> list[list[int]]:
+        """Rows of each optimizer step."""
+        ends = list(accumulate(self.questions, initial=0))
+        group = self.judged.rewards.shape[1]
+        return [list(range(a * group, b * group)) for a, b in pairwise(ends)]
+
+    def student_prompts(self) -> list[tuple[int, ...]]:
+        """[R] prompt ids."""
+        group = self.judged.rewards.shape[1]
+        return [prompt.ids for prompt in self.judged.prompts for _ in range(group)]

@@ -1,0 +1,286 @@
+r"""Where the final answer stands in a response.
+
+In this order: the last \boxed{...} that is closed and not empty (with those that it is listed
+with), the last <answer> block, what follows the last "the answer is", "Answer:" or "####", and at
+last the response's last line, if that is mathematics or ends in it. Takes linear time.
+"""
+
+# ruff: noqa: RUF001
+
+import re
+from itertools import pairwise
+
+from scsdpo.verifiers.answer import last_answer
+
+MAX_ANSWER = 1_000
+r"""Characters of a final answer: a longer one is no answer, and its parsing would take its time."""
+_MOST_BOXES = 24
+_TAIL = 6_000
+"""Characters at the end in which an answer is looked for that stands in no box."""
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"[0-9]|[A-Za-z](?![A-Za-z])")
+_LINK_WORDS = frozenset(["and", "or"])
+_TURNS = frozenset([
+    "but", "so", "wait", "not", "instead", "hence", "thus", "therefore", "then", "is", "gives",
+    "which", "actually", "first", "try", "again", "wrong", "correct", "check", "verify", "let",
+    "since", "because", "small", "large", "guess", "at",
+])  # fmt: skip
+
+
+def final_answer(response: str) -> str:
+    """The text of the final answer; empty if there is none."""
+    boxes = _boxes(response)
+    if boxes:
+        return _listed(response, boxes)
+    block = last_answer(response)
+    if block is not None:
+        said = _said(block) if len(block) <= MAX_ANSWER else ""
+        return said or (block if len(block) <= MAX_ANSWER else "")
+    cut_off = response.rfind("\\boxed")
+    response = response[:cut_off] if cut_off >= 0 else response
+    tail = response.rstrip()[-_TAIL:]
+    return _said(tail) or _last_line(tail)
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and text of the last boxes that are closed and hold something, in order."""
+    found: list[tuple[int, int, str]] = []
+    place = len(text)
+    for _ in range(_MOST_BOXES):
+        place = max(text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place))
+        if place < 0:
+            break
+        match = _BOX.match(text, place)
+        if match is None:
+            continue
+        end = match.end()
+        if text[end : end + 1] == "{":
+            close = _close(text, end)
+            inner = text[end + 1 : close].strip() if close > 0 else ""
+            end = close + 1
+        else:
+            bare = _BARE.match(text, end) if match[0][-1:].isspace() else None
+            inner, end = (bare[0], bare.end()) if bare else ("", end)
+        if inner:
+            found = [box for box in found if box[0] >= end]  # those inside this one
+            found.insert(0, (place, end, inner))
+    return found
+
+
+def _close(text: str, start: int) -> int:
+    r"""The brace that closes the one at `start`; \{ and \} are none. 0 if there is none."""
+    depth, place = 0, start
+    most = min(len(text), start + MAX_ANSWER + 2)
+    while place < most:
+        if text[place] == "\\":
+            place += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+        place += 1
+    return 0
+
+
+def _listed(text: str, boxes: list[tuple[int, int, str]]) -> str:
+    """The last box, and those before it that are joined to it: together they are one answer."""
+    parts = [boxes[-1][2]]
+    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        if not _is_link(text[before[1] : after[0]]):
+            break
+        if before[2] not in parts:
+            parts.insert(0, before[2])
+    return ", ".join(parts) if len(parts) > 1 else parts[0]
+
+
+def _is_link(text: str) -> bool:
+    r"""Whether it only lists: ", ", " and ", "$ and $x_2 = ", a \quad, nothing."""
+    if len(text) > 80:
+        return False
+    text = re.sub(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|[,;: ])", r" \1 ", text)
+    text = re.sub(r"\$|\\[()\[\]]|\*\*|&|\\\\", " ", text)
+    if re.search(r"[.!?]\s|\n\s*\n|:", text):
+        return False
+    words = re.findall(r"[A-Za-z]{2,}", text.lower())
+    if _TURNS & set(words):
+        return False
+    joined = bool(_LINK_WORDS & set(words)) or "," in text or ";" in text
+    bare = not text.strip()
+    return bare or (joined and len(words) <= 5)
+
+
+# --- sentences ------------------------------------------------------------------------------------
+
+_CUE = re.compile(
+    r"(?:\b(?:final|correct|right)?\s*(?:answer|result|solution)s?\b"
+    r"(?P<middle>[^.\n:=$]{0,60}?)\s*\b(?:is|are|equals|(?:should|must|will|to)\s+be|comes?\s+(?:out\s+)?to)\b\s*:?"
+    r"|^\W*(?:ans|final|final\s+result|result|solution|output)\s*[:.→]+(?=[\s*_]*[-$\\\d(])"
+    r"|\banswers?\b(?P<between>[^.\n:=$]{0,60}?)\s*[:=→]|####|^\W*(?:final\s+)?answer\s+(?=[$\\\d]))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HEADING = re.compile(r"(?im)^[\s#*]*(?:the\s+)?(?:final\s+)?answer\s*:?[\s*]*$")
+_LEAD = re.compile(
+    r"(?:[\s:*]|(?:simply|just|exactly|therefore|thus|then|indeed|clearly|given by|equal to|that)\b"
+    r"|(?:the|our|my|final|correct|answer)\s+(?:final\s+|correct\s+)?answer\s+is\b)+",
+    re.IGNORECASE,
+)
+_NOT = re.compile(
+    r"\s*(?:not|n't|never|no longer|unknown|unclear|wrong|incorrect)\b", re.IGNORECASE
+)
+_COURTESY = re.compile(
+    r"\W*(?:very\s+)?(?:helpful|clear|correct|right|useful|as follows|(?:given|shown|found)? ?"
+    r"(?:above|below)|what you)\b",
+    re.IGNORECASE,
+)
+_REST = re.compile(
+    r",?\s+(?:because|since|as|which|where|when|so|after|by|if|for|in which|that is|i\.e\.)\b"
+    r"|\s+\(|\s*⇒|,\s+(?:and|but)\s+(?:the|this|it|we)\b"
+)
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|(?<!\\)\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)", re.DOTALL
+)
+_END = re.compile(r"[.!?](?=\s|$|\*)|\n")
+_NUMBER = re.compile(r"(?<![\w.,])[-−+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w])")
+_CONCLUDES = re.compile(
+    r"(?i)^\W*(?:so|thus|hence|therefore|there (?:are|is|were)|in total|overall)\b"
+)
+_DOUBT = re.compile(
+    r"(?i)\b(?:not|cannot|can't|don't|unknown|unclear|maybe|perhaps|if|guess|whether|try|let|n't)\b"
+)
+_MATH_SIGN = re.compile(r"[\d$\\=√π∞¼-¾⅐-⅞]")
+_IS_ANSWER = re.compile(
+    r"(?i)(?:^|[.!?]\s|\n)(?P<said>(?:[^.!?\n]|\.(?=\d)){1,80}?)\s+(?:is|are)\s+(?:the|our|my)\s+"
+    r"(?:final\s+|correct\s+|right\s+)?(?:answers?|results?|solutions?)\b"
+)
+_WORDS = re.compile(r"[A-Za-z]{2,}")
+_KNOWN_WORDS = frozenset([
+    "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "sqrt", "pi", "and", "or",
+    "frac", "infty", "cup",
+])  # fmt: skip
+
+
+def _said(text: str) -> str:
+    """What follows the last words that announce an answer; empty if there are none."""
+    cues = [(match.end(), match) for match in _CUE.finditer(text)]
+    cues += [(match.end(), match) for match in _HEADING.finditer(text)]
+    for place, match in sorted(cues, key=lambda cue: cue[0], reverse=True)[:6]:
+        words, rest = match.groupdict(), text[place : place + MAX_ANSWER]
+        middle = words.get("middle") or words.get("between") or ""
+        if _COURTESY.match(rest):
+            continue
+        if _DOUBT.search(middle) or re.search(r"\b(?:would|too|was)\b", middle):
+            continue
+        return _statement(rest)
+    turned = list(_IS_ANSWER.finditer(text))
+    if turned and not _DOUBT.search(turned[-1]["said"]):
+        said = re.sub(r"(?i)^\W*(?:so|thus|hence|therefore)\b[\s,]*", "", turned[-1]["said"])
+        return "" if len(_WORDS.findall(_MATH.sub(" ", said))) > 3 else said.strip("*_ ")
+    return ""
+
+
+def _statement(text: str) -> str:
+    """The answer that a text begins with."""
+    text = text.lstrip(" \t:*\r\n")
+    lead = _LEAD.match(text)
+    text = text[lead.end() :] if lead else text
+    if _NOT.match(text):
+        return ""
+    display = re.match(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", text, re.DOTALL)
+    if display:
+        return (display[1] or display[2]).strip().rstrip(".,")
+    sentence = _sentence(text).strip().strip("*_").strip()
+    rest = _REST.search(_blanked(sentence))
+    sentence = sentence[: rest.start()].strip() if rest else sentence
+    chunks = list(_MATH.finditer(sentence))
+    last_is = list(re.finditer(r"\b(?:is|are|equals)\b", _blanked(sentence)))
+    if last_is and sentence[last_is[-1].end() :].strip():
+        sentence = sentence[last_is[-1].end() :].strip()
+        chunks = list(_MATH.finditer(sentence))
+    sentence = sentence.strip("*_ ").rstrip(".!*_ ")
+    outside = _WORDS.findall(re.sub(r"\\[A-Za-z]+", " ", _MATH.sub(" ", sentence)))
+    words = [word for word in outside if word.lower() not in _KNOWN_WORDS]
+    if chunks and chunks[0].start() == 0 and len(words) > 3:
+        return chunks[0][0]
+    if len(words) > 5 or _DOUBT.search(" ".join(words[:2])):
+        number = _NUMBER.match(sentence)
+        compared = re.search(r"\b(?:more|less|fewer|times|than|plus|minus|or|not)\b", sentence)
+        return number[0] if number and not compared else ""
+    return sentence
+
+
+def _blanked(text: str) -> str:
+    """With its mathematics blank, so that a word in it is none."""
+    return _MATH.sub(lambda match: "0" * len(match[0]), text)
+
+
+def _sentence(text: str) -> str:
+    """Up to the end of the first sentence or line that is not in mathematics."""
+    end = _END.search(_blanked(text))
+    return text[: end.start()] if end else text
+
+
+def _last_line(text: str) -> str:
+    """The last line if it is mathematics, else the number or formula that it ends in."""
+    text = re.sub(r"(?s)\\\[(.+?)\\\]", lambda m: "\n$" + " ".join(m[1].split()) + "$\n", text)
+    text = re.sub(r"(?s)\$\$(.+?)\$\$", lambda m: "\n$" + " ".join(m[1].split()) + "$\n", text)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    for number, line in enumerate(reversed(lines[-5:])):
+        line = line.strip("*_# ")
+        bare = re.sub(r"^\$(.*)\$[.,]?$", r"\1", line) if line.count("$") == 2 else line
+        words = _WORDS.findall(re.sub(r"\\[A-Za-z]+", " ", bare))
+        has_math = _MATH_SIGN.search(line)
+        counted = re.fullmatch(rf"(?:\$[^$]+\$|{_NUMBER.pattern})\s*[a-z%°]+(?:\s[a-z]+)?\.?", line)
+        if counted:
+            return line.rstrip(".")
+        if _MATH.fullmatch(re.sub(r"[.,!]$", "", line)):
+            return bare.rstrip(".,!") if len(bare) <= MAX_ANSWER else ""
+        if has_math and not [w for w in words if w.lower() not in _KNOWN_WORDS]:
+            return bare.rstrip(".!,") if len(bare) <= MAX_ANSWER else ""
+        if not has_math:
+            continue  # a courtesy
+        return _concluded(line, is_last=number == 0)
+    return ""
+
+
+def _concluded(line: str, *, is_last: bool) -> str:
+    """What the last sentence with mathematics in a line states."""
+    sentences = [s for s in _sentences(line) if _MATH_SIGN.search(s)]
+    if not sentences:
+        return ""
+    sentence = sentences[-1].strip().strip("*_ ")
+    if _DOUBT.search(sentence):
+        return ""
+    blank = _blanked(sentence)
+    verbs = list(
+        re.finditer(
+            r"\b(?:is|are|equals|gives|get|obtain|have|makes|'s)\b(?:\s+(?:therefore|thus|exactly|then))?|=",
+            blank,
+        )
+    )
+    if verbs:
+        after = sentence[verbs[-1].end() :].strip().strip("*_ ").rstrip(".!*_ ")
+        after = re.sub(r"(?<=\d)\s+(?:of|in|at|for|to|on)\b.*$", "", after)
+        chunk = _MATH.fullmatch(after)
+        literal = re.fullmatch(rf"{_NUMBER.pattern}(?:\s+[A-Za-z]+){{0,2}}", after)
+        if chunk or literal:
+            return after
+    chunks = list(_MATH.finditer(sentence))
+    ends_in_one = len(chunks) == 1 and not sentence[chunks[0].end() :].strip(".!*_ ")
+    if ends_in_one and re.search(r"[\d=<>]|\\(?:[lg]eq?|[lg]t|in|begin)\b", chunks[0][0]):
+        return chunks[0][0]
+    if _CONCLUDES.match(sentence):
+        numbers = _NUMBER.findall(blank)
+        if len(chunks) == 1 and not re.search(r"[1-9]", blank):
+            return chunks[0][0]
+        if not chunks and len(numbers) == 1:
+            return str(numbers[0])
+    return ""
+
+
+def _sentences(line: str) -> list[str]:
+    places = [match.end() for match in _END.finditer(_blanked(line))]
+    edges = [0, *places, len(line)]
+    return [line[a:b] for a, b in pairwise(edges) if line[a:b].strip()]
