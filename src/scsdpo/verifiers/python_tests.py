@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers import landlock, seccomp
@@ -87,6 +87,7 @@ class PythonTests(Verifier):
         ValueError: if a limit is too small, or the system has no such filter.
     """
 
+    reads_json: ClassVar[bool] = True
     seconds: float = 5.0
     memory_mb: int = 1024
     reveal: bool = False
