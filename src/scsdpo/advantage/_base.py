@@ -51,6 +51,11 @@ class Advantage(NeedsSignals, ABC):
         return False
 
     @property
+    def contexts(self) -> int:
+        """How many contexts its teacher must have (`Contexts`); 1: any."""
+        return 1
+
+    @property
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that one alone gives no signal."""
         return False
