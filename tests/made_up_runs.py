@@ -19,7 +19,9 @@ WORDS = ["the", " answer", " is", " B", ".\n", " carbon", " 12", " ✓", " becau
 VALIDATE_EVERY = 20
 
 
-def made_up_run(folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE) -> Path:
+def made_up_run(
+    folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE, trace_every=10
+) -> Path:
     """A run of so many batches: 16 questions, of which 2 are written with 8 responses each."""
     draw = random.Random(seed)
     for name in ("rollouts", "tokens"):
@@ -31,7 +33,7 @@ def made_up_run(folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE)
         lines.append(
             {"batch": batch, "step": batch, "time": 1e9 + 2 * batch} | figures(draw, share)
         )
-        traced = batch % 10 == 1
+        traced = (batch - 1) % trace_every == 0
         responses(folder, draw, "train", batch, share, traced=traced, text=text)
         if batch % VALIDATE_EVERY == 0:
             lines[-1] |= evaluation(folder, draw, batch, share)

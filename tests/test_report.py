@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +19,15 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import panels, read_runs, render, svg
 from scsdpo.report.configs import differences
-from scsdpo.report.curves import line_panel, window_panel
+from scsdpo.report.curves import line_panel, slug, window_panel
 from scsdpo.report.evaluations import Evaluation, difference, solved_difference
 from scsdpo.report.pack import content_hash, pack
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run, distinct_names, spread
 from scsdpo.report.responses import SCHEMA, embed
-from scsdpo.report.teacher import measured
+from scsdpo.report.summary import summarize
+from scsdpo.report.teacher import Distance, measured, too_few
+from scsdpo.report.teacher import panels as distance_panels
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,14 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folders):
     return read_runs(folders)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """With responses enough for densities."""
+    base = tmp_path_factory.mktemp("traced")
+    made = [made_up_run(base / f"m{i}", batches=21, seed=i, trace_every=1) for i in range(2)]
+    return read_runs([str(folder) for folder in made])
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +147,8 @@ def test_a_long_curve_is_shown_as_means_of_its_neighbors():
     assert list(line.y) == [1.0, None, 3.0]
 
 
-def test_each_panel_is_well_formed_and_inside_its_box(runs):
-    found = panels(runs)
+def test_each_panel_is_well_formed_and_inside_its_box(traced):
+    found = panels(traced)
     assert len({panel.name for panel in found}) == len(found) >= 30
     for panel in found:
         picture, data = svg.draw(panel)
@@ -148,10 +159,10 @@ def test_each_panel_is_well_formed_and_inside_its_box(runs):
         assert data["layers"] and "nan" not in picture
 
 
-def test_figures_for_papers_are_files(runs, tmp_path):
+def test_figures_for_papers_are_files(traced, tmp_path):
     from scsdpo.report.paper import save
 
-    kinds = {type(layer): layer for panel in panels(runs) for layer in panel.layers}
+    kinds = {type(layer): layer for panel in panels(traced) for layer in panel.layers}
     assert len(kinds) == 4
     panel = Panel(name="all", title="of each kind", note="", x_label="x", layers=[*kinds.values()])
     written = save([panel], tmp_path / "figures")
@@ -237,3 +248,46 @@ def test_only_what_differs_between_configurations_is_listed(runs):
         "seed_everything": ["0", "1"],
         "model.weighting.power": ["0.0", "0.5"],
     }
+
+
+def distances_of(right, wrong):
+    values = {"reverse_kl": 0.5, "jsd": 0.1}
+    return [
+        Distance(run=0, correct=i < right, pass_rate=0.5, values=values)
+        for i in range(right + wrong)
+    ]
+
+
+def test_a_density_takes_twenty_responses(runs):
+    assert too_few(distances_of(20, 0)) == []
+    assert too_few(distances_of(4, 30)) == [
+        "Of 4 right there is no density: it takes 20 responses."
+    ]
+    names = [panel.name for panel in distance_panels(distances_of(3, 4), runs)]
+    assert names == ["reverse-kl-by-pass-rate", "jsd-by-pass-rate"]
+    density, *_ = distance_panels(distances_of(4, 30), runs)
+    assert [layer.label for layer in density.layers] == ["wrong (30)"]
+
+
+def test_names_of_figures_are_told_apart_and_are_names_of_files():
+    odd = ["a/b", "a b", "a\u200bb", "a\0b", "../../x", "W" * 400, "ü"]
+    slugs = [slug(f"val/{name}/mean@4") for name in odd]
+    assert len(set(slugs)) == len(odd)
+    for name in slugs:
+        assert re.fullmatch(r"[\w.+-]{1,100}", name, re.ASCII), name
+    run = of_batches([0.5])
+    run.lines[0].update({"train/a_b": 1.0, "train/a-b": 2.0})
+    names = [panel.name for panel in panels([replace(run, folder=Path("nowhere"))])]
+    assert "a-b" in names and "a-b-2" in names
+
+
+def test_nothing_wrong_is_not_said_beside_a_figure_that_fell(folders):
+    run = read_runs(folders[:1])[0]
+    run.config["health"] = {"rules": None}
+    first, last = ("val/mean@4", run.validations[0]), ("val/mean@4", run.validations[-1])
+    quiet = "None of the health rules found anything wrong."
+    for change, said in ((0.1, True), (-0.1, False)):
+        last[1][last[0]] = first[1][first[0]] + change
+        words = summarize([run]).words
+        assert (quiet in words) is said
+        assert any("that mean@4 fell is no figure of theirs" in each for each in words) is not said

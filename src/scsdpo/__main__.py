@@ -15,6 +15,8 @@ from scsdpo.cli.helping import help_for
 from scsdpo.cli.signals import Handlers, leave
 from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
 from scsdpo.interrupt import Interrupted
+from scsdpo.io import streams
+from scsdpo.io.text import in_one_line
 
 
 def usage() -> str:
@@ -55,10 +57,21 @@ def _imported(name: str) -> Any:
 
 
 def main() -> int:
-    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a fault stopped the run; 143
-    or 130 if it was asked to by a signal.
+    """Exit code: 0; 2 after a mistake of the user's; 3 if training or a fault stopped the run, its
+    last state is not saved, or what another command than `fit` says could not be written; 143 or
+    130 if it was asked to stop by a signal.
     """
+    streams.guard()
     args = sys.argv[1:]
+    try:
+        code = _main(args)
+    finally:
+        lost = streams.finish()
+    # `fit` is worth its checkpoint, and the other commands what they say.
+    return 3 if code == 0 and lost is not None and args[:1] != ["fit"] else code
+
+
+def _main(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -69,9 +82,6 @@ def main() -> int:
         return _fail(error, 2)
     except TrainingStopped as error:
         return _fail(error, 3)
-    except BrokenPipeError:  # `scsdpo fit --help | head`
-        sys.stdout = None  # or Python flushes it, and complains
-        return 0
     except Exception as error:
         if words := explanation(error):
             return _fail(words, 3)
@@ -98,7 +108,7 @@ def _run(args: Sequence[str]) -> int:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"scsdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"scsdpo: error: {in_one_line(str(error))}", file=sys.stderr)
     return code
 
 

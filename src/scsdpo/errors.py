@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from scsdpo.io.text import printable
+
 MISTAKES = (ValueError, OSError, ImportError)
 """What a constructor raises when it was given something that cannot work. Anything else, and
 these very errors once training runs (but for reading data), is a bug and keeps its traceback."""
@@ -46,7 +48,7 @@ def explanation(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """What `error` says, at most 300 characters of its first line; its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
 @contextmanager

@@ -4,8 +4,8 @@ this alone.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -42,6 +42,9 @@ class Prompt:
     """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
     stop: tuple[str, ...] = ()
     """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
+    response_template: Mapping[str, Any] = field(default_factory=dict)
+    """How the tokenizer reads its model's responses (`parse_response` of transformers); empty: it
+    does not say."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
     thinking: str = ""

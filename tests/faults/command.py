@@ -9,6 +9,8 @@ line.
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -69,6 +71,17 @@ def raising_at(batch):
     OptimizerSteps.learn = failing
 
 
+def acting_at(acts):
+    """Shell commands between sampling and update of some batches: a disk fills up, or is mended."""
+    learn = OptimizerSteps.learn
+
+    def acting(self, host, *args):
+        subprocess.run(acts.get(str(int(host.batches)), "true"), shell=True, check=True)
+        return learn(self, host, *args)
+
+    OptimizerSteps.learn = acting
+
+
 def mark_phases(path):
     marked(PolicyOptimizer, "configure_model", "start", path)
     marked(HFRollout, "sample", "sampling", path)
@@ -82,11 +95,19 @@ def run(job):
     folder = Path(job["folder"])
     os.chdir(folder)
     os.environ.update(job.get("environment", {}))
-    for descriptor, name in ((1, "out"), (2, "err")):
+    for descriptor, name in ((1, job.get("out", "out")), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    if job.get("unread"):  # as after `| head -1`
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
     mark_phases(folder / "marks")
     if "bug_at" in job:
         raising_at(job["bug_at"])
+    if "acts" in job:
+        acting_at(job["acts"])
+    if job.get("nohup"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if job.get("slow"):
         slowed_saving(folder)
     sys.argv = ["scsdpo", *job["args"]]

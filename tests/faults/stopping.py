@@ -165,4 +165,8 @@ def lines(folder: Path) -> list[dict]:
     ]
 
 
-SIGNALS = {"TERM": (signal.SIGTERM, 143), "INT": (signal.SIGINT, 130)}
+SIGNALS = {
+    "TERM": (signal.SIGTERM, 143),
+    "INT": (signal.SIGINT, 130),
+    "HUP": (signal.SIGHUP, 143),
+}

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from rich.console import Console
 from rich.table import Table
 
 from scsdpo.callbacks.no_steps import why_none
 from scsdpo.data import TaskDataModule
+from scsdpo.io.console import Terminal
+from scsdpo.io.files import write_whole
 from scsdpo.records import Outage
 
 
@@ -21,7 +22,8 @@ class BeforeAfter(L.Callback):
     "Before" is Lightning's sanity check run over the whole validation set
     (`trainer.num_sanity_val_steps: -1`), or the first validation of a run without one; "after" is
     the last validation. A run that goes on from a checkpoint keeps the "before" of its start. The
-    numbers are also written to `before_after.json` among the run's files.
+    numbers are also written to `before_after.json` among the run's files, before the table is
+    printed.
     """
 
     def __init__(self) -> None:
@@ -49,22 +51,30 @@ class BeforeAfter(L.Callback):
         log_dir = trainer.log_dir  # rank 0 tells the others: everyone must ask
         if not (trainer.is_global_zero and self.after):
             return
-        console = Console()
+        folder = Path(log_dir) if log_dir is not None else None
+        result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
+        if folder is not None and not Outage("before_after.json", OSError).attempt(
+            partial(_write, folder, result)
+        ):
+            folder = None
+        Outage("the table at the end", Exception).attempt(
+            partial(self._show, trainer, pl_module, folder)
+        )
+
+    def _show(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path | None) -> None:
+        """The table, and where the files are."""
+        console = Terminal()
         data = vars(trainer).get("datamodule")  # Lightning sets it where there is one
         trained_on = data.trained_on if isinstance(data, TaskDataModule) else 0
         console.print(before_after_table(self.before, self.after, trained_on=trained_on))
         why = f": {why_none(trainer, pl_module)}" if trainer.global_step == 0 else ""
         console.print(f"{trainer.global_step} optimizer steps taken{why}", soft_wrap=True)
-        if log_dir is not None:
-            result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
-            folder = Path(log_dir)
-            if Outage("before_after.json", OSError).attempt(partial(_write, folder, result)):
-                console.print(f"files of this run: {folder}", soft_wrap=True)
+        if folder is not None:
+            console.print(f"files of this run: {folder}", soft_wrap=True)
 
 
 def _write(folder: Path, result: Mapping[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "before_after.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "before_after.json", json.dumps(result, indent=2) + "\n")
 
 
 def before_after_table(

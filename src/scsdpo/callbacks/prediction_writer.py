@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.files import parsed, whole_lines, write_whole
 from scsdpo.records import JsonLines, Recorded
 
 SCHEMA_VERSION = 1
@@ -74,7 +75,11 @@ class PredictionWriter(BasePredictionWriter):
         file = self._beside(_ABOUT)
         if not file.exists():
             return
-        before = json.loads(file.read_text())
+        before = parsed(file.read_bytes())
+        if before is None:
+            raise ConfigurationError(
+                f"predictions: {file} is torn; delete {self.path.name}* or choose another path"
+            )
         odd = [name for name in about if before.get(name) != about[name]]
         if odd:
             raise ConfigurationError(
@@ -85,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
     def _begin(self, about: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> None:
         """What is complete becomes one part."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside(_ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        write_whole(self._beside(_ABOUT), json.dumps(about, indent=1) + "\n")
         whole = self._beside(f"{_PART}done")
         partial = JsonLines(self._beside(".new"))
         partial.path.unlink(missing_ok=True)
@@ -100,9 +105,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for part in self._parts():
-            for line in part.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):  # or it was torn by a kill
-                    yield json.loads(line)
+            yield from whole_lines(part, "key", "sample")
 
     def write_on_batch_end(
         self,

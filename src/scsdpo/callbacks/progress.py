@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning as L
 from jsonargparse.typing import NonNegativeInt
+from rich.text import Text
 
 from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
+from scsdpo.io.text import in_one_line
 from scsdpo.records import Recorded, TextLog
 
 FIRST = (
@@ -32,8 +34,10 @@ _SHOWN = 600
 class Progress(RolloutCallback):
     """A line of figures, and a few responses with their verdicts, every so many batches.
 
-    Figures are means since the last line. Responses are those of the batch's first question, a
-    wrong and a right one if there are both; TensorBoard and W&B get them too, and keep them all.
+    Figures are means since the last line. Responses are those of a question that teaches, of rank
+    0's share: the pass rate nearest to 1/2, of several the first; a wrong and a right one in turn.
+    TensorBoard and W&B get them too, and keep them all. On the console what a text holds beside
+    letters is spelled out, so that nothing in a response acts on the terminal.
 
     Args:
         every: batches from one line to the next, beginning with the first; 0: none.
@@ -70,19 +74,20 @@ class Progress(RolloutCallback):
         if not trainer.is_global_zero or not judged.prompts:
             return
         if self.responses and _due(now, self.responses_every):
-            for g in _telling(judged.successes[0].tolist())[: self.responses]:
-                self._show(trainer, batch, g, now)
+            q = _informative(judged.pass_rates.tolist())
+            for g in _telling(judged.successes[q].tolist())[: self.responses]:
+                self._show(trainer, batch, q, g, now)
 
-    def _show(self, trainer: L.Trainer, batch: Batch, g: int, now: int) -> None:
+    def _show(self, trainer: L.Trainer, batch: Batch, q: int, g: int, now: int) -> None:
         judged = batch.judged
-        prompt, verdict = judged.prompts[0], judged.verdicts[0][g]
-        right = bool(judged.successes[0, g])
-        rate, weight = float(judged.pass_rates[0]), float(batch.weights[0, g])
+        prompt, verdict = judged.prompts[q], judged.verdicts[q][g]
+        right = bool(judged.successes[q, g])
+        rate, weight = float(judged.pass_rates[q]), float(batch.weights[q, g])
         said = f"{'right' if right else 'wrong'}, reward {verdict.reward:g}"
         said += f", pass rate {rate:.2f}, weight {weight:.2f}"
-        said += "" if judged.ended[0, g] else ", cut off"
+        said += "" if judged.ended[q, g] else ", cut off"
         said += f": {verdict.error or verdict.feedback}" if not right else ""
-        text = judged.texts[0][g]
+        text = judged.texts[q][g]
         row = [
             ("question", prompt.messages[-1]["content"]),
             ("response", text),
@@ -90,7 +95,7 @@ class Progress(RolloutCallback):
             ("gold answer", prompt.answer),
         ]
         shown = "\n".join(f"  {head}: {_short(cell)}" for head, cell in row)
-        _print(trainer, f"batch {now}, {prompt.key}, response {g}\n{shown}")
+        _print(trainer, f"batch {now}, {in_one_line(prompt.key)}, response {g}\n{shown}")
         self._text.write(trainer, "responses", row, now)
 
     def on_train_batch_end(
@@ -140,6 +145,11 @@ def _due(now: int, every: int) -> bool:
     return bool(every) and (now - 1) % every == 0
 
 
+def _informative(pass_rates: list[float]) -> int:
+    """The question whose responses tell most: p (1 - p) is largest, of several the first."""
+    return max(range(len(pass_rates)), key=lambda q: pass_rates[q] * (1 - pass_rates[q]))
+
+
 def _telling(successes: list[bool]) -> list[int]:
     """Numbers of the responses, wrong and right ones in turn."""
     turns = {False: 0, True: 0}
@@ -170,11 +180,12 @@ def _total(trainer: L.Trainer, now: int) -> int:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = in_one_line(text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _print(trainer: L.Trainer, text: str) -> None:
     """Above the bar, if there is one."""
     bar = trainer.progress_bar_callback
-    (bar.print if bar is not None else print)(text)
+    # rich's bar reads markup in a string.
+    (bar.print if bar is not None else print)(Text(text))

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
-from rich.console import Console
 
+from scsdpo.io.console import Terminal
+from scsdpo.io.files import write_whole
 from scsdpo.records import Outage, environment, run_folder
 from scsdpo.report import read_runs, write
 
@@ -29,12 +30,11 @@ class Report(L.Callback):
         if trainer.is_global_zero and Outage("the report", Exception).attempt(
             partial(_report, folder)
         ):
-            Console().print(f"report: {folder / 'report.html'}", soft_wrap=True)
+            Terminal().print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _note(folder: Path, found: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "environment.json", json.dumps(found, indent=1) + "\n")
 
 
 def _report(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from scsdpo.checkpoints.choosing import highest_number
 from scsdpo.checkpoints.fully_sharded import FullySharded
+from scsdpo.checkpoints.reading import NUMBER, number
 from scsdpo.checkpoints.resumable import Resumable
 from scsdpo.checkpoints.saving import disk_outage, everywhere
 from scsdpo.checkpoints.saying import say
@@ -29,8 +32,9 @@ from scsdpo.checkpoints.writing import (
     set_aside,
 )
 from scsdpo.distributed import all_max
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.interrupt import Interrupted
+from scsdpo.records import hold, run_folder, runs_folder
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _ABANDONED = 600.0
@@ -66,7 +70,9 @@ class Checkpoint(ModelCheckpoint):
         self._place: tuple[int, int] | None = None
         """Batch, and last validated batch, of the last state that was saved."""
         self._time = time.monotonic()
-        self._outage, self._written = disk_outage(), True
+        self._number = 0
+        """Of the last checkpoint: each has a larger one than all before it, whatever the clock."""
+        self._outage, self._written, self._refused = disk_outage(), True, ""
         self._under_way: tuple[Background, tuple[int, int]] | None = None
         """A write in the background, and the place it is of."""
 
@@ -75,6 +81,10 @@ class Checkpoint(ModelCheckpoint):
             # Nothing in there is overwritten.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not is_remote(self._folder):
+            run = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+            inside = self._folder.absolute().is_relative_to(run.absolute())
+            hold(trainer, run if inside else self._folder, needed=True)
         _refuse_other_shards(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -88,9 +98,13 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._time = time.monotonic()
         if trainer.is_global_zero and not is_remote(self.dirpath or ""):
-            remove_parts(self._folder)
+            folders = [self._folder, runs_folder(trainer)]
+            self._outage.attempt(partial(remove_parts, self._folder), part=True)
             if trainer.ckpt_path is not None:  # in another folder, of a run that may be alive
-                remove_parts(Path(trainer.ckpt_path).parent, untouched=_ABANDONED)
+                folders.append(Path(trainer.ckpt_path).parent)
+                old = partial(remove_parts, folders[-1], untouched=_ABANDONED)
+                self._outage.attempt(old, part=True)
+            self._number = max(self._number, highest_number(folders))
 
     def on_train_batch_end(
         self,
@@ -118,6 +132,27 @@ class Checkpoint(ModelCheckpoint):
         self._save_last(trainer)
         self._finish(trainer)
 
+    def unsaved(self, trainer: L.Trainer) -> str:
+        """Why a run that has ended cannot go on from where it is; '' if it can.
+
+        Its last state could not be written, or what was written is not there or cannot be read.
+        Every rank has an answer, and rank 0's counts.
+        """
+        module = trainer.lightning_module
+        quick = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if quick or not isinstance(module, Resumable) or module.safe_point.batch < 0:
+            return ""  # no batch was begun
+        error = self._outage.error
+        why = f": {first_line(error)}" if error else ""
+        if self._due_place(trainer) is not None:
+            return f"the state after batch {module.safe_point.batch} is not saved{why}"
+        if not self._written:
+            return f"{self._refused} is not saved{why}"
+        newest = self.last_model_path if self.save_last else self._last_checkpoint_saved
+        if newest and not is_remote(newest) and number(Path(newest)) is None:
+            return f"{newest} was saved, and cannot be read any more"
+        return ""
+
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
@@ -142,6 +177,8 @@ class Checkpoint(ModelCheckpoint):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint["metrics"] = metrics
         checkpoint["config"] = self.config
+        self._number += 1
+        checkpoint[NUMBER] = self._number
 
     # --------------------------------------------------------------------- how
 
@@ -173,9 +210,10 @@ class Checkpoint(ModelCheckpoint):
         if (place := self._due_place(trainer)) is None:
             return
         if self._place is None and self._is_another_runs(trainer):
-            if trainer.is_global_zero:
-                set_aside(self._folder, (LAST, PREVIOUS))
-            trainer.strategy.barrier()
+            first = trainer.is_global_zero
+            aside = partial(set_aside, self._folder, (LAST, PREVIOUS)) if first else lambda: None
+            if not everywhere(self._outage, aside, part=True):
+                return
         last = f"{self.dirpath}/{LAST}"
         strategy = trainer.strategy
         if isinstance(strategy, FullySharded) and strategy.background and not is_remote(last):
@@ -189,10 +227,11 @@ class Checkpoint(ModelCheckpoint):
         content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         part, begun = part_of(self._folder / LAST), list[Background]()
         write = lambda: begun.append(strategy.begin_checkpoint(content, part))  # noqa: E731
-        if everywhere(self._outage, write):
+        if everywhere(self._outage, write, part=True):
             self._under_way = begun[0], place
         elif trainer.is_global_zero:
-            discard(part)
+            with suppress(OSError):
+                discard(part)
 
     def _finish(self, trainer: L.Trainer, *, wait: bool = True) -> None:
         """Give what was written in the background its name, if there is any, or all are done."""
@@ -213,14 +252,14 @@ class Checkpoint(ModelCheckpoint):
         place = self._due_place(trainer)
         if place is None or not trainer.is_global_zero or is_remote(self.dirpath or ""):
             return
-        if self._place is None and self._is_another_runs(trainer):
-            set_aside(self._folder, (LAST, PREVIOUS))
         part = part_of(self._folder / LAST)
         try:
+            if self._place is None and self._is_another_runs(trainer):
+                set_aside(self._folder, (LAST, PREVIOUS))
             content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
             trainer.strategy.save_checkpoint(content, part)
             install(part, self._folder / LAST, self._folder / PREVIOUS)
-        except (OSError, RuntimeError) as error:  # the failure itself is what must be seen
+        except (OSError, RuntimeError, ConfigurationError) as error:  # the failure itself is seen
             say(f"the state after batch {place[0]} could not be saved: {error}")
             return
         self.last_model_path = f"{self.dirpath}/{LAST}"
@@ -237,6 +276,7 @@ class Checkpoint(ModelCheckpoint):
         """One of the best."""
         self._written = self._write(trainer, filepath)
         if not self._written:
+            self._refused = filepath
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -246,11 +286,12 @@ class Checkpoint(ModelCheckpoint):
 
     def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
         """Whether it is there now: a disk that refuses costs this checkpoint, and not the run."""
-        if is_remote(filepath):
-            trainer.save_checkpoint(filepath, self.save_weights_only)
-            return True
-        part = part_of(filepath)
         content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        if is_remote(filepath):
+            return everywhere(
+                self._outage, partial(trainer.strategy.save_checkpoint, content, filepath)
+            )
+        part = part_of(filepath)
         write = partial(trainer.strategy.save_checkpoint, content, part)
         return self._named(trainer, write, Path(filepath), aside)
 
@@ -260,15 +301,17 @@ class Checkpoint(ModelCheckpoint):
         """Whether all could `write` their part, and it has its name now."""
         part, first = part_of(path), trainer.is_global_zero
         name = partial(install, part, path, aside) if first else lambda: None
-        written = everywhere(self._outage, write) and everywhere(self._outage, name)
+        written = everywhere(self._outage, write, part=True) and everywhere(self._outage, name)
         if not written and first:
-            discard(part)
+            with suppress(OSError):  # a disk that is read-only now
+                discard(part)
         return written
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """An older one stays where the newer could not be written."""
         if self._written:
-            super()._remove_checkpoint(trainer, filepath)
+            with suppress(OSError):  # it is not in the way
+                super()._remove_checkpoint(trainer, filepath)
 
 
 def _refuse_other_shards(trainer: L.Trainer) -> None:

@@ -1,14 +1,12 @@
 """Which checkpoint a run goes on from."""
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from scsdpo.checkpoints.comparing import Rule, changes
-from scsdpo.checkpoints.reading import Saved
+from scsdpo.checkpoints.reading import Saved, number
 from scsdpo.checkpoints.saying import say
-from scsdpo.checkpoints.shards import is_folder
 
 _MOST = 8
 """Candidates that an error lists."""
@@ -18,7 +16,8 @@ _FIRM = (Rule.REFUSE, Rule.WARN)
 def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved:
     """The newest whole checkpoint under a folder of runs that agrees with a configuration.
 
-    Those that are torn are passed over, and named.
+    Newest by the number that it holds, for clocks are set back. Those that are torn are passed
+    over, and named.
 
     Args:
         folder: holds runs, or is one.
@@ -28,16 +27,17 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
     Raises:
         ValueError: listing the candidates.
     """
-    against = []
-    for path in _newest_first(folder.rglob("*.ckpt")):
+    found = []
+    for path in folder.rglob("*.ckpt"):
         try:
-            saved = Saved.read(path)
+            found.append(Saved.read(path))
         except ValueError as error:
             say(f"passed over: {error}")
-            continue
+    against = []
+    for saved in sorted(found, key=lambda saved: _age(saved.path, saved.number)):
         if (why := _objection(saved, config, whole_run=whole_run)) is None:
             return saved
-        against.append(f"{path} ({why})")
+        against.append(f"{saved.path} ({why})")
     if not against:
         raise ValueError(f"there is no whole checkpoint under {folder}; leave it out to begin")
     more = f", and {len(against) - _MOST} more" if len(against) > _MOST else ""
@@ -58,18 +58,26 @@ def usable_neighbour(path: Path) -> Path | None:
 
 
 def newest_whole(*folders: Path) -> Path | None:
-    """The newest whole checkpoint in some folders, whoever wrote it; nothing is loaded."""
+    """The newest whole checkpoint in some folders, whoever wrote it; no tensor is read."""
     found = (path for folder in folders for path in folder.glob("*.ckpt"))
-    return next(filter(_is_whole, _newest_first(found)), None)
+    return next(iter(_newest_first(found)), None)
 
 
-def _is_whole(path: Path) -> bool:
-    """What comes last is there: a file's table of contents, a folder's `meta.pt`."""
-    return is_folder(path) if path.is_dir() else zipfile.is_zipfile(path)
+def highest_number(folders: Iterable[Path]) -> int:
+    """Of all checkpoints under some folders; 0 if there are none."""
+    paths = {path.resolve() for folder in folders for path in folder.rglob("*.ckpt")}
+    return max((number(path) or 0 for path in paths), default=0)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    return sorted(filter(Path.exists, paths), key=lambda path: -path.stat().st_mtime_ns)
+    """Those that are whole."""
+    found = [(path, found) for path in paths if (found := number(path)) is not None]
+    return [path for path, _ in sorted(found, key=lambda each: _age(*each))]
+
+
+def _age(path: Path, number: int) -> tuple[int, int]:
+    """Smaller for what is newer; the time of the file decides where older versions wrote it."""
+    return -number, -path.stat().st_mtime_ns
 
 
 def _objection(saved: Saved, config: Mapping[str, Any], *, whole_run: bool) -> str | None:

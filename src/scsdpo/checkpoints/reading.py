@@ -11,6 +11,8 @@ from torch import Tensor
 
 from scsdpo.checkpoints import shards
 
+NUMBER = "number"
+"""Key of `Saved.number` in a checkpoint."""
 _ZIP = b"PK\x03\x04"
 
 
@@ -27,6 +29,9 @@ class Saved:
     """The last ones that were logged; none in a checkpoint of weights only."""
     step: int
     """Optimizer steps taken."""
+    number: int
+    """Larger than that of every checkpoint before it, in the same folder of runs; 0: it has none,
+    for an older version wrote it."""
     resumable: bool
     """Whether training can go on from it: not from weights only."""
 
@@ -59,6 +64,7 @@ class Saved:
                 weights=content["state_dict"] if stored is None else stored,
                 metrics=content.get("metrics", {}),
                 step=content["global_step"],
+                number=content.get(NUMBER, 0),
                 resumable="lr_schedulers" in content,
             )
         except (pickle.UnpicklingError, RuntimeError, *_WRONG) as error:
@@ -76,6 +82,18 @@ class Saved:
             return
         for name, tensor in tensors.items():
             tensor.copy_(self.weights[name])
+
+
+def number(path: Path) -> int | None:
+    """`Saved.number` of whatever checkpoint of Lightning's; None if it is torn or is none."""
+    try:
+        if path.is_dir():
+            shards.tables(path)
+        file = path / shards.META if path.is_dir() else path
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return int(content.get(NUMBER, 0))
+    except (pickle.UnpicklingError, RuntimeError, *_WRONG):
+        return None
 
 
 def checkpoint_in(path: Path) -> Path | None:

@@ -4,8 +4,10 @@ import sys
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from scsdpo.io.text import in_one_line
+
 
 @rank_zero_only
 def say(text: str) -> None:
     """One line on standard error, once for all ranks."""
-    print(f"scsdpo: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"scsdpo: {in_one_line(text)}", file=sys.stderr, flush=True)

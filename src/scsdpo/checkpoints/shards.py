@@ -20,6 +20,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from scsdpo.checkpoints import read_back
 from scsdpo.errors import first_line
 
 META = "meta.pt"
@@ -71,7 +72,7 @@ def write(content: dict[str, Any], path: Path, *, first: bool) -> None:
     except CheckpointException as error:
         raise OSError(_first_failure(error)) from error
     if first:
-        torch.save(content, path / META)
+        read_back.save(content, path / META)
 
 
 class Background:
@@ -89,7 +90,7 @@ class Background:
         tensors = _take_tensors(content)
         path.mkdir(parents=True, exist_ok=True)
         self._path, self._rest = path, io.BytesIO()
-        torch.save(content, self._rest)
+        read_back.save(content, self._rest)
         future = dcp.async_save(tensors, checkpoint_id=path, process_group=group)
         assert isinstance(future, Future)
         self._future = future

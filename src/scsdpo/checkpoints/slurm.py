@@ -8,6 +8,8 @@ from pathlib import Path
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from scsdpo.checkpoints.saying import say
+
 
 def hand_over(trainer: L.Trainer, path: Path, signum: int) -> None:
     """Name a checkpoint as Lightning's requeue finds it, and let the job be requeued.
@@ -19,7 +21,10 @@ def hand_over(trainer: L.Trainer, path: Path, signum: int) -> None:
     if not isinstance(environment, SLURMEnvironment) or not trainer.is_global_zero:
         return
     name = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
-    name.symlink_to(os.path.relpath(path, name.parent))
+    try:
+        name.symlink_to(os.path.relpath(path, name.parent))
+    except OSError as error:
+        say(f"{name} could not be made: {error.strerror}; go on with --ckpt_path {path}")
     requeue = environment.requeue_signal or signal.SIGUSR1
     if environment.auto_requeue and signum == requeue:
         subprocess.run(["scontrol", "requeue", job_id()], check=False)

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from scsdpo.checkpoints import shards
+from scsdpo.checkpoints import read_back, shards
 
 PART = ".part"
 """Ending of what is being written; such a thing is nobody's checkpoint."""
@@ -28,7 +27,7 @@ def is_remote(path: Path | str) -> bool:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the target, reaches the disk, and renames; reads folders of shards too.
+    """Writes beside the target, reads back, reaches the disk, and renames; reads folders too.
 
     Lightning's own goes through memory and TMPDIR, and copies from there onto the target.
 
@@ -51,7 +50,7 @@ class WholeFiles(TorchCheckpointIO):
         named = target.suffix == PART  # whoever asked for a part gives it its name
         part = target if named else part_of(target)
         part.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
+        read_back.save(checkpoint, part)
         if not named:
             install(part, target)
 

@@ -13,6 +13,7 @@ from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.files import write_whole
 from scsdpo.training import PolicyOptimizer
 
 
@@ -45,8 +46,7 @@ def main(args: Sequence[str]) -> None:
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         report = measure(trainer, model, data, given.questions, given.rollouts)
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "analysis.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(given.out / "analysis.json", json.dumps(report, indent=1) + "\n")
         if plot is not None:
             plot(report, given.out / "analysis.png")
         print(given.out)

@@ -210,4 +210,6 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(asdict(build()), indent=1, ensure_ascii=False) + "\n")
+    FILE.write_text(
+        json.dumps(asdict(build()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

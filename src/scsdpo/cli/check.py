@@ -17,6 +17,8 @@ from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.console import Terminal
+from scsdpo.io.files import write_whole
 from scsdpo.records.jsonl import finite
 from scsdpo.statistics import Estimate
 from scsdpo.training import PolicyOptimizer
@@ -62,8 +64,8 @@ def main(args: Sequence[str]) -> None:
             "verdict": [vars(remark) for remark in remarks],
             **asdict(found),
         }
-        out.write_text(json.dumps(finite(record), ensure_ascii=False, indent=1) + "\n")
-        show(found, remarks, Console())
+        write_whole(out, json.dumps(finite(record), ensure_ascii=False, indent=1) + "\n")
+        show(found, remarks, Terminal())
         print(f"every figure: {out}")
 
     run_offline("check", rest, work)

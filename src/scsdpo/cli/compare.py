@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from scsdpo.checkpoints import checkpoint_in
 from scsdpo.cli.options import own_parser
 from scsdpo.comparison import (
@@ -29,6 +27,8 @@ from scsdpo.comparison import (
 )
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.evaluation import Question, Result
+from scsdpo.io.console import Terminal
+from scsdpo.io.files import write_whole
 from scsdpo.prompt import stable_hash
 
 SCHEMA_VERSION = 1
@@ -76,8 +76,7 @@ def main(args: Sequence[str]) -> None:
     else:
         record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    write_whole(out, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     print(f"everything that was compared: {out}")
 
 
@@ -150,7 +149,7 @@ def evaluated(thing: str, rest: Sequence[str]) -> Result:
 
 
 def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
-    console = Console()
+    console = Terminal()
     (first, baseline), *others = found.items()
     duels = []
     for name, result in others:
@@ -183,7 +182,7 @@ def _duel(compared: Duel) -> dict[str, Any]:
 
 
 def _methods(found: Mapping[str, Mapping[int, Path]]) -> dict[str, Any]:
-    console = Console()
+    console = Terminal()
     read_all = {name: {s: read(path) for s, path in runs.items()} for name, runs in found.items()}
     _check_same(read_all)
     figures = {
@@ -231,7 +230,7 @@ def totals(result: Result) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _say_comparisons(console: Console, count: int) -> None:
+def _say_comparisons(console: Terminal, count: int) -> None:
     console.print(
         f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
         "interval; ** also outside the one at which all hold together (Bonferroni). "

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from rich.console import Console
 
 from scsdpo.checkpoints import Saved, checkpoint_in
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.errors import blamed_on
 from scsdpo.evaluation import Result, figures, result_table
+from scsdpo.io.console import Terminal
 from scsdpo.training import FOLDER
 
 Command = Literal["validate", "test", "predict"]
@@ -83,7 +83,7 @@ def main(args: Sequence[str]) -> None:
 
 def _finish(result: Result, out: Path) -> None:
     result.write(out)
-    console = Console()
+    console = Terminal()
     console.print(result_table(result, figures(result.questions)))
     console.print(f"every question and figure: {out}", soft_wrap=True)
 
@@ -128,7 +128,7 @@ class Chosen:
     def _config(self, config: Mapping[str, Any]) -> list[str]:
         kept = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
         file = Path(self._folder.name) / "config.yaml"
-        file.write_text(yaml.safe_dump(kept, sort_keys=False))
+        file.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
         return [f"--config={file}"]
 
     def __enter__(self) -> "Chosen":

@@ -82,7 +82,7 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     generation = policy.language_model.generation_config
     generation.eos_token_id = list(policy.chat.eos_ids)
     generation.save_pretrained(out)
-    (out / "README.md").write_text(model_card(saved, adapter=adapter))
+    (out / "README.md").write_text(model_card(saved, adapter=adapter), encoding="utf-8")
 
 
 def make_policy(saved: Saved) -> CausalLM:

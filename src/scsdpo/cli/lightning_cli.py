@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -21,10 +23,13 @@ from scsdpo.cli.rate import replaced_rate
 from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
-from scsdpo.errors import MISTAKES, ConfigurationError
+from scsdpo.errors import MISTAKES, ConfigurationError, TrainingStopped
 from scsdpo.health import Health
 from scsdpo.interrupt import Interrupted
+from scsdpo.io.files import write_whole
+from scsdpo.records import Outage, hold, run_folder
 from scsdpo.training import PolicyOptimizer
+from scsdpo.training.newest import told
 
 _COMPARED = (*SECTIONS, "seed_everything")
 """Parts of the configuration that a checkpoint holds."""
@@ -95,7 +100,22 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except Interrupted:  # Lightning then lets nothing go
             self.model.teardown(subcommand)
+            self._check_saved()
             raise
+        self._check_saved()
+
+    def _check_saved(self) -> None:
+        """Rank 0 says what the run cannot go on from.
+
+        Raises:
+            TrainingStopped: if its last state was not saved, or cannot be read back.
+        """
+        savers = (
+            each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint)
+        )
+        faults = [fault for saver in savers if (fault := saver.unsaved(self.trainer))]
+        if faults and self.trainer.is_global_zero:
+            raise TrainingStopped(f"{'; '.join(faults)}; {told(self.trainer)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:
@@ -109,6 +129,18 @@ class CLI(LightningCLI):
             launcher = trainer.strategy.launcher
             Handlers.launched = staticmethod(lambda: launcher.procs)
         return trainer
+
+
+class SaveConfig(SaveConfigCallback):
+    """`config.yaml` in the run's folder, whole or not there; a disk that is full costs no run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        hold(trainer, run_folder(trainer), needed=False)  # before another run's is written over
+        folder = trainer.log_dir  # rank 0 tells the others
+        if trainer.is_global_zero and folder is not None:
+            text = self.parser.dump(self.config, skip_none=False)
+            write = partial(write_whole, Path(folder) / self.config_filename, text)
+            Outage(self.config_filename, OSError).attempt(write)
 
 
 class _NoHandlers(_SignalConnector):
@@ -133,7 +165,7 @@ def run_cli(kind: type[CLI]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             # Another command must not write over the configuration of a run.
-            save_config_callback=SaveConfigCallback if sys.argv[1:2] == ["fit"] else None,
+            save_config_callback=SaveConfig if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import own_parser
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.console import Terminal
 from scsdpo.planning import Devices, Lengths, Rates, Setup, memory_of, setup_of, sharding
 from scsdpo.planning.setup import GIB
 from scsdpo.planning.table import print_plan
@@ -50,7 +49,7 @@ def main(args: Sequence[str]) -> None:
                 link=given.link * 1e9,
                 host=given.host_ms / 1e3,
             )
-            print_plan(setup, memory_of(setup), rates, Console())
+            print_plan(setup, memory_of(setup), rates, Terminal())
 
     # LightningCLI and its messages read the command line.
     sys.argv = ["scsdpo", "fit", *rest]

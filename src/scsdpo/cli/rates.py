@@ -11,6 +11,7 @@ import lightning as L
 from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.data import TaskDataModule
+from scsdpo.io.files import write_whole
 from scsdpo.training import PolicyOptimizer
 from scsdpo.weighting.frozen import FORMAT, fingerprint
 
@@ -34,7 +35,7 @@ def main(args: Sequence[str]) -> None:
     out = new_file(given.out)
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
-        out.write_text(json.dumps(measure(trainer, model, data), indent=1) + "\n")
+        write_whole(out, json.dumps(measure(trainer, model, data), indent=1) + "\n")
         print(out)
 
     run_offline("rates", rest, work)

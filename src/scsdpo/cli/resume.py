@@ -9,6 +9,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from scsdpo.checkpoints import Change, Rule, Saved, changes, newest, say, usable_neighbour
 from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.records import runs_folder
 
 
 def resolved(
@@ -34,7 +35,7 @@ def resolved(
         given = str(Path(requeued).resolve())
     with blamed_on("ckpt_path"):
         if given == "last":
-            return newest(_runs(trainer), config, whole_run=fit)
+            return newest(runs_folder(trainer), config, whole_run=fit)
         if given in ("best", "hpc", "registry"):
             raise ValueError(f"must be `last` or a path, got {given}")
         return _whole(Path(given), resumable=fit)
@@ -60,14 +61,6 @@ def compared(saved: Saved, config: Mapping[str, Any], command: str) -> Sequence[
         warning = "warning: " if change.rule is Rule.WARN else ""
         say(f"{warning}{change}: {change.rule.value}")
     return found
-
-
-def _runs(trainer: L.Trainer) -> Path:
-    """The folder in which the logger puts runs; without one, that of this run."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir) / "checkpoints"
-    logger = trainer.loggers[0]
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
 
 
 def _whole(path: Path, *, resumable: bool) -> Saved:

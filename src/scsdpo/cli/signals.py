@@ -8,18 +8,19 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from scsdpo import interrupt
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _WAIT_SECONDS = 10.0
 """For the launched ranks to leave."""
 
 
 def exit_code(signum: int) -> int:
-    """130 after Ctrl-C; 143 after whatever a scheduler sends."""
+    """130 after Ctrl-C; 143 after whatever a scheduler or the end of a terminal sends."""
     return 130 if signum == signal.SIGINT else 143
 
 
@@ -35,7 +36,10 @@ class Handlers:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Handlers":
-        self._before = {signum: signal.signal(signum, self) for signum in SIGNALS}
+        for signum in SIGNALS:
+            # `nohup` has said that the end of the terminal is nothing to a run.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,4 +82,5 @@ def leave(stop: interrupt.Interrupted) -> int:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"\nscsdpo: {text}\n".encode())
+    with suppress(OSError):  # the terminal may be what has gone
+        os.write(2, f"\nscsdpo: {text}\n".encode())

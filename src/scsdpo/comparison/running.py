@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from scsdpo.io.files import parsed, tell, write_whole
+
 DONE = "done.json"
 
 
@@ -35,7 +37,11 @@ class Job:
         file = self.folder / DONE
         if not file.exists():
             return False
-        before = json.loads(file.read_text())["command"]
+        found = parsed(file.read_bytes(), "command")
+        if found is None:
+            tell(f"{file} is torn, and its run is run again")
+            return False
+        before = found["command"]
         if before != list(self.words):
             odd = [word for word in self.words if word not in before]
             odd += [word for word in before if word not in self.words]
@@ -49,9 +55,7 @@ class Job:
         command = [sys.executable, "-m", "scsdpo", "fit", *self.words, *more]
         seconds = execute(command, self.folder / "output.txt", threads=threads)
         record = {"command": list(self.words), "cpu_seconds": seconds}
-        partial = self.folder / f".{DONE}"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.folder / DONE)
+        write_whole(self.folder / DONE, json.dumps(record, indent=1) + "\n")
 
 
 def execute(words: Sequence[str], output: Path, *, threads: int = 1) -> float:

@@ -51,10 +51,11 @@ class Rendered(Dataset[Prompt]):
 
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
-    """The prompt with its `ids`, and with the thinking that they leave open."""
+    """The prompt with its `ids`, the thinking that they leave open, and how to read responses."""
     return replace(
         prompt,
         ids=chat.render(prompt.messages, prompt.tools),
+        response_template=chat.tokenizer.response_template or {},
         thinking=left_open(chat.header(prompt.messages, prompt.tools)),
     )
 

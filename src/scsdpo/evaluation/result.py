@@ -1,7 +1,6 @@
 """An evaluation as a file."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from scsdpo.evaluation.figures import LEVEL, figures
 from scsdpo.evaluation.question import Question
+from scsdpo.io.files import write_whole
 from scsdpo.records.jsonl import finite
 
 SCHEMA_VERSION = 1
@@ -39,13 +39,8 @@ class Result:
             **({"demonstrations": self.demonstrations} if self.demonstrations else {}),
             "questions": [_row(question) for question in self.questions],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(finite(content), ensure_ascii=False, indent=1) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        text = json.dumps(finite(content), ensure_ascii=False, indent=1)
+        write_whole(path, f"{text}\n")
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -55,7 +50,7 @@ class Result:
             ValueError: if it is no such file.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             kind, version = content["kind"], content["schema_version"]
             rows = [_question(row) for row in content["questions"]]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,5 @@
 """Says, once, what the rules find."""
 
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -12,6 +11,7 @@ import lightning as L
 from scsdpo.checkpoints import say
 from scsdpo.health._base import Finding, Rule, Series
 from scsdpo.health.rules import shipped_rules
+from scsdpo.io.files import whole_lines
 from scsdpo.records import (
     SCHEMA_VERSION,
     HealthRecord,
@@ -55,9 +55,9 @@ class Health(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The figures until here, once `metrics.jsonl` is cut at the checkpoint."""
         if self._file is not None:
-            for line in _lines(self._folder / "metrics.jsonl"):
+            for line in whole_lines(self._folder / "metrics.jsonl"):
                 self._past.add(line)
-            self._said = {line["rule"] for line in _lines(self._file.path)}
+            self._said = {line["rule"] for line in whole_lines(self._file.path, "rule")}
 
     def on_train_batch_end(
         self,
@@ -111,7 +111,3 @@ class Health(L.Callback):
             values=dict(finding.values),
         )
         self._outage.attempt(partial(self._file.append, record))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -68,5 +68,5 @@ def _files(path: str) -> list[str]:
                 "by shard; save it once with transformers"
             )
         return [one]
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [cached_file(path, name) for name in names]

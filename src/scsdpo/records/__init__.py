@@ -2,10 +2,11 @@
 
 from scsdpo.records.batch_files import BatchFiles
 from scsdpo.records.environment import environment
-from scsdpo.records.folder import begin_path, run_folder
+from scsdpo.records.folder import begin_path, run_folder, runs_folder
 from scsdpo.records.jsonl import JsonLines
+from scsdpo.records.lock import hold, release
 from scsdpo.records.metrics_file import MetricsFile
-from scsdpo.records.outage import Outage
+from scsdpo.records.outage import Outage, guard
 from scsdpo.records.recorded import Recorded
 from scsdpo.records.schema import (
     SCHEMA_VERSION,
@@ -34,5 +35,9 @@ __all__ = [
     "TokenTrace",
     "begin_path",
     "environment",
+    "guard",
+    "hold",
+    "release",
     "run_folder",
+    "runs_folder",
 ]

@@ -21,6 +21,14 @@ def run_folder(trainer: L.Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / name
 
 
+def runs_folder(trainer: L.Trainer) -> Path:
+    """The folder in which the logger puts runs; without one, that of this run's checkpoints."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / "checkpoints"
+    logger = trainer.loggers[0]
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+
+
 def begin_path(path: Path, batch: int, checkpoint: str | Path | None) -> None:
     """Make a record ready: a new run finds none, one that goes on that of its checkpoint's run.
 

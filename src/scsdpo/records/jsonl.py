@@ -4,9 +4,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from scsdpo.io.files import parsed, whole_lines, write_whole
 from scsdpo.records.folder import begin_path
 
 _LONGEST = 2**22
@@ -26,17 +28,18 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add a line for each record, or none if the disk refuses."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = b"".join(map(json_line, records))
+        torn = not self._tail().endswith(b"\n")  # by a kill, or a power cut
         with self.path.open("ab") as file:
-            lines = b"".join(map(json_line, records))
-            _durably(file.fileno(), lines, file.seek(0, os.SEEK_END), b"")
+            end = file.seek(0, os.SEEK_END)
+            _durably(file.fileno(), b"\n" * (torn and end > 0) + lines, end, b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
-        """Add keys to the last line, which must be there, or write them over."""
+        """Add keys to the last line, which must be there and whole, or write them over."""
         last = self._tail()
         line = json_line(json.loads(last) | more)
         with self.path.open("r+b") as file:
@@ -45,17 +48,20 @@ class JsonLines:
             file.truncate(start + len(line))
 
     def cut(self, batch: int) -> None:
-        """Keep the lines whose `batch` is at most `batch`; what a killed write left goes too."""
+        """Keep the whole lines up to the first whose `batch` is greater.
+
+        What a killed write or a power cut left torn is named, and goes too.
+        """
         if not self.path.exists():
             return
-        kept = 0
+        lines = whole_lines(self.path, "batch")
+        kept = b"".join(map(json_line, takewhile(lambda line: line["batch"] <= batch, lines)))
         with self.path.open("r+b") as file:
-            for line in file:
-                if not line.endswith(b"\n") or json.loads(line)["batch"] > batch:
-                    break
-                kept += len(line)
-            file.truncate(kept)
-            os.fsync(file.fileno())
+            if file.read(len(kept)) == kept:  # nothing is torn before: no room is needed
+                file.truncate(len(kept))
+                os.fsync(file.fileno())
+                return
+        write_whole(self.path, kept.decode())
 
     def begin(self, batch: int, checkpoint: str | Path | None) -> None:
         """Keep the lines up to `batch` of a run that goes on, none of a new one (`begin_path`)."""
@@ -64,12 +70,13 @@ class JsonLines:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last line; empty if there is none."""
-        if not self.path.exists():
-            return {}
-        return json.loads(self._tail() or b"{}")
+        """The last line; empty if there is none, or it is torn."""
+        return parsed(self._tail()) or {}
 
     def _tail(self) -> bytes:
+        """The bytes of the last line; none if there is no file."""
+        if not self.path.exists():
+            return b""
         with self.path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _LONGEST, 0))
             return (file.read().splitlines(keepends=True) or [b""])[-1]
@@ -77,7 +84,9 @@ class JsonLines:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A record as a line of bytes; a number that is not finite is null."""
-    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    # A lone surrogate, which a row of data may hold, is spelled as JSON spells it.
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def finite(value: Any) -> Any:

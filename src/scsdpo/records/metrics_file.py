@@ -1,13 +1,16 @@
 """Every figure of a run in one file, whatever the logger."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from scsdpo.io.files import tell
 from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
-from scsdpo.records.outage import Outage, guard
+from scsdpo.records.lock import hold, release
+from scsdpo.records.outage import Outage
 from scsdpo.records.recorded import Recorded
 
 NAME = "metrics.jsonl"
@@ -23,17 +26,20 @@ class MetricsFile(L.Callback):
     A run that goes on from a checkpoint cuts what came after it, so that no batch is there twice;
     in another folder than the checkpoint's it begins with a copy of the lines up to there. A run
     that starts anew in an old folder sets the old file aside. Lines that cannot be written (a full
-    disk, a folder that is gone) wait for the next that can.
+    disk, a folder that is gone) wait for the next that can; those that never were are counted at
+    the end. The run's folder is locked until then: no other run writes there.
     """
 
     def __init__(self) -> None:
         self._file: JsonLines | None = None
+        self._begin: tuple[int, str | Path | None] | None = None
+        """What `JsonLines.begin` needs, as long as it was not done."""
         self._waiting: list[dict[str, Any]] = []
         self._outage = Outage(NAME, OSError)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for logger in trainer.loggers:
-            guard(logger)
+        if stage == "fit":
+            hold(trainer, run_folder(trainer), needed=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recorded)
@@ -41,7 +47,8 @@ class MetricsFile(L.Callback):
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
-        self._file.begin(int(pl_module.batches), trainer.ckpt_path)
+        self._begin = int(pl_module.batches), trainer.ckpt_path
+        self._outage.attempt(self._begin_file)
 
     def on_train_batch_end(
         self,
@@ -58,6 +65,14 @@ class MetricsFile(L.Callback):
         if trainer.state.fn == "fit" and whole:
             self._write(trainer, pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._waiting and not self._write_waiting():
+            tell(f"{len(self._waiting)} lines of {NAME} could not be written, and are lost")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self._file is not None:
+            release(self._file.path.parent)
+
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What was logged since the last time, into the line of the batch."""
         assert isinstance(pl_module, Recorded)
@@ -67,11 +82,23 @@ class MetricsFile(L.Callback):
         figures = {name: float(metrics[name]) for name in sorted(logged) if name in metrics}
         place = {"batch": int(pl_module.batches), "step": trainer.global_step, "time": time.time()}
         self._waiting.append(place | figures)
+        self._write_waiting()
+
+    def _write_waiting(self) -> bool:
+        """Whether all lines are written."""
         while self._waiting and self._outage.attempt(self._write_one):
             self._waiting.pop(0)
+        return not self._waiting
+
+    def _begin_file(self) -> None:
+        assert self._file is not None
+        if self._begin is not None:
+            self._file.begin(*self._begin)
+            self._begin = None
 
     def _write_one(self) -> None:
         assert self._file is not None
+        self._begin_file()
         record = self._waiting[0]
         if self._file.last.get("batch") != record["batch"]:
             self._file.append(record)

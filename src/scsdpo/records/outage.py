@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.errors import first_line
@@ -37,11 +38,20 @@ class Outage:
     def __init__(self, what: str, errors: Errors, pause: float = 0.0) -> None:
         self.what, self.errors, self.pause = what, errors, pause
         self._since: float | None = None
+        self.error: Exception | None = None
+        """Of the last try; None: it worked."""
+        self.trying = False
 
-    def attempt(self, work: Callable[[], Any]) -> bool:
-        """Whether `work` was done."""
+    def attempt(self, work: Callable[[], Any], *, part: bool = False) -> bool:
+        """Whether `work` was done.
+
+        Args:
+            work: may fail.
+            part: it is only a part of what is tried: done, it is no sign that the whole works.
+        """
         if self._since is not None and time.monotonic() < self._since + self.pause:
             return False
+        self.trying = True
         try:
             work()
         except self.errors as error:
@@ -51,8 +61,13 @@ class Outage:
                     f"{type(error).__name__}: {first_line(error)}",
                     stacklevel=2,
                 )
-            self._since = time.monotonic()
+            self._since, self.error = time.monotonic(), error
             return False
+        finally:
+            self.trying = False
+        if part:
+            return True
+        self.error = None
         if self._since is not None:
             rank_zero_info(f"{self.what} works again")
             self._since = None
@@ -75,11 +90,34 @@ def guard(logger: Logger) -> None:
     if isinstance(logger.log_metrics, _Guarded):
         return
     outage = Outage(f"the logger {type(logger).__name__}", Exception, PAUSE)
+    logger.__class__ = _opening_safely(type(logger), outage)
     for name in _VERBS:
         if hasattr(logger, name):
             setattr(logger, name, _Guarded(getattr(logger, name), logger, outage))
     if isinstance(logger, TensorBoardLogger):
         _silence_writers()
+
+
+def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
+    """A logger's class, whose `experiment` does nothing while it cannot be opened.
+
+    Inside a guarded verb the failure is the verb's.
+    """
+    own = getattr(kind, "experiment", None)
+    if not isinstance(own, property) or own.fget is None:
+        return kind
+    open_own = own.fget
+
+    def experiment(logger: Logger) -> Any:
+        if outage.trying:
+            return open_own(logger)
+        opened: list[Any] = []
+        tried = outage.attempt(lambda: opened.append(open_own(logger)))
+        return opened[0] if tried else DummyExperiment()
+
+    return type(
+        kind.__name__, (kind,), {"experiment": property(experiment), "__doc__": kind.__doc__}
+    )
 
 
 def _forget_writer(logger: Logger) -> None:

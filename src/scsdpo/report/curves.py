@@ -1,5 +1,7 @@
 """The panels that metrics.jsonl fills: training, its cost, and whether it can be trusted."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,13 +9,23 @@ from scsdpo.report.palette import run_tone
 from scsdpo.report.panels import Area, Dots, Layer, Line, Panel
 from scsdpo.report.reading import Run, mean
 
+_LONGEST = 80
+"""Characters of a panel's name."""
 SMOOTH = 10
 """Points of the running mean, where there are three times as many."""
 
 
 def slug(name: str) -> str:
-    """A figure's name as that of a panel and of a file."""
-    return name.replace("/", "-").replace("_", "-").replace("@", "-at-")
+    """A figure's name as that of a panel and of a file.
+
+    A category may hold anything: what a file's name or an attribute cannot keep becomes a dash, and
+    a digest tells such names apart.
+    """
+    plain = name.replace("/", "-").replace("_", "-").replace("@", "-at-")
+    safe = re.sub(r"[^\w.+-]+", "-", plain, flags=re.ASCII)[:_LONGEST]
+    if safe == plain:
+        return plain
+    return f"{safe}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def over_batches(runs: Sequence[Run]) -> str:

@@ -1,11 +1,11 @@
 """A run's validations question by question: intervals, and differences between runs."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scsdpo.io.files import whole_object
 from scsdpo.statistics import Estimate, mean_interval, score_difference
 
 SCHEMA = 1
@@ -30,7 +30,7 @@ def read_evaluations(folder: Path) -> dict[int, Evaluation]:
     found = {}
     for path in sorted((folder / "evaluations").glob("val-*.json")):
         name = re.fullmatch(r"val-(\d+)", path.stem)
-        content = json.loads(path.read_text(encoding="utf-8")) if name else {}
+        content = whole_object(path, "figures", "questions") if name else {}
         if name and content.get("schema_version") == SCHEMA:
             found[int(name[1])] = Evaluation(
                 figures={

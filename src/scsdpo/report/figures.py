@@ -1,13 +1,13 @@
 """What a report shows, section by section."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scsdpo.report import validations
 from scsdpo.report.curves import line_panel, over_batches, slug, stack_panels, window_panel
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run
-from scsdpo.report.teacher import distances
+from scsdpo.report.teacher import distances, too_few
 from scsdpo.report.teacher import panels as distance_panels
 
 PASS_RATES = {
@@ -196,7 +196,20 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     makers = (validation, learning, difficulty, teacher, trust, cost)
     made = [make(runs) for make in makers]
     made.append(others(runs, {panel.name for section in made for panel in section.panels}))
+    taken: set[str] = set()
+    for section in made:
+        section.panels[:] = [_named_apart(panel, taken) for panel in section.panels]
     return [section for section in made if section.panels]
+
+
+def _named_apart(panel: Panel, taken: set[str]) -> Panel:
+    """Of `level_1` and `level-1` the second becomes `level-1-2`."""
+    name, number = panel.name, 1
+    while name in taken:
+        number += 1
+        name = f"{panel.name}-{number}"
+    taken.add(name)
+    return panel if name == panel.name else replace(panel, name=name)
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -223,10 +236,11 @@ def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
 def teacher(runs: Sequence[Run]) -> Section:
     """Figure 4 of the paper."""
     found, source = distances(runs)
+    words = ["By correctness, and by the question's pass rate.", source, *too_few(found)]
     return Section(
         name="teacher",
         title="How far the teacher is",
         short="Teacher",
-        lead=f"By correctness, and by the question's pass rate. {source}",
+        lead=" ".join(words),
         panels=distance_panels(found, runs),
     )

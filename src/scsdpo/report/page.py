@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from scsdpo.io.files import write_whole
 from scsdpo.report import palette, svg
 from scsdpo.report.configs import differences, parts
 from scsdpo.report.curves import one_step_a_batch
@@ -184,5 +185,4 @@ def _asset(name: str) -> str:
 
 def write(runs: Sequence[Run], out: Path) -> None:
     """Render the page into a file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(runs), encoding="utf-8")
+    write_whole(out, render(runs))

@@ -1,8 +1,8 @@
 """A run's folder, read."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.io.files import tell, whole_lines, whole_object
 from scsdpo.report.evaluations import Evaluation, read_evaluations
 
 MOST_POINTS = 400
@@ -49,18 +50,24 @@ class Run:
     def config_text(self) -> str:
         """config.yaml as it stands."""
         path = self.folder / "config.yaml"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The same, read."""
-        return yaml.safe_load(self.config_text) or {}
+        """The same, read; empty if it is torn."""
+        try:
+            found = yaml.safe_load(self.config_text) or {}
+        except yaml.YAMLError:
+            found = None
+        if not isinstance(found, dict):
+            tell(f"{self.folder / 'config.yaml'} is torn, and passed over")
+            return {}
+        return found
 
     @cached_property
     def environment(self) -> list[tuple[str, str]]:
         """What it ran on, as far as its folder says."""
-        path = self.folder / "environment.json"
-        return list(json.loads(path.read_text()).items()) if path.exists() else []
+        return list(whole_object(self.folder / "environment.json").items())
 
     def names(self, prefix: str) -> list[str]:
         """Of all figures that begin so, without it."""
@@ -114,13 +121,17 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         _check(folder)
     short = distinct_names(folders)
     return [
-        Run(name=name or short[i], folder=folder, lines=list(json_lines(folder / "metrics.jsonl")))
+        Run(name=name or short[i], folder=folder, lines=_metrics(folder))
         for i, (name, folder) in enumerate(named)
     ]
 
 
+def _metrics(folder: Path) -> list[Line]:
+    return list(whole_lines(folder / "metrics.jsonl", "batch", "step"))
+
+
 def _split(given: str) -> tuple[str, Path]:
-    if Path(given).exists() or "=" not in given:
+    if os.path.exists(given) or "=" not in given:  # pathlib raises where a name is too long
         return "", Path(given)
     name, _, folder = given.partition("=")
     return name, Path(folder)
@@ -145,13 +156,3 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     start = next(i for i in range(shortest + 1) if len({parts[: i + 1] for parts in paths}) > 1)
     end = next(i for i in range(shortest + 1) if len({parts[-i - 1 :] for parts in paths}) > 1)
     return ["/".join(parts[start : len(parts) - end]) or parts[-1] for parts in paths]
-
-
-def json_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file that may still grow: a last one without its end is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)

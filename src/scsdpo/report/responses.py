@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from scsdpo.io.files import whole_lines
 from scsdpo.report.pack import pack
-from scsdpo.report.reading import Run, json_lines, spread
+from scsdpo.report.reading import Run, spread
 
 SCHEMA = 1
 """Of the records that are read; `scsdpo.records` cannot be asked without loading torch."""
@@ -71,7 +72,8 @@ def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
     for file in _by_worth(files):
         if file.kind in full:
             continue
-        lines = [line for line in json_lines(file.path) if line["schema_version"] == SCHEMA]
+        found = whole_lines(file.path, "schema_version", "key", "sample")
+        lines = [line for line in found if line["schema_version"] == SCHEMA]
         if not lines:
             continue
         content = _questions(lines) if file.kind == "rollouts" else [_trace(x) for x in lines]

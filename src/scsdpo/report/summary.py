@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from scsdpo.io.files import whole_lines
 from scsdpo.report.changes import Change, changes, overall
 from scsdpo.report.configs import short
 from scsdpo.report.evaluations import difference, solved_difference
-from scsdpo.report.reading import Run, json_lines
+from scsdpo.report.reading import Run
 from scsdpo.statistics import Estimate
 
 PHASES = {
@@ -114,6 +116,16 @@ def _words(run: Run) -> list[str]:
     return [*words, *_time(run), *_health(run)]
 
 
+def _fallen(run: Run) -> list[str]:
+    """Validation figures that fell, as far as the words above say so."""
+    change, ends = overall(run), list(run.evaluations.values())
+    estimate = solved_difference(ends[-1], ends[0]) if len(ends) > 1 else None
+    fell = [change.name] if change is not None and change.points < 0 else []
+    if estimate is not None and estimate.tells and estimate.value < 0:
+        fell.append("the share of questions with any right response")
+    return fell
+
+
 def _questions(run: Run) -> str:
     known = list(run.evaluations.values())
     count = f"{len(known[-1].scores):,} " if known else ""
@@ -182,8 +194,18 @@ def _time(run: Run) -> list[str]:
 def _health(run: Run) -> list[str]:
     """Whether the rules looked and found nothing; what they found is said elsewhere."""
     looked = (run.config.get("health") or {"rules": []}).get("rules") != []  # null: all that ship
-    quiet = not any(json_lines(run.folder / "health.jsonl"))
-    return ["None of the health rules found anything wrong."] if looked and quiet else []
+    if not looked or _warnings(run):
+        return []
+    if fallen := _fallen(run):
+        return [
+            f"The health rules found nothing in the training figures; that {' and '.join(fallen)} "
+            "fell is no figure of theirs."
+        ]
+    return ["None of the health rules found anything wrong."]
+
+
+def _warnings(run: Run) -> list[dict[str, Any]]:
+    return list(whole_lines(run.folder / "health.jsonl", "rule", "batch", "message", "remedy"))
 
 
 def _ranking(runs: Sequence[Run]) -> list[str]:
@@ -238,7 +260,7 @@ def _alarms(run: Run, *, named: bool) -> list[Alarm]:
             message=_capital(line["message"]),
             remedy=_capital(line["remedy"]),
         )
-        for line in json_lines(run.folder / "health.jsonl")
+        for line in _warnings(run)
     ]
 
 

@@ -6,12 +6,15 @@ from html import escape
 from typing import Any
 
 from scsdpo.report.axes import Axis, finite, limits, shown, ticks
+from scsdpo.report.pack import readable
 from scsdpo.report.palette import dashes
 from scsdpo.report.panels import Area, Dots, Layer, Line, Panel, Stairs
 
 WIDTH, HEIGHT = 400, 220
 LEFT, TOP, RIGHT, BOTTOM = 42, 8, 390, 182
 """The box that data are drawn in."""
+LETTER = 5.5
+"""Width of a letter of a tick's label, on average."""
 
 
 def draw(panel: Panel) -> tuple[str, dict[str, Any]]:
@@ -20,8 +23,8 @@ def draw(panel: Panel) -> tuple[str, dict[str, Any]]:
     parts = [*_frame(panel, x, y), *(mark for layer in panel.layers for mark in marks(layer, x, y))]
     svg = (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'data-panel="{escape(panel.name)}" aria-label="{escape(panel.title)}: '
-        f'{escape(panel.note)} Arrow keys read values.">{"".join(parts)}</svg>'
+        f'data-panel="{escape(panel.name)}" aria-label="{_text(panel.title)}: '
+        f'{_text(panel.note)} Arrow keys read values.">{"".join(parts)}</svg>'
     )
     return svg, {
         "name": panel.name,
@@ -84,14 +87,25 @@ def _frame(panel: Panel, x: Axis, y: Axis) -> Iterator[str]:
         at = _n(y.place(value))
         yield f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>'
         yield f'<text class="tick y" x="{LEFT - 6}" y="{at}">{shown(value)}</text>'
-    names = {float(i): escape(name) for i, name in enumerate(panel.names)}
+    room = int((RIGHT - LEFT) / max(len(panel.names), 1) / LETTER)
+    names = {float(i): _text(_within(name, room)) for i, name in enumerate(panel.names)}
     for value, name in (names or {v: shown(v) for v in ticks(x.low, x.high, 5)}).items():
         at = _n(x.place(value))
         yield f'<path class="mark" d="M{at} {BOTTOM}v4"/>'
         yield f'<text class="tick x" x="{at}" y="{BOTTOM + 16}">{name}</text>'
     middle = (LEFT + RIGHT) / 2
     yield f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>'
-    yield f'<text class="label" x="{middle}" y="{BOTTOM + 33}">{escape(panel.x_label)}</text>'
+    yield f'<text class="label" x="{middle}" y="{BOTTOM + 33}">{_text(panel.x_label)}</text>'
+
+
+def _text(words: str) -> str:
+    """As text of the page: neither markup nor marks that a parser drops."""
+    return escape(readable(words))
+
+
+def _within(name: str, letters: int) -> str:
+    """A name, cut to its place on the axis; hovering shows all of it."""
+    return name if len(name) <= max(letters, 2) else f"{name[: max(letters, 2) - 1]}…"
 
 
 @singledispatch

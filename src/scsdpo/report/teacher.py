@@ -1,15 +1,15 @@
 """How far the teacher is, by correctness and by pass rate: Figure 4 of the paper."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scsdpo.io.files import whole_lines, whole_object
 from scsdpo.report.curves import slug
 from scsdpo.report.palette import run_tone
 from scsdpo.report.panels import Dots, Layer, Panel, Stairs
-from scsdpo.report.reading import Run, json_lines, mean, spread
+from scsdpo.report.reading import Run, mean, spread
 
 MEASURES = {
     "reverse_kl": "Reverse KL of student and teacher, nats",
@@ -18,6 +18,8 @@ MEASURES = {
     "half_log_student_over_mixture": "½ log S(y) / M(y), nats",
 }
 BINS = 24
+FEWEST = 20
+"""Responses of which a density says anything."""
 MOST_FILES = 100
 """Of traces that are read; of more, so many that are spread over the run."""
 
@@ -47,20 +49,19 @@ def distances(runs: Sequence[Run]) -> tuple[list[Distance], str]:
 
 def _analyzed(i: int, run: Run) -> Iterable[Distance]:
     path = run.folder / "analysis.json"
-    if path.exists():
-        for row in json.loads(path.read_text())["rows"]:
-            yield Distance(
-                run=i, correct=row["correct"], pass_rate=row["pass_rate"], values=row["values"]
-            )
+    for row in whole_object(path, "rows").get("rows", []):
+        yield Distance(
+            run=i, correct=row["correct"], pass_rate=row["pass_rate"], values=row["values"]
+        )
 
 
 def _traced(i: int, run: Run) -> Iterable[Distance]:
     for path in spread(sorted((run.folder / "tokens").glob("train_*.jsonl")))[:MOST_FILES]:
         responses = {
             (line["key"], line["sample"]): line
-            for line in json_lines(run.folder / "rollouts" / path.name)
+            for line in whole_lines(run.folder / "rollouts" / path.name, "key", "sample")
         }
-        for line in json_lines(path):
+        for line in whole_lines(path, "key", "sample"):
             response = responses.get((line["key"], line["sample"]))
             values = measured(line)
             if response and values:
@@ -96,12 +97,28 @@ def _over_mixture(s: float, t: float) -> float:
 
 
 def panels(found: Sequence[Distance], runs: Sequence[Run]) -> list[Panel]:
-    """Above: densities by correctness; below: means by pass rate with one standard deviation."""
+    """Above: densities by correctness, where there are responses enough; below: means by pass rate
+    with one standard deviation.
+    """
     measures = [name for name in MEASURES if found and all(name in d.values for d in found)]
+    densities = [_density(name, found) for name in measures]
     return [
-        *(_density(name, found) for name in measures),
+        *(panel for panel in densities if panel.layers),
         *(_by_pass_rate(name, found, runs) for name in measures),
     ]
+
+
+def too_few(found: Sequence[Distance]) -> list[str]:
+    """Says of which responses there is no density."""
+    counts = {name: _count(found, correct) for name, correct in (("right", True), ("wrong", False))}
+    few = [f"{count} {name}" for name, count in counts.items() if 0 < count < FEWEST]
+    if not few:
+        return []
+    return [f"Of {' and '.join(few)} there is no density: it takes {FEWEST} responses."]
+
+
+def _count(found: Sequence[Distance], correct: bool) -> int:
+    return sum(d.correct is correct for d in found)
 
 
 def _density(name: str, found: Sequence[Distance]) -> Panel:
@@ -113,7 +130,7 @@ def _density(name: str, found: Sequence[Distance]) -> Panel:
     for correct, tone, label in ((True, "right", "right"), (False, "wrong", "wrong")):
         own = [d.values[name] for d in found if d.correct is correct]
         bins = [min(max(int((v - low) / width), 0), BINS - 1) for v in own]
-        if own:
+        if len(own) >= FEWEST:
             heights = [bins.count(i) / (len(own) * width) for i in range(BINS)]
             layers.append(
                 Stairs(tone=tone, label=f"{label} ({len(own)})", edges=edges, heights=heights)

@@ -25,7 +25,7 @@ from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
-from scsdpo.records import MetricsFile
+from scsdpo.records import MetricsFile, guard
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
@@ -150,7 +150,12 @@ class PolicyOptimizer(Resumable):
         self._configured = False
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run plans its memory, shows and keeps what happens, and fails well."""
+        """Every run plans its memory, shows and keeps what happens, and fails well.
+
+        Here too its loggers lose the right to end it, before they open their files.
+        """
+        for logger in self.trainer.loggers:
+            guard(logger)
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),

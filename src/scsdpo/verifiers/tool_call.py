@@ -1,27 +1,36 @@
-"""Verifier of tool calls written as `Action:` and `Action Input:` lines."""
+"""Verifier of tool calls."""
 
 import json
-import math
-import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.tool_call_reference import reference_verdict
-
-_HEADER = re.compile(r"^[ \t]*(Action|Action Input)[ \t]*:[ \t]*", re.MULTILINE)
-_SPACE = re.compile(r"\s*")
+from scsdpo.verifiers.tool_forms import (
+    Call,
+    MalformedCall,
+    canonical,
+    json_call,
+    read_calls,
+    read_json,
+    typed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall(Verifier):
     """Right iff the calls of the response are those of `prompt.answer`, as a multiset.
 
-    The response writes each call as a line `Action: <tool>`, then `Action Input: <JSON>`; text
-    before, between and after the calls is ignored. Inputs are compared as JSON values: order of
-    keys, whitespace, escapes and 1 against 1.0 do not matter; 1, true and "1" all differ.
-    `prompt.answer` is a JSON list of `{"Action": <tool>, "Action_Input": <JSON, as a string>}`.
+    The response writes them as lines `Action: <tool>` and `Action Input: <JSON>`, or in the form of
+    a common model family (`scsdpo.verifiers.tool_forms`); where the tokenizer has a response
+    template (transformers' `parse_response`), by that. A malformed call costs the response. Inputs
+    are compared as JSON values: order of keys, whitespace, escapes and 1 against 1.0 do not matter;
+    1, true and "1" all differ. Where a form writes values as bare texts (Qwen3-Coder, GLM), 1 and
+    "1" look the same, and the gold answer says which is meant.
+
+    `prompt.answer` is a JSON list of `{"Action": <tool>, "Action_Input": <JSON, as a string>}`, or
+    of `{"name": <tool>, "arguments": <JSON>}`, which may stand within "function".
 
     Args:
         reveal: the feedback on calls that are wrong says which would have been right.
@@ -74,7 +83,7 @@ class ToolCall(Verifier):
             gold = gold_calls(prompt.answer)
         except ValueError as error:
             return Verdict(reward=0.0, error=str(error))
-        own = self._judge(gold, response)
+        own = self._judge(prompt, gold, response)
         if self.compatibility == "none":
             return own
         right, answer = reference_verdict(prompt.answer, response)
@@ -83,10 +92,10 @@ class ToolCall(Verifier):
         feedback = own.feedback or "The calls are not written in the form that is graded."
         return Verdict(reward=0.0, answer=answer, feedback=feedback)
 
-    def _judge(self, gold: list[tuple[str, str]], response: str) -> Verdict:
+    def _judge(self, prompt: Prompt, gold: list[tuple[str, str]], response: str) -> Verdict:
         hint = f" Right would be: {_spelled(gold)}." if self.reveal else ""
         try:
-            calls = _calls(response)
+            calls = [_comparable(call, gold) for call in _calls(prompt, response)]
         except ValueError as error:
             return Verdict(reward=0.0, feedback=f"{error}{hint}")
         answer = json.dumps(sorted(calls))
@@ -102,71 +111,60 @@ def gold_calls(answer: str) -> list[tuple[str, str]]:
         ValueError: if `answer` is not a non-empty list of calls in the form that `ToolCall` states.
     """
     try:
-        calls = [(call["Action"], _read(call["Action_Input"], 0)[0]) for call in json.loads(answer)]
+        calls = [_gold_call(call) for call in json.loads(answer)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         calls, reason = [], f" ({type(error).__name__}: {error})"
     else:
         reason = ""
     if not calls or not all(isinstance(tool, str) for tool, _ in calls):
         form = '[{"Action": "tool", "Action_Input": "{...}"}, ...]'
-        raise ValueError(f"the gold answer of a tool call must read {form}{reason}")
+        other = '[{"name": "tool", "arguments": {...}}, ...]'
+        raise ValueError(f"the gold answer of a tool call must read {form} or {other}{reason}")
     return calls
 
 
-def _calls(response: str) -> list[tuple[str, str]]:
-    """The calls of a response; ValueError, in words for the teacher, at the first malformed one."""
-    calls: list[tuple[str, str]] = []
-    tool, position = "", 0
-    # `position` jumps over each input, so that headers inside its strings are not calls. Reading
-    # ends at the first error: finding the line of an error costs the decoder the whole text.
-    while header := _HEADER.search(response, position):
-        position = header.end()
-        if header[1] == "Action":
-            if tool:
-                raise ValueError(f"The call to `{tool}` has no `Action Input:` line.")
-            tool = response[position : _line_end(response, position)].strip()
-            if not tool:
-                raise ValueError("An `Action:` line names no tool.")
-        elif not tool:
-            raise ValueError("An `Action Input:` line has no `Action:` line before it.")
-        else:
-            try:
-                text, position = _read(response, position)
-            except (ValueError, RecursionError):
-                raise ValueError(f"The input of the call to `{tool}` is not valid JSON.") from None
-            calls.append((tool, text))
-            tool = ""
-    if tool:
-        raise ValueError(f"The call to `{tool}` has no `Action Input:` line.")
-    if not calls:
-        raise ValueError("The response has no `Action:` line followed by an `Action Input:` line.")
-    return calls
+def _gold_call(call: dict[str, Any]) -> tuple[str, str]:
+    if "Action" in call:
+        return call["Action"], canonical(read_json(call["Action_Input"], 0)[0])
+    made = json_call(call)
+    return made.tool, canonical(made.arguments)
 
 
-def _line_end(text: str, position: int) -> int:
-    end = text.find("\n", position)
-    return len(text) if end < 0 else end
+def _calls(prompt: Prompt, response: str) -> list[Call]:
+    """The calls, by the tokenizer's response template where it has one and that finds any.
+
+    Raises:
+        ValueError: in words for the teacher, at the first malformed one.
+    """
+    if prompt.response_template:
+        from transformers.utils.chat_parsing import parse_response  # takes a second
+
+        template, tools = dict(prompt.response_template), list(prompt.tools)
+        try:
+            message = parse_response(response, template, prefix="", tools=tools)
+        except (ValueError, TypeError, RecursionError):
+            raise MalformedCall("A call is not written in the model's own form.") from None
+        if made := message.get("tool_calls"):
+            return [json_call(call) for call in made]
+    return read_calls(response)
 
 
-def _read(text: str, position: int) -> tuple[str, int]:
-    """The JSON value at `position` in canonical spelling, and where it ends."""
-    start = _SPACE.match(text, position).end()  # type: ignore[union-attr]
-    value, end = _DECODER.raw_decode(text, start)
-    return json.dumps(value, sort_keys=True), end
-
-
-def _number(text: str) -> int | float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is out of range")
-    return int(value) if value.is_integer() else value
-
-
-def _constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_constant)
+def _comparable(call: Call, gold: list[tuple[str, str]]) -> tuple[str, str]:
+    """(tool, input in canonical spelling); a bare text is a text where the gold answer has one."""
+    arguments = call.arguments
+    if call.texts:
+        wanted = [json.loads(text) for tool, text in gold if tool == call.tool]
+        wanted = [given for given in wanted if isinstance(given, dict)]
+        arguments = {
+            key: typed(value, [given[key] for given in wanted if key in given])
+            if key in call.texts
+            else value
+            for key, value in arguments.items()
+        }
+    try:
+        return call.tool, canonical(arguments)
+    except (ValueError, RecursionError):
+        raise MalformedCall(f"The arguments of the call to `{call.tool}` are no JSON.") from None
 
 
 def _spelled(calls: list[tuple[str, str]]) -> str:

@@ -63,7 +63,7 @@ class FrozenPassRate(Weighting):
     @cached_property
     def _file(self) -> dict[str, Any]:
         try:
-            content = json.loads(Path(self.path).read_text())
+            content = json.loads(Path(self.path).read_text(encoding="utf-8"))
         except OSError:
             raise ValueError(
                 f"`FrozenPassRate(path={self.path})` cannot be read; write it with {_COMMAND}"
