@@ -141,7 +141,7 @@ class CLI(LightningCLI):
         return trainer
 
 
-class SaveConfig(SaveConfigCallback):
+class _SaveConfig(SaveConfigCallback):
     """`config.yaml` in the run's folder, whole or not there; a disk that is full costs no run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,7 +183,7 @@ def run_cli(kind: type[CLI]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             # Another command must not write over the configuration of a run.
-            save_config_callback=SaveConfig if sys.argv[1:2] == ["fit"] else None,
+            save_config_callback=_SaveConfig if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults=_TRAINER_DEFAULTS,
