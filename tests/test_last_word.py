@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.text import Text
 
+import scsdpo.__main__ as main
 from made_up_runs import made_up_run
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
@@ -134,6 +135,12 @@ def test_what_is_said_above_richs_bar_is_no_markup():
 def test_the_question_that_is_shown_is_the_one_that_teaches_most():
     assert _informative([0.0, 1.0, 0.125, 0.625, 0.375, 0.0]) == 3
     assert _informative([0.0, 1.0]) == 0
+
+
+def test_a_warning_of_the_command_is_one_line_of_text():
+    assert main._in_one_line(UserWarning("a\nb \x1b[2J"), UserWarning, "x.py", 3) == (
+        "warning: a b \\x1b[2J\n"
+    )
 
 
 def test_lightnings_tips_are_left_out_and_what_it_says_of_a_run_is_not():
