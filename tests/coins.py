@@ -80,3 +80,11 @@ class Unprepared(Verifier):
 
     def verify(self, prompt, response):
         raise AssertionError
+
+
+@dataclass(frozen=True)
+class Unready(Verifier):
+    """Fails on every response."""
+
+    def verify(self, prompt, response):
+        raise OSError("no licence")

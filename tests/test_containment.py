@@ -1,10 +1,12 @@
 """Verifiers that fork, answer twice, leave processes behind or talk too much cost one rollout."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,77 @@ def test_a_batch_of_long_feedback_takes_no_longer_than_one_of_short(pool):
     verdicts = judged(pool, ["long 20 a"] * 8)
     assert time.monotonic() - begin < 5
     assert not any(verdict.error for verdict in verdicts)
+
+
+# --- machines that have room for few processes ----------------------------------------------------
+
+CROWD = """
+import json, sys
+from scsdpo.prompt import Prompt
+from scsdpo.verifiers import PythonTests, Verification, VerifierPool
+BOMB = '''
+import threading, time
+while True:
+    try: threading.Thread(target=time.sleep, args=(99,)).start()
+    except RuntimeError: time.sleep(0.01)
+'''
+GOOD = '''
+import threading
+def f(n):
+    threads = [threading.Thread(target=int) for _ in range(3)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return n + 1
+'''
+if __name__ == "__main__":
+    pool = VerifierPool(Verification(workers=6, deadline=20.0))
+    tests = json.dumps(["assert f(1) == 2"])
+    prompt = Prompt(key="k", messages=(), verifier=PythonTests(seconds=1.0), answer=tests)
+    texts = [f"```python{code}```" for code in [GOOD, GOOD, BOMB, GOOD, GOOD, GOOD, BOMB] * 2]
+    (verdicts,) = pool.verify([prompt], [texts])
+    pool.close()
+    print(json.dumps([[v.reward, v.feedback, v.error] for v in verdicts]))
+"""
+
+
+@pytest.fixture
+def few_processes():
+    """Limits the processes and threads of a program and all it starts; where one may."""
+    for root in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
+        group = root / f"scsdpo-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir()
+            break
+    else:
+        pytest.skip("no cgroup may be made here")
+    try:
+        if not (group / "pids.max").exists():
+            pytest.skip("no pids cgroup may be made here")
+
+        def limited(most):
+            (group / "pids.max").write_text(str(most))
+            return lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        yield limited
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), seconds=10.0)
+        group.rmdir()
+
+
+def test_siblings_of_those_that_start_threads_without_end_are_judged(few_processes, tmp_path):
+    """Six workers need about 40 processes and threads, and each that starts threads takes 64."""
+    (tmp_path / "crowd.py").write_text(CROWD)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, str(tmp_path / "crowd.py")],
+        env=environment,
+        preexec_fn=few_processes(42),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    verdicts = json.loads(ran.stdout)
+    bombs = verdicts[2::7] + verdicts[6::7]
+    good = [verdict for number, verdict in enumerate(verdicts) if number % 7 not in (2, 6)]
+    assert [reward for reward, _, _ in bombs] == [0.0] * 4
+    assert len(good) == 10
+    assert [verdict for verdict in good if verdict != [1.0, "", ""]] == []

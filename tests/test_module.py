@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 
+from coins import Unready
 from runs import Always, Toys, data, module, trainer, weights
 from scsdpo.advantage import (
     Advantage,
@@ -96,6 +97,13 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
     assert model.steps.skipped == 3 and model.batches == 3
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_verifier_that_fails_on_every_response_ends_the_run_in_its_first_batches(qwen3, tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(TrainingStopped, match=r"Unready does not judge: .*no licence"):
+        run.fit(module(qwen3), data(Toys(verifier=Unready())))
+    assert run.global_step == 0
 
 
 class Silent(TokenWeighting):

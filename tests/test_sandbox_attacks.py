@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,29 +216,34 @@ def alive(process):
         return False
 
 
-def test_it_ends_with_a_parent_that_is_killed(tmp_path):
+def test_all_processes_end_with_an_owner_that_is_killed():
     code = "import time; open('/dev/null'); time.sleep(60)"
-    source = f"from scsdpo.verifiers import python_tests as p; p._run({code!r}, [], 60.0, 1024)"
+    source = (
+        f"from scsdpo.verifiers import python_tests as p; p._run({code!r}, '[\"1\"]', 60., 512)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", source], env=environment)
 
-    def children():
-        stats = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                stats.append((path.parent, path.read_text().rpartition(")")[2].split()))
-        return [path for path, fields in stats if fields[1] == str(parent.pid)]
+    def children(pid):
+        lists = Path(f"/proc/{pid}/task").glob("*/children")
+        return [child for listed in lists for child in listed.read_text().split()]
 
-    def filtered(process):
-        return "\nSeccomp:\t2" in (process / "status").read_text()
+    def filtered(pid):
+        return "\nSeccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+
+    def processes():
+        """The one that starts others, the response's and the tests'."""
+        with suppress(OSError):
+            return [*children(parent.pid), *(c for s in children(parent.pid) for c in children(s))]
+        return []
 
     limit = time.monotonic() + 20
-    while not (found := children()) or not filtered(found[0]):
+    while len(found := processes()) != 3 or not all(map(filtered, found[1:])):
         assert time.monotonic() < limit
         time.sleep(0.02)
     parent.kill()
     parent.wait()
-    while alive(found[0]):
+    while any(alive(Path(f"/proc/{pid}")) for pid in found):
         assert time.monotonic() < limit
         time.sleep(0.02)
 
@@ -256,13 +260,19 @@ raise SystemExit(dict(os.environ))
 
 def test_it_inherits_no_descriptor_and_no_environment(decoys, monkeypatch):
     monkeypatch.setenv("TOKEN", decoys.secret)
+    python_tests._starter().close()
     with decoys.file.open() as opened:
         os.set_inheritable(opened.fileno(), True)
         assert "SystemExit: {" in feedback(LOOK)
         assert not decoys.hurt_by(feedback(LOOK))
-        run = subprocess.run
-        monkeypatch.setattr(subprocess, "run", partial(run, close_fds=False))
-        assert decoys.hurt_by(feedback(LOOK))
-    carrying = lambda *args, env, **options: run(*args, env=os.environ, **options)  # noqa: E731
-    monkeypatch.setattr(subprocess, "run", carrying)
+    start = subprocess.Popen
+    carrying = lambda *args, env, **options: start(*args, env=os.environ, **options)  # noqa: E731
+    fresh_starter(monkeypatch, carrying)
     assert decoys.hurt_by(feedback("import os; raise SystemExit(os.environ['TOKEN'])"))
+    python_tests._starter().close()
+
+
+def fresh_starter(monkeypatch, start):
+    """The next response is started by a process that is started in this way."""
+    python_tests._starter().close()
+    monkeypatch.setattr(python_tests.subprocess, "Popen", start)

@@ -10,8 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from precision import within
+from scsdpo.errors import TrainingStopped
 from scsdpo.types import Prompt, Verdict
-from scsdpo.verifiers import ExactMatch, MultipleChoice, ToolCall, Verifier, last_answer, verify_all
+from scsdpo.verifiers import (
+    ExactMatch,
+    Failures,
+    MultipleChoice,
+    ToolCall,
+    Verifier,
+    last_answer,
+    verify_all,
+)
 from shared import SHARED, needs_shared
 
 PROPERTY = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -426,3 +435,34 @@ def test_512_rollouts_of_multiple_choice_take_less_than_a_fifth_of_a_second():
     texts = [["reasoning " * 800 + "<answer>A</answer>"] * 8] * 64
     verdicts = within(0.2, lambda: verify_all(prompts, texts))
     assert Counter(v.reward for group in verdicts for v in group) == {1: 512}
+
+
+def failed(count, of, kind=Broken):
+    """A batch of one question, some verdicts of which failed."""
+    group = [Verdict(reward=0.0, error="Broken: no")] * count + [Verdict(reward=1.0)] * (of - count)
+    return (prompt("A", kind()),), (group,)
+
+
+def test_a_verifier_that_fails_on_most_responses_stops_the_run_with_its_reason(caplog):
+    failures = Failures()
+    failures.count(*failed(4, 8))  # half
+    assert caplog.messages == ["4 of 8 verdicts failed: 4 x Broken: no"]
+    with pytest.raises(
+        TrainingStopped, match=r"Broken does not judge: 5 of 8 .* 5 x Broken: no\. "
+    ):
+        failures.count(*failed(5, 8))
+
+
+def test_in_small_batches_all_of_the_last_eight_verdicts_must_have_failed():
+    failures = Failures()
+    for count in (3, 3, 0, 3, 3, 1, 3, 3):  # 0 and 1 of 3: it does judge
+        failures.count(*failed(count, 3))
+    with pytest.raises(TrainingStopped):
+        failures.count(*failed(3, 3))
+
+
+def test_a_verifier_that_judges_does_not_cover_for_another_that_fails():
+    failures = Failures()
+    fine, broken = failed(0, 99, MultipleChoice), failed(8, 8)
+    with pytest.raises(TrainingStopped, match="the verifier Broken"):
+        failures.count(fine[0] + broken[0], fine[1] + broken[1])

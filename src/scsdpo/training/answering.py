@@ -14,7 +14,7 @@ from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
 from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
-from scsdpo.verifiers import Verification, VerifierPool, report_errors
+from scsdpo.verifiers import Failures, Verification, VerifierPool
 
 
 class Answering:
@@ -35,6 +35,7 @@ class Answering:
         timer: PhaseTimer,
     ) -> None:
         self.rollout, self.verifiers = rollout, VerifierPool(verification)
+        self.failures = Failures()
         self.success_threshold, self.timer = success_threshold, timer
         self.room = Budget("responses in flight", SAMPLING_REMEDY)
         self._said = False
@@ -88,10 +89,14 @@ class Answering:
             )
 
     def judge(self, responses: Responses, split: Literal["train", "val", "test"]) -> Judged:
-        """Verdicts of each prompt's verifier; those that failed are logged."""
+        """Verdicts of each prompt's verifier; those that failed are logged.
+
+        Raises:
+            TrainingStopped: if most of a verifier's failed.
+        """
         with self.timer("verify"):
             verdicts = self.verifiers.verify(responses.prompts, responses.texts)
-        report_errors(verdicts)
+        self.failures.count(responses.prompts, verdicts)
         self._say_what_succeeds(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],

@@ -9,11 +9,12 @@ from scsdpo.verifiers.python_tests import PythonTests
 from scsdpo.verifiers.regex import Regex
 from scsdpo.verifiers.tool_call import ToolCall
 from scsdpo.verifiers.verification import Verification
-from scsdpo.verifiers.verify import report_errors, verify_all
+from scsdpo.verifiers.verify import Failures, verify_all
 
 __all__ = [
     "Callable",
     "ExactMatch",
+    "Failures",
     "MathAnswer",
     "MultipleChoice",
     "PythonTests",
@@ -23,6 +24,5 @@ __all__ = [
     "Verifier",
     "VerifierPool",
     "last_answer",
-    "report_errors",
     "verify_all",
 ]

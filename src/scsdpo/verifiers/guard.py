@@ -8,13 +8,18 @@ or become so as those in between die. Elsewhere the group is all there is.
 import ctypes
 import os
 import resource
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 
 LINUX = sys.platform.startswith("linux")
+OWNER_SECONDS = 1.0
+"""Left to a process whose owner is gone."""
 _DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36  # prctl's
 
 
@@ -22,8 +27,9 @@ def guarded() -> None:
     """Go on in a child of this process, which itself stays to end what the child leaves behind.
 
     It returns in the child, in a session of its own. This process waits until the child has ended,
-    however that comes about, or until it is told to end it (SIGTERM); then it ends all descendants,
-    and itself as the child did. Call it before there are threads.
+    however that comes about, or until it is told to end it: by SIGTERM, or because standard input
+    has no writer any more, so that its owner is gone. Then it ends all descendants, and itself as
+    the child did. Call it before there are threads.
     """
     events = {signal.SIGCHLD, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, events)
@@ -35,8 +41,8 @@ def guarded() -> None:
         _prctl(_ADOPT_ORPHANS, 1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, events)
         return
-    for pipe in (0, 1):  # they are the child's: their other ends wait for it to close them
-        os.close(pipe)
+    os.close(1)  # it is the child's: its other end waits for it to close it
+    threading.Thread(target=_watch_owner, daemon=True).start()
     ended = status = 0
     while not ended and signal.sigwait(events) == signal.SIGCHLD:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -50,11 +56,22 @@ def guarded() -> None:
     _end_as(os.waitstatus_to_exitcode(status))
 
 
+def _watch_owner() -> None:
+    """Wait for the other end of standard input to be closed, which the child, inside a C function
+    that never returns, may not notice; then let it end by itself, or end it.
+    """
+    poll = select.poll()
+    poll.register(0, 0)  # nothing but the end
+    poll.poll()
+    time.sleep(OWNER_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def children() -> frozenset[int]:
     """Processes whose parent is this one, those included that have ended and were not waited for.
 
-    Linux only; elsewhere none is known. Takes microseconds if there is none, and otherwise reads
-    the table of all processes.
+    Linux only; elsewhere none is known. Takes microseconds where the kernel lists them
+    (CONFIG_PROC_CHILDREN) or there is none, and otherwise reads the table of all processes.
     """
     if not LINUX:
         return frozenset()
@@ -62,7 +79,14 @@ def children() -> frozenset[int]:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return frozenset()
-    parent, found = str(os.getpid()), set()
+    found: set[int] = set()
+    lists = list(Path("/proc/self/task").glob("*/children"))
+    for listed in lists:
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            found.update(map(int, listed.read_text().split()))
+    if lists:
+        return frozenset(found)
+    parent = str(os.getpid())
     for entry in os.listdir("/proc"):
         with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
             if entry.isdigit():

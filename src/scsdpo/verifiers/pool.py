@@ -14,6 +14,7 @@ from typing import Any
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict
+from scsdpo.verifiers.own_time import LOOK_SECONDS
 from scsdpo.verifiers.process import Worker
 from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import verify_all
@@ -24,8 +25,8 @@ CHUNK_JOBS = 64
 START_SECONDS = 120.0
 """Most that a process may take to start, or to prepare a verifier."""
 START_FAILURES = 3
-LOOK_SECONDS = 0.2
-"""Between two looks at whether the run was asked to stop."""
+ROOM_SECONDS = 0.5
+"""Between two tries to start a process for which the machine has no room."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class VerifierPool:
     A verifier that cannot be sent to another process, for its class stands in a function or in the
     program itself, is judged in this one.
 
+    Where the machine has no room for what a verifier wants to start, its verdict is tried again
+    once all others are known.
+
     Args:
         settings: number of processes, deadline, memory, length of feedback.
     """
@@ -53,6 +57,7 @@ class VerifierPool:
         self._verdicts: defaultdict[type, int] = defaultdict(int)
         self._portable: dict[type, bool] = {}
         self._failures = 0
+        self._room_at, self._full_since = 0.0, math.inf
         weakref.finalize(self, _close, self._workers, os.getpid())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,9 +68,25 @@ class VerifierPool:
         for worker in self.workers:
             if worker.idle and worker.process.poll() is not None:  # killed by somebody else
                 self.remove(worker)
-        missing = self.settings.workers - len(self._workers)
-        limit = time.monotonic() + START_SECONDS
-        self._workers += [Worker(self.settings, limit) for _ in range(missing)]
+        if time.monotonic() < self._room_at:
+            return
+        try:
+            while len(self._workers) < self.settings.workers:
+                self._workers.append(Worker(self.settings, START_SECONDS))
+        except OSError as error:
+            self._no_room(str(error))
+        else:
+            self._full_since = math.inf
+
+    def _no_room(self, why: str) -> None:
+        """Go on with the processes there are, and try again later."""
+        now = time.monotonic()
+        self._room_at, self._full_since = now + ROOM_SECONDS, min(self._full_since, now)
+        if not self._workers and now > self._full_since + START_SECONDS:
+            raise TrainingStopped(
+                f"the machine has no room for a process that judges responses ({why}); raise its "
+                "limits on processes and memory"
+            )
 
     def close(self) -> None:
         """End the processes; the next batch starts new ones."""
@@ -129,7 +150,9 @@ class VerifierPool:
         """End a process; `why` it is not to be had, if it never was ready."""
         worker.kill()
         self._workers.remove(worker)
-        self._failures += bool(why)
+        if why:  # perhaps for want of room, which others may leave
+            self._failures += 1
+            self._room_at = time.monotonic() + self._failures * ROOM_SECONDS
         if self._failures >= START_FAILURES:
             raise TrainingStopped(
                 f"the processes that judge responses do not start ({why}); see what they print, "
@@ -167,10 +190,16 @@ class _Batch:
         self.pool, self.jobs = pool, jobs
         self.todo = deque(range(len(jobs)))
         self.done: dict[int, Verdict] = {}
+        self.crowded: deque[int] = deque()
+        """Jobs for which the machine had no room; each is tried once more, alone."""
+        self.alone: set[int] = set()
 
     def verdicts(self) -> list[Verdict]:
         """In the order of the jobs."""
         while len(self.done) < len(self.jobs):
+            if self.crowded and not self.todo and all(w.idle for w in self.pool.workers):
+                self.todo.append(self.crowded.popleft())
+                self.alone.add(self.todo[0])
             if self.todo:
                 self.pool.start()
             for worker in self.pool.workers:
@@ -190,28 +219,28 @@ class _Batch:
                 break
             numbers.append(self.todo.popleft())
         chunk = [(number, *self.jobs[number]) for number in numbers]
-        worker.send(numbers, pickle.dumps(chunk), time.monotonic() + START_SECONDS)
+        worker.send(numbers, pickle.dumps(chunk), START_SECONDS)
 
     def _attend(self) -> None:
         """Wait for an event of some process, or for the first deadline."""
         at_work = [worker for worker in self.pool.workers if not worker.idle]
-        first = min(worker.limit for worker in at_work) - time.monotonic()
-        heard = wait([worker.out for worker in at_work], min(max(0.0, first), LOOK_SECONDS))
+        first = min((worker.time_left.left for worker in at_work), default=LOOK_SECONDS)
+        heard = wait([worker.out for worker in at_work], min(max(0.001, first), LOOK_SECONDS))
         interrupt.check()
         for worker in at_work:
             if worker.out in heard:
                 for event in worker.events():
                     self._note(worker, *event)
             # Also after it was heard: one that never stops writing is heard every time.
-            if worker.alive and not worker.idle and time.monotonic() > worker.limit:
+            if worker.alive and not worker.idle and worker.time_left.over():
                 deadline = self.pool.settings.deadline if worker.prepared else START_SECONDS
                 self._lost(worker, f"no verdict within {deadline:g} s")
 
     def _note(self, worker: Worker, kind: str, *rest: Any) -> None:
         if kind == "ready":
-            worker.ready(rest[0], time.monotonic() + self.pool.settings.deadline)
-        elif kind == "verdict":
-            self._judged(worker, *rest)
+            worker.ready(rest[0], self.pool.settings.deadline)
+        elif kind in ("verdict", "no room"):
+            self._judged(worker, kind == "verdict", *rest)
         elif kind == "broken":
             raise ConfigurationError(
                 f"data: a verifier cannot be used in a worker process: {rest[0]}"
@@ -219,12 +248,16 @@ class _Batch:
         else:
             self._lost(worker, rest[0])
 
-    def _judged(self, worker: Worker, number: int, *fields: Any) -> None:
+    def _judged(self, worker: Worker, final: bool, number: int, *fields: Any) -> None:
         if not worker.numbers or number != worker.numbers[0]:
             return  # it has answered twice
         reward, answer, feedback, error, seconds = fields
-        worker.judged(number, time.monotonic() + self.pool.settings.deadline)
-        self.done[number] = Verdict(reward=reward, answer=answer, feedback=feedback, error=error)
+        worker.judged(number, self.pool.settings.deadline)
+        if final or number in self.alone:
+            verdict = Verdict(reward=reward, answer=answer, feedback=feedback, error=error)
+            self.done[number] = verdict
+        else:
+            self.crowded.append(number)
         self.pool.took(self.jobs[number][0], seconds)
         if worker.idle and worker.resident() > self.pool.settings.memory_mb << 19:
             self.pool.remove(worker)

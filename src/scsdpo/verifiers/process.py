@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scsdpo.verifiers.own_time import OwnTime
 from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import MAX_ANSWER, MAX_ERROR
 
@@ -36,13 +37,16 @@ class Worker:
     `process` guards another one, which judges, and ends what that one leaves behind.
 
     Args:
-        settings: what the process itself keeps of deadline, memory and length of feedback.
-        limit: until when it must be ready, in seconds of the monotonic clock.
+        settings: what the process itself keeps of memory and length of feedback.
+        seconds: own time in which it must be ready.
+
+    Raises:
+        OSError: if the machine has no room for another process.
     """
 
-    def __init__(self, settings: Verification, limit: float) -> None:
+    def __init__(self, settings: Verification, seconds: float) -> None:
         token = secrets.token_hex(16)
-        kept = (token, settings.deadline, settings.memory_mb, settings.max_feedback)
+        kept = (token, settings.memory_mb, settings.max_feedback)
         command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(kept)]
         # In a session of its own: Ctrl-C is for the owner.
         self.process = subprocess.Popen(
@@ -55,7 +59,7 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.input, self.out = self.process.stdin, self.process.stdout.fileno()
         os.set_blocking(self.out, False)
-        self.limit = limit
+        self.time_left = OwnTime([self.process.pid], seconds)
         self.numbers: deque[int] = deque()
         """Jobs that it has and has not judged yet, in order."""
         self.started = self.prepared = False
@@ -69,26 +73,28 @@ class Worker:
         """Started, and without a job."""
         return self.started and not self.numbers
 
-    def send(self, numbers: list[int], chunk: bytes, limit: float) -> None:
-        """Give an idle process a chunk; it must have prepared its verifiers by `limit`."""
+    def send(self, numbers: list[int], chunk: bytes, seconds: float) -> None:
+        """Give an idle process a chunk; it has so long to prepare its verifiers."""
         self.numbers.extend(numbers)
-        self.prepared, self.limit = False, limit
+        self.prepared = False
+        self.time_left.restart(seconds)
         try:
             self.input.write(len(chunk).to_bytes(8, "big") + chunk)
             self.input.flush()
         except BrokenPipeError:  # it died since; its end of the other pipe says so
             return
 
-    def ready(self, judge: int, limit: float) -> None:
-        """It has started or, with jobs, prepared; the first verdict is due at `limit`."""
+    def ready(self, judge: int, seconds: float) -> None:
+        """It has started or, with jobs, prepared; it has so long for the first verdict."""
         self._judge = judge
-        self.started, self.prepared, self.limit = True, bool(self.numbers), limit
+        self.started, self.prepared = True, bool(self.numbers)
+        self.time_left.restart(seconds)
 
-    def judged(self, number: int, limit: float) -> None:
-        """It has judged the first of its jobs; the next verdict is due at `limit`."""
+    def judged(self, number: int, seconds: float) -> None:
+        """It has judged the first of its jobs; it has so long for the next."""
         first = self.numbers.popleft()
         assert first == number
-        self.limit = limit
+        self.time_left.restart(seconds)
 
     def events(self) -> Iterator[list[Any]]:
         """What it has said, as far as it can be read at once; lines without the token are not its.

@@ -1,52 +1,84 @@
 """Verifier that runs the tests of a program."""
 
+import array
+import atexit
+import errno
+import fcntl
 import json
 import logging
 import math
+import os
 import platform
 import re
-import secrets
+import select
+import signal
+import socket
+import struct
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
-from scsdpo.verifiers import landlock
-from scsdpo.verifiers.seccomp import ARCHITECTURES, program
+from scsdpo.verifiers import landlock, seccomp
+from scsdpo.verifiers.own_time import LOOK_SECONDS, OwnTime
+from scsdpo.verifiers.remote import subjects
+from scsdpo.verifiers.verify import NO_ROOM
 
 _READ_ANY_FILE = 1 << 2
 """CAP_DAC_READ_SEARCH: root's Python may stand in another user's folder."""
 SANDBOX = Path(__file__).with_name("sandbox.py")
+THREADS = 64
+"""That a response may have at a time, give or take those that start at the same moment."""
+_REFUSALS = 1000
+"""Threads too many after which a response is ended: to refuse costs time, too."""
+_PAUSES = (0.05, 0.2, 0.5)
+"""Seconds before another attempt, where the machine had no room for the processes."""
+_PREPARATIONS = 20
+"""Times that, before any verdict, such attempts are made."""
+_REPORT_BYTES = 1 << 20
 # Possessive, lest a long run of blanks be divided in every way.
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
 _END = re.compile(r"^[ \t]*+```[ \t\r]*+$", re.MULTILINE)
 
 _log = logging.getLogger(__name__)
 
+Test = str | dict[str, str]
+"""Statements; or the input of a program, and the output it must have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PythonTests(Verifier):
     """Right iff the Python code of the response passes every test of `prompt.answer`.
 
-    The code is the last closed ```python block. The tests are a JSON list of statements, such as
-    `["assert add(1, 2) == 3"]`, run one after the other in the code's namespace until one fails;
-    standard input is empty, and output is discarded.
+    The code is the last closed ```python block. The tests are a JSON list, run one after the other
+    until one fails: of statements, such as `["assert add(1, 2) == 3"]`, in which names of the
+    code's can be used; or of `{"input": ..., "output": ...}`, for which the code runs as a program
+    that reads the one from `sys.stdin` and must print the other, blanks at the ends of lines and
+    of the text aside.
 
-    The code runs in a process of its own, with limits on CPU time, wall-clock time and memory, an
-    empty environment and no descriptor but its own, and under a system call filter: the kernel lets
-    it compute and read, and refuses the network, other programs and processes, signals, locks and
-    every change of a file (`scsdpo.verifiers.seccomp`). Where the kernel has Landlock, it can open
-    Python's own files alone (`scsdpo.verifiers.landlock`); where it has not, whatever the user can
-    read, which is logged. It shares its process with the tests: a program that is written to
-    deceive can make them pass. Linux on x86-64 or arm64 only.
+    The code and the tests run in two processes. A call in a test sends its arguments to the code's
+    process, which sends back what the function returns, as plain data: numbers, text, containers,
+    numpy arrays. Whatever else it returns stays there; its attributes, items and methods can be
+    used, and it equals nothing. The tests compare values of their own process. So what is expected
+    never enters the code's process, and the code cannot reach that which compares
+    (`scsdpo.verifiers.remote`).
+
+    Both processes have limits on CPU time, wall-clock time, memory and threads, an empty
+    environment and no descriptor but their own, and are under a system call filter: the kernel lets
+    them compute and read, and refuses the network, other programs and processes, signals, locks and
+    every change of a file (`scsdpo.verifiers.seccomp`). Where the kernel has Landlock, they can
+    open Python's own files alone (`scsdpo.verifiers.landlock`); where it has not, whatever the user
+    can read, which is logged. Linux on x86-64 or arm64 only.
 
     Args:
-        seconds: wall-clock and CPU time of code and tests together. Keep it below
-            `Verification(deadline=...)`.
-        memory_mb: MiB of address space, Python itself (about 30) included.
+        seconds: of code and tests together, in their own time (`scsdpo.verifiers.own_time`); CPU
+            time of each. Keep it below `Verification(deadline=...)`.
+        memory_mb: MiB of address space of each, Python itself (about 30) included.
         reveal: the feedback quotes the test that failed.
         strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
             of the response.
@@ -72,20 +104,20 @@ class PythonTests(Verifier):
         _check_system()
 
     def check(self, prompt: Prompt) -> None:
-        """Whether it is a list of tests."""
+        """Whether it is a list of tests, and they can be kept apart from the response."""
         _tests(prompt.answer)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the code."""
         try:
-            tests = _tests(prompt.answer)
+            tests, _, _ = _tests(prompt.answer)
         except ValueError as error:
             return Verdict(reward=0.0, error=str(error))
         code = last_code(response)
         if not code:
             feedback = "The response has no code between ```python and ```."
             return Verdict(reward=0.0, feedback=feedback)
-        ends, timed_out = _run(code, tests, self.seconds, self.memory_mb)
+        ends, timed_out = _run(code, prompt.answer, self.seconds, self.memory_mb)
         if len(ends) == len(tests) + 1 and ends[-1] is None:
             return Verdict(reward=1.0, answer=code)
         if not ends or ends[-1] is None:  # it came to no end
@@ -96,10 +128,12 @@ class PythonTests(Verifier):
             why, number = ends[-1], len(ends) - 1
         return Verdict(reward=0.0, answer=code, feedback=self._feedback(tests, number, why))
 
-    def _feedback(self, tests: list[str], number: int, why: str) -> str:
+    def _feedback(self, tests: list[Test], number: int, why: str) -> str:
         if number == 0:
             return f"The code failed before any test: {why}"
-        quoted = f" ({tests[number - 1]})" if self.reveal else ""
+        test = tests[number - 1]
+        shown = test if isinstance(test, str) else f"input {test['input']!r}"
+        quoted = f" ({shown})" if self.reveal else ""
         return f"Test {number} of {len(tests)} failed{quoted}: {why}"
 
 
@@ -114,72 +148,276 @@ def last_code(response: str) -> str:
     return code
 
 
-def _tests(answer: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]]]:
+    """The tests, which of their names are the response's, and which are a library's."""
     try:
         tests = json.loads(answer)
     except (ValueError, RecursionError):
         tests = []
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+    if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
         raise ValueError(
             "the gold answer of PythonTests must be a JSON list of statements, such as "
-            '["assert add(1, 2) == 3"]'
+            '["assert add(1, 2) == 3"], or of {"input": ..., "output": ...}'
         )
-    return tests
+    return tests, *subjects([test for test in tests if isinstance(test, str)])
 
 
-def _run(
-    code: str, tests: list[str], seconds: float, memory_mb: int
-) -> tuple[list[str | None], bool]:
-    """How code and tests came to their ends, as far as they did, and whether time ran out."""
-    secret = secrets.token_hex(16)
-    job = {
-        "secret": secret,
-        **_restrictions(),
-        "code": code,
-        "tests": tests,
-        "cpu_seconds": math.ceil(seconds),
-        "memory_mb": memory_mb,
-    }
-    command = [sys.executable, "-I", "-B", str(SANDBOX)]
-    timed_out = False
-    with tempfile.TemporaryFile() as report:
+def _is_test(test: object) -> bool:
+    return isinstance(test, str) or (
+        isinstance(test, dict)
+        and test.keys() == {"input", "output"}
+        and all(isinstance(text, str) for text in test.values())
+    )
+
+
+def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[str | None], bool]:
+    """How code and tests came to their ends, as far as they did, and whether time ran out.
+
+    Raises:
+        OSError: if the machine had no room for the processes, several times.
+    """
+    tests, own, libraries = _tests(answer)
+    job = json.dumps({"code": code, "tests": tests, "own": own, "libraries": libraries})
+    begin = time.monotonic()
+    for pause in (*_PAUSES, None):
+        attempt = _Attempt(seconds, memory_mb)
         try:
-            subprocess.run(
-                command,
-                input=json.dumps(job).encode(),
-                stdout=report,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={},
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        report.seek(0)
-        lines = report.read().decode(errors="replace").split("\n")
-    marked = [line.removeprefix(secret) for line in lines if line.startswith(f"{secret} ")]
-    return [_end(line) for line in marked], timed_out
+            ends, timed_out = attempt.run(job.encode())
+        except OSError as error:
+            fault = error
+        else:
+            # The code may raise that error itself: unless it is so now, it is the code's own.
+            if not attempt.short_of_threads(ends) or (pause is None and _can_start_thread()):
+                return ends, timed_out
+            fault = OSError(errno.EAGAIN, "no thread could be started")
+        if pause is None or time.monotonic() - begin > seconds:
+            raise OSError(
+                fault.errno,
+                f"the machine had no room for the processes that judge ({fault}); lower "
+                "model.verification.workers, or raise the limits on processes and memory",
+            ) from fault
+        time.sleep(min(pause, seconds))
+    raise AssertionError
 
 
-def _end(line: str) -> str | None:
-    """What a line of the report says; code that has found the secret may write anything."""
+def _can_start_thread() -> bool:
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return True
+
+
+class _Attempt:
+    """One run of a job in two fresh processes.
+
+    Args:
+        seconds: own time that it may take.
+        memory_mb: of each process.
+    """
+
+    def __init__(self, seconds: float, memory_mb: int) -> None:
+        self._seconds, self._memory_mb = seconds, memory_mb
+        self._descriptors: set[int] = set()
+        self._report = b""
+        self._granted = self._refused = 0
+
+    def run(self, job: bytes) -> tuple[list[str | None], bool]:
+        """As `_run`.
+
+        Raises:
+            OSError: if the processes did not start, or one was killed by somebody else.
+        """
+        request = {
+            **_restrictions(),
+            "cpu_seconds": math.ceil(self._seconds),
+            "memory_mb": self._memory_mb,
+        }
+        with _ONE_AT_A_TIME:
+            starter = _starter()
+            try:
+                theirs, to_tests = self._opened(os.pipe())
+                from_tests, report = self._opened(os.pipe())
+                counter, their_counter = socket.socketpair()
+                with counter:
+                    with their_counter:
+                        given = [theirs, report, their_counter.fileno()]
+                        pids = starter.ask(request, given)
+                    self._close(theirs)
+                    self._close(report)
+                    if not isinstance(pids, list):
+                        raise OSError(pids, os.strerror(pids))
+                    time_left = OwnTime(pids, self._seconds)
+                    timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
+                endings = starter.ask({}, [])
+            except BaseException:
+                starter.close()  # with all that it has started
+                raise
+            finally:
+                for descriptor in list(self._descriptors):
+                    self._close(descriptor)
+        started, *ends = [_end(line) for line in self._report.split(b"\n")[:-1]] or ["no"]
+        if started is not None:
+            raise OSError("they did not start")
+        if not timed_out and (not ends or ends[-1] is not None):
+            for ending in endings:
+                if ending and _killed(ending[0]) and ending[1] < math.ceil(self._seconds):
+                    raise OSError(errno.ENOMEM, "one was killed, most likely for want of memory")
+        return ends, timed_out
+
+    def short_of_threads(self, ends: list[str | None]) -> bool:
+        """Whether the code was granted threads, and says that there was none to be had."""
+        said = "start new thread" in (ends[-1] or "") if ends else False
+        return said and self._granted > 0 and not self._refused
+
+    def _opened(self, descriptors: tuple[int, int]) -> tuple[int, int]:
+        self._descriptors.update(descriptors)
+        return descriptors
+
+    def _close(self, descriptor: int) -> None:
+        self._descriptors.remove(descriptor)
+        os.close(descriptor)
+
+    def _attend(
+        self, time_left: OwnTime, job: bytes, to_tests: int, from_tests: int, counter: socket.socket
+    ) -> bool:
+        """Hand the job over, grant threads, and read the report until it ends or time runs out;
+        whether time ran out.
+        """
+        os.set_blocking(to_tests, False)
+        poll = select.poll()
+        poll.register(to_tests, select.POLLOUT)
+        poll.register(from_tests, select.POLLIN)
+        poll.register(counter, select.POLLIN)
+        while not time_left.over():
+            wait = min(LOOK_SECONDS, max(time_left.left, 0.001))
+            for descriptor, _ in poll.poll(math.ceil(1000 * wait)):
+                if descriptor == from_tests:
+                    data = os.read(from_tests, 1 << 16)
+                    self._report += data
+                    if not data or len(self._report) > _REPORT_BYTES:
+                        return False
+                elif descriptor == to_tests:
+                    try:
+                        job = job[os.write(to_tests, job) :]
+                    except BrokenPipeError:  # the end of the report will say it
+                        job = b""
+                    if not job:
+                        poll.unregister(to_tests)
+                        self._close(to_tests)
+                elif descriptor == counter.fileno():
+                    _, given, _, _ = socket.recv_fds(counter, 1, 1)
+                    poll.unregister(counter)
+                    for listener in given:
+                        self._descriptors.add(listener)
+                        poll.register(listener, select.POLLIN)
+                elif not self._grant(descriptor, time_left.pids[0]):
+                    self._report += b'"it starts threads without end"\n'
+                    return False
+        return True
+
+    def _grant(self, listener: int, response: int) -> bool:
+        """Say whether a thread may start; False if the response asks without end."""
+        question = array.array("B", bytes(_QUESTION_BYTES))
+        try:
+            fcntl.ioctl(listener, _RECEIVE, question)
+            stat = Path(f"/proc/{response}/stat").read_text().rpartition(")")[2].split()
+            granted = int(stat[_THREADS_FIELD]) < THREADS
+            (number,) = struct.unpack_from("=Q", question)
+            error, flags = (0, _GO_ON) if granted else (-errno.EAGAIN, 0)
+            fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
+        except OSError:  # it has ended meanwhile; the report will say so
+            return True
+        self._granted += granted
+        self._refused += not granted
+        return self._refused < _REFUSALS
+
+
+_ONE_AT_A_TIME = threading.Lock()
+# Of seccomp's notifications: requests of ioctl, the size of a question, and an answer's flag.
+_RECEIVE, _ANSWER, _QUESTION_BYTES, _GO_ON = 0xC0502100, 0xC0182101, 80, 1
+_THREADS_FIELD = 17
+"""Of /proc/PID/stat behind the name."""
+
+
+def _killed(status: float) -> bool:
+    return os.WIFSIGNALED(int(status)) and os.WTERMSIG(int(status)) == signal.SIGKILL
+
+
+def _end(line: bytes) -> str | None:
+    """What a line of the report says; anything but null is a failure."""
     try:
         end = json.loads(line)
     except (ValueError, RecursionError):
-        end = line
-    return end if isinstance(end, str | None) else line
+        end = line.decode(errors="replace")
+    return end if isinstance(end, str | None) else repr(end)
+
+
+class _Starter:
+    """The process that starts those of responses and tests; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-B", str(SANDBOX)],
+                stdin=its.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={},
+                start_new_session=True,
+            )
+
+    def ask(self, request: dict[str, object], descriptors: list[int]) -> Any:
+        """Its answer; raises OSError if it has ended."""
+        socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+        answer = self._socket.recv(1 << 12)
+        if not answer:
+            raise OSError("the process that starts others has ended")
+        return json.loads(answer)
+
+    @property
+    def alive(self) -> bool:
+        """Not closed, and not ended."""
+        return self._socket.fileno() >= 0 and self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, and with it all that it has started."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+_starters: dict[int, _Starter] = {}
+
+
+def _starter() -> _Starter:
+    """The one of this process; a forked copy of this process needs one of its own."""
+    starter = _starters.get(os.getpid())
+    if starter is None or not starter.alive:
+        starter = _starters[os.getpid()] = _Starter()
+        atexit.register(starter.close)
+    return starter
 
 
 @cache
 def _restrictions() -> dict[str, object]:
     """What the kernel is told to hold the code to."""
     interface = landlock.version()
+    machine = platform.machine()
     return {
-        "filter": program(platform.machine()).hex(),
+        "filter": seccomp.program(machine).hex(),
+        "asking": seccomp.threads(machine, asking=True).hex(),
+        "refusing": seccomp.threads(machine, asking=False).hex(),
         "ruleset": landlock.ruleset(interface).hex() if interface else "",
         "readable": landlock.readable(),
         "capabilities": _READ_ANY_FILE,
+        # Without Landlock, users of its own keep a process from the memory of the user's others.
+        "own_users": not interface and os.geteuid() != 0,
     }
 
 
@@ -189,19 +427,28 @@ def _report_missing_layer() -> None:
         _log.warning(
             "PythonTests: this kernel has no Landlock, or has it switched off. The code that is "
             "judged can change and reach nothing, but it can read what this user can read: files, "
-            "and, unless the user is root, the environment and the memory of the user's processes"
+            "and, unless the user is root or may have namespaces, the environment and the memory "
+            "of the user's processes, in which the tests are"
         )
 
 
 @cache
 def _check_system() -> None:
-    if not sys.platform.startswith("linux") or platform.machine() not in ARCHITECTURES:
+    if not sys.platform.startswith("linux") or platform.machine() not in seccomp.ARCHITECTURES:
         raise ValueError(
             "PythonTests runs on Linux on x86-64 or arm64 only, for there it can shut code in"
         )
-    ends, _ = _run("", [], 60.0, 1024)
-    if ends != [None]:
+    ends: list[str | None] = []
+    for _ in range(_PREPARATIONS):
+        try:
+            ends, _ = _run("", '["pass"]', 60.0, 1024)
+        except OSError as error:
+            ends = [str(error)]
+            if error.errno in NO_ROOM:
+                continue
+        break
+    if ends != [None, None]:
         raise ValueError(
             "the kernel refuses the restrictions that PythonTests runs code under, a system call "
-            "filter and, where it has it, Landlock; allow seccomp in this container"
+            f"filter and, where it has it, Landlock ({ends}); allow seccomp in this container"
         )

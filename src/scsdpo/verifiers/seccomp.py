@@ -112,6 +112,8 @@ _ALLOWED = {
 _LOAD, _EQUAL, _LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _REFUSE = 0x00050000 | errno.EPERM
+_NO_MORE = 0x00050000 | errno.EAGAIN
+_ASK = 0x7FC00000
 _UNKNOWN = 0x00050000 | errno.ENOSYS
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, little-endian
 
@@ -156,11 +158,12 @@ def _null(argument: int) -> tuple[Check, Check]:
     return (low, _ANY_BIT, _ALL_BITS, False), (high, _ANY_BIT, _ALL_BITS, False)
 
 
+_CLONE = (56, 220)
 _FCNTL, _IOCTL, _PRCTL, _MADVISE = (72, 25), (16, 29), (157, 167), (28, 233)
 _CHECKED: tuple[Rule, ...] = (
     ((2, _NONE), (_without(1, _WRITING),)),  # open
     ((257, 56), (_without(2, _WRITING),)),  # openat
-    ((56, 220), (_with(0, _THREAD), _without(0, _ALL_BITS ^ _THREAD_FLAGS))),  # clone
+    (_CLONE, (_with(0, _THREAD), _without(0, _ALL_BITS ^ _THREAD_FLAGS))),
     *(
         (_FCNTL, (_is(1, command),))
         for command in (_F_DUPFD, _F_DUPFD_CLOEXEC, _F_GETFD, _F_SETFD, _F_GETFL)
@@ -204,6 +207,26 @@ def program(machine: str) -> bytes:
         if numbers[column] != _NONE:
             code += _checked(numbers[column], checks)
     code.append((_RETURN, 0, 0, _REFUSE))
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
+
+
+def threads(machine: str, *, asking: bool) -> bytes:
+    """A filter beside `program` that says of nothing but a new thread what becomes of it.
+
+    Args:
+        machine: one of `ARCHITECTURES`.
+        asking: whoever holds the filter's descriptor is asked; otherwise it is refused as where the
+            machine has room for no more (EAGAIN).
+    """
+    answer = _ASK if asking else _NO_MORE
+    code = [
+        (_LOAD, 0, 0, _NUMBER),
+        (_EQUAL, 0, 3, _CLONE[ARCHITECTURES[machine]]),
+        (_LOAD, 0, 0, _ARGUMENTS),
+        (_ANY_BIT, 0, 1, _THREAD),
+        (_RETURN, 0, 0, answer),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 

@@ -12,8 +12,8 @@ class Verification:
     Args:
         workers: processes that judge, on each rank. 0: the training process does, and a verifier
             that hangs hangs the run.
-        deadline: seconds that one verdict may take; then its process is killed, and the rollout
-            gets reward 0 and an `error`.
+        deadline: seconds of own time (`scsdpo.verifiers.own_time`) that one verdict may take; then
+            its process is killed, and the rollout gets reward 0 and an `error`.
         memory_mb: MiB that a process may hold. A verifier that asks for more gets a MemoryError;
             a process that holds half of it after a verdict is replaced.
         max_feedback: characters of feedback that are kept; what is longer ends in " [cut]".

@@ -1,18 +1,23 @@
 """From response texts to verdicts, in this very process."""
 
+import errno
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.text import capped, capped_distinct
 
 MAX_FEEDBACK = 4000
 """Characters, unless told otherwise."""
 MAX_ANSWER, MAX_ERROR = 20_000, 500
+NO_ROOM = (errno.EAGAIN, errno.ENOMEM)
+"""Numbers of an OSError with which the machine refuses a process, a thread or memory."""
+ENOUGH = 8
+"""Verdicts of a verifier from which on it is known that it fails."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +32,29 @@ def verify_all(
     `VerifierPool` has deadlines.
     """
     prepare_all(prompt.verifier for prompt in prompts)
+
+    def judged(prompt: Prompt, text: str) -> Verdict:
+        try:
+            return contained(prompt, text, max_feedback)
+        except NoRoom as fault:
+            return fault.verdict
+
     return tuple(
-        tuple(contained(prompt, text, max_feedback) for text in group)
+        tuple(judged(prompt, text) for text in group)
         for prompt, group in zip(prompts, texts, strict=True)
     )
+
+
+class NoRoom(Exception):
+    """The machine had no room for what a verifier wanted to start: it may have later.
+
+    Args:
+        verdict: if it never has.
+    """
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.error)
+        self.verdict = verdict
 
 
 def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
@@ -38,6 +62,9 @@ def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
 
     Its texts are valid, and cut where they are longer than `MAX_ANSWER`, `max_feedback` and
     `MAX_ERROR` characters.
+
+    Raises:
+        NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
     """
     home = os.getpid()
     try:
@@ -57,6 +84,9 @@ def _judged(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
         raise
     except BaseException as error:
         why = f"{name}: {_shown(error)}"
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            verdict = Verdict(reward=0.0, error=capped(why, MAX_ERROR))
+            raise NoRoom(verdict) from error
     return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
 
 
@@ -110,10 +140,38 @@ def prepare_all(verifiers: Iterable[Verifier]) -> None:
             _end_copy(home)
 
 
-def report_errors(verdicts: Sequence[Sequence[Verdict]]) -> None:
-    """Log, in one line, how many verdicts are none and why: their reward of 0 says nothing."""
-    errors = Counter(verdict.error for group in verdicts for verdict in group if verdict.error)
-    if errors:
-        reasons = "; ".join(f"{count} x {why}" for why, count in errors.most_common(3))
-        total = sum(map(len, verdicts))
-        _log.warning("%d of %d verdicts failed: %s", errors.total(), total, reasons)
+class Failures:
+    """Verdicts that failed, of each kind of verifier: said of a few, and a stop at many.
+
+    Their reward of 0 says nothing of a response, so a run learns nothing right from them.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row: Counter[str] = Counter()
+
+    def count(self, prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """Log, in one line, how many verdicts [Q][G] of a batch failed, and why.
+
+        Raises:
+            TrainingStopped: if of one kind of verifier more than half of the batch's verdicts
+                failed, or all those of the last batches, out of at least `ENOUGH`.
+        """
+        kinds: dict[str, list[Verdict]] = {}
+        for prompt, group in zip(prompts, verdicts, strict=True):
+            kinds.setdefault(type(prompt.verifier).__name__, []).extend(group)
+        for kind, judged in kinds.items():
+            failed = [verdict.error for verdict in judged if verdict.error]
+            if not failed:
+                self._in_a_row[kind] = 0
+                continue
+            all_failed = len(failed) == len(judged)
+            self._in_a_row[kind] = all_failed * (self._in_a_row[kind] + len(failed))
+            reasons = "; ".join(f"{count} x {why}" for why, count in Counter(failed).most_common(3))
+            said = f"{len(failed)} of {len(judged)} verdicts failed: {reasons}"
+            most_failed = len(failed) > len(judged) / 2 and len(judged) >= ENOUGH
+            if most_failed or self._in_a_row[kind] >= ENOUGH:
+                raise TrainingStopped(
+                    f"the verifier {kind} does not judge: {said}. Mend it, or what it was given; a "
+                    "failed verdict is no wrong answer, and nothing right is learned from it"
+                )
+            _log.warning("%s", said)

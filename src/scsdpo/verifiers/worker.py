@@ -2,8 +2,8 @@
 
 It reads pickled chunks of (prompt, response) from its standard input, each behind its length, and
 writes a line an event: a token, by which the owner tells its lines from whatever else a verifier
-may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["broken", why]`. The
-verifiers' own prints go to standard error.
+may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["no room", ...]`,
+`["broken", why]`. The verifiers' own prints go to standard error.
 
 What a verifier starts while it prepares may stay; what it starts for a verdict and leaves behind is
 ended before the verdict is told. The process above this one (`guarded`) ends the rest.
@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import resource
-import signal
 import sys
 import threading
 import time
@@ -24,13 +23,10 @@ from scsdpo.io import streams
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers.guard import children, end_children, guarded
 from scsdpo.verifiers.text import capped
-from scsdpo.verifiers.verify import contained, prepare_all
-
-GRACE = 1.0
-"""Seconds after the deadline at which the kernel ends a worker whose owner is gone."""
+from scsdpo.verifiers.verify import NoRoom, contained, prepare_all
 
 
-def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None:
+def main(token: str, memory_mb: int, max_feedback: int) -> None:
     """Judge until standard input closes."""
     guarded()
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
@@ -40,8 +36,6 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
     streams.guard()  # what a verifier prints may have no reader any more
     sys.stdout = sys.stderr
     _limit_memory(memory_mb)
-    # Left at its default, the alarm ends the process even inside a C function that never returns.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     chunks: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_receive, args=(source, chunks), daemon=True).start()
 
@@ -61,13 +55,15 @@ def main(token: str, deadline: float, memory_mb: int, max_feedback: int) -> None
         say("ready", os.getpid())
         for number, prompt, response in jobs:
             begin = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, deadline + GRACE)
-            verdict = contained(prompt, response, max_feedback)
+            kind = "verdict"
+            try:
+                verdict = contained(prompt, response, max_feedback)
+            except NoRoom as fault:
+                kind, verdict = "no room", fault.verdict
             end_children(kept)
-            signal.setitimer(signal.ITIMER_REAL, 0)
             taken = time.monotonic() - begin
             fields = (verdict.reward, verdict.answer, verdict.feedback, verdict.error)
-            say("verdict", number, *fields, taken)
+            say(kind, number, *fields, taken)
 
 
 def _limit_memory(memory_mb: int) -> None:

@@ -67,7 +67,7 @@ class Based:
 
 @dataclass(frozen=True)
 class Relation:
-    """Sides, and the signs between them: = ≠ < > ≤ ≥."""
+    """Sides, and the signs between them: = ≠ < > ≤ ≥, or ∈ alone."""
 
     written: str
     signs: tuple[str, ...]
@@ -241,6 +241,8 @@ def _moment(text: str) -> str:
         day, month, year = last[1], _month(last[2]), last[3]
     if month:
         return f"{year}-{month:02}-{int(day):02}"
+    if re.fullmatch(r"\d+\s*(?:st|nd|rd|th)", text):
+        return text.replace(" ", "")
     span = _RANGE.fullmatch(text)
     if _RATIO.fullmatch(text) or (span and Fraction(span[1]) < Fraction(span[2])):
         return re.sub(r"-+", "-", text.replace(" ", ""))
@@ -334,7 +336,7 @@ def _related(text: str, written: str, depth: int) -> Answer | None:
         return Relation(written, tuple(signs), read)
     members = [side.strip() for side in split(text, _MEMBER)]
     if len(members) == 2 and _NAME.fullmatch(members[0]):
-        return _read(members[1], depth + 1)
+        return Relation(written, ("∈",), tuple(_read(side, depth + 1) for side in members))
     parts = [part.strip() for part in split(text, _UNION)]
     if len(parts) > 1:
         if len(parts) > MAX_PARTS or not all(parts):
@@ -647,7 +649,9 @@ def _without_names(golds: Sequence[Answer], saids: Sequence[Answer]) -> list[Ans
 
 
 def _assigned(relation: Relation) -> tuple[str, Answer] | None:
-    """Name and value of `x = 5`, `5 = x` or `f(x) = ... = 2x`; None of another equation."""
+    """Name and value of `x = 5`, `5 = x`, `f(x) = ... = 2x` or `x ∈ S`; None of others."""
+    if relation.signs == ("∈",):
+        return relation.sides[0].written, relation.sides[1]
     if set(relation.signs) != {"="}:
         return None
     for name, value in ((0, -1), (-1, 0)):
@@ -677,6 +681,11 @@ def _is_constant(side: Answer) -> bool:
 
 
 def _same_relation(gold: Relation, said: Relation, rules: Rules) -> bool:
+    if ("∈",) in (gold.signs, said.signs):
+        one, two = _as_set(gold), _as_set(said)
+        if one is None or two is None or _variable(gold) != _variable(said):
+            return False
+        return _same(one, two, rules)
     pairs = _assigned(gold), _assigned(said)
     if pairs[0] is not None and pairs[1] is not None:
         if pairs[0][0] == pairs[1][0]:
@@ -691,6 +700,12 @@ def _same_relation(gold: Relation, said: Relation, rules: Rules) -> bool:
         and "=" not in one.signs
         and _in_order(one.sides, other.sides, rules)
     )
+
+
+def _variable(relation: Relation) -> str:
+    """The letter of which a membership or an inequality says something."""
+    names = [side.written for side in relation.sides if _is_name(side)]
+    return names[0] if names else ""
 
 
 _FLIPPED = {">": "<", "≥": "≤"}
@@ -775,6 +790,8 @@ def _as_set(answer: Answer) -> Answer | None:
     """The interval of an inequality for one letter."""
     if not isinstance(answer, Relation):
         return None
+    if answer.signs == ("∈",):
+        return answer.sides[1]
     relation = _ascending(answer)
     if not set(relation.signs) <= {"<", "≤"}:
         return None

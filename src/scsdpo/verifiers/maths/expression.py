@@ -20,7 +20,7 @@ MAX_DEPTH = 24
 _BITS = 40_000
 """Of an exact value: 12,000 decimal digits."""
 _DIGITS = 60
-_MOST_DIGITS = 4_000
+_MOST_DIGITS = 1_000
 _SIGNS = ((1, 1), (1, 1), (-1, -1), (-1, 1), (1, -1))
 """Of the letters, in turn, at each point where trees are compared."""
 
@@ -590,7 +590,7 @@ def _applied(node: Apply, parts: Sequence[Any]) -> Any:
     if what == "log":
         return mp.log(parts[0]) / mp.log(parts[1])
     if what in ("!", "binom"):
-        if any(mp.mag(part) > 20 for part in parts if part):
+        if any(mp.mag(part) > 8 for part in parts if part):
             raise Unreadable("a factorial of a large number")
         return mp.factorial(parts[0]) if what == "!" else mp.binomial(*parts)
     if what == "exp" and parts[0] and mp.mag(parts[0]) > 24:

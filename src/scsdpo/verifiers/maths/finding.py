@@ -136,7 +136,7 @@ _COURTESY = re.compile(
     re.IGNORECASE,
 )
 _REST = re.compile(
-    r",?\s+(?:because|since|as|which|where|when|so|after|by|if|for|in which|that is|i\.e\.)\b"
+    r",?\s+(?:because|since|as|which|where|so|after|by|not|rather|instead|in which|i\.e\.)\b"
     r"|\s+\(|\s*⇒|,\s+(?:and|but)\s+(?:the|this|it|we)\b"
 )
 _MATH = re.compile(
@@ -144,8 +144,20 @@ _MATH = re.compile(
 )
 _END = re.compile(r"[.!?](?=\s|$|\*)|\n")
 _NUMBER = re.compile(r"(?<![\w.,])[-−+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w])")
-_CONCLUDES = re.compile(
-    r"(?i)^\W*(?:so|thus|hence|therefore|there (?:are|is|were)|in total|overall)\b"
+_SO_NUMBER = re.compile(
+    rf"(?i)\W*(?:so|thus|hence|therefore|finally)\b[\s,:]*({_NUMBER.pattern})[\s.!*_]*"
+)
+_VERB = re.compile(
+    r"\b(?:is|are|equals|gives?|gets?|obtain|have|has|had|makes?|costs?|needs?|pays?|takes?|'s)\b"
+    r"(?:\s+(?:therefore|thus|exactly|then))?|="
+)
+_COUNTED = re.compile(
+    rf"(?:{_NUMBER.pattern}|\$[^$]+\$|\\\(.+?\\\))(?:\s+[A-Za-z]+){{0,2}}?"
+    r"(?=\s+(?:of|in|at|for|to|on)\b|\s*$)"
+)
+_VAGUE = re.compile(
+    r"(?i)\b(?:wrong|incorrect|impossible|too|fewer|less|more|greater|larger|smaller|least|most|"
+    r"between|about|approximately|around|nearly|almost|would|could|should|might|may|than|either|or)\b"
 )
 _DOUBT = re.compile(
     r"(?i)\b(?:not|cannot|can't|don't|unknown|unclear|maybe|perhaps|if|guess|whether|try|let|n't)\b"
@@ -227,7 +239,7 @@ def _last_line(text: str) -> str:
     text = re.sub(r"(?s)\\\[(.+?)\\\]", lambda m: "\n$" + " ".join(m[1].split()) + "$\n", text)
     text = re.sub(r"(?s)\$\$(.+?)\$\$", lambda m: "\n$" + " ".join(m[1].split()) + "$\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    for number, line in enumerate(reversed(lines[-5:])):
+    for line in reversed(lines[-5:]):
         line = line.strip("*_# ")
         bare = re.sub(r"^\$(.*)\$[.,]?$", r"\1", line) if line.count("$") == 2 else line
         words = _WORDS.findall(re.sub(r"\\[A-Za-z]+", " ", bare))
@@ -241,43 +253,31 @@ def _last_line(text: str) -> str:
             return bare.rstrip(".!,") if len(bare) <= MAX_ANSWER else ""
         if not has_math:
             continue  # a courtesy
-        return _concluded(line, is_last=number == 0)
+        return _concluded(line)
     return ""
 
 
-def _concluded(line: str, *, is_last: bool) -> str:
+def _concluded(line: str) -> str:
     """What the last sentence with mathematics in a line states."""
     sentences = [s for s in _sentences(line) if _MATH_SIGN.search(s)]
     if not sentences:
         return ""
     sentence = sentences[-1].strip().strip("*_ ")
-    if _DOUBT.search(sentence):
+    if _DOUBT.search(sentence) or _VAGUE.search(sentence):
         return ""
     blank = _blanked(sentence)
-    verbs = list(
-        re.finditer(
-            r"\b(?:is|are|equals|gives|get|obtain|have|makes|'s)\b(?:\s+(?:therefore|thus|exactly|then))?|=",
-            blank,
-        )
-    )
+    verbs = list(_VERB.finditer(blank))
     if verbs:
         after = sentence[verbs[-1].end() :].strip().strip("*_ ").rstrip(".!*_ ")
-        after = re.sub(r"(?<=\d)\s+(?:of|in|at|for|to|on)\b.*$", "", after)
-        chunk = _MATH.fullmatch(after)
-        literal = re.fullmatch(rf"{_NUMBER.pattern}(?:\s+[A-Za-z]+){{0,2}}", after)
-        if chunk or literal:
-            return after
+        counted = _COUNTED.match(after)
+        if counted:
+            return counted[0]
     chunks = list(_MATH.finditer(sentence))
     ends_in_one = len(chunks) == 1 and not sentence[chunks[0].end() :].strip(".!*_ ")
     if ends_in_one and re.search(r"[\d=<>]|\\(?:[lg]eq?|[lg]t|in|begin)\b", chunks[0][0]):
         return chunks[0][0]
-    if _CONCLUDES.match(sentence):
-        numbers = _NUMBER.findall(blank)
-        if len(chunks) == 1 and not re.search(r"[1-9]", blank):
-            return chunks[0][0]
-        if not chunks and len(numbers) == 1:
-            return str(numbers[0])
-    return ""
+    lone = _SO_NUMBER.fullmatch(blank)
+    return lone[1] if lone else ""
 
 
 def _sentences(line: str) -> list[str]:

@@ -36,8 +36,8 @@ class MathAnswer(Verifier):
 
     Unicode (½, x², √2, 90°, ∞) is read. What is beyond elementary functions (sums, integrals) is
     read by math-verify, and only where both answers have the same symbols in another order. No
-    answer is longer than 1,000 characters, and no value is computed to more than 12,000 digits:
-    the others are compared as text.
+    answer is longer than 1,000 characters, no exact value has more than 12,000 digits, and no other
+    is computed to more than 1,000: beyond that, answers are compared as text.
 
     Args:
         tolerance: how far a number may be from the gold one, relative to it, where one of the two
