@@ -144,9 +144,9 @@ def _check_source(module: Any, source: Source) -> None:
 def check_golds(source: Source) -> None:
     """Raise a ValueError if no response could meet one of the first gold answers of a source.
 
-    Rows of a file or a set are proved as they are read, also those of a stream.
+    Rows of a file or a set are proved as they are read, and prompts of a stream as they come.
     """
-    if not source.proves_golds:
+    if not source.proves_golds and not source.sequential:
         prompts = list(islice(source.read(), CHECK_AHEAD))
         refuse_unmet(source.name, prompts, lambda index: f"prompt {index + 1} of {source.name!r}")
 

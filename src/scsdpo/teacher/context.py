@@ -236,11 +236,10 @@ class GoldSolution(_Templated):
 class ShortestSuccess(_Reprompt):
     """Only the shortest success of a group has a teacher, which reads another rollout of it.
 
-    Of successes with different rewards, the shortest of the best.
-
     That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
-    told as what it is. The other rollouts, and groups without a success, are not learned from:
-    supervision stands where the student arrived, and needs no reference solution.
+    told as what it is, and it says something beside thinking. Of successes with different rewards
+    the shortest of the best is taught. The other rollouts, and groups without a success, are not
+    learned from: supervision stands where the student arrived, and needs no reference solution.
 
     Args:
         strip_thinking: drop thinking, in the tags of the common models, from what is shown.

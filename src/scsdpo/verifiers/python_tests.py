@@ -110,7 +110,7 @@ class PythonTests(Verifier):
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the code."""
         try:
-            tests, _, _ = _tests(prompt.answer)
+            tests, *_ = _tests(prompt.answer)
         except ValueError as error:
             return Verdict(reward=0.0, error=str(error))
         code = last_code(response)
@@ -149,8 +149,8 @@ def last_code(response: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]]]:
-    """The tests, which of their names are the response's, and which are a library's."""
+def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]], list[str]]:
+    """The tests, and what `subjects` says of them."""
     try:
         tests = json.loads(answer)
     except (ValueError, RecursionError):
@@ -177,8 +177,9 @@ def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[s
     Raises:
         OSError: if the machine had no room for the processes, several times.
     """
-    tests, own, libraries = _tests(answer)
-    job = json.dumps({"code": code, "tests": tests, "own": own, "libraries": libraries})
+    tests, own, libraries, cases = _tests(answer)
+    names = {"own": own, "libraries": libraries, "cases": cases}
+    job = json.dumps({"code": code, "tests": tests, **names})
     begin = time.monotonic()
     for pause in (*_PAUSES, None):
         attempt = _Attempt(seconds, memory_mb)
