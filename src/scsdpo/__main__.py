@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.commands import COMMANDS, module
-from scsdpo.cli.front import check, did_you_mean
+from scsdpo.cli.front import check, did_you_mean, in_order
 from scsdpo.cli.helping import help_for
 from scsdpo.cli.signals import Handlers, leave
 from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
@@ -42,6 +42,8 @@ def run(command: str, args: Sequence[str]) -> None:
         return
     check(command, args)
     warnings.formatwarning = _in_one_line
+    args = in_order(command, args)
+    sys.argv[2:] = args  # where LightningCLI reads them, and launched ranks do
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     _imported(module(command)).main(args)

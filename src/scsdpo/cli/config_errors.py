@@ -40,6 +40,8 @@ _NO_CLASS = re.compile(
     r"|Not a valid subclass of \S+ Got value: (.+)"
     r"|Expected an instantiatable class, but (\S+) is abstract"
 )
+_TAKEN = re.compile(r"Unable to add parameter '(.+?)' from <class '(.+?)'>")
+_MANY_OF_A_NAME = re.compile(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.+?)\.?$")
 _GOT = re.compile(
     r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?(?:\. Got value: .*)?$",
     re.MULTILINE,
@@ -161,10 +163,30 @@ def _fault(message: str, sections: Sections) -> str:
         name = next(filter(None, match.groups()))
         flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
         return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+    if match := _TAKEN.match(wrong):
+        return (
+            f"{key}: {match[2]} has an argument `{match[1]}`, and --{key}.{match[1]} is the "
+            "command line's own: give the argument another name"
+        )
+    if match := _MANY_OF_A_NAME.match(wrong):
+        paths = match[2].split(", ")
+        # Of torch's schedule and Lightning's the latter says what it waits for.
+        fit = [path for path in paths if path.startswith("lightning.")] or paths
+        return f"{key}: {match[1]} is the name of several classes; write {' or '.join(fit)}"
     got = _GOT.search(message)
     if got and place.hint is not Any:
-        return f"{key}: must be {spell(place.hint)}, got {got[1]}"
+        return f"{key}: must be {spell(place.hint)}, got {got[1]}{_quotes(place.hint, got[1])}"
     return f"{key}: {wrong}"
+
+
+def _quotes(hint: Any, got: str) -> str:
+    """A remedy where YAML made something else of what was meant as a text."""
+    if "str" not in spell(hint).split():
+        return ""
+    if got in ("True", "False"):
+        return "; YAML reads yes, no, on and off as booleans: write the word in quotes"
+    is_number = re.fullmatch(r"[-+]?[\d.][\d._]*(e[-+]?\d+)?", got)
+    return "; write it in quotes" if is_number else ""
 
 
 def _kinds(hint: Any) -> str:

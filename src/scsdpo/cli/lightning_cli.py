@@ -11,15 +11,18 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from scsdpo.callbacks import Progress, RunRecords
-from scsdpo.checkpoints import Checkpoint
+from scsdpo.checkpoints import Checkpoint, say
 from scsdpo.cli.config_types import Builder
-from scsdpo.cli.monitor import check_monitor
+from scsdpo.cli.kept import kept
 from scsdpo.cli.parser import SECTIONS, Parser
 from scsdpo.cli.rate import replaced_rate
 from scsdpo.cli.resume import compared, resolved
@@ -65,6 +68,8 @@ class CLI(LightningCLI):
         """Lightning would let the checkpoint's configuration win over the command line."""
 
     def instantiate_classes(self) -> None:
+        if found := kept(sys.argv[2:], self.config[self.subcommand].as_dict()):
+            say(f"kept from an earlier file, where another class stood: {', '.join(found)}")
         builder = Builder(self.config[self.subcommand].as_dict(), SECTIONS)
         self.parser.add_instantiator(builder, object)
         try:
@@ -73,7 +78,13 @@ class CLI(LightningCLI):
             raise builder.mistake or error from error.__cause__
 
     def after_instantiate_classes(self) -> None:
-        config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
+        try:
+            config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
+        except (TypeError, ValueError) as error:  # a checkpoint holds the configuration
+            raise ConfigurationError(
+                "trainer: an argument of a callback, logger, profiler or plugin cannot be written "
+                "as YAML (lightning's Timer has one: use trainer.max_time)"
+            ) from error
         # With this, `PolicyOptimizer.load_from_checkpoint` makes objects of what is described.
         maker = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
         described = json.loads(config)
@@ -81,9 +92,6 @@ class CLI(LightningCLI):
         for saver in self.trainer.checkpoint_callbacks:
             if isinstance(saver, Checkpoint):
                 saver.config = {key: described[key] for key in described if key in _COMPARED}
-                if self.subcommand == "fit":
-                    others = self.trainer.callbacks  # type: ignore[attr-defined]
-                    check_monitor(saver, self.model.val_sampling.n, others)
         if self.subcommand == "fit":
             optimizer = described["model"]["optimizer"].get("init_args") or {}
             if said := replaced_rate(sys.argv[2:], optimizer.get("lr")):
@@ -134,6 +142,11 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigurationError(
+                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} copies a "
+                "process with everything in it; use ddp, by which each rank starts anew"
+            )
         trainer._signal_connector = _NoHandlers(trainer)
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             launcher = trainer.strategy.launcher
