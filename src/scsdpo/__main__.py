@@ -5,12 +5,13 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.commands import COMMANDS, module
-from scsdpo.cli.front import check, did_you_mean
+from scsdpo.cli.front import check, did_you_mean, in_order
 from scsdpo.cli.helping import help_for
 from scsdpo.cli.signals import Handlers, leave
 from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
@@ -41,6 +42,8 @@ def run(command: str, args: Sequence[str]) -> None:
         print(shown)
         return
     check(command, args)
+    args = in_order(command, args)
+    sys.argv[2:] = args  # where LightningCLI reads them, and launched ranks do
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     _imported(module(command)).main(args)
@@ -76,7 +79,7 @@ def _main(args: Sequence[str]) -> int:
         print(usage())
         return 0
     try:
-        with Handlers():
+        with Handlers(), _importing_from_here():
             return _run(args)
     except ConfigurationError as error:
         return _fail(error, 2)
@@ -88,6 +91,23 @@ def _main(args: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             return _fail(error, 3)
         raise
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Find classes of the user's in the working folder too, after everything that is installed.
+
+    Python has that folder on its path for `python -m scsdpo`, but not for the command `scsdpo`.
+    """
+    here = os.getcwd()
+    if {"", here} & set(sys.path):
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _run(args: Sequence[str]) -> int:

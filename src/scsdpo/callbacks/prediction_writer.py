@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from scsdpo.io.files import parsed, whole_lines, write_whole
 from scsdpo.records import JsonLines, Recorded
 
 SCHEMA_VERSION = 1
+FORMATS = (".jsonl", ".parquet")
+"""By their suffixes."""
 _ABOUT = ".about.json"
 _PART = ".part-"
 
@@ -27,9 +30,10 @@ class PredictionWriter(BasePredictionWriter):
     What it is of (policy, checkpoint, sampling) is beside it in `PATH.about.json`.
 
     Args:
-        path: file to write; `.parquet`: a table of the same rows; any other: a JSON object a line.
+        path: file to write; `.parquet`: a table of the same rows; `.jsonl`: a JSON object a line.
 
     Raises:
+        ValueError: if it has the suffix of another format, or a table cannot be written here.
         ConfigurationError: from `setup`, if the file is complete, or was begun with another policy
             or another sampling.
     """
@@ -37,6 +41,14 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
+        if self.path.suffix not in ("", *FORMATS):
+            raise ValueError(
+                f"`PredictionWriter(path={path!r})` must end in {' or '.join(FORMATS)}"
+            )
+        if self.path.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise ValueError(
+                f"`PredictionWriter(path={path!r})` needs pyarrow: install it, or write .jsonl"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":
@@ -53,7 +65,8 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             self._begin(about, kept)
         trainer.strategy.barrier("predictions were cut")
-        done = Counter(row["key"] for row in kept if row["sample"] == 0)
+        k = about["sampling"]["n"]
+        done = {(row["key"], row["sample"] // k) for row in kept}
         trainer.datamodule.answered = done  # type: ignore[attr-defined]
 
     def _about(self, trainer: L.Trainer, pl_module: Recorded) -> dict[str, Any]:
@@ -124,8 +137,13 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         prompts = trainer.datamodule.val_prompts()  # type: ignore[attr-defined]
-        order = {prompt.key: place for place, prompt in enumerate(prompts)}
-        rows = sorted(self._rows(), key=lambda row: (order.get(row["key"], -1), row["sample"]))
+        order = {(prompt.key, prompt.copy): place for place, prompt in enumerate(prompts)}
+        assert isinstance(pl_module, Recorded)
+        k = pl_module.described()["sampling"]["n"]
+        rows = sorted(
+            self._rows(),
+            key=lambda row: (order.get((row["key"], row["sample"] // k), -1), row["sample"]),
+        )
         partial = self._beside(".new")
         partial.unlink(missing_ok=True)
         if self.path.suffix == ".parquet":
@@ -139,10 +157,10 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _complete(rows: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """The rows of questions all k responses of which are there."""
+    """The rows of questions all k responses of which are there; of copies each by itself."""
     found = list(rows)
-    counts = Counter(row["key"] for row in found)
-    return [row for row in found if counts[row["key"]] % k == 0]
+    counts = Counter((row["key"], row["sample"] // k) for row in found)
+    return [row for row in found if counts[row["key"], row["sample"] // k] == k]
 
 
 def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -8,10 +8,13 @@ form is shown as it is, in one line.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
 from scsdpo.cli.front import did_you_mean, no_such_key
+from scsdpo.data import Records
+from scsdpo.errors import first_line
 
 Sections = Mapping[str, type]
 
@@ -40,6 +43,8 @@ _NO_CLASS = re.compile(
     r"|Not a valid subclass of \S+ Got value: (.+)"
     r"|Expected an instantiatable class, but (\S+) is abstract"
 )
+_TAKEN = re.compile(r"Unable to add parameter '(.+?)' from <class '(.+?)'>")
+_MANY_OF_A_NAME = re.compile(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.+?)\.?$")
 _GOT = re.compile(
     r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?(?:\. Got value: .*)?$",
     re.MULTILINE,
@@ -86,11 +91,14 @@ def _unknown_key(option: str, sections: Sections) -> str:
 
 
 def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
-    if name == "class_path":
+    if name == "class_path" and where != "records":
         return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
     known = list(arguments(kind))[skip:]
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)
+    if where == "records" and name in (*arguments(Records), "class_path"):
+        hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
+        takes = ""
     return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
 
 
@@ -161,10 +169,30 @@ def _fault(message: str, sections: Sections) -> str:
         name = next(filter(None, match.groups()))
         flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
         return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+    if match := _TAKEN.match(wrong):
+        return (
+            f"{key}: {match[2]} has an argument `{match[1]}`, and --{key}.{match[1]} is the "
+            "command line's own: give the argument another name"
+        )
+    if match := _MANY_OF_A_NAME.match(wrong):
+        paths = match[2].split(", ")
+        # Of torch's schedule and Lightning's the latter says what it waits for.
+        fit = [path for path in paths if path.startswith("lightning.")] or paths
+        return f"{key}: {match[1]} is the name of several classes; write {' or '.join(fit)}"
     got = _GOT.search(message)
     if got and place.hint is not Any:
-        return f"{key}: must be {spell(place.hint)}, got {got[1]}"
+        return f"{key}: must be {spell(place.hint)}, got {got[1]}{_quotes(place.hint, got[1])}"
     return f"{key}: {wrong}"
+
+
+def _quotes(hint: Any, got: str) -> str:
+    """A remedy where YAML made something else of what was meant as a text."""
+    if "str" not in spell(hint).split():
+        return ""
+    if got in ("True", "False"):
+        return "; YAML reads yes, no, on and off as booleans: write the word in quotes"
+    is_number = re.fullmatch(r"[-+]?[\d.][\d._]*(e[-+]?\d+)?", got)
+    return "; write it in quotes" if is_number else ""
 
 
 def _kinds(hint: Any) -> str:
@@ -172,6 +200,28 @@ def _kinds(hint: Any) -> str:
 
 
 def _offer(hint: Any, name: str = "") -> str:
+    if missing := _not_there(name):
+        return missing
     known = choices(classes(hint))
     listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
     return did_you_mean(name.rpartition(".")[2], known) + listed
+
+
+def _not_there(path: str) -> str:
+    """Why nothing can be imported from there; '' if it can, or if it is a bare name."""
+    name, _, attribute = path.strip("'\"").rpartition(".")
+    if not name:
+        return ""
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            return f": importing {name} fails: {first_line(error)}"
+        where = f"{name.replace('.', '/')}.py"
+        return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
+    except Exception as error:  # whatever the user's module does
+        return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
+    if hasattr(module, attribute):
+        return ""
+    named = [each for each, held in vars(module).items() if isinstance(held, type)]
+    return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"

@@ -26,7 +26,8 @@ class Place(TypedDict):
     key: str
     """`Prompt.key`: the question."""
     sample: int
-    """Its number among the question's responses, from 0."""
+    """Its number among the question's responses, from 0; a question that is twice in a batch, or in
+    the validation, has 2 `samples` of them."""
 
 
 class RolloutRecord(Place):
