@@ -292,7 +292,8 @@ def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
     judged = Judged(
         responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
     )
-    return module.teacher.contexts(chat, judged).ids[0][1]
+    first = next(iter(module.teacher.contexts(chat, judged).values()))
+    return first.ids[0][1]
 
 
 def _teacher(module: Any, prompt: Prompt, name: str) -> str:
