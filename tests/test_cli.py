@@ -87,8 +87,11 @@ COMMAND_LINE = {
     "--model.weighting=PassRte": "model.weighting: PassRte is not a known Weighting; did you mean "
     "`PassRate`?",
     "--model.weighting=scsdpo.weighting.PassRte": "model.weighting: scsdpo.weighting.PassRte is "
-    "not a known Weighting; did you mean `PassRate`?",
-    "--model.weighting=nowhere.Mine": "model.weighting: nowhere.Mine is not a known Weighting",
+    "not a known Weighting: module scsdpo.weighting has no 'PassRte'; did you mean `PassRate`?",
+    "--model.weighting=nowhere.Mine": "model.weighting: nowhere.Mine is not a known Weighting: "
+    "there is no nowhere.py in this folder, nor a module nowhere on PYTHONPATH",
+    "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` is what a "
+    "run writes down: questions are read by `data.train: Records`",
     "--model.weighting=TopK": "model.weighting: TopK is not a known Weighting",
     "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is not a "
     "known Weighting",

@@ -325,9 +325,14 @@ def test_whoever_goes_on_after_an_error_meets_it_again(chat, tmp_path):
     source = Records(path, Coin(), prompt="question", streaming=True, window=3)
     shuffled = ShuffledSource.of(source, chat, 64, seed=0)
     questions = Mixture([shuffled])
-    assert len(questions.__getitems__([(0, 0), (0, 1), (0, 2)])) == 3
+
+    def batch(*numbers):
+        draws = tuple((0, number) for number in numbers)
+        return questions.__getitems__([(draws, place) for place in range(len(draws))])
+
+    assert len(batch(0, 1, 2)) == 3
     for _ in range(2):
-        assert isinstance(questions.__getitems__([(0, 3), (0, 4)]), ConfigurationError)
+        assert isinstance(batch(3, 4).fault, ConfigurationError)
     with pytest.raises(ConfigurationError, match=r"^data.train: .* line 5 is not JSON"):
         questions[0, 3]
 

@@ -1,5 +1,6 @@
 """The data module: prompts are rendered, the order is seeded, and no question is lost."""
 
+import itertools
 import logging
 import pickle
 import warnings
@@ -24,6 +25,7 @@ from scsdpo.teacher import NoTeacher
 from scsdpo.verifiers import ExactMatch
 from scsdpo.weighting import Uniform
 from shared import SHARED, needs_shared
+from streams import Lines
 
 # Lightning's own, with torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")
@@ -108,11 +110,16 @@ def samplers(ranks, weights=(12, 11), batch=4):
     ]
 
 
+def draws(sampler):
+    """Those of the places that it gives."""
+    return [batch[place] for batch, place in sampler]
+
+
 def test_the_questions_of_a_step_do_not_depend_on_the_number_of_ranks():
-    alone = list(samplers(1)[0])
+    alone = draws(samplers(1)[0])
     assert len(alone) == len(set(alone)) == len(samplers(1)[0]) == 20
     for ranks in (2, 4):
-        shares = [list(sampler) for sampler in samplers(ranks)]
+        shares = [draws(sampler) for sampler in samplers(ranks)]
         each = 4 // ranks
         for step in range(5):
             together = {i for share in shares for i in share[step * each : (step + 1) * each]}
@@ -121,11 +128,11 @@ def test_the_questions_of_a_step_do_not_depend_on_the_number_of_ranks():
 
 def test_epochs_follow_each_other_without_a_gap():
     sampler = samplers(1)[0]
-    draws = []
+    found = []
     for _ in range(4):
-        draws += list(sampler)
-        sampler.asked = len(draws)
-    assert draws == list(islice(interleave((12, 11)), 80))
+        found += draws(sampler)
+        sampler.asked = len(found)
+    assert found == list(islice(interleave((12, 11)), 80))
 
 
 def test_a_run_resumed_with_other_batches_leaves_no_batch_half_full():
@@ -349,3 +356,215 @@ def test_the_shared_files_come_in_full_batches_and_every_held_out_question_once(
     assert [len(batch) for batch in data.train_dataloader()] == [32] * 14
     held_out = [prompt.key for batch in data.val_dataloader() for prompt in batch]
     assert held_out == [prompt.key for prompt in test.prompts]
+
+
+# --- the same question several times --------------------------------------------------------------
+
+
+class Letters(PromptList):
+    """A question each letter; the same letter is the same question."""
+
+    name = "letters"
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def load(self):
+        for letter in self.letters:
+            yield make_prompt("letters", question=letter, answer="", verifier=ExactMatch())
+
+
+def shares(chat, source, ranks, **arguments):
+    """What each rank asks in each batch: (question, which copy)."""
+    found = []
+    for rank in range(ranks):
+        data = TaskDataModule(source, source, **{"questions_per_batch": 4} | arguments)
+        data.trainer = SimpleNamespace(
+            world_size=ranks, global_rank=rank, overfit_batches=0, lightning_module=strategies(chat)
+        )
+        data.setup("fit")
+        loader = data.train_dataloader()
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        batches = (islice(epochs, 8), data.val_dataloader())
+        found.append(
+            [[[(p.messages[-1]["content"], p.copy) for p in b] for b in bs] for bs in batches]
+        )
+    return found
+
+
+@pytest.mark.parametrize("letters", ["abacab", "aaaaaaaa", "abcde", "ab" * 9])
+@pytest.mark.parametrize("window", [0, 3])
+def test_copies_of_a_question_in_a_batch_are_numbered_on_any_number_of_ranks(
+    chat, letters, window, tmp_path
+):
+    source = Letters(letters)
+    if window:
+        (tmp_path / "letters.txt").write_text("\n".join(letters))
+        source = Lines(str(tmp_path / "letters.txt"), size=len(letters), window=window)
+    (alone,) = shares(chat, source, 1)
+    for batch in alone[0]:
+        for letter, times in Counter(letter for letter, _ in batch).items():
+            assert sorted(copy for other, copy in batch if other == letter) == list(range(times))
+    # In validation, all of it counts: its draws are the same in every batch.
+    asked = [question for batch in alone[1] for question in batch]
+    assert len(set(asked)) == len(asked) == len(letters)
+    for ranks in (2, 4):
+        many = shares(chat, source, ranks)
+        for kind in (0, 1):
+            for step, batch in enumerate(alone[kind]):
+                together = [question for share in many for question in share[kind][step]]
+                assert Counter(together) == Counter(batch)
+
+
+def test_where_passes_meet_a_question_that_is_asked_twice_is_numbered(chat):
+    (alone,) = shares(chat, Letters("abcde"), 1)
+    seams = [batch for batch in alone[0] if any(copy for _, copy in batch)]
+    assert seams and all({copy for _, copy in batch} == {0, 1} for batch in seams)
+
+
+def test_double_rows_are_counted_at_start(chat, caplog):
+    train(chat, 1)
+    assert not [line for line in caplog.messages if "copies" in line]
+    quiet(max_steps=1, limit_val_batches=0).fit(
+        Asked(chat), TaskDataModule(Letters("abacab"), Letters("xyx"), questions_per_batch=4)
+    )
+    said = [line for line in caplog.messages if "copies" in line]
+    key = Letters("a")[0].key
+    assert [line.partition(":")[0] for line in said] == ["data.val", "data.train"]
+    assert f"data.train: 3 of 6 questions are copies of others, such as {key}, which is" in said[1]
+    assert "data.val: 1 of 3 questions are copies of others" in said[0]
+
+
+# --- data that change before a resume -------------------------------------------------------------
+
+
+class Asked(Recorder):
+    """Notes the words of the questions."""
+
+    def training_step(self, batch, batch_idx):
+        self.trained += [prompt.messages[-1]["content"].strip() for prompt in batch]
+        return self.layer(torch.ones(1)).sum()
+
+
+def asked(chat, sources, steps, save=None, resume=None, **arguments):
+    """The questions of a run, up to step `steps`."""
+    data = TaskDataModule(sources, [], **{"questions_per_batch": 4} | arguments)
+    trainer, module = quiet(max_steps=steps, limit_val_batches=0), Asked(chat)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
+    if save:
+        trainer.save_checkpoint(save)
+    return module.trained
+
+
+OLD = "abcdefghij"
+CHANGED = {"more": OLD + "xyz", "fewer": OLD[:-3], "reordered": OLD[::-1], "other": "zbcdefghij"}
+
+
+def source(tmp_path, letters, kind):
+    if kind == "list":
+        return Letters(letters)
+    (tmp_path / "letters.txt").write_text("\n".join(letters))
+    return Lines(str(tmp_path / "letters.txt"), size=10, window=3)
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_source_that_changed_is_named_and_begins_a_pass_of_its_own(
+    chat, tmp_path, caplog, kind, change, steps
+):
+    letters = CHANGED[change]
+    old = source(tmp_path, OLD, kind)
+    first = asked(chat, old, steps, save=tmp_path / "end.ckpt")
+    assert sorted(first[:10]) == sorted(OLD)
+    caplog.clear()
+    found = asked(chat, source(tmp_path, letters, kind), steps + 20, resume=tmp_path / "end.ckpt")
+    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert len(said) == 1 and said[0].startswith("data.train: ")
+    assert f"({4 * steps} so far)" in said[0] and "bring back the old rows" in said[0]
+    for start in range(0, len(found) - len(letters), len(letters)):
+        assert sorted(found[start : start + len(letters)]) == sorted(letters)
+
+
+def test_rows_behind_what_a_stream_has_read_change_nothing(chat, tmp_path, caplog):
+    old = source(tmp_path, OLD, "stream")
+    first = asked(chat, old, 1, save=tmp_path / "end.ckpt")
+    new = source(tmp_path, OLD + "xyz", "stream")
+    found = asked(chat, new, 8, resume=tmp_path / "end.ckpt")
+    assert not [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert sorted(first + found[:9]) == sorted(OLD + "xyz")
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_did_not_change_goes_on_beside_what_did(chat, tmp_path, caplog, kind, workers):
+    """Sources take turns by their sizes: another size of one must not move the other's place."""
+    other = Numbers(9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork beside threads
+        first = asked(chat, [source(tmp_path, OLD, kind), other], 6, save=tmp_path / "end.ckpt")
+        caplog.clear()
+        changed = [source(tmp_path, OLD + "yz", kind), other]
+        found = asked(chat, changed, 24, resume=tmp_path / "end.ckpt", num_workers=workers)
+    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert len(said) == 1 and said[0].startswith("data.train[0]: ")
+    numbers = [word for word in first + found if word.startswith("xx") or word == "x"]
+    for start in range(0, len(numbers) - 9, 9):
+        assert len(set(numbers[start : start + 9])) == 9
+    letters = [word for word in found if word in OLD + "yz"]
+    assert sorted(letters[:12]) == sorted(OLD + "yz")
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"seed": 7}, 1),
+        ({"max_prompt_tokens": 5}, 1),
+        ({"questions_per_batch": 2}, 0),
+        ({"num_workers": 1}, 0),
+    ],
+)
+def test_settings_that_change_the_order_are_noticed_and_others_are_not(
+    chat, tmp_path, caplog, settings, lines
+):
+    before = asked(chat, Numbers(9), 1, save=tmp_path / "end.ckpt", seed=3)
+    caplog.clear()
+    if "max_prompt_tokens" in settings:
+        settings = {"max_prompt_tokens": len(chat.render(Numbers(9)[6].messages))}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork beside threads
+        after = asked(chat, Numbers(9), 8, resume=tmp_path / "end.ckpt", **{"seed": 3} | settings)
+    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert len(said) == lines
+    if not lines:
+        assert len({*before, *after[:5]}) == 9
+
+
+def test_other_weights_move_no_place_in_any_source(chat, tmp_path):
+    sources = [Letters(OLD), Numbers(9)]
+    first = asked(chat, sources, 3, save=tmp_path / "end.ckpt")
+    after = asked(chat, sources, 20, resume=tmp_path / "end.ckpt", train_weights=(3, 1))
+    letters = [word for word in first + after if word in OLD]
+    for start in range(0, len(letters) - 10, 10):
+        assert sorted(letters[start : start + 10]) == sorted(OLD)
+
+
+def test_a_second_resume_goes_on_where_the_changed_data_stood(chat, tmp_path, caplog):
+    asked(chat, Letters(OLD), 2, save=tmp_path / "a.ckpt")
+    whole = asked(chat, Letters(OLD + "xyz"), 12, resume=tmp_path / "a.ckpt")
+    asked(chat, Letters(OLD + "xyz"), 5, save=tmp_path / "b.ckpt", resume=tmp_path / "a.ckpt")
+    caplog.clear()
+    assert asked(chat, Letters(OLD + "xyz"), 12, resume=tmp_path / "b.ckpt") == whole[12:]
+    assert not [line for line in caplog.messages if "not those of the checkpoint" in line]
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_by_its_count_alone(chat, tmp_path):
+    whole = asked(chat, [Letters(OLD), Numbers(9)], 12)
+    asked(chat, [Letters(OLD), Numbers(9)], 5, save=tmp_path / "end.ckpt")
+    state = torch.load(tmp_path / "end.ckpt", weights_only=False)
+    (loader,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    for name in [name for name in loader if name != "asked"]:
+        del loader[name]
+    torch.save(state, tmp_path / "end.ckpt")
+    found = asked(chat, [Letters(OLD), Numbers(9)], 12, resume=tmp_path / "end.ckpt")
+    assert found == whole[20:]

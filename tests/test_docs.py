@@ -1,5 +1,7 @@
 """The code in README and docs runs as printed, and the site holds all pages and keys."""
 
+import gzip
+import json
 import os
 import re
 import runpy
@@ -8,6 +10,8 @@ import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
@@ -16,6 +20,7 @@ from scsdpo.advantage import Advantage, Blend, Plan, Routed
 from scsdpo.cli.catalog import catalog
 from scsdpo.cli.front import check
 from scsdpo.cli.helping import help_for
+from scsdpo.data import Source
 from scsdpo.loss import Chunk, DenseCredit, SparseCredit, SumCredit
 from scsdpo.types import Judged, Responses
 
@@ -69,7 +74,6 @@ def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monke
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", "--config", "config.yaml"])
     assert main() in (0, None)
 
@@ -83,7 +87,6 @@ def test_the_tutorial_makes_a_task_of_20_lines_of_python_and_6_of_yaml(tmp_path,
         assert len([line for line in text.removeprefix(head).splitlines() if line]) <= most
         (tmp_path / f"sums.{suffix}").write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     short = ["--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
     short += ["--data.val.size=4", "--model.val_sampling.n=2", "--trainer.accelerator=cpu"]
     configs = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--config", "sums.yaml"]
@@ -199,3 +202,41 @@ def test_the_site_has_every_page_and_every_key():
             assert f"| `{section}.{name}` |" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
+
+
+def sources():
+    """Rows, settings and what is asked, of each form in docs/data.md."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    pattern = r"```(csv|jsonl)\n(.*?)```.*?```yaml\n(.*?)```.*?```text\n(.*?)```"
+    for _, rows, settings, asked in re.findall(pattern, page, re.DOTALL):
+        yield pytest.param(rows, settings, asked, id=yaml.safe_load(settings)["path"])
+
+
+@pytest.mark.parametrize(("rows", "settings", "asked"), list(sources()))
+def test_each_form_of_data_in_the_docs_asks_what_they_say(
+    rows, settings, asked, tmp_path, monkeypatch
+):
+    assert len(settings.splitlines()) <= 10
+    given = yaml.safe_load(settings)
+    path = tmp_path / given["path"].replace("*", "0")
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist([json.loads(line) for line in rows.splitlines()])
+        pyarrow.parquet.write_table(table, path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(rows.encode()))
+    else:
+        path.write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--train", type=Source)
+    described = {"train": {"class_path": "Records", "init_args": given}}
+    (prompt,) = parser.instantiate(parser.parse_object(described)).train.read()
+    said = [f"{turn['role']}: {turn['content']}" for turn in prompt.messages]
+    said += [f"gold: {prompt.answer}"]
+    said += [f"category: {prompt.category}"] if "category" in given else []
+    assert "\n".join(said) + "\n" == asked
+
+
+def test_the_docs_have_an_example_of_each_form_of_data():
+    assert len(list(sources())) == 5

@@ -11,9 +11,9 @@ from scsdpo.errors import ConfigurationError
 from test_cli import scsdpo  # noqa: F401 - a fixture
 
 
-def predict(folder, qwen3, writer, **settings):
+def predict(folder, qwen3, writer, source=Toys(6), **settings):
     run = trainer(folder, callbacks=[writer])
-    questions = data(val=Toys(6), val_questions_per_batch=2)
+    questions = data(val=source, val_questions_per_batch=2)
     model = module(qwen3, **settings)
     try:
         run.predict(model, questions, return_predictions=False)
@@ -62,6 +62,31 @@ def test_a_prediction_that_was_stopped_goes_on_and_equals_one_that_was_not(
     assert left == {f"{n}.jsonl{end}" for n in ("whole", "halves") for end in ("", ".about.json")}
     with pytest.raises(ConfigurationError, match="exists and is complete; move it"):
         predict(tmp_path, qwen3, PredictionWriter(str(halves)))
+
+
+class Twins(Toys):
+    """Questions 0, 1, 2, 0, 1, 2."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 3)
+
+
+def test_copies_of_a_question_are_told_apart_also_after_a_stop(qwen3, tmp_path):
+    whole, halves = tmp_path / "whole.jsonl", tmp_path / "halves.jsonl"
+    predict(tmp_path, qwen3, PredictionWriter(str(whole)), Twins(6))
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    places = [(row["key"], row["sample"]) for row in rows]
+    assert places == [
+        (f"toy/{q}", 2 * copy + i) for copy in (0, 1) for q in range(3) for i in (0, 1)
+    ]
+    # The second copy of question 0 is done, and the first one is not.
+    about = tmp_path / "whole.jsonl.about.json"
+    (tmp_path / "halves.jsonl.about.json").write_text(about.read_text())
+    (tmp_path / "halves.jsonl.part-1").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[6:8])
+    )
+    predict(tmp_path, qwen3, PredictionWriter(str(halves)), Twins(6))
+    assert halves.read_bytes() == whole.read_bytes()
 
 
 def test_what_was_begun_otherwise_is_not_gone_on_with(qwen3, tmp_path):

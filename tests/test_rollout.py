@@ -148,6 +148,14 @@ def test_a_seed_gives_the_same_response_whatever_else_is_in_the_batch(policy, pr
     assert not set(later.texts[0]) & set(everything.texts[0])
 
 
+def test_copies_of_a_question_are_drawn_as_if_it_had_more_responses(policy, prompts):
+    more = HFRollout().sample(policy, prompts[:1], replace(SAMPLING, n=2 * SAMPLING.n))
+    copies = [prompts[0], replace(prompts[0], copy=1)]
+    twice = FEW_ROWS.sample(policy, copies, SAMPLING)
+    assert twice.texts[0] + twice.texts[1] == more.texts[0]
+    assert not set(twice.texts[0]) & set(twice.texts[1])
+
+
 def test_equal_prompts_run_once_and_are_drawn_by_their_own_keys(policy, prompts):
     twin = replace(prompts[0], key="twin")
     passes = []

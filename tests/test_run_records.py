@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,7 +165,10 @@ def test_a_question_that_is_twice_in_a_batch_is_recorded_twice(qwen3, tmp_path):
     run.fit(module(qwen3), data(Toys(5), Toys(3)))
     rollouts, tokens = records(tmp_path / "rollouts"), records(tmp_path / "tokens")
     lines = rollouts["train_000002"]
-    assert len(lines) == 16 and len({(line["key"], line["sample"]) for line in lines}) == 12
+    # Its responses are numbered on: four and four of one question.
+    assert len(lines) == len({(line["key"], line["sample"]) for line in lines}) == 16
+    assert Counter(Counter(line["key"] for line in lines).values()) == {4: 2, 8: 1}
+    assert {line["sample"] for line in lines} == set(range(8))
     assert len(tokens["train_000002"]) == sum(line["active"] for line in lines)
 
 

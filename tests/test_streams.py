@@ -222,9 +222,12 @@ def test_a_set_on_the_hub_is_asked_for_as_configured(monkeypatch):
 
     def load(*name, **settings):
         calls.append((name, settings))
-        return ROWS
+        found = datasets.Dataset.from_list(ROWS)
+        return found.to_iterable_dataset() if settings["streaming"] else found
 
+    builder = SimpleNamespace(info=SimpleNamespace(features=None), config=None)
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *name: builder)
     sets = {"split": "test", "prompt": "question"}
     assert len(Records("org/set", Coin(), **sets)) == 6
     stream = Records("org/set", Coin(), subset="main", streaming=True, **sets)
@@ -259,8 +262,9 @@ def test_mistakes_are_named_at_once_and_in_a_stream(tmp_path, streaming):
     for missing in (tmp_path / "no.jsonl", "no.jsonl", "./no/set", "no/file.json"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             first(missing)
-    with pytest.raises(FileNotFoundError, match="is a folder; name a file in it"):
-        first(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is a folder without files of rows \(.jsonl"):
+        first(tmp_path / "none")
     places(tmp_path)
     with pytest.raises(ValueError, match="splits has no split 'test', only train"):
         first(tmp_path / "splits", split="test")

@@ -3,12 +3,14 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, Download, Servers, SharedFolder, VLLMRollout
+from scsdpo.rollout.vllm_rollout import Request
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)
@@ -94,3 +96,13 @@ def test_nothing_of_vllm_is_imported_before_it_is_used():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
     assert done.stdout.decode().strip() == "[]"
+
+
+def test_copies_of_a_question_are_seeded_as_if_it_had_more_responses(policy):
+    """vLLM seeds response i with the request's seed + i."""
+    asked = Prompt(key="0", messages=(), verifier=None, answer="", ids=(1,))
+    first, third = (
+        Request.of(prompt, SAMPLING, policy).parameters["seed"]
+        for prompt in (asked, replace(asked, copy=2))
+    )
+    assert third == first + 2 * SAMPLING.n < 2**63

@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -41,11 +42,17 @@ def run(command: str, args: Sequence[str]) -> None:
         print(shown)
         return
     check(command, args)
+    warnings.formatwarning = _in_one_line
     args = in_order(command, args)
     sys.argv[2:] = args  # where LightningCLI reads them, and launched ranks do
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     _imported(module(command)).main(args)
+
+
+def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning without the line of code that gave it, and with nothing that acts on a terminal."""
+    return f"warning: {in_one_line(str(message))}\n"
 
 
 def _imported(name: str) -> Any:
@@ -78,7 +85,7 @@ def _main(args: Sequence[str]) -> int:
         print(usage())
         return 0
     try:
-        with Handlers():
+        with Handlers(), _importing_from_here():
             return _run(args)
     except ConfigurationError as error:
         return _fail(error, 2)
@@ -90,6 +97,23 @@ def _main(args: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             return _fail(error, 3)
         raise
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Find classes of the user's in the working folder too, after everything that is installed.
+
+    Python has that folder on its path for `python -m scsdpo`, but not for the command `scsdpo`.
+    """
+    here = os.getcwd()
+    if {"", here} & set(sys.path):
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _run(args: Sequence[str]) -> int:

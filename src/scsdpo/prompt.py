@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 from scsdpo.thinking import behind_thinking
 
@@ -47,6 +47,9 @@ class Prompt:
     does not say."""
     ids: tuple[int, ...] = ()
     """The rendered prompt, generation header included; empty until the data module rendered it."""
+    copy: int = 0
+    """How often the same question stands before it in the training batch, over all ranks, or in the
+    validation: its response i is drawn, and recorded, as response copy G + i to the question."""
     thinking: str = ""
     """Tags of thinking that the rendered prompt leaves open, such as <think>: the response begins
     with thinking."""
@@ -88,6 +91,8 @@ class Verifier(ABC):
     before.
     """
 
+    reads_json: ClassVar[bool] = False
+    """Whether gold answers are JSON: then a list, or a value with columns of its own, is one."""
     strip_thinking: bool = True
     """Whether `verify` receives only what stands behind the thinking (`scsdpo.thinking`)."""
 

@@ -65,7 +65,8 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             self._begin(about, kept)
         trainer.strategy.barrier("predictions were cut")
-        done = Counter(row["key"] for row in kept if row["sample"] == 0)
+        k = about["sampling"]["n"]
+        done = {(row["key"], row["sample"] // k) for row in kept}
         trainer.datamodule.answered = done  # type: ignore[attr-defined]
 
     def _about(self, trainer: L.Trainer, pl_module: Recorded) -> dict[str, Any]:
@@ -136,8 +137,13 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         prompts = trainer.datamodule.val_prompts()  # type: ignore[attr-defined]
-        order = {prompt.key: place for place, prompt in enumerate(prompts)}
-        rows = sorted(self._rows(), key=lambda row: (order.get(row["key"], -1), row["sample"]))
+        order = {(prompt.key, prompt.copy): place for place, prompt in enumerate(prompts)}
+        assert isinstance(pl_module, Recorded)
+        k = pl_module.described()["sampling"]["n"]
+        rows = sorted(
+            self._rows(),
+            key=lambda row: (order.get((row["key"], row["sample"] // k), -1), row["sample"]),
+        )
         partial = self._beside(".new")
         partial.unlink(missing_ok=True)
         if self.path.suffix == ".parquet":
@@ -151,10 +157,10 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _complete(rows: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """The rows of questions all k responses of which are there."""
+    """The rows of questions all k responses of which are there; of copies each by itself."""
     found = list(rows)
-    counts = Counter(row["key"] for row in found)
-    return [row for row in found if counts[row["key"]] % k == 0]
+    counts = Counter((row["key"], row["sample"] // k) for row in found)
+    return [row for row in found if counts[row["key"], row["sample"] // k] == k]
 
 
 def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:

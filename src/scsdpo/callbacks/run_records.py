@@ -15,7 +15,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.records import BatchFiles, Outage, Recorded, TokenTrace, run_folder
 from scsdpo.records.lines import rollout_record, token_record
-from scsdpo.types import Judged, stable_hash
+from scsdpo.types import Judged, Prompt, stable_hash
 
 FOLDERS = ("rollouts", "tokens")
 
@@ -117,7 +117,7 @@ class RunRecords(RolloutCallback):
         successes = judged.successes.tolist()
         mine = [
             _Group(
-                draw=stable_hash(where["batch"], prompt.key, *judged.texts[q]),
+                draw=stable_hash(where["batch"], prompt.key, *judged.texts[q], *_copy(prompt)),
                 rank=module.global_rank,
                 question=q,
                 active=active[q],
@@ -129,8 +129,6 @@ class RunRecords(RolloutCallback):
         due = self.trace_every and (where["batch"] - 1) % self.trace_every == 0
         traced = _traced(chosen, self.traces if due else 0)
         samples = judged.successes.shape[1]
-        # A question that is twice in the batch, where one pass ends and the next begins, has the
-        # same responses both times, and so the same draw.
         rows = [
             group.question * samples + g
             for group in chosen
@@ -189,7 +187,7 @@ class RunRecords(RolloutCallback):
         """The questions that come first in a draw that is the same at every validation."""
         made: dict[str, Any] = {"where": where, "chat": _chat(module), "traced": False}
         for q, prompt in enumerate(judged.prompts):
-            draw = stable_hash("validation", prompt.key)
+            draw = stable_hash("validation", prompt.key, *_copy(prompt))
             kept = self._validated[: self.questions]
             if self.questions is None or len(kept) < self.questions or draw < kept[-1][0]:
                 samples = range(judged.successes.shape[1])
@@ -226,6 +224,11 @@ def _traced(groups: list[_Group], count: int) -> list[tuple[int, int]]:
             ]
             ranked += [(turn, place, success, group.draw, g) for turn, g in enumerate(fitting)]
     return [(draw, g) for *_, draw, g in sorted(ranked)[:count]]
+
+
+def _copy(prompt: Prompt) -> tuple[int, ...]:
+    """Tells copies of a question apart, and leaves the first as if it were alone."""
+    return (prompt.copy,) if prompt.copy else ()
 
 
 def _chat(module: L.LightningModule) -> Chat:

@@ -8,10 +8,13 @@ form is shown as it is, in one line.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
 from scsdpo.cli.front import did_you_mean, no_such_key
+from scsdpo.data import Records
+from scsdpo.errors import first_line
 
 Sections = Mapping[str, type]
 
@@ -88,11 +91,14 @@ def _unknown_key(option: str, sections: Sections) -> str:
 
 
 def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
-    if name == "class_path":
+    if name == "class_path" and where != "records":
         return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
     known = list(arguments(kind))[skip:]
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)
+    if where == "records" and name in (*arguments(Records), "class_path"):
+        hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
+        takes = ""
     return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
 
 
@@ -194,6 +200,28 @@ def _kinds(hint: Any) -> str:
 
 
 def _offer(hint: Any, name: str = "") -> str:
+    if missing := _not_there(name):
+        return missing
     known = choices(classes(hint))
     listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
     return did_you_mean(name.rpartition(".")[2], known) + listed
+
+
+def _not_there(path: str) -> str:
+    """Why nothing can be imported from there; '' if it can, or if it is a bare name."""
+    name, _, attribute = path.strip("'\"").rpartition(".")
+    if not name:
+        return ""
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            return f": importing {name} fails: {first_line(error)}"
+        where = f"{name.replace('.', '/')}.py"
+        return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
+    except Exception as error:  # whatever the user's module does
+        return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
+    if hasattr(module, attribute):
+        return ""
+    named = [each for each, held in vars(module).items() if isinstance(held, type)]
+    return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"

@@ -1,6 +1,7 @@
 """`scsdpo fit | validate | test | predict`: LightningCLI, with one-line errors."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies.launchers import (
 )
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_info
+from transformers.utils.logging import disable_progress_bar
 
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint, say
@@ -36,6 +38,14 @@ from scsdpo.training.newest import told
 
 _COMPARED = (*SECTIONS, "seed_everything")
 """Parts of the configuration that a checkpoint holds."""
+_TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,  # it knows modules, and FLOPs of none; `plan:` says what counts
+}
+_LIGHTNING = "lightning.pytorch.utilities.rank_zero"
+"""The name under which Lightning logs."""
+_SAYS_NOTHING = ("💡 Tip:", "TPU available:", "HPU available:", "GPU available: False")
 
 
 class CLI(LightningCLI):
@@ -156,6 +166,11 @@ class _SaveConfig(SaveConfigCallback):
             Outage(self.config_filename, OSError).attempt(write)
 
 
+def _tells_of_the_run(record: logging.LogRecord) -> bool:
+    """Not what Lightning recommends, nor which devices there are none of."""
+    return not record.getMessage().startswith(_SAYS_NOTHING)
+
+
 class _NoHandlers(_SignalConnector):
     """Leaves signals to `scsdpo.cli.signals`."""
 
@@ -170,6 +185,9 @@ def main(args: Sequence[str]) -> None:
 
 def run_cli(kind: type[CLI]) -> None:
     """Build what `sys.argv` configures and run it."""
+    logging.getLogger(_LIGHTNING).addFilter(_tells_of_the_run)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers', of weights that load
     try:
         kind(
             PolicyOptimizer,
@@ -181,7 +199,7 @@ def run_cli(kind: type[CLI]) -> None:
             save_config_callback=_SaveConfig if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},
+            trainer_defaults=_TRAINER_DEFAULTS,
         )
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error

@@ -1,11 +1,11 @@
 """Data: where questions come from, and how they reach the training loop."""
 
 from scsdpo.data._base import Source, Stream
-from scsdpo.data.loader import PromptBatch
 from scsdpo.data.module import TaskDataModule
 from scsdpo.data.prompts import PromptList, make_prompt
 from scsdpo.data.records import Math, Records, ToolUse
 from scsdpo.data.sciknoweval import SciKnowEval
+from scsdpo.data.shuffled import PromptBatch
 
 __all__ = [
     "Math",

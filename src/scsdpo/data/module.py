@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import gcd
@@ -18,12 +18,12 @@ from scsdpo.data.loader import (
     EpochSampler,
     EvaluationLoader,
     EvaluationSampler,
-    PromptBatch,
     QuestionLoader,
+    as_it_is,
 )
 from scsdpo.data.rendered import Rendered
-from scsdpo.data.shuffled import FILTER_AHEAD, Mixture, ShuffledSource
-from scsdpo.data.startup import check_golds, check_start, warn_shared
+from scsdpo.data.shuffled import FILTER_AHEAD, Mixture, PromptBatch, ShuffledSource
+from scsdpo.data.startup import check_golds, check_start, first_keys, warn_shared, warn_twice
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.seeds import Seed, resolved
@@ -106,8 +106,8 @@ class TaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.trained_on = 0
         """Validation questions that are among the first ones of training; known after `setup`."""
-        self.answered: Mapping[str, int] = {}
-        """Questions that prediction leaves out: those with this key, the first so many."""
+        self.answered: Collection[tuple[str, int]] = ()
+        """Questions that prediction leaves out: key, and which copy of it."""
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
@@ -144,10 +144,15 @@ class TaskDataModule(LightningDataModule):
                 )
             module.weightings.check_questions(self.train_set.question_keys())
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
-        if stage == "fit" and self.val_set:
+        asked: list[str] = []
+        if self.val_set:
             parts = cast(list[Rendered], self.val_set.datasets)
-            asked = [part.prompts[index] for part in parts for index in part.kept]
-            self.trained_on = warn_shared(self.train_sources, asked)
+            asked = [part.key(index) for part in parts for index in range(len(part))]
+            warn_twice("data.val", asked, "counts as often in every figure")
+        if stage == "fit":
+            learned = first_keys(self.train_sources, streams=bool(asked))
+            warn_twice("data.train", learned, "is asked as often in a pass")
+            self.trained_on = warn_shared(learned, asked)
 
     def _shuffled(self, number: int, chat: Chat) -> ShuffledSource:
         source, sources = self.train_sources[number], len(self.train_sources)
@@ -158,13 +163,19 @@ class TaskDataModule(LightningDataModule):
     def _in_order(
         self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
     ) -> ConcatDataset[Prompt]:
-        """The first questions of each source; of several, categories begin with its name."""
+        """The first questions of each source; of several, categories begin with its name. Those
+        that ask the same are numbered.
+        """
         parts = []
+        before: Counter[str] = Counter()
         split = "train" if sources is self.train_sources else "val"
         for number, source in enumerate(sources):
             with blamed_on(source_key(split, number, len(sources))):
                 check_golds(source)
-                head = _head(source, most, named=len(sources) > 1)
+                head = []
+                for prompt in _head(source, most, named=len(sources) > 1):
+                    head.append(replace(prompt, copy=before[prompt.key]))
+                    before[prompt.key] += 1
                 parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
         return ConcatDataset(parts)
 
@@ -185,7 +196,7 @@ class TaskDataModule(LightningDataModule):
             self.train_set,
             batch_size=self.questions_per_batch // ranks,
             sampler=sampler,
-            collate_fn=PromptBatch,
+            collate_fn=as_it_is,
             num_workers=self.num_workers,
         )
 
@@ -206,12 +217,13 @@ class TaskDataModule(LightningDataModule):
         """As for validation, but that Lightning makes it anew, without empty batches."""
         if not self.val_set:
             return []
-        left, asked = Counter(self.answered), self.val_set
-        if left:
-            places = []
-            for place, prompt in enumerate(self.val_prompts()):
-                left[prompt.key] -= 1
-                places += [place] if left[prompt.key] < 0 else []
+        asked = self.val_set
+        if self.answered:
+            places = [
+                place
+                for place, prompt in enumerate(self.val_prompts())
+                if (prompt.key, prompt.copy) not in self.answered
+            ]
             if not places:
                 return []
             asked = ConcatDataset([Subset(self.val_set, places)])

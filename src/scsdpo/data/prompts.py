@@ -1,12 +1,15 @@
 """Sources that hold their prompts in memory."""
 
+import re
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.data.golds import refuse_unmet
-from scsdpo.data.table import Table
+from scsdpo.data.table import Table, is_missing, whole_text
 from scsdpo.types import Message, Prompt, stable_hash
 from scsdpo.verifiers import Verifier
 
@@ -48,32 +51,200 @@ def make_prompt(
     )
 
 
-def table_prompts(
-    table: Table,
-    name: str,
-    verifier: Verifier,
-    *,
-    prompt: str = "prompt",
-    answer: str = "answer",
-    system: str = "",
-    instruction: str = "",
-) -> list[Prompt]:
-    """A prompt of source `name` for each row; `prompt`, `answer` and `system` name the columns.
+_PIECES = re.compile(r"\{\{|\}\}|\{\}|\{([^{}]+)\}|[{}]")
+_BRACES = {"{{": "{", "}}": "}", "{}": "{}"}
 
-    `instruction` follows each question.
+
+@dataclass(frozen=True, kw_only=True)
+class PromptColumns:
+    r"""Which columns of a row make a prompt, and what stands around them.
+
+    Args:
+        prompt: the question: a text, or a list of turns with `role` and `content`, the last one
+            the user's; of a list of parts with `type` and `text`, the texts.
+        answer: the gold answer: a text, a number, or a list with the assistant's turn; for a
+            verifier that `reads_json`, any list or value with columns of its own, as JSON.
+        system: the system turn; empty: there is no such column.
+        category: the stratum whose validation figures are given apart; empty: there is none.
+        template: the question, made of columns whose names stand in braces: "{question}\nA. {A}";
+            {{ and }} are braces, and so is {}. Empty: it is what `prompt` holds.
+        system_prompt: the system turn of every question; empty: there is none.
+        instruction: said after each question, a blank line between if it does not begin with white
+            space itself; empty: nothing.
+        answer_after: of the gold answer, what follows the last of this text counts; empty: all.
 
     Raises:
-        ValueError: if a row has no question or no answer, or the verifier cannot read the answer;
-            with the number of the row; or if no response could meet an answer.
+        ValueError: if `template` has a brace too many or names no column, or both `system` and
+            `system_prompt` are given.
     """
-    questions, answers = table.texts(prompt), table.texts(answer)
-    systems = table.texts(system, optional=True) if system else [""] * len(questions)
-    prompts = [
-        make_prompt(
-            name, question=question + instruction, answer=gold, verifier=verifier, system=turn
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    system: str = ""
+    category: str = ""
+    template: str = ""
+    system_prompt: str = ""
+    instruction: str = ""
+    answer_after: str = ""
+
+    def __post_init__(self) -> None:
+        for match in _PIECES.finditer(self.template):
+            if match[0] in ("{", "}"):
+                raise ValueError(
+                    f"`template` has a {match[0]!r} alone at character {match.start() + 1}; where "
+                    f"it is no column's, write {match[0] * 2!r}"
+                )
+        if self.template and not self._in_template:
+            raise ValueError(f"`template` names no column in braces, got {self.template!r}")
+        if self.system and self.system_prompt:
+            raise ValueError(
+                f"`system` names a column, {self.system!r}, and `system_prompt` is a text: each "
+                "question has one system turn, so leave one of them out"
+            )
+
+    @property
+    def _in_template(self) -> list[str]:
+        return [match[1].strip() for match in _PIECES.finditer(self.template) if match[1]]
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Each column that is read, with the argument that names it."""
+        named = {"answer": self.answer, "system": self.system, "category": self.category}
+        if not self.template:
+            named = {"prompt": self.prompt} | named
+        found = {column: f"{name}={column!r}" for name, column in named.items() if column}
+        return found | dict.fromkeys(self._in_template, "template=...")
+
+    def prompts(self, tables: Iterable[Table], name: str, verifier: Verifier) -> list[Prompt]:
+        """A prompt of source `name` for each row of all tables.
+
+        Raises:
+            ValueError: if a row has no question or no answer, or the verifier cannot read the
+                answer, with the number of the row; or if no response could meet an answer.
+            BrokenRow: if what it has is no text.
+        """
+        rows = [(table, index) for table in tables for index in range(len(table.rows))]
+        made = [self._prompt(table, index, name, verifier) for table, index in rows]
+        # Of a stream's rows, which come one by one, the first ones are proved.
+        if len(made) > 1 or rows[0][0].number(0) <= CHECK_AHEAD:
+            refuse_unmet(name, made, lambda place: rows[place][0].where(rows[place][1]))
+        return made
+
+    def _prompt(self, table: Table, index: int, name: str, verifier: Verifier) -> Prompt:
+        turns, gold = self._turns(table, index), self._gold(table, index, verifier)
+        system = turns[0]["content"] if turns[0]["role"] == "system" else ""
+        prompt = make_prompt(
+            name,
+            question=turns[-1]["content"],
+            answer=gold,
+            verifier=verifier,
+            system=system,
         )
-        for question, gold, turn in zip(questions, answers, systems, strict=True)
-    ]
-    if len(prompts) > 1 or table.number(0) <= CHECK_AHEAD:  # of a stream's rows, the first ones
-        refuse_unmet(name, prompts, table.where)
-    return prompts
+        if len(prompt.messages) < len(turns):
+            said = (text for turn in turns for text in (turn["role"], turn["content"]))
+            key = f"{name}/{stable_hash(name, *said, gold):016x}"
+            prompt = replace(prompt, key=key, messages=tuple(turns))
+        if self.category:
+            category = table.text(index, self.category, optional=True).strip()
+            prompt = replace(prompt, category=category or name)
+        return prompt
+
+    def _turns(self, table: Table, index: int) -> list[Message]:
+        value = table.rows[index].get(self.prompt)
+        if isinstance(value, list) and not self.template:
+            turns = turns_of(value, table.where(index, self.prompt))
+        else:
+            text = self._filled(table, index) if self.template else table.text(index, self.prompt)
+            turns = [{"role": "user", "content": text}]
+        glue = "\n\n" if self.instruction[:1].strip() else ""
+        turns[-1]["content"] += glue + self.instruction
+        system = self.system_prompt
+        if self.system:
+            system = table.text(index, self.system, optional=True)
+        if system and turns[0]["role"] == "system":
+            raise ValueError(
+                f"{table.where(index, self.prompt)} begins with a system turn of its own; leave "
+                f"out `{'system' if self.system else 'system_prompt'}`"
+            )
+        return [{"role": "system", "content": system}, *turns] if system else turns
+
+    def _filled(self, table: Table, index: int) -> str:
+        def piece(match: re.Match[str]) -> str:
+            if not match[1]:
+                return _BRACES[match[0]]
+            column = match[1].strip()
+            if is_missing(table.rows[index].get(column)):
+                return table.text(index, column)  # raises
+            return table.text(index, column, optional=True)  # an empty text is a text
+
+        return _PIECES.sub(piece, self.template)
+
+    def _gold(self, table: Table, index: int, verifier: Verifier) -> str:
+        value = table.rows[index].get(self.answer)
+        if isinstance(value, list) and len(value) == 1 and _is_turn(value[0], "assistant"):
+            (turn,) = turns_of(value, table.where(index, self.answer), last="assistant")
+            text = turn["content"]
+        else:
+            text = table.text(index, self.answer, as_json=verifier.reads_json)
+        if not self.answer_after:
+            return text
+        after = text.rpartition(self.answer_after)[2].strip()
+        if not after:
+            raise ValueError(
+                f"{table.where(index, self.answer)} must say something after "
+                f"{self.answer_after!r}, got {text[-60:]!r}"
+            )
+        return after
+
+
+def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Message]:
+    """The turns of a conversation that a cell holds, with role and text each.
+
+    Args:
+        value: what the cell holds.
+        where: which one, as errors name it.
+        last: role of the last turn.
+
+    Raises:
+        ValueError: if they are no such turns.
+        BrokenRow: if what one says is no text.
+    """
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not _is_turn(turn):
+            raise ValueError(
+                f"{where} must be a text, or a list of turns with `role` and `content`, got "
+                f"{str(turn)[:60]!r} as turn {number}"
+            )
+        more = [name for name, held in turn.items() if held and name not in ("role", "content")]
+        if more:
+            raise ValueError(
+                f"{where}, turn {number} holds {', '.join(map(repr, more))} too, which would not "
+                "be asked; leave it out, or write it into the text"
+            )
+        text = _joined(turn["content"], f"{where}, turn {number}")
+        turns.append({"role": turn["role"], "content": text})
+    if not turns or turns[-1]["role"] != last or not turns[-1]["content"].strip():
+        ends = f"ends with the {turns[-1]['role']}'s" if turns else "has none"
+        raise ValueError(
+            f"{where} must be turns of which the last one is the {last}'s and says something; it "
+            f"{ends}"
+        )
+    return turns
+
+
+def _is_turn(value: object, role: str = "") -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list) and role in ("", value["role"])
+
+
+def _joined(content: str | list[Any], where: str) -> str:
+    """A text, or the texts of its parts."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, Mapping) else part
+                raise ValueError(f"{where} has a part of the type {kind!r}; only text can be asked")
+        content = "".join(part["text"] for part in content)
+    return whole_text(content, where)

@@ -1,19 +1,20 @@
 """Prompts from rows of questions and answers."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import get_worker_info
 
 from scsdpo.data._base import Source, Stream
-from scsdpo.data.files import BrokenRow
-from scsdpo.data.prompts import PromptList, table_prompts
+from scsdpo.data.files import BrokenRow, uncompressed
+from scsdpo.data.prompts import PromptColumns, PromptList
 from scsdpo.data.rows import Rows
 from scsdpo.data.table import Table
 from scsdpo.types import Prompt
@@ -33,16 +34,30 @@ class Records(Stream):
     row that cannot be read at all (no JSON, no UTF-8, half a surrogate pair) ends the run, unless
     `max_broken_rows` lets it be left out too. Of gold answers the first 20,000 are checked.
 
+    Columns that are not named are not read. A column within another is named by dots
+    (`reward_model.ground_truth`), an element of a list by its number (`final_answer.0`). Numbers
+    are spelled in full, and whole ones without a point; null and NaN are missing.
+
     Args:
-        path: a file of JSON lines, a JSON list or Parquet; a folder that `datasets` saved; or the
-            name of a set on the Hugging Face hub.
+        path: a file of comma- or tab-separated values, JSON lines, a JSON list, Parquet, Arrow or
+            Feather, also compressed (.gz, .bz2, .xz, .zst); several by a pattern (`part-*.csv`), or
+            a folder of them; a folder that `datasets` saved; or the name of a set on the Hugging
+            Face hub.
         verifier: judges the responses; it compares them with the answer's text.
-        prompt: name of the column with the question.
-        answer: name of the column with the gold answer.
+        prompt: name of the column with the question: a text, or a list of chat turns.
+        answer: name of the column with the gold answer: a text, a number, or a list with the
+            assistant's turn; for `ToolCall`, `PythonTests` and `Callable`, also what becomes JSON.
         system: name of the column with the system turn; empty: there is none.
-        instruction: what is said after each question.
+        category: name of the column with the stratum whose validation figures are given apart;
+            empty: there is none.
+        template: the question, made of columns whose names stand in braces, such as "{question}\nA.
+            {A}\nB. {B}"; {{ and }} are braces. Empty: it is the column `prompt`.
+        system_prompt: the system turn of every question; empty: there is none.
+        instruction: what is said after each question, after a blank line if it does not begin with
+            white space itself.
+        answer_after: of the gold answer, what follows the last of this text counts; empty: all.
         name: name of the task in metrics; empty: the path's last part, without its extension.
-        split: of a saved folder or a set on the hub.
+        split: of a folder or a set; a folder's files tell theirs by their names.
         subset: of a set on the hub that has several ("configurations"); empty: it has not.
         streaming: read as a stream.
         size: questions of an epoch, and of a validation, of a stream; nominal.
@@ -51,7 +66,8 @@ class Records(Stream):
             again, and counts them again. Of what is read at once, none may.
 
     Raises:
-        ValueError: if `size` or `window` is below 1, or `max_broken_rows` below 0.
+        ValueError: if `size` or `window` is below 1, or `max_broken_rows` below 0; if `template`
+            has a brace too many, or both `system` and `system_prompt` are given.
     """
 
     def __init__(
@@ -62,7 +78,11 @@ class Records(Stream):
         prompt: str = "prompt",
         answer: str = "answer",
         system: str = "",
+        category: str = "",
+        template: str = "",
+        system_prompt: str = "",
         instruction: str = "",
+        answer_after: str = "",
         name: str = "",
         split: str = "train",
         subset: str = "",
@@ -78,11 +98,22 @@ class Records(Stream):
         self.max_broken_rows = max_broken_rows
         self.path = path
         self.verifier = verifier
-        self.columns = {"prompt": prompt, "answer": answer} | ({"system": system} if system else {})
-        self.instruction = instruction
+        try:
+            self.columns = PromptColumns(
+                prompt=prompt,
+                answer=answer,
+                system=system,
+                category=category,
+                template=template,
+                system_prompt=system_prompt,
+                instruction=instruction,
+                answer_after=answer_after,
+            )
+        except ValueError as error:
+            raise ValueError(f"`{kind}`: {error}") from error
         self.streaming = streaming
         self._told: Counter[str] = Counter()
-        self._name = name or Path(path).stem
+        self._name = name or _stem(path)
         self.rows = Rows(path=path, owner=f"{kind}(path={path!r})", split=split, subset=subset)
 
     @property
@@ -103,9 +134,8 @@ class Records(Stream):
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """All of them."""
-        table = self.rows.table()
-        self._check_columns(table)
-        return tuple(self._prompts(table))
+        tables = map(self._checked, self.rows.tables(list(self.columns.arguments)))
+        return tuple(self.columns.prompts(tables, self.name, self.verifier))
 
     def __len__(self) -> int:
         return self.size if self.streaming else len(self.prompts)
@@ -121,13 +151,15 @@ class Records(Stream):
             yield from self.prompts
             return
         broken = left_out = 0
-        checked = False
-        for number, row in enumerate(self.rows.stream(), start=1):
-            if not checked and isinstance(row, Table):
-                self._check_columns(row)
-                checked = True
+        checked = ""
+        rows = self.rows.stream(list(self.columns.arguments))
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, Table) and row.place != checked:  # the first row of a file
+                checked = self._checked(row).place
             try:
-                prompt = self._prompt(row)
+                if isinstance(row, BrokenRow):
+                    raise row
+                (prompt,) = self.columns.prompts([row], self.name, self.verifier)
             except BrokenRow as error:
                 broken += 1
                 if broken > self.max_broken_rows:
@@ -138,14 +170,6 @@ class Records(Stream):
                 self._tell("rows left out", left_out, number, error)
             else:
                 yield prompt
-
-    def _prompt(self, row: Table | BrokenRow) -> Prompt:
-        if isinstance(row, BrokenRow):
-            raise row
-        # A missing column is an error with the row's number, like one without a value.
-        rows = [dict.fromkeys(self.columns.values()) | row.rows[0]]
-        (prompt,) = self._prompts(replace(row, rows=rows))
-        return prompt
 
     def _too_many(self, broken: int, error: BrokenRow) -> str:
         count = f", broken row {broken} of this pass" if self.max_broken_rows else ""
@@ -162,14 +186,22 @@ class Records(Stream):
         self._told[what] = count
         _warn(self.name, count, read, what, str(why))
 
-    def _prompts(self, table: Table) -> list[Prompt]:
-        return table_prompts(
-            table, self.name, self.verifier, instruction=self.instruction, **self.columns
-        )
+    def _checked(self, table: Table) -> Table:
+        for column, argument in self.columns.arguments.items():
+            table.check(column, f"{type(self).__name__}({argument})")
+        return table
 
-    def _check_columns(self, table: Table) -> None:
-        for argument, column in self.columns.items():
-            table.check(column, f"{type(self).__name__}({argument}={column!r})")
+
+def _stem(path: str) -> str:
+    """The path's last part without its extensions; of `data/train-*.csv`, `train`; of `data/*.csv`,
+    `data`.
+    """
+    last = Path(path)
+    while has_magic(last.name):
+        if plain := re.split(r"[*?\[]", last.name)[0].rstrip("-_. "):
+            return plain
+        last = last.parent
+    return uncompressed(last).stem or "records"
 
 
 @rank_zero_only
@@ -178,24 +210,16 @@ def _warn(*said: object) -> None:
 
 
 class Math(Records):
-    r"""Mathematical questions, judged by `MathAnswer`.
+    r"""Mathematical questions: `Records` judged by `MathAnswer`, with other defaults.
 
     Of a gold answer that is a worked solution with the result after ####, as in GSM8K, the result
     counts.
 
     Args:
-        path: as in `Records`.
-        prompt: as in `Records`.
-        answer: as in `Records`.
-        system: as in `Records`.
-        instruction: as in `Records`; asks for the form that is graded.
-        name: as in `Records`.
-        split: as in `Records`.
-        subset: as in `Records`.
-        streaming: as in `Records`.
-        size: as in `Records`.
-        window: as in `Records`.
-        max_broken_rows: as in `Records`.
+        path: as in `Records`, and so are all others.
+        prompt: name of the column with the question.
+        instruction: what is said after each question; asks for the form that is graded.
+        answer_after: what the result stands behind, if it is in the gold answer.
     """
 
     def __init__(
@@ -203,38 +227,18 @@ class Math(Records):
         path: str,
         *,
         prompt: str = "problem",
-        answer: str = "answer",
-        system: str = "",
         instruction: str = BOXED,
-        name: str = "",
-        split: str = "train",
-        subset: str = "",
-        streaming: bool = False,
-        size: int = 10_000,
-        window: int = 1_000,
-        max_broken_rows: int = 0,
+        answer_after: str = "####",
+        **records: Any,
     ) -> None:
         super().__init__(
             path,
             MathAnswer(),
             prompt=prompt,
-            answer=answer,
-            system=system,
             instruction=instruction,
-            name=name,
-            split=split,
-            subset=subset,
-            streaming=streaming,
-            size=size,
-            window=window,
-            max_broken_rows=max_broken_rows,
+            answer_after=answer_after,
+            **records,
         )
-
-    def _prompts(self, table: Table) -> list[Prompt]:
-        column = self.columns["answer"]
-        results = [text.rpartition("####")[2].strip() for text in table.texts(column)]
-        rows = [{**row, column: result} for row, result in zip(table.rows, results, strict=True)]
-        return super()._prompts(replace(table, rows=rows))
 
 
 class ToolUse(PromptList):
@@ -272,6 +276,8 @@ class ToolUse(PromptList):
 
     def load(self) -> Iterable[Prompt]:
         """One prompt a row; a row whose gold answer cannot be read is an error."""
-        table = Table.read(self.path, f"ToolUse(path={str(self.path)!r})")
-        system = "system" if "system" in table.columns else ""
-        return table_prompts(table, self.name, self.verifier, system=system)
+        owner, wanted = f"ToolUse(path={str(self.path)!r})", ("prompt", "answer", "system")
+        table = Table.read(self.path, owner, wanted)
+        for column in wanted[:2]:
+            table.check(column, owner)
+        return PromptColumns(system="system").prompts([table], self.name, self.verifier)

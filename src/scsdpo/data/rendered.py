@@ -49,6 +49,10 @@ class Rendered(Dataset[Prompt]):
             raise IndexError(index)
         return rendered(self.prompts[self.kept[index]], self.chat)
 
+    def key(self, index: int) -> str:
+        """Key of the prompt at `index`, which is not rendered for it."""
+        return self.prompts[self.kept[index]].key
+
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
     """The prompt with its `ids`, the thinking that they leave open, and how to read responses."""

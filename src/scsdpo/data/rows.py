@@ -1,21 +1,38 @@
-"""Rows of a file, of a saved folder or of a set on the hub, at once or as a stream."""
+"""Rows of files, of a saved folder or of a set on the hub, at once or as a stream."""
 
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scsdpo.data.files import BrokenRow, read_rows
+from scsdpo.data.files import (
+    BrokenRow,
+    FileRows,
+    format_of,
+    is_part,
+    looks_like_rows,
+    of_arrow,
+    read_rows,
+)
 from scsdpo.data.table import Table, check_file
 
-_FORMATS = (".json", ".jsonl", ".parquet")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in a file's name that tell its split, as the Hugging Face hub has them."""
+
+_BATCH = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where rows come from: a file of JSON lines, a JSON list or Parquet; a folder that
-    `datasets` saved; or the name of a set on the Hugging Face hub.
+    """Where rows come from: a file that `read_rows` reads; several by a pattern (`shards/*.csv`),
+    or all of a folder, in the natural order of their names; a folder that `datasets` saved; or the
+    name of a set on the Hugging Face hub.
 
     Args:
         path: any of these.
@@ -29,95 +46,224 @@ class Rows:
     split: str = "train"
     subset: str = ""
 
-    def table(self) -> Table:
-        """All rows, in memory.
+    def tables(self, wanted: Sequence[str]) -> Iterator[Table]:
+        """All rows, in memory: a table for each file that has any.
+
+        Args:
+            wanted: columns that are kept.
 
         Raises:
             FileNotFoundError, ValueError: if there are none to be had.
         """
-        if self._is_file:
-            return Table.read(self._place, self.owner)
-        rows = [row for table in self._of_dataset(streaming=False) for row in table.rows]
-        return Table(owner=self.owner, place=self.path, rows=rows)
+        empty = True
+        for place, found in self._parts(wanted, streaming=False):
+            rows, numbers = [], []
+            for number, row in self._guarded(place, found.rows):
+                if isinstance(row, BrokenRow):
+                    raise ValueError(f"`{self.owner}`: cannot read {place}: {row}") from row
+                rows.append(row)
+                numbers.append(number)
+            if rows:
+                empty = False
+                yield self._table(place, found, rows, numbers)
+        if empty:
+            self._table(self.path, None, [], [])  # raises
 
-    def stream(self) -> Iterator[Table | BrokenRow]:
+    def stream(self, wanted: Sequence[str]) -> Iterator[Table | BrokenRow]:
         """One row after the other, each as a table of its own; or what is wrong with it.
 
+        Args:
+            wanted: columns that are kept.
+
         Raises:
-            FileNotFoundError, ValueError: as `table`; also on the way, if not a row but the file or
-                the set cannot be read.
+            FileNotFoundError, ValueError: as `tables`; also on the way, if not a row but the file
+                or the set cannot be read.
         """
         empty = True
-        for row in self._of_file() if self._is_file else self._of_dataset(streaming=True):
-            empty = False
-            yield row
-        if empty:
-            Table(owner=self.owner, place=self.path, rows=[])  # raises
-
-    def _of_file(self) -> Iterator[Table | BrokenRow]:
-        check_file(self._place, self.owner)
-        number, place = 0, str(self._place)
-        try:
-            unit, rows = read_rows(self._place)
-            for number, row in rows:
+        for place, found in self._parts(wanted, streaming=True):
+            for number, row in self._guarded(place, found.rows):
+                empty = False
                 if isinstance(row, BrokenRow):
                     yield BrokenRow(f"`{self.owner}`: {place}, {row}")
                 else:
-                    yield Table(
-                        owner=self.owner, place=place, rows=[row], unit=unit, numbers=[number]
-                    )
-        except (ValueError, OSError, RecursionError) as error:
-            raise self._unreadable(number, error) from error
+                    yield self._table(place, found, [row], [number])
+        if empty:
+            self._table(self.path, None, [], [])  # raises
 
-    def _of_dataset(self, *, streaming: bool) -> Iterator[Table]:
-        number = 0
-        rows = self._dataset(streaming=streaming)
-        try:
-            for number, row in enumerate(rows, start=1):
-                yield Table(owner=self.owner, place=self.path, rows=[row], numbers=[number])
-        except (ValueError, OSError) as error:
-            raise self._unreadable(number, error) from error
-
-    def _unreadable(self, number: int, error: Exception) -> ValueError:
-        after = f" after row {number}" if number else ""
-        return ValueError(f"`{self.owner}`: cannot read {self.path}{after}: {error}")
-
-    @property
-    def _place(self) -> Path:
-        return Path(self.path).expanduser()
-
-    @property
-    def _is_file(self) -> bool:
-        """Or should be one: a path that looks like one is never sought on the hub."""
-        if self._place.is_dir():
-            return not any(
-                (self._place / name).is_file() for name in ("state.json", "dataset_dict.json")
-            )
-        return (
-            self._place.is_file()
-            or not re.fullmatch(r"[\w-]+/[\w.-]+", self.path)
-            or (self._place.suffix in _FORMATS)
+    def _table(
+        self, place: str, found: FileRows | None, rows: list[Any], numbers: list[int]
+    ) -> Table:
+        return Table(
+            owner=self.owner,
+            place=place,
+            rows=rows,
+            unit=found.unit if found else "row",
+            numbers=numbers,
+            names=found.names if found else {},
         )
 
-    def _dataset(self, *, streaming: bool) -> Any:
+    def _guarded(self, place: str, rows: Iterable[Any]) -> Iterator[Any]:
+        """The rows, with errors that name the last one that could be read."""
+        number = 0
+        try:
+            for number, row in rows:
+                yield number, row
+        except (ValueError, OSError, RecursionError) as error:
+            after = f" after row {number}" if number else ""
+            raise ValueError(f"`{self.owner}`: cannot read {place}{after}: {error}") from error
+
+    def _parts(self, wanted: Sequence[str], *, streaming: bool) -> Iterator[tuple[str, FileRows]]:
+        """Each file, or the set, with its name."""
+        files = self._files()
+        if files is None:
+            yield self.path, self._of_dataset(wanted, streaming=streaming)
+            return
+        for file in files:
+            check_file(file, self.owner)
+            try:
+                found = read_rows(file, wanted)
+            except (ValueError, OSError, RecursionError) as error:
+                raise ValueError(f"`{self.owner}`: cannot read {file}: {error}") from error
+            yield str(file), found
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def _files(self) -> list[Path] | None:
+        """The files to read, in order; None: it is not files but a set of `datasets`."""
+        place = Path(self.path).expanduser()
+        if place.is_dir():
+            if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                return None
+            return self._of_folder(place)
+        if place.is_file() or not glob.has_magic(self.path):
+            if not place.is_file() and self._may_be_on_hub(place):
+                return None
+            found = [place]
+        else:
+            named = map(Path, glob.glob(str(place), recursive=True))
+            found = sorted((file for file in named if file.is_file()), key=_natural)
+            if not found:
+                raise FileNotFoundError(f"`{self.owner}`: no file is named like {self.path}")
+        if self.split != "train":
+            raise ValueError(
+                f"`{self.owner}`: files have no splits, and `split` is {self.split!r}; name the "
+                "file of that split, or a folder whose files tell theirs (`test-00000.parquet`)"
+            )
+        return found
+
+    def _may_be_on_hub(self, place: Path) -> bool:
+        """A path that looks like one is never sought on the hub."""
+        return bool(re.fullmatch(r"[\w-]+/[\w.-]+", self.path)) and not looks_like_rows(place)
+
+    def _of_folder(self, folder: Path) -> list[Path]:
+        files = sorted(
+            (
+                file
+                for file in folder.iterdir()
+                if file.is_file() and looks_like_rows(file) and file.name[0] not in "._"
+            ),
+            key=_natural,
+        )
+        kinds = sorted({format_of(file) for file in files})
+        if not files:
+            inner = sorted(
+                other.name
+                for other in folder.iterdir()
+                if other.is_dir() and any(map(looks_like_rows, other.iterdir()))
+            )
+            others = f"; there are some in {', '.join(inner)}" if inner else ""
+            raise FileNotFoundError(
+                f"`{self.owner}`: {folder} is a folder without files of rows (.jsonl, .csv, "
+                f".parquet, ...){others}; name a file"
+            )
+        if len(kinds) > 1:
+            raise ValueError(
+                f"`{self.owner}`: {folder} holds files of several kinds ({', '.join(kinds)}); name "
+                f"those that are meant, such as {folder}/*{kinds[0]}"
+            )
+        known = [_splits_in(file.name) for file in files]
+        if not any(known) and self.split == "train":
+            return files
+        wanted = _SPLITS.get(self.split, self.split)
+        chosen = [file for file, told in zip(files, known, strict=True) if told[:1] == [wanted]]
+        if not chosen:
+            splits = ", ".join(sorted({told[0] for told in known if told})) or "no split"
+            raise ValueError(
+                f"`{self.owner}`: {folder} has no files of the split {self.split!r}: their names "
+                f"tell {splits}"
+            )
+        return chosen
+
+    # --- datasets -------------------------------------------------------------------------------
+
+    def _of_dataset(self, wanted: Sequence[str], *, streaming: bool) -> FileRows:
+        """The rows of a saved folder or of a set on the hub."""
+        place = Path(self.path).expanduser()
+        load = self._saved if place.is_dir() else self._on_hub
+        found, schema = load(wanted, streaming=streaming)
+        names = found.column_names
+        if names is not None:  # unknown of some sets on the hub, until they are read
+            found = found.select_columns(_parts_of(names, wanted))
+        batches = found.with_format("arrow").iter(_BATCH)
+        return of_arrow(schema, batches, wanted)
+
+    def _saved(self, wanted: Sequence[str], *, streaming: bool) -> tuple[Any, Any]:
         import datasets  # slow to import
 
         try:
-            if not self._place.is_dir():
-                name = [self.subset] if self.subset else []
-                return datasets.load_dataset(
-                    self.path, *name, split=self.split, streaming=streaming
+            found = datasets.load_from_disk(str(Path(self.path).expanduser()))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"`{self.owner}`: cannot read {self.path}: {error}") from error
+        if isinstance(found, datasets.DatasetDict):
+            if self.split not in found:
+                raise ValueError(
+                    f"`{self.owner}`: {self.path} has no split {self.split!r}, only "
+                    f"{', '.join(found)}"
                 )
-            saved = datasets.load_from_disk(str(self._place))
-            if isinstance(saved, datasets.DatasetDict):
-                saved = saved[self.split]
-            return saved.to_iterable_dataset() if streaming else saved
-        except KeyError as error:
+            found = found[self.split]
+        elif self.split not in ("train", str(found.split)):
             raise ValueError(
-                f"`{self.owner}`: {self.path} has no split {self.split!r}, only {', '.join(saved)}"
-            ) from error
+                f"`{self.owner}`: {self.path} was saved without splits, and `split` is "
+                f"{self.split!r}"
+            )
+        schema = found.features.arrow_schema
+        return found.to_iterable_dataset() if streaming else found, schema
+
+    def _on_hub(self, wanted: Sequence[str], *, streaming: bool) -> tuple[Any, Any]:
+        import datasets
+        import pyarrow
+        from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+        name = [self.subset] if self.subset else []
+        settings: dict[str, Any] = {"split": self.split, "streaming": streaming}
+        features = None
+        try:
+            if streaming:
+                builder = datasets.load_dataset_builder(self.path, *name)
+                features = builder.info.features
+                if features and isinstance(builder.config, ParquetConfig):
+                    settings["columns"] = _parts_of(list(features), wanted)
+            found = datasets.load_dataset(self.path, *name, **settings)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"`{self.owner}`: neither a file or folder here nor a set that the Hugging Face "
                 f"hub gives ({error})"
             ) from error
+        features = features or found.features
+        return found, features.arrow_schema if features else pyarrow.schema([])
+
+
+def _parts_of(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The columns that hold what is wanted; one, if none does: the rows are there nevertheless."""
+    return [name for name in names if is_part(name, wanted)] or list(names[:1])
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Orders `part-2` before `part-10`."""
+    pieces = re.split(r"(\d+)", str(path).lower())
+    return [(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in pieces]
+
+
+def _splits_in(name: str) -> list[str]:
+    """The splits that a file's name tells."""
+    return [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from scsdpo.data.files import Row
-from scsdpo.data.prompts import PromptList, table_prompts
+from scsdpo.data.prompts import PromptColumns, PromptList
 from scsdpo.data.table import Table
 from scsdpo.types import Prompt
 from scsdpo.verifiers import MultipleChoice
@@ -28,6 +28,7 @@ LEVELS = ("L1", "L2", "L3", "L4", "L5")
 FILE_LEVEL = "L3"
 """The set's reasoning level, the one that the paper and its files use."""
 TEST_SHARE, SPLIT_SEED = 0.1, 42
+_COLUMNS = ("prompt", "answer", "system")
 
 SYSTEM = """
 Given a question and four options, please select the right answer. Respond in the following format:
@@ -108,13 +109,15 @@ class SciKnowEval(PromptList):
                     f"`SciKnowEval(level={self.level!r})`: the files in {folder} hold level "
                     f"{FILE_LEVEL}; for another one take the set from the hub"
                 )
-            table = Table.read(folder / f"{self.split}.json", owner)
+            table = Table.read(folder / f"{self.split}.json", owner, _COLUMNS)
         else:
             rows = hub_split(
                 _load_hub(self.source, owner), self.domain, self.split, level=self.level
             )
             table = Table(owner=owner, place=f"{self.source}, {self.domain}", rows=rows)
-        return table_prompts(table, self.name, self.verifier, system="system")
+        for column in _COLUMNS:
+            table.check(column, owner)
+        return PromptColumns(system="system").prompts([table], self.name, self.verifier)
 
 
 def hub_split(

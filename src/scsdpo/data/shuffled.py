@@ -1,10 +1,13 @@
 """The order in which the questions of each training source are asked, without end."""
 
 import itertools
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +45,17 @@ class ShuffledSource(ABC):
     def longest(self) -> int:
         """Tokens of the longest prompt; where they are not known before, the limit on them."""
 
+    def key(self, number: int) -> str:
+        """Its key."""
+        return self[number].key
+
+    @abstractmethod
+    def mark(self, count: int) -> str:
+        """A hash of the questions and their order, of a stream as far as the first `count` tell.
+
+        Where it is what it was, the prompt at `count` is the one that comes after those.
+        """
+
     def question_keys(self) -> Iterator[str]:
         """Keys of the first pass's prompts, at most `FILTER_AHEAD`."""
         return (self[number].key for number in range(min(len(self), FILTER_AHEAD)))
@@ -68,8 +82,21 @@ class _Permuted(ShuffledSource):
         return self.prompts.longest
 
     def __getitem__(self, number: int) -> Prompt:
+        return self.prompts[self._place(number)]
+
+    def key(self, number: int) -> str:
+        return self.prompts.key(self._place(number))
+
+    def mark(self, count: int) -> str:
+        return self._mark
+
+    @cached_property
+    def _mark(self) -> str:
+        return f"{stable_hash(self.seed, *map(self.prompts.key, range(len(self)))):016x}"
+
+    def _place(self, number: int) -> int:
         passes, place = divmod(number, len(self))
-        return self.prompts[_permutation(stable_hash(self.seed, passes), len(self))[place]]
+        return _permutation(stable_hash(self.seed, passes), len(self))[place]
 
 
 @lru_cache(16)
@@ -87,6 +114,8 @@ class _Streamed(ShuffledSource):
         self.source, self.chat, self.max_tokens, self.seed = source, chat, max_tokens, seed
         self._prompts: Iterator[Prompt] = iter(())
         self._at = -1
+        self._read = 0
+        self._process = 0
         # Whatever is wrong with the source is said before training starts.
         if next(self._fitting(stable_hash(seed, 0), log=False), None) is None:
             raise ValueError(f"{source.name!r} has no prompts; check where they come from")
@@ -102,12 +131,22 @@ class _Streamed(ShuffledSource):
         return self.__dict__ | {"_prompts": iter(()), "_at": -1}
 
     def __getitem__(self, number: int) -> Prompt:
-        if number <= self._at or self._at < 0:
+        # A process that was forked off must not read on in a file whose place it shares.
+        if number <= self._at or self._at < 0 or self._process != os.getpid():
             self._prompts, self._at = self._endless(), -1
-        ahead, self._at = number - self._at - 1, -1  # after an error, reading starts again
-        prompt = next(itertools.islice(self._prompts, ahead, None))
+            self._read, self._process = self.seed, os.getpid()
+        ahead, self._at = number - self._at, -1  # after an error, reading starts again
+        for prompt in itertools.islice(self._prompts, ahead):
+            self._read = stable_hash(self._read, prompt.key)
         self._at = number
         return prompt
+
+    def mark(self, count: int) -> str:
+        if count == 0:
+            return f"{self.seed:016x}"
+        if self._at != count - 1 or self._process != os.getpid():
+            self[count - 1]
+        return f"{self._read:016x}"
 
     def _endless(self) -> Iterator[Prompt]:
         for passes in itertools.count():
@@ -132,6 +171,38 @@ class _Streamed(ShuffledSource):
             raise ValueError(too_long(self.source.name, read, len(prompt.ids), self.max_tokens))
 
 
+Draws = tuple[tuple[int, int], ...]
+"""Which source, and the number in it, of each question of a batch, over all ranks."""
+
+
+class PromptBatch:
+    """The questions of a step, until the data module hands them over as a tuple.
+
+    Not a sequence, lest Lightning's precision plugins rebuild every prompt in search of tensors.
+
+    Args:
+        prompts: the questions, or why there are none.
+        draws: of the whole batch; empty in evaluation.
+        marks: `ShuffledSource.mark` after it, of each source that is in it.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt] | ConfigurationError,
+        draws: Draws = (),
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        self.fault = prompts if isinstance(prompts, ConfigurationError) else None
+        self.prompts = () if isinstance(prompts, ConfigurationError) else tuple(prompts)
+        self.draws, self.marks = draws, marks or {}
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
 class Mixture(Dataset[Prompt]):
     """Several shuffled sources, by (which one, number in it); what is wrong names the source."""
 
@@ -143,26 +214,45 @@ class Mixture(Dataset[Prompt]):
 
     def __getitem__(self, draw: tuple[int, int]) -> Prompt:
         source, number = draw
-        with self._blamed(source):
+        with self.blamed(source):
             return self.sources[source][number]
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Prompt] | ConfigurationError:
-        """The prompts of a batch, or what is wrong with a source.
+    def __getitems__(self, asked: Sequence[tuple[Draws, int]]) -> PromptBatch:
+        """A rank's share of a batch: its draws, and a place in them for each prompt.
 
-        Not raised: what a worker process raises comes out of it as the text of a traceback.
+        Prompts are numbered among those of the whole batch that ask the same question. What is
+        wrong with a source is not raised: from a worker process it would come as the text of a
+        traceback.
         """
+        (draws, _), *_ = asked
+        mine = {place for _, place in asked}
+        before: Counter[str] = Counter()
+        prompts = []
         try:
-            return [self[draw] for draw in draws]
+            for place, (source, number) in enumerate(draws):
+                if place in mine:
+                    prompt = self[source, number]
+                    prompts.append(replace(prompt, copy=before[prompt.key]))
+                    before[prompt.key] += 1
+                else:
+                    with self.blamed(source):
+                        before[self.sources[source].key(number)] += 1
+            return PromptBatch(prompts, draws, self._marks(draws))
         except ConfigurationError as error:
-            return error
+            return PromptBatch(error)
+
+    def _marks(self, draws: Draws) -> dict[int, str]:
+        counts = {source: number + 1 for source, number in draws}
+        return {source: self.sources[source].mark(count) for source, count in counts.items()}
 
     def question_keys(self) -> Iterator[str]:
         """Keys of each source's first prompts."""
         for number, source in enumerate(self.sources):
-            with self._blamed(number):
+            with self.blamed(number):
                 yield from source.question_keys()
 
-    def _blamed(self, source: int) -> AbstractContextManager[None]:
+    def blamed(self, source: int) -> AbstractContextManager[None]:
+        """Mistakes inside the block are those of a source."""
         return blamed_on(source_key("train", source, len(self.sources)))
 
 

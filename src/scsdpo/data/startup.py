@@ -1,7 +1,8 @@
 """What a run finds out about tokenizer and templates before it loads a weight."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from datetime import date
 from itertools import islice
 from typing import Any
@@ -151,25 +152,50 @@ def check_golds(source: Source) -> None:
         refuse_unmet(source.name, prompts, lambda index: f"prompt {index + 1} of {source.name!r}")
 
 
-def warn_shared(train: Sequence[Source], val: Sequence[Prompt]) -> int:
+def first_keys(train: Sequence[Source], *, streams: bool) -> list[str]:
+    """Keys of the training questions: of small sources all, of others the first ones.
+
+    Args:
+        train: the sources.
+        streams: read streams too, and so meet now what is wrong with those questions.
+
+    Raises:
+        ConfigurationError: if a source cannot be read.
+    """
+    keys: list[str] = []
+    for number, source in enumerate(train):
+        with blamed_on(source_key("train", number, len(train))):
+            if source.sequential and not streams:
+                continue
+            small = not source.sequential and len(source) <= CHECK_AHEAD
+            first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
+            keys += [prompt.key for prompt in first]
+    return keys
+
+
+@rank_zero_only
+def warn_twice(where: str, keys: Sequence[str], meaning: str) -> None:
+    """Log how many of the questions stand there already, and what that means for each copy."""
+    (key, times), *_ = Counter(keys).most_common(1) or [("", 0)]
+    if times > 1:
+        _log.warning(
+            "%s: %d of %d questions are copies of others, such as %s, which is there %d times: "
+            "each copy is answered apart and %s; leave them out if they are not meant",
+            *(where, len(keys) - len(set(keys)), len(keys), key, times, meaning),
+        )
+
+
+def warn_shared(train: Collection[str], val: Sequence[str]) -> int:
     """Count, and log, how many validation questions are among the first ones of training.
 
     By key: a source of another name has other questions.
 
     Args:
-        train: sources of training questions.
-        val: the validation questions.
-
-    Raises:
-        ConfigurationError: if a source cannot be read.
+        train: keys of training questions.
+        val: keys of the validation questions.
     """
-    keys: set[str] = set()
-    for number, source in enumerate(train):
-        with blamed_on(source_key("train", number, len(train))):
-            small = not source.sequential and len(source) <= CHECK_AHEAD
-            first = islice(source.read(), CHECK_AHEAD if small else SHARED_AHEAD)
-            keys.update(prompt.key for prompt in first)
-    both = [prompt.key for prompt in val if prompt.key in keys]
+    known = set(train)
+    both = [key for key in val if key in known]
     _log_shared(both, len(val))
     return len(both)
 
@@ -266,7 +292,8 @@ def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
     judged = Judged(
         responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
     )
-    return module.teacher.contexts(chat, judged).ids[0][1]
+    first = next(iter(module.teacher.contexts(chat, judged).values()))
+    return first.ids[0][1]
 
 
 def _teacher(module: Any, prompt: Prompt, name: str) -> str:

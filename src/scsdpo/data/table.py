@@ -1,14 +1,19 @@
 """Rows of a file, with errors that say which argument is to be mended."""
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from scsdpo.data.files import BrokenRow, Row, read_rows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST = 400
+"""Digits before or after the point of a number; one of 64 bits has at most 324."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,7 @@ class Table:
         rows: one mapping from column to value each; at least one.
         unit: what they are counted in, "row" or "line".
         numbers: of each; empty: from 1.
+        names: columns of the file or set, whether read or not; those of the rows are known anyway.
 
     Raises:
         ValueError: if there is no row.
@@ -31,14 +37,20 @@ class Table:
     rows: list[Row]
     unit: str = "row"
     numbers: Sequence[int] = ()
+    names: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError(f"`{self.owner}`: {self.place} has no rows; check how it was written")
 
     @classmethod
-    def read(cls, path: Path, owner: str) -> "Table":
-        """The rows of a file of JSON lines, a JSON list or Parquet.
+    def read(cls, path: Path, owner: str, wanted: Sequence[str]) -> "Table":
+        """The rows of a file, of any format that `read_rows` knows.
+
+        Args:
+            path: the file.
+            owner: as above.
+            wanted: columns that are kept.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -47,28 +59,36 @@ class Table:
         check_file(path, owner)
         rows, numbers = [], []
         try:
-            unit, numbered = read_rows(path)
-            for number, row in numbered:
+            found = read_rows(path, wanted)
+            for number, row in found.rows:
                 if isinstance(row, BrokenRow):
                     raise row
                 rows.append(row)
                 numbers.append(number)
         except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"`{owner}`: cannot read {path}: {error}") from error
-        return cls(owner=owner, place=str(path), rows=rows, unit=unit, numbers=numbers)
+        return cls(
+            owner=owner,
+            place=str(path),
+            rows=rows,
+            unit=found.unit,
+            numbers=numbers,
+            names=found.names,
+        )
 
     def number(self, index: int) -> int:
         """Number of the row at `index`."""
         return self.numbers[index] if self.numbers else index + 1
 
-    def where(self, index: int) -> str:
-        """What the row at `index` is called in errors."""
-        return f"`{self.owner}`: {self.place}, {self.unit} {self.number(index)}"
+    def where(self, index: int, column: str = "") -> str:
+        """What the row at `index`, or a cell of it, is called in errors."""
+        row = f"`{self.owner}`: {self.place}, {self.unit} {self.number(index)}"
+        return f"{row}, column {column!r}" if column else row
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns that any row has."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
+        """Names of the columns, nested ones by dots."""
+        return list(self.names | dict.fromkeys(name for row in self.rows for name in row))
 
     def check(self, column: str, argument: str) -> None:
         """Raise a ValueError on behalf of `argument` if no row has the column."""
@@ -79,36 +99,81 @@ class Table:
         names = ", ".join(map(repr, self.columns))
         raise ValueError(f"`{argument}`: {self.place} has no column {column!r}, only {names}{hint}")
 
-    def texts(self, column: str, *, optional: bool = False) -> list[str]:
-        """The values of a column, numbers spelled out.
+    def text(
+        self, index: int, column: str, *, optional: bool = False, as_json: bool = False
+    ) -> str:
+        """A cell as text: a number spelled out, and a text as it is.
 
         Args:
+            index: of the row.
             column: its name.
-            optional: values may be empty, or null, which gives "" too.
+            optional: it may be empty or missing (no such column, null, NaN), which gives "".
+            as_json: a list, or a value with columns of its own, gives its JSON.
 
         Raises:
-            ValueError: if there is no such column, or a value is not what it must be.
-            BrokenRow: if a value is no text at all.
+            ValueError: if it is not what it must be; truth values, dates and bytes are refused,
+                for nobody knows how an answer would spell them.
+            BrokenRow: if it is no text at all.
         """
-        self.check(column, self.owner)
-        return [
-            self._text(row.get(column), f"{self.where(index)}, column {column!r}", optional)
-            for index, row in enumerate(self.rows)
-        ]
-
-    def _text(self, value: object, where: str, optional: bool) -> str:
-        if optional and value is None:
+        value, where = self.rows[index].get(column), self.where(index, column)
+        if optional and is_missing(value):
             return ""
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, str) and (half := _SURROGATE.search(value)):
-            raise BrokenRow(
-                f"{where} must be a text, got half a surrogate pair, {half[0]!r} at character "
-                f"{half.start() + 1}"
-            )
+        if as_json and isinstance(value, dict | list):
+            return json.dumps(value, ensure_ascii=False, default=_json)
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+            number = spelled(value)
+            if number:
+                return number
         if isinstance(value, str) and (optional or value.strip()):
-            return value
-        raise ValueError(f"{where} must be a text or a number, got {value!r}")
+            return whole_text(value, where)
+        raise ValueError(f"{where} must be a text or a number, got {_shown(value)}")
+
+
+def whole_text(text: str, where: str) -> str:
+    """The text; raises a BrokenRow if it holds half a surrogate pair, which has no encoding."""
+    if half := _SURROGATE.search(text):
+        raise BrokenRow(
+            f"{where} must be a text, got half a surrogate pair, {half[0]!r} at character "
+            f"{half.start() + 1}"
+        )
+    return text
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: null or NaN."""
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def spelled(number: int | float | Decimal) -> str:
+    """A number in full, with as few digits as tell it: 0.00001, and 42 for 42.0; '' if it is not
+    finite, or larger or finer than any number of 64 bits.
+    """
+    if isinstance(number, int):
+        return str(number)
+    exact = Decimal(repr(float(number))) if isinstance(number, float) else number
+    if not exact.is_finite() or abs(exact.adjusted()) > _LARGEST:
+        return ""
+    text = f"{exact:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def _json(value: object) -> float:
+    if isinstance(value, Decimal):
+        return float(value)
+    raise ValueError(f"{_shown(value)} is nothing that JSON knows")
+
+
+def _shown(value: object) -> str:
+    shown = repr(value) if not isinstance(value, Decimal) else f"{value}"
+    kind = (
+        ""
+        if value is None or isinstance(value, str | int | float | Decimal)
+        else (f" ({type(value).__name__}); write the text that a right answer says")
+    )
+    return (shown if len(shown) <= 60 else f"{shown[:57]}...") + kind
 
 
 def check_file(path: Path, owner: str) -> None:

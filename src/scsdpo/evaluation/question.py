@@ -83,10 +83,11 @@ def predictions(judged: Judged) -> Iterator[dict[str, Any]]:
     """A record for each response of a judged batch, in its order: docs/evaluation.md."""
     lengths, ended = judged.lengths.tolist(), judged.ended.tolist()
     for q, prompt in enumerate(judged.prompts):
-        for sample, text in enumerate(judged.texts[q]):
+        texts = judged.texts[q]
+        for sample, text in enumerate(texts):
             yield {
                 "key": prompt.key,
-                "sample": sample,
+                "sample": prompt.copy * len(texts) + sample,
                 "category": prompt.category,
                 "question": prompt.messages[-1]["content"] if prompt.messages else "",
                 "gold": prompt.answer,

@@ -100,9 +100,9 @@ def token_record(
 
 
 def _place(judged: Judged, q: int, g: int, where: dict[str, Any]) -> Place:
-    key = judged.prompts[q].key
+    prompt, samples = judged.prompts[q], judged.successes.shape[1]
     here = {"schema_version": SCHEMA_VERSION, **where, "split": judged.split}
-    return cast(Place, {**here, "key": key, "sample": g})
+    return cast(Place, {**here, "key": prompt.key, "sample": prompt.copy * samples + g})
 
 
 def _numbers(values: Tensor) -> list[Number]:

@@ -26,7 +26,8 @@ class Place(TypedDict):
     key: str
     """`Prompt.key`: the question."""
     sample: int
-    """Its number among the question's responses, from 0."""
+    """Its number among the question's responses, from 0; a question that is twice in a batch, or in
+    the validation, has 2 `samples` of them."""
 
 
 class RolloutRecord(Place):
@@ -38,7 +39,7 @@ class RolloutRecord(Place):
     target: str
     """The gold answer, which the policy never sees."""
     output: str
-    """The response's text, without special tokens."""
+    """The response's text, without beginnings, ends and padding."""
     answer: str | None
     """What the verifier extracted; None: nothing."""
     reward: Number

@@ -32,15 +32,17 @@ class Draw:
 def uniforms(prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
     """[Q G, max_new_tokens] float64 in [0, 1): what decides every token of every response.
 
-    A row depends on the seed, the prompt's key and the response's number within its group only,
-    and its start does not depend on `max_new_tokens`. Torch's global state is left alone.
+    A row depends on the seed, the prompt's key and the response's number among those to the
+    question only, and its start does not depend on `max_new_tokens`. Torch's global state is left
+    alone.
     """
     generator = torch.Generator()
     rows = torch.empty(len(prompts) * sampling.n, sampling.max_new_tokens, dtype=torch.float64)
     for row, (prompt, i) in zip(
         rows, ((p, i) for p in prompts for i in range(sampling.n)), strict=True
     ):
-        generator.manual_seed(stable_hash(resolved(sampling.seed), prompt.key, i))
+        number = prompt.copy * sampling.n + i
+        generator.manual_seed(stable_hash(resolved(sampling.seed), prompt.key, number))
         row.uniform_(generator=generator)
     return rows
 

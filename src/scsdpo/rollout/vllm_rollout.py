@@ -32,7 +32,8 @@ class Request:
     def of(cls, prompt: Prompt, sampling: Sampling, policy: CausalLM) -> "Request":
         """`sampling.n` responses to `prompt`.
 
-        vLLM seeds response i with `seed` + i: it depends on (seed, prompt key, i) only.
+        vLLM seeds response i with `seed` + i: it depends on (seed, prompt key, i) only, where i
+        counts on over copies of the prompt.
         """
         stops = sampling.stops(prompt)
         return cls(
@@ -45,7 +46,8 @@ class Request:
                 "min_p": sampling.min_p,
                 "max_tokens": sampling.max_new_tokens,
                 # 62 bits, so that + i stays within 64.
-                "seed": stable_hash(resolved(sampling.seed), prompt.key) >> 1,
+                "seed": (stable_hash(resolved(sampling.seed), prompt.key) >> 1)
+                + prompt.copy * sampling.n,
                 "stop": list(stops),
                 "include_stop_str_in_output": True,
                 "detokenize": bool(stops),

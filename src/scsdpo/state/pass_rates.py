@@ -57,7 +57,8 @@ class _Remembered(PassRates, Stateful):
         counts = judged.successes.double().sum(-1).tolist()
         group = judged.successes.shape[-1]
         after: dict[str, list[float]] = {}
-        for key, right in all_gather(list(zip(judged.keys, counts, strict=True))):
+        # Copies of a question come in an order that does not depend on which rank has which.
+        for key, right in sorted(all_gather(list(zip(judged.keys, counts, strict=True)))):
             kept = after.get(key, self.kept.get(key, []))
             after[key] = self._follow(kept, right, group, self.batches + 1)
         return after

@@ -1,6 +1,7 @@
 """Contexts that remember earlier attempts."""
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from scsdpo.distributed import all_gather
@@ -57,11 +58,12 @@ class RememberedDemonstration(Context, Stateful):
     def observe(self, judged: Judged) -> None:
         rewards = judged.rewards.tolist()
         good = [
-            (prompt.key, rewards[q][g], judged.texts[q][g])
+            (prompt.copy, prompt.key, rewards[q][g], judged.texts[q][g])
             for q, prompt in enumerate(judged.prompts)
             for g, _ in sorted(self.demonstration.demonstrations(q, judged))
         ]
-        for key, reward, text in all_gather(good):
+        # Copies of a question in their order, whichever rank has which.
+        for _, key, reward, text in sorted(all_gather(good), key=itemgetter(0)):
             others = [kept for kept in self.kept.get(key, []) if kept[1] != text]
             ranked = sorted([*others, (reward, text)], key=lambda kept: kept[0])
             self.kept[key] = ranked[-self.size :]
@@ -124,7 +126,7 @@ class AttemptMemory(Context, Stateful):
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         table = self._attempts(judged)
-        right, wrong = self._after(table)
+        right, wrong = self._after(judged, table)
 
         def told(key: str, own: str) -> PrivilegedInfo:
             shown = [
@@ -144,7 +146,7 @@ class AttemptMemory(Context, Stateful):
         )
 
     def observe(self, judged: Judged) -> None:
-        right, wrong = self._after(self._attempts(judged))
+        right, wrong = self._after(judged, self._attempts(judged))
         self.right |= right
         self.wrong |= wrong
 
@@ -169,13 +171,21 @@ class AttemptMemory(Context, Stateful):
         ]
 
     def _after(
-        self, table: list[list[tuple[str, bool, str]]]
+        self, judged: Judged, table: list[list[tuple[str, bool, str]]]
     ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """Right and wrong entries of the batch's questions, all ranks', the batch included."""
-        attempts = all_gather([one for group in table for one in group if one[-1].strip()])
-        keys = {key for key, _, _ in attempts}
+        copies = [prompt.copy for prompt in judged.prompts]
+        mine = [
+            (copy, *one)
+            for copy, group in zip(copies, table, strict=True)
+            for one in group
+            if one[-1].strip()
+        ]
+        # Copies of a question in their order, whichever rank has which.
+        attempts = sorted(all_gather(mine), key=itemgetter(0))
+        keys = {key for _, key, _, _ in attempts}
         right, wrong = ({k: old[k] for k in keys & old.keys()} for old in (self.right, self.wrong))
-        for key, good, entry in attempts:
+        for _, key, good, entry in attempts:
             kept, size = (right, self.successes) if good else (wrong, self.failures)
             others = [other for other in kept.get(key, []) if other != entry]
             kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]

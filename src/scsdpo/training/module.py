@@ -30,7 +30,7 @@ from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
-from scsdpo.teacher import NoTeacher, Teacher
+from scsdpo.teacher import NoTeacher, Teacher, contexts_of
 from scsdpo.training.answering import Answering
 from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
@@ -203,6 +203,7 @@ class PolicyOptimizer(Resumable):
         with blamed_on("model.policy"):
             self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
+        self.reference.share(self.teacher)
         self.reference.configure(self.policy, "reference")
         if mesh is not None:
             self.policy.fill_shards(mesh, self.modules())
@@ -239,7 +240,7 @@ class PolicyOptimizer(Resumable):
         judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
         interrupt.meet()
         chosen = self.selection.select(judged)
-        prepared = [deal(self.prepare, self.advantage, each) for each in chosen]
+        prepared = [deal(self.prepare, self.advantage, self.teacher, each) for each in chosen]
         self._report(judged, prepared)
         for batch in prepared:
             self._learn(batch)
@@ -262,14 +263,13 @@ class PolicyOptimizer(Resumable):
 
     def prepare(self, judged: Judged) -> Batch:
         """Contexts, weights and plan: everything before the first forward. Changes nothing."""
-        contexts = self.teacher.contexts(self.policy.chat, judged)
-        references = self.reference.contexts(self.policy.chat, judged)
-        available = contexts.available.to(judged.rewards.device).view_as(judged.successes)
+        contexts = contexts_of(self.teacher, self.reference, self.policy.chat, judged)
+        available = self.teacher.available(contexts).to(judged.rewards.device)
         return Batch.of(
             judged,
-            self.advantage.planned(judged, available),
+            self.advantage.planned(judged, available.view_as(judged.successes)),
             self.weighting.weights(judged),
-            (contexts, references),
+            contexts,
             split(len(judged.rewards), self.updates_per_rollout),
             self.advantage.objective_name,
         )

@@ -347,8 +347,8 @@ def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
     """
     active = batch.active[rows]
     lengths = batch.present[rows].sum(-1)[active].tolist()
-    contexts = (batch.teacher.ids, batch.reference.ids)
-    prompts = (batch.student_prompts(), *([ids for g in c for ids in g] for c in contexts))
+    contexts = [[ids for group in each.ids for ids in group] for each in batch.contexts.values()]
+    prompts = (batch.student_prompts(), *contexts)
     longest = max((len(ids) for each in prompts for ids in each), default=0)
     return max(min(lengths, default=1), 1), sum(length + longest for length in lengths)
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable as Function
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 
@@ -13,7 +14,8 @@ class Callable(Verifier):
     """Whatever a function says: `function(prompt, response)` gives a `Verdict`, or a reward.
 
     Args:
-        function: as `module:function`, with the module on the import path.
+        function: as `module:function`, with the module in the folder in which the command runs, or
+            on the import path.
         strip_thinking: give the function only what stands behind the thinking, as `Verifier` says;
             False: all of the response.
 
@@ -21,6 +23,7 @@ class Callable(Verifier):
         ValueError: if there is no such function.
     """
 
+    reads_json: ClassVar[bool] = True
     function: str
     strip_thinking: bool = True
 
@@ -42,8 +45,8 @@ def _found(name: str) -> Function[[Prompt, str], Verdict | float]:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`Callable(function={name!r})`: {error}; the module must be on the import path, to "
-            "which PYTHONPATH=. adds the folder in which the command runs"
+            f"`Callable(function={name!r})`: {error}; the module must stand in the folder in "
+            "which the command runs, or on PYTHONPATH"
         ) from error
     if not callable(function):
         raise ValueError(f"`Callable(function={name!r})` must name a function, got {function!r}")

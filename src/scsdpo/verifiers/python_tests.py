@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers import landlock, seccomp
@@ -87,6 +87,7 @@ class PythonTests(Verifier):
         ValueError: if a limit is too small, or the system has no such filter.
     """
 
+    reads_json: ClassVar[bool] = True
     seconds: float = 5.0
     memory_mb: int = 1024
     reveal: bool = False
@@ -102,6 +103,7 @@ class PythonTests(Verifier):
     def prepare(self) -> None:
         """Run an empty program, so that a system without the means is found at the start."""
         _check_system()
+        _starter()  # what a verdict starts would end with it
 
     def check(self, prompt: Prompt) -> None:
         """Whether it is a list of tests, and they can be kept apart from the response."""
@@ -249,17 +251,18 @@ class _Attempt:
                         pids = starter.ask(request, given)
                     self._close(theirs)
                     self._close(report)
-                    if not isinstance(pids, list):
-                        raise OSError(pids, os.strerror(pids))
-                    time_left = OwnTime(pids, self._seconds)
-                    timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
-                endings = starter.ask({}, [])
+                    if isinstance(pids, list):
+                        time_left = OwnTime(pids, self._seconds)
+                        timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
+                        endings = starter.ask({}, [])
             except BaseException:
                 starter.close()  # with all that it has started
                 raise
             finally:
                 for descriptor in list(self._descriptors):
                     self._close(descriptor)
+        if not isinstance(pids, list):
+            raise OSError(pids, os.strerror(pids))
         started, *ends = [_end(line) for line in self._report.split(b"\n")[:-1]] or ["no"]
         if started is not None:
             raise OSError("they did not start")
@@ -328,8 +331,17 @@ class _Attempt:
             stat = Path(f"/proc/{response}/stat").read_text().rpartition(")")[2].split()
             granted = int(stat[_THREADS_FIELD]) < THREADS
             (number,) = struct.unpack_from("=Q", question)
-            error, flags = (0, _GO_ON) if granted else (-errno.EAGAIN, 0)
-            fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
+            try:
+                flags = _GO_ON if granted else 0
+                error = 0 if granted else -errno.EAGAIN
+                fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
+            except OSError as why:
+                if why.errno != errno.EINVAL:
+                    raise
+                # Linux before 5.5 cannot let a call go on.
+                refusal = struct.pack("=QqiI", number, 0, -errno.EAGAIN, 0)
+                fcntl.ioctl(listener, _ANSWER, refusal)
+                granted = False
         except OSError:  # it has ended meanwhile; the report will say so
             return True
         self._granted += granted

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 from scsdpo.verifiers.tool_call_reference import reference_verdict
@@ -49,6 +49,7 @@ class ToolCall(Verifier):
         input stays with its call, and nested objects are read to their end.
     """
 
+    reads_json: ClassVar[bool] = True
     reveal: bool = False
     compatibility: Literal["none", "reference"] = "none"
     strip_thinking: bool = True
