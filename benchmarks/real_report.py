@@ -8,6 +8,7 @@ CPU. All others are listed in a table of their own.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -103,7 +104,8 @@ def where(row: Row) -> str:
 
 def points(found: Estimate) -> str:
     """A mean of points, with its interval if there are seeds enough."""
-    between = f" ({found.low:+.1f} .. {found.high:+.1f})" if found.n >= LEAST else ""
+    known = found.n >= LEAST and not math.isnan(found.low)
+    between = f" ({found.low:+.1f} .. {found.high:+.1f})" if known else ""
     return f"{found.value:+.1f}{between}"
 
 

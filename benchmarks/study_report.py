@@ -1,6 +1,7 @@
 """Tables and plots of `study.py`: means over seeds, differences paired by seed with t(n - 1)."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import permutations
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scsdpo.comparison import SeedRow, by_seed
+from scsdpo.records.jsonl import finite
 from scsdpo.statistics import mean_interval
 
 SMOOTH = 10
@@ -30,7 +32,9 @@ COSTS = {
 def bounds(curves: Tensor) -> tuple[list[float], list[float]]:
     """Student's 95 % interval of the mean over seeds, point by point; curves [seeds, points]."""
     found = [mean_interval(column) for column in curves.double().T.numpy()]
-    return [one.low for one in found], [one.high for one in found]
+    known = [not math.isnan(one.low) for one in found]  # a point at which all seeds are alike
+    lows = [one.low if there else one.value for one, there in zip(found, known, strict=True)]
+    return lows, [one.high if there else one.value for one, there in zip(found, known, strict=True)]
 
 
 def differences(results: Sequence[dict], ends: Collection[str] = ENDS) -> list[dict]:
@@ -79,7 +83,7 @@ def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
 
 def write_rows(rows: Iterable[dict], file: Path) -> None:
     """JSON, a row a line."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    lines = [json.dumps(finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -138,8 +142,10 @@ def differences_table(rows: Sequence[dict], baseline: str, ends: Collection[str]
             names = ("mean", "low", "high", "detectable")
             mean, low, high, detectable = (100 * row[name] for name in names)
             stars = " **" if row["tells_all"] else " *" if row["tells"] else ""
-            cells.append(f"{mean:+.1f} ({low:+.1f} .. {high:+.1f}){stars}")
-            cells += [f"{row['ahead']} of {row['n']}", f"{detectable:.1f}"]
+            between = "not known" if math.isnan(low) else f"{low:+.1f} .. {high:+.1f}"
+            cells.append(f"{mean:+.1f} ({between}){stars}")
+            cells.append(f"{row['ahead']} of {row['n']}")
+            cells.append("-" if math.isnan(detectable) else f"{detectable:.1f}")
         lines.append(cells)
     columns = ("points (95 %)", "seeds ahead", "could be found")
     header = [f"{metric}, {column}" for metric in ends for column in columns]

@@ -19,7 +19,7 @@ from scsdpo.advantage import (
 from scsdpo.loss import NoImportance, TokenImportance
 from scsdpo.policy import CausalLM
 from scsdpo.reduction import SequenceMean, TokenMean
-from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt
+from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt, contexts_of
 from scsdpo.training import Update
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
@@ -80,12 +80,12 @@ def parts(
     teacher.configure(policy, "teacher")
     reference.configure(policy, "reference")
     some = judged(policy)[list(chosen)]
-    contexts = teacher.contexts(policy.chat, some)
+    contexts = contexts_of(teacher, reference, policy.chat, some)
     batch = Batch.of(
         some,
-        advantage.planned(some, contexts.available),
+        advantage.planned(some, teacher.available(contexts)),
         (weighting or Uniform()).weights(some),
-        (contexts, reference.contexts(policy.chat, some)),
+        contexts,
         (len(some.rewards),),
     )
     settings = {

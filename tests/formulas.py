@@ -388,3 +388,71 @@ def dapo(case):
             for t in range(case.length(q, g)):
                 terms[q, g, t] = case.cap(q, g, t) * pg(grpo)(case, q, g, t, "")
     return sum(terms.values()) / tokens
+
+
+def mixed(case, q, g, t, told):
+    """DemoPSD: JSD to the target T^(1 - a) S^a, a from the divergence of student and teacher."""
+    log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
+    fixed = log_s.detach()
+    m = (fixed.exp() + log_t.exp()) / 2
+    far = sum(
+        p.exp()[v] * (p[v] - m[v].log()) / 2 for p in (fixed, log_t) for v in range(len(fixed))
+    )
+    a = 2 * 0.5 * (1 / (1 + math.exp(-float(far))) - 0.5)
+    goal = ((1 - a) * log_t + a * fixed).log_softmax(-1)
+    return between(log_s, goal)
+
+
+def between(log_p, log_q):
+    """Jensen-Shannon divergence of two distributions."""
+    m = (log_p.exp() + log_q.exp()) / 2
+    return sum(p.exp()[v] * (p[v] - m[v].log()) / 2 for p in (log_p, log_q) for v in range(len(m)))
+
+
+def purified(case, q, g, t, told):
+    """Purified OPSD: JSD to P0 exp(d), d what the solution says beyond its own words."""
+    text = f"{told}\n\nCorrectly solve the original question.\n"
+    alone = case.chat.render([{"role": "user", "content": text}])
+    log_r = case._log_probs(case.behind, alone, q, g, t)
+    d = case.log_t(q, g, t, told) - log_r
+    d = d - sum(d) / len(d)
+    d = 10 * torch.tanh(d / 10)
+    return between(case.log_s(q, g, t), (case.log_r(q, g, t) + d).log_softmax(-1))
+
+
+def i_sdpo(case):
+    """Groups without a success: half of each KL to the policy told the gold solution; else GRPO."""
+    terms = {}
+    for q, g in case.rows():
+        for t in range(case.length(q, g)):
+            if SUCCESSES[q] == 0:
+                log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, gold(case, q, g))
+                forward = sum(log_t.exp() * (log_t - log_s))
+                value = 0.5 * forward + 0.5 * sum(log_s.exp() * (log_s - log_t))
+            else:
+                value = pg(grpo)(case, q, g, t, "")
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return token_mean_all(case, terms)
+
+
+def rlcsd(case):
+    """A + r_t where the right and the wrong siblings disagree; each kind of token has its mean."""
+    total, moved_of_all = 0.0, 0
+    for q, g in case.rows():
+        a, told = grpo(case, q, g), sibling(case, q, g)
+        wrong = [h for h in range(SUCCESSES[q], G) if h != g][:2]
+        means = {True: [], False: []}
+        for t in range(case.length(q, g)):
+            y, shift = case.y(q, g, t), 0.0
+            if a and told and wrong:
+                others = [case.log_t(q, g, t, solution(f"response {q} {h}"))[y] for h in wrong]
+                e = case.log_t(q, g, t, told)[y] - sum(others) / len(others)
+                shift = 0.5 * math.tanh(float(e))
+                shift = shift if abs(shift) > 0.1 else 0.0
+            new = max(0.0, a + shift) if a >= 0 else min(0.0, a + shift)
+            value = pg(lambda *_, new=new: new)(case, q, g, t, "")
+            means[shift != 0].append(case.cap(q, g, t) * value)
+        moved_of_all += len(means[True])
+        total = total + sum(sum(each) / len(each) for each in means.values() if each)
+    assert moved_of_all > 5
+    return total / (Q * G)

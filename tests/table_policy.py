@@ -49,13 +49,23 @@ class Table(nn.Module):
     def pairs(self, model):
         yield self.table, model.table
 
+    def same(self, other):
+        return self is other
+
     follow = Weights.follow
+
+
+class Current:
+    """The student's own weights: they have no table."""
+
+    def same(self, other):
+        return isinstance(other, Current)
 
 
 @dataclass(frozen=True)
 class TableAdapter:
     def current(self):
-        return None
+        return Current()
 
     def initial(self, model, stored=None):
         return Table(model.table)
@@ -115,7 +125,8 @@ class TableRunner:
         return [self.chosen] if self.chosen else []
 
     def run(self, micro, loss):
-        table = (self.weights or self.policy).table
+        own = self.weights is None or isinstance(self.weights, Current)
+        table = (self.policy if own else self.weights).table
         return loss(self.policy._hidden(table, self.rows.at(micro)), self.policy.head)
 
     def done(self, micro):

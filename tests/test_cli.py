@@ -10,28 +10,33 @@ import yaml
 
 from runs import Toys
 from scsdpo.__main__ import main as command
+from scsdpo.callbacks import PredictionWriter, prediction_writer
 from scsdpo.cli.commands import COMMANDS
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.training import PolicyOptimizer
 
-VALID = [
-    "--model.advantage.class_path=SelfDistillation",
-    "--model.teacher.class_path=EMA",
-    "--model.teacher.context=PlainPrompt",
-    "--model.sampling={n: 2, max_new_tokens: 2}",
-    "--model.val_sampling={n: 2, max_new_tokens: 2}",
-    "--data.train=runs.Toys",
-    "--data.val=runs.Toys",
-    "--data.val.size=2",
-    "--data.questions_per_batch=2",
-    "--trainer.max_steps=3",
-    "--trainer.val_check_interval=2",
-    "--trainer.num_sanity_val_steps=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-]
+VALID = {
+    "model": {
+        "advantage": {"class_path": "SelfDistillation"},
+        "teacher": {"class_path": "EMA", "init_args": {"context": "PlainPrompt"}},
+        "sampling": {"n": 2, "max_new_tokens": 2},
+        "val_sampling": {"n": 2, "max_new_tokens": 2},
+    },
+    "data": {
+        "train": "runs.Toys",
+        "val": {"class_path": "runs.Toys", "init_args": {"size": 2}},
+        "questions_per_batch": 2,
+    },
+    "trainer": {
+        "max_steps": 3,
+        "val_check_interval": 2,
+        "num_sanity_val_steps": 0,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
 """Every rollout gets credit, so that steps are steps."""
 
 
@@ -39,9 +44,11 @@ VALID = [
 def scsdpo(qwen3, monkeypatch, tmp_path, capsys):
     """Runs the command in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    valid = [f"--model.policy.name_or_path={qwen3}", *VALID]
+    policy = {"policy": {"name_or_path": str(qwen3)}}
+    written = yaml.safe_dump(VALID | {"model": VALID["model"] | policy})
+    (tmp_path / "valid.yaml").write_text(written)
 
-    def run(*args, base=valid):
+    def run(*args, base=("--config=valid.yaml",)):
         monkeypatch.setattr(sys, "argv", ["scsdpo", args[0], *base, *map(str, args[1:])])
         capsys.readouterr()
         try:
@@ -183,7 +190,38 @@ FILES = {
     "or ']', but got ':'",
     "- model\n- data": "wrong.yaml: must hold keys such as `model:` and `data:`, got "
     "['model', 'data']",
-    "": "wrong.yaml: must hold keys such as `model:` and `data:`, got None",
+    "": "wrong.yaml: is empty; it must hold keys such as `model:`",
+    "# nothing": "wrong.yaml: is empty; it must hold keys such as `model:`",
+    "model:\n  weighting: Uniform\ndata: {seed: 1}\nmodel:\n  teacher: Live": "wrong.yaml, line 4: "
+    "model is in line 1 too, and only one of them can count; join them, or leave one out",
+    "model:\n  sampling:\n    n: 2\n    n: 4": "wrong.yaml, line 4: model.sampling.n is in line 3 "
+    "too, and only one of them can count; join them, or leave one out",
+    "data: {train: [runs.Toys, {class_path: runs.Toys, init_args: {size: 3, size: 4}}]}": ""
+    "wrong.yaml, line 1: data.train[1].init_args.size is in line 1 too, and only one of them can "
+    "count; join them, or leave one out",
+    "model:": "model: is empty; give it keys, or leave it out (its keys in other files stay) (in "
+    "wrong.yaml)",
+    "model: 3": "model: must hold keys, such as `model: {...}`, got 3 (in wrong.yaml)",
+    "trainer: [max_steps]": "trainer: must hold keys, such as `trainer: {...}`, got ['max_steps'] "
+    "(in wrong.yaml)",
+    "model: {sampling: [1]}": "model.sampling: must be Sampling, got [1]",
+    "model:\n\tsampling: {n: 2}": "wrong.yaml, line 2: not YAML: found character '\\t' that cannot "
+    "start any token; indent with spaces and not with tabs",
+    "model: {on: 3}": "wrong.yaml, line 1: model.on: YAML reads on as bool, where a name must "
+    "stand; write it in quotes",
+    "data: {1: 2}": "wrong.yaml, line 1: data.1: YAML reads 1 as int, where a name must stand; "
+    "write it in quotes",
+    "model: {sampling: {n: 010}}": "wrong.yaml, line 1: model.sampling.n: YAML reads 010 as 8; "
+    "write that number, or the text in quotes",
+    "trainer: {max_time: 12:30:00}": "wrong.yaml, line 1: trainer.max_time: YAML reads 12:30:00 as "
+    "45000; write that number, or the text in quotes",
+    "model: {sampling: {stop: [no, yes]}}": "model.sampling.stop: must be tuple of str, got False; "
+    "YAML reads yes, no, on and off as booleans: write the word in quotes",
+    "model: {policy: {name_or_path: 7}}": "model.policy.name_or_path: must be str, got 7; write it "
+    "in quotes",
+    "model: &a {sampling: *a}": "wrong.yaml, line 1: model.sampling: an alias of what it stands in",
+    "model: {sampling: *a}": "wrong.yaml, line 1: not YAML: found undefined alias 'a'",
+    "model: {}\n---\ndata: {}": "wrong.yaml, line 2: not YAML: but found another document",
 }
 
 
@@ -200,17 +238,13 @@ def test_choices_are_the_public_concrete_subclasses(scsdpo):
     assert "Weighting" not in listed[1]
 
 
-def test_keys_that_are_not_set_are_named(scsdpo):
+def test_keys_that_are_not_set_are_named(scsdpo, tmp_path):
     assert refused(scsdpo("fit", base=["--data.val=[]"])) == (
         "model.policy, model.advantage, data.train: not set; give a --config that sets them"
     )
-    line = refused(
-        scsdpo(
-            "fit",
-            base=[arg for arg in VALID if ".advantage" not in arg]
-            + ["--model.policy.name_or_path=x"],
-        )
-    )
+    missing = {"model": {"policy": {"name_or_path": "x"}}, "data": VALID["data"]}
+    (tmp_path / "missing.yaml").write_text(yaml.safe_dump(missing))
+    line = refused(scsdpo("fit", base=["--config=missing.yaml"]))
     listed = re.match(r"model\.advantage: not set \(choices: ([^)]*)\)", line)[1].split(", ")
     # Beside classes that other tests of this process made.
     assert {"Blend", "EntropyBonus", "GatedGap", "GroupRelative", "Routed"} <= set(listed)
@@ -368,3 +402,120 @@ def test_a_mistake_is_blamed_on_its_key_once():
         raise ValueError("no")
     with pytest.raises(ZeroDivisionError), blamed_on("data"):
         raise ZeroDivisionError
+
+
+def printed(scsdpo, *args):
+    code, shown, error = scsdpo("fit", *args, "--print_config")
+    assert code == 0, error
+    return yaml.safe_load(shown)
+
+
+def test_numbers_anchors_and_merge_keys_of_a_file_mean_what_they_say(scsdpo, tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model:\n"
+        "  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-5, eps: 1E-9}}\n"
+        "  sampling: &drawn {n: 1_0, temperature: 0.5}\n"
+        "  val_sampling: {<<: *drawn, n: 3}\n"
+        "  policy: {gradient_checkpointing: on, chat_template_kwargs: {rate: 1e-5}}\n"
+    )
+    model = printed(scsdpo, "--config=a.yaml")["model"]
+    assert model["optimizer"]["init_args"]["lr"] == 1e-5
+    assert model["optimizer"]["init_args"]["eps"] == 1e-9
+    assert (model["sampling"]["n"], model["val_sampling"]["n"]) == (10, 3)
+    assert model["val_sampling"]["temperature"] == 0.5
+    assert model["policy"]["init_args"]["gradient_checkpointing"] is True
+    assert model["policy"]["init_args"]["chat_template_kwargs"] == {"rate": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model.weighting.power=1", "--config", "a.yaml"],
+        ["--model.weighting.power", "1", "-c", "a.yaml"],
+        ["--config=a.yaml", "--model.weighting.power=1"],
+    ],
+)
+def test_an_option_wins_over_every_file_wherever_it_stands(args, scsdpo, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {weighting: {class_path: PassRate}}")
+    (tmp_path / "b.yaml").write_text("model: {weighting: {init_args: {power: 3}}}")
+    config = printed(scsdpo, *args, "--config=b.yaml")
+    assert config["model"]["weighting"]["init_args"] == {"power": 1.0}
+
+
+def test_files_keep_their_order_and_options_theirs(scsdpo, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(f"seed_everything: {ord(name)}")
+    options = ["--trainer.max_steps=1", "--config=b.yaml", "--trainer.max_steps=2", "-c", "a.yaml"]
+    config = printed(scsdpo, *options)
+    assert (config["seed_everything"], config["trainer"]["max_steps"]) == (97, 2)
+
+
+def test_what_a_replaced_class_leaves_behind_is_said(scsdpo, tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model:\n  teacher: {class_path: EMA, init_args: {rate: 0.1, context: {class_path: "
+        "SiblingDemonstration, init_args: {max_tokens: 77}}}}\n"
+        "  lr_scheduler: {class_path: LinearLR, init_args: {total_iters: 9}}"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "model:\n  teacher: {class_path: Frozen, init_args: {context: {class_path: Feedback}}}\n"
+        "  lr_scheduler: {class_path: PolynomialLR}"
+    )
+    said = "kept from an earlier file, where another class stood: "
+    idle = ["--trainer.limit_train_batches=0"]
+    over = scsdpo("fit", "--config=a.yaml", "--config=b.yaml", *idle)[2]
+    assert f"{said}model.teacher.context.max_tokens, model.lr_scheduler.total_iters\n" in over
+    swapped = scsdpo("fit", "--config=a.yaml", "--model.teacher=Frozen", *idle)[2]
+    assert f"{said}model.teacher.context\n" in swapped
+    (tmp_path / "c.yaml").write_text("model: {teacher: {init_args: {rate: 0.2}}}")
+    assert said not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+
+
+@pytest.mark.parametrize("name", ["kind", "self_", "cls", "config", "name", "type", "key", "args"])
+def test_an_argument_of_the_user_s_may_have_any_name(name, scsdpo, tmp_path, monkeypatch):
+    module = f"names_{name}"
+    (tmp_path / f"{module}.py").write_text(
+        "from scsdpo.weighting import Uniform\n\n\nclass Mine(Uniform):\n"
+        f"    def __init__(self, {name}: int = 1):\n        assert {name} == 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    weighting = f"{{class_path: {module}.Mine, init_args: {{{name}: 2}}}}"
+    (tmp_path / "mine.yaml").write_text(f"model: {{weighting: {weighting}}}")
+    assert scsdpo("fit", "--config=mine.yaml", "--trainer.limit_train_batches=0")[0] == 0
+
+
+def test_an_argument_that_is_the_command_line_s_own_is_named(scsdpo, tmp_path, monkeypatch):
+    (tmp_path / "helped.py").write_text(
+        "from scsdpo.weighting import Uniform\n\n\nclass Mine(Uniform):\n"
+        "    def __init__(self, help: int = 1):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refused(scsdpo("fit", "--model.weighting=helped.Mine")) == (
+        "model.weighting: helped.Mine has an argument `help`, and --model.weighting.help is the "
+        "command line's own: give the argument another name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["predict", "--out=x.csv"], "name it x.jsonl or x.parquet"),
+        (["predict", "--out=x.json"], "name it x.jsonl or x.parquet"),
+        (["validate", "--out=x.html"], "name it x.json"),
+        (["rates", "--out=x.csv"], "name it x.json"),
+        (["check", "--out=x.txt"], "name it x.json"),
+        (["compare", "--out=x.csv", "a", "b"], "name it x.json"),
+    ],
+)
+def test_a_file_holds_what_its_name_says_or_is_not_written(command, said, scsdpo):
+    name = command[1].partition("=")[2]
+    base = () if command[0] == "compare" else ("--config=valid.yaml",)
+    line = refused(scsdpo(*command, base=base))
+    assert line == f"--out: {name} would not hold what its name says; {said}"
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_asked(monkeypatch):
+    monkeypatch.setattr(prediction_writer, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs pyarrow: install it"):
+        PredictionWriter("x.parquet")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.parquet"):
+        PredictionWriter("x.xlsx")

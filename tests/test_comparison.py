@@ -2,16 +2,19 @@
 
 import json
 import math
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scsdpo.cli import compare
-from scsdpo.comparison import Job, by_seed, duel, execute, run_all, seeds_in
+from scsdpo.comparison import Job, by_seed, duel, execute, run_all, seeds_in, stars
+from scsdpo.comparison.table import spread
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation import Result
-from scsdpo.statistics import mean_interval, score_difference
+from scsdpo.evaluation import Result, figures
+from scsdpo.statistics import detectable, mean_interval, score_difference, t_quantile
 from test_cli import scsdpo  # noqa: F401 - a fixture
 from test_evaluation import question
 
@@ -31,8 +34,8 @@ B = result((1.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 def test_a_duel_pairs_questions_and_lists_those_won_and_lost():
     found = duel(A, B, names=("a", "b"))
     rows = {row.name: row for row in found.rows}
-    assert rows["mean@2"].difference == mean_interval([0.5, -0.5, 1])
-    assert rows["pass@2"].difference == score_difference([0, 0, 1])
+    assert rows["mean@2"].difference == score_difference([0.5, 1, 0], [1, 0.5, 1])
+    assert rows["pass@2"].difference == score_difference([1, 1, 0], [1, 1, 1])
     assert rows["mean@2"].a.value == 0.5 and rows["mean@2"].b.value == pytest.approx(5 / 6)
     assert [(a.key, b.key) for a, b in found.won] == [("q/2", "q/2"), ("q/0", "q/0")]
     assert [a.key for a, _ in found.lost] == ["q/1"]
@@ -70,6 +73,54 @@ def test_seeds_are_paired_and_several_intervals_hold_together():
     assert row.difference.tells and row.ahead == 4 and row.difference.n == 4
     (alone,) = by_seed({0: a[0]}, {0: b[0]}, ["mean@2"])
     assert math.isnan(alone.difference.low) and not alone.difference.tells
+
+
+def test_a_figures_interval_is_chosen_by_its_scores_and_not_by_its_name():
+    """mean@k and pass@1 of rewards of 0 and 1 are one number with one interval, everywhere."""
+    rng = random.Random(0)
+    for k in (1, 4):
+        a, b = (
+            result(*(tuple(float(rng.random() < 0.8) for _ in range(k)) for _ in range(12)))
+            for _ in range(2)
+        )
+        one, two = (figures(each.questions)[""] for each in (a, b))
+        for found in (one, two):
+            assert found[f"mean@{k}"] == found["pass@1"]
+        rows = {row.name: row for row in duel(a, b, names=("a", "b")).rows}
+        mean, passed = rows[f"mean@{k}"], rows["pass@1"]
+        assert replace(mean, name="pass@1") == passed
+        if k == 1:
+            assert replace(rows["maj@1"], name="pass@1") == passed  # of 0 and 1, too
+
+
+def test_what_is_findable_uses_the_deviation_of_the_interval_beside_it():
+    """half = t(n - 1) s / sqrt(n), and findable = s detectable(n), for every figure."""
+    for a, b in ((A, B), (A, A), (B, A)):
+        for row in duel(a, b, names=("a", "b")).rows:
+            one = row.difference
+            if math.isnan(one.low):
+                assert row.name == "response_length" and math.isnan(row.detectable)
+                continue
+            half = max(one.high - one.value, one.value - one.low)
+            assert one.high - one.low > 0 and not one.tells
+            deviation = half * 3**0.5 / t_quantile(0.975, 2)
+            assert row.detectable == pytest.approx(deviation * detectable(3))
+            assert row.detectable > half
+
+
+def test_seeds_whose_differences_coincide_tell_nothing_and_are_not_marked():
+    """Two seeds, three; also where the same difference is rounded otherwise."""
+    for seeds, step in ((2, 0.0), (3, 0.0), (2, 0.1), (3, 0.1)):
+        a = {seed: {"mean@2": 0.1 + step * seed} for seed in range(seeds)}
+        b = {seed: {"mean@2": 0.3 + step * seed} for seed in range(seeds)}
+        (row,) = by_seed(a, b, ["mean@2"], comparisons=5)
+        assert row.difference.value == pytest.approx(0.2) and math.isnan(row.difference.low)
+        assert stars(row) == "" and math.isnan(row.detectable) and row.ahead == seeds
+        shown = spread(row.difference, row.name, stars(row))
+        assert shown == "+20.0 (not known)"
+    b[0]["mean@2"] += 0.01
+    (row,) = by_seed(a, b, ["mean@2"])
+    assert row.difference.high - row.difference.low > 0.01
 
 
 def test_files_are_compared_and_the_answers_of_both_are_shown(scsdpo, tmp_path):  # noqa: F811

@@ -5,9 +5,21 @@ import logging
 
 import pytest
 
-from scsdpo.data import PromptList, Records, SciKnowEval, ToolUse, make_prompt
+from models import tokenizer
+from runs import strategies
+from scsdpo.data import (
+    PromptList,
+    Records,
+    SciKnowEval,
+    Stream,
+    TaskDataModule,
+    ToolUse,
+    make_prompt,
+)
 from scsdpo.data import golds as proofs
 from scsdpo.data.startup import check_golds
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy import Chat
 from scsdpo.prompt import Verdict
 from scsdpo.verifiers import (
     ExactMatch,
@@ -84,6 +96,7 @@ def call(tool="f", given="{}"):
 OPTIONS = "Which one?\n\nA: this\nB: that\nC: both\nD: none\nPlease reason step by step."
 WITHIN_REACH = [
     (ToolCall(), "q", [call(), call("[x] f"), call("f", '{"a": "Action: g"}')]),
+    (ToolCall(), "q", ['[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]']),
     (ExactMatch(), "q", ["x", "a < b", " padded "]),
     (MultipleChoice(), OPTIONS, ["A", "D"]),
     (MultipleChoice(strict=False), OPTIONS, ["B"]),
@@ -173,6 +186,31 @@ def test_sources_and_verifiers_of_ones_own_are_proved_too():
         check_golds(Own("7", "8"))
     with pytest.raises(ValueError, match=r"prompt 1 of 'own': .*'boom' cannot be judged: .*luck"):
         check_golds(Own("boom"))
+
+
+class Flow(Stream):
+    name = "flow"
+
+    def __init__(self, *golds):
+        super().__init__(size=len(golds), window=2)
+        self.golds = golds
+
+    def read(self):
+        return iter(Own(*self.golds).load())
+
+
+def test_of_a_stream_of_ones_own_they_are_left_out_as_they_come(caplog):
+    chat = Chat(tokenizer=tokenizer(), eos_ids=(2, 0))
+    data = TaskDataModule(
+        Flow("7", "8", "boom", "7", "8"), Flow("8", "7"), questions_per_batch=1, seed=0
+    )
+    data.set_up_for(strategies(chat))
+    asked = [data.train_set[0, number].answer for number in range(6)]
+    assert asked == ["7"] * 6 and [prompt.answer for prompt in data.val_prompts()] == ["7"]
+    assert "flow: 1 of 1 prompts left out, since no response could be right, " in caplog.text
+    assert all(f"flow: {n} of" in caplog.text for n in (1, 2)) and "3 of" not in caplog.text
+    with pytest.raises(ConfigurationError, match=r"data.train: all 2 prompts of 'flow' were left"):
+        TaskDataModule(Flow("8", "8"), [], questions_per_batch=1).set_up_for(strategies(chat))
 
 
 def test_what_takes_too_long_is_proved_in_a_sample_and_a_line_says_so(monkeypatch, caplog):

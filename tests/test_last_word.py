@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,12 +15,14 @@ import pytest
 import torch
 from rich.text import Text
 
+import scsdpo.__main__ as main
 from made_up_runs import made_up_run
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
 from scsdpo.callbacks.progress import _informative, _print
 from scsdpo.checkpoints import Checkpoint, newest_whole, read_back
 from scsdpo.checkpoints.choosing import highest_number
+from scsdpo.cli import lightning_cli
 from scsdpo.cli.signals import Handlers
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.console import Terminal
@@ -132,6 +135,23 @@ def test_what_is_said_above_richs_bar_is_no_markup():
 def test_the_question_that_is_shown_is_the_one_that_teaches_most():
     assert _informative([0.0, 1.0, 0.125, 0.625, 0.375, 0.0]) == 3
     assert _informative([0.0, 1.0]) == 0
+
+
+def test_a_warning_of_the_command_is_one_line_of_text():
+    assert main._in_one_line(UserWarning("a\nb \x1b[2J"), UserWarning, "x.py", 3) == (
+        "warning: a b \\x1b[2J\n"
+    )
+
+
+def test_lightnings_tips_are_left_out_and_what_it_says_of_a_run_is_not():
+    def told(text):
+        record = logging.LogRecord("x", logging.INFO, "", 1, text, None, None)
+        return lightning_cli._tells_of_the_run(record)
+
+    tip = "💡 Tip: For seamless cloud logging and experiment tracking, try installing [litlogger]"
+    assert not told(tip) and not told("TPU available: False, using: 0 TPU cores")
+    assert told("`Trainer.fit` stopped: `max_epochs=1` reached.")
+    assert told("GPU available: True (cuda), used: True")
 
 
 def test_results_are_written_before_the_table_is_shown(qwen3, tmp_path, monkeypatch):

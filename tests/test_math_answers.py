@@ -185,6 +185,8 @@ def test_of_3000_mutated_gold_answers_none_is_accepted_but_quantities_without_th
         ("5 apples", "5 oranges"),
         (r"\$5", "5 euros"),
         ("5", r"5 \text{ million}"),
+        ("5", r"5 \text{ tenths}"),
+        ("5", r"5 \text{ below zero}"),
         ("5", "--5"),
         (r"15\mbox{ cm}^2", r"15 \text{ cm}"),
         ("1011_2", "1011_3"),
@@ -194,6 +196,8 @@ def test_of_3000_mutated_gold_answers_none_is_accepted_but_quantities_without_th
         (r"\sum_{k=1}^{n} k^2", r"\sum_{k=1}^{n} k^3"),
         ("f(x)", "f(y)"),
         ("1/2x", "x/2"),
+        ("1", "x+z=1"),
+        (r"\sin x=0", "0"),
         ("1st", "st"),
         (r"x \in [1,2]", r"y \in [1,2]"),
         (r"x \in [1,2]", r"1 < x \le 2"),
@@ -234,6 +238,10 @@ def test_what_is_near_is_wrong(gold, near):
         (r"x \in [1,2]", "[1,2]"),
         (r"[1,2]", r"x \in [1,2]"),
         (r"x \in \{1,2\}", "x = 1, x = 2"),
+        ("204", "m+n=204"),
+        (r"\frac{3}{5}", r"\cos\theta=\frac{3}{5}"),
+        ("55", r"\sum_{k=1}^{10} k = 55"),
+        (r"30^\circ", r"m\angle A = 30^\circ"),
         ("y=2x+3", "4x-2y+6=0"),
         ("x^2+y^2=4", r"\frac{x^2}{4}+\frac{y^2}{4}=1"),
         (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2"),
@@ -326,6 +334,12 @@ LONG = "We go on for a while, and nothing of it matters. " * 20
 )
 def test_the_final_answer_is_found_or_there_is_none(response, answer):
     assert final_answer(response) == answer
+
+
+def test_of_a_gold_answer_that_is_a_worked_solution_the_box_counts():
+    gold = r"We add $3$ and $4$, which makes $\boxed{7}$. So the answer is odd."
+    assert is_right(gold, "7") and not is_right(gold, "3")
+    MathAnswer().check(Prompt(key="k", messages=(), verifier=MathAnswer(), answer=gold))
 
 
 def test_thinking_holds_no_answer():

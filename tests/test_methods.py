@@ -31,13 +31,17 @@ from formulas import (
     grpo,
     horizon,
     hybrid,
+    i_sdpo,
     leave_one_out,
     maxrl,
+    mixed,
     normalised,
     paced,
     policy_gradient,
     position,
+    purified,
     remembered_attempts,
+    rlcsd,
     rlsd_factor,
     sdar,
     sequence_mean,
@@ -125,6 +129,12 @@ BY_HAND = {
     "ad-opsd": ad_opsd,
     "sdar": sdar,
     "geosd": geosd,
+    "demopsd": lambda c: distil(c, divergence=mixed),
+    "purified-opsd": lambda c: distil(
+        c, tell=gold, divergence=purified, reduce=sequence_mean_active
+    ),
+    "i-sdpo": i_sdpo,
+    "rlcsd": rlcsd,
 }
 
 

@@ -200,7 +200,9 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(policy):
 
 
 def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match=r"CausalLM\(name_or_path='.*nowhere'\)` cannot be loaded"):
+    with pytest.raises(
+        ValueError, match=r"CausalLM\(name_or_path='.*nowhere'\)`: there is no such folder"
+    ):
         CausalLM(str(tmp_path / "nowhere"))
 
 

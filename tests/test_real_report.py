@@ -71,7 +71,7 @@ def test_differences_are_paired_by_seed_with_students_interval():
     mean = found[0]
     assert (mean["metric"], mean["mean"], mean["ahead"], mean["n"]) == ("mean@8", 0.25, 3, 3)
     assert mean["low"] == pytest.approx(mean_interval(gaps).low)
-    assert mean["detectable"] == pytest.approx(detectable_difference(gaps))
+    assert mean["detectable"] == pytest.approx(detectable_difference(mean_interval(gaps)))
 
 
 def test_ends_are_seed_by_seed_with_the_interval_of_the_gain():

@@ -252,6 +252,9 @@ TOLD = [
     (["from pickle import loads", "assert loads(f(1)) == 2"], "`pickle`"),
     (["assert same(f(1), 2)"], "lets one function of the response judge another"),
     (["assert f(1) = 2"], "is no Python"),
+    (["def test(tmp_path):\n    assert f(tmp_path)"], "would need pytest"),
+    (["def check(candidate):\n    assert candidate(1) == 2"], "no test calls check"),
+    (["class T(unittest.TestCase): pass"], "would need unittest"),
     (["assert sum(3) == max(2)"], "do not say which of max, sum"),
 ]
 
@@ -265,6 +268,47 @@ def test_tests_that_cannot_be_kept_apart_are_refused_before_training(tests, why)
     assert why in verifier.verify(question, "```python\n1\n```").error
 
 
+YES = """
+class Yes:
+    def __getattr__(self, name): return lambda *args: True
+    def __iter__(self):
+        n = 0
+        while True:
+            yield n
+            n += 1
+def f(*args): return Yes()
+"""
+ASKED = [
+    "assert f(1).startswith('Hello')",
+    "assert f(1).isdigit()",
+    "assert f(1).issubset({1, 2})",
+    "assert f(1).equals([3])",
+    "assert (f(1) == 3).all()",
+    "assert 700 in f(1)",
+    "assert f(1) > 3 or f(1) <= 3",
+    "assert abs(f(1) - 3) < 1",
+    "assert f(1) == f(1)",
+]
+
+
+@pytest.mark.parametrize("test", ASKED)
+def test_an_object_that_says_yes_to_everything_is_not_asked(test):
+    assert judge(YES, [test]).reward == 0
+
+
+def test_a_class_that_the_tests_name_is_asked():
+    code = "class Trie:\n    def startswith(self, word): return word == 'ab'"
+    assert judge(code, ["t = Trie()", "assert t.startswith('ab')"]).reward == 1
+    assert judge(code, ["t = Trie()", "assert t.startswith('b')"]).reward == 0
+
+
+def test_functions_that_pytest_would_call_are_called():
+    tests = ["from solution import f\ndef test_one():\n    assert f(1) == 2\n"]
+    assert judge("def f(x): return 2", tests).reward == 1
+    assert judge("def f(x): return 3", tests).reward == 0
+    assert judge("def f(x): return 3", [*tests, "test_one()"]).reward == 0
+
+
 def test_the_names_of_a_response_are_those_that_no_library_has():
     def own(*tests):
         return _tests(json.dumps(tests))[1]
@@ -275,4 +319,6 @@ def test_the_names_of_a_response_are_those_that_no_library_has():
     assert own("assert sum(10, 15) == 25") == ["sum"]
     assert own("assert set(combinations([1])) == {1}") == ["combinations"]
     assert own("assert Solution().rob([1]) == 1") == ["Solution"]
+    assert own("from solution import *\nassert f(sqrt(4)) == 2") == ["f"]
+    assert own("from solution import f, sqrt\nassert f(sqrt(4)) == 2") == ["f", "sqrt"]
     assert own("assert True") == []

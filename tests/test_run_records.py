@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -229,6 +230,9 @@ def test_pieces_of_text_add_up_where_tokens_split_a_character(policy):
     broken = chat.encode("🙂")[:2] + chat.encode("x") + chat.encode("🙂")[:3]
     assert "".join(chat.pieces(broken)) == chat.tokenizer.decode(broken)
     assert chat.pieces([chat.encode("z")[0], 10**6]) == ["z", ""]
+    for seed in range(200):  # characters behind bytes that are none
+        drawn = random.Random(seed).choices(chat.encode("aé🙂η"), k=12)
+        assert "".join(chat.pieces(drawn)) == chat.tokenizer.decode(drawn)
 
 
 def test_docs_name_every_field():

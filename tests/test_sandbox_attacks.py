@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import struct
 import subprocess
@@ -276,3 +277,49 @@ def fresh_starter(monkeypatch, start):
     """The next response is started by a process that is started in this way."""
     python_tests._starter().close()
     monkeypatch.setattr(python_tests.subprocess, "Popen", start)
+
+
+MEMORY_OF_OTHERS = """
+import json, os, sys
+from scsdpo.prompt import Prompt
+from scsdpo.verifiers import PythonTests, python_tests
+assert os.getuid() == 65534
+LOOK = '''
+import os
+read = []
+starter = os.getppid()
+judge = int(open(f'/proc/{starter}/stat').read().rpartition(')')[2].split()[1])
+for pid in (os.getpid() + 1, starter, judge):
+    for name in ('environ', 'maps', 'mem'):
+        try:
+            open(f'/proc/{pid}/{name}', 'rb').read(1)
+            read.append(name)
+        except PermissionError: pass
+        except OSError: read.append(name)
+raise SystemExit(read)
+'''
+usual = python_tests._restrictions()
+python_tests._restrictions = lambda: {**usual, "ruleset": "", "own_users": sys.argv[1] == "own"}
+prompt = Prompt(key="k", messages=(), verifier=PythonTests(seconds=10.0), answer='["assert True"]')
+print(prompt.verifier.verify(prompt, f"```python\\n{LOOK}\\n```").feedback)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="by setpriv")
+def test_without_landlock_a_users_processes_are_kept_by_users_of_its_own():
+    """And what the tests' process has, even without those."""
+    become = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    become += " --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"  # Python may be root's
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+
+    def said(how):
+        command = [*become.split(), sys.executable, "-c", MEMORY_OF_OTHERS, how]
+        return subprocess.check_output(command, env=environment, text=True).strip()
+
+    able = subprocess.run([*become.split(), "unshare", "-U", "true"], stderr=subprocess.DEVNULL)
+    if able.returncode == 0:
+        assert said("own").endswith("SystemExit: []")
+    of_starter_and_judge = ["environ", "maps", "mem"] * 2
+    assert said("shared").endswith(f"SystemExit: {of_starter_and_judge}")

@@ -45,11 +45,11 @@ def test_differences_are_paired_by_seed_with_students_interval():
     gaps = [0.01 + 1e-4 * s for s in range(4)]
     assert row["baseline"] == "a" and row["n"] == 4 and row["ahead"] == 4 and row["tells"]
     assert row["low"] == pytest.approx(mean_interval(gaps).low)
-    assert row["detectable"] == pytest.approx(detectable_difference(gaps))
+    assert row["detectable"] == pytest.approx(detectable_difference(mean_interval(gaps)))
     back = next(r for r in rows if r["method"] == "a" and r["metric"] == "mean@16")
     assert back["mean"] == pytest.approx(-row["mean"]) and back["ahead"] == 0
     text = study_report.differences_table(rows, "a")
-    assert "| b | +1.0 (+1.0 .. +1.0) ** | 4 of 4 | 0.0 | +0.0 (+0.0 .. +0.0) | 0 of 4 |" in text
+    assert "| b | +1.0 (+1.0 .. +1.0) ** | 4 of 4 | 0.0 | +0.0 (not known) | 0 of 4 | - |" in text
 
 
 def test_one_seed_tells_nothing():

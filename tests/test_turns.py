@@ -24,7 +24,7 @@ from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.reduction import SequenceMean, TokenMean
 from scsdpo.rollout import HFRollout
-from scsdpo.teacher import EMA, NoTeacher
+from scsdpo.teacher import EMA, NoTeacher, contexts_of
 from scsdpo.training import Update
 from scsdpo.types import Judged, Sampling
 from scsdpo.weighting import Uniform, UniformTokens
@@ -56,12 +56,12 @@ def with_a_tool(batch: Judged) -> Judged:
 
 
 def prepared(policy, advantage, teacher, batch):
-    contexts = teacher.contexts(policy.chat, batch)
+    contexts = contexts_of(teacher, NoTeacher(), policy.chat, batch)
     return Batch.of(
         batch,
-        advantage.planned(batch, contexts.available),
+        advantage.planned(batch, teacher.available(contexts)),
         Uniform().weights(batch),
-        (contexts, NoTeacher().contexts(policy.chat, batch)),
+        contexts,
         (len(batch.rewards),),
     )
 

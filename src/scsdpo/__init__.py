@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scsdpo.weighting import PassRate as PassRate
     from scsdpo.weighting import Uniform as Uniform
 
-_HOMES = {
+HOMES = {
     "advantage": ("Blend", "GroupRelative", "Routed", "SelfDistillation"),
     "cli.load": ("load",),
     "data": ("Records", "TaskDataModule"),
@@ -37,6 +37,7 @@ _HOMES = {
     "types": ("Sampling",),
     "weighting": ("PassRate", "Uniform"),
 }
+"""Package -> names that it lends to the top level."""
 
 __all__ = [
     "EMA",
@@ -60,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    home = next((home for home, names in _HOMES.items() if name in names), None)
+    home = next((home for home, names in HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'scsdpo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"scsdpo.{home}"), name)

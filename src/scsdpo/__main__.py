@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from scsdpo.cli.commands import COMMANDS, module
-from scsdpo.cli.front import check, did_you_mean
+from scsdpo.cli.front import check, did_you_mean, in_order
 from scsdpo.cli.helping import help_for
 from scsdpo.cli.signals import Handlers, leave
 from scsdpo.errors import DISK_FAULTS, ConfigurationError, TrainingStopped, explanation
@@ -42,9 +42,17 @@ def run(command: str, args: Sequence[str]) -> None:
         print(shown)
         return
     check(command, args)
+    warnings.formatwarning = _in_one_line
+    args = in_order(command, args)
+    sys.argv[2:] = args  # where LightningCLI reads them, and launched ranks do
     # Lightning 2.6 under torch 2.13, of no use to anyone who reads it here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     _imported(module(command)).main(args)
+
+
+def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning without the line of code that gave it, and with nothing that acts on a terminal."""
+    return f"warning: {in_one_line(str(message))}\n"
 
 
 def _imported(name: str) -> Any:

@@ -27,7 +27,14 @@ from scsdpo.advantage.group_relative import (
     TokenLevel,
     Unscaled,
 )
-from scsdpo.advantage.modulator import Modulator, Rhythm, Surprise, TeacherRatio, Unmodulated
+from scsdpo.advantage.modulator import (
+    Modulator,
+    Rhythm,
+    SiblingContrast,
+    Surprise,
+    TeacherRatio,
+    Unmodulated,
+)
 from scsdpo.advantage.routed import Route, Routed
 from scsdpo.advantage.router import (
     AllOf,
@@ -42,7 +49,14 @@ from scsdpo.advantage.router import (
     Warmup,
 )
 from scsdpo.advantage.support import Full, Sampled, Support, TopK
-from scsdpo.advantage.target import AsTaught, DivergenceMix, LogitMix, PriorAtForks, Target
+from scsdpo.advantage.target import (
+    AsTaught,
+    DivergenceMix,
+    LogitMix,
+    PriorAtForks,
+    Purified,
+    Target,
+)
 
 __all__ = [
     "K1",
@@ -77,6 +91,7 @@ __all__ = [
     "Never",
     "Plan",
     "PriorAtForks",
+    "Purified",
     "RateWithin",
     "RatioLevel",
     "ReferenceAnchor",
@@ -89,6 +104,7 @@ __all__ = [
     "Scale",
     "SelfDistillation",
     "SequenceLevel",
+    "SiblingContrast",
     "SquaredFisherRao",
     "SquaredHellinger",
     "Succeeded",

@@ -33,7 +33,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("needs_teacher", "needs_reference"):
-            if (mask := getattr(self, name)).dim() == 0:
+            mask = getattr(self, name)
+            if isinstance(mask, Tensor) and isinstance(self.active, Tensor) and mask.dim() == 0:
                 object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
@@ -49,6 +50,11 @@ class Advantage(NeedsSignals, ABC):
     def needs_reference(self) -> bool:
         """Whether it is meaningless without a reference."""
         return False
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts its teacher must have (`Contexts`); 1: any."""
+        return 1
 
     @property
     def needs_group(self) -> bool:

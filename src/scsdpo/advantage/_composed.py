@@ -51,6 +51,10 @@ class Composed(Advantage):
         return any(part.advantage.needs_reference for part in self.inner)
 
     @property
+    def contexts(self) -> int:
+        return max(part.advantage.contexts for part in self.inner)
+
+    @property
     def needs_group(self) -> bool:
         return any(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
 

@@ -1,5 +1,6 @@
 """A judged batch, ready to be learned from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -18,10 +19,9 @@ class Batch:
     plan: Plan
     weights: Tensor
     """[Q, G] float64 question and rollout weights."""
-    teacher: TeacherContexts
-    """What the teacher reads before each response."""
-    reference: TeacherContexts
-    """What the reference reads."""
+    contexts: Mapping[str, TeacherContexts]
+    """By slot, what is read before each response: `teacher`, `reference`, and where a context has
+    further parts (`Contexts`) `teacher/NAME`."""
     questions: tuple[int, ...]
     """Of each optimizer step, how many; the first ones first."""
     objective_name: str
@@ -35,22 +35,33 @@ class Batch:
         judged: Judged,
         plan: Plan,
         weights: Tensor,
-        contexts: tuple[TeacherContexts, TeacherContexts],
+        contexts: Mapping[str, TeacherContexts],
         questions: tuple[int, ...],
         objective_name: str = "objective",
     ) -> "Batch":
-        """A batch before its first update; `contexts` are the teacher's and the reference's."""
+        """A batch before its first update."""
         unknown = torch.full_like(judged.responses.policy_logprobs, torch.nan, dtype=torch.float64)
         return cls(
             judged=judged,
             plan=plan,
             weights=weights,
-            teacher=contexts[0],
-            reference=contexts[1],
+            contexts=contexts,
             questions=questions,
             objective_name=objective_name,
             old_logprobs=unknown.flatten(0, 1),
         )
+
+    @property
+    def teacher(self) -> TeacherContexts:
+        """What the teacher reads before each response, the first of its contexts."""
+        return self.contexts["teacher"]
+
+    def reads(self, slot: str) -> Tensor:
+        """[R] bool: rollouts whose credit reads what is said after the slot's context."""
+        of = self.plan.needs_reference if slot.startswith("reference") else self.plan.needs_teacher
+        if slot in ("teacher", "reference"):
+            return of.flatten()
+        return (of & self.contexts[slot].available.to(of.device).view_as(of)).flatten()
 
     @property
     def ids(self) -> Tensor:

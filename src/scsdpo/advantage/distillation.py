@@ -58,7 +58,7 @@ class SelfDistillation(_Distillation):
         divergence: `Divergence(alpha)`, 0.5 is the JSD of the paper, or `SquaredHellinger()`.
         support: `Full()`, `TopK(k, tail)` or, with alpha = 1 and no clip, `Sampled()`.
         target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`,
-            `PriorAtForks`.
+            `PriorAtForks`, `Purified`.
 
     Shapes:
         logits [n, V] -> credit on [n, B]; objective [n] in nats, >= 0 (with `Sampled` only its
@@ -81,6 +81,10 @@ class SelfDistillation(_Distillation):
     @property
     def needs_reference(self) -> bool:
         return self.target.needs_reference
+
+    @property
+    def contexts(self) -> int:
+        return self.target.contexts
 
     @property
     def needs(self) -> frozenset[str]:

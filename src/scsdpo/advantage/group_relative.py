@@ -247,6 +247,10 @@ class GroupRelative(Advantage):
         return self.modulator.needs_teacher
 
     @property
+    def contexts(self) -> int:
+        return self.modulator.contexts
+
+    @property
     def needs(self) -> frozenset[str]:
         return self.level.needs | self.modulator.needs
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals
+from scsdpo.weighting.tokens import check_contrast, contrast
 
 
 class Modulator(NeedsSignals, ABC):
@@ -16,6 +17,11 @@ class Modulator(NeedsSignals, ABC):
     def needs_teacher(self) -> bool:
         """Whether it reads the teacher."""
         return True
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts the teacher must have (`Contexts`)."""
+        return 1
 
     @abstractmethod
     def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
@@ -198,3 +204,53 @@ def _row_mean(table: Tensor, mask: Tensor) -> Tensor:
     """[R, 1]: the mean over each row's tokens; 0 without any."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(mask, table, 0.0).sum(-1, keepdim=True) / count
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingContrast(Modulator):
+    """RLCSD's. factor = max(0, 1 + r_t / A): A becomes A + r_t, and never changes its sign
+
+        e_t = log T(y_t | a right sibling) - mean_k log T(y_t | wrong sibling k)
+        r_t = scale tanh(e_t / width), and 0 where |r_t| <= threshold
+
+    The teacher's contexts are a right sibling and one or more wrong ones (`Contexts` of
+    `SiblingDemonstration` and `FailedSibling`); the mean is over those that the rollout has. Its
+    tokens with r_t = 0 keep A. `ContrastPaths` normalises the two kinds of tokens apart. Detached.
+
+    Args:
+        scale: of r_t, in units of the advantage, > 0.
+        width: nats at which tanh bends, > 0.
+        threshold: of |r_t|, >= 0.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        RLCSD, arXiv:2606.11709, eq. (8) to (17). The values are ours.
+    """
+
+    scale: float = 0.5
+    width: float = 1.0
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_contrast(type(self).__name__, self.scale, self.width, self.threshold)
+
+    @property
+    def contexts(self) -> int:
+        return 2
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_logprob", "others"})
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (self.shift,)
+
+    def shift(self, signals: Signals) -> Tensor:
+        """[R, L]: r_t."""
+        return contrast(signals, self.scale, self.width, self.threshold)
+
+    def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
+        return (1 + chunk.derived(self.shift) / advantage).clamp(min=0)

@@ -21,6 +21,11 @@ class Target(NeedsSignals, ABC):
         """Whether it reads the reference."""
         return False
 
+    @property
+    def contexts(self) -> int:
+        """How many contexts the teacher must have (`Contexts`)."""
+        return 1
+
     @abstractmethod
     def of(self, chunk: Chunk) -> TokenLogits:
         """The target distribution at the chunk's n positions."""
@@ -158,3 +163,43 @@ class PriorAtForks(Target):
         share = torch.where(held, gate, 0.0)[:, None]
         parts = chunk.reference().log_probs + share.log(), teacher.log_probs + (-share).log1p()
         return TokenLogits(torch.logaddexp(*parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purified(Target):
+    """What the solution says of the answer beyond its own words. target ~ P0 exp(d / sharpness)
+
+        d = log T - log R, minus its mean over the vocabulary, then bound tanh(d / bound)
+
+    The teacher has three contexts, in this order: question and solution (T), the solution without
+    the question (R), the question alone (P0). What the solution's words make likely whatever was
+    asked falls out of d. Use it with `Full()` support: mean and target are over the vocabulary.
+
+    Args:
+        bound: of |d|, in nats, > 0.
+        sharpness: divides d, > 0.
+
+    Raises:
+        ValueError: if an argument is not above 0.
+
+    Source:
+        Purified OPSD, arXiv:2607.02234: c = 10 and beta = 1.
+    """
+
+    bound: float = 10.0
+    sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("bound", "sharpness"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"`Purified({name}=...)` must be > 0, got {value}")
+
+    @property
+    def contexts(self) -> int:
+        return 3
+
+    def of(self, chunk: Chunk) -> TokenLogits:
+        alone, plain = (other().log_probs for other in chunk.others[:2])
+        d = chunk.teacher().log_probs - alone
+        d = self.bound * torch.tanh((d - d.mean(-1, keepdim=True)) / self.bound)
+        return TokenLogits(plain + d / self.sharpness)

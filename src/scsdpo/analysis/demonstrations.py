@@ -11,7 +11,7 @@ from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Question
-from scsdpo.statistics import Estimate, mean_interval, score_interval
+from scsdpo.statistics import interval, paired_interval
 from scsdpo.teacher import SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt
@@ -104,18 +104,13 @@ def _summary(
     a, b, c = ([table[key] for key in keys] for table in (plain, left, right))
 
     def gain(high: Sequence[float], low: Sequence[float]) -> Mapping[str, Any]:
-        return asdict(mean_interval([x - y for x, y in zip(high, low, strict=True)]))
-
-    def mean(values: Sequence[float]) -> Mapping[str, Any]:
-        inside = all(0 <= value <= 1 for value in values)
-        estimate: Estimate = (score_interval if inside else mean_interval)(values)
-        return asdict(estimate)
+        return asdict(paired_interval(low, high))
 
     return {
         "questions": len(keys),
-        "without": mean(a),
-        "own": mean(b),
-        "another": mean(c),
+        "without": asdict(interval(a)),
+        "own": asdict(interval(b)),
+        "another": asdict(interval(c)),
         "own_gain": gain(b, a),
         "another_gain": gain(c, a),
         "own_over_another": gain(b, c),

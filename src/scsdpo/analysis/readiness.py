@@ -160,7 +160,7 @@ def _formed(verdicts: Sequence[Verdict], right: Sequence[bool]) -> float:
 
 
 def _taught(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, Any]:
-    contexts = [model.teacher.contexts(model.policy.chat, half) for half in halves]
+    contexts = [model.teacher.context.render(model.policy.chat, half) for half in halves]
     rows = [row for half in halves for row in distances(model, half)]
     available = [
         context.available.to(half.rewards.device)

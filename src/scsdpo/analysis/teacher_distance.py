@@ -14,7 +14,7 @@ from scsdpo.analysis.looking import Looking
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
-from scsdpo.teacher import NoTeacher
+from scsdpo.teacher import NoTeacher, contexts_of
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Judged, Prompt, Sampling
 
@@ -95,15 +95,15 @@ def distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
     """Measure the teacher on every response that it has something to say on."""
     prompts, group = judged.prompts, judged.rewards.shape[1]
     chat = model.policy.chat
-    contexts = model.teacher.contexts(chat, judged)
-    available = contexts.available.to(judged.rewards.device)
+    contexts = contexts_of(model.teacher, NoTeacher(), chat, judged)
+    available = contexts["teacher"].available.to(judged.rewards.device)
     probe = Probe(judged.responses.sampled.flatten(0, 1))
     plan = Plan(active=available, needs_teacher=available, credit=probe.credit)
     batch = Batch.of(
         judged,
         plan,
         torch.ones_like(judged.rewards).double(),
-        (contexts, NoTeacher().contexts(chat, judged)),
+        contexts,
         (len(prompts),),
     )
     update = replace(model.steps.update, needs=frozenset(), derivations=())

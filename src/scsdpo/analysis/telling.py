@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from scsdpo.statistics import Estimate, mean_interval, score_interval
+from scsdpo.statistics import Estimate, paired_interval, score_interval
 from scsdpo.teacher import (
     Context,
     Feedback,
@@ -146,4 +146,5 @@ def _telling(told: dict[str, float], own: dict[str, float]) -> Telling:
 
 def _gain(told: dict[str, float], without: dict[str, float]) -> Estimate:
     """Of the questions that have both."""
-    return mean_interval([told[key] - without[key] for key in told if key in without])
+    both = [key for key in told if key in without]
+    return paired_interval([without[key] for key in both], [told[key] for key in both])

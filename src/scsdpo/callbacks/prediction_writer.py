@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from scsdpo.io.files import parsed, whole_lines, write_whole
 from scsdpo.records import JsonLines, Recorded
 
 SCHEMA_VERSION = 1
+FORMATS = (".jsonl", ".parquet")
+"""By their suffixes."""
 _ABOUT = ".about.json"
 _PART = ".part-"
 
@@ -27,9 +30,10 @@ class PredictionWriter(BasePredictionWriter):
     What it is of (policy, checkpoint, sampling) is beside it in `PATH.about.json`.
 
     Args:
-        path: file to write; `.parquet`: a table of the same rows; any other: a JSON object a line.
+        path: file to write; `.parquet`: a table of the same rows; `.jsonl`: a JSON object a line.
 
     Raises:
+        ValueError: if it has the suffix of another format, or a table cannot be written here.
         ConfigurationError: from `setup`, if the file is complete, or was begun with another policy
             or another sampling.
     """
@@ -37,6 +41,14 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
+        if self.path.suffix not in ("", *FORMATS):
+            raise ValueError(
+                f"`PredictionWriter(path={path!r})` must end in {' or '.join(FORMATS)}"
+            )
+        if self.path.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise ValueError(
+                f"`PredictionWriter(path={path!r})` needs pyarrow: install it, or write .jsonl"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "predict":

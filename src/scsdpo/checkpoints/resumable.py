@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scsdpo.checkpoints.comparing import Change
 from scsdpo.checkpoints.safe_point import SafePoint
@@ -82,8 +83,9 @@ class Resumable(Recorded):
         schedule = self.lr_scheduler(optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "step() before optimizer.step()"
-            for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
-                schedule.step()
+            if not isinstance(schedule, ReduceLROnPlateau):  # which goes by figures, from now on
+                for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
+                    schedule.step()
         (settings,) = optimizer.state_dict()["param_groups"]
         for group in checkpoint["optimizer_states"][0]["param_groups"]:
             group.update({key: value for key, value in settings.items() if key != "params"})

@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
     given, rest = options().parse_known_args(args)
     if given.questions < 2:
         raise ConfigurationError(f"--questions must be >= 2, got {given.questions}")
-    out = new_file(given.out)
+    out = new_file(given.out, ".json")
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         found = measure(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scsdpo.checkpoints import checkpoint_in
-from scsdpo.cli.options import own_parser
+from scsdpo.cli.options import new_file, own_parser
 from scsdpo.comparison import (
     Duel,
     Job,
@@ -67,7 +67,8 @@ def main(args: Sequence[str]) -> None:
         things = [str(path) for path in train(given, rest, folder)]
         out, rest = folder / "comparison.json", []
     else:
-        things, out = given.things, given.out or Path("runs/comparison.json")
+        things = given.things
+        out = new_file(given.out or Path("runs/comparison.json"), ".json")
     methods = [seeds_in(Path(thing)) for thing in things]
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))

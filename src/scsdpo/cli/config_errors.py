@@ -43,6 +43,8 @@ _NO_CLASS = re.compile(
     r"|Not a valid subclass of \S+ Got value: (.+)"
     r"|Expected an instantiatable class, but (\S+) is abstract"
 )
+_TAKEN = re.compile(r"Unable to add parameter '(.+?)' from <class '(.+?)'>")
+_MANY_OF_A_NAME = re.compile(r"Multiple subclasses with name (\S+)\. .*?ambiguity: (.+?)\.?$")
 _GOT = re.compile(
     r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?(?:\. Got value: .*)?$",
     re.MULTILINE,
@@ -166,11 +168,43 @@ def _fault(message: str, sections: Sections) -> str:
     if match := _NO_CLASS.match(wrong):
         name = next(filter(None, match.groups()))
         flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
-        return f"{key}: {name} is {flaw}{_not_there(name) or _offer(place.hint, name)}"
+        return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+    if match := _TAKEN.match(wrong):
+        return (
+            f"{key}: {match[2]} has an argument `{match[1]}`, and --{key}.{match[1]} is the "
+            "command line's own: give the argument another name"
+        )
+    if match := _MANY_OF_A_NAME.match(wrong):
+        paths = match[2].split(", ")
+        # Of torch's schedule and Lightning's the latter says what it waits for.
+        fit = [path for path in paths if path.startswith("lightning.")] or paths
+        return f"{key}: {match[1]} is the name of several classes; write {' or '.join(fit)}"
     got = _GOT.search(message)
     if got and place.hint is not Any:
-        return f"{key}: must be {spell(place.hint)}, got {got[1]}"
+        return f"{key}: must be {spell(place.hint)}, got {got[1]}{_quotes(place.hint, got[1])}"
     return f"{key}: {wrong}"
+
+
+def _quotes(hint: Any, got: str) -> str:
+    """A remedy where YAML made something else of what was meant as a text."""
+    if "str" not in spell(hint).split():
+        return ""
+    if got in ("True", "False"):
+        return "; YAML reads yes, no, on and off as booleans: write the word in quotes"
+    is_number = re.fullmatch(r"[-+]?[\d.][\d._]*(e[-+]?\d+)?", got)
+    return "; write it in quotes" if is_number else ""
+
+
+def _kinds(hint: Any) -> str:
+    return " or ".join(kind.__name__ for kind in classes(hint)) or "class"
+
+
+def _offer(hint: Any, name: str = "") -> str:
+    if missing := _not_there(name):
+        return missing
+    known = choices(classes(hint))
+    listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
+    return did_you_mean(name.rpartition(".")[2], known) + listed
 
 
 def _not_there(path: str) -> str:
@@ -187,17 +221,7 @@ def _not_there(path: str) -> str:
         return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
     except Exception as error:  # whatever the user's module does
         return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
-    if attribute in vars(module):
+    if hasattr(module, attribute):
         return ""
     named = [each for each, held in vars(module).items() if isinstance(held, type)]
     return f": module {name} has no {attribute!r}{did_you_mean(attribute, named)}"
-
-
-def _kinds(hint: Any) -> str:
-    return " or ".join(kind.__name__ for kind in classes(hint)) or "class"
-
-
-def _offer(hint: Any, name: str = "") -> str:
-    known = choices(classes(hint))
-    listed = f" (choices: {', '.join(known)})" if 0 < len(known) <= _MANY else ""
-    return did_you_mean(name.rpartition(".")[2], known) + listed

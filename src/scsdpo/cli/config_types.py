@@ -132,8 +132,8 @@ class Builder:
             argument of several types.
 
     Raises:
-        ConfigurationError: if `config` holds a null that is not meant to be there; jsonargparse
-            takes null for "not set" everywhere.
+        ConfigurationError: if `config` holds a null that is not meant to be there, or a list or
+            number in the place of keys; jsonargparse takes both.
     """
 
     config: Mapping[str, Any]
@@ -145,12 +145,17 @@ class Builder:
             for name in _wrong_nulls(kind, given):
                 expected = spell(arguments(kind)[name])
                 raise ConfigurationError(f"{key}.{name}: must be {expected}, got null")
+            for name, value in given.items():
+                hint = arguments(kind).get(name, Any)
+                if isinstance(value, list | int | float) and _is_described(hint):
+                    raise ConfigurationError(f"{key}.{name}: must be {spell(hint)}, got {value}")
 
     def _objects(self) -> Iterator[Node]:
         for section, root in self.sections.items():
             yield from objects(self.config.get(section), root, section)
 
-    def __call__(self, kind: type, *args: Any, **given: Any) -> Any:
+    def __call__(self, kind: type, /, *args: Any, **given: Any) -> Any:
+        # By position only: a class may have arguments of any name.
         try:
             return kind(*args, **given)
         except ConfigurationError as error:  # it names its key already
@@ -174,6 +179,11 @@ def _agree(described: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     """Whether the plain values are the same; nested objects are constructed by now."""
     plain = (bool, int, float, str)
     return all(given.get(k) == value for k, value in described.items() if isinstance(value, plain))
+
+
+def _is_described(hint: Any) -> bool:
+    """Whether only an object will do, which a configuration describes by its keys."""
+    return isinstance(hint, type) and bool(classes(hint)) and not issubclass(hint, int | float)
 
 
 def _wrong_nulls(kind: type, given: Mapping[str, Any]) -> list[str]:

@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> None:
     """
     command: Literal["validate", "test"] = "test" if sys.argv[1] == "test" else "validate"
     given, rest = options().parse_known_args(args)
-    out = new_file(given.out) if given.out else None
+    out = new_file(given.out, ".json") if given.out else None
     original = list(sys.argv)
     with Chosen(given.policy, rest) as chosen:
 

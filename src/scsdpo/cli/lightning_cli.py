@@ -1,6 +1,7 @@
 """`scsdpo fit | validate | test | predict`: LightningCLI, with one-line errors."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,14 +11,18 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_info
+from transformers.utils.logging import disable_progress_bar
 
 from scsdpo.callbacks import Progress, RunRecords
-from scsdpo.checkpoints import Checkpoint
+from scsdpo.checkpoints import Checkpoint, say
 from scsdpo.cli.config_types import Builder
-from scsdpo.cli.monitor import check_monitor
+from scsdpo.cli.kept import kept
 from scsdpo.cli.parser import SECTIONS, Parser
 from scsdpo.cli.rate import replaced_rate
 from scsdpo.cli.resume import compared, resolved
@@ -33,6 +38,14 @@ from scsdpo.training.newest import told
 
 _COMPARED = (*SECTIONS, "seed_everything")
 """Parts of the configuration that a checkpoint holds."""
+_TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,  # it knows modules, and FLOPs of none; `plan:` says what counts
+}
+_LIGHTNING = "lightning.pytorch.utilities.rank_zero"
+"""The name under which Lightning logs."""
+_SAYS_NOTHING = ("💡 Tip:", "TPU available:", "HPU available:", "GPU available: False")
 
 
 class CLI(LightningCLI):
@@ -55,6 +68,8 @@ class CLI(LightningCLI):
         """Lightning would let the checkpoint's configuration win over the command line."""
 
     def instantiate_classes(self) -> None:
+        if found := kept(sys.argv[2:], self.config[self.subcommand].as_dict()):
+            say(f"kept from an earlier file, where another class stood: {', '.join(found)}")
         builder = Builder(self.config[self.subcommand].as_dict(), SECTIONS)
         self.parser.add_instantiator(builder, object)
         try:
@@ -63,7 +78,13 @@ class CLI(LightningCLI):
             raise builder.mistake or error from error.__cause__
 
     def after_instantiate_classes(self) -> None:
-        config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
+        try:
+            config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
+        except (TypeError, ValueError) as error:  # a checkpoint holds the configuration
+            raise ConfigurationError(
+                "trainer: an argument of a callback, logger, profiler or plugin cannot be written "
+                "as YAML (lightning's Timer has one: use trainer.max_time)"
+            ) from error
         # With this, `PolicyOptimizer.load_from_checkpoint` makes objects of what is described.
         maker = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
         described = json.loads(config)
@@ -71,9 +92,6 @@ class CLI(LightningCLI):
         for saver in self.trainer.checkpoint_callbacks:
             if isinstance(saver, Checkpoint):
                 saver.config = {key: described[key] for key in described if key in _COMPARED}
-                if self.subcommand == "fit":
-                    others = self.trainer.callbacks  # type: ignore[attr-defined]
-                    check_monitor(saver, self.model.val_sampling.n, others)
         if self.subcommand == "fit":
             optimizer = described["model"]["optimizer"].get("init_args") or {}
             if said := replaced_rate(sys.argv[2:], optimizer.get("lr")):
@@ -124,6 +142,11 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigurationError(
+                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} copies a "
+                "process with everything in it; use ddp, by which each rank starts anew"
+            )
         trainer._signal_connector = _NoHandlers(trainer)
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             launcher = trainer.strategy.launcher
@@ -131,7 +154,7 @@ class CLI(LightningCLI):
         return trainer
 
 
-class SaveConfig(SaveConfigCallback):
+class _SaveConfig(SaveConfigCallback):
     """`config.yaml` in the run's folder, whole or not there; a disk that is full costs no run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,6 +164,11 @@ class SaveConfig(SaveConfigCallback):
             text = self.parser.dump(self.config, skip_none=False)
             write = partial(write_whole, Path(folder) / self.config_filename, text)
             Outage(self.config_filename, OSError).attempt(write)
+
+
+def _tells_of_the_run(record: logging.LogRecord) -> bool:
+    """Not what Lightning recommends, nor which devices there are none of."""
+    return not record.getMessage().startswith(_SAYS_NOTHING)
 
 
 class _NoHandlers(_SignalConnector):
@@ -157,6 +185,9 @@ def main(args: Sequence[str]) -> None:
 
 def run_cli(kind: type[CLI]) -> None:
     """Build what `sys.argv` configures and run it."""
+    logging.getLogger(_LIGHTNING).addFilter(_tells_of_the_run)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers', of weights that load
     try:
         kind(
             PolicyOptimizer,
@@ -165,10 +196,10 @@ def run_cli(kind: type[CLI]) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             # Another command must not write over the configuration of a run.
-            save_config_callback=SaveConfig if sys.argv[1:2] == ["fit"] else None,
+            save_config_callback=_SaveConfig if sys.argv[1:2] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},
+            trainer_defaults=_TRAINER_DEFAULTS,
         )
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error

@@ -21,13 +21,22 @@ def own_parser(command: str, what: str, like: str = "predict") -> argparse.Argum
     return parser
 
 
-def new_file(path: Path) -> Path:
+def new_file(path: Path, *suffixes: str) -> Path:
     """`path`, in a folder that exists then.
 
+    Args:
+        path: as given.
+        suffixes: of what is written; a name without one is taken, too.
+
     Raises:
-        ConfigurationError: if it is a folder.
+        ConfigurationError: if it is a folder, or has the suffix of another format.
     """
     if path.is_dir():
         raise ConfigurationError(f"--out: {path} is a folder; name a file")
+    if path.suffix and path.suffix not in suffixes:
+        names = " or ".join(str(path.with_suffix(suffix)) for suffix in suffixes)
+        raise ConfigurationError(
+            f"--out: {path} would not hold what its name says; name it {names}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

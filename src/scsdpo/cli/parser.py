@@ -4,10 +4,11 @@ import inspect
 from argparse import HelpFormatter
 from typing import Any, NoReturn
 
+from jsonargparse._util import resolved_import_paths
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-import scsdpo.lab  # noqa: F401 - so that their classes go by short names
+import scsdpo.lab
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.cli.config_errors import explain
@@ -26,6 +27,12 @@ SECTIONS: dict[str, type] = {
     "progress": Progress,
 }
 """Class of each section of a configuration."""
+
+# The names at the top level are for scripts. jsonargparse would write them, a class's shortest
+# path, into configurations and checkpoints, which hold those of the packages.
+for _home, _names in scsdpo.HOMES.items():
+    for _name in _names if not _home.startswith("cli.") else ():
+        resolved_import_paths.add(getattr(scsdpo, _name), f"scsdpo.{_home}.{_name}")
 
 
 class Parser(LightningArgumentParser):

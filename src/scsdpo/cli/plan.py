@@ -9,9 +9,18 @@ from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import own_parser
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.console import Terminal
-from scsdpo.planning import Devices, Lengths, Rates, Setup, memory_of, setup_of, sharding
+from scsdpo.planning import (
+    Devices,
+    Lengths,
+    Rates,
+    Setup,
+    memory_of,
+    setup_of,
+    sharding,
+    splits,
+)
 from scsdpo.planning.setup import GIB
-from scsdpo.planning.table import print_plan
+from scsdpo.planning.table import print_plan, print_splits
 
 _POSITIVE = ("gpus", "memory", "tflops", "bandwidth", "link", "host_ms")
 _TOKENS = ("prompt_tokens", "teacher_tokens", "response_tokens")
@@ -28,6 +37,8 @@ def main(args: Sequence[str]) -> None:
         value = getattr(given, name)
         if value is not None and not value > 0:
             raise ConfigurationError(f"--{name.replace('_', '-')} must be > 0, got {value}")
+    if given.split is not None and given.split < 2:
+        raise ConfigurationError(f"--split must be >= 2, got {given.split}")
 
     class Planner(CLI):
         def before_instantiate_classes(self) -> None:
@@ -49,7 +60,16 @@ def main(args: Sequence[str]) -> None:
                 link=given.link * 1e9,
                 host=given.host_ms / 1e3,
             )
-            print_plan(setup, memory_of(setup), rates, Terminal())
+            if given.split is None:
+                print_plan(setup, memory_of(setup), rates, Terminal())
+                return
+            found = splits(setup, given.split, rates)
+            if not found:
+                raise ConfigurationError(
+                    f"--split: {given.split} devices cannot be dealt out: the weights fit on no "
+                    f"server, or {setup.questions} questions divide among no number of trainers"
+                )
+            print_splits(setup, found, rates, Terminal())
 
     # LightningCLI and its messages read the command line.
     sys.argv = ["scsdpo", "fit", *rest]
@@ -67,6 +87,7 @@ def options() -> argparse.ArgumentParser:
     add, rates = parser.add_argument, Rates()
     add("--architecture", help="config.json, or its folder, if the policy's is not here")
     add("--gpus", type=int, help="devices in all; default: trainer.devices x trainer.num_nodes")
+    add("--split", type=int, metavar="N", help="show N devices dealt to trainers and vLLM servers")
     add("--memory", type=float, default=80.0, help="GiB of each (80)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="what they are (cuda)")
     add("--prompt-tokens", type=int, help="of a prompt (data.max_prompt_tokens)")

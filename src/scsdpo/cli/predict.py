@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Trainer
 
 from scsdpo.callbacks import PredictionWriter
+from scsdpo.callbacks.prediction_writer import FORMATS
 from scsdpo.cli.evaluate import Chosen, add_policy
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import new_file, own_parser
@@ -38,7 +39,7 @@ def main(args: Sequence[str]) -> None:
         args: what follows `scsdpo predict` on the command line.
     """
     given, rest = options().parse_known_args(args)
-    out = new_file(given.out) if given.out else None
+    out = new_file(given.out, *FORMATS) if given.out else None
     original = list(sys.argv)
     with Chosen(given.policy, rest) as chosen:
 

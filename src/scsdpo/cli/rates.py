@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> None:
         args: what follows `scsdpo rates` on the command line.
     """
     given, rest = options().parse_known_args(args)
-    out = new_file(given.out)
+    out = new_file(given.out, ".json")
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         write_whole(out, json.dumps(measure(trainer, model, data), indent=1) + "\n")

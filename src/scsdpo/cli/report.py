@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scsdpo.cli.options import OptionParser
+from scsdpo.cli.options import OptionParser, new_file
 from scsdpo.errors import ConfigurationError
 from scsdpo.report import Run, panels, read_runs, write
 
@@ -37,8 +37,7 @@ def main(args: Sequence[str]) -> None:
     given = options().parse_args(args)
     runs = read_runs(given.runs)
     out = given.out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    if out.is_dir():
-        raise ConfigurationError(f"--out: {out} is a folder; name a file")
+    out = new_file(out, ".html")
     if given.figures is not None:
         _save_figures(runs, given.figures)
     write(runs, out)

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Question, Result, by_category
-from scsdpo.evaluation.figures import LEVEL, interval
-from scsdpo.statistics import Estimate, detectable_difference, mean_interval, score_difference
-
-_RARE = ("maj@", "pass@")
-"""Scores that are 0 or 1 on nearly every question."""
+from scsdpo.evaluation.figures import LEVEL
+from scsdpo.statistics import Estimate, detectable_difference, interval, paired_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +92,15 @@ def rows_of(
     rows = []
     for name in names[:2] if category else names:
         left, right = ([pair[side][name] for pair in scores] for side in (0, 1))
-        gaps = [y - x for x, y in zip(left, right, strict=True)]
-        bounded = name.startswith(_RARE) and all(abs(gap) <= 1 for gap in gaps)
+        difference = paired_interval(left, right, level=level)
         rows.append(
             Row(
                 category=category,
                 name=name,
-                a=interval(left),
-                b=interval(right),
-                difference=(score_difference if bounded else mean_interval)(gaps, level=level),
-                detectable=detectable_difference(gaps),
+                a=interval(left, level=level),
+                b=interval(right, level=level),
+                difference=difference,
+                detectable=detectable_difference(difference, level=level),
             )
         )
     return rows

@@ -15,7 +15,7 @@ class SeedRow:
     """Mean over the seeds that both have."""
     b: float
     difference: Estimate
-    """b - a, with Student's interval over seeds: t(n - 1)."""
+    """b - a, with Student's interval over seeds: t(n - 1); none if all seeds differ alike."""
     joint: Estimate
     """The same at the level at which all of several intervals hold together (Bonferroni)."""
     ahead: int
@@ -46,15 +46,16 @@ def by_seed(
     for name in names:
         left, right = ([method[seed][name] for seed in seeds] for method in (a, b))
         gaps = [y - x for x, y in zip(left, right, strict=True)]
+        difference = mean_interval(gaps, level=level)
         rows.append(
             SeedRow(
                 name=name,
                 a=mean_interval(left).value,
                 b=mean_interval(right).value,
-                difference=mean_interval(gaps, level=level),
+                difference=difference,
                 joint=mean_interval(gaps, level=1 - (1 - level) / max(comparisons, 1)),
                 ahead=sum(gap > 0 for gap in gaps),
-                detectable=detectable_difference(gaps, level=level),
+                detectable=detectable_difference(difference, level=level),
             )
         )
     return rows

@@ -1,5 +1,6 @@
 """Comparisons on the console."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,14 @@ def spread(one: Estimate, name: str, stars: str = "") -> str:
     """A difference with its interval."""
     by = scale(name)
     low, high = by * one.low, by * one.high
+    if math.isnan(low):  # one alone, or all alike
+        return f"{by * one.value:+.1f} (not known)"
     return f"{by * one.value:+.1f} ({low:+.1f} .. {high:+.1f}){f' {stars}' if stars else ''}"
+
+
+def findable(value: float, name: str) -> str:
+    """The smallest true difference that would be found."""
+    return "-" if math.isnan(value) else f"{scale(name) * value:.1f}"
 
 
 def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
@@ -42,7 +50,7 @@ def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
             f"{by * row.a.value:.1f}",
             f"{by * row.b.value:.1f}",
             spread(row.difference, row.name, "*" if row.difference.tells else ""),
-            f"{by * row.detectable:.1f}",
+            findable(row.detectable, row.name),
         )
     return table
 
@@ -88,7 +96,7 @@ def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
                 f"{by * row.a:.1f}",
                 spread(row.difference, row.name, stars(row)),
                 f"{row.ahead} of {row.difference.n}",
-                f"{by * row.detectable:.1f}",
+                findable(row.detectable, row.name),
             )
     return table
 

@@ -43,7 +43,7 @@ class Source(Dataset[Prompt], ABC):
     @property
     def proves_golds(self) -> bool:
         """Whether it refuses, as it reads, gold answers that no response could meet."""
-        return self.sequential
+        return False
 
     def read(self) -> Iterator[Prompt]:
         """One pass over the prompts, in order."""

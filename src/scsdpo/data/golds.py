@@ -1,19 +1,27 @@
 """Gold answers that no response could meet, found before training."""
 
+import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import get_worker_info
 
+from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.types import Prompt
+from scsdpo.verifiers import Verifier
 from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import MAX_FEEDBACK, contained, prepare_all
 
 SECONDS = 60.0
 """That the proofs of one source may take; then those that were proved are a sample of it."""
 _SHOWN = 120
+_prepared: WeakValueDictionary[int, Verifier] = WeakValueDictionary()
+"""By `id`: those that are ready to judge in this process."""
+_log = logging.getLogger(__name__)
 
 
 def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], str]) -> None:
@@ -55,6 +63,50 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
         ) from unmet[first]
 
 
+def within_reach(
+    source: Source, prompts: Iterable[Prompt], *, log: bool = True
+) -> Iterator[Prompt]:
+    """The prompts of a stream as they come, but those whose gold answer no response could meet.
+
+    They are left out, counted, and the 1st, 2nd, 4th, 8th, ... is logged. Of a pass the first
+    `CHECK_AHEAD` are proved.
+
+    Args:
+        source: the stream; one that proves its gold answers itself is taken as it is.
+        prompts: its prompts, in some order.
+        log: whether to log.
+
+    Raises:
+        ValueError: if none of them all could be met.
+    """
+    if source.proves_golds or not source.sequential:
+        yield from prompts
+        return
+    number, unmet = 0, 0
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            if number <= CHECK_AHEAD:
+                _prove(prompt)
+        except ValueError as error:
+            fault = error
+            unmet += 1
+            worker = get_worker_info()
+            if log and unmet.bit_count() == 1 and (worker is None or worker.id == 0):
+                _warn_unmet(source.name, unmet, number, error)
+        else:
+            yield prompt
+    if unmet and unmet == number:
+        raise ValueError(f"all {number} prompts of {source.name!r} were left out, since {fault}")
+
+
+@rank_zero_only
+def _warn_unmet(*said: object) -> None:
+    _log.warning(
+        "%s: %d of %d prompts left out, since no response could be right, the last because %s",
+        *said,
+    )
+
+
 def _prove(prompt: Prompt) -> None:
     """Raise a ValueError, with the reason, if no response could be right."""
     verifier, gold = prompt.verifier, repr(capped(prompt.answer, _SHOWN))
@@ -62,8 +114,11 @@ def _prove(prompt: Prompt) -> None:
     response = verifier.written(prompt)
     if not response:
         return
-    prepare_all([verifier])
-    verdict = contained(replace(prompt, thinking=""), response, MAX_FEEDBACK)
+    if _prepared.get(id(verifier)) is not verifier:
+        prepare_all([verifier])
+        _prepared[id(verifier)] = verifier
+    bare = replace(prompt, thinking="") if prompt.thinking else prompt
+    verdict = contained(bare, response, MAX_FEEDBACK)
     if verdict.error:
         raise ValueError(f"the gold answer {gold} cannot be judged: {verdict.error}")
     if verdict.reward <= 0:

@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from scsdpo.data._base import Source, source_key
+from scsdpo.data.golds import within_reach
 from scsdpo.data.loader import (
     EpochSampler,
     EvaluationLoader,
@@ -274,7 +275,7 @@ class TaskDataModule(LightningDataModule):
 
 def _head(source: Source, most: float, *, named: bool) -> list[Prompt]:
     """The first prompts of a source: `most`, or all that it has or says that it has."""
-    prompts = islice(source.read(), int(min(len(source), most)))
+    prompts = islice(within_reach(source, source.read()), int(min(len(source), most)))
     return [_named(prompt, source.name) if named else prompt for prompt in prompts]
 
 

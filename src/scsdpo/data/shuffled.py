@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from scsdpo.data._base import Source, source_key
+from scsdpo.data.golds import within_reach
 from scsdpo.data.rendered import Rendered, rendered, too_long, warn_dropped
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.chat import Chat
@@ -153,7 +154,8 @@ class _Streamed(ShuffledSource):
 
     def _fitting(self, seed: int, *, log: bool) -> Iterator[Prompt]:
         dropped = in_a_row = read = 0
-        for read, prompt in enumerate(self.source.shuffled(seed), start=1):
+        asked = within_reach(self.source, self.source.shuffled(seed), log=log)
+        for read, prompt in enumerate(asked, start=1):
             prompt = rendered(prompt, self.chat)
             if len(prompt.ids) <= self.max_tokens:
                 in_a_row = 0

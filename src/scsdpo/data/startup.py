@@ -145,9 +145,9 @@ def _check_source(module: Any, source: Source) -> None:
 def check_golds(source: Source) -> None:
     """Raise a ValueError if no response could meet one of the first gold answers of a source.
 
-    Rows of a file or a set are proved as they are read, also those of a stream.
+    Rows of a file or a set are proved as they are read, and prompts of a stream as they come.
     """
-    if not source.proves_golds:
+    if not source.proves_golds and not source.sequential:
         prompts = list(islice(source.read(), CHECK_AHEAD))
         refuse_unmet(source.name, prompts, lambda index: f"prompt {index + 1} of {source.name!r}")
 
@@ -292,7 +292,8 @@ def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
     judged = Judged(
         responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
     )
-    return module.teacher.contexts(chat, judged).ids[0][1]
+    first = next(iter(module.teacher.contexts(chat, judged).values()))
+    return first.ids[0][1]
 
 
 def _teacher(module: Any, prompt: Prompt, name: str) -> str:

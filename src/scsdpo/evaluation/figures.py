@@ -6,7 +6,7 @@ import torch
 
 from scsdpo.evaluation.question import Question
 from scsdpo.metrics import MajAtK, MeanAtK
-from scsdpo.statistics import Estimate, mean_interval, score_interval
+from scsdpo.statistics import Estimate, interval
 
 Figures = dict[str, dict[str, Estimate]]
 """By category ('': all), then by name."""
@@ -30,7 +30,8 @@ def figures(questions: Sequence[Question]) -> Figures:
     for name, group in by_category(questions).items():
         rows = [question.scores() for question in group]
         found[name] = {
-            score: interval([row[score] for row in rows]) for score in (rows[0] if rows else ())
+            score: interval([row[score] for row in rows], level=LEVEL)
+            for score in (rows[0] if rows else ())
         }
     return found
 
@@ -49,9 +50,3 @@ def means(questions: Sequence[Question]) -> dict[str, float]:
         found[f"{prefix}mean@{k}"] = float(mean.compute())
         found[f"{prefix}maj@{k}"] = float(majority.compute())
     return found
-
-
-def interval(scores: Sequence[float]) -> Estimate:
-    """Of scores within [0, 1] `score_interval`; of others, such as lengths, Student's."""
-    inside = all(0 <= score <= 1 for score in scores)
-    return (score_interval if inside else mean_interval)(scores, level=LEVEL)

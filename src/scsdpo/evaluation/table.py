@@ -1,5 +1,7 @@
 """An evaluation on the console."""
 
+import math
+
 from rich.console import Group
 from rich.table import Table
 
@@ -58,4 +60,5 @@ def _shown(result: Result) -> Table:
 
 
 def _cells(one: Estimate, scale: float = 100) -> tuple[str, str]:
-    return f"{scale * one.value:.1f}", f"({scale * one.low:.1f} .. {scale * one.high:.1f})"
+    known = f"({scale * one.low:.1f} .. {scale * one.high:.1f})"
+    return f"{scale * one.value:.1f}", "(not known)" if math.isnan(one.low) else known

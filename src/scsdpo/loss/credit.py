@@ -22,6 +22,9 @@ class Chunk:
     """T at the same positions, computed when first asked for."""
     reference: Callable[[], TokenLogits]
     """The anchor's distribution, computed when first asked for."""
+    others: tuple[Callable[[], TokenLogits], ...]
+    """What the teacher's weights say after each further context of a `Contexts`, in order. Where a
+    rollout does not have the context, the logits are equal."""
     ids: Tensor
     """[n] int64: the sampled tokens y."""
     logprob: Tensor

@@ -102,6 +102,8 @@ class Objective:
     teacher: TeacherOutput
     reference: TeacherOutput
     temperature: float
+    others: tuple[TeacherOutput, ...] = ()
+    """The teacher's, after its further contexts."""
     observe: Observer = unobserved
 
 
@@ -254,20 +256,22 @@ class _Work:
             return cache(partial(output.logits, part, objective.temperature, self.products))
 
         made = TokenLogits.of(self.hidden[part], self.head, objective.temperature, self.products)
-        teacher, reference = ask(objective.teacher), ask(objective.reference)
+        outputs = (objective.teacher, objective.reference, *objective.others)
+        tables = [ask(output) for output in outputs]
         for block in _slices(*self._block_size(made.logits)):
             self.between.recycle()
             student = TokenLogits(made.logits[block], self.between)
             inside = slice(part.start + block.start, part.start + block.stop)
+            teacher, reference, *others = (
+                cache(partial(self._target, output, made_of, block, student))
+                for output, made_of in zip(outputs, tables, strict=True)
+            )
             gradient = self._gradient(
                 Chunk(
                     student=student,
-                    teacher=cache(
-                        partial(self._target, objective.teacher, teacher, block, student)
-                    ),
-                    reference=cache(
-                        partial(self._target, objective.reference, reference, block, student)
-                    ),
+                    teacher=teacher,
+                    reference=reference,
+                    others=tuple(others),
                     ids=self.tokens.ids[inside],
                     logprob=student.logprob(self.tokens.ids[inside]),
                     places=self.tokens.places[inside],

@@ -32,6 +32,9 @@ class Signals:
     """log T(y_t)."""
     teacher_entropy: Tensor
     """H(T_t)."""
+    others: Tensor
+    """[P, R, L]: log-prob of y_t under the teacher's weights after each of its P further contexts
+    (`Contexts`); nan where the rollout does not have the context."""
     objective: Tensor
     """The advantage's at the token under the current policy: its loss before any weight. Only of an
     advantage that needs no table itself."""
@@ -39,9 +42,13 @@ class Signals:
 
     @staticmethod
     def unmeasured(
-        mask: Tensor, ended: Tensor, sampling_logprob: Tensor, old_logprob: Tensor
+        mask: Tensor,
+        ended: Tensor,
+        sampling_logprob: Tensor,
+        old_logprob: Tensor,
+        others: int = 0,
     ) -> "Signals":
-        """What is known before any forward; zeros where a measuring pass would write."""
+        """What is known before any forward; zeros (nan for `others`) where a pass would write."""
         zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(5)]
         return Signals(
             mask=mask,
@@ -52,6 +59,7 @@ class Signals:
             student_entropy=zeros[1],
             teacher_logprob=zeros[2],
             teacher_entropy=zeros[3],
+            others=torch.full_like(zeros[3], torch.nan).expand(others, *mask.shape).clone(),
             objective=zeros[4],
         )
 

@@ -6,6 +6,7 @@ from scsdpo.planning.callback import MemoryPlan
 from scsdpo.planning.memory import Memory, Parts, memory_of
 from scsdpo.planning.setup import Devices, Lengths, Setup, setup_of, sharding
 from scsdpo.planning.speed import Rates, Work, work_of
+from scsdpo.planning.splitting import Split, splits
 
 __all__ = [
     "Advice",
@@ -18,6 +19,7 @@ __all__ = [
     "Parts",
     "Rates",
     "Setup",
+    "Split",
     "Work",
     "advice",
     "fits",
@@ -26,5 +28,6 @@ __all__ = [
     "setup_of",
     "sharding",
     "skeleton",
+    "splits",
     "work_of",
 ]

@@ -1,7 +1,8 @@
-"""The smallest change that makes a setup fit."""
+"""The fewest changes that make a setup fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import Setup, with_lora
@@ -27,48 +28,63 @@ def fits(setup: Setup, memory: Memory) -> bool:
 
 
 def advice(setup: Setup) -> Advice | None:
-    """The first change that suffices, those that change no number first; then several together.
-
-    None: not even all of them do.
+    """The fewest changes that suffice: on the setup's own devices, then on more of them, and last
+    to another method. None: not even all of them do.
     """
-    together: list[str] = []
-    changed = setup
-    steps = list(_changes(setup))
-    for words, change in steps:
-        if (found := _tried(words, change(setup))) is not None:
-            return found
-    for words, change in steps:
-        if (next_ := change(changed)) != changed:
-            changed = next_
-            together.append(words)
-            if (found := _tried(" and ".join(together), changed)) is not None:
-                return found
+    own, ranks = _own(setup), setup.devices.ranks
+    more = [n for n in (2, 4, 8, 16, 32, 64) if n > ranks and setup.questions % n == 0]
+    rooms = [*_combined(own), *(each for n in more for each in _combined(own, _devices(n)))]
+    if setup.counted.whole:
+        rooms += _combined(own, _LORA)
+        rooms += (each for n in more for each in _combined(own, _LORA, _devices(n)))
+    for changes in rooms:
+        changed = setup
+        for change in changes:
+            changed = change.apply(changed)
+        memory = memory_of(changed)
+        if changes and fits(changed, memory):
+            words = " and ".join(change.words for change in changes)
+            return Advice(words=words, setup=changed, memory=memory)
     return None
 
 
-def _tried(words: str, setup: Setup) -> Advice | None:
-    memory = memory_of(setup)
-    return Advice(words=words, setup=setup, memory=memory) if fits(setup, memory) else None
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    words: str
+    apply: Callable[[Setup], Setup]
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
-    """From what costs least to what costs most."""
+def _combined(own: Sequence[_Change], *first: _Change) -> Iterator[tuple[_Change, ...]]:
+    """`first` with none of `own`, with each of them, each pair, and so on."""
+    for number in range(len(own) + 1):
+        for chosen in combinations(own, number):
+            yield (*first, *chosen)
+
+
+def _own(setup: Setup) -> list[_Change]:
+    """Those that need no other device and change no number, from what costs least."""
+    found = []
     if setup.optimizer.temporary:
-        yield "model.optimizer.init_args.fused=true", _fused
+        found.append(_Change(words="model.optimizer.init_args.fused=true", apply=_fused))
     if not setup.checkpointing:
-        yield "model.policy.gradient_checkpointing=true", lambda s: replace(s, checkpointing=True)
+        words = "model.policy.gradient_checkpointing=true"
+        found.append(_Change(words=words, apply=lambda s: replace(s, checkpointing=True)))
     if setup.max_tokens == "auto" or setup.max_tokens > FEW_TOKENS:
-        yield f"model.limits.max_tokens={FEW_TOKENS}", lambda s: replace(s, max_tokens=FEW_TOKENS)
+        words = f"model.limits.max_tokens={FEW_TOKENS}"
+        found.append(_Change(words=words, apply=lambda s: replace(s, max_tokens=FEW_TOKENS)))
     if setup.sampler.kind == "hf":
         room = setup.sampler.max_tokens // 4
-        yield f"model.rollout.init_args.max_tokens={room}", lambda s: _with_cache(s, room)
+        words = f"model.rollout.init_args.max_tokens={room}"
+        found.append(_Change(words=words, apply=lambda s: _with_cache(s, room)))
     if not setup.devices.sharded and setup.devices.ranks > 1:
-        yield "FullySharded (configs/scale)", lambda s: s.on(sharded=True)
-    for ranks in (2, 4, 8, 16, 32, 64):
-        if ranks > setup.devices.ranks and setup.questions % ranks == 0:
-            yield f"{ranks} devices with FullySharded (configs/scale)", _sharded(ranks)
-    if setup.counted.whole:
-        yield "model.policy.adapter=Lora (another method: rank 32)", with_lora
+        words = "FullySharded (configs/scale)"
+        found.append(_Change(words=words, apply=lambda s: s.on(sharded=True)))
+    return found
+
+
+def _devices(ranks: int) -> _Change:
+    words = f"{ranks} devices with FullySharded (configs/scale)"
+    return _Change(words=words, apply=lambda s: on_ranks(s, ranks, sharded=True))
 
 
 def _fused(setup: Setup) -> Setup:
@@ -79,10 +95,10 @@ def _with_cache(setup: Setup, tokens: int) -> Setup:
     return replace(setup, sampler=replace(setup.sampler, max_tokens=tokens))
 
 
-def _sharded(ranks: int) -> Callable[[Setup], Setup]:
-    def change(setup: Setup) -> Setup:
-        # Responses asked for at once are dealt anew.
-        asked = max(setup.in_flight * setup.devices.ranks // ranks, 1)
-        return replace(setup.on(ranks=ranks, sharded=True), in_flight=asked)
+def on_ranks(setup: Setup, ranks: int, *, sharded: bool) -> Setup:
+    """On so many devices; responses asked for at once are dealt anew."""
+    asked = max(setup.in_flight * setup.devices.ranks // ranks, 1)
+    return replace(setup.on(ranks=ranks, sharded=sharded), in_flight=asked)
 
-    return change
+
+_LORA = _Change(words="model.policy.adapter=Lora (another method: rank 32)", apply=with_lora)

@@ -1,9 +1,11 @@
 """The shapes of a model, read off its `config.json` without a weight."""
 
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,8 +15,8 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.policy import TINY_FOLDER
 from scsdpo.policy.adapter import Adapter
 
-_SHIPPED = Path(__file__).parent / "architectures"
-"""Shapes of the models that configs/ names, so that they can be planned without the hub."""
+_SHIPPED = Path(__file__).parent / "architectures.json"
+"""Shapes of the common models by hub name, so that they can be planned without the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,6 @@ def read_config(name_or_path: str, architecture: str | None = None) -> PreTraine
     Raises:
         ConfigurationError: if it is nowhere on this machine, naming the remedy.
     """
-    shipped = _SHIPPED / f"{name_or_path.replace('/', '--')}.json"
     if name_or_path == "tiny":
         name_or_path = str(TINY_FOLDER)
     if architecture is not None:
@@ -194,17 +195,24 @@ def read_config(name_or_path: str, architecture: str | None = None) -> PreTraine
     try:
         return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError) as error:
-        if shipped.exists():
-            return _load(name_or_path, str(shipped))
+        shipped = shapes()
+        if name_or_path in shipped:
+            sizes = dict(shipped[name_or_path])
+            return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        close = difflib.get_close_matches(name_or_path, shipped, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigurationError(
-            f"model.policy.name_or_path: {name_or_path} is no folder, and its config.json is not "
-            "in the cache; `scsdpo plan` does not ask the hub: give --architecture FILE, its "
-            f"config.json or the folder that holds it (shipped: {', '.join(_names())})"
+            f"model.policy.name_or_path: {name_or_path} is no folder, its config.json is not in "
+            f"the cache, and its shapes are not among the {len(shipped)} that ship; `scsdpo plan` "
+            "does not ask the hub: give --architecture FILE, its config.json or the folder that "
+            f"holds it{hint}"
         ) from error
 
 
-def _names() -> Sequence[str]:
-    return sorted(path.stem.replace("--", "/") for path in _SHIPPED.glob("*.json"))
+def shapes() -> Mapping[str, Mapping[str, Any]]:
+    """The sizes that ship, by hub name: what of `config.json` decides memory."""
+    listed = json.loads(_SHIPPED.read_text(encoding="utf-8"))
+    return {name: each["config"] for each in listed for name in each["names"]}
 
 
 def _load(key: str, path: str) -> PreTrainedConfig:

@@ -253,7 +253,7 @@ def _second(teacher: Teacher, slot: str) -> SecondWeights:
     policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
     made = copy.deepcopy(teacher)  # no weights are there yet
     made.configure(policy, slot)
-    trunks = len(made.trunks(policy))
+    trunks = len(made.trunks(policy)) * len(made.context.named)
     return SecondWeights(slot=slot, kind=noted.kind, trunks=trunks, stored=noted.stored)
 
 

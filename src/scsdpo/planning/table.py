@@ -1,6 +1,6 @@
 """A plan in words and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from scsdpo.planning.advice import FEW_TOKENS, ROOM, advice, fits
 from scsdpo.planning.memory import PHASES, Memory, memory_of
 from scsdpo.planning.setup import GIB, Setup
 from scsdpo.planning.speed import Rates, work_of
+from scsdpo.planning.splitting import Split
 
 _WORDS = {
     "process": "libraries, device context (assumed)",
@@ -149,6 +150,40 @@ def _phases(setup: Setup, memory: Memory, rates: Rates) -> Table:
     room = gib(setup.devices.memory - memory.peak)
     table.add_row("step", gib(memory.peak), room, f"{sum(seconds.values()):.1f}")
     return table
+
+
+def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Console) -> None:
+    """Ways to deal devices out between trainers and servers, and what `setup` takes in turns."""
+    console.print(described(setup), highlight=False, soft_wrap=True)
+    table = Table(title="trainers and vLLM servers", title_justify="left")
+    for column in ("trainers", "servers", "devices a server", "trainer's peak GiB", "room"):
+        table.add_column(column, justify="right")
+    for column in ("sampling s", "training s", "batch s"):
+        table.add_column(column, justify="right")
+    for split in found:
+        room = gib(split.setup.devices.memory - split.memory.peak)
+        how = " (shards)" if split.setup.devices.sharded else ""
+        cells = [f"{split.trainers}{how}", str(split.servers), str(split.width)]
+        cells += [gib(split.memory.peak), room if split.fits else f"{room}: does not fit"]
+        cells += [f"{n:.1f}" for n in (split.sampling, split.training, split.seconds)]
+        table.add_row(*cells)
+    console.print(table)
+    for line in (_fastest(found), *assumptions(setup, memory_of(setup), rates)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _fastest(found: Sequence[Split]) -> str:
+    best = next((split for split in found if split.fits), None)
+    if best is None:
+        return "No split fits: take LoRA, checkpointing, a smaller model or larger devices."
+    shards = " with FullySharded (configs/scale)" if best.setup.devices.sharded else ""
+    wide = f" of {best.width} devices each (tensor_parallel_size)" if best.width > 1 else ""
+    return (
+        f"Fastest that fits: trainer.devices={best.trainers}{shards} and {best.servers} "
+        f"server{'s' if best.servers > 1 else ''}{wide} (configs/rollouts/vllm-server.yaml), "
+        f"{best.seconds:.1f} s a batch; they work in turns, and what the weights take on their way "
+        "to the servers is not counted."
+    )
 
 
 def compact(setup: Setup, memory: Memory) -> list[str]:

@@ -43,6 +43,10 @@ class Weights(nn.Module, ABC):
         """The whole models of its own, beside the policy's."""
         return ()
 
+    def same(self, other: "Weights") -> bool:
+        """Whether both are one set of weights, so that a forward of one is that of the other."""
+        return self is other
+
     @torch.no_grad()
     def follow(self, model: nn.Module, rate: float) -> None:
         """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
@@ -225,6 +229,9 @@ class Lora(Adapter):
 class _Student(Weights):
     """The weights that are being trained."""
 
+    def same(self, other: Weights) -> bool:
+        return isinstance(other, _Student)
+
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
         self.adapter = adapter
@@ -325,6 +332,9 @@ def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: 
 
 class _Base(Weights):
     """The frozen base of a LoRA policy: adapters off."""
+
+    def same(self, other: Weights) -> bool:
+        return isinstance(other, _Base)
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:

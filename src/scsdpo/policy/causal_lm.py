@@ -27,6 +27,7 @@ from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.location import located
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
@@ -64,7 +65,8 @@ class CausalLM(nn.Module):
             `strftime_now: 2026-01-31` fixes the date that a template writes.
 
     Raises:
-        ValueError: if there is no such checkpoint, no chat template or no end-of-sequence token;
+        ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
+            and has left no copy here; if there is no chat template or no end-of-sequence token;
             from `configure_model`, if the architecture rescales its logits behind the head.
     """
 
@@ -93,7 +95,10 @@ class CausalLM(nn.Module):
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
-        self._path = str(TINY_FOLDER) if name_or_path == TINY else name_or_path
+        try:
+            self._path = str(TINY_FOLDER) if name_or_path == TINY else located(name_or_path)
+        except ValueError as error:
+            raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
@@ -309,11 +314,9 @@ def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:
             ends = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
             ends = config.eos_token_id
-    except (OSError, ValueError) as error:
-        kind = "folder" if Path(path).exists() else "hub name (or the hub cannot be reached)"
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"`CausalLM(name_or_path={name!r})` cannot be loaded as a {kind}: "
-            f"{str(error).splitlines()[0]}"
+            f"`CausalLM(name_or_path={name!r})` cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     listed = [ends] if isinstance(ends, int) else list(ends or [])
     if tokenizer.eos_token_id is not None:

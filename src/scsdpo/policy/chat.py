@@ -8,6 +8,7 @@ out. A text that spells none goes to the tokenizer as it is: its ids are `apply_
 """
 
 import copy
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,15 +284,21 @@ class Chat:
 
         Where several tokens make one character the last of them has it, and the others ''.
         """
-        pieces, start, said = [], 0, 0
+        pieces: list[str] = []
+        start = said = 0  # of what is read; the first id without a piece
         for end in range(1, len(ids) + 1):
+            text = self._whole(ids[start:end])
+            if text.endswith("\ufffd") and end < len(ids):
+                continue  # perhaps the beginning of a character
+            given = len(self._whole(ids[start:said]))
+            for last in range(said + 1, end):
+                until = zip(self._whole(ids[start:last]), text, strict=False)
+                known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], until))
+                pieces.append(text[given:known])
+                given = max(given, known)
+            pieces.append(text[given:])
             # From a token before, for some tokenizers drop a leading space.
-            before, text = self._whole(ids[start:said]), self._whole(ids[start:end])
-            # A character has four bytes at most: what is not one by then never will be.
-            whole = not text.endswith("\ufffd") or end == len(ids) or end - said >= 4
-            pieces.append(text[len(before) :] if whole else "")
-            if whole:
-                start, said = said, end
+            start, said = said, end
         return pieces
 
     def _whole(self, ids: Sequence[int]) -> str:

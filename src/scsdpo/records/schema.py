@@ -39,7 +39,7 @@ class RolloutRecord(Place):
     target: str
     """The gold answer, which the policy never sees."""
     output: str
-    """The response's text, without special tokens."""
+    """The response's text, without beginnings, ends and padding."""
     answer: str | None
     """What the verifier extracted; None: nothing."""
     reward: Number

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scsdpo.io.files import whole_object
-from scsdpo.statistics import Estimate, mean_interval, score_difference
+from scsdpo.statistics import Estimate, paired_interval
 
 SCHEMA = 1
 """Of the files that are read."""
@@ -62,12 +62,13 @@ def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
     """Of the share of questions with any right response, paired; None if they were others."""
     if not after.solved or after.solved.keys() != before.solved.keys():
         return None
-    pairs = [(now, before.solved[key]) for key, now in after.solved.items()]
-    return score_difference([float(now) - float(then) for now, then in pairs])
+    then = [float(before.solved[key]) for key in after.solved]
+    return paired_interval(then, [float(now) for now in after.solved.values()])
 
 
 def difference(after: Evaluation, before: Evaluation) -> Estimate | None:
     """Mean reward after less before, paired by question; None if they were asked others."""
     if not after.scores or after.scores.keys() != before.scores.keys():
         return None
-    return mean_interval([score - before.scores[key] for key, score in after.scores.items()])
+    then = [before.scores[key] for key in after.scores]
+    return paired_interval(then, list(after.scores.values()))

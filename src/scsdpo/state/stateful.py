@@ -75,5 +75,7 @@ def nested_state(strategies: Iterable[object]) -> Iterator[nn.Module]:
             yield strategy
         elif isinstance(strategy, list | tuple):
             yield from nested_state(strategy)
+        elif isinstance(strategy, dict):
+            yield from nested_state(strategy.values())
         elif is_dataclass(strategy):
             yield from nested_state(getattr(strategy, field.name) for field in fields(strategy))

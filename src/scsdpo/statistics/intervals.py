@@ -3,16 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
+from scsdpo.statistics.beta import beta_quantile
 from scsdpo.statistics.student import detectable, t_quantile
 
 Numbers = Sequence[float] | np.ndarray
-_END = 0.25
+_END = 0.125
 """Of a question at each end of the range, in the variance of scores; chosen by what it covers."""
-_DISCORDANT = 0.5
-"""Of a question won and one lost, in the variance of differences."""
+_MOST = 1e6
+"""Yes-or-no questions that a sample can be worth."""
+_ALIKE = 0.05
+"""From an end of the range: both scores of a pair within it show nothing that sets them apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +35,29 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
+def interval(values: Numbers, *, level: float = 0.95) -> Estimate:
+    """Of a mean, by its values alone: `score_interval` if all lie in [0, 1], else Student's."""
+    sample = np.asarray(values, dtype=np.float64)
+    return (score_interval if _are_scores(sample) else mean_interval)(sample, level=level)
+
+
+def paired_interval(first: Numbers, second: Numbers, *, level: float = 0.95) -> Estimate:
+    """Of the mean of second - first, by the values of both alone: as `interval`."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    if _are_scores(a) and _are_scores(b):
+        return score_difference(a, b, level=level)
+    return mean_interval(b - a, level=level)
+
+
+def _are_scores(sample: np.ndarray) -> bool:
+    return bool(((sample >= 0) & (sample <= 1)).all())
+
+
 def mean_interval(values: Numbers, *, level: float = 0.95) -> Estimate:
     """Student's interval of a mean: m +- t(n - 1) s / sqrt(n), s the sample's deviation.
 
-    For values without ends, or far from them: lengths, differences of means, seeds. Covers
-    `level` exactly if the values are normal, whatever their number.
+    For values without ends: lengths, seeds. Covers `level` exactly if the values are normal,
+    whatever their number. Equal values say nothing of how far others lie apart: bounds are nan.
 
     Args:
         values: [n], independent; a question's mean over its k responses, a seed's difference, ...
@@ -44,79 +66,129 @@ def mean_interval(values: Numbers, *, level: float = 0.95) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     n = len(sample)
     mean = float(sample.mean()) if n else math.nan
-    if n < 2:
+    spread = float(sample.std(ddof=1)) if n > 1 else 0.0
+    if not spread > 1e-12 * np.abs(sample).max(initial=0.0):  # less is rounding
         return Estimate(value=mean, low=math.nan, high=math.nan, n=n)
-    half = t_quantile((1 + level) / 2, n - 1) * float(sample.std(ddof=1)) / math.sqrt(n)
+    half = t_quantile((1 + level) / 2, n - 1) * spread / math.sqrt(n)
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
 
 
 def score_interval(scores: Numbers, *, level: float = 0.95) -> Estimate:
-    """Interval of the mean of scores in [0, 1]: Wilson's, with the effective number of questions.
+    """Interval of the mean of scores in [0, 1]: Clopper and Pearson's, of as many yes-or-no
+    questions as tell as much.
 
-    The bounds are the m with |mean - m| = t(n - 1) sqrt(m (1 - m) / e), where
-    e = n m' (1 - m') / v' is the number of yes-or-no questions that would tell as much; m' and v'
-    are mean and variance of the scores and a quarter of a question at either end. For scores of 0
-    and 1 alone that is Wilson's interval, for others it tends to Student's. It stays within
-    [0, 1], and has a width where all questions scored alike; both Student's interval and the
-    bootstrap cover next to nothing there. docs/evaluation.md has what each covers.
+    With m and v the mean and the variance of the scores and an eighth of a question at either end,
+    the sample tells as much as e = n m (1 - m) / v yes-or-no questions, e >= n, of which the mean's
+    share are right; of what e exceeds n, (z / t(n - 1))^2 counts, since v is estimated. Bounds are
+    the beta quantiles of Clopper and Pearson. Scores of 0 and 1 alone have e = n, hence their exact
+    interval, which covers at least `level`; others tend to Student's. It stays within [0, 1], and
+    has a width where all questions scored alike. docs/evaluation.md has what it covers.
 
     Args:
         scores: [n] in [0, 1], one a question: mean@k, maj@k, pass@k, a share of its responses.
         level: of the interval.
 
+    Raises:
+        ValueError: if a score lies outside [0, 1].
+
     Source:
-        Wilson 1927; the effective number as for complex surveys (Korn and Graubard 1998).
+        Clopper and Pearson 1934; the effective number as Korn and Graubard 1998, for surveys.
     """
     sample = np.asarray(scores, dtype=np.float64)
+    if not _are_scores(sample):
+        raise ValueError("`score_interval(scores=...)` must lie in [0, 1]; use `mean_interval`")
     n = len(sample)
     mean = float(sample.mean()) if n else math.nan
     if n < 2:
         return Estimate(value=mean, low=math.nan, high=math.nan, n=n)
-    if sample.min() < 0 or sample.max() > 1:
-        raise ValueError("`score_interval(scores=...)` must lie in [0, 1]; use `mean_interval`")
-    weight = n + 2 * _END
-    center = (float(sample.sum()) + _END) / weight
-    variance = (float((sample**2).sum()) + _END) / weight - center**2
-    effective = n * center * (1 - center) / variance
-    z2 = t_quantile((1 + level) / 2, n - 1) ** 2 / effective
-    middle = (mean + z2 / 2) / (1 + z2)
-    half = math.sqrt(max(mean * (1 - mean), 0.0) * z2 + z2**2 / 4) / (1 + z2)
-    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
-    return Estimate(value=mean, low=min(low, mean), high=max(high, mean), n=n)
+    ((low,), (high,)) = score_bounds(sample[None], level=level)
+    return Estimate(value=mean, low=float(low), high=float(high), n=n)
 
 
-def score_difference(differences: Numbers, *, level: float = 0.95) -> Estimate:
-    """Interval of the mean difference of two scores in [0, 1], paired by question.
+def score_bounds(scores: np.ndarray, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of `score_interval`, [S] and [S], of S samples of n >= 2 scores each, [S, n]."""
+    n, mean = scores.shape[1], scores.mean(1)
+    weight, upper = n + 2 * _END, (1 + level) / 2
+    center = (scores.sum(1) + _END) / weight
+    variance = ((scores**2).sum(1) + _END) / weight - center**2
+    known = n * center * (1 - center) / variance
+    shrunk = (NormalDist().inv_cdf(upper) / t_quantile(upper, n - 1)) ** 2
+    effective = np.clip(n + (known - n) * shrunk, n, max(_MOST, n))
+    of = effective * np.stack([mean, 1 - mean])  # right, and wrong, whose bound is the upper one
+    some = of > 1e-9 * effective
+    quantiles = beta_quantile(1 - upper, np.where(some, of, 1.0), of[::-1] + 1)
+    low, rest = np.where(some, quantiles, 0.0)
+    return np.minimum(low, mean), np.maximum(1 - rest, mean)
 
-    Student's, with half a question at -1 and half a one at 1 in the variance: where all questions
-    but few scored alike, what was not met is left open.
+
+def score_difference(first: Numbers, second: Numbers, *, level: float = 0.95) -> Estimate:
+    """Interval of the mean of second - first, two scores in [0, 1] of the same questions.
+
+    Student's, with one more question in the sum of squares, so that what was not met is left open:
+
+        v = (sum_i (d_i - mean d)^2 + j) / (n - 1)
+        half = max(t(n - 1) sqrt(v / n), r (1 - ((1 - level) / 2)^(1/n)))
+
+    r^2 is the mean square of the differences that are not 0 (1 where all are), and
+    j = max(r^2, f^2 / 2) with f the share of pairs whose scores both lie within .05 of the same
+    end: mastered or hopeless for both, they show nothing of what could set them apart. The second
+    bound is what n questions without a difference of that size cannot exclude. For scores of 0 and
+    1 j is 1: half a question won and half a one lost.
 
     Args:
-        differences: [n] in [-1, 1], one a question: of maj@k, or of pass@k.
+        first: [n] in [0, 1], one a question.
+        second: [n], of the same questions in the same order.
         level: of the interval.
+
+    Raises:
+        ValueError: if a score lies outside [0, 1].
 
     Source:
         Of yes-or-no answers: half a pair in each discordant cell, Agresti and Min 2005.
     """
-    sample = np.asarray(differences, dtype=np.float64)
-    n = len(sample)
-    mean = float(sample.mean()) if n else math.nan
+    a, b = (np.asarray(scores, dtype=np.float64) for scores in (first, second))
+    if not (_are_scores(a) and _are_scores(b)):
+        raise ValueError("`score_difference(...)` needs scores in [0, 1]; use `mean_interval`")
+    n = len(a)
+    mean = float((b - a).mean()) if n else math.nan
     if n < 2:
         return Estimate(value=mean, low=math.nan, high=math.nan, n=n)
-    variance = (float(((sample - mean) ** 2).sum()) + 2 * _DISCORDANT) / (n - 1)
-    half = t_quantile((1 + level) / 2, n - 1) * math.sqrt(variance / n)
-    return Estimate(value=mean, low=max(mean - half, -1.0), high=min(mean + half, 1.0), n=n)
+    ((low,), (high,)) = difference_bounds(a[None], b[None], level=level)
+    return Estimate(value=mean, low=float(low), high=float(high), n=n)
 
 
-def detectable_difference(
-    differences: Numbers, *, level: float = 0.95, power: float = 0.8
-) -> float:
-    """The smallest true mean that so many such differences would tell from 0, mostly.
+def difference_bounds(
+    first: np.ndarray, second: np.ndarray, *, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of `score_difference`, [S] and [S], of S samples of n >= 2 pairs each, [S, n]."""
+    gaps, n = second - first, first.shape[1]
+    mean, met = gaps.mean(1), (np.abs(gaps) > 1e-12).sum(1)
+    square = np.where(met > 0, (gaps**2).sum(1) / np.maximum(met, 1), 1.0)
+    least, most = np.minimum(first, second), np.maximum(first, second)
+    alike = ((least >= 1 - _ALIKE) | (most <= _ALIKE)).mean(1)
+    more = np.maximum(square, alike**2 / 2)
+    variance = (((gaps - mean[:, None]) ** 2).sum(1) + more) / (n - 1)
+    upper = (1 + level) / 2
+    half = t_quantile(upper, n - 1) * np.sqrt(variance / n)
+    half = np.maximum(half, np.sqrt(square) * (1 - (1 - upper) ** (1 / n)))
+    return np.maximum(mean - half, -1.0), np.minimum(mean + half, 1.0)
 
-    `detectable` times the sample's deviation; nan with fewer than two. It says what an experiment
-    could have found, and how many pairs the next one needs.
+
+def detectable_difference(estimate: Estimate, *, level: float = 0.95, power: float = 0.8) -> float:
+    """The smallest true mean that as many such differences would tell from 0, mostly.
+
+    `detectable` times the standard deviation of one difference that the interval was made with,
+    half sqrt(n) / t(n - 1); nan where there is no interval. It says what an experiment could have
+    found, and how many pairs the next one needs.
+
+    Args:
+        estimate: of the differences' mean.
+        level: of its interval.
+        power: share of experiments that find it.
     """
-    sample = np.asarray(differences, dtype=np.float64)
-    if len(sample) < 2:
+    n = estimate.n
+    half = max(estimate.high - estimate.value, estimate.value - estimate.low)
+    if not half >= 0:
         return math.nan
-    return float(sample.std(ddof=1)) * detectable(len(sample), level=level, power=power)
+    deviation = half * math.sqrt(n) / t_quantile((1 + level) / 2, n - 1)
+    return deviation * detectable(n, level=level, power=power)

@@ -1,14 +1,19 @@
 """Teacher: what would the model say, had it known more?"""
 
-from scsdpo.teacher._base import NoTeacher, Teacher
+from scsdpo.teacher._base import NoTeacher, Teacher, contexts_of
 from scsdpo.teacher.context import (
     Context,
+    Contexts,
     DemonstrationOrFeedback,
+    FailedSibling,
     Feedback,
     GoldSolution,
     PlainPrompt,
+    PrivilegedInfo,
+    Reprompt,
     ShortestSuccess,
     SiblingDemonstration,
+    SolutionAlone,
 )
 from scsdpo.teacher.memory import AttemptMemory, RememberedDemonstration
 from scsdpo.teacher.teachers import EMA, Frozen, Live, Restart, TrustRegion
@@ -18,18 +23,24 @@ __all__ = [
     "EMA",
     "AttemptMemory",
     "Context",
+    "Contexts",
     "DemonstrationOrFeedback",
+    "FailedSibling",
     "Feedback",
     "Frozen",
     "GoldSolution",
     "Live",
     "NoTeacher",
     "PlainPrompt",
+    "PrivilegedInfo",
     "RememberedDemonstration",
+    "Reprompt",
     "Restart",
     "ShortestSuccess",
     "SiblingDemonstration",
+    "SolutionAlone",
     "Teacher",
     "Templates",
     "TrustRegion",
+    "contexts_of",
 ]

@@ -1,14 +1,15 @@
 """The contract of a teacher: whose weights read which context."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Weights
 from scsdpo.policy.chat import Chat
-from scsdpo.teacher.context import Context, PlainPrompt
+from scsdpo.teacher.context import Context, Contexts, PlainPrompt
 from scsdpo.types import Judged, TeacherContexts
 
 
@@ -32,9 +33,15 @@ class Teacher(nn.Module, ABC):
         """False for `NoTeacher` only."""
         return True
 
-    def contexts(self, chat: Chat, judged: Judged) -> TeacherContexts:
-        """Teacher prompts [Q][G], or none, per rollout."""
-        return self.context.render(chat, judged)
+    def contexts(self, chat: Chat, judged: Judged) -> dict[str, TeacherContexts]:
+        """What it reads before each response, by the names of `Context.named`."""
+        return {name: part.render(chat, judged) for name, part in self.context.named.items()}
+
+    def available(self, contexts: Mapping[str, TeacherContexts]) -> Tensor:
+        """[Q, G] bool: rollouts that have what it needs of its contexts, which go by slot."""
+        needed = self.context.needed if isinstance(self.context, Contexts) else 1
+        own = [each for slot, each in contexts.items() if slot.startswith("teacher")]
+        return torch.stack([each.available for each in own[: needed or len(own)]]).all(0)
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         """Make weights of its own once the policy has its own; a second call does nothing.
@@ -43,6 +50,9 @@ class Teacher(nn.Module, ABC):
             policy: with its weights loaded.
             slot: `teacher` or `reference`; names a LoRA teacher's adapter.
         """
+
+    def share(self, other: "Teacher") -> None:
+        """Use the weights of `other` if they stay the same for good; called before `configure`."""
 
     @abstractmethod
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
@@ -68,9 +78,20 @@ class NoTeacher(Teacher):
     def exists(self) -> bool:
         return False
 
-    def contexts(self, chat: Chat, judged: Judged) -> TeacherContexts:
+    def contexts(self, chat: Chat, judged: Judged) -> dict[str, TeacherContexts]:
         questions, group = judged.rewards.shape
-        return TeacherContexts(ids=(((),) * group,) * questions)
+        return {"": TeacherContexts(ids=(((),) * group,) * questions)}
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return ()
+
+
+def contexts_of(
+    teacher: Teacher, reference: Teacher, chat: Chat, judged: Judged
+) -> dict[str, TeacherContexts]:
+    """What both read before each response, by slot: `teacher`, `teacher/NAME`, `reference`, ..."""
+    found = {}
+    for slot, each in (("teacher", teacher), ("reference", reference)):
+        for number, (name, context) in enumerate(each.contexts(chat, judged).items()):
+            found[f"{slot}/{name}" if number else slot] = context
+    return found

@@ -1,8 +1,8 @@
 """Contexts: what the teacher is told that the student was not."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scsdpo.policy.chat import Chat
@@ -16,6 +16,11 @@ class Context(ABC):
 
     White space alone is nothing to tell.
     """
+
+    @property
+    def named(self) -> "Mapping[str, Context]":
+        """What the teacher's weights read one by one, by name; the first is the teacher's own."""
+        return {"": self}
 
     @abstractmethod
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
@@ -32,6 +37,44 @@ class PlainPrompt(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contexts(Context):
+    """Several contexts, each of which the teacher's weights read after the same response.
+
+    The first is the teacher's own: T is what the weights say after it. An advantage reads the
+    others by their place, `chunk.others[0]()`, or their log-probs at the sampled tokens, a table
+    `Signals.others`. Pairs of equal weights and equal context run once.
+
+    Args:
+        parts: contexts by name, in order; at least one, none of them `Contexts`.
+        needed: how many of the first ones a rollout must have to have a teacher; 0: all of them.
+
+    Raises:
+        ValueError: if there are no parts, or `needed` is more than there are.
+    """
+
+    parts: Mapping[str, Context] = field(default_factory=dict)
+    needed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("`Contexts(parts=...)` must name at least one context, got none")
+        nested = [name for name, part in self.parts.items() if isinstance(part, Contexts)]
+        if nested:
+            raise ValueError(f"`Contexts(parts=...)` must not be nested: {nested[0]} is Contexts")
+        if not 0 <= self.needed <= len(self.parts):
+            raise ValueError(
+                f"`Contexts(needed=...)` must be between 0 and {len(self.parts)}, got {self.needed}"
+            )
+
+    @property
+    def named(self) -> Mapping[str, Context]:
+        return self.parts
+
+    def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
+        return next(iter(self.parts.values())).render(chat, judged)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivilegedInfo:
     """What one rollout's teacher is told and the student was not; both empty: nothing."""
 
@@ -40,7 +83,7 @@ class PrivilegedInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reprompt(Context):
+class _Rewritten(Context):
     """The last user turn rewritten by templates. Subclasses say what to tell, and in what words."""
 
     max_tokens: int = 10240
@@ -107,8 +150,17 @@ def _cut(chat: Chat, text: str, tokens: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Templated(_Reprompt):
-    """In SDPO's words."""
+class Reprompt(_Rewritten):
+    """The base of a context of one's own: `privileged` says what to tell, in SDPO's words.
+
+    Equal prompts of a question are rendered once. System turn and earlier turns stay, the question
+    and the template are never cut, and what is told is cut at its beginning to `max_tokens`.
+
+        @dataclass(frozen=True, kw_only=True)
+        class Hint(Reprompt):
+            def privileged(self, question, rollout, judged):
+                return PrivilegedInfo(demonstration=f"It is {judged.prompts[question].answer}.")
+    """
 
     templates: Templates = Templates()
 
@@ -118,7 +170,7 @@ class _Templated(_Reprompt):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiblingDemonstration(_Templated):
+class SiblingDemonstration(Reprompt):
     """The best successful rollout of the same question, shown as a correct solution.
 
     The best has the highest reward; of equals, `pick` says which. One that is nothing but thinking
@@ -170,7 +222,7 @@ class SiblingDemonstration(_Templated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feedback(_Templated):
+class Feedback(Reprompt):
     """The verifier's feedback on the rollout's own failed attempt.
 
     Successful rollouts, and failures without feedback, have no teacher.
@@ -215,7 +267,7 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoldSolution(_Templated):
+class GoldSolution(Reprompt):
     """The data's own answer (`Prompt.answer`), shown as a correct solution to every rollout.
 
     Successes are taught as well. A question without an answer has no teacher.
@@ -233,14 +285,74 @@ class GoldSolution(_Templated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortestSuccess(_Reprompt):
+class SolutionAlone(Reprompt):
+    """The gold solution without the question: what the words of a solution alone make likely.
+
+    The template's {prompt} is empty; system turn and earlier turns stay.
+
+    Args:
+        templates: the words around it.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Source:
+        Purified OPSD, arXiv:2607.02234, its second forward (r without q). The words are ours.
+    """
+
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        return PrivilegedInfo(demonstration=judged.prompts[question].answer)
+
+    def _fit(self, chat: Chat, prompt: Prompt, told: PrivilegedInfo) -> tuple[int, ...]:
+        *earlier, last = prompt.messages
+        alone = replace(prompt, messages=(*earlier, {**last, "content": ""}))
+        return super()._fit(chat, alone, told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedSibling(Reprompt):
+    """A wrong rollout of the same question, told as if it were a solution; a contrast.
+
+    Args:
+        number: which of the other failures, in the group's order, from 0; where there are fewer,
+            the rollout has no such context.
+        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
+        templates: the words around it.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Raises:
+        ValueError: if `number` < 0.
+
+    Source:
+        RLCSD, arXiv:2606.11709: its hints y-_k. The words are SDPO's.
+    """
+
+    number: int = 0
+    strip_thinking: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.number < 0:
+            raise ValueError(f"`FailedSibling(number=...)` must be >= 0, got {self.number}")
+
+    def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
+        wrong = (~judged.successes[question]).nonzero()[:, 0].tolist()
+        prompt, texts = judged.prompts[question], judged.texts[question]
+        shown = [
+            without_thinking(prompt.thinking + texts[g]) if self.strip_thinking else texts[g]
+            for g in wrong
+            if g != rollout
+        ]
+        said = [text for text in shown if text.strip()]
+        return PrivilegedInfo(demonstration=said[self.number] if self.number < len(said) else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortestSuccess(_Rewritten):
     """Only the shortest success of a group has a teacher, which reads another rollout of it.
 
-    Of successes with different rewards, the shortest of the best.
-
     That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
-    told as what it is. The other rollouts, and groups without a success, are not learned from:
-    supervision stands where the student arrived, and needs no reference solution.
+    told as what it is, and it says something beside thinking. Of successes with different rewards
+    the shortest of the best is taught. The other rollouts, and groups without a success, are not
+    learned from: supervision stands where the student arrived, and needs no reference solution.
 
     Args:
         strip_thinking: drop thinking, in the tags of the common models, from what is shown.

@@ -45,6 +45,10 @@ class Frozen(Teacher):
         self.stored = stored
         self.weights: Weights | None = None
 
+    def share(self, other: Teacher) -> None:
+        if isinstance(other, Frozen | TrustRegion) and other.stored == self.stored:
+            self.weights = other.weights
+
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
             self.weights = policy.adapter.initial(policy.wrapped, self.stored)
@@ -173,6 +177,10 @@ class TrustRegion(Teacher):
             raise ValueError(f"`TrustRegion(mix=...)` must be in [0, 1], got {mix}")
         self.mix, self.stored = mix, stored
         self.weights: Weights | None = None
+
+    def share(self, other: Teacher) -> None:
+        if isinstance(other, Frozen | TrustRegion) and other.stored == self.stored:
+            self.weights = other.weights
 
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:

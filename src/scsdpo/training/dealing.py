@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scsdpo.advantage import Advantage, Batch
 from scsdpo.distributed import all_gather, place
+from scsdpo.teacher import Teacher
 from scsdpo.types import Judged, TeacherContexts
 
 Ids = tuple[tuple[int, ...], ...]
@@ -21,10 +22,15 @@ class _Group(NamedTuple):
     cost: int
     judged: Judged
     weights: Tensor
-    contexts: tuple[Ids, Ids]
+    contexts: dict[str, Ids]
 
 
-def deal(prepare: Callable[[Judged], Batch], advantage: Advantage, judged: Judged) -> Batch:
+def deal(
+    prepare: Callable[[Judged], Batch],
+    advantage: Advantage,
+    teacher: Teacher,
+    judged: Judged,
+) -> Batch:
     """A batch to learn from: this rank's own, or its share of all, groups whole.
 
     Every rank waits for the slowest in each optimizer step, and what a question costs is known only
@@ -33,6 +39,7 @@ def deal(prepare: Callable[[Judged], Batch], advantage: Advantage, judged: Judge
     Args:
         prepare: contexts, weights and plan of judged responses.
         advantage: plans again for what was dealt.
+        teacher: says which rollouts have what it needs.
         judged: the responses of this rank.
     """
     rank, ranks = place()
@@ -46,7 +53,7 @@ def deal(prepare: Callable[[Judged], Batch], advantage: Advantage, judged: Judge
         chosen = balanced([group.cost for group in part], ranks)[rank]
         mine += [part[i] for i in chosen]
         sizes.append(len(chosen))
-    return _joined(mine, tuple(sizes), home, advantage)
+    return _joined(mine, tuple(sizes), home, advantage, teacher)
 
 
 def split(questions: int, steps: int) -> tuple[int, ...]:
@@ -68,7 +75,7 @@ def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
 def _groups(batch: Batch) -> list[_Group]:
     # In tokens forward: a student's token goes forward and back, three times as much work.
     lengths, active = batch.judged.lengths, batch.active.view_as(batch.weights)
-    read = sum(plan.to(lengths) for plan in (batch.plan.needs_teacher, batch.plan.needs_reference))
+    read = sum(batch.reads(slot).to(lengths).view_as(lengths) for slot in batch.contexts)
     costs = (lengths * active * (3 + read)).sum(-1).tolist()
     rank, _ = place()
     return [
@@ -77,7 +84,7 @@ def _groups(batch: Batch) -> list[_Group]:
             cost=cost,
             judged=batch.judged[[q]].to("cpu"),
             weights=batch.weights[q].cpu(),
-            contexts=(batch.teacher.ids[q], batch.reference.ids[q]),
+            contexts={slot: each.ids[q] for slot, each in batch.contexts.items()},
         )
         for q, cost in enumerate(costs)
     ]
@@ -89,19 +96,24 @@ def _cut(groups: list[_Group], sizes: Sequence[int]) -> list[list[_Group]]:
 
 
 def _joined(
-    groups: Sequence[_Group], questions: tuple[int, ...], home: Batch, advantage: Advantage
+    groups: Sequence[_Group],
+    questions: tuple[int, ...],
+    home: Batch,
+    advantage: Advantage,
+    teacher: Teacher,
 ) -> Batch:
     judged = home.judged[[]].cat([group.judged for group in groups])
     device = home.weights.device
-    teacher, reference = (
-        TeacherContexts(ids=tuple(group.contexts[slot] for group in groups)) for slot in (0, 1)
-    )
-    available = teacher.available.to(device).view_as(judged.successes)
+    contexts = {
+        slot: TeacherContexts(ids=tuple(group.contexts[slot] for group in groups))
+        for slot in home.contexts
+    }
+    available = teacher.available(contexts)
     return Batch.of(
         judged,
-        advantage.planned(judged, available),
+        advantage.planned(judged, available.to(device).view_as(judged.successes)),
         torch.cat([home.weights[:0], *(g.weights.to(device)[None] for g in groups)]),
-        (teacher, reference),
+        contexts,
         questions,
         home.objective_name,
     )

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from scsdpo.loss import Buffers, Head, HeadGradient, LossOutput, TeacherOutput, 
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.teacher import Teacher
+from scsdpo.teacher import Context, Teacher
 
 T = TypeVar("T")
 Loss = Callable[..., LossOutput]
@@ -46,10 +47,9 @@ class Forwards:
         timer: PhaseTimer,
     ) -> None:
         self.policy, self.teachers, self.batch, self.timer = policy, teachers, batch, timer
-        prompts = {
-            "student": batch.student_prompts(),
-            "teacher": [ids for group in batch.teacher.ids for ids in group],
-            "reference": [ids for group in batch.reference.ids for ids in group],
+        prompts = {"student": batch.student_prompts()} | {
+            slot: [ids for group in each.ids for ids in group]
+            for slot, each in batch.contexts.items()
         }
         pad, self._max_tokens = policy.chat.pad_id, max_tokens
         self._rows = {
@@ -62,11 +62,10 @@ class Forwards:
             )
             for slot, each in prompts.items()
         }
-        self.reads = {
-            "teacher": batch.plan.needs_teacher.flatten(),
-            "reference": batch.plan.needs_reference.flatten(),
-        }
+        self.reads = {slot: batch.reads(slot) for slot in batch.contexts}
         """[R] bool: the rows whose credit reads them."""
+        self.others = [slot for slot in batch.contexts if slot.startswith("teacher/")]
+        """The teacher's further contexts, in order."""
         active = batch.active
         self.index = torch.tensor(rows, dtype=torch.long, device=active.device)
         self.chosen = torch.zeros_like(active).index_fill_(0, self.index, True) & active
@@ -77,22 +76,36 @@ class Forwards:
         self.micro_batches = self._student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
         self._measured: Runner | None = None
-        self._teachers: dict[str, list[Runner]] = {}
-        self._runs = self._asked()
+        self._pairs = list(self._paired())
         self._kept: dict[str, deque[TeacherOutput]] = {slot: deque() for slot in self.reads}
 
-    def _asked(self) -> dict[str, Iterator[bool]]:
-        """Whether each teacher runs on each micro-batch; under shards on all ranks, if on any."""
-        here = torch.tensor(
-            [
-                [float(reads[micro].any()) for micro in self.micro_batches]
-                for reads in self.reads.values()
-            ]
-        )
-        asked = all_max(here) if is_sharded(self.policy) else here
-        return {
-            slot: iter(row.bool().tolist()) for slot, row in zip(self.reads, asked, strict=True)
-        }
+    def _paired(self) -> "Iterator[_Pair]":
+        """Each pair of weights and context that some slot reads, once.
+
+        Slots that read the same pair share its forwards. Whether two pairs are the same is told by
+        weights and contexts, and not by what was rendered: it is the same on every rank.
+        """
+        pairs: list[_Pair] = []
+        for slot, reads in self.reads.items():
+            teacher = self.teachers[slot]
+            parts = teacher.context.named
+            name = slot.partition("/")[2]
+            context = parts[name] if name in parts else next(iter(parts.values()))
+            for weights in teacher.trunks(self.policy):
+                same = [p for p in pairs if p.weights.same(weights) and p.context == context]
+                if same:
+                    same[0].slots.append(slot)
+                    same[0].reads |= reads
+                else:
+                    pairs.append(_Pair(weights, context, [slot], reads.clone()))
+        if pairs:
+            here = torch.tensor(
+                [[float(p.reads[micro].any()) for micro in self.micro_batches] for p in pairs]
+            )
+            asked = all_max(here) if is_sharded(self.policy) else here
+            for pair, runs in zip(pairs, asked.bool().tolist(), strict=True):
+                pair.runs = runs
+        yield from pairs
 
     def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
         chosen = wanted.nonzero()[:, 0].tolist()
@@ -163,36 +176,65 @@ class Forwards:
         return self._kept[slot].popleft() if self._kept[slot] else self._run(slot, micro)
 
     def _run(self, slot: str, micro: list[int]) -> TeacherOutput:
-        teacher, reads = self.teachers[slot], self.reads[slot]
-        some = [row for row, read in zip(micro, reads[micro].tolist(), strict=True) if read]
-        nothing = TeacherOutput(hidden=(), heads=(), combine=teacher.combine)
-        if not next(self._runs[slot]):
-            return nothing
-        with self.timer("teacher"):
-            runners = self._runners(slot)
-            runs = [runner.run(some, self._with_head(_both)) for runner in runners]
-            for runner in runners:
-                runner.done(some)
-            if not some:
-                return nothing
-            # Rows that it does not read keep zeros: uniform logits, and no credit reads them.
-            here = self.of_tokens(micro, reads[:, None].expand_as(self.batch.sampled))
-            return TeacherOutput(
-                hidden=tuple(_place(hidden, here) for hidden, _ in runs),
-                heads=tuple(head for _, head in runs),
-                combine=teacher.combine,
-            )
+        teacher, pairs = self.teachers[slot], [p for p in self._pairs if slot in p.slots]
+        outputs = [self._output(pair, slot, micro) for pair in pairs]
+        found = [output for output in outputs if output is not None]
+        if len(found) < len(outputs) or not found:
+            return TeacherOutput(hidden=(), heads=(), combine=teacher.combine)
+        return TeacherOutput(
+            hidden=tuple(hidden for hidden, _ in found),
+            heads=tuple(head for _, head in found),
+            combine=teacher.combine,
+        )
 
-    def _runners(self, slot: str) -> list[Runner]:
-        """Per set of weights of a teacher, the rows that it reads."""
-        if slot not in self._teachers:
-            reading = self.reads[slot] & self.chosen
-            self.timer.count("teacher", self._tokens(slot, reading))
-            self._teachers[slot] = [
-                self._runner(slot, reading, weights)
-                for weights in self.teachers[slot].trunks(self.policy)
-            ]
-        return self._teachers[slot]
+    def _output(self, pair: "_Pair", slot: str, micro: list[int]) -> tuple[Tensor, Head] | None:
+        """Hidden states [N, D] and head of a pair on a micro-batch; None: nobody reads it there.
+
+        Rows that it does not read keep zeros: uniform logits, and no credit reads them.
+        """
+        number = pair.asked.get(slot, 0)  # each slot asks for every micro-batch once, in order
+        pair.asked[slot] = number + 1
+        if not pair.runs[number]:
+            return None
+        if number in pair.shared:
+            left, given = pair.shared.pop(number)
+            if left > 1:
+                pair.shared[number] = left - 1, given
+            return given
+        if pair.runner is None:
+            reading = pair.reads & self.chosen
+            self.timer.count("teacher", self._tokens(pair.slots[0], reading))
+            pair.runner = self._runner(pair.slots[0], reading, pair.weights)
+        some = [row for row, read in zip(micro, pair.reads[micro].tolist(), strict=True) if read]
+        with self.timer("teacher"):
+            hidden, head = pair.runner.run(some, self._with_head(_both))
+            pair.runner.done(some)
+        output: tuple[Tensor, Head] | None = None
+        if some:
+            here = self.of_tokens(micro, pair.reads[:, None].expand_as(self.batch.sampled))
+            output = _place(hidden, here), head
+        if len(pair.slots) > 1:
+            pair.shared[number] = len(pair.slots) - 1, output
+        return output
+
+
+@dataclass(eq=False)
+class _Pair:
+    """Weights, and the context that they read."""
+
+    weights: Weights
+    context: Context
+    slots: list[str]
+    """Who reads it."""
+    reads: Tensor
+    """[R] bool: rows that one of them reads."""
+    runs: list[bool] = field(default_factory=list)
+    """By micro-batch, whether it runs; under shards on all ranks, if on any."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """By slot, for how many micro-batches it was asked."""
+    shared: dict[int, tuple[int, tuple[Tensor, Head] | None]] = field(default_factory=dict)
+    """By number of the micro-batch, how many more slots will ask for it, and what they get."""
+    runner: Runner | None = None
 
 
 def _both(hidden: Tensor, linear: nn.Linear, head: Head) -> tuple[Tensor, Head]:

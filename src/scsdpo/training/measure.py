@@ -30,13 +30,18 @@ def measure(forwards: Forwards, needs: Set[str]) -> Signals:
     batch = forwards.batch
     sampled = batch.judged.responses.sampling_logprobs.flatten(0, 1)
     ended = batch.judged.ended.flatten()
-    signals = Signals.unmeasured(batch.sampled, ended, sampled, batch.old_logprobs)
+    further = forwards.others
+    signals = Signals.unmeasured(batch.sampled, ended, sampled, batch.old_logprobs, len(further))
     of_student = any(name.startswith("student") for name in needs)
     of_teacher = any(name.startswith("teacher") for name in needs)
     of_objective = "objective" in needs
     if of_objective and batch.plan.derivations:
         raise ConfigurationError(OBJECTIVE_OF_TABLES)
-    slots = ("teacher", "reference") if of_objective else ("teacher",) if of_teacher else ()
+    slots = {
+        "teacher": of_teacher or of_objective,
+        "reference": of_objective,
+        **dict.fromkeys(further, "others" in needs or of_objective),
+    }
     for micro in forwards.micro_batches if needs else []:
         student = cache(partial(forwards.student, micro))
         if of_objective or (of_teacher and forwards.in_step("teacher")):
@@ -44,11 +49,19 @@ def measure(forwards: Forwards, needs: Set[str]) -> Signals:
         if of_student:
             tables = signals.student_logprob, signals.student_entropy
             _read(forwards, micro, student(), tables)
-        outputs = {slot: forwards.keep(slot, micro) for slot in slots}
+        outputs = {slot: forwards.keep(slot, micro) for slot, asked in slots.items() if asked}
         if of_teacher and outputs["teacher"].hidden:
             tables = signals.teacher_logprob, signals.teacher_entropy
             target = partial(_taught, outputs["teacher"], student, forwards.temperature)
             _read(forwards, micro, target, tables)
+        for table, slot in zip(signals.others, further, strict=True):
+            if "others" in needs and outputs[slot].hidden:
+                target = partial(_taught, outputs[slot], student, forwards.temperature)
+                told = torch.zeros_like(table)
+                _read(forwards, micro, target, (told, torch.zeros_like(table)))
+                here = torch.zeros_like(batch.sampled)
+                here[micro] = batch.sampled[micro] & forwards.reads[slot][micro][:, None]
+                table[here] = told[here]
         if of_objective:
             _foresee(forwards, micro, student(), outputs, signals)
     return signals
@@ -124,6 +137,7 @@ def _foresee(
             student=made,
             teacher=of("teacher"),
             reference=of("reference"),
+            others=tuple(of(slot) for slot in forwards.others),
             ids=ids[part],
             logprob=made.logprob(ids[part]),
             places=places[part],

@@ -30,7 +30,7 @@ from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
-from scsdpo.teacher import NoTeacher, Teacher
+from scsdpo.teacher import NoTeacher, Teacher, contexts_of
 from scsdpo.training.answering import Answering
 from scsdpo.training.dealing import deal, split
 from scsdpo.training.evaluation import Evaluation
@@ -43,6 +43,13 @@ from scsdpo.training.optimizer_steps import (
     OptimizerSteps,
     refuse_what_cannot_resume,
     trained_parameters,
+)
+from scsdpo.training.run_checks import (
+    check_course,
+    check_settings,
+    made,
+    make_schedule,
+    say_what_ended,
 )
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
@@ -79,7 +86,8 @@ class PolicyOptimizer(Resumable):
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         verification: how responses are judged: processes and deadlines.
         optimizer: made from the trainable parameters.
-        lr_scheduler: stepped once per optimizer step taken.
+        lr_scheduler: stepped once per optimizer step taken; Lightning's `ReduceLROnPlateau`, which
+            names its `monitor`, after each validation.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
@@ -106,8 +114,9 @@ class PolicyOptimizer(Resumable):
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         verification: Verification = Verification(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.ConstantLR(
-            o, factor=1.0
+        # Constant; its one argument is no other schedule's, so that none is kept from it.
+        lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.LinearLR(
+            o, start_factor=1.0
         ),
         updates_per_rollout: int = 1,
         success_threshold: float = 1.0,
@@ -135,7 +144,8 @@ class PolicyOptimizer(Resumable):
         )
         strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
         # A bad setting of these fails here, and not after the weights were loaded.
-        lr_scheduler(optimizer([nn.Parameter(torch.zeros(1))]))
+        probe = made("model.optimizer", lambda: optimizer([nn.Parameter(torch.zeros(1))]))
+        made("model.lr_scheduler", lambda: lr_scheduler(probe))
         self.steps = OptimizerSteps(
             strategies.update(),
             limits=limits,
@@ -156,6 +166,8 @@ class PolicyOptimizer(Resumable):
         """
         for logger in self.trainer.loggers:
             guard(logger)
+        if self.trainer.state.fn == "fit":
+            check_settings(self.trainer, self)
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
@@ -167,7 +179,8 @@ class PolicyOptimizer(Resumable):
         """Start the processes that judge, which are ready before the weights are.
 
         Raises:
-            ConfigurationError: if the longest prompt leaves the sampler no room for a response.
+            ConfigurationError: if the longest prompt leaves the sampler no room for a response, or
+                schedule, validations and monitors do not fit the run.
         """
         super().setup(stage)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -178,6 +191,8 @@ class PolicyOptimizer(Resumable):
                 longest = max(source.longest for source in data.train_set.sources)
                 check_context(self, data.train_sources[0], longest)
             self.answering.check_room("val_sampling", self.val_sampling, most)
+        if stage == "fit":
+            check_course(self.trainer, self)
         self.answering.verifiers.start()
 
     def configure_model(self) -> None:
@@ -188,6 +203,7 @@ class PolicyOptimizer(Resumable):
         with blamed_on("model.policy"):
             self.policy.configure_model(to_shard=mesh is not None)
         self.teacher.configure(self.policy, "teacher")
+        self.reference.share(self.teacher)
         self.reference.configure(self.policy, "reference")
         if mesh is not None:
             self.policy.fill_shards(mesh, self.modules())
@@ -207,7 +223,7 @@ class PolicyOptimizer(Resumable):
             )
         optimizer = self.optimizer(parameters)
         refuse_what_cannot_resume(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+        return {"optimizer": optimizer, "lr_scheduler": make_schedule(self, optimizer)}
 
     # ------------------------------------------------------------------ training
 
@@ -218,12 +234,13 @@ class PolicyOptimizer(Resumable):
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""
         self._check_size(prompts)
+        self.steps.stop_if_broken()
         interrupt.open_window()
         self.batches += 1
         judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
         interrupt.meet()
         chosen = self.selection.select(judged)
-        prepared = [deal(self.prepare, self.advantage, each) for each in chosen]
+        prepared = [deal(self.prepare, self.advantage, self.teacher, each) for each in chosen]
         self._report(judged, prepared)
         for batch in prepared:
             self._learn(batch)
@@ -246,14 +263,13 @@ class PolicyOptimizer(Resumable):
 
     def prepare(self, judged: Judged) -> Batch:
         """Contexts, weights and plan: everything before the first forward. Changes nothing."""
-        contexts = self.teacher.contexts(self.policy.chat, judged)
-        references = self.reference.contexts(self.policy.chat, judged)
-        available = contexts.available.to(judged.rewards.device).view_as(judged.successes)
+        contexts = contexts_of(self.teacher, self.reference, self.policy.chat, judged)
+        available = self.teacher.available(contexts).to(judged.rewards.device)
         return Batch.of(
             judged,
-            self.advantage.planned(judged, available),
+            self.advantage.planned(judged, available.view_as(judged.successes)),
             self.weighting.weights(judged),
-            (contexts, references),
+            contexts,
             split(len(judged.rewards), self.updates_per_rollout),
             self.advantage.objective_name,
         )
@@ -299,6 +315,10 @@ class PolicyOptimizer(Resumable):
         update = self.steps.update
         return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)
 
+    def on_train_end(self) -> None:
+        """Say which limit ended the run."""
+        say_what_ended(self.trainer, self)
+
     # ---------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
@@ -315,6 +335,8 @@ class PolicyOptimizer(Resumable):
         """Log mean@k and maj@k, overall and by category."""
         self.evaluation.end(self, "val")
         super().on_validation_epoch_end()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.steps.after_validation(self)
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """As validation."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scsdpo import interrupt
 from scsdpo.advantage import Batch
 from scsdpo.distributed import all_sum, sum_gradients
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.loss import LossOutput
 from scsdpo.metrics import GapCheck, log_figures, token_metrics
 from scsdpo.policy import CausalLM
@@ -27,6 +27,7 @@ from scsdpo.state import Stateful
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
 from scsdpo.training.finite import all_zero, blamed, total_norm, weight_norm
 from scsdpo.training.limits import Limits
+from scsdpo.training.run_checks import is_plateau
 from scsdpo.training.update import Update
 from scsdpo.types import stable_hash
 
@@ -95,6 +96,7 @@ class OptimizerSteps(nn.Module):
         self.room = Budget("tokens of a micro-batch", REMEDY, together=True)
         self.under_way = False
         """Whether weights, optimizer and teachers are between two steps' states."""
+        self._broken = ""
         self._norm: float | None = None
         self._watched = update
         for name in ("skipped", "bad", "idle"):
@@ -283,13 +285,41 @@ class OptimizerSteps(nn.Module):
                 f"{self._norm:.4g}: go on from an older checkpoint with a lower learning rate "
                 f"than {optimizer.param_groups[0]['lr']:g}"
             )
-        host.lr_schedulers().step()  # type: ignore[union-attr]
+        self._step_schedule(host.lr_schedulers())
         self.update.teacher.after_step(policy)
         self.update.reference.after_step(policy)
         for part in host.modules():
             if isinstance(part, Stateful):
                 part.after_step()
         self.under_way = False
+
+    def _step_schedule(self, schedule: Any) -> None:
+        """A schedule that fails ends the run, once the state is whole and can be saved."""
+        if is_plateau(schedule):
+            return  # `after_validation`
+        try:
+            schedule.step()
+        except Exception as error:
+            self._broken = f"model.lr_scheduler: {type(schedule).__name__}: {first_line(error)}"
+
+    def stop_if_broken(self) -> None:
+        """End the run if the schedule has failed since.
+
+        Raises:
+            TrainingStopped: then; the last batch is finished.
+        """
+        if self._broken:
+            raise TrainingStopped(
+                f"{self._broken}; the weights are those after the last step. Go on from the "
+                "checkpoint with another schedule"
+            )
+
+    def after_validation(self, host: L.LightningModule) -> None:
+        """Let a schedule that waits for a figure have it, unless nothing has logged it yet."""
+        schedule: Any = host.lr_schedulers()
+        figures = host.trainer.callback_metrics
+        if is_plateau(schedule) and schedule.monitor in figures:
+            schedule.step(figures[schedule.monitor])
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
@@ -317,8 +347,8 @@ def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
     """
     active = batch.active[rows]
     lengths = batch.present[rows].sum(-1)[active].tolist()
-    contexts = (batch.teacher.ids, batch.reference.ids)
-    prompts = (batch.student_prompts(), *([ids for g in c for ids in g] for c in contexts))
+    contexts = [[ids for group in each.ids for ids in group] for each in batch.contexts.values()]
+    prompts = (batch.student_prompts(), *contexts)
     longest = max((len(ids) for each in prompts for ids in each), default=0)
     return max(min(lengths, default=1), 1), sum(length + longest for length in lengths)
 

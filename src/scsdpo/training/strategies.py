@@ -93,6 +93,15 @@ class Strategies:
                 f"model.advantage: {advantage} needs a teacher, but model.teacher is NoTeacher: "
                 "choose EMA, Frozen, Live or TrustRegion"
             )
+        parts, wanted = len(self.teacher.context.named), self.advantage.contexts
+        if "others" in self.token_weighting.needs:
+            wanted = max(wanted, 2)
+        if self.teacher.exists and parts < wanted:
+            raise ConfigurationError(
+                f"model.teacher.context: the advantage or the token weights read {wanted} contexts "
+                f"of the teacher, and {type(self.teacher.context).__name__} is {parts}: set it to "
+                "Contexts with as many parts (configs/methods/purified-opsd.yaml, rlcsd.yaml)"
+            )
         if self.teacher.exists and not (self.advantage.needs_teacher or entropy):
             raise ConfigurationError(
                 f"model.teacher: {type(self.teacher).__name__} is never asked, because "

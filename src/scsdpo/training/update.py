@@ -98,7 +98,8 @@ class Update:
     def _forwards(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
     ) -> Forwards:
-        teachers = {"teacher": self.teacher, "reference": self.reference}
+        owners = {"teacher": self.teacher, "reference": self.reference}
+        teachers = {slot: owners[slot.partition("/")[0]] for slot in batch.contexts}
         return Forwards(policy, teachers, batch, rows, max_tokens=max_tokens, timer=self.timer)
 
     def _coefficients(self, forwards: Forwards) -> Tensor:
@@ -142,6 +143,7 @@ class Update:
             importance=self._importance,
             teacher=forwards.take("teacher", micro),
             reference=forwards.take("reference", micro),
+            others=tuple(forwards.take(slot, micro) for slot in forwards.others),
             temperature=forwards.temperature,
             observe=self.observe,
         )

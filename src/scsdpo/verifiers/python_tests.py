@@ -103,6 +103,7 @@ class PythonTests(Verifier):
     def prepare(self) -> None:
         """Run an empty program, so that a system without the means is found at the start."""
         _check_system()
+        _starter()  # what a verdict starts would end with it
 
     def check(self, prompt: Prompt) -> None:
         """Whether it is a list of tests, and they can be kept apart from the response."""
@@ -111,7 +112,7 @@ class PythonTests(Verifier):
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the code."""
         try:
-            tests, _, _ = _tests(prompt.answer)
+            tests, *_ = _tests(prompt.answer)
         except ValueError as error:
             return Verdict(reward=0.0, error=str(error))
         code = last_code(response)
@@ -150,8 +151,8 @@ def last_code(response: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]]]:
-    """The tests, which of their names are the response's, and which are a library's."""
+def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]], list[str]]:
+    """The tests, and what `subjects` says of them."""
     try:
         tests = json.loads(answer)
     except (ValueError, RecursionError):
@@ -178,8 +179,9 @@ def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[s
     Raises:
         OSError: if the machine had no room for the processes, several times.
     """
-    tests, own, libraries = _tests(answer)
-    job = json.dumps({"code": code, "tests": tests, "own": own, "libraries": libraries})
+    tests, own, libraries, cases = _tests(answer)
+    names = {"own": own, "libraries": libraries, "cases": cases}
+    job = json.dumps({"code": code, "tests": tests, **names})
     begin = time.monotonic()
     for pause in (*_PAUSES, None):
         attempt = _Attempt(seconds, memory_mb)
@@ -249,17 +251,18 @@ class _Attempt:
                         pids = starter.ask(request, given)
                     self._close(theirs)
                     self._close(report)
-                    if not isinstance(pids, list):
-                        raise OSError(pids, os.strerror(pids))
-                    time_left = OwnTime(pids, self._seconds)
-                    timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
-                endings = starter.ask({}, [])
+                    if isinstance(pids, list):
+                        time_left = OwnTime(pids, self._seconds)
+                        timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
+                        endings = starter.ask({}, [])
             except BaseException:
                 starter.close()  # with all that it has started
                 raise
             finally:
                 for descriptor in list(self._descriptors):
                     self._close(descriptor)
+        if not isinstance(pids, list):
+            raise OSError(pids, os.strerror(pids))
         started, *ends = [_end(line) for line in self._report.split(b"\n")[:-1]] or ["no"]
         if started is not None:
             raise OSError("they did not start")
@@ -328,8 +331,17 @@ class _Attempt:
             stat = Path(f"/proc/{response}/stat").read_text().rpartition(")")[2].split()
             granted = int(stat[_THREADS_FIELD]) < THREADS
             (number,) = struct.unpack_from("=Q", question)
-            error, flags = (0, _GO_ON) if granted else (-errno.EAGAIN, 0)
-            fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
+            try:
+                flags = _GO_ON if granted else 0
+                error = 0 if granted else -errno.EAGAIN
+                fcntl.ioctl(listener, _ANSWER, struct.pack("=QqiI", number, 0, error, flags))
+            except OSError as why:
+                if why.errno != errno.EINVAL:
+                    raise
+                # Linux before 5.5 cannot let a call go on.
+                refusal = struct.pack("=QqiI", number, 0, -errno.EAGAIN, 0)
+                fcntl.ioctl(listener, _ANSWER, refusal)
+                granted = False
         except OSError:  # it has ended meanwhile; the report will say so
             return True
         self._granted += granted

@@ -312,11 +312,15 @@ class Remote:
     that it is compared with.
     """
 
-    __slots__ = ("_ask", "_number", "_shows")
+    __slots__ = ("_ask", "_number", "_origin", "_shows")
+    __contains__ = None
 
-    def __init__(self, ask: Callable[..., Any], number: int, shows: bool = False) -> None:
+    def __init__(
+        self, ask: Callable[..., Any], number: int, origin: str, shows: bool = False
+    ) -> None:
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_origin", origin)
         object.__setattr__(self, "_shows", shows)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -331,6 +335,8 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # by which libraries find protocols, such as addresses of arrays
             raise AttributeError(name)
+        if name in _PREDICATES and not self._origin[:1].isupper():
+            raise AttributeError(f"{name}, which would let the response judge itself")
         return self._ask("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -369,6 +375,12 @@ class Remote:
 
 
 _END = object()
+_PREDICATES = frozenset(
+    name for kind in (str, set, float) for name in dir(kind) if name[:2] == "is"
+)
+_PREDICATES |= {"startswith", "endswith", "equals", "all", "any"}
+"""Methods of plain data that say yes or no. Where a function returns something else, the tests ask
+them of the response. Not so of an object of a class that the tests name, such as Trie()."""
 
 
 def _become(mine: Any, shown: Any) -> None:
@@ -385,7 +397,9 @@ def _become(mine: Any, shown: Any) -> None:
 
 def shown(function: Any) -> Any:
     """A function of the response's whose call also shows what becomes of its arguments."""
-    return Remote(function._ask, function._number, True) if type(function) is Remote else function
+    if type(function) is not Remote:
+        return function
+    return Remote(function._ask, function._number, function._origin, True)
 
 
 def raised(kinds: Any, words: Any) -> Exception:
@@ -417,12 +431,19 @@ class Tests:
         line: to that process.
         own: names of the tests that are the response's, as `subjects` finds them.
         libraries: names of the tests that they take for imported.
+        cases: functions of the tests that nothing calls.
     """
 
-    def __init__(self, line: Line, own: list[str], libraries: dict[str, tuple[str, str]]) -> None:
-        self._line, self._own = line, own
+    def __init__(
+        self,
+        line: Line,
+        own: list[str],
+        libraries: dict[str, tuple[str, str]],
+        cases: list[str],
+    ) -> None:
+        self._line, self._own, self._cases = line, own, cases
         self._callbacks: list[Callable[..., Any]] = []
-        self._broken = ""
+        self._broken = self._origin = ""
         self._bound: dict[str, Any] = {}
         self._names: dict[str, Any] = {"__name__": "tests", _SHOWN: shown}
         for name, (module, attribute) in libraries.items():
@@ -470,7 +491,10 @@ class Tests:
         tree = ast.parse(source)
         try:
             self._refresh()
-            exec(compile(_Shown().visit(tree), "<test>", "exec"), self._names)
+            exec(compile(_Prepared().visit(tree), "<test>", "exec"), self._names)
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef) and node.name in self._cases:
+                    self._names[node.name]()
         except Broken:
             return self._broken
         except BaseException as error:
@@ -489,7 +513,10 @@ class Tests:
             if name not in self._names or self._names[name] is self._bound.get(name, _END):
                 self._names.pop(name, None)
                 if name in values:
-                    self._names[name] = self._bound[name] = values[name]
+                    value = values[name]
+                    if type(value) is Remote:
+                        value = Remote(self.ask, value._number, name)
+                    self._names[name] = self._bound[name] = value
 
     def _instead(self, source: str) -> str:
         """For `assert left == right`, what the side with the response's name is instead."""
@@ -509,11 +536,13 @@ class Tests:
         if self._broken:
             raise Broken
         packed = [pack(argument, self._reference) for argument in arguments]
+        origin = arguments[0]._origin if arguments and type(arguments[0]) is Remote else ""
         self._send([operation, *packed])
         while True:
             try:
                 match self._receive():
                     case ["value", data]:
+                        self._origin = origin
                         return unpack(data, self._referred)
                     case ["end"] if operation == "next":
                         return _END
@@ -570,7 +599,7 @@ class Tests:
     def _referred(self, tag: str, rest: list[Any]) -> object:
         match tag, rest:
             case "thing", [int(number)]:
-                return Remote(self.ask, number)
+                return Remote(self.ask, number, self._origin)
             case "builtin", [str(name)] if name in _BUILTINS:
                 return getattr(builtins, name)
             case "call_back", [int(number)]:
@@ -584,6 +613,7 @@ _NONSENSE = (
 )
 _ENDED = "the process ended: too much time or memory, or an exit"
 _SHOWN = "__shown__"
+_SOLUTION = "solution"
 
 
 def _lines(text: str) -> list[str]:
@@ -591,8 +621,13 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-class _Shown(ast.NodeTransformer):
-    """A call whose value nobody reads is made for what it does to its arguments: show them."""
+class _Prepared(ast.NodeTransformer):
+    """A call whose value nobody reads is made for what it does to its arguments: show them. What is
+    imported from the response is there.
+    """
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        return ast.copy_location(ast.Pass(), node) if node.module == _SOLUTION else node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         if isinstance(node.value, ast.Call):
@@ -620,7 +655,7 @@ _SHORT = {"np": "numpy", "numpy": "numpy", "pd": "pandas", "pytest": "pytest"}
 _RUNS_TEXT = frozenset({"eval", "exec", "compile", "__import__", "pickle", "marshal", "dill"})
 
 
-def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
+def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]], list[str]]:
     """Names of the tests that are the response's, and those that are a library's.
 
     A global name that the tests use and do not bind is the response's, unless it is a built-in, a
@@ -629,26 +664,29 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
     else the only one that is called.
 
     Returns:
-        The response's names; and each name of a library's with its module and attribute, the latter
-        empty for the module itself.
+        The response's names; each name of a library's with its module and attribute, the latter
+        empty for the module itself; and functions named `test...` that nothing calls.
 
     Raises:
         ValueError: if the tests cannot be kept apart from the response; says why.
     """
+    top: list[ast.stmt] = []
     nodes: list[ast.AST] = []
     used: set[str] = set()
     bound: set[str] = set()
     for test in tests:
         try:
-            nodes += ast.walk(ast.parse(test))
+            tree = ast.parse(test)
+            top += tree.body
+            nodes += ast.walk(tree)
             tables = [symtable.symtable(test, "<test>", "exec")]
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"`{test[:MESSAGE]}` is no Python: {error}") from error
         for table in tables:  # grows
             tables += table.get_children()
-            top = table.get_type() == "module"
+            outer = table.get_type() == "module"
             for symbol in table.get_symbols():
-                if top or symbol.is_global():
+                if outer or symbol.is_global():
                     used |= {symbol.get_name()} if symbol.is_referenced() else set()
                     binds = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
                     bound |= {symbol.get_name()} if binds else set()
@@ -664,7 +702,13 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
             f"a test uses `{min(runs)}`, which could run the response's text among the tests; "
             "compare its value instead"
         )
-    free = used - bound
+    from_solution = {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == _SOLUTION
+        for alias in node.names
+    }
+    free = used - bound | from_solution - {"*"}
     bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     as_values = {name.id for name in names if id(name) not in bases}
     modules = {
@@ -673,7 +717,7 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
         if name in _SHORT or name in sys.stdlib_module_names
     }
     common = {name: (_IMPORTED[name], name) for name in free & _IMPORTED.keys()}
-    own = free - modules.keys() - common.keys() - vars(builtins).keys()
+    own = free - modules.keys() - common.keys() - vars(builtins).keys() | from_solution - {"*"}
     if not own:
         called = {
             node.func.id
@@ -689,7 +733,36 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]]]:
         own = candidates
         common = {name: place for name, place in common.items() if name not in own}
     _refuse_own_judge(nodes, own)
-    return sorted(own), modules | common
+    cases = _cases(top, used)
+    return (
+        sorted(own),
+        {name: place for name, place in (modules | common).items() if name not in own},
+        cases,
+    )
+
+
+def _cases(top: list[ast.stmt], used: set[str]) -> list[str]:
+    """Functions that pytest would call; refuses those that need more of it, or that nothing calls,
+    for these would let everything pass.
+    """
+    cases = []
+    for node in top:
+        if isinstance(node, ast.ClassDef) and "TestCase" in map(_last_name, node.bases):
+            raise ValueError(f"class {node.name} would need unittest: write plain functions")
+        if isinstance(node, ast.FunctionDef) and node.name not in used:
+            if node.name.startswith("test"):
+                if len(node.args.args) > len(node.args.defaults):
+                    raise ValueError(f"{node.name} would need pytest, which gives it arguments")
+                cases.append(node.name)
+            elif any(isinstance(part, ast.Assert) for part in ast.walk(node)):
+                raise ValueError(
+                    f"no test calls {node.name}: add one that does, such as `{node.name}(add)`"
+                )
+    return cases
+
+
+def _last_name(node: ast.AST) -> str:
+    return ast.unparse(node).rpartition(".")[2]
 
 
 def _refuse_own_judge(nodes: list[ast.AST], own: set[str]) -> None:

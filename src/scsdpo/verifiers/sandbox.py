@@ -151,7 +151,7 @@ def test(job: int, report: int, line: remote.Line) -> NoReturn:
         if failure is not None:
             os._exit(0)
 
-    tests = remote.Tests(line, given["own"], given["libraries"])
+    tests = remote.Tests(line, given["own"], given["libraries"], given["cases"])
     tests.begin()
     say(None)
     if any(isinstance(test, str) for test in given["tests"]):

@@ -72,11 +72,19 @@ class ToolCall(Verifier):
         return super().graded(prompt, response)
 
     def written(self, prompt: Prompt) -> str:
-        """The calls as text; none for the published grader, which rejects some gold answers."""
+        """The calls in the form of the gold answer: `Action:` lines, or JSON in <tool_call> tags.
+
+        None for the published grader, which rejects some gold answers.
+        """
         if self.compatibility == "reference":
             return ""
         calls = gold_calls(prompt.answer)
-        return "\n".join(f"Action: {tool}\nAction Input: {text}" for tool, text in calls)
+        if all("Action" in call for call in json.loads(prompt.answer)):
+            return "\n".join(f"Action: {tool}\nAction Input: {text}" for tool, text in calls)
+        return "\n".join(
+            f'<tool_call>{{"name": {json.dumps(tool)}, "arguments": {text}}}</tool_call>'
+            for tool, text in calls
+        )
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Reward 1 or 0; the verdict's answer is the sorted calls in canonical spelling."""

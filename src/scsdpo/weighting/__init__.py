@@ -4,6 +4,7 @@ from scsdpo.weighting._base import Weighting
 from scsdpo.weighting.frozen import FrozenPassRate
 from scsdpo.weighting.pass_rate import HardFilter, PassRate, Product, RatePower, Uniform
 from scsdpo.weighting.tokens import (
+    ContrastPaths,
     Horizon,
     Overlong,
     Position,
@@ -13,6 +14,7 @@ from scsdpo.weighting.tokens import (
 )
 
 __all__ = [
+    "ContrastPaths",
     "FrozenPassRate",
     "HardFilter",
     "Horizon",

@@ -149,3 +149,70 @@ class Overlong(TokenWeighting):
 
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
         return signals.ended[:, None].double().expand_as(signals.mask).clone()
+
+
+def contrast(signals: Signals, scale: float, width: float, threshold: float) -> Tensor:
+    """[R, L]: RLCSD's r_t = scale tanh(e_t / width), 0 where |r_t| <= `threshold`.
+
+    e_t is the teacher's log-prob of y_t after its own context, minus the mean over those of its
+    further contexts that the rollout has; 0 where it has none.
+    """
+    known = ~signals.others.isnan()
+    count = known.sum(0)
+    mean = torch.where(known, signals.others, 0.0).sum(0) / count.clamp(min=1)
+    difference = torch.where(count > 0, signals.teacher_logprob - mean, 0.0)
+    shift = scale * torch.tanh(difference / width)
+    return torch.where(shift.abs() > threshold, shift, 0.0)
+
+
+def check_contrast(of: str, scale: float, width: float, threshold: float) -> None:
+    """Check the arguments of `contrast`.
+
+    Raises:
+        ValueError: if one is outside its range, naming the class `of`.
+    """
+    for name, value in (("scale", scale), ("width", width)):
+        if not value > 0:
+            raise ValueError(f"`{of}({name}=...)` must be > 0, got {value}")
+    if threshold < 0:
+        raise ValueError(f"`{of}(threshold=...)` must be >= 0, got {threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastPaths(TokenWeighting):
+    """RLCSD's two paths. u_t = T / (number of the response's tokens of t's kind)
+
+    A token is of one kind if `SiblingContrast` with the same arguments moves its advantage, and of
+    the other if not. With `SequenceMean` a response's loss is the mean over the first kind plus the
+    mean over the second. T is the response's number of tokens.
+
+    Args:
+        scale: as in `SiblingContrast`.
+        width: as in `SiblingContrast`.
+        threshold: as in `SiblingContrast`.
+
+    Raises:
+        ValueError: as `SiblingContrast`.
+
+    Source:
+        RLCSD, arXiv:2606.11709, eq. (16) and (17).
+    """
+
+    scale: float = 0.5
+    width: float = 1.0
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_contrast(type(self).__name__, self.scale, self.width, self.threshold)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_logprob", "others"})
+
+    def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
+        moved = contrast(signals, self.scale, self.width, self.threshold) != 0
+        moved = moved & distilled
+        lengths = signals.mask.sum(-1, keepdim=True).double()
+        counts = (moved & signals.mask).sum(-1, keepdim=True)
+        own = torch.where(moved, counts, lengths - counts).clamp(min=1)
+        return torch.where(signals.mask, lengths / own, 1.0)

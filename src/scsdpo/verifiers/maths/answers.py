@@ -129,7 +129,7 @@ _LETTERS = r"[A-Za-z]{1,3}'*"
 _INDEX = r"(?:_(?:\{[^{}]*\}|[A-Za-z0-9]))?"
 _NAME = re.compile(
     rf"\|?\s*(?:{_LETTERS}|\\[A-Za-z]+ ?)\s*{_INDEX}'*(?:\^\{{-1\}})?(?:\([^()]*\))?\s*\|?"
-    r"|\\(?:angle|triangle|overline|vec|hat|bar) ?\{?\s*[A-Za-z]{1,4}\s*\}?"
+    r"|m?\\(?:angle|triangle|overline|vec|hat|bar) ?\{?\s*[A-Za-z]{1,4}\s*\}?"
     r"|\\frac ?\{(?:[A-Z]{1,3}|d[a-z])\}\{(?:[A-Z]{1,3}|d[a-z])\}|«[A-Za-z ]{1,30}»|\|[A-Z]+\|"
     r"|[A-Z](?:_\{?\w+\}?)?:[A-Z](?:_\{?\w+\}?)?"
 )
@@ -672,7 +672,8 @@ def _is_name(side: Answer) -> bool:
         is_name = not _is_constant(side) and not re.match(r"\\(?!frac)", side.written)
         return isinstance(node, Symbol) or bool(is_name and _NAME.fullmatch(side.written))
     if isinstance(side, Text):
-        return bool(_NAME.fullmatch(side.written) or re.fullmatch("[a-z ]{3,30}", side.written))
+        named = _NAME.fullmatch(side.written) or re.fullmatch("[a-z ]{3,30}", side.written)
+        return bool(named or re.match(r"\\(?:sum|prod|int|lim)(?![a-z])", side.written))
     return False
 
 
@@ -769,8 +770,7 @@ def _stated_by(gold: Answer, said: Relation, rules: Rules) -> bool:
         return _same(gold, pair[1], rules)
     if set(said.signs) == {"="} and all(map(_is_constant, said.sides)):
         return all(_same(gold, side, rules) for side in said.sides)
-    total = re.fullmatch(r"[a-zA-Z](?:\+[a-zA-Z])+", said.sides[0].written)
-    if total and said.signs == ("=",) and isinstance(gold, Value) and _is_constant(gold):
+    if said.signs == ("=",) and _is_measured(said.sides[0]) and _is_constant(gold):
         return _same(gold, said.sides[1], rules)
     interval = _as_set(said)
     return interval is not None and isinstance(gold, Group | Many) and _same(gold, interval, rules)
@@ -784,6 +784,18 @@ def _as_union(many: Many) -> Many | None:
     found = tuple(part for part in parts if part is not None)
     is_union = many.sort == "several" and len(found) == len(parts)
     return Many(many.written, found, "union") if is_union else None
+
+
+_TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
+
+
+def _is_measured(side: Answer) -> bool:
+    """What questions ask the value of: m+n (but x+y = 1 is a line), cos A."""
+    if not isinstance(side, Value):
+        return False
+    node = side.node
+    angle = isinstance(node, Apply) and node.what in _TRIGONOMETRIC and node.to[0]
+    return isinstance(angle, Symbol) or bool(re.fullmatch(r"[a-wA-W](?:\+[a-wA-W])+", side.written))
 
 
 def _as_set(answer: Answer) -> Answer | None:

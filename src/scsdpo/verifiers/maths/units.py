@@ -50,8 +50,13 @@ _NOT_UNITS = frozenset([
     "and", "or", "if", "for", "where", "when", "is", "are", "the", "than", "mod", "more",
     "less", "times", "of", "only", "not", "in", "at", "with", "am", "pm", "a.m.", "p.m.",
     "base", "a", "an", "to", "from", "by", "but", "then", "so", "that", "which", "because",
-    "since", "wrong", "incorrect", "false", "fewer", "plus", "minus", "greater", "half", "double",
-    "couple", "pairs", "pair", "percentile", "score", "squared", "cubed", "factorial", "root",
+    "since", "wrong", "incorrect", "false", "fewer", "plus", "minus", "greater", "half",
+    "double", "couple", "pairs", "pair", "percentile", "score", "squared", "cubed", "factorial",
+    "root", "below", "above", "under", "over", "past", "short", "behind", "negative", "ten",
+    "tens", "gross", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths",
+    "fifth", "fifths", "sixth", "sixths", "seventh", "sevenths", "eighth", "eighths", "ninth",
+    "ninths", "tenth", "tenths", "twelfth", "twelfths", "hundredth", "hundredths", "thousandth",
+    "thousandths", "millionth", "millionths",
 ])  # fmt: skip
 _PIECE = re.compile(
     r"\s*(?:(?P<name>[A-Za-z]+|[°$€%£¥¢])(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?|(?P<sign>[/*]))\s*\.?"

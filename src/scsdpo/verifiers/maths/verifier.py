@@ -95,7 +95,8 @@ class MathAnswer(Verifier):
 
 @lru_cache(4096)
 def _gold(answer: str) -> Answer:
-    return read_answer(answer)
+    """Of a worked solution what it has in a box."""
+    return read_answer(final_answer(answer) if "\\boxed" in answer else answer)
 
 
 @lru_cache(20_000)
@@ -104,7 +105,7 @@ def _is_met(answer: str) -> bool:
     if not answer.strip() or not _is_whole(answer):
         return False
     gold = _gold(answer)
-    if not gold.written.strip("\"'") or len(answer) > MAX_ANSWER:
+    if not gold.written.strip("\"'") or len(gold.written) > MAX_ANSWER:
         return False
     return same(gold, read_answer(final_answer(_boxed(answer))), Rules())
 
