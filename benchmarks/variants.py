@@ -51,9 +51,7 @@ VARIANTS = {
         "sc-sdpo", ("--model.teacher.init_args.context.init_args.exclude_self=false",)
     ),
     "sc-sdpo-lr5e-6": Variant("sc-sdpo", (rate("5e-6"),)),
-    "sc-sdpo-overlong": Variant(
-        "sc-sdpo", ("--model.token_weighting=Overlong", "--model.token_weighting.init_args.cap=40")
-    ),
+    "sc-sdpo-overlong": Variant("sc-sdpo", ("--model.token_weighting=Overlong",)),
     "hybrid-50": hybrid(0.5),
     "hybrid-99": hybrid(0.99),
     "lora-5e-4": Variant(

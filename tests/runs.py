@@ -83,3 +83,24 @@ def trainer(folder: Path, **settings):
 
 def weights(policy):
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+ARGUMENTS = [
+    "--model.advantage.class_path=SelfDistillation",
+    "--model.teacher.class_path=EMA",
+    "--model.teacher.context=PlainPrompt",
+    "--model.sampling={n: 2, max_new_tokens: 2}",
+    "--model.val_sampling={n: 2, max_new_tokens: 2}",
+    "--data.train=runs.Toys",
+    "--data.val=runs.Toys",
+    "--data.val.size=2",
+    "--data.questions_per_batch=2",
+    "--trainer.max_steps=3",
+    "--trainer.val_check_interval=2",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+"""Of a command line that configures a run of `Toys`; every rollout gets credit."""

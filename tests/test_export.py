@@ -11,13 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import qwen3_folder
+from runs import ARGUMENTS
 from scsdpo.__main__ import main as command
 from scsdpo.checkpoints import Saved
 from scsdpo.cli.export import export, load_weights, make_policy
 from scsdpo.cli.model_card import model_card
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import STUDENT
-from test_cli import VALID
 
 
 def scsdpo(*args):
@@ -30,7 +30,7 @@ def scsdpo(*args):
 def train(folder, root, *args):
     """The checkpoint of a run of three steps."""
     policy = [f"--model.policy.name_or_path={folder}", "--model.optimizer.lr=0.01"]
-    assert scsdpo("fit", *VALID, *policy, f"--trainer.default_root_dir={root}", *args) == 0
+    assert scsdpo("fit", *ARGUMENTS, *policy, f"--trainer.default_root_dir={root}", *args) == 0
     return root / "checkpoints" / "last.ckpt"
 
 

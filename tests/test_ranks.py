@@ -28,7 +28,7 @@ def train(folder, world, out, method, root=None):
 
 def remembered(state):
     """Of a pool the questions in it; of anything else all."""
-    return [group[1]["keys"] for group in state["groups"]] if "groups" in state else state
+    return [group[0]["prompts"]["key"] for group in state["groups"]] if "groups" in state else state
 
 
 @pytest.fixture(scope="module")

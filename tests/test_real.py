@@ -42,7 +42,7 @@ CHANGED = {
     "sc-sdpo-gold": {CONTEXT: "scsdpo.teacher.GoldSolution", TEACHER: "scsdpo.teacher.EMA"},
     "sc-sdpo-self": {("teacher", "init_args", "context", "init_args", "exclude_self"): False},
     "sc-sdpo-lr5e-6": {LR: 5e-6},
-    "sc-sdpo-overlong": {("token_weighting", "init_args", "cap"): 40},
+    "sc-sdpo-overlong": {("token_weighting", "class_path"): "scsdpo.weighting.Overlong"},
     "hybrid-50": {(*PARTS, 0, "weight"): 0.5, (*PARTS, 1, "weight"): 0.5},
     "hybrid-99": {(*PARTS, 0, "weight"): 0.99, (*PARTS, 1, "weight"): 0.01},
     "lora-5e-4": {

@@ -123,8 +123,8 @@ def test_adapters_are_drawn_whatever_the_default_device_is(qwen3):
 
 def test_the_flag_seeds_a_run_from_the_command_line(qwen3, tmp_path, monkeypatch):
     """Nothing else differs between the two commands."""
+    from runs import ARGUMENTS
     from scsdpo.__main__ import main
-    from test_cli import VALID
 
     states = []
     for seed in (0, 1, 1):
@@ -132,7 +132,7 @@ def test_the_flag_seeds_a_run_from_the_command_line(qwen3, tmp_path, monkeypatch
         folder.mkdir()
         monkeypatch.chdir(folder)
         words = [f"--seed_everything={seed}", f"--model.policy.name_or_path={qwen3}"]
-        monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *VALID, *words])
+        monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *ARGUMENTS, *words])
         assert main() in (0, None)
         (saved,) = folder.rglob("last.ckpt")
         states.append(torch.load(saved, weights_only=True)["state_dict"])

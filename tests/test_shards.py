@@ -9,10 +9,9 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
-from runs import weights
+from runs import ARGUMENTS, weights
 from scsdpo.checkpoints import Saved, newest, shards
 from scsdpo.cli.export import export
-from test_cli import VALID
 from test_export import scsdpo
 
 pytestmark = [
@@ -25,7 +24,7 @@ SHARDED = ["--trainer.strategy.class_path=scsdpo.checkpoints.FullySharded", "--t
 
 def fit(folder, root, *args):
     policy = f"--model.policy.name_or_path={folder}"
-    code = scsdpo("fit", *VALID, policy, f"--trainer.default_root_dir={root}", *args)
+    code = scsdpo("fit", *ARGUMENTS, policy, f"--trainer.default_root_dir={root}", *args)
     if dist.is_initialized():
         dist.destroy_process_group()
     assert code == 0
@@ -94,7 +93,9 @@ def test_a_folder_exports_as_a_file_does(folder, file, tmp_path):
 
 @pytest.mark.parametrize("command", ["validate", "predict"])
 def test_one_process_evaluates_a_folder_whatever_the_teacher(command, folder, qwen3, tmp_path):
-    args = [arg for arg in VALID if not arg.startswith(("--model.teacher", "--model.advantage"))]
+    args = [
+        arg for arg in ARGUMENTS if not arg.startswith(("--model.teacher", "--model.advantage"))
+    ]
     args += ["--model.advantage=GroupRelative", f"--trainer.default_root_dir={tmp_path}"]
     args += [f"--model.policy.name_or_path={qwen3}", f"--ckpt_path={folder}"]
     assert scsdpo(command, *args) == 0
@@ -119,7 +120,7 @@ def test_a_folder_of_another_optimizer_is_refused_in_one_line(folder, qwen3, tmp
     policy = f"--model.policy.name_or_path={qwen3}"
     capsys.readouterr()
     sgd = "--model.optimizer.class_path=torch.optim.SGD"
-    assert scsdpo("fit", *VALID, policy, *other, sgd) == 2
+    assert scsdpo("fit", *ARGUMENTS, policy, *other, sgd) == 2
     assert "model.optimizer: AdamW -> SGD" in capsys.readouterr().err
 
 
@@ -142,7 +143,7 @@ def test_a_torn_folder_is_named_and_passed_over(folder, qwen3, tmp_path, capsys)
         Saved.read(last)
     policy = f"--model.policy.name_or_path={qwen3}"
     capsys.readouterr()
-    assert scsdpo("fit", *VALID, policy, f"--ckpt_path={last}") == 2
+    assert scsdpo("fit", *ARGUMENTS, policy, f"--ckpt_path={last}") == 2
     assert f"{last} is torn: it was not written to its end; {whole} is whole" in (
         capsys.readouterr().err
     )
@@ -164,7 +165,7 @@ def test_lightnings_own_strategy_is_refused_where_it_would_save(qwen3, tmp_path,
     own = "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"
     said = f"--trainer.default_root_dir={tmp_path}"
     capsys.readouterr()
-    code = scsdpo("fit", *VALID, f"--model.policy.name_or_path={qwen3}", own, said)
+    code = scsdpo("fit", *ARGUMENTS, f"--model.policy.name_or_path={qwen3}", own, said)
     dist.destroy_process_group()
     assert code == 2
     assert "use scsdpo.checkpoints.FullySharded" in capsys.readouterr().err

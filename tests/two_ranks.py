@@ -76,7 +76,9 @@ def main() -> None:
     strategy = "auto" if number == 1 else "ddp"
     if world.endswith("s"):
         strategy = ModelParallelStrategy(number, 1)
-    run = trainer(root, devices=number, strategy=strategy, max_epochs=2)
+    run = trainer(
+        root, devices=number, strategy=strategy, max_epochs=3 if method == "memory" else 2
+    )
     questions = QUESTIONS.get(method, {"train": Toys(16), "val": Toys(6)})
     run.fit(model, data(**questions))
     state = {name: whole(value) for name, value in model.state_dict().items()}
