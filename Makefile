@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -46,6 +46,10 @@ test-scale: $(INSTALLED)
 # elsewhere.
 test-browser: $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# Every shipped configuration over every other, and a run of every method.
+test-configs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/configs
 
 # The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
 test-plan: $(INSTALLED)

@@ -104,3 +104,19 @@ ARGUMENTS = [
     "--trainer.enable_model_summary=false",
 ]
 """Of a command line that configures a run of `Toys`; every rollout gets credit."""
+
+
+def assert_same(ours, theirs, where):
+    """Equal to the bit: tensors and what is around them."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for name, value in ours.items():
+            assert_same(value, theirs[name], f"{where}.{name}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(mine, other, f"{where}.{number}")
+    elif isinstance(ours, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=where)
+    else:
+        assert ours == theirs, where

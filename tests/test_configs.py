@@ -1,7 +1,6 @@
 """Every YAML parses, instantiates and takes a step; any method lies over any other."""
 
 import json
-import os
 import re
 import sys
 from dataclasses import fields
@@ -12,12 +11,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from scsdpo.advantage import Rhythm
-from scsdpo.cli.config_types import arguments
-from scsdpo.cli.parser import Parser
 from scsdpo.cli.rate import replaced_rate
 from scsdpo.rollout import Rollout
-from scsdpo.training import PolicyOptimizer
-from shared import SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -90,16 +85,6 @@ def test_every_base_configuration_trains(base, qwen3, scsdpo):
     assert scsdpo("fit", "--config", base, *extra, *kwargs, *small(qwen3)) in (0, None)
 
 
-# PACED wants a file of rates first: test_offline.py.
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.stem != "sdpo-paced"], ids=lambda p: p.stem
-)
-def test_every_method_trains_on_the_tiny_configuration(method, qwen3, scsdpo):
-    base = CONFIGS / "tiny.yaml"
-    few = "--data.train.init_args.size=200"
-    assert scsdpo("fit", "--config", base, "--config", method, *small(qwen3), few) in (0, None)
-
-
 def printed(scsdpo, capsys, *args):
     capsys.readouterr()
     assert scsdpo("fit", *args, "--print_config") in (0, None)
@@ -127,35 +112,6 @@ def test_print_config_round_trips(base, scsdpo, capsys, tmp_path):
     first = printed(scsdpo, capsys, "--config", base)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(first))
     assert printed(scsdpo, capsys, "--config", tmp_path / "again.yaml") == first
-
-
-@pytest.mark.parametrize("axis", AXES)
-def test_a_method_over_any_other_leaves_nothing_of_it(axis):
-    """Same-named init_args carry over when a class is swapped: a method file states them all.
-
-    Axis by axis, for they do not meet: every value that some method gives to it, over every other.
-    """
-    parser = Parser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_argument(f"--{axis}", type=arguments(PolicyOptimizer)[axis])
-    stated = [yaml.safe_load(method.read_text())["model"][axis] for method in METHODS]
-    values = list(dict.fromkeys(yaml.safe_dump({axis: value}) for value in stated))
-
-    def parsed(*layers):
-        layered = [f"--config={layer}" for layer in layers]
-        config = parser.parse_args(layered, defaults=False).as_dict()
-        return without_empty(config[axis])
-
-    def without_empty(value):
-        if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if (k, v) != ("init_args", {})}
-            return {k: without_empty(v) for k, v in kept.items()}
-        return [without_empty(v) for v in value] if isinstance(value, list) else value
-
-    for above in values:
-        alone = parsed(above)
-        for below in values:
-            assert parsed(below, above) == alone, (below, above)
 
 
 def states_everything(mine, full, where):
@@ -254,17 +210,6 @@ def test_the_head_of_drift_says_of_each_constant_that_it_is_ours():
         assert name in ours, name
 
 
-@pytest.mark.parametrize("base", ["tiny", "qwen3", "qwen3-lora", "olmo3"])
-def test_a_rollout_over_any_other_leaves_nothing_of_it(base, scsdpo, capsys):
-    base_args = ("--config", CONFIGS / f"{base}.yaml")
-    alone = {r: printed(scsdpo, capsys, *base_args, "--config", r)["model"] for r in ROLLOUTS}
-    assert len(ROLLOUTS) == 4
-    for below in ROLLOUTS:
-        for above in ROLLOUTS:
-            args = (*base_args, "--config", below, "--config", above)
-            assert printed(scsdpo, capsys, *args)["model"] == alone[above], (below, above)
-
-
 @pytest.mark.parametrize("rollout", ROLLOUTS, ids=lambda p: p.stem)
 def test_a_rollout_file_states_every_argument_and_is_constructed(rollout, scsdpo, capsys):
     stated = yaml.safe_load(rollout.read_text())["model"]
@@ -309,34 +254,3 @@ def test_class_paths_in_a_printed_configuration_are_public(scsdpo, capsys):
     assert paths
     for path in paths:
         assert len(path.split(".")) == 3, path  # scsdpo.axis.Class, no private module
-
-
-@needs_shared
-def test_qwen3_runs_unchanged_on_real_biology_with_a_local_model(tmp_path, scsdpo):
-    """The command of the configuration's header, a small random Qwen3 in place of the 8B."""
-    import subprocess
-
-    model = tmp_path / "model"
-    maker = [sys.executable, SHARED / "bench" / "make_model.py", model, "--vocab", "1024"]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [*map(str, maker), "--hidden", "64", "--layers", "1", "--eos-rate", "0.2"],
-        check=True,
-        env=environment,
-        capture_output=True,
-    )
-    biology = SHARED / "data" / "sciknoweval" / "biology"
-    code = scsdpo(
-        "fit",
-        "--config",
-        CONFIGS / "qwen3.yaml",
-        f"--model.policy.name_or_path={model}",
-        f"--data.train.source={biology}",
-        f"--data.val.source={biology}",
-        "--trainer.limit_train_batches=3",
-        "--trainer.max_epochs=1",
-        "--trainer.val_check_interval=3",
-        "--trainer.enable_progress_bar=false",
-    )
-    assert code in (0, None)
-    assert list(tmp_path.glob("runs/qwen3/*/checkpoints/*.ckpt"))
