@@ -49,7 +49,8 @@ def run(folders, out, kind, steps, source, name):
         callbacks=[saver],
     )
     ckpt = source / name / "checkpoints" / "last.ckpt" if source else None
-    fit.fit(model, data(Toys(40), questions_per_batch=8), ckpt_path=ckpt)
+    # No link ends with a pass over the questions: there Lightning counts epochs otherwise.
+    fit.fit(model, data(Toys(72), questions_per_batch=8), ckpt_path=ckpt)
     assert fit.global_step == steps
     state = {}
     for key, value in model.named_parameters():

@@ -32,6 +32,7 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3, eps=1e-6)
 def method(name, **changes):
     """A method's own file."""
     axes = yaml.safe_load((ROOT / "configs" / "methods" / f"{name}.yaml").read_text())["model"]
+    axes.pop("optimizer", None)  # the paper's rate, without a class
     parser = ArgumentParser(exit_on_error=False)
     for axis in axes:
         parser.add_argument(f"--{axis}", type=arguments(PolicyOptimizer)[axis])
