@@ -352,7 +352,11 @@ GOOD = b"question,answer\n?,7\n"
         ("x.csv", b"PK\x03\x04....", "zip archive"),
         ("x.jsonl", gzip.compress(b"{}", mtime=0), "compressed by gzip; add .gz to its name"),
         ("x.csv.gz", GOOD, "Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b'{"question": 1}' * 99, mtime=0)[:-9], "ended before|damaged"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"question": 1}' * 99, mtime=0)[:-9],
+            "ended before|damaged",
+        ),
         ("x.jsonl.xz", b"nonsense", "damaged"),
         ("x.jsonl.zst", b"nonsense", "cannot read"),
         ("x.parquet", b"", "cannot read"),
