@@ -1,7 +1,7 @@
 """Questions and verdicts of the package reasoning-gym, whose tasks are generated procedurally.
 
-Run as a program, this module generates questions: it reads the arguments of `generated` as JSON from
-standard input, and writes what `generated` gives, or the kind and text of an error, as pickle.
+Run as a program, this module reads the arguments of `generated` as JSON from
+standard input, and writes what it gives, or the kind and text of an error, as pickle.
 """
 
 import ast
