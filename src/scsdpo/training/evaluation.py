@@ -12,7 +12,7 @@ from scsdpo.distributed import Agreement, all_gather
 from scsdpo.evaluation import Question, Result, means, predictions, questions
 from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
-from scsdpo.records import Recorded
+from scsdpo.records import recorded
 from scsdpo.training.answering import Answering
 from scsdpo.types import Prompt, Sampling
 
@@ -53,14 +53,15 @@ class Evaluation:
         self._own += questions(judged)
         show_rollouts(module, judged)
 
-    def end(self, module: Recorded, split: Literal["val", "test"]) -> None:
+    def end(self, module: L.LightningModule, split: Literal["val", "test"]) -> None:
         """Log the figures of all ranks."""
         interrupt.meet()
         interrupt.close_window()
         # Rank r of R has asked questions r, r + R, ...
         rounds = zip_longest(*all_gather([self._own]))
         found = tuple(each for each in chain.from_iterable(rounds) if each is not None)
-        about = {"split": split, "batch": int(module.batches), **module.described()}
+        known = recorded(module)
+        about = {"split": split, "batch": int(known.batches), **known.described()}
         self.result = Result(about=about, questions=found)
         k = about["sampling"]["n"]
         log_figures(module, split, means(found), shown=f"mean@{k}")

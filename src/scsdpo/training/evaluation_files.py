@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from scsdpo.records import Outage, Recorded, begin_path, run_folder
+from scsdpo.records import Outage, begin_path, recorded, run_folder
 from scsdpo.training.evaluation import Evaluation
 
 FOLDER = "evaluations"
@@ -30,9 +30,8 @@ class EvaluationFiles(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_folder(trainer) / FOLDER  # may ask rank 0: everyone must ask
-        assert isinstance(pl_module, Recorded)
         if trainer.is_global_zero:
-            batches = int(pl_module.batches)
+            batches = int(recorded(pl_module).batches)
             self._outage.attempt(partial(_begin, folder, batches, trainer.ckpt_path))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,12 +7,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage, Batch
 from scsdpo.callbacks import Progress, RunRecords, show_batch, show_rollouts
-from scsdpo.checkpoints import Resumable, fit_weights
+from scsdpo.checkpoints import (
+    Change,
+    SafePoint,
+    count_batches,
+    fit_weights,
+    take_back,
+    write_whole_files,
+)
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
@@ -25,7 +32,7 @@ from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
-from scsdpo.records import MetricsFile, guard
+from scsdpo.records import MetricsFile, Recorder, guard
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
@@ -58,7 +65,7 @@ from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
-class PolicyOptimizer(Resumable):
+class PolicyOptimizer(L.LightningModule):
     """Self-distillation policy optimization, composed of strategies.
 
     Each batch of questions is answered, judged, and learned from:
@@ -96,6 +103,9 @@ class PolicyOptimizer(Resumable):
     Raises:
         ConfigurationError: if the strategies do not fit together.
     """
+
+    batches: Tensor
+    """Of training questions since the run began; not steps, for a batch may take none."""
 
     def __init__(
         self,
@@ -158,6 +168,12 @@ class PolicyOptimizer(Resumable):
         self.weightings = strategies.weightings()
         self.memory = memory(self, strategies.remembering())
         self._configured = False
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.recorder, self.safe_point = Recorder(), SafePoint()
+        self.changed: Sequence[Change] = ()
+        """What the configuration has changed since the checkpoint that will be loaded."""
+        self.policy_only = False
+        """Whether a checkpoint is loaded for its policy, and not to go on from it."""
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run plans its memory, shows and keeps what happens, and fails well.
@@ -182,7 +198,7 @@ class PolicyOptimizer(Resumable):
             ConfigurationError: if the longest prompt leaves the sampler no room for a response, or
                 schedule, validations and monitors do not fit the run.
         """
-        super().setup(stage)
+        write_whole_files(self.trainer, resumes=stage == "fit")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
@@ -315,6 +331,23 @@ class PolicyOptimizer(Resumable):
         update = self.steps.update
         return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)
 
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and the name is kept for records."""
+        super().log(name, value, *args, **kwargs)
+        self.recorder.note(name)
+
+    def on_train_start(self) -> None:
+        """The state before the first batch can be saved from now on."""
+        self.safe_point.keep(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let loggers count batches as the run does."""
+        count_batches(self.trainer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is finished, and the state after it can be saved."""
+        self.safe_point.keep(self)
+
     def on_train_end(self) -> None:
         """Say which limit ended the run."""
         say_what_ended(self.trainer, self)
@@ -334,9 +367,15 @@ class PolicyOptimizer(Resumable):
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
         self.evaluation.end(self, "val")
-        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking:
+            self.safe_point.validated = int(self.batches)
+            if self.trainer.state.fn == "fit":
+                self.steps.after_validation(self)
+
+    def on_validation_end(self) -> None:
+        """Its figures are those of the last finished batch now."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.steps.after_validation(self)
+            self.safe_point.keep(self)
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """As validation."""
@@ -375,12 +414,20 @@ class PolicyOptimizer(Resumable):
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
             )
-        super().on_save_checkpoint(checkpoint)
+        self.safe_point.into(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""
         self.configure_model()
         other = self.policy_only or any(change.of_memory for change in self.changed)
         fit_weights(checkpoint["state_dict"], self.state_dict(), policy_only=other)
+        if self.policy_only:
+            return
+        self.safe_point.validated = checkpoint.get("validated", -1)
+
+        def renewed() -> tuple[torch.optim.Optimizer, Any]:
+            optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+            return optimizer, self.lr_scheduler(optimizer)
+
         with blamed_on("the checkpoint"):
-            super().on_load_checkpoint(checkpoint)
+            take_back(self, checkpoint, self.changed, renewed)

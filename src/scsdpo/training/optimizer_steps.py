@@ -21,7 +21,7 @@ from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.loss import LossOutput
 from scsdpo.metrics import GapCheck, log_figures, token_metrics
 from scsdpo.policy import CausalLM
-from scsdpo.records import Recorded
+from scsdpo.records import recorded
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
@@ -102,7 +102,7 @@ class OptimizerSteps(nn.Module):
         for name in ("skipped", "bad", "idle"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
-    def learn(self, host: Recorded, policy: CausalLM, batch: Batch) -> None:
+    def learn(self, host: L.LightningModule, policy: CausalLM, batch: Batch) -> None:
         """All steps on `batch`.
 
         Args:
@@ -114,7 +114,7 @@ class OptimizerSteps(nn.Module):
             TrainingStopped: if a limit on steps that achieve nothing is reached, or the sampler
                 disagrees with the trainer.
         """
-        self._watched = replace(self.update, observe=host.take_observer())
+        self._watched = replace(self.update, observe=recorded(host).recorder.take_observer())
         steps = batch.steps
         old = self._measured(policy, batch, steps[1:])
         for number, rows in enumerate(steps):
