@@ -93,8 +93,8 @@ class TensorParallelQueue:
             self._refuse(requests)
         except ConfigurationError as error:
             refused = error
-        error = None if refused is None else RemoteError.of(refused)
-        parts = self._gather(_Part(requests=tuple(requests), left=left, error=error))
+        own = None if refused is None else RemoteError.of(refused)
+        parts = self._gather(_Part(requests=tuple(requests), left=left, error=own))
         raise_first([part.error for part in parts], refused)
         return parts
 
