@@ -34,7 +34,7 @@ from transformers import LogitsProcessor
 
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
-from scsdpo.rollout.response_buffer import ResponseBuffer
+from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Verifier
 

@@ -6,10 +6,10 @@ import torch.distributed as dist
 
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout import agreement
-from scsdpo.rollout.agreement import Alone, Told, agreed
-from scsdpo.rollout.tensor_parallel import Rounds
-from scsdpo.rollout.vllm_rollout import Answer, Request
+from scsdpo.rollout.vllm import agreement
+from scsdpo.rollout.vllm.agreement import Alone, Told, agreed
+from scsdpo.rollout.vllm.rollout import Answer, Request
+from scsdpo.rollout.vllm.tensor_parallel import Rounds
 
 BROKEN = ZeroDivisionError("by zero")
 

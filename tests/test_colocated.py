@@ -6,10 +6,10 @@ import torch
 from runs import data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
-from scsdpo.rollout.engine_weights import EngineWeights
-from scsdpo.rollout.versions import Versions
-from scsdpo.rollout.vllm_rollout import Answer
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.vllm.engine_weights import EngineWeights
+from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.weights.versions import Versions
+from scsdpo.rollout.weights.weights import StreamHash
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=1, max_new_tokens=4)

@@ -8,11 +8,12 @@ from peft.tuners.lora import LoraLayer
 
 from precision import allowed
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout import HFRollout, merged
-from scsdpo.rollout.kv_cache import KVCache, Size
-from scsdpo.rollout.response_buffer import ResponseBuffer
-from scsdpo.rollout.scheduler import Scheduler
-from scsdpo.rollout.shared_prefix import _cuts, _product
+from scsdpo.rollout import HFRollout
+from scsdpo.rollout.hf import merged
+from scsdpo.rollout.hf.kv_cache import KVCache, Size
+from scsdpo.rollout.hf.response_buffer import ResponseBuffer
+from scsdpo.rollout.hf.scheduler import Scheduler
+from scsdpo.rollout.hf.shared_prefix import _cuts, _product
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=150, temperature=0.7, seed=3)

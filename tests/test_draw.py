@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scsdpo.rollout.draw import draw, uniforms
+from scsdpo.rollout.hf.draw import draw, uniforms
 from scsdpo.types import Prompt, Sampling
 
 PROBS = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2], dtype=torch.float64)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout import lora_adapter
-from scsdpo.rollout.lora_adapter import (
+from scsdpo.rollout.weights import lora_adapter
+from scsdpo.rollout.weights.lora_adapter import (
     MergeRounding,
     adapter_hash,
     adapter_weights,

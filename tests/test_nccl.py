@@ -9,10 +9,10 @@ import torch
 from canned_vllm import error, serving
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Nccl
-from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.transfer_group import Group, Source, TransferFailed
-from scsdpo.rollout.vllm_server import Server, Unreachable
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.server import Server, Unreachable
+from scsdpo.rollout.servers.transfer_group import Group, Source, TransferFailed
+from scsdpo.rollout.weights.weights import StreamHash
 
 WEIGHTS = [("a", torch.arange(3.0)), ("b", torch.ones(2, 2)), ("c", torch.zeros(3) + 7)]
 

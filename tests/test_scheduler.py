@@ -2,8 +2,8 @@
 
 import pytest
 
-from scsdpo.rollout.kv_cache import Size
-from scsdpo.rollout.scheduler import Group, Scheduler
+from scsdpo.rollout.hf.kv_cache import Size
+from scsdpo.rollout.hf.scheduler import Group, Scheduler
 
 
 def groups(*sizes, tokens=100):

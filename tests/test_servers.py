@@ -13,8 +13,8 @@ from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import Delivery, Download, Servers, VLLMRollout
-from scsdpo.rollout.versions import Versions
-from scsdpo.rollout.vllm_server import NotNow
+from scsdpo.rollout.servers.server import NotNow
+from scsdpo.rollout.weights.versions import Versions
 from scsdpo.types import Prompt, Sampling
 
 
@@ -138,8 +138,8 @@ def test_a_server_that_is_not_well_is_asked_again(policy, canned):
 @pytest.mark.parametrize("fault", ["dead", "ill", "hangs"])
 def test_what_one_server_fails_at_another_does(policy, canned, other, monkeypatch, fault):
     """It is set aside after `patience`; the run does not wait for its `timeout`."""
-    monkeypatch.setattr("scsdpo.rollout.watched_server._LOOK", 0.1)
-    monkeypatch.setattr("scsdpo.rollout.vllm_server.SHORT", 0.5)
+    monkeypatch.setattr("scsdpo.rollout.servers.watched_server._LOOK", 0.1)
+    monkeypatch.setattr("scsdpo.rollout.servers.server.SHORT", 0.5)
     canned.answers |= ready() | answering()
     canned.before[GENERATE] = lambda _: time.sleep(0.05)
     other.answers |= ready() | {GENERATE: error(500, "ill")}
@@ -166,7 +166,7 @@ def test_what_one_server_fails_at_another_does(policy, canned, other, monkeypatc
 def test_a_server_that_loads_slowly_is_not_waited_for_and_gets_the_newest(
     policy, canned, other, monkeypatch
 ):
-    monkeypatch.setattr("scsdpo.rollout.vllm_server.refusal", lambda *_: "")
+    monkeypatch.setattr("scsdpo.rollout.servers.server.refusal", lambda *_: "")
     over, loads = threading.Event(), []
 
     def load(handler):
@@ -197,7 +197,7 @@ def test_a_server_that_loads_slowly_is_not_waited_for_and_gets_the_newest(
 def test_the_server_that_is_ready_first_leaves_a_share_to_the_other(
     policy, canned, other, monkeypatch
 ):
-    monkeypatch.setattr("scsdpo.rollout.vllm_server.refusal", lambda *_: "")
+    monkeypatch.setattr("scsdpo.rollout.servers.server.refusal", lambda *_: "")
     over = threading.Event()
     canned.answers |= ready() | answering()
     canned.before[GENERATE] = lambda _: over.wait(60)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.versions import Versions
-from scsdpo.rollout.vllm_rollout import Answer, refusal, sampled
-from scsdpo.rollout.weights import StreamHash, digest, fold
+from scsdpo.rollout.vllm.rollout import Answer, refusal, sampled
+from scsdpo.rollout.weights.versions import Versions
+from scsdpo.rollout.weights.weights import StreamHash, digest, fold
 
 
 @pytest.fixture(params=["full", "lora"])
@@ -129,7 +129,7 @@ def test_a_fold_sees_order_and_signs(dtype, shape):
 
 def test_a_fold_is_the_sum_that_it_says():
     """sum_rc bits u_c v_r in Python's integers, modulo 2^64."""
-    from scsdpo.rollout.weights import _numbers
+    from scsdpo.rollout.weights.weights import _numbers
 
     value = torch.randn(9000, generator=torch.Generator().manual_seed(1))
     u, v = _numbers(4096, 0, value.device).tolist(), _numbers(3, 1, value.device).tolist()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, Download, Servers, SharedFolder, VLLMRollout
-from scsdpo.rollout.vllm_rollout import Request
+from scsdpo.rollout.vllm.rollout import Request
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.weights import digest, merged_weights
+from scsdpo.rollout.weights.weights import digest, merged_weights
 
 
 def load(folder, **kwargs):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scsdpo.policy import TINY_FOLDER
-from scsdpo.rollout.vllm_server import Server, Unreachable
+from scsdpo.rollout.servers.server import Server, Unreachable
 
 KEY = "a key that both sides know"
 

@@ -7,7 +7,8 @@ from policies import lora_policy, move, short_and_long
 
 from models import olmo3_folder, qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver, lora_adapter
+from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
+from scsdpo.rollout.weights import lora_adapter
 
 KINDS = {
     "all": {},

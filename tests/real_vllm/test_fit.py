@@ -11,7 +11,7 @@ import pytest
 
 from precision import allowed_in_a_run
 from scsdpo.__main__ import main
-from scsdpo.rollout.vllm_server import Unreachable
+from scsdpo.rollout.servers.server import Unreachable
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHORT = (

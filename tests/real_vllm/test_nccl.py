@@ -10,7 +10,7 @@ from policies import check_parity, gaps, move, short_and_long
 from servers import Running, all_running, wait_for
 
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
-from scsdpo.rollout.transfer_group import Declared, Source
+from scsdpo.rollout.servers.transfer_group import Declared, Source
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -33,7 +33,7 @@ def servers(tmp_path_factory):
 @pytest.fixture
 def rollout(servers, monkeypatch):
     """The buffer holds a part of the weights: several go out one after the other."""
-    monkeypatch.setattr("scsdpo.rollout.nccl._check_place", lambda: None)
+    monkeypatch.setattr("scsdpo.rollout.servers.nccl._check_place", lambda: None)
     delivery = Nccl(timeout=10.0, buffer_gib=2**-11)
     made = VLLMRollout(Servers([server.url for server in servers], delivery))
     yield made

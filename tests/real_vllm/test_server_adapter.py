@@ -9,8 +9,9 @@ from servers import Running, all_running
 
 from models import qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout, lora_adapter
-from scsdpo.rollout.vllm_server import Server
+from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
+from scsdpo.rollout.servers.server import Server
+from scsdpo.rollout.weights import lora_adapter
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.lab import LabTasks
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
-from scsdpo.rollout.vllm_server import Server
+from scsdpo.rollout.servers.server import Server
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=48, seed=3)
@@ -99,8 +99,8 @@ def test_temperature_is_part_of_the_log_probs(two_servers, policy, prompts):
 def test_a_stalled_server_costs_its_own_share_and_is_used_again_when_it_wakes(
     two_servers, policy, prompts, monkeypatch
 ):
-    monkeypatch.setattr("scsdpo.rollout.vllm_server.SHORT", 2.0)
-    monkeypatch.setattr("scsdpo.rollout.watched_server._LOOK", 0.5)
+    monkeypatch.setattr("scsdpo.rollout.servers.server.SHORT", 2.0)
+    monkeypatch.setattr("scsdpo.rollout.servers.watched_server._LOOK", 0.5)
     engine = rollout(two_servers, Download(), patience=4.0)
     before = engine.sample(policy, prompts, SAMPLING)
     wait_for(lambda: two_servers[0].version == two_servers[1].version)
@@ -121,8 +121,8 @@ def test_a_stalled_server_costs_its_own_share_and_is_used_again_when_it_wakes(
 def test_a_run_whose_only_server_stalls_ends_with_its_name(
     two_servers, policy, prompts, monkeypatch
 ):
-    monkeypatch.setattr("scsdpo.rollout.vllm_server.SHORT", 1.0)
-    monkeypatch.setattr("scsdpo.rollout.watched_server._LOOK", 0.5)
+    monkeypatch.setattr("scsdpo.rollout.servers.server.SHORT", 1.0)
+    monkeypatch.setattr("scsdpo.rollout.servers.watched_server._LOOK", 0.5)
     stalled = two_servers[1]
     engine = rollout([stalled], Download(), patience=3.0)
     engine.sample(policy, prompts, SAMPLING)

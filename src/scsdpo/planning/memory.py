@@ -11,7 +11,7 @@ import torch
 from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
 from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
-from scsdpo.rollout.kv_cache import blocks
+from scsdpo.rollout.hf.kv_cache import blocks
 
 PREFILL_TOKENS = 8192
 """Most tokens of one prompt pass (`ContinuousBatcher`)."""

@@ -1,14 +1,14 @@
 """Rollout: which responses do we learn from?"""
 
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.colocated import Colocated
-from scsdpo.rollout.delivery import Delivery, Download, SharedFolder
-from scsdpo.rollout.hf import HFRollout
-from scsdpo.rollout.nccl import Nccl
-from scsdpo.rollout.require_key import RequireKey
-from scsdpo.rollout.servers import Servers
-from scsdpo.rollout.vllm_rollout import Engine, VLLMRollout
-from scsdpo.rollout.weight_receiver import WeightReceiver
+from scsdpo.rollout.hf.rollout import HFRollout
+from scsdpo.rollout.servers.delivery import Delivery, Download, SharedFolder
+from scsdpo.rollout.servers.engine import Servers
+from scsdpo.rollout.servers.nccl import Nccl
+from scsdpo.rollout.servers.require_key import RequireKey
+from scsdpo.rollout.vllm.colocated import Colocated
+from scsdpo.rollout.vllm.rollout import Engine, VLLMRollout
+from scsdpo.rollout.weights.weight_receiver import WeightReceiver
 
 __all__ = [
     "Colocated",

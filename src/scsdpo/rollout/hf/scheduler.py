@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scsdpo.rollout.kv_cache import Size, blocks
+from scsdpo.rollout.hf.kv_cache import Size, blocks
 
 _WORTH_ADMITTING = 4
 """New responses are let in when they are a quarter of those that run, or all that wait."""

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
-from scsdpo.rollout.agreement import Alone, Told, raise_first
-from scsdpo.rollout.vllm_rollout import Answer, Request
+from scsdpo.rollout.vllm.agreement import Alone, Told, raise_first
+from scsdpo.rollout.vllm.rollout import Answer, Request
 
 T = TypeVar("T")
 

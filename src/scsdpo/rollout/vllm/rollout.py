@@ -12,7 +12,7 @@ from torch import Tensor
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.versions import Versions
+from scsdpo.rollout.weights.versions import Versions
 from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Responses, Sampling, stable_hash
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.weights.weights import StreamHash
 
 _SHARD_BYTES = 2**31
 """Size from which the next tensor goes into another file; twice of it is held in memory."""

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout.vllm_rollout import Answer, Request, check_length
-from scsdpo.rollout.vllm_server import START, Unreachable
-from scsdpo.rollout.watched_server import PAUSE, WatchedServer
+from scsdpo.rollout.servers.server import START, Unreachable
+from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
+from scsdpo.rollout.vllm.rollout import Answer, Request, check_length
 
 _FILLED = 2
 """Sequences that a server is given, over those that it runs at a time: it never waits for us."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.policy import Chat
-from scsdpo.rollout.draw import draw, uniforms
+from scsdpo.rollout.hf.draw import draw, uniforms
 from scsdpo.types import Prompt, Responses, Sampling
 
 _SLACK = 8

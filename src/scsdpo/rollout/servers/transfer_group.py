@@ -14,10 +14,10 @@ from torch import Tensor
 
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, first_line
-from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.vllm_rollout import refusal
-from scsdpo.rollout.vllm_server import SHORT, Server
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.server import SHORT, Server
+from scsdpo.rollout.vllm.rollout import refusal
+from scsdpo.rollout.weights.weights import StreamHash
 
 _LOOK = 0.1
 """Seconds between two looks at a transfer."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from scsdpo.rollout.vllm_server import NotNow, Server, Silent, Unreachable
+from scsdpo.rollout.servers.server import NotNow, Server, Silent, Unreachable
 
 PAUSE = 0.5
 """Seconds between two tries."""

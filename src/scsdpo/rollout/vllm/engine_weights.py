@@ -9,7 +9,8 @@ from torch import Tensor
 
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.lora_adapter import (
+from scsdpo.rollout.vllm.rollout import refusal
+from scsdpo.rollout.weights.lora_adapter import (
     MergeRounding,
     adapter_weights,
     base_digest,
@@ -18,8 +19,7 @@ from scsdpo.rollout.lora_adapter import (
     folder_in_memory,
     write_adapter,
 )
-from scsdpo.rollout.vllm_rollout import refusal
-from scsdpo.rollout.weights import StreamHash, merged_weights
+from scsdpo.rollout.weights.weights import StreamHash, merged_weights
 
 _ADAPTER = "policy"
 """Its name in vLLM."""

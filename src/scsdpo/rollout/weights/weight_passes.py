@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.rollout.weights import merged_weights
+from scsdpo.rollout.weights.weights import merged_weights
 
 Of = Callable[[CausalLM, torch.dtype], Iterator[tuple[str, Tensor]]]
 """Some of the policy's weights; a function that pickles."""

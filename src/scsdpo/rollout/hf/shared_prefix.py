@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import AttentionLayout, use_layouts
-from scsdpo.rollout.kv_cache import KVCache, LayerCache, Table
+from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
 
 _STRIP_COST = 4096
 """Pairs of a query and a prompt token whose scores take as long as a product of their own."""

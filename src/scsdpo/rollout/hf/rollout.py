@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.continuous_batching import ContinuousBatcher
-from scsdpo.rollout.kv_cache import KVCache
-from scsdpo.rollout.merged import merged_adapters
-from scsdpo.rollout.response_buffer import ResponseBuffer
-from scsdpo.rollout.scheduler import Group, Scheduler
-from scsdpo.rollout.shared_prefix import shared_prefix_attention
-from scsdpo.rollout.weights import digest
+from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
+from scsdpo.rollout.hf.kv_cache import KVCache
+from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.hf.response_buffer import ResponseBuffer
+from scsdpo.rollout.hf.scheduler import Group, Scheduler
+from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
+from scsdpo.rollout.weights.weights import digest
 from scsdpo.types import Prompt, Responses, Sampling
 
 _ATTENTION = {"full_attention", "sliding_attention"}

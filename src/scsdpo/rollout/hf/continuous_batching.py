@@ -10,10 +10,10 @@ from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.attention import run_decoder
-from scsdpo.rollout.kv_cache import KVCache, Move, Size, blocks
-from scsdpo.rollout.response_buffer import ResponseBuffer
-from scsdpo.rollout.scheduler import Group, Request, Scheduler
-from scsdpo.rollout.shared_prefix import Decode, Prefill
+from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
+from scsdpo.rollout.hf.response_buffer import ResponseBuffer
+from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
+from scsdpo.rollout.hf.shared_prefix import Decode, Prefill
 
 _PREFILL_TOKENS = 8192
 """Most tokens (padding included) of one prompt pass; bounds its activations."""

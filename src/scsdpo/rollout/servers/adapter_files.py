@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.rollout.delivery import Delivery, Download, Files
-from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.lora_adapter import adapter_weights, base_weights, check_targets, write_adapter
-from scsdpo.rollout.run_folder import remove
-from scsdpo.rollout.vllm_server import ADAPTERS, Server, Unreachable
-from scsdpo.rollout.weight_passes import WeightPasses
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.servers.delivery import Delivery, Download, Files
+from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.run_folder import remove
+from scsdpo.rollout.servers.server import ADAPTERS, Server, Unreachable
+from scsdpo.rollout.weights.lora_adapter import (
+    adapter_weights,
+    base_weights,
+    check_targets,
+    write_adapter,
+)
+from scsdpo.rollout.weights.weight_passes import WeightPasses
+from scsdpo.rollout.weights.weights import StreamHash
 
 
 class AdapterFiles:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from scsdpo.distributed import place
-from scsdpo.rollout.weights import digest
+from scsdpo.rollout.weights.weights import digest
 
 GLIMPSE = 1024
 """Elements of each parameter that are compared whenever no step was taken."""

@@ -12,12 +12,10 @@ import torch.distributed as dist
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.agreement import agreed
-from scsdpo.rollout.contained import class_kept, contained, group_spared, launched, make_world
-from scsdpo.rollout.engine_weights import EngineWeights
-from scsdpo.rollout.lora_adapter import Way, rank_for
-from scsdpo.rollout.tensor_parallel import Rounds
-from scsdpo.rollout.vllm_rollout import (
+from scsdpo.rollout.vllm.agreement import agreed
+from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
+from scsdpo.rollout.vllm.engine_weights import EngineWeights
+from scsdpo.rollout.vllm.rollout import (
     Answer,
     Engine,
     Request,
@@ -25,6 +23,8 @@ from scsdpo.rollout.vllm_rollout import (
     not_quantised,
     sampled,
 )
+from scsdpo.rollout.vllm.tensor_parallel import Rounds
+from scsdpo.rollout.weights.lora_adapter import Way, rank_for
 
 _GIB = 2**30
 _WORK = _GIB

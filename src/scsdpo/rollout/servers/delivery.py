@@ -15,10 +15,10 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.run_folder import RunFolder, remove
-from scsdpo.rollout.vllm_server import Server, Unreachable
-from scsdpo.rollout.weight_files import write_weights
+from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.run_folder import RunFolder, remove
+from scsdpo.rollout.servers.server import Server, Unreachable
+from scsdpo.rollout.weights.weight_files import write_weights
 
 _IDLE = 60.0
 """Seconds after which a connection that does nothing is closed."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scsdpo.rollout.lora_adapter import adapter_hash, memory_or_disk
-from scsdpo.rollout.weights import StreamHash
+from scsdpo.rollout.weights.lora_adapter import adapter_hash, memory_or_disk
+from scsdpo.rollout.weights.weights import StreamHash
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a download of weights is given up."""

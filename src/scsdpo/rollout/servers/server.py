@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.rollout.http_exchange import exchange
-from scsdpo.rollout.require_key import KEY_VARIABLE
-from scsdpo.rollout.vllm_rollout import Answer, Request, not_quantised, refusal
+from scsdpo.rollout.servers.http_exchange import exchange
+from scsdpo.rollout.servers.require_key import KEY_VARIABLE
+from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised, refusal
 
 SHORT = 10.0
 """Seconds in which a server that is alive answers a question about itself."""

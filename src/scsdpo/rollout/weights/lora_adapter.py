@@ -22,8 +22,8 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT
 from scsdpo.policy.sharding import is_sharded, settle
-from scsdpo.rollout.versions import GLIMPSE
-from scsdpo.rollout.weights import StreamHash, digest, whole_weight
+from scsdpo.rollout.weights.versions import GLIMPSE
+from scsdpo.rollout.weights.weights import StreamHash, digest, whole_weight
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be."""

@@ -12,17 +12,17 @@ from scsdpo.distributed import place
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.rollout.adapter_files import AdapterFiles
-from scsdpo.rollout.delivery import Delivery, Download
-from scsdpo.rollout.event_loop import EventLoop
-from scsdpo.rollout.lora_adapter import MergeRounding, Way, base_digest, rank_for
-from scsdpo.rollout.nccl import Nccl
-from scsdpo.rollout.request_queue import RequestQueue, Stranded, agreed_dtype, useless
-from scsdpo.rollout.require_key import KEY_VARIABLE
-from scsdpo.rollout.vllm_rollout import Answer, Engine, Request
-from scsdpo.rollout.vllm_server import ADAPTERS, NotNow, Server, Unreachable
-from scsdpo.rollout.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.weight_passes import WeightPasses
+from scsdpo.rollout.servers.adapter_files import AdapterFiles
+from scsdpo.rollout.servers.delivery import Delivery, Download
+from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.nccl import Nccl
+from scsdpo.rollout.servers.request_queue import RequestQueue, Stranded, agreed_dtype, useless
+from scsdpo.rollout.servers.require_key import KEY_VARIABLE
+from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
+from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
+from scsdpo.rollout.vllm.rollout import Answer, Engine, Request
+from scsdpo.rollout.weights.lora_adapter import MergeRounding, Way, base_digest, rank_for
+from scsdpo.rollout.weights.weight_passes import WeightPasses
 
 
 class Servers(Engine):

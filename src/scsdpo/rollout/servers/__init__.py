@@ -1,0 +1,1 @@
+"""Sampling with vLLM servers, found by URL."""
