@@ -89,7 +89,7 @@ class Above:
 class _Keys(NamedTuple):
     memory: Memory | None
     places: Places
-    count: int
+    tokens: int
 
 
 class _Call(NamedTuple):
@@ -173,7 +173,7 @@ class SegmentAttention:
             results = made, _take(lse.T, call.queries).T.contiguous()
             of_query, *of_keys = kernel(query, call.runs).backward(here, inputs, results, call.runs)
             _add(dq, call.queries, of_query)
-            parts = [gradient.split([keys.count for keys in call.keys]) for gradient in of_keys]
+            parts = [gradient.split([keys.tokens for keys in call.keys]) for gradient in of_keys]
             for keys, of_key, of_value in zip(call.keys, *parts, strict=True):
                 if keys.memory is not None:
                     keys.memory.add(layer, keys.places, of_key, of_value)
