@@ -12,7 +12,7 @@ import lightning as L
 
 from scsdpo import interrupt
 from scsdpo.callbacks import show_rollouts
-from scsdpo.distributed import Agreement, all_gather
+from scsdpo.distributed import AbortVote, all_gather
 from scsdpo.evaluation import Question, Result, means, predictions, questions
 from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
@@ -40,7 +40,7 @@ class Evaluation:
 
     def begin(self) -> None:
         """An evaluation can be given up as a whole; the ranks meet at its end."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window()
         self._own.clear()
 
@@ -54,7 +54,7 @@ class Evaluation:
     ) -> None:
         """Ask a batch of questions, judge, and show it to callbacks."""
         if not prompts:  # the last batch of fewer questions than ranks
-            self.collector.rollout.absent()
+            self.collector.rollout.sample_nothing()
             return
         responses = self.collector.sample(module, policy, prompts, sampling)
         judged = self.collector.judge(responses, split)
@@ -83,7 +83,7 @@ class Evaluation:
         sampling: Sampling,
     ) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
         responses = self.collector.sample(module, policy, prompts, sampling)
         judged = self.collector.judge(responses, "test")
@@ -144,7 +144,7 @@ class GatheredWeights(L.Callback):
         policy, rollout = pl_module.policy, pl_module.rollout
         assert isinstance(policy, CausalLM) and isinstance(rollout, Rollout)
         with trainer.strategy.precision_plugin.forward_context():  # the dtype of sampling
-            self._gathered.enter_context(rollout.held(policy, apart=True))
+            self._gathered.enter_context(rollout.hold_weights(policy, barrier=False))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._gathered.close()

@@ -23,7 +23,7 @@ from scsdpo.checkpoints import (
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import Agreement
+from scsdpo.distributed import AbortVote
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -244,7 +244,7 @@ class PolicyOptimizer(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """From here on a signal asks the run to stop, and does not end it."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
 
     def on_train_start(self) -> None:
         """The state before the first batch can be saved from now on."""
