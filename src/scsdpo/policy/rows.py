@@ -1,12 +1,14 @@
 """Rows of tokens, prompt then response, and the plain way to run them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from scsdpo.policy.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,6 +43,18 @@ class Rows:
             pad_id=self.pad_id,
         )
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same on `device`."""
+        sizes = self.ids.shape
+        tables = (self.ids, self.present.long(), self.sampled.long())
+        ids, present, sampled = upload([table.flatten() for table in tables], device)
+        return replace(
+            self,
+            ids=ids.view(sizes),
+            present=present.view(sizes).bool(),
+            sampled=sampled.view(sizes).bool(),
+        )
+
     def nothing(self) -> "Rows":
         """A prompt of one token, and no response."""
         return Rows(
@@ -54,6 +68,7 @@ class Rows:
 
 def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     """[N, D] hidden states that predict the sampled tokens, in row-major order."""
+    rows = rows.to(model.device)
     device, decoder = rows.ids.device, model.get_decoder()
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
     # A response's last token predicts nothing and is left out.
