@@ -56,7 +56,9 @@ def module(folder, policy=None, **settings):
         "val_sampling": Sampling(n=2, max_new_tokens=8, temperature=0.6, top_p=0.95),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
     }
-    return PolicyOptimizer(policy or CausalLM(str(folder)), **(defaults | settings))
+    return PolicyOptimizer(
+        policy or CausalLM(str(folder), self_check=False), **(defaults | settings)
+    )
 
 
 def data(train=None, val=None, **settings):

@@ -69,14 +69,14 @@ def _attend(
     **others: Any,  # what every model sends along: dropout, position_ids, ...
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls."""
-    if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
-        )
     if softcap is not None or s_aux is not None or others.get("position_bias") is not None:
         raise NotImplementedError(
             "shared prefixes need plain softmax attention; this model has soft-capped scores, "
             "attention sinks or position biases: set model.policy.attn_implementation to eager"
+        )
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
         )
     index = module.layer_idx
     assert isinstance(index, int)

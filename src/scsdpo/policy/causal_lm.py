@@ -65,6 +65,8 @@ class CausalLM(nn.Module):
             not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
+        self_check: before the first step of a run, compare a few made-up rows by the path that the
+            run takes with each row alone, within ten seconds (docs/models.md).
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
             `strftime_now: 2026-01-31` fixes the date that a template writes.
 
@@ -83,6 +85,7 @@ class CausalLM(nn.Module):
         gradient_checkpointing: bool = False,
         gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
+        self_check: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -96,6 +99,7 @@ class CausalLM(nn.Module):
                 "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
             )
         self.compile_layers = compile_layers
+        self.self_check = self_check
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
@@ -188,6 +192,10 @@ class CausalLM(nn.Module):
         """From now on rows run by `path`, because of `reason`; every rank must say so."""
         self.known = replace(self.known, path=path, reason=reason)
         self._memory_lines.clear()
+
+    def sample_rows(self, path: RowPath) -> None:
+        """From now on `HFRollout` draws by `path`; every rank must say so."""
+        self.known = replace(self.known, sampled=path)
 
     def token_budget(self) -> int:
         """Tokens of a step whose activations fit in half of the free memory, measured once.

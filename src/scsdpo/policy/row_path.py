@@ -34,6 +34,8 @@ class KnownPath:
 
     path: RowPath
     """For rows of up to `longest` tokens."""
+    sampled: RowPath
+    """How `HFRollout` draws: from shared prompts, with transformers' own cache, or without one."""
     reason: str
     """Why it is not `SHARED`; empty if it is."""
     implementation: str
@@ -51,6 +53,10 @@ class KnownPath:
         """How rows run of which the longest has so many tokens."""
         return RowPath.ALONE if tokens > self.longest else self.path
 
+    def of_sampler(self, tokens: int) -> RowPath:
+        """How responses are drawn of which the longest, with its prompt, has so many tokens."""
+        return RowPath.ALONE if tokens > self.longest else self.sampled
+
 
 def known_path(config: PreTrainedConfig, asked: str) -> KnownPath:
     """How rows of a model with this configuration run.
@@ -67,8 +73,10 @@ def known_path(config: PreTrainedConfig, asked: str) -> KnownPath:
     _refuse_bidirectional(kind, settings)
     implementation, reason = _implementation(kind, settings, asked)
     reason = reason or _reason(kind, settings)
+    path = RowPath.PADDED if reason else RowPath.SHARED
     return KnownPath(
-        path=RowPath.PADDED if reason else RowPath.SHARED,
+        path=path,
+        sampled=path,
         reason=reason,
         implementation=implementation,
         longest=longest_independent(text),

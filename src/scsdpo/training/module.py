@@ -50,6 +50,7 @@ from scsdpo.training.run_checks import (
     make_schedule,
     say_what_ended,
 )
+from scsdpo.training.self_check import check_model
 from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
@@ -245,6 +246,8 @@ class PolicyOptimizer(L.LightningModule):
     def on_fit_start(self) -> None:
         """From here on a signal asks the run to stop, and does not end it."""
         interrupt.begin_run(AbortVote.of_ranks())
+        teachers = {"teacher": self.teacher, "reference": self.reference}
+        check_model(self, self.policy, teachers, self.rollout, self.sampling)
 
     def on_train_start(self) -> None:
         """The state before the first batch can be saved from now on."""

@@ -60,11 +60,11 @@ class HFRollout(Rollout):
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         groups = _groups(prompts, sampling.n)
         longest = max(len(group.ids) for group in groups) + sampling.max_new_tokens - 1
-        path = policy.known.of(longest)
+        path = policy.known.of_sampler(longest)
         with policy.sampling_mode() as model:
             buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
             with merged_adapters(model):
-                if path is RowPath.SHARED and policy.share_prefixes:
+                if path is RowPath.SHARED:
                     self._share(model, groups, buffer)
                 else:
                     OwnCache(
@@ -72,7 +72,7 @@ class HFRollout(Rollout):
                         buffer,
                         max_tokens=self.max_tokens,
                         max_rows=self.max_rows,
-                        reads_back=longest <= policy.known.longest,
+                        reads_back=path is not RowPath.ALONE,
                     ).run(groups)
             return buffer.responses(digest(model))
 
