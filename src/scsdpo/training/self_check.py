@@ -39,6 +39,7 @@ from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Rows, Weights
 from scsdpo.policy.row_path import RowPath
 from scsdpo.policy.sharding import local
+from scsdpo.policy.tree import SHORTEST_SHARED
 from scsdpo.records import run_folder
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import Teacher
@@ -77,6 +78,21 @@ class Finding:
     """The same of gradients; 0 where there are none."""
     fault: str = ""
     """Why it failed; empty: it passed."""
+
+
+class _Clock:
+    """What is left out because it is late; all ranks agree."""
+
+    def __init__(self) -> None:
+        self.start, self.left_out = time.monotonic(), list[str]()
+
+    def is_late(self, what: str) -> bool:
+        """Whether `what` is left out."""
+        spent = torch.tensor(time.monotonic() - self.start, dtype=torch.float64)
+        late = float(all_max(spent)) > SECONDS / 2
+        if late:
+            self.left_out.append(what)
+        return late
 
 
 def check_model(
@@ -139,33 +155,26 @@ def examine(
     Raises:
         ConfigurationError: if the model is wrong by every path.
     """
-    start = time.monotonic()
     rows = made_up_rows(policy)
     findings: list[Finding] = []
-    left_out: list[str] = []
+    clock = _Clock()
     sets: dict[str, Weights] = {"student": policy.adapter.current()}
     for slot, teacher in teachers.items():
         for trunk in teacher.trunks(policy):
             if not any(trunk.same(other) for other in sets.values()):
                 sets[slot if slot not in sets else f"{slot}/2"] = trunk
 
-    def late(what: str) -> bool:
-        spent = float(all_max(torch.tensor(time.monotonic() - start, dtype=torch.float64)))
-        if spent > SECONDS / 2:
-            left_out.append(what)
-        return spent > SECONDS / 2
-
     _refuse(policy, _row_alone(policy, rows))
     for name, weights in sets.items():
-        if name == "student" or not late(name):
-            findings += _descend(policy, rows, name, weights)
-    if isinstance(rollout, HFRollout) and not late("sampler"):
+        if name == "student" or not clock.is_late(name):
+            findings += _descend(policy, rows, name, weights, clock)
+    if isinstance(rollout, HFRollout) and not clock.is_late("sampler"):
         findings += _descend_sampler(policy, rows, rollout, temperature)
-    return findings, left_out, time.monotonic() - start
+    return findings, clock.left_out, time.monotonic() - clock.start
 
 
 def made_up_rows(policy: CausalLM) -> Rows:
-    """Seven rows of 17 to 38 tokens, whose prompts share starts and ends in ways that runs do."""
+    """Four rows of 14 to 25 tokens, whose prompts share starts and ends in ways that runs do."""
     tokenizer = policy.chat.tokenizer
     known = min(len(tokenizer), policy.vocabulary)
     special = set(tokenizer.all_special_ids)
@@ -176,9 +185,11 @@ def made_up_rows(policy: CausalLM) -> Rows:
         at = torch.randint(len(usual), (count,), generator=generator, device="cpu")
         return tuple(usual[at].tolist())
 
-    system = drawn(20)
-    a, b, c, d = system + drawn(6), system + drawn(9), drawn(13), drawn(24)
-    prompts, lengths = [a, b, a, c, d, b, c], torch.tensor([7, 5, 11, 10, 8, 9, 4])
+    # The smallest id comes first: what others could read of that row stands before them.
+    first, usual = usual[:1], usual[1:]
+    system = drawn(SHORTEST_SHARED)
+    a, b, c = system + drawn(3), system + drawn(5), (int(first), *drawn(8))
+    prompts, lengths = [a, b, a, c], torch.tensor([5, 4, 3, 6])
     present = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.tensor([drawn(present.shape[1]) for _ in prompts]) * present
     return Rows(
@@ -186,7 +197,7 @@ def made_up_rows(policy: CausalLM) -> Rows:
     )
 
 
-_CHANGED = 4
+_CHANGED = 3
 """The row whose prompt no other row has."""
 
 
@@ -200,13 +211,17 @@ def _with_another_row(policy: CausalLM, rows: Rows) -> Rows:
     return replace(rows, prompts=prompts, ids=ids)
 
 
-def _descend(policy: CausalLM, rows: Rows, name: str, weights: Weights) -> list[Finding]:
+def _descend(
+    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Clock
+) -> list[Finding]:
     """Take the fastest path that is right for these weights, and all that were wrong before."""
     findings = []
     learns = name == "student"
     while policy.known.path is not RowPath.ALONE:
         path = policy.known.path
-        found = _agreed(lambda: _compared(policy, rows, name, weights, learns=learns))
+        found = _agreed(lambda: _compared(policy, rows, name, weights))
+        if learns and not found.fault and not clock.is_late("gradient"):
+            found = _agreed(partial(_learned, policy, rows, found))
         findings.append(found)
         if not found.fault:
             break
@@ -222,14 +237,14 @@ def _agreed(work: Callable[[], Finding]) -> Finding:
     return replace(found, fault=fault)
 
 
-def _compared(
-    policy: CausalLM, rows: Rows, name: str, weights: Weights, *, learns: bool
-) -> Finding:
-    """Checks 1 and 2 by the path that the policy takes now."""
+def _compared(policy: CausalLM, rows: Rows, name: str, weights: Weights) -> Finding:
+    """Check 1, and the forwards of check 2, by the path that the policy takes now."""
     path = policy.known.path
     exact = _is_exact(policy)
     experts = _has_experts(policy.language_model)
     found = Finding(weights=name, path=path.value)
+    autocast = torch.is_autocast_enabled(policy.language_model.device.type)
+    rounds = exact and not experts and autocast  # only then the first forward was not exact
     try:
         with _precision(policy, exact and experts):
             before = _states(policy, rows, path, weights)
@@ -241,16 +256,13 @@ def _compared(
         )
         with _precision(policy, exact):
             alone = _states(policy, rows, RowPath.ALONE, weights)
-            changes = exact and not experts and _is_autocast(policy)
-            here = _states(policy, rows, path, weights) if changes else before
+            here = _states(policy, rows, path, weights) if rounds else before
             pairs = list(zip(here, alone, strict=True))
             rounded = not exact and experts  # where a token's experts may be others
             apart = max(_typical(x, y) if rounded else _relative(x, y) for x, y in pairs)
-            gradient = _gradient_apart(policy, rows, path) if learns else 0.0
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, ConfigurationError):
             raise
-        policy.zero_grad()
         return replace(found, fault=f"it cannot run {path.value}: {first_line(error)}")
     most = EXPERTS if experts else NOTHING
     if experts and not exact:
@@ -261,9 +273,23 @@ def _compared(
         fault = f"rows read each other (a change of one moves others by {others:.2g})"
     elif not apart <= near:
         fault = f"rows differ from each alone by {apart:.2g}"
-    elif not gradient <= near:
-        fault = f"the gradient differs from that of each row alone by {gradient:.2g}"
-    return replace(found, others=others, apart=apart, gradient=gradient, fault=fault)
+    return replace(found, others=others, apart=apart, fault=fault)
+
+
+def _learned(policy: CausalLM, rows: Rows, found: Finding) -> Finding:
+    """The gradient of check 2, of two rows."""
+    path, exact, few = policy.known.path, _is_exact(policy), rows.at([0, 1])
+    try:
+        with _precision(policy, exact):
+            gradient = _gradient_apart(policy, few, path)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, ConfigurationError):
+            raise
+        policy.zero_grad()
+        return replace(found, fault=f"it cannot learn {path.value}: {first_line(error)}")
+    wrong = not gradient <= (EXACT if exact else ROUNDED)
+    fault = f"the gradient differs from that of each row alone by {gradient:.2g}" if wrong else ""
+    return replace(found, gradient=gradient, fault=fault)
 
 
 def _states(policy: CausalLM, rows: Rows, path: RowPath, weights: Weights) -> list[Tensor]:
@@ -449,10 +475,6 @@ def _is_exact(policy: CausalLM) -> bool:
 def _has_experts(model: PreTrainedModel) -> bool:
     names = {type(part).__name__.lower() for part in model.modules()}
     return any("expert" in name or "moe" in name for name in names)
-
-
-def _is_autocast(policy: CausalLM) -> bool:
-    return torch.is_autocast_enabled(policy.language_model.device.type)
 
 
 @contextmanager
