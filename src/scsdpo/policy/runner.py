@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from scsdpo.distributed import all_max
+from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
 from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
@@ -81,7 +82,7 @@ class SeparateRows(Runner):
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
         rows = self._rows.at(micro) if micro else self._rows.nothing()
         return self._within(
-            lambda model: loss(separate_rows(model, rows), model.get_output_embeddings())
+            lambda model: loss(*with_head(model, separate_rows(model, rows)))
         )
 
     def done(self, micro: Sequence[int]) -> None:
@@ -161,7 +162,7 @@ class SharedPrompts(Runner):
         for _ in range(idle):
             self._run_nothing()
         return self._within(
-            lambda model: loss(self._hidden_states(model, micro), model.get_output_embeddings())
+            lambda model: loss(*with_head(model, self._hidden_states(model, micro)))
         )
 
     def done(self, micro: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.adapter import is_factor, plain_name
 from scsdpo.policy.sharding import local, own_rows
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,8 +55,8 @@ def load_shards(model: PreTrainedModel, path: str) -> None:
 
 def _loaded(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+        if not is_factor(name):
+            yield plain_name(name), parameter
 
 
 def _files(path: str) -> list[str]:

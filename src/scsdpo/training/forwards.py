@@ -14,6 +14,7 @@ from scsdpo.distributed import all_max
 from scsdpo.loss import Buffers, Head, HeadGradient, LossOutput, TeacherOutput, TokenLogits
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
+from scsdpo.policy.adapter import WideHead
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.teacher import Context, Teacher
 
@@ -126,7 +127,7 @@ class Forwards:
         if linear in self._heads:
             return self._heads[linear]
         head = Head.of(linear)
-        if head.weight.dtype != linear.weight.dtype:
+        if head.weight.dtype != linear.weight.dtype and not isinstance(linear, WideHead):
             self._heads[linear] = head
         return head
 
