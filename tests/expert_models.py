@@ -54,7 +54,7 @@ def expert_folder(path: Path, kind: str, *, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and "norm" not in name or "sinks" in name:
+            if (parameter.dim() == 1 and "norm" not in name) or "sinks" in name:
                 torch.nn.init.normal_(parameter)  # biases and sinks that show
     model.generation_config.eos_token_id = [2, 0]
     model.save_pretrained(path)

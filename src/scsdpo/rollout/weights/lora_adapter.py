@@ -28,6 +28,7 @@ from scsdpo.policy.adapter import (
     is_tied,
     plain_name,
 )
+from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, settle
 from scsdpo.rollout.weights.versions import GLIMPSE
 from scsdpo.rollout.weights.weights import StreamHash, digest, whole_weight
@@ -92,10 +93,14 @@ def base_weights(policy: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
     Under shards every rank must ask for all of them, in step.
     """
-    settle(policy.language_model)
-    for name, parameter in policy.language_model.named_parameters():
-        if _is_base(name):
-            yield plain_name(name), whole_weight(parameter, dtype)
+    model = policy.language_model
+    settle(model)
+    plain = (
+        (plain_name(name), whole_weight(parameter, dtype))
+        for name, parameter in model.named_parameters()
+        if _is_base(name)
+    )
+    yield from as_stored(model, plain)
 
 
 def base_digest(policy: CausalLM) -> str:

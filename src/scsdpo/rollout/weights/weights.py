@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import adapted_ends, adapted_layers, is_tied, merged_layer
+from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, local, settle
 
 _WRAPPED = ".base_layer"
@@ -131,9 +132,12 @@ def merged_weights(
     """Name and value of every weight of the plain model; LoRA factors are merged into them.
 
     W + scale B A is formed in float32, on a copy of one layer at a time: the policy's own weights
-    are not touched. A tied head comes once, as the embedding, unless one of the two is adapted: then
-    they are two tables. On several ranks everyone must ask for all of them, in step: sharded
+    are not touched. A tied head comes once, as the embedding, unless one of the two is adapted:
+    then they are two tables. On several ranks everyone must ask for all of them, in step: sharded
     weights are gathered.
+
+    Names are those of the checkpoint, which may hold apart what transformers has fused, such as the
+    matrices of each expert.
 
     Args:
         policy: whose weights.
@@ -144,14 +148,18 @@ def merged_weights(
     adapted = adapted_layers(model)
     two_tables = is_tied(model) and bool(adapted_ends(model))
     done: set[str] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=not two_tables):
-        owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
-        if not owner:
-            yield name, whole_weight(parameter, dtype)
-        elif owner not in done:
-            done.add(owner)
-            for inner, value in _merged(adapted[owner]).named_parameters():
-                yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    def plain() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters(remove_duplicate=not two_tables):
+            owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
+            if not owner:
+                yield name, whole_weight(parameter, dtype)
+            elif owner not in done:
+                done.add(owner)
+                for inner, value in _merged(adapted[owner]).named_parameters():
+                    yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    yield from as_stored(model, plain())
 
 
 def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
