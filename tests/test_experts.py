@@ -1,4 +1,4 @@
-"""Mixtures of experts: packing, shared prompts, sampling, files, and what a run measures of them."""
+"""Mixtures of experts: packing, shared prompts, sampling, files, and what a run measures."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expert_models import CONFIGS, expert_folder
-from scsdpo.policy import CausalLM, Lora, Rows
+from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.shard_loading import as_stored, load_shards
 from scsdpo.rollout.weights.lora_adapter import base_weights
 from scsdpo.rollout.weights.weights import merged_weights
