@@ -122,7 +122,7 @@ def check_model(
     strategy = trainer.strategy
     apart = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
     started = policy.known
-    with strategy.precision_plugin.forward_context(), apart, _undisturbed(policy):
+    with strategy.precision_plugin.forward_context(), apart:
         findings, left_out, seconds = examine(policy, teachers, rollout, sampling.temperature)
     name = type(policy.language_model).__name__
     if policy.known.path is not RowPath.SHARED:
@@ -164,12 +164,13 @@ def examine(
             if not any(trunk.same(other) for other in sets.values()):
                 sets[slot if slot not in sets else f"{slot}/2"] = trunk
 
-    _refuse(policy, _row_alone(policy, rows))
-    for name, weights in sets.items():
-        if name == "student" or not clock.is_late(name):
-            findings += _descend(policy, rows, name, weights, clock)
-    if isinstance(rollout, HFRollout) and not clock.is_late("sampler"):
-        findings += _descend_sampler(policy, rows, rollout, temperature)
+    with _undisturbed(policy):
+        _refuse(_row_alone(policy, rows))
+        for name, weights in sets.items():
+            if name == "student" or not clock.is_late(name):
+                findings += _descend(policy, rows, name, weights, clock)
+        if isinstance(rollout, HFRollout) and not clock.is_late("sampler"):
+            findings += _descend_sampler(policy, rows, rollout, temperature)
     return findings, clock.left_out, time.monotonic() - clock.start
 
 
@@ -390,12 +391,10 @@ def _row_alone(policy: CausalLM, rows: Rows) -> str:
     return ""
 
 
-def _refuse(policy: CausalLM, why: str) -> None:
+def _refuse(why: str, remedy: str = "choose another architecture (docs/models.md)") -> None:
     why = next((each for each in all_gather([why]) if each), "")
     if why:
-        raise ConfigurationError(
-            f"model.policy.name_or_path: {why}; choose another architecture (docs/models.md)"
-        )
+        raise ConfigurationError(f"model.policy.name_or_path: {why}; {remedy}")
 
 
 # -------------------------------------------------------------------------------- the sampler
@@ -412,7 +411,8 @@ def _descend_sampler(
         if not found.fault:
             return findings
         if policy.known.sampled is RowPath.ALONE:
-            _refuse(policy, f"HFRollout {found.fault}: use VLLMRollout, or")
+            name = type(policy.language_model).__name__
+            _refuse(f"of {name} HFRollout {found.fault}", "use VLLMRollout as model.rollout")
         shared = policy.known.sampled is RowPath.SHARED
         policy.sample_rows(RowPath.PADDED if shared else RowPath.ALONE)
 
@@ -503,7 +503,7 @@ def _undisturbed(policy: CausalLM) -> Iterator[None]:
     modes = {part: part.training for part in model.modules()}
     # Dropout of attention is a number in the configuration, and no module.
     settings: Mapping[str, Any] = policy.language_model.config.get_text_config().to_dict()
-    drops = any("dropout" in k and isinstance(v, float) and v > 0 for k, v in settings.items())
+    drops = any("drop" in k and isinstance(v, float) and v > 0 for k, v in settings.items())
     for part in model.modules():
         part.training = part.training and not drops and not isinstance(part, nn.Dropout)
     device = policy.language_model.device

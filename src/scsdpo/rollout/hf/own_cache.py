@@ -70,21 +70,25 @@ class OwnCache:
         device, places = self.buffer.ids.device, self.buffer.ids.shape[1]
         ids = torch.tensor([group.ids for group, _ in batch], device=device)
         rows = torch.tensor([row for _, row in batch], device=device)
-        pad = self.buffer.chat.pad_id
         draws = _Draws(self.buffer, rows, ids.shape[1])
-        self.model.generate(
-            inputs=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=places,
-                do_sample=False,
-                use_cache=self.reads_back,
-                pad_token_id=pad,
-                eos_token_id=None,
-            ),
-            logits_processor=LogitsProcessorList([draws]),
-            stopping_criteria=StoppingCriteriaList([_Ends(self.buffer, rows, ids.shape[1])]),
+        settings = GenerationConfig(
+            max_new_tokens=places,
+            do_sample=False,
+            use_cache=self.reads_back,
+            pad_token_id=self.buffer.chat.pad_id,
         )
+        # What the checkpoint asks of `generate`, a penalty on repetitions for one, is none of ours.
+        own, self.model.generation_config = self.model.generation_config, settings
+        try:
+            self.model.generate(
+                inputs=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draws]),
+                stopping_criteria=StoppingCriteriaList([_Ends(self.buffer, rows, ids.shape[1])]),
+            )
+        finally:
+            self.model.generation_config = own
 
 
 class _Draws(LogitsProcessor):
