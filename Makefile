@@ -12,7 +12,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-models test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -55,6 +55,10 @@ test-configs: $(INSTALLED)
 # Task packages: every task of reasoning-gym that is not denied.
 test-tasks: $(TASKS_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/tasks
+
+# Every causal language model of transformers: right by the path that it takes, or refused; minutes.
+test-models: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models
 
 # The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
 test-plan: $(INSTALLED)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models import TOKENS, tokenizer
@@ -38,9 +38,18 @@ _TWO_HEADS = {"num_key_value_heads": 2}
 _LATENT = {**_TWO_HEADS, "head_dim": 8}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 OVERRIDES: dict[str, dict] = {
-    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), _LATENT),
+    **{key: {"v_head_dim": 16} for key in ("deepseek_v2", "minicpm3", "kimi_linear")},
+    **dict.fromkeys(("axk1", "deepseek_v3", "youtu"), _LATENT),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "axk2"), _TWO_HEADS),
     **dict.fromkeys(("diffllama", "hy_v4"), _TWO_HEADS),
+    "longcat_flash": {
+        **_LATENT,
+        "num_layers": 2,
+        "ffn_hidden_size": 32,
+        "expert_ffn_hidden_size": 16,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": _LINEAR,
     "jamba": {
@@ -50,10 +59,16 @@ OVERRIDES: dict[str, dict] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 4,
     },
-    "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8},
+    "codegen": {
+        "n_embd": 64,
+        "hidden_size": 64,
+        "n_head": 4,
+        "num_attention_heads": 4,
+        "rotary_dim": 8,
+    },
     "gptj": {"rotary_dim": 8},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -144,11 +159,9 @@ def config_of(name: str) -> PreTrainedConfig:
 def model_folder(path: Path, name: str) -> Path:
     """A random checkpoint, biases and norms included, so that all of them show."""
     config = config_of(name)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, tuple) else kind
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind(config).to(torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and key.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.1)
