@@ -197,7 +197,8 @@ class _Attempts(Selection):
     def __init__(self, path: Path, most: int, trainer: L.Trainer) -> None:
         self.path, self.most, self.trainer = path, most, trainer
         self.made = self.steps = 0
-        self.solved, self.response, self.answer = False, "", None
+        self.solved, self.response = False, ""
+        self.answer: str | None = None
 
     def select(self, judged: Judged) -> tuple[Judged, ...]:
         self.steps = self.trainer.global_step
