@@ -6,10 +6,10 @@ import torch
 from runs import data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
-from scsdpo.rollout.vllm.engine_weights import EngineWeights
+from scsdpo.rollout.vllm.colocated import InProcess
 from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.weights.hashing import StreamHash
 from scsdpo.rollout.weights.versions import Versions
-from scsdpo.rollout.weights.weights import StreamHash
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=1, max_new_tokens=4)
@@ -56,7 +56,7 @@ def spy(monkeypatch):
     engine = Colocated(sleep=True, dtype="bfloat16")
     made = Spy(engine)
     engine._llm, engine._ask = made, made.ask
-    engine._weights = EngineWeights(made, torch.bfloat16, None)
+    engine._sink = InProcess(made)
     labels = iter(f"label {i}" for i in range(9))
 
     def label(versions, policy):

@@ -11,19 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout.weights import lora_adapter
-from scsdpo.rollout.weights.lora_adapter import (
-    MergeRounding,
-    adapter_hash,
-    adapter_weights,
-    base_digest,
-    base_weights,
-    check_targets,
-    folder_in_memory,
-    rank_for,
-    share_kept,
-    write_adapter,
-)
+from scsdpo.rollout.weights import files, lora
+from scsdpo.rollout.weights.files import adapter_hash, folder_in_memory, write_adapter
+from scsdpo.rollout.weights.lora import MergeRounding, check_targets, rank_for, share_kept
+from scsdpo.rollout.weights.views import adapter_weights, base_digest, base_weights
 
 
 def make(folder, dtype="auto", std=0.02, **settings):
@@ -68,9 +59,9 @@ def test_the_base_is_the_checkpoint_whatever_the_adapter_is(qwen3):
 
 def test_the_hash_sees_every_factor_and_not_what_stands_before_the_layers(qwen3, tmp_path):
     weights = dict(adapter_weights(make(qwen3), torch.bfloat16))
-    sent = write_adapter(weights, tmp_path / "adapter")
+    _, sent = write_adapter(weights, tmp_path / "adapter")
     assert adapter_hash(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == sent
-    renamed = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    renamed = {f"base_model.model.{name}": value for name, value in weights.items()}
     assert adapter_hash(renamed) == sent
     name = next(iter(weights))
     assert adapter_hash({k: v for k, v in weights.items() if k != name}) != sent
@@ -133,7 +124,7 @@ def test_the_share_kept_is_what_a_change_of_a_fraction_of_the_spacing_moves(qwen
 
 def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
     said = []
-    monkeypatch.setattr(lora_adapter, "rank_zero_info", said.append)
+    monkeypatch.setattr(lora, "rank_zero_info", said.append)
     policy, rounding = make(qwen3, dtype="bfloat16", std=0.0), MergeRounding()
     rounding.look(policy, torch.bfloat16)
     assert not said  # nothing is changed yet
@@ -151,7 +142,7 @@ def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
 
 
 def test_files_lie_in_memory_where_there_is_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_adapter, "_MEMORY", tmp_path)
+    monkeypatch.setattr(files, "_MEMORY", tmp_path)
     with folder_in_memory(1) as folder:
         assert folder.parent == tmp_path
     assert not folder.exists()

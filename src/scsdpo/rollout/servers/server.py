@@ -13,7 +13,8 @@ from typing import Any
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.servers.http_exchange import exchange
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
-from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised, refusal
+from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised
+from scsdpo.rollout.weights.hashing import Receipt, refusal
 
 SHORT = 10.0
 """Seconds in which a server that is alive answers a question about itself."""
@@ -126,9 +127,9 @@ class Server:
             await self._call("/v1/unload_lora_adapter", {"lora_name": old}, timeout=SHORT)
         adapter = {"lora_name": version, "lora_path": folder}
         await self._call("/v1/load_lora_adapter", adapter, timeout=timeout)
-        for held in await self._rpc("scsdpo_held", {"name": version}, timeout=timeout):
-            if held != sent:
-                raise Unreachable(f"holds another adapter ({held}) than was sent ({sent})")
+        for worker in await self._rpc("scsdpo_held", {"name": version}, timeout=timeout):
+            if why := refusal(worker, sent, adapter=True):
+                raise Unreachable(why)
         await self.forget()
         await self.label(version)
 
@@ -159,7 +160,7 @@ class Server:
         body = {"init_info": init_info}
         await self._call("/init_weight_transfer_engine", body, timeout=timeout)
 
-    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[Receipt]:
         """`WeightReceiver.scsdpo_receive` of each worker."""
         arguments = {"update_info": update_info, "timeout": timeout}
         return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
