@@ -11,10 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout.weights import files, lora
+from scsdpo.rollout.weights import files, stream
 from scsdpo.rollout.weights.files import adapter_hash, folder_in_memory, write_adapter
-from scsdpo.rollout.weights.lora import MergeRounding, check_targets, rank_for, share_kept
-from scsdpo.rollout.weights.views import adapter_weights, base_digest, base_weights
+from scsdpo.rollout.weights.stream import (
+    MergeRounding,
+    adapter_weights,
+    base_digest,
+    base_weights,
+    check_targets,
+    rank_for,
+    share_kept,
+)
 
 
 def make(folder, dtype="auto", std=0.02, **settings):
@@ -124,7 +131,7 @@ def test_the_share_kept_is_what_a_change_of_a_fraction_of_the_spacing_moves(qwen
 
 def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
     said = []
-    monkeypatch.setattr(lora, "rank_zero_info", said.append)
+    monkeypatch.setattr(stream, "rank_zero_info", said.append)
     policy, rounding = make(qwen3, dtype="bfloat16", std=0.0), MergeRounding()
     rounding.look(policy, torch.bfloat16)
     assert not said  # nothing is changed yet

@@ -21,7 +21,7 @@ from scsdpo.rollout.servers.run_folder import RunFolder
 from scsdpo.rollout.servers.server import Unreachable
 from scsdpo.rollout.weights.files import write_weights
 from scsdpo.rollout.weights.hashing import StreamHash
-from scsdpo.rollout.weights.views import merged_weights
+from scsdpo.rollout.weights.stream import merged_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ import torch
 
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout.weights.hashing import digest
-from scsdpo.rollout.weights.views import merged_weights
+from scsdpo.rollout.weights.stream import merged_weights
 
 
 def load(folder, **kwargs):

@@ -12,8 +12,8 @@ from policies import MAKERS, check_parity, gaps, move, prompt, short_and_long
 from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
+from scsdpo.rollout.weights.stream import merged_weights
 from scsdpo.rollout.weights.versions import Versions
-from scsdpo.rollout.weights.views import merged_weights
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.adapter import STUDENT
-from scsdpo.rollout.weights.views import merged_layer
+from scsdpo.rollout.weights.stream import merged_layer
 
 
 @contextmanager

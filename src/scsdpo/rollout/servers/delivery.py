@@ -87,6 +87,7 @@ class Files(Delivery):
     """
 
     def __init__(self) -> None:
+        self._folder: RunFolder | None = None
         self._offers: dict[str, _Offer] = {}
         """By what they are: weights, and an adapter."""
         self._readers: Counter[Path] = Counter()
@@ -125,8 +126,11 @@ class Files(Delivery):
             await server.load_adapter(offer.locations, offer.hash, offer.version, timeout)
 
     def close(self) -> None:
-        self.withdraw("weights")
-        self.withdraw("adapter")
+        for kind in list(self._offers):
+            self.withdraw(kind)
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
 
     def withdraw(self, kind: str) -> None:
         """Remove files that are offered, unless a server reads them, who gets the next ones."""
@@ -186,7 +190,6 @@ class SharedFolder(Files):
                 "directory of its own"
             )
         self.path = Path(path)
-        self._folder: RunFolder | None = None
 
     def open(self) -> Path:
         self._folder = self._folder or RunFolder(self.path)
@@ -194,12 +197,6 @@ class SharedFolder(Files):
 
     def locations(self, files: Sequence[Path]) -> list[str]:
         return [str(file) for file in files]
-
-    def close(self) -> None:
-        super().close()
-        if self._folder is not None:
-            self._folder.close()
-            self._folder = None
 
 
 class Download(Files):
@@ -220,7 +217,6 @@ class Download(Files):
         self.host, self.port = host, port
         self._secret = secrets.token_hex(16)
         """Whoever knows it can read the weights."""
-        self._folder: RunFolder | None = None
         self._server: _FileServer | None = None
 
     def open(self) -> Path:
@@ -245,12 +241,11 @@ class Download(Files):
         return [f"http://{self.host}:{port}/{name}" for name in names]
 
     def close(self) -> None:
-        super().close()
-        if self._server is not None and self._folder is not None:
+        if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-            self._folder.close()
-            self._server = self._folder = None
+            self._server = None
+        super().close()
 
 
 class _FileServer(http.server.ThreadingHTTPServer):

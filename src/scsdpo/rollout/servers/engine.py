@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
 from scsdpo.rollout.vllm.rollout import Answer, Engine, Request
-from scsdpo.rollout.weights.lora import LoraTransport
-from scsdpo.rollout.weights.stream import WeightStream
+from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
 class Servers(Engine):
@@ -155,7 +154,7 @@ class Servers(Engine):
         """Make these the weights that servers get, unless they are; all ranks under shards."""
         self._together = is_sharded(policy)
         leads = place()[0] == 0
-        with WeightStream(policy, self.adapter, led=True) as stream:
+        with closing(WeightStream(policy, self.adapter, led=True)) as stream:
             if leads and (version != self._version or self.delivery.due):
                 self._version = ""
                 loop.call(lambda: self._want(""))

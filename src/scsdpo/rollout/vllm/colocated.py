@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,7 @@ from scsdpo.rollout.vllm.rollout import (
 from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 from scsdpo.rollout.weights.files import folder_in_memory, write_adapter
 from scsdpo.rollout.weights.hashing import StreamHash, refusal
-from scsdpo.rollout.weights.lora import LoraTransport, rank_for
-from scsdpo.rollout.weights.stream import Sink, Weights, WeightStream
+from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightStream, rank_for
 
 _GIB = 2**30
 _WORK = _GIB
@@ -260,7 +259,7 @@ class Colocated(Engine):
             with share_errors():
                 if self._asleep:
                     self._llm.wake_up(tags=["weights"])
-                with WeightStream(policy, self.adapter, led=False) as stream:
+                with closing(WeightStream(policy, self.adapter, led=False)) as stream:
                     sink.send(stream, version, dtype, self._supported)
                 if self._asleep:
                     self._llm.wake_up(tags=["kv_cache"])

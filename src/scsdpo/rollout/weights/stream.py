@@ -1,30 +1,220 @@
-"""The stream of a policy's weights to an engine: who reads it, and what an engine still needs."""
+"""The stream of a policy's weights to an engine.
 
+A view says which weights: all of them with LoRA merged, the base, or the adapter. It is a generator
+of (name, value) pairs in the checkpoint's names, rounded to the engine's dtype, a layer at a time.
+Under shards every rank must read a view to its end, in step, for weights are gathered. The policy's
+own weights are not touched.
+
+A `WeightStream` reads views on all ranks together. A `Sink` is an engine's end: what it still needs
+of a policy's weights, and how it gets them.
+
+An adapter alone is 2 percent of the merged weights at rank 32, and its small updates are not lost
+to the rounding of the weights that they are added to.
+"""
+
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from scsdpo.distributed import place
-from scsdpo.policy import CausalLM
-from scsdpo.policy.sharding import is_sharded
-from scsdpo.rollout.weights.hashing import StreamHash
-from scsdpo.rollout.weights.lora import LoraTransport, MergeRounding, check_targets, rank_for
-from scsdpo.rollout.weights.views import (
-    View,
-    adapter_weights,
-    base_digest,
-    base_weights,
-    merged_weights,
-)
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy import CausalLM, Lora
+from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.sharding import is_sharded, settle
+from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, digest
 
-Weights = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
-"""A pass over all weights, as (name, value) pairs in the checkpoint's names, rounded to a dtype."""
+Pairs = Iterator[tuple[str, Tensor]]
+View = Callable[[CausalLM, torch.dtype], Pairs]
+"""Some of the policy's weights; a function that pickles."""
+Weights = Callable[[torch.dtype], Pairs]
+"""A pass over all weights that are sent, rounded to a dtype."""
+LoraTransport = Literal["auto", "merged", "alone"]
+"""How LoRA reaches an engine: the engine's argument `adapter`."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` may be."""
+
+
+@torch.no_grad()
+def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
+    """Every weight of the plain model; LoRA factors are merged into them.
+
+    A tied head comes once, as the embedding.
+
+    Args:
+        policy: whose weights.
+        dtype: to which they are rounded, before they are gathered; None: nothing is rounded.
+    """
+    model = policy.language_model
+    settle(model)
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    done: set[str] = set()
+    for name, parameter in model.named_parameters():
+        owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
+        if not owner:
+            yield name, whole_weight(parameter, dtype)
+        elif owner not in done:
+            done.add(owner)
+            for inner, value in merged_layer(adapted[owner]).named_parameters():
+                yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+
+@torch.no_grad()
+def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
+    """Every weight of the model without its adapters."""
+    settle(policy.language_model)
+    for name, parameter in policy.language_model.named_parameters():
+        if _is_base(name):
+            yield name.replace(".base_layer.", "."), whole_weight(parameter, dtype)
+
+
+def base_digest(policy: CausalLM) -> str:
+    """Tells the base from another; of evenly spread elements, for nothing trains it."""
+    return digest(policy, GLIMPSE, _is_base)
+
+
+@torch.no_grad()
+def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
+    """Every adapted layer's A and scale B, named after the layer.
+
+    The scale (alpha / r, or alpha / sqrt(r)) is multiplied into B in float32, before the one
+    rounding.
+    """
+    settle(policy.language_model)
+    for name, layer in policy.language_model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        factors = layer.lora_A[STUDENT], layer.lora_B[STUDENT]
+        a, b = (whole_weight(factor.weight).float() for factor in factors)
+        yield f"{name}.lora_A.weight", a.to(dtype)
+        yield f"{name}.lora_B.weight", (b * layer.scaling[STUDENT]).to(dtype)
+
+
+@torch.no_grad()
+def merged_layer(layer: LoraLayer) -> nn.Module:
+    """The plain layer that does what `layer` does with its adapter; a copy, whole under shards.
+
+    Its weights are W + scale B A in float32, or in W's dtype if that is wider.
+    """
+    alone: Any = copy.deepcopy(layer)  # a LoraLayer is a mixin of modules
+    for module in alone.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = whole_weight(parameter)
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    alone.merge(adapter_names=[STUDENT])
+    return alone.get_base_layer()
+
+
+def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight itself, rounded to `dtype` if there is one, and gathered if it is sharded."""
+    value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _is_base(name: str) -> bool:
+    return ".lora_" not in name
+
+
+def why_not_alone(policy: CausalLM) -> str:
+    """Why the policy's adapter cannot be brought by itself, naming the key; '' if it can."""
+    adapter = policy.adapter
+    if not isinstance(adapter, Lora):
+        return "model.policy.adapter is no Lora, all weights are trained"
+    if adapter.use_dora:
+        return "vLLM does not know DoRA (model.policy.adapter.use_dora)"
+    if adapter.r > RANKS[-1]:
+        return f"vLLM knows ranks up to {RANKS[-1]} (model.policy.adapter.r is {adapter.r})"
+    return ""
+
+
+def rank_for(policy: CausalLM, adapter: LoraTransport) -> int | None:
+    """`max_lora_rank` of an engine with room for the adapter; None if it is merged.
+
+    Args:
+        policy: whose adapter.
+        adapter: the engine's argument.
+
+    Raises:
+        ConfigurationError: if it is to be `alone`, and cannot be.
+    """
+    why_not = why_not_alone(policy)
+    if adapter == "alone" and why_not:
+        raise ConfigurationError(f"model.rollout.engine.adapter: alone is not possible: {why_not}")
+    if adapter == "merged" or why_not:
+        return None
+    assert isinstance(policy.adapter, Lora)
+    return next(rank for rank in RANKS if rank >= policy.adapter.r)
+
+
+def check_targets(weights: dict[str, Tensor], supported: list[str]) -> None:
+    """Refuse layers that the engine has no adapters for.
+
+    Args:
+        weights: of `adapter_weights`.
+        supported: last parts of names of modules, as `WeightReceiver.scsdpo_describe` says.
+    """
+    targets = {name.split(".")[-3] for name in weights}
+    if others := sorted(targets - set(supported)):
+        raise ConfigurationError(
+            f"model.policy.adapter.target_modules: vLLM has no adapters for {', '.join(others)} of "
+            "this model: leave them out (exclude_modules), or set model.rollout.engine.adapter to "
+            "merged"
+        )
+
+
+class MergeRounding:
+    """Says once what of LoRA's change is lost when it is merged into rounded weights."""
+
+    _LAYERS, _ENOUGH = 8, 0.9
+
+    def __init__(self) -> None:
+        self._looked = False
+
+    def look(self, policy: CausalLM, dtype: torch.dtype) -> None:
+        """At the first delivery that changes anything; not under shards or DoRA.
+
+        Args:
+            policy: about to be merged.
+            dtype: of the engine's weights.
+        """
+        adapter = policy.adapter
+        if self._looked or dtype.itemsize >= 4 or is_sharded(policy):
+            return
+        if not isinstance(adapter, Lora) or adapter.use_dora:
+            return
+        layers = [m for m in policy.language_model.modules() if isinstance(m, LoraLayer)]
+        share = share_kept(layers[:: -(-len(layers) // self._LAYERS)], dtype)
+        self._looked = share is not None
+        if share is not None and share < self._ENOUGH:
+            rank_zero_info(
+                f"LoRA merged into {str(dtype).removeprefix('torch.')} weights for vLLM: of the "
+                f"weights that it changes {share:.0%} come out changed, the rest is lost to "
+                "rounding; model.rollout.engine.adapter: alone loses none"
+            )
+
+
+@torch.no_grad()
+def share_kept(layers: Sequence[LoraLayer], dtype: torch.dtype) -> float | None:
+    """Among weights with W + scale B A != W, the share that differs after both are rounded.
+
+    Returns:
+        In [0, 1]; None if nothing is changed.
+    """
+    changed = kept = 0
+    for layer in layers:
+        merged, weight = merged_layer(layer).weight, layer.get_base_layer().weight
+        changed += int((merged != weight).sum())
+        kept += int((merged.to(dtype) != weight.to(dtype)).sum())
+    return kept / changed if changed else None
 
 
 class WeightStream:
@@ -50,9 +240,9 @@ class WeightStream:
         """Tells the base from another."""
         self._sharded = is_sharded(policy)
         self._led = led and self._sharded
-        self._pass: Iterator[tuple[str, Tensor]] = iter(())
+        self._pass: Pairs = iter(())
 
-    def read(self, view: View, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(self, view: View, dtype: torch.dtype) -> Pairs:
         """(name, value) pairs of a view, rounded to `dtype`; the last pass ends before."""
         self._finish()
         if self._led:
@@ -78,17 +268,6 @@ class WeightStream:
         if self._sharded:
             for _ in self._pass:
                 pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _from_rank_0(asked: tuple[View, torch.dtype] | None) -> tuple[View, torch.dtype] | None:
@@ -150,7 +329,7 @@ class Sink(ABC):
             return
         if stream.base != self._base or self.due:
 
-            def base(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+            def base(dtype: torch.dtype) -> Pairs:
                 self.base_hash = StreamHash()
                 return self.base_hash.over(stream.read(base_weights, dtype))
 
