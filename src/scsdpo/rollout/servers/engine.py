@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -60,7 +61,7 @@ class Servers(Engine):
         key: str = KEY_VARIABLE,
         adapter: LoraTransport = "auto",
     ) -> None:
-        wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
+        wrong = [url for url in urls if not _is_http(url)]
         if wrong or not urls:
             raise ValueError(
                 "`Servers(urls=...)` must be URLs such as http://localhost:8000, got "
@@ -205,3 +206,12 @@ class Servers(Engine):
             with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE):
                     await self._changed.wait()
+
+
+def _is_http(url: str) -> bool:
+    """Whether a request can go there; a port has 16 bits."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

@@ -1,17 +1,19 @@
 """One vLLM server: its HTTP endpoints, and the ways in which it can fail."""
 
 import asyncio
-import http.client
+import functools
 import json
 import os
 import secrets
+import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
+
 from scsdpo.errors import ConfigurationError
-from scsdpo.rollout.servers.http_exchange import exchange
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised
 from scsdpo.rollout.weights.hashing import Receipt, refusal
@@ -188,20 +190,25 @@ class Server:
         return (await self._call("/collective_rpc", body, timeout=timeout))["results"]
 
     async def _call(self, path: str, body: Any = None, *, timeout: float) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key, "").strip():
-            headers["Authorization"] = f"Bearer {key}"
+        """A GET, or with `body` a POST of JSON, past any proxy.
+
+        It has a connection of its own, which is closed as soon as the caller is cancelled.
+        """
+        key = os.environ.get(self.key, "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx2.AsyncClient(trust_env=False, timeout=None, verify=_certificates())
         try:
-            async with asyncio.timeout(timeout):
-                status, answer = await exchange(self.url.rstrip("/") + path, data, headers)
-            if status == 200:
-                return answer if path in _PLAIN else json.loads(answer)
+            # The client's own timeouts are of single reads: an answer that trickles has none.
+            async with asyncio.timeout(timeout), client:
+                verb, url = "GET" if body is None else "POST", self.url.rstrip("/") + path
+                answer = await client.request(verb, url, json=body, headers=headers)
+            if answer.status_code == 200:
+                return answer.text if path in _PLAIN else answer.json()
         except TimeoutError as error:
             raise Silent(f"{path}: no answer within {timeout:g} s") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
-        raise self._explain(status, _message(answer), path)
+        raise self._explain(answer.status_code, _message(answer.text), path)
 
     def _explain(self, status: int, said: str, path: str) -> Exception:
         """A status of 4xx will not change by itself, one of 5xx may."""
@@ -235,8 +242,13 @@ class Server:
         )
 
 
-def _message(answer: bytes) -> str:
-    text = answer.decode(errors="replace")
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, read once."""
+    return ssl.create_default_context()
+
+
+def _message(text: str) -> str:
     with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]
