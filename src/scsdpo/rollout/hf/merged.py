@@ -9,8 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from scsdpo.policy.adapter import STUDENT
-from scsdpo.rollout.weights.stream import merged_layer
+from scsdpo.policy.adapter import STUDENT, merged_layer
 
 
 @contextmanager

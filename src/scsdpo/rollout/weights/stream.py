@@ -1,7 +1,8 @@
 """The stream of a policy's weights to an engine.
 
 A view says which weights: all of them with LoRA merged, the base, or the adapter. It is a generator
-of (name, value) pairs in the checkpoint's names, rounded to the engine's dtype, a layer at a time.
+of (name, value) pairs, rounded to the engine's dtype, a layer at a time. Names are those of the
+checkpoint, which may hold apart what transformers has fused, such as the matrices of each expert.
 Under shards every rank must read a view to its end, in step, for weights are gathered. The policy's
 own weights are not touched.
 
@@ -12,24 +13,31 @@ An adapter alone is 2 percent of the merged weights at rank 32, and its small up
 to the rounding of the weights that they are added to.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from scsdpo.distributed import place
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.policy.adapter import STUDENT
-from scsdpo.policy.sharding import is_sharded, settle
+from scsdpo.policy.adapter import (
+    STUDENT,
+    adapted_ends,
+    adapted_layers,
+    is_factor,
+    is_tied,
+    merged_layer,
+    plain_name,
+)
+from scsdpo.policy.shard_loading import as_stored
+from scsdpo.policy.sharding import is_sharded, settle, whole_weight
 from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, digest
 
 Pairs = Iterator[tuple[str, Tensor]]
@@ -47,7 +55,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
     """Every weight of the plain model; LoRA factors are merged into them.
 
-    A tied head comes once, as the embedding.
+    A tied head comes once, as the embedding, unless one of the two is adapted: then they are two
+    tables.
 
     Args:
         policy: whose weights.
@@ -55,30 +64,39 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
     """
     model = policy.language_model
     settle(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted = adapted_layers(model)
+    two_tables = is_tied(model) and bool(adapted_ends(model))
     done: set[str] = set()
-    for name, parameter in model.named_parameters():
-        owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
-        if not owner:
-            yield name, whole_weight(parameter, dtype)
-        elif owner not in done:
-            done.add(owner)
-            for inner, value in merged_layer(adapted[owner]).named_parameters():
-                yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    def plain() -> Pairs:
+        for name, parameter in model.named_parameters(remove_duplicate=not two_tables):
+            owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
+            if not owner:
+                yield name, whole_weight(parameter, dtype)
+            elif owner not in done:
+                done.add(owner)
+                for inner, value in merged_layer(adapted[owner]).named_parameters():
+                    yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    yield from as_stored(model, plain())
 
 
 @torch.no_grad()
 def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
     """Every weight of the model without its adapters."""
-    settle(policy.language_model)
-    for name, parameter in policy.language_model.named_parameters():
-        if _is_base(name):
-            yield name.replace(".base_layer.", "."), whole_weight(parameter, dtype)
+    model = policy.language_model
+    settle(model)
+    plain = (
+        (plain_name(name), whole_weight(parameter, dtype))
+        for name, parameter in model.named_parameters()
+        if not is_factor(name)
+    )
+    yield from as_stored(model, plain)
 
 
 def base_digest(policy: CausalLM) -> str:
     """Tells the base from another; of evenly spread elements, for nothing trains it."""
-    return digest(policy, GLIMPSE, _is_base)
+    return digest(policy, GLIMPSE, lambda name: not is_factor(name))
 
 
 @torch.no_grad()
@@ -98,32 +116,6 @@ def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
         yield f"{name}.lora_B.weight", (b * layer.scaling[STUDENT]).to(dtype)
 
 
-@torch.no_grad()
-def merged_layer(layer: LoraLayer) -> nn.Module:
-    """The plain layer that does what `layer` does with its adapter; a copy, whole under shards.
-
-    Its weights are W + scale B A in float32, or in W's dtype if that is wider.
-    """
-    alone: Any = copy.deepcopy(layer)  # a LoraLayer is a mixin of modules
-    for module in alone.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            value = whole_weight(parameter)
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
-    alone.merge(adapter_names=[STUDENT])
-    return alone.get_base_layer()
-
-
-def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight itself, rounded to `dtype` if there is one, and gathered if it is sharded."""
-    value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _is_base(name: str) -> bool:
-    return ".lora_" not in name
-
-
 def why_not_alone(policy: CausalLM) -> str:
     """Why the policy's adapter cannot be brought by itself, naming the key; '' if it can."""
     adapter = policy.adapter
@@ -133,6 +125,11 @@ def why_not_alone(policy: CausalLM) -> str:
         return "vLLM does not know DoRA (model.policy.adapter.use_dora)"
     if adapter.r > RANKS[-1]:
         return f"vLLM knows ranks up to {RANKS[-1]} (model.policy.adapter.r is {adapter.r})"
+    for name, layer in adapted_layers(policy.language_model).items():
+        if isinstance(layer, ParamWrapper):
+            return f"{name} is no layer (model.policy.adapter.target_parameters)"
+        if name in adapted_ends(policy.language_model):
+            return f"vLLM adapts no embedding and no head, and {name} has an adapter"
     return ""
 
 
@@ -140,13 +137,20 @@ def rank_for(policy: CausalLM, adapter: LoraTransport) -> int | None:
     """`max_lora_rank` of an engine with room for the adapter; None if it is merged.
 
     Args:
-        policy: whose adapter.
+        policy: whose adapter; loaded, for its layers are looked at.
         adapter: the engine's argument.
 
     Raises:
-        ConfigurationError: if it is to be `alone`, and cannot be.
+        ConfigurationError: if it is to be `alone`, and cannot be; if embedding or head is adapted
+            and they are one table.
     """
-    why_not = why_not_alone(policy)
+    model, why_not = policy.language_model, why_not_alone(policy)
+    if (ends := adapted_ends(model)) and is_tied(model):
+        raise ConfigurationError(
+            f"model.policy.adapter.target_modules: {ends[0]} has an adapter, and embedding and "
+            "head of this model are one table, which vLLM reads for both: leave it out, or sample "
+            "with HFRollout"
+        )
     if adapter == "alone" and why_not:
         raise ConfigurationError(f"model.rollout.engine.adapter: alone is not possible: {why_not}")
     if adapter == "merged" or why_not:
@@ -191,7 +195,10 @@ class MergeRounding:
             return
         if not isinstance(adapter, Lora) or adapter.use_dora:
             return
-        layers = [m for m in policy.language_model.modules() if isinstance(m, LoraLayer)]
+        every = adapted_layers(policy.language_model).values()
+        layers = [layer for layer in every if isinstance(layer.get_base_layer(), nn.Linear)]
+        if not layers:
+            return
         share = share_kept(layers[:: -(-len(layers) // self._LAYERS)], dtype)
         self._looked = share is not None
         if share is not None and share < self._ENOUGH:
