@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.types import Prompt, Responses, Sampling
+from scsdpo.verifiers import Episodes
 
 
 class Rollout(ABC):
@@ -18,6 +20,32 @@ class Rollout(ABC):
         The ids are the sampler's own and are trained on as they are; texts are never tokenised
         again. Tensors are on the policy's device.
         """
+
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether it has `play`."""
+        return False
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        """As `sample`, where environments answer responses and the policy goes on.
+
+        Args:
+            policy: as it is now.
+            prompts: the questions; some may have one turn.
+            sampling: how often, and how.
+            episodes: `sampling.n` of each question, in its order; all of them have a verdict when
+                this returns.
+
+        Raises:
+            ConfigurationError: if this engine cannot.
+        """
+        raise ConfigurationError(one_turn(self))
 
     def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
         """What several calls of `sample` can share while the policy does not change.
@@ -48,3 +76,11 @@ class Rollout(ABC):
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what sampling holds: engines, files, connections. Sampling may go on after."""
+
+
+def one_turn(rollout: Rollout) -> str:
+    """Why an engine cannot play episodes, and what to do."""
+    return (
+        f"model.rollout: {type(rollout).__name__} draws responses of one turn, and the "
+        "environments of these questions answer them and let the policy go on; use HFRollout"
+    )

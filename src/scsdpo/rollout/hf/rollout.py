@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
+from scsdpo.rollout.dialogue import Dialogue
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.kv_cache import KVCache
 from scsdpo.rollout.hf.merged import merged_adapters
@@ -17,6 +18,7 @@ from scsdpo.rollout.hf.scheduler import Group, Scheduler
 from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights.weights import digest
 from scsdpo.types import Prompt, Responses, Sampling
+from scsdpo.verifiers import Episodes
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -31,6 +33,9 @@ class HFRollout(Rollout):
     they do not after all, the youngest give way and are drawn again later. Logits exist at the
     last position only. Which token is drawn depends on (seed, prompt key, number in the group,
     position) and, to the rounding of batched matrix products, on nothing else.
+
+    In an episode of several turns a response keeps its keys and values while its environment
+    answers and others are drawn; then the answer is read token by token beside them.
 
     It needs layers of full or sliding-window softmax attention; sliding layers keep their window
     only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
@@ -56,10 +61,27 @@ class HFRollout(Rollout):
                 raise ValueError(f"`HFRollout({name}=...)` must be >= 1, got {value}")
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        groups = _groups(prompts, sampling.n)
+        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
+
+    @property
+    def plays_episodes(self) -> bool:
+        return True
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        dialogue = Dialogue(prompts, sampling, policy.chat, [episodes])
+        return self._drawn(policy, dialogue, sampling)
+
+    def _drawn(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+        groups = _groups(dialogue.prompts, sampling.n)
         with policy.sampling_mode() as model, shared_prefix_attention(model):
             _refuse_model(model)
-            buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
+            buffer = ResponseBuffer(dialogue, sampling, policy.chat, model.device)
             scheduler = Scheduler(
                 groups,
                 max_tokens=self.max_tokens,
