@@ -117,7 +117,11 @@ def test_log_probs_are_those_of_the_whole_sequence(folder, request, turns):
     drawn = play(policy, prompts)
     check_tokens(policy, drawn)
     assert drawn.ended.all()
-    assert [[each.turns for each in group] for group in drawn.episodes] == [[3] * 2, [4] * 2, [1] * 2]
+    assert [[each.turns for each in group] for group in drawn.episodes] == [
+        [3] * 2,
+        [4] * 2,
+        [1] * 2,
+    ]
     judged = [[bool(each.verdict) for each in group] for group in drawn.episodes]
     assert judged == [[True] * 2, [True] * 2, [False] * 2]
     assert drawn.lengths[0].tolist() == [int(turns[i, :3].sum()) for i in range(2)]
@@ -126,9 +130,7 @@ def test_log_probs_are_those_of_the_whole_sequence(folder, request, turns):
     assert (drawn.policy_logprobs[drawn.sampled] - expected).abs().max() <= allowed(policy, drawn)
 
 
-@pytest.mark.parametrize(
-    "limits", [{"max_rows": 2}, {"max_tokens": 300}], ids=str
-)
+@pytest.mark.parametrize("limits", [{"max_rows": 2}, {"max_tokens": 300}], ids=str)
 def test_no_budget_changes_an_episode(qwen3, turns, limits, pool, monkeypatch):
     """Where memory falls short the youngest give way, and their episodes begin anew."""
     policy = load(qwen3)
@@ -193,9 +195,11 @@ def test_a_stop_string_ends_a_turn_and_the_template_writes_the_end(qwen3, monkey
     monkeypatch.setattr(
         worlds.Returns,
         "step",
-        lambda self, prompt, state, response: worlds.Observation.said("do not stop")
-        if not state.setdefault("more", 0) and not state.update(more=1)
-        else worlds.Verdict(reward=1.0),
+        lambda self, prompt, state, response: (
+            worlds.Observation.said("do not stop")
+            if not state.setdefault("more", 0) and not state.update(more=1)
+            else worlds.Verdict(reward=1.0)
+        ),
     )
     drawn = play(policy, prompts, sampling=replace(SAMPLING, n=1, stop=("op",)))
     ids = drawn.ids[0, 0].tolist()

@@ -12,7 +12,7 @@ from typing import Any
 from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.table import Table, is_missing, whole_text
-from scsdpo.prompt import Environment
+from scsdpo.environments import Environment
 from scsdpo.types import Message, Prompt, Tool, stable_hash
 
 

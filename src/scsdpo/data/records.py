@@ -17,7 +17,7 @@ from scsdpo.data.files import BrokenRow, uncompressed
 from scsdpo.data.prompts import PromptColumns, PromptList
 from scsdpo.data.rows import Rows
 from scsdpo.data.table import Table
-from scsdpo.prompt import Environment
+from scsdpo.environments import Environment
 from scsdpo.types import Prompt
 from scsdpo.verifiers import MathAnswer, ToolCall
 

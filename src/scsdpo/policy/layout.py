@@ -4,7 +4,8 @@ A token sees its own segment up to itself, and whole the segments above, which r
 ran before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
 from scsdpo.policy.tree import Segment
+from scsdpo.policy.upload import upload
 
 
 class Place(NamedTuple):
@@ -40,24 +42,16 @@ class PackedSegments(AttentionLayout):
         *,
         keep: bool,
     ) -> None:
-        self.starts: dict[Segment, int] = {}
-        place = 0
-        ids: list[int] = []
-        positions: list[Tensor] = []
-        for segment in segments:
-            self.starts[segment] = place
-            place += len(segment.ids)
-            ids.extend(segment.ids)
-            positions.append(torch.arange(len(segment.ids)) + segment.position)
-        self.ids = torch.tensor(ids, device=device)
-        """[N] int64."""
-        self.positions = torch.cat(positions).to(device)
-        """[N] int64: in its own prompt and response."""
-        own = [self._own(group, device) for group in _alike(segments)]
-        above = [
-            self._above(segment, below, before) for segment, below in _families(segments).items()
-        ]
-        self._attention = SegmentAttention(own, above, self.positions)
+        starts = accumulate((len(segment.ids) for segment in segments), initial=0)
+        self.starts = dict(zip(segments, starts, strict=False))
+        ids = torch.tensor([token for segment in segments for token in segment.ids])
+        own = {s: Own(tokens=self.span(s), position=s.position) for s in segments}
+        positions = [torch.arange(len(s.ids)) + each.position for s, each in own.items()]
+        self.ids, self.positions = upload([ids, torch.cat(positions)], device)
+        """[N] int64 tokens, and each one's place in its own prompt and response."""
+        self._attention = SegmentAttention(
+            list(own.values()), list(self._levels(own, before)), device
+        )
         self._states: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
 
     def attend(
@@ -86,38 +80,21 @@ class PackedSegments(AttentionLayout):
         """The places of its tokens."""
         return slice(self.starts[segment], self.starts[segment] + len(segment.ids))
 
-    def _own(self, segments: Sequence[Segment], device: torch.device) -> Own:
-        longest = max(len(segment.ids) for segment in segments)
-        steps = torch.arange(longest)
-        lengths = torch.tensor([len(segment.ids) for segment in segments])[:, None]
-        starts = torch.tensor([self.starts[segment] for segment in segments])[:, None]
-        padded = starts + torch.minimum(steps, lengths - 1)
-        real = (steps < lengths).flatten().nonzero()[:, 0]
-        places = padded.flatten()[real]
-        first = int(places[0])
-        whole = len(places) == padded.numel() and bool(
-            (places == first + torch.arange(len(places))).all()
-        )
-        return Own(
-            padded=padded.to(device),
-            real=real.to(device),
-            places=places.to(device),
-            whole=slice(first, first + len(places)) if whole else None,
-        )
-
-    def _above(
-        self, segment: Segment, below: Sequence[Segment], before: dict[Segment, Place]
-    ) -> Above:
-        here = segment in self.starts
-        memory, keys = (None, self.span(segment)) if here else before[segment]
-        return Above(
-            queries=slice(self.starts[below[0]], self.span(below[-1]).stop),
-            memory=memory,
-            keys=keys,
-            position=segment.position,
-            nearest=min(each.position for each in below),
-            farthest=max(each.position + len(each.ids) for each in below) - 1,
-        )
+    def _levels(
+        self, own: dict[Segment, Own], before: dict[Segment, Place]
+    ) -> Iterator[list[Above]]:
+        """By depth, the segments above some of this forward."""
+        families = _families(list(own))
+        for _, level in groupby(sorted(families, key=lambda s: len(s.path)), lambda s: len(s.path)):
+            yield [
+                Above(
+                    below=tuple(own[segment] for segment in families[above]),
+                    memory=None if above in own else before[above].memory,
+                    keys=self.span(above) if above in own else before[above].tokens,
+                    position=above.position,
+                )
+                for above in level
+            ]
 
 
 def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
@@ -127,14 +104,3 @@ def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
         for above in segment.path:
             families.setdefault(above, []).append(segment)
     return families
-
-
-def _alike(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Groups of segments that differ in length by a quarter at most, or little, longest first."""
-    groups: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda segment: -len(segment.ids)):
-        if groups and 3 * len(groups[-1][0].ids) <= 4 * len(segment.ids) + 48:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    return groups

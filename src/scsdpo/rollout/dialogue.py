@@ -110,7 +110,13 @@ class Dialogue:
     def text(self, row: int, ids: Sequence[int]) -> str:
         """A row as text: the transcript of an episode, and else what `ids` say."""
         record = self.record(row)
-        return record.transcript() if record.parts else self._chat.decode(ids)
+        # Each response begins with what its prompt leaves open, so that its thinking can be told.
+        opened = self.prompts[row // self._n].thinking
+        return (
+            record.transcript(lambda said: opened + said)
+            if record.parts
+            else self._chat.decode(ids)
+        )
 
 
 def _opened(prompt: Prompt, opening: Sequence[dict[str, str]], chat: Chat) -> Prompt:

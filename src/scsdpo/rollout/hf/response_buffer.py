@@ -80,6 +80,21 @@ class ResponseBuffer:
         """[R]: what stands at `places` [R] of `rows` [R] is not drawn."""
         return self.waits[rows] | self.given[rows, places.clamp(max=self.ids.shape[1] - 1)]
 
+    def used(self, row: int) -> int:
+        """Tokens that stand behind the prompt of row `row`, whoever wrote them."""
+        return int((self.ids[row] != _UNDRAWN).sum())
+
+    def has_end(self, rows: Tensor) -> Tensor:
+        """[R]: an end of sequence stands in the last turn of `rows` [R]."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        own = places >= self.turn_starts[rows, None]
+        return (self.is_end(self.ids[rows]) & own).any(-1)
+
+    def has_ended(self, row: int) -> bool:
+        """Whether the last turn of row `row` has ended by itself, and not by the cap."""
+        at = torch.tensor([row], device=self.ids.device)
+        return bool(self.has_end(at)) or bool(self.stopped[row] <= self.ids.shape[1])
+
     def respond(self, row: int, used: int, *, ended: bool) -> None:
         """The turn that row `row` drew, up to `used` tokens behind the prompt, wants an answer."""
         self.waits[row] = True

@@ -1,4 +1,4 @@
-"""Asking the policy and judging what it answers: the same in training, evaluation and analysis."""
+"""Sampling responses and judging them: the same in training, evaluation and analysis."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,8 +17,8 @@ from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Episodes, Failures, Verification, VerifierPool
 
 
-class Answering:
-    """Samples with what memory allows, and judges in processes of its own.
+class Collector:
+    """Collects judged responses: samples as memory allows, and judges in processes of its own.
 
     Args:
         rollout: the sampler.
@@ -56,7 +56,7 @@ class Answering:
         """
 
         def attempt(rows: int) -> Responses:
-            sampler = self.rollout.with_rows(rows)
+            sampler = self.rollout.with_max_rows(rows)
             with noticed():
                 if not any(prompt.has_turns for prompt in prompts):
                     return sampler.sample(policy, prompts, sampling)
@@ -64,9 +64,9 @@ class Answering:
                     return sampler.play(policy, prompts, sampling, episodes)
 
         with self.timer("rollout"):
-            most = self.rollout.rows(len(prompts) * sampling.n)
-            least = most if self.rollout.with_rows(1) is self.rollout else 1
-            with self.rollout.held(policy):  # ranks need not try equally often
+            most = self.rollout.rows_in_flight(len(prompts) * sampling.n)
+            least = most if self.rollout.with_max_rows(1) is self.rollout else 1
+            with self.rollout.hold_weights(policy):  # ranks need not try equally often
                 responses = self.room.run(attempt, most=most, extent=lambda: (least, most))
             check_sampled(responses, module)
         self.timer.count("rollout", int(responses.lengths.sum()))
@@ -83,7 +83,7 @@ class Answering:
         Raises:
             ConfigurationError: then.
         """
-        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.room()
+        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.max_length()
         if room is not None and needed > room:
             raise ConfigurationError(
                 f"model.rollout has room for {room} tokens of a prompt and its response, and "
