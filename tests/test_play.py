@@ -1,5 +1,6 @@
 """Episodes as sampled: one sequence of tokens, whatever the batch, and never tokenised again."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 import worlds
 from precision import allowed
 from scsdpo.policy import CausalLM
-from scsdpo.rollout import HFRollout
+from scsdpo.rollout import Engine, HFRollout, VLLMRollout
 from scsdpo.rollout.dialogue import CUT, FULL
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Scheduler
+from scsdpo.rollout.vllm.rollout import Answer
 from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Episodes, ExactMatch, Verification, VerifierPool
 
@@ -253,3 +255,68 @@ def test_slices_joins_and_dealing_keep_episodes(qwen3, turns):
     both = drawn[[1]].cat([drawn[[0]]])
     assert both.episodes == (drawn.episodes[1], drawn.episodes[0])
     assert both.texts[1][0] == both.episodes[1][0].transcript()
+
+
+class Canned(Engine):
+    """Stands in for vLLM: what it draws depends on the seed of each response, and on its room."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, policy, requests, version):
+        self.asked.append(requests)
+        return [
+            [self.answer(request, i, version) for i in range(request.parameters["n"])]
+            for request in requests
+        ]
+
+    def answer(self, request, i, version):
+        draw = random.Random(request.parameters["seed"] + i)
+        ids = [draw.randint(3, 250) for _ in range(draw.randint(1, 6))] + [END]
+        most = request.parameters["max_tokens"]
+        reason = "stop" if len(ids) <= most else "length"
+        return Answer(
+            ids=ids[:most],
+            logprobs=[-0.5] * len(ids[:most]),
+            finish_reason=reason,
+            versions=frozenset([version]),
+        )
+
+    def close(self):
+        pass
+
+
+def test_vllm_is_asked_turn_by_turn_for_all_that_go_on(qwen3):
+    """By ids that were drawn and given, each turn from a seed of its own."""
+    policy = load(qwen3)
+    prompts = [
+        asked(policy, worlds.Echo(), "a"),
+        asked(policy, ExactMatch(), "b"),
+        asked(policy, worlds.Counting(turns=9), "c", "Why?"),
+    ]
+
+    def drawn_with(engine, prompts):
+        with Episodes(HERE, prompts, 2) as episodes:
+            sampling = replace(SAMPLING, max_new_tokens=130)
+            return VLLMRollout(engine).play(policy, prompts, sampling, episodes)
+
+    engine = Canned()
+    drawn = drawn_with(engine, prompts)
+    check_tokens(policy, drawn)
+    assert drawn.ended.tolist() == [[True] * 2, [True] * 2, [False] * 2]
+    assert [[each.turns for each in group] for group in drawn.episodes][:2] == [[3] * 2, [1] * 2]
+    assert [len(requests) for requests in engine.asked[:3]] == [3, 4, 4]
+    seeds = [r.parameters["seed"] for requests in engine.asked[1:] for r in requests]
+    assert len({*seeds}) == len(seeds)
+    for q in (0, 2):
+        for g in range(2):
+            whole = [*drawn.prompts[q].ids, *drawn.ids[q, g].tolist()]
+            for requests in engine.asked[1:3]:
+                request = requests[g if q == 0 else 2 + g]
+                assert list(request.ids) == whole[: len(request.ids)]
+                used = len(request.ids) - len(drawn.prompts[q].ids)
+                assert request.parameters["max_tokens"] == 130 - used
+    assert (drawn.sampling_logprobs == -0.5 * drawn.sampled).all()
+    # Whatever else is in the batch.
+    (alone,) = drawn_with(Canned(), prompts[2:]).episodes
+    assert alone == drawn.episodes[2]

@@ -150,7 +150,7 @@ def _check_turns(module: Any, prompt: Prompt) -> None:
         world, sampler = type(prompt.verifier).__name__, type(module.rollout).__name__
         raise ValueError(
             f"{world} answers responses, and {sampler} draws responses of one turn: set "
-            "model.rollout to HFRollout"
+            "model.rollout to HFRollout or VLLMRollout, or give it `play`"
         )
     names = [str(tool["function"]["name"]) for tool in prompt.tools[:1]] or [_WORD]
     for role in prompt.verifier.roles(prompt):

@@ -128,5 +128,6 @@ def one_turn(rollout: Rollout) -> str:
     """Why an engine cannot play episodes, and what to do."""
     return (
         f"model.rollout: {type(rollout).__name__} draws responses of one turn, and the "
-        "environments of these questions answer them and let the policy go on; use HFRollout"
+        "environments of these questions answer them and let the policy go on; use HFRollout or "
+        "VLLMRollout"
     )
