@@ -6,11 +6,11 @@ from scsdpo.planning.setup import FLOAT32, Setup
 def layer_bytes(setup: Setup) -> int:
     """What one decoder layer keeps of a token for the backward; of several kinds, the largest.
 
-    Layers of linear attention, convolutions and experts are measured (`measured_layers`); of
-    others: Norms, each: float32 input and, where its weight is trained, the normalised one. Inputs of
-    linear layers: one copy for all, or under autocast one each of q, k, v, gate and up. Queries and
-    keys: the same of their norms, then scaled queries, keys, values, attention's output; gate, its
-    activation, up and their product.
+    Layers of linear attention, convolutions and experts are measured (`measured_layers`).
+    Of others: norms, each: float32 input and, where its weight is trained, the normalised one.
+    Inputs of linear layers: one copy for all, or under autocast one each of q, k, v, gate and up.
+    Queries and keys: the same of their norms, then scaled queries, keys, values, attention's
+    output; gate, its activation, up and their product.
     """
     if setup.measured.layers:
         return int(max(setup.measured.layers))

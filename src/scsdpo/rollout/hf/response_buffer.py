@@ -1,6 +1,7 @@
 """What decides the draws of a batch of responses, and what was drawn."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class ResponseBuffer:
         self.ids = torch.full(self.uniforms.shape, _UNDRAWN, device=device)
         self.sampling_logprobs = torch.zeros(self.ids.shape, device=device)
         self.policy_logprobs = torch.zeros(self.ids.shape, device=device)
+        self.experts = self.ids.new_zeros((*self.ids.shape, 0, 0), dtype=torch.int16)
+        """[Q G, L, layers, k] at the places that predict; layers is 0 until any are kept."""
         self.searched = [0] * len(self.stops)
         """[Q G] tokens of each response that were searched for stop strings."""
         self.stopped = torch.full((len(self.stops),), self.ids.shape[1] + 1, device=device)
@@ -55,6 +58,12 @@ class ResponseBuffer:
         self.sampling_logprobs[rows, places] = drawn.sampling_logprobs.float()
         self.policy_logprobs[rows, places] = drawn.policy_logprobs.float()
         return drawn.ids
+
+    def keep_experts(self, chosen: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Note the experts [R, layers, k] at what predicts the tokens at `places` [R] of `rows`."""
+        if not self.experts.shape[2]:
+            self.experts = self.experts.new_zeros((*self.ids.shape, *chosen.shape[1:]))
+        self.experts[rows, places] = chosen.to(torch.int16)
 
     def forget(self, row: int) -> None:
         """Row `row` will be drawn again from its start."""
@@ -108,7 +117,7 @@ class ResponseBuffer:
         def batch(table: Tensor) -> Tensor:
             return table[:, :longest].reshape(len(self.prompts), self.sampling.n, longest)
 
-        return Responses.of_one_turn(
+        made = Responses.of_one_turn(
             prompts=self.prompts,
             ids=batch(self.ids[:, :longest].masked_fill(~mask, self.chat.pad_id)),
             sampled=batch(mask),
@@ -120,6 +129,8 @@ class ResponseBuffer:
             temperature=self.sampling.temperature,
             version=version,
         )
+        shape = (len(self.prompts), self.sampling.n, longest, *self.experts.shape[2:])
+        return replace(made, experts=self.experts[:, :longest].reshape(shape))
 
     def _texts(self, mask: Tensor) -> tuple[tuple[str, ...], ...]:
         lengths = mask.sum(-1).tolist()
