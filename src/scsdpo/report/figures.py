@@ -29,7 +29,7 @@ PHASES = {
 }
 NO_PANEL = {
     "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
-    "logprob_gap_share", "trained_rollouts", "negative_entropy", "verifier_errors",
+    "experts_differ", "logprob_gap_share", "trained_rollouts", "negative_entropy", "verifier_errors",
 }  # fmt: skip
 """Training figures that others show already."""
 
