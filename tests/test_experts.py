@@ -12,8 +12,7 @@ from scsdpo.policy import CausalLM, Lora, Rows
 from scsdpo.policy.experts import balance_loss, differ, per_token, recorded, routers
 from scsdpo.policy.shard_loading import as_stored, load_shards
 from scsdpo.rollout import HFRollout
-from scsdpo.rollout.weights.lora_adapter import base_weights
-from scsdpo.rollout.weights.weights import merged_weights
+from scsdpo.rollout.weights.stream import base_weights, merged_weights
 from scsdpo.training import Limits
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
