@@ -590,12 +590,8 @@ class Forwards:
         learned = (self.chosen & batch.sampled.any(-1)).sum()
         self._learned = max(float(all_sum(learned.double())), 1.0)
         """Responses that are run, of all ranks."""
-        self.student = policy.runner(
-            self._rows["student"],
-            self.chosen.nonzero()[:, 0].tolist(),
-            max_tokens,
-            watches=policy.expert_balance > 0 or noted.shape[-2] > 0,
-        )
+        self._watches = policy.expert_balance > 0 or noted.shape[-2] > 0
+        self.student = self._runner("student", self.chosen, watches=self._watches)
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
@@ -630,9 +626,16 @@ class Forwards:
                 pair.runs = runs
         return pairs
 
-    def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
-        rows = wanted.nonzero()[:, 0].tolist()
-        return self.policy.runner(self._rows[slot], rows, self._max_tokens, weights)
+    def _runner(
+        self,
+        slot: str,
+        wanted: Tensor,
+        weights: Weights | None = None,
+        *,
+        watches: bool = False,
+    ) -> Runner:
+        chosen, rows = wanted.nonzero()[:, 0].tolist(), self._rows[slot]
+        return self.policy.runner(rows, chosen, self._max_tokens, weights, watches=watches)
 
     def tokens(self, slot: str, wanted: Tensor) -> int:
         """Distinct tokens of the wanted rows [R], with the slot's prompts."""
@@ -669,7 +672,10 @@ class Forwards:
         head: Head,
     ) -> LossOutput:
         """The credit loss, the load-balancing loss of experts, and whether experts differ."""
-        output, routes = credit(hidden, linear, head), self.student.routes
+        output = credit(hidden, linear, head)
+        if not self._watches:
+            return output
+        routes = self.student.routes
         if weight := self.policy.expert_balance:
             lengths = self.batch.sampled[list(micro)].sum(-1).tolist()
             balance = balance_loss(routes, lengths, per_token(self.policy.language_model))
