@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 BROWSER := $(VENV)/.browser
+TASKS_INSTALLED := $(VENV)/.installed-tasks
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -51,6 +52,10 @@ test-browser: $(BROWSER)
 test-configs: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/configs
 
+# Task packages: every task of reasoning-gym that is not denied.
+test-tasks: $(TASKS_INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/tasks
+
 # The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
 test-plan: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py --tolerance 0.1
@@ -71,6 +76,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+$(TASKS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,reasoning-gym]'
 	touch $@
 
 $(BROWSER): $(INSTALLED)

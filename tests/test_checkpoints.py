@@ -19,7 +19,7 @@ from scsdpo.checkpoints import (
     part_of,
     remove_parts,
 )
-from scsdpo.distributed import Agreement
+from scsdpo.distributed import AbortVote
 
 
 def write(path, text, folder):
@@ -183,7 +183,7 @@ def agreements(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    return Agreement(), Agreement()
+    return AbortVote(), AbortVote()
 
 
 def test_a_window_is_given_up_by_all_ranks_or_none(agreements):

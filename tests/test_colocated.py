@@ -98,7 +98,7 @@ def test_an_engine_sleeps_once_while_it_is_held(policy, spy):
     rollout = VLLMRollout(spy.engine)
     ids = policy.chat.render(({"role": "user", "content": "Why?"},))
     asked = Prompt(key="0", messages=(), verifier=None, answer="", ids=ids)
-    with rollout.held(policy, apart=True):
+    with rollout.hold_weights(policy, barrier=False):
         seen = [rollout.sample(policy, [asked], SAMPLING).version for _ in range(2)]
     assert seen == ["label 0", "label 0"]
     names = [name for name, *_ in spy.calls]

@@ -1,6 +1,8 @@
 """Sources: files and hub rows give the same prompts, mistakes are named, configs parse."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -8,9 +10,10 @@ import pyarrow.parquet
 import pytest
 from jsonargparse import ArgumentParser
 
-from scsdpo.data import Records, SciKnowEval, TaskDataModule, ToolUse
+from scsdpo.data import ReasoningGym, Records, SciKnowEval, TaskDataModule, ToolUse
 from scsdpo.data.sciknoweval import hub_split
-from scsdpo.verifiers import ExactMatch, ToolCall
+from scsdpo.verifiers import ExactMatch, ReasoningGymAnswer, ToolCall
+from scsdpo.verifiers.reasoning_gym import is_harmless
 from shared import SHARED, needs_shared
 
 SCIENCE = SHARED / "data" / "sciknoweval"
@@ -275,3 +278,47 @@ def test_sources_can_be_listed_and_verifiers_named():
     data = parsed(f"--data.train={json.dumps(train * 2)}", "--data.val=[]")
     assert [source.verifier for source in data.train_sources] == [ExactMatch()] * 2
     assert data.val_sources == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"tasks": {}}, "must name a task"),
+        ({"tasks": {"puzzle24": {}}}, "'puzzle24' cannot be trained on"),
+        ({"tasks": {"gcd": {"seed": 3}}}, "'seed' is an argument of `ReasoningGym` itself"),
+        ({"tasks": {"gcd": {}}, "size": 0}, "size=...)` must be >= 1"),
+        ({"tasks": {"gcd": {}}, "split": "test"}, "must be 'train' or 'val'"),
+    ],
+)
+def test_a_source_of_procedural_tasks_says_what_is_wrong_with_its_arguments(arguments, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ReasoningGym(**{"split": "train", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "harmless"),
+    [
+        ("gcd", "__import__('os')", True),  # its scorer compares texts
+        ("spiral_matrix", "[1, -2, 'a']", True),
+        ("spiral_matrix", "1 2 3", True),
+        ("string_insertion", "ABBA", True),
+        ("spiral_matrix", "[print(1)]", False),
+        ("n_queens", "[x for x in y]", False),
+        ("countdown", "(3 + 4) * 2 / 7", True),
+        ("simple_integration", "sin(x)**2/2 + C", True),
+        ("simple_integration", "Integral(x, x)", False),
+        ("simple_integration", "sqrt('open(1)')", False),
+        ("countdown", "x.__class__", False),
+        ("countdown", "lambda: 24", False),
+        ("countdown", "3 +", False),
+    ],
+)
+def test_an_answer_that_a_scorer_would_run_is_arithmetic_or_a_list(task, answer, harmless):
+    assert is_harmless(task, answer) == harmless
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    verifier = ReasoningGymAnswer(task="gcd", settings="{}", entry=b"")
+    with pytest.raises(ImportError, match=re.escape("pip install 'scsdpo[reasoning-gym]'")):
+        verifier.prepare()

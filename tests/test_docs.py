@@ -56,6 +56,7 @@ def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monke
         "model": {
             "policy": {"name_or_path": str(qwen3)},
             "teacher": {"class_path": "EMA", "init_args": {"context": "mine.GoldAnswer"}},
+            "rollout": "mine.OneByOne",
             "weighting": {"class_path": "mine.MiddleBand", "init_args": {"low": 0.0, "high": 1.0}},
             "advantage": {
                 "class_path": "Blend",

@@ -13,6 +13,7 @@ from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from test_shared_prompts import BUDGETS, gradient, learn, nested, perturbed
 
+PROJECTIONS = ["in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_a", "in_proj", "out_proj"]
 FAMILIES = tuple(HYBRIDS)
 
 
@@ -41,7 +42,7 @@ def token_by_token(
 @pytest.fixture
 def exact(monkeypatch):
     """transformers in float64 throughout, its delta rule token by token."""
-    plain = Tensor.to
+    plain, softmax = Tensor.to, torch.nn.functional.softmax
 
     def to(self, *args, **kwargs):
         args = [torch.float64 if arg is torch.float32 else arg for arg in args]
@@ -49,6 +50,7 @@ def exact(monkeypatch):
 
     monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dtype, dim: softmax(x, dim))
     for modeling in (modeling_qwen3_5, modeling_qwen3_next):
         monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", token_by_token)
 
@@ -62,7 +64,7 @@ def exact_policy(folder, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True}, {"adapter": Lora(r=2)}],
+    [{}, {"gradient_checkpointing": True}, {"adapter": Lora(r=2, target_modules=PROJECTIONS)}],
     ids=["full", "checkpointed", "lora"],
 )
 def test_states_go_on_to_what_is_below_and_gradients_come_back_at_every_budget(

@@ -382,7 +382,7 @@ def test_ranks_publish_together_once_and_sample_as_often_as_each_likes(policy, c
     rollout = VLLMRollout(engine)
     prompt = Prompt(key="q", messages=(), verifier=None, answer="", ids=(1, 2))
     try:
-        with rollout.held(policy):
+        with rollout.hold_weights(policy):
             for _ in range(3):
                 rollout.sample(policy, [prompt], Sampling(n=2, max_new_tokens=4))
     finally:

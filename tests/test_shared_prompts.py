@@ -1,6 +1,7 @@
 """Prompts run once a step: the numbers of separate rows, whatever the budget, in bounded memory."""
 
 from contextlib import nullcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from transformers.models.olmo3 import modeling_olmo3
 from transformers.models.qwen3 import modeling_qwen3
 
 from batches import double_policy, exact_norm
-from scsdpo.policy import CausalLM, Lora, Rows
+from flash_on_cpu import emulated_flash
+from scsdpo.policy import CausalLM, Lora, Rows, segment_attention
 from scsdpo.policy.budget import peak_bytes
-from scsdpo.policy.partial_attention import Blocks, Fused
+from scsdpo.policy.partial_attention import Blocks, Flash, Fused, Runs
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 
 BUDGETS = (1, 20, 60, 120, 400, 10**6)
@@ -21,6 +23,12 @@ BUDGETS = (1, 20, 60, 120, 400, 10**6)
 def exact(monkeypatch):
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
     monkeypatch.setattr(modeling_olmo3.Olmo3RMSNorm, "forward", exact_norm)
+
+
+@pytest.fixture
+def flash():
+    with emulated_flash():
+        yield
 
 
 def draw(generator, count):
@@ -118,6 +126,25 @@ def test_nested_prefixes_give_separate_rows_gradient_at_every_budget(
             torch.testing.assert_close(states[row], state, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("model", ["qwen3", "olmo3"])
+@pytest.mark.parametrize("kernel", [Blocks, Flash])
+def test_flash_and_blocks_give_separate_rows_gradient_too(
+    model, kernel, request, exact, flash, monkeypatch
+):
+    def choose(query, of):
+        return kernel() if of.causal or of.window is None else Blocks()
+
+    policy = double_policy(request.getfixturevalue(model))
+    rows = nested()
+    _, grads, _ = gradient(policy, SeparateRows, rows, 10**6)
+    monkeypatch.setattr(segment_attention, "kernel", choose)
+    scale = max(grad.abs().max() for grad in grads.values())
+    for budget in (60, 10**6):
+        _, found, _ = gradient(policy, SharedPrompts, rows, budget)
+        for name, grad in grads.items():
+            assert (found[name] - grad).abs().max() <= 1e-12 * scale, (budget, name)
+
+
 def test_a_teacher_reads_nested_prompts_at_every_budget_and_in_any_order(qwen3, exact):
     policy, rows = double_policy(qwen3), nested()
     chosen = list(range(len(rows.prompts)))
@@ -204,42 +231,107 @@ def test_probing_leaves_gradients_and_draws_alone(qwen3):
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def parts(seen, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)]
-    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    mask = torch.ones(9, 9, dtype=torch.bool)
-    mask = mask.tril() if seen is True else mask
-    return inputs, mask if isinstance(seen, bool) else seen
-
-
-@pytest.mark.parametrize("kernel", [Fused(), Blocks()], ids=["fused", "blocks"])
-@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("table", [2**26, 1000], ids=["one block", "several"])
-def test_a_kernel_is_softmax_attention_and_its_gradient(kernel, causal, table, monkeypatch):
-    monkeypatch.setattr("scsdpo.policy.partial_attention.TABLE_BYTES", table)
-    inputs, mask = parts(causal)
-    inputs = [x.requires_grad_() for x in inputs]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *inputs, mask, scale=1.0, enable_gqa=True
+def runs(queries, keys, *, causal=False, window=None, gap=0):
+    """Runs of so many queries and keys; queries begin `gap` after the last key of theirs, if they
+    are not the keys."""
+    starts = [list(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
+    of = [torch.arange(n) for n in keys]
+    at = [torch.arange(n) + (0 if causal else t + gap) for n, t in zip(queries, keys, strict=True)]
+    return Runs(
+        queries=starts[0],
+        keys=starts[1],
+        query_starts=torch.tensor(starts[0]).int(),
+        key_starts=torch.tensor(starts[1]).int(),
+        at=torch.cat(at),
+        of=torch.cat(of),
+        causal=causal,
+        window=window,
     )
+
+
+def states(queries, keys):
+    """Float64 queries of 4 heads of 8, keys and values of 2."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(queries), 4, 8), (sum(keys), 2, 8), (sum(keys), 2, 8)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def plain(query, key, value, seen):
+    """Softmax attention by its formula, one table of scores for all runs."""
+    scores = torch.einsum("nhd,thd->hnt", query, key.repeat_interleave(2, 1))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    mixed = torch.einsum("hnt,thd->nhd", scores.softmax(-1), value.repeat_interleave(2, 1))
+    return mixed, scores.logsumexp(-1)
+
+
+def sight(of):
+    """[N, T] bool: who sees whom."""
+    numbers = [
+        torch.repeat_interleave(torch.arange(len(s) - 1), torch.tensor(s).diff())
+        for s in (of.queries, of.keys)
+    ]
+    back = of.at[:, None] - of.of
+    near = back < (of.window or 10**6)
+    return (numbers[0][:, None] == numbers[1]) & (back >= 0) & near
+
+
+RUNS = {
+    "own": runs([5, 5, 1, 9], [5, 5, 1, 9], causal=True),
+    "own, of one token": runs([1, 1, 1], [1, 1, 1], causal=True),
+    "own, in a window": runs([5, 5, 1, 9], [5, 5, 1, 9], causal=True, window=3),
+    "above": runs([7, 1, 3, 3], [2, 6, 1, 1]),
+    "above, one query each": runs([1, 1], [2, 6]),
+    "above, in a window": runs([3, 3, 2], [6, 6, 4], window=6, gap=1),
+}
+
+
+@pytest.mark.parametrize("kernel", [Fused(), Blocks(), Flash()], ids=["fused", "blocks", "flash"])
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("table", [2**26, 500], ids=["one block", "several"])
+def test_a_kernel_is_softmax_attention_and_its_gradient(kernel, case, table, monkeypatch, flash):
+    monkeypatch.setattr("scsdpo.policy.partial_attention.TABLE_BYTES", table)
+    of = RUNS[case]
+    if of.window and (isinstance(kernel, Fused) or not (of.causal or isinstance(kernel, Blocks))):
+        return  # `kernel` does not choose it
+    inputs = [
+        x.requires_grad_() for x in states(*(torch.tensor(s).diff() for s in (of.queries, of.keys)))
+    ]
+    expected, normalizer = plain(*inputs, sight(of))
     detached = tuple(x.detach() for x in inputs)
-    out, lse = kernel.forward(*detached, causal)
+    out, lse = kernel.forward(*detached, of)
     torch.testing.assert_close(out, expected)
-    scores = inputs[0].detach() @ inputs[1].detach().repeat_interleave(2, 1).mT
-    torch.testing.assert_close(lse, scores.masked_fill(~mask, -torch.inf).logsumexp(-1))
+    torch.testing.assert_close(lse, normalizer)
     grad = torch.randn_like(expected)
     for found, wanted in zip(
-        kernel.backward(grad, detached, (out, lse), causal),
+        kernel.backward(grad, detached, (out, lse), of),
         torch.autograd.grad(expected, inputs, grad),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("kernel", [Fused(), Blocks(), Flash()], ids=["fused", "blocks", "flash"])
+def test_a_kernels_backward_takes_the_output_and_lse_of_a_union(kernel, flash):
+    """Two sets of keys, one after the other, against one table with both."""
+    lengths = [4, 2], [3, 5]
+    own, above = runs([4, 2], [4, 2], causal=True), runs(*lengths)
+    query, *mine = states(lengths[0], lengths[0])
+    others = states(*lengths)[1:]
+    inputs = [x.requires_grad_() for x in (query, *mine, *others)]
+    joined = [torch.cat([a, b]) for a, b in zip(inputs[1:3], inputs[3:], strict=True)]
+    expected, lse = plain(query, *joined, torch.cat([sight(own), sight(above)], 1))
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    query, *rest = (x.detach() for x in inputs)
+    results = expected.detach(), lse.detach()
+    first = kernel.backward(grad, (query, *rest[:2]), results, own)
+    second = kernel.backward(grad, (query, *rest[2:]), results, above)
+    torch.testing.assert_close(first[0] + second[0], wanted[0])
+    for found, right in zip((*first[1:], *second[1:]), wanted[1:], strict=True):
+        torch.testing.assert_close(found, right)
+
+
 def test_a_query_that_sees_no_key_has_no_weight():
-    seen = torch.ones(1, 9, 9, dtype=torch.bool).tril(-1)
-    inputs, _ = parts(seen)
-    out, lse = Blocks().forward(*inputs, seen)
-    assert bool((out[:, :, 0] == 0).all()) and bool((lse[:, :, 0] == -torch.inf).all())
-    assert out.isfinite().all()
+    of = runs([2], [9], window=2, gap=1)
+    out, lse = Blocks().forward(*states([2], [9]), of)
+    assert bool((out == 0).all()) and bool((lse == -torch.inf).all())

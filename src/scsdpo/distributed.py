@@ -1,12 +1,20 @@
-"""Sums, maxima and agreements over ranks; with one process the former are the identity."""
+"""What ranks do together: sums, maxima, lists, errors, and whether a batch is given up.
 
-from collections.abc import Iterable
+With one process sums, maxima and lists are the identity.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
+from scsdpo.interrupt import Interrupted, RankLost
 
 T = TypeVar("T")
 
@@ -64,11 +72,83 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-class Agreement:
-    """How ranks agree to give up a window (`scsdpo.interrupt`): by keys of the store they met at.
+class LocalError(TrainingStopped):
+    """An error that only this rank raises: the others wait for it inside another collective."""
 
-    Not by a collective, which a rank that waits in another one would never join. Who gives a window
-    up writes so, unless "keep" stands there, which the last rank to arrive at its end writes.
+
+_SAME = {kind.__name__: kind for kind in (ConfigurationError, TrainingStopped)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteError:
+    """An error as it travels to other ranks; exceptions themselves need not pickle."""
+
+    rank: int
+    kind: str
+    said: str
+    signum: int = 0
+
+    @classmethod
+    def of(cls, error: BaseException) -> "RemoteError":
+        """An error of this rank."""
+        rank, _ = place()
+        if isinstance(error, Interrupted):
+            return cls(rank=rank, kind="", said="", signum=error.signum)
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        kind = "OutOfMemoryError" if is_memory else type(error).__name__
+        return cls(rank=rank, kind=kind, said=str(error) if kind in _SAME else first_line(error))
+
+    def error(self) -> BaseException:
+        """The exception that a rank without an error of its own raises."""
+        if self.signum:
+            return Interrupted(self.signum)
+        if self.kind in _SAME:
+            return _SAME[self.kind](self.said)
+        if self.kind == "OutOfMemoryError":  # and every rank tries again, or none
+            return torch.OutOfMemoryError(f"rank {self.rank}: {self.said}")
+        return RuntimeError(f"rank {self.rank}: {self.kind}: {self.said}")
+
+
+@contextmanager
+def share_errors() -> Iterator[None]:
+    """Raise an exception of any rank's block on all ranks, at the block's end; a collective.
+
+    So no rank waits in a later collective for one that failed. All raise the lowest rank's error:
+    its own exception there, elsewhere one of the same class and words (`ConfigurationError`,
+    `TrainingStopped`, `Interrupted`, out of memory) or a `RuntimeError` that names rank and class.
+    `LocalError`, a lost rank and what ends the process are raised at once, on this rank only.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except (LocalError, RankLost):
+        raise
+    except (Exception, Interrupted) as own:
+        error = own
+    raise_first(all_gather([None if error is None else RemoteError.of(error)]), error)
+
+
+def raise_first(errors: Sequence[RemoteError | None], own: BaseException | None) -> None:
+    """Raise the first of the ranks' errors, if there is one.
+
+    Args:
+        errors: of the ranks, in their order; None: no error.
+        own: this rank's exception, raised itself if it is the first.
+    """
+    first = next((each for each in errors if each is not None), None)
+    if first is None:
+        return
+    if own is not None and RemoteError.of(own) == first:
+        raise own
+    raise first.error() from own
+
+
+class AbortVote:
+    """Ranks agree through the process group's key-value store whether to give a window up.
+
+    `scsdpo.interrupt` says what a window is. A collective could deadlock with one already under
+    way. `compare_set` lets the first writer win: a rank that gives up writes its signal, the last
+    rank to arrive at the window's end writes "keep".
     """
 
     def __init__(self) -> None:
@@ -76,8 +156,8 @@ class Agreement:
         self._arrived = -1
 
     @classmethod
-    def of_ranks(cls) -> "Agreement | None":
-        """None with one process."""
+    def of_ranks(cls) -> "AbortVote | None":
+        """A vote of all ranks; None with one process."""
         return cls() if place()[1] > 1 else None
 
     def heard(self) -> int:

@@ -117,7 +117,7 @@ class Run:
 
     def sample_held(self) -> None:
         """As in training, where the engine starts before requests are known to it."""
-        with self.rollout.held(self.policy):
+        with self.rollout.hold_weights(self.policy):
             self.rollout.sample(self.policy, self.prompts, SAMPLING)
 
     def restart(self) -> None:
@@ -129,7 +129,7 @@ class Run:
 
     def apart(self) -> None:
         """As in an evaluation: rank 0 has one batch more."""
-        with self.policy.held_whole(), self.rollout.held(self.policy, apart=True):
+        with self.policy.held_whole(), self.rollout.hold_weights(self.policy, barrier=False):
             self.sample(replace(SAMPLING, temperature=0.7))
             if self.rank == 0:
                 self.sample(SAMPLING.at(1))
@@ -138,7 +138,7 @@ class Run:
         """Ranks of one engine that believe in different weights."""
 
         def ask() -> None:
-            with self.rollout.held(self.policy):
+            with self.rollout.hold_weights(self.policy):
                 right = self.engine._version
                 self.engine._version = f"of rank {self.rank}"
                 try:

@@ -3,6 +3,7 @@
 from scsdpo.data._base import Source, Stream
 from scsdpo.data.module import TaskDataModule
 from scsdpo.data.prompts import PromptList, make_prompt
+from scsdpo.data.reasoning_gym import ReasoningGym
 from scsdpo.data.records import Math, Records, ToolUse
 from scsdpo.data.sciknoweval import SciKnowEval
 from scsdpo.data.shuffled import PromptBatch
@@ -11,6 +12,7 @@ __all__ = [
     "Math",
     "PromptBatch",
     "PromptList",
+    "ReasoningGym",
     "Records",
     "SciKnowEval",
     "Source",

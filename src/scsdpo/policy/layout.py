@@ -4,8 +4,9 @@ A token sees its own segment up to itself, and whole the segments above, which r
 ran before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
 from scsdpo.policy.segment_states import SegmentStates, Span
 from scsdpo.policy.tree import Segment
+from scsdpo.policy.upload import upload
 
 
 class Kept(NamedTuple):
@@ -50,7 +52,7 @@ class PackedSegments(AttentionLayout):
         segments: each after those above it, subtrees in one go; together not empty.
         before: the segments above that ran in an earlier forward.
         device: of the model.
-        keep: whether keys and values are wanted afterwards (`states`).
+        keep: whether keys, values and states are wanted afterwards (`kept`).
     """
 
     def __init__(
@@ -61,25 +63,17 @@ class PackedSegments(AttentionLayout):
         *,
         keep: bool,
     ) -> None:
-        self.starts: dict[Segment, int] = {}
-        place = 0
-        ids: list[int] = []
-        positions: list[Tensor] = []
-        for segment in segments:
-            self.starts[segment] = place
-            place += len(segment.ids)
-            ids.extend(segment.ids)
-            positions.append(torch.arange(len(segment.ids)) + segment.position)
-        self.ids = torch.tensor(ids, device=device)
-        """[N] int64."""
-        self.positions = torch.cat(positions).to(device)
-        """[N] int64: in its own prompt and response."""
-        own = [self._own(group, device) for group in _alike(segments)]
-        above = [
-            self._above(segment, below, before) for segment, below in _families(segments).items()
-        ]
-        self._attention = SegmentAttention(own, above, self.positions)
-        self._segments, self._before, self._keeps = segments, before, keep
+        starts = accumulate((len(segment.ids) for segment in segments), initial=0)
+        self.starts = dict(zip(segments, starts, strict=False))
+        ids = torch.tensor([token for segment in segments for token in segment.ids])
+        own = {s: Own(tokens=self.span(s), position=s.position) for s in segments}
+        positions = [torch.arange(len(s.ids)) + each.position for s, each in own.items()]
+        self.ids, self.positions = upload([ids, torch.cat(positions)], device)
+        """[N] int64 tokens, and each one's place in its own prompt and response."""
+        self._attention = SegmentAttention(
+            list(own.values()), list(self._levels(own, before)), device
+        )
+        self._before, self._keeps = before, keep
         self._kept = Kept({}, {}) if keep else None
 
     def attend(
@@ -95,7 +89,7 @@ class PackedSegments(AttentionLayout):
         return self._attention.attend(query, key, value, layer=layer, window=window)[None]
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        mixed, ends = self._spans.convolve(inputs[0], weight, bias, self._starts(layer, 0))
+        mixed, ends = self._spans.convolve(inputs[0], weight, bias, self._starts_of(layer, 0))
         if self._kept is not None:
             self._kept.states[layer] = (ends,)
         return mixed[None]
@@ -104,7 +98,7 @@ class PackedSegments(AttentionLayout):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
     ) -> Tensor:
         inputs = (x[0] for x in (query, key, value, decay, rate))
-        before = partial(self._starts, layer, 1)
+        before = partial(self._starts_of, layer, 1)
         mixed, ends = self._spans.delta_rule(*inputs, before, ends=self._keeps)
         if self._kept is not None:
             self._kept.states[layer] += (ends,)
@@ -127,73 +121,54 @@ class PackedSegments(AttentionLayout):
     @cached_property
     def _spans(self) -> SegmentStates:
         """The segments, as layers that hand on a state see them."""
-        numbers = {segment: n for n, segment in enumerate(self._segments)}
-        earlier = {above: n for n, above in enumerate(self._above_before)}
+        numbers = {segment: n for n, segment in enumerate(self.starts)}
+        earlier = {above: n for n, above in enumerate(self._right_above)}
         spans = []
-        for segment in self._segments:
-            above = segment.path[-1] if segment.path else None
+        for segment, start in self.starts.items():
+            above = segment.path[-1] if segment.path else segment
+            here = numbers[above] if segment.path and above in numbers else None
             spans.append(
-                Span(
-                    self.starts[segment],
-                    len(segment.ids),
-                    above=numbers.get(above),
-                    earlier=earlier.get(above),
-                )
+                Span(start, len(segment.ids), above=here, earlier=earlier.get(above))
             )
         return SegmentStates(spans, len(self.ids), self.ids.device)
 
     @cached_property
-    def _above_before(self) -> list[Segment]:
-        """Segments right above some of these that ran before, those of a memory in one go."""
-        above = {segment.path[-1] for segment in self._segments if segment.path}
-        # By the order in which they ran.
+    def _right_above(self) -> list[Segment]:
+        """The E segments right above some of these that ran before, in the order in which they ran:
+        those of one forward follow one another.
+        """
+        above = {segment.path[-1] for segment in self.starts if segment.path}
         return [segment for segment in self._before if segment in above - self.starts.keys()]
 
-    def _starts(self, layer: int, which: int) -> Tensor | None:
-        """[E, ...] what the segments `_above_before` ended with, in a layer."""
-        parts: dict[int, tuple[Tensor, list[int]]] = {}
-        for segment in self._above_before:
-            place = self._before[segment]
-            table = place.states[layer][which]
-            parts.setdefault(id(table), (table, []))[1].append(place.number)
-        if not parts:
-            return None
-        return torch.cat(
-            [t.index_select(0, torch.tensor(n, device=t.device)) for t, n in parts.values()]
-        )
+    @cached_property
+    def _numbers(self) -> list[tuple[Mapping[int, tuple[Tensor, ...]], Tensor]]:
+        """By forward that ran before, what it left and which of its segments are among those E."""
+        places = [self._before[segment] for segment in self._right_above]
+        by_forward = [list(of) for _, of in groupby(places, lambda place: id(place.states))]
+        numbers = [torch.tensor([place.number for place in of]) for of in by_forward]
+        sent = upload(numbers, self.ids.device) if numbers else []
+        return [(of[0].states, index) for of, index in zip(by_forward, sent, strict=True)]
 
-    def _own(self, segments: Sequence[Segment], device: torch.device) -> Own:
-        longest = max(len(segment.ids) for segment in segments)
-        steps = torch.arange(longest)
-        lengths = torch.tensor([len(segment.ids) for segment in segments])[:, None]
-        starts = torch.tensor([self.starts[segment] for segment in segments])[:, None]
-        padded = starts + torch.minimum(steps, lengths - 1)
-        real = (steps < lengths).flatten().nonzero()[:, 0]
-        places = padded.flatten()[real]
-        first = int(places[0])
-        whole = len(places) == padded.numel() and bool(
-            (places == first + torch.arange(len(places))).all()
-        )
-        return Own(
-            padded=padded.to(device),
-            real=real.to(device),
-            places=places.to(device),
-            whole=slice(first, first + len(places)) if whole else None,
-        )
+    def _starts_of(self, layer: int, which: int) -> Tensor | None:
+        """[E, ...]: what those segments ended with, in a layer; None if there are none."""
+        parts = [of[layer][which].index_select(0, index) for of, index in self._numbers]
+        return torch.cat(parts) if parts else None
 
-    def _above(
-        self, segment: Segment, below: Sequence[Segment], before: dict[Segment, Place]
-    ) -> Above:
-        here = segment in self.starts
-        memory, keys = (None, self.span(segment)) if here else before[segment][:2]
-        return Above(
-            queries=slice(self.starts[below[0]], self.span(below[-1]).stop),
-            memory=memory,
-            keys=keys,
-            position=segment.position,
-            nearest=min(each.position for each in below),
-            farthest=max(each.position + len(each.ids) for each in below) - 1,
-        )
+    def _levels(
+        self, own: dict[Segment, Own], before: dict[Segment, Place]
+    ) -> Iterator[list[Above]]:
+        """By depth, the segments above some of this forward."""
+        families = _families(list(own))
+        for _, level in groupby(sorted(families, key=lambda s: len(s.path)), lambda s: len(s.path)):
+            yield [
+                Above(
+                    below=tuple(own[segment] for segment in families[above]),
+                    memory=None if above in own else before[above].memory,
+                    keys=self.span(above) if above in own else before[above].tokens,
+                    position=above.position,
+                )
+                for above in level
+            ]
 
 
 def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
@@ -203,14 +178,3 @@ def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
         for above in segment.path:
             families.setdefault(above, []).append(segment)
     return families
-
-
-def _alike(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Groups of segments that differ in length by a quarter at most, or little, longest first."""
-    groups: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda segment: -len(segment.ids)):
-        if groups and 3 * len(groups[-1][0].ids) <= 4 * len(segment.ids) + 48:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    return groups

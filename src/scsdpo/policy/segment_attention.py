@@ -1,18 +1,25 @@
 """Attention of segments of tokens laid end to end: each to itself, then to those above it.
 
+One call of a kernel for all segments' own tokens, and one for each level of the tree above them.
+
 What ran in an earlier forward is there as keys and values. The gradients that are sent back to
 them do not go through autograd, which would sum them in their dtype: they add up beside.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scsdpo.policy.partial_attention import Seen, Three, kernel
+from scsdpo.policy.partial_attention import Runs, Three, kernel
+from scsdpo.policy.upload import upload
+
+Places = slice | Tensor
+"""Tokens that follow one another, or an index [n] int64."""
 
 
 class Memory:
@@ -26,85 +33,88 @@ class Memory:
         self.states = {layer: (k.detach(), v.detach()) for layer, (k, v) in states.items()}
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, layer: int, places: slice, key: Tensor, value: Tensor) -> None:
+    def add(self, layer: int, places: Places, key: Tensor, value: Tensor) -> None:
         """Gradients [t, K, d] of keys and values at `places`; summed in float32 at least."""
         if layer not in self.gradients:
             wide = torch.promote_types(key.dtype, torch.float32)
             of_keys, of_values = (torch.zeros_like(x, dtype=wide) for x in self.states[layer])
             self.gradients[layer] = of_keys, of_values
         for table, gradient in zip(self.gradients[layer], (key, value), strict=True):
-            table[places] += gradient
+            _add(table, places, gradient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Own:
-    """Segments of similar length, padded to a common one; each token sees back to its start."""
+    """A segment of this forward."""
 
-    padded: Tensor
-    """[B, s] places of their tokens, padded with the last one: no other looks that far ahead."""
-    real: Tensor
-    """[n] which of the B * s are no padding."""
-    places: Tensor
-    """[n] their places."""
-    whole: slice | None
-    """The places, if nothing is padding and nothing lies between them: no copies then."""
-
-    def take(self, rows: Tensor) -> Tensor:
-        """[N, H, ...] -> [B, H, s, ...]."""
-        shape = (*self.padded.shape, *rows.shape[1:])
-        if self.whole is not None:
-            return rows[self.whole].view(shape).transpose(1, 2)
-        return rows.index_select(0, self.padded.flatten()).view(shape).transpose(1, 2)
-
-    def take_gradient(self, rows: Tensor) -> Tensor:
-        """As `take`, but 0 at the padding, from where no gradient comes."""
-        if self.whole is not None:
-            return self.take(rows)
-        table = rows.new_zeros((self.padded.numel(), *rows.shape[1:]))
-        table[self.real] = rows.index_select(0, self.places)
-        return table.view(*self.padded.shape, *rows.shape[1:]).transpose(1, 2)
-
-    def put(self, table: Tensor, values: Tensor) -> None:
-        """[B, H, s, ...] into [N, H, ...]."""
-        flat = values.transpose(1, 2).flatten(0, 1)
-        if self.whole is not None:
-            table[self.whole] = flat
-        else:
-            table[self.places] = flat.index_select(0, self.real).to(table.dtype)
+    tokens: slice
+    """Its places."""
+    position: int
+    """Of its first token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Above:
-    """Queries that follow one another, and a segment that all of them have above."""
+    """Segments of this forward that follow one another, and a segment that all have above."""
 
-    queries: slice
+    below: tuple[Own, ...]
     memory: Memory | None
     """Of its keys and values; None: they are of this forward."""
     keys: slice
     """Their places."""
     position: int
     """Of its first token."""
-    nearest: int
-    """Smallest position of a query."""
-    farthest: int
-    """Largest."""
+
+    @property
+    def queries(self) -> slice:
+        """The places of the segments below."""
+        return slice(self.below[0].tokens.start, self.below[-1].tokens.stop)
+
+    def beyond(self, window: int | None) -> bool:
+        """Whether some query does not see all of the segment above."""
+        if window is None:
+            return False
+        last = max(each.position + each.tokens.stop - each.tokens.start for each in self.below) - 1
+        return last - self.position >= window
+
+    def within(self, window: int) -> "Iterator[Above]":
+        """The same without the keys that no query sees; nothing if none is left."""
+        nearest = min(each.position for each in self.below)
+        unseen = max(nearest - window + 1 - self.position, 0)
+        keys = slice(self.keys.start + unseen, self.keys.stop)
+        if keys.start < keys.stop:
+            yield replace(self, keys=keys, position=self.position + unseen)
 
 
-class _Part(NamedTuple):
-    """Of a layer's attention: queries and the keys that they see, as far as the window goes."""
-
-    queries: slice
+class _Keys(NamedTuple):
     memory: Memory | None
-    keys: slice
-    seen: Seen
+    places: Places
+    tokens: int
+
+
+class _Call(NamedTuple):
+    """One call of a kernel."""
+
+    queries: Places
+    keys: tuple[_Keys, ...]
+    """Laid end to end they are the keys of the call."""
+    runs: Runs
 
 
 class SegmentAttention:
-    """Attention of a layer: each segment to itself, then to those above."""
+    """Attention of a layer: each segment to itself, then to those above.
 
-    def __init__(self, own: Sequence[Own], above: Sequence[Above], positions: Tensor) -> None:
-        self._groups, self._above, self._positions = own, above, positions
-        self._windows: dict[int | None, tuple[list[tuple[Own, Seen]], list[_Part]]] = {}
+    Args:
+        own: all segments of this forward, one after the other.
+        levels: per level of the tree, from the roots on, who is above whom.
+        device: of the tokens.
+    """
+
+    def __init__(
+        self, own: Sequence[Own], levels: Sequence[Sequence[Above]], device: torch.device
+    ) -> None:
+        self._own, self._levels, self._device = own, levels, device
+        self._calls_of: dict[int | None, list[_Call]] = {}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, window: int | None
@@ -112,43 +122,33 @@ class SegmentAttention:
         """Queries [N, H, d], keys and values [N, K, d] -> [N, H, d], with a gradient."""
         return _Attend.apply(query, key, value, self, layer, window)
 
-    def _parts(self, window: int | None) -> tuple[list[tuple[Own, Seen]], list[_Part]]:
-        """What is seen within segments, and of segments above."""
-        if window not in self._windows:
-            own = [(group, _within(group.padded, window)) for group in self._groups]
-            above = [self._part(each, window) for each in self._above]
-            self._windows[window] = own, [part for part in above if part is not None]
-        return self._windows[window]
-
-    def _part(self, above: Above, window: int | None) -> _Part | None:
-        if window is None or above.farthest - above.position < window:
-            return _Part(above.queries, above.memory, above.keys, False)
-        # No query sees what lies a window before the nearest of them.
-        unseen = max(above.nearest - window + 1 - above.position, 0)
-        keys = slice(above.keys.start + unseen, above.keys.stop)
-        if keys.start >= keys.stop:
-            return None
-        at = self._positions[above.queries]
-        of = torch.arange(keys.stop - keys.start, device=at.device) + above.position + unseen
-        return _Part(above.queries, above.memory, keys, (at[:, None] - of < window)[None])
+    def _calls(self, window: int | None) -> list[_Call]:
+        """The first is of segments to themselves; a key lies in one of the others at most."""
+        if window not in self._calls_of:
+            longest = max(own.tokens.stop - own.tokens.start for own in self._own)
+            within = window if window is not None and window < longest else None
+            plans = [_Plan.own(self._own, within)]
+            for level in self._levels:
+                whole = [above for above in level if not above.beyond(window)]
+                cut = [above for above in level if above.beyond(window)]
+                seen = [a for above in cut for a in above.within(window or 0)]
+                plans += [_Plan.above(whole, None)] if whole else []
+                plans += [_Plan.above(seen, window)] if seen else []
+            sent = iter(upload([table for plan in plans for table in plan.tables()], self._device))
+            self._calls_of[window] = [plan.call(sent) for plan in plans]
+        return self._calls_of[window]
 
     def forward(self, states: Three, layer: int, window: int | None) -> tuple[Tensor, Tensor]:
-        """Queries [N, H, d], keys and values [N, K, d] -> output [N, H, d] and lse [N, H]."""
+        """Queries [N, H, d], keys and values [N, K, d] -> output [N, H, d] and lse [H, N]."""
         query = states[0]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out = torch.empty(query.shape, dtype=wide, device=query.device)
-        lse = torch.empty(query.shape[:2], dtype=wide, device=query.device)
-        own, above = self._parts(window)
-        for group, seen in own:
-            made = kernel(query.device, seen).forward(*_three(group.take, states), seen)
-            group.put(out, made[0])
-            group.put(lse, made[1])
-        for part in above:
-            keys = _keys(part, states, layer)
-            made = kernel(query.device, part.seen).forward(
-                _heads_first(query[part.queries]), *keys, part.seen
-            )
-            _merge(out[part.queries], lse[part.queries], *map(_tokens_first, made))
+        own, *above = self._calls(window)
+        out, lse = kernel(query, own.runs).forward(*states, own.runs)
+        if above:
+            out = out.to(lse.dtype)
+        for call in above:
+            inputs = _take(query, call.queries), *_keys(call, states, layer)
+            made = kernel(query, call.runs).forward(*inputs, call.runs)
+            _merge(out, lse, call.queries, *made)
         return out.to(query.dtype), lse
 
     def backward(
@@ -160,66 +160,160 @@ class SegmentAttention:
         window: int | None,
     ) -> Three:
         """Of this forward's states; the gradients of earlier ones go to their memories."""
-        query, wide = states[0], torch.promote_types(grad.dtype, torch.float32)
-        tables = [torch.empty(x.shape, dtype=wide, device=x.device) for x in states]
-        own, above = self._parts(window)
-        for group, seen in own:
-            inputs = _three(group.take, states)
-            results = group.take(outputs[0]), group.take(outputs[1])
-            here = group.take_gradient(grad)
-            made = kernel(grad.device, seen).backward(here, inputs, results, seen)
-            for table, gradient in zip(tables, made, strict=True):
-                group.put(table, gradient)
-        for part in above:
-            inputs = _heads_first(query[part.queries]), *_keys(part, states, layer)
-            here, out, lse = (_heads_first(x[part.queries]) for x in (grad, *outputs))
-            made = kernel(grad.device, part.seen).backward(here, inputs, (out, lse), part.seen)
-            of_query, *of_keys = map(_tokens_first, made)
-            tables[0][part.queries] += of_query
-            if part.memory is not None:
-                part.memory.add(layer, part.keys, *of_keys)
-                continue
-            for table, gradient in zip(tables[1:], of_keys, strict=True):
-                table[part.keys] += gradient
-        dq, dk, dv = (table.to(x.dtype) for table, x in zip(tables, states, strict=True))
+        query, (out, lse) = states[0], outputs
+        own, *above = self._calls(window)
+        dq, dk, dv = kernel(query, own.runs).backward(grad, states, outputs, own.runs)
+        if above:
+            dq = dq.to(lse.dtype)
+        if any(keys.memory is None for call in above for keys in call.keys):
+            dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
+        for call in above:
+            here, made = (_take(x, call.queries) for x in (grad, out))
+            inputs = _take(query, call.queries), *_keys(call, states, layer)
+            results = made, _take(lse.T, call.queries).T.contiguous()
+            of_query, *of_keys = kernel(query, call.runs).backward(here, inputs, results, call.runs)
+            _add(dq, call.queries, of_query)
+            parts = [gradient.split([keys.tokens for keys in call.keys]) for gradient in of_keys]
+            for keys, of_key, of_value in zip(call.keys, *parts, strict=True):
+                if keys.memory is not None:
+                    keys.memory.add(layer, keys.places, of_key, of_value)
+                else:
+                    _add(dk, keys.places, of_key)
+                    _add(dv, keys.places, of_value)
+        dq, dk, dv = (g.to(x.dtype) for g, x in zip((dq, dk, dv), states, strict=True))
         return dq, dk, dv
 
 
-def _within(padded: Tensor, window: int | None) -> Seen:
-    """Every token sees back to its segment's start, or as far as the window goes."""
-    length = padded.shape[1]
-    if window is None or window >= length:
-        return True
-    ones = torch.ones(1, length, length, dtype=torch.bool, device=padded.device)
-    return ones.tril() & ones.triu(1 - window)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Plan:
+    """A call as the host knows it: runs of places, each with the position of its first token."""
+
+    queries: Sequence[tuple[slice, int]]
+    """All segments with something above, one after the other."""
+    query_runs: Sequence[int]
+    """Tokens in each run of queries."""
+    keys: Sequence[tuple[Memory | None, slice, int]]
+    causal: bool
+    window: int | None
+
+    @staticmethod
+    def own(segments: Sequence[Own], window: int | None) -> "_Plan":
+        return _Plan(
+            queries=[(own.tokens, own.position) for own in segments],
+            query_runs=[own.tokens.stop - own.tokens.start for own in segments],
+            keys=[(None, own.tokens, own.position) for own in segments],
+            causal=True,
+            window=window,
+        )
+
+    @staticmethod
+    def above(level: Sequence[Above], window: int | None) -> "_Plan":
+        return _Plan(
+            queries=[(own.tokens, own.position) for above in level for own in above.below],
+            query_runs=[above.queries.stop - above.queries.start for above in level],
+            keys=[(above.memory, above.keys, above.position) for above in level],
+            causal=False,
+            window=window,
+        )
+
+    def tables(self) -> Iterator[Tensor]:
+        """What `call` takes, in this order."""
+        keys = [tokens for _, tokens, _ in self.keys]
+        yield _joined(_range(tokens.start, tokens) for tokens, _ in self.queries)
+        yield _joined(_range(tokens.start, tokens) for tokens in keys)
+        yield _joined(_range(position, tokens) for tokens, position in self.queries)
+        yield _joined(_range(position, tokens) for _, tokens, position in self.keys)
+        yield torch.tensor(self._query_starts())
+        yield torch.tensor(self._key_starts())
+
+    def call(self, sent: Iterator[Tensor]) -> _Call:
+        """Given its tables on the device, which it takes off `sent`."""
+        queries, keys, at, of, query_starts, key_starts = (next(sent) for _ in range(6))
+        runs = Runs(
+            queries=self._query_starts(),
+            keys=self._key_starts(),
+            query_starts=query_starts.int(),
+            key_starts=key_starts.int(),
+            at=at,
+            of=of,
+            causal=self.causal,
+            window=self.window,
+        )
+        return _Call(_places([t for t, _ in self.queries], queries), self._sources(keys), runs)
+
+    def _sources(self, index: Tensor) -> tuple[_Keys, ...]:
+        """Neighbours in one memory together."""
+        groups: list[tuple[Memory | None, list[slice]]] = []
+        for memory, tokens, _ in self.keys:
+            if groups and groups[-1][0] is memory:
+                groups[-1][1].append(tokens)
+            else:
+                groups.append((memory, [tokens]))
+        counts = [sum(each.stop - each.start for each in tokens) for _, tokens in groups]
+        indices = index.split(counts)
+        return tuple(
+            _Keys(memory, _places(tokens, part), count)
+            for (memory, tokens), part, count in zip(groups, indices, counts, strict=True)
+        )
+
+    def _query_starts(self) -> list[int]:
+        return list(accumulate(self.query_runs, initial=0))
+
+    def _key_starts(self) -> list[int]:
+        sizes = (tokens.stop - tokens.start for _, tokens, _ in self.keys)
+        return list(accumulate(sizes, initial=0))
 
 
-def _keys(part: _Part, states: Three, layer: int) -> tuple[Tensor, Tensor]:
-    """[1, K, t, d] twice."""
-    key, value = states[1:] if part.memory is None else part.memory.states[layer]
-    return _heads_first(key[part.keys]), _heads_first(value[part.keys])
+def _joined(ranges: Iterator[Tensor]) -> Tensor:
+    return torch.cat(list(ranges))
 
 
-def _three(change: Callable[[Tensor], Tensor], tensors: Three) -> Three:
-    return change(tensors[0]), change(tensors[1]), change(tensors[2])
+def _range(start: int, tokens: slice) -> Tensor:
+    return torch.arange(start, start + tokens.stop - tokens.start)
 
 
-def _heads_first(rows: Tensor) -> Tensor:
-    """[n, H, ...] -> [1, H, n, ...]."""
-    return rows.transpose(0, 1)[None]
+def _places(tokens: Sequence[slice], index: Tensor) -> Places:
+    """One slice where nothing lies between `tokens`: no copies then."""
+    if all(one.stop == other.start for one, other in pairwise(tokens)):
+        return slice(tokens[0].start, tokens[-1].stop)
+    return index
 
 
-def _tokens_first(rows: Tensor) -> Tensor:
-    """[1, H, n, ...] -> [n, H, ...]."""
-    return rows[0].transpose(0, 1)
+def _take(table: Tensor, places: Places) -> Tensor:
+    """[N, ...] -> [n, ...]."""
+    return table[places] if isinstance(places, slice) else table.index_select(0, places)
 
 
-def _merge(out: Tensor, lse: Tensor, others: Tensor, other_lse: Tensor) -> None:
-    """Make `out` [n, H, d] and `lse` [n, H] those of the union of two sets of keys, in place."""
-    union = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - union).exp_()[..., None])
-    out.addcmul_(others.to(out.dtype), (other_lse - union).exp_()[..., None])
-    lse.copy_(union)
+def _add(table: Tensor, places: Places, values: Tensor) -> None:
+    if isinstance(places, slice):
+        table[places] += values
+    else:
+        table.index_add_(0, places, values.to(table.dtype))
+
+
+def _keys(call: _Call, states: Three, layer: int) -> tuple[Tensor, Tensor]:
+    """[T, K, d] twice."""
+    parts = []
+    for memory, places, _ in call.keys:
+        key, value = states[1:] if memory is None else memory.states[layer]
+        parts.append((_take(key, places), _take(value, places)))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([key for key, _ in parts]), torch.cat([value for _, value in parts])
+
+
+def _merge(out: Tensor, lse: Tensor, places: Places, others: Tensor, other_lse: Tensor) -> None:
+    """Make `out` [N, H, d] and `lse` [H, N] at `places` those of the union with another set of
+    keys, in place.
+    """
+    normalizers = lse.T
+    here, here_lse = _take(out, places), _take(normalizers, places)  # views, where it is a slice
+    share = torch.sigmoid(other_lse.T - here_lse)
+    here.lerp_(others.to(out.dtype), share[..., None])
+    here_lse.copy_(torch.logaddexp(here_lse, other_lse.T))
+    if not isinstance(places, slice):
+        out.index_copy_(0, places, here)
+        normalizers.index_copy_(0, places, here_lse)
 
 
 class _Attend(torch.autograd.Function):

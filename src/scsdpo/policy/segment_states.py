@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 from torch.utils.checkpoint import checkpoint
+
+from scsdpo.policy.upload import upload
 
 _CHUNKS = (64, 32, 16)
 """Tokens whose updates of the state are written as one product; the smaller, the less padding."""
@@ -76,9 +79,9 @@ class SegmentStates:
             tables.append(before.to(inputs.dtype).flatten(0, 1))
         table = torch.cat(tables)
         rows = table.index_select(0, padded)
-        mixed = _convolved(rows.T[None].to(weight.dtype), weight, bias)
-        mixed = mixed[0].T.index_select(0, outputs).to(inputs.dtype)
-        return mixed, table.index_select(0, ends).unflatten(0, (len(self.spans), width - 1))
+        narrow = [x if x is None else x.to(inputs.dtype) for x in (weight, bias)]
+        mixed = _convolved(rows.T[None], *narrow)[0].T
+        return mixed.index_select(0, outputs), table.index_select(0, ends).unflatten(0, (len(self.spans), width - 1))
 
     def _history(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Places in [inputs, zero, before]: of every segment after its history, and of its end.
@@ -105,7 +108,8 @@ class SegmentStates:
                 last = own[-past:].tolist() if past else []
                 ends.append((history + last)[len(last) :])
             made = torch.cat(padded), outputs, torch.tensor(ends, dtype=torch.long).flatten()
-            self._histories[width] = tuple(x.to(self.device) for x in made)  # type: ignore[assignment]
+            rows, of, last = upload(made, self.device)
+            self._histories[width] = rows, of, last
         return self._histories[width]
 
     def delta_rule(
@@ -266,7 +270,11 @@ class _Step:
 
 
 class _Chunks:
-    """Segments cut into M chunks of c places, in the order in which they run."""
+    """Segments cut into M chunks of c places, in the order in which they run.
+
+    `outputs` [N] says where each token is among the M * c places; `order` [S], where the state after
+    each span is when those of the steps follow one another.
+    """
 
     def __init__(self, spans: Sequence[Span], tokens: int, device: torch.device) -> None:
         lengths = torch.tensor([span.length for span in spans])
@@ -288,38 +296,30 @@ class _Chunks:
                 steps[step].append((number, chunk, start))
                 start = len(steps[step]) - 1
             ended.append((step, start))
-        places = torch.arange(size)
-        all_chunks = [chunk for step in steps for chunk in step]
-        first = torch.tensor([spans[n].start + chunk * size for n, chunk, _ in all_chunks])
-        real = torch.tensor(
-            [min(size, spans[n].length - chunk * size) for n, chunk, _ in all_chunks]
-        )
-        self._places = (first[:, None] + torch.minimum(places, real[:, None] - 1)).to(device)
-        is_real = places < real[:, None]
-        self.real = is_real[:, None].to(device)
-        """[M, 1, c] bool: no padding."""
+        chunks = [chunk for step in steps for chunk in step]
+        first = torch.tensor([spans[n].start + chunk * size for n, chunk, _ in chunks])
+        count = torch.tensor([min(size, spans[n].length - chunk * size) for n, chunk, _ in chunks])
+        real = torch.arange(size) < count[:, None]
+        places = first[:, None] + torch.minimum(torch.arange(size), count[:, None] - 1)
         outputs = torch.zeros(tokens, dtype=torch.long)
-        flat = torch.arange(is_real.numel()).view_as(is_real)
-        outputs[self._places.cpu()[is_real]] = flat[is_real]
-        self.outputs = outputs.to(device)
-        """[N] where each token is among the M * c places."""
+        outputs[places[real]] = real.flatten().nonzero()[:, 0]
+        ends = [[n for n, (at, _) in enumerate(ended) if at == step] for step in range(len(steps))]
+        order = torch.tensor([n for of in ends for n in of]).argsort()
+        starts = [torch.tensor([start for _, _, start in step]) for step in steps]
+        of_ends = [torch.tensor([ended[n][1] for n in of], dtype=torch.long) for of in ends]
+        tables = [places.flatten(), real.flatten().long(), outputs, order, *starts, *of_ends]
+        flat, is_real, self.outputs, self.order, *rest = upload(tables, device)
+        self._places = flat.view(-1, size)
+        self.real = is_real.bool().view(-1, 1, size)
+        """[M, 1, c]: no padding."""
         self.later = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
-        self.steps: list[_Step] = []
-        done = 0
-        order: list[int] = []
-        for step, chunks in enumerate(steps):
-            ends = [(n, place) for n, (at, place) in enumerate(ended) if at == step]
-            order += [n for n, _ in ends]
-            self.steps.append(
-                _Step(
-                    chunks=slice(done, done + len(chunks)),
-                    starts=torch.tensor([start for _, _, start in chunks], device=device),
-                    ends=torch.tensor([place for _, place in ends], device=device).long(),
-                )
+        borders = list(accumulate(map(len, steps), initial=0))
+        self.steps = [
+            _Step(chunks=slice(*border), starts=start, ends=end)
+            for border, start, end in zip(
+                pairwise(borders), rest[: len(steps)], rest[len(steps) :], strict=True
             )
-            done += len(chunks)
-        self.order = torch.tensor(order, device=device).argsort()
-        """[S] of each span, where the state after it is when those of the steps follow."""
+        ]
 
     def take(self, rows: Tensor) -> Tensor:
         """[N, H, ...] -> [M, H, c, ...]; padding repeats a token."""

@@ -9,42 +9,87 @@ from scsdpo.types import Prompt, Responses, Sampling
 
 
 class Rollout(ABC):
-    """Which responses do we learn from?"""
+    """Which responses do we learn from?
+
+    An engine needs `sample` alone; the other methods have defaults that suit an engine in this
+    process without a limit of its own. A trainer calls them in this order:
+
+    1. Before weights are loaded, `max_length`: a run whose longest prompt leaves no room for
+       `max_new_tokens` is refused.
+    2. For each batch `rows_in_flight`, then, inside `hold_weights`, `with_max_rows(rows).sample`.
+       Where that runs out of memory, on any rank, it is called again with half the rows. A rank
+       that has no prompts calls `sample_nothing` instead.
+    3. Over a validation or a prediction `hold_weights(barrier=False)` stands around all batches.
+    4. At the end, and after a failure, `close`.
+
+    On several ranks each rank has its own prompts and calls its own engine. Ranks call
+    `hold_weights` equally often and in step; inside it they may call `sample` as often as each
+    likes. An engine that communicates inside `sample` must do so in `sample_nothing` too.
+
+    What cannot be done is a `ConfigurationError` that names the key and the remedy; an engine that
+    went away is a `TrainingStopped`. Out of memory is passed on as the allocator raised it.
+    """
 
     @abstractmethod
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """`sampling.n` responses to each prompt, drawn from the policy as it is now.
 
-        The ids are the sampler's own and are trained on as they are; texts are never tokenised
-        again. Tensors are on the policy's device.
+        `Responses.of_one_turn` makes the result, on the policy's device:
+
+        * `ids` are those that were drawn, the end included. They are trained on as they are; texts
+          are never tokenised again.
+        * A response ends with one of `policy.chat.eos_ids`, behind one of
+          `sampling.stops(prompt)`, or at `sampling.max_new_tokens`; `ended` is False for the last.
+        * `sampling_logprobs` are those of the distribution drawn from: softmax(logits /
+          temperature), cut to top-k, top-p and min-p. `policy_logprobs` are those before the cut,
+          nan where the engine does not know them.
+        * `texts` are `policy.chat.decode(ids)`, one for each response.
+        * `version` names the weights in records; '' if they have no name.
+
+        Which token is drawn should depend on `scsdpo.seeds.resolved(sampling.seed)`, `prompt.key`,
+        `prompt.copy * sampling.n` + the response's number, and the position only, so that a run
+        does not change with the batch's order or the number of ranks. The policy and the random
+        state of torch and Python are as before afterwards.
+
+        Args:
+            policy: whose weights; may be sharded (`CausalLM.sampling_mode` gives them whole).
+            prompts: rendered, at least one; `ids` are what the policy reads.
+            sampling: how many responses, how long, and from which distribution.
         """
 
-    def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
-        """What several calls of `sample` can share while the policy does not change.
+    def hold_weights(
+        self, policy: CausalLM, *, barrier: bool = True
+    ) -> AbstractContextManager[object]:
+        """Keep the policy's weights loaded over several calls of `sample`.
 
-        Every rank enters; inside, each samples by itself.
+        Inside, nothing changes the policy. All ranks must enter; gathering shards and bringing
+        weights to an engine belongs here, for it may be collective. Calls nest: an inner one does
+        nothing.
 
         Args:
             policy: whose weights.
-            apart: a rank that fails inside ends by itself. Otherwise all ranks leave together, and
-                what one of them raises may be raised on all.
+            barrier: leaving waits for all ranks, and an error inside on one rank may be raised on
+                all. False: each rank leaves by itself, with its own error.
         """
         return nullcontext()
 
-    def absent(self) -> None:  # noqa: B027 - most need nobody else
-        """In the place of `sample`, on a rank that has no prompts where others have some."""
+    def sample_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
+        """Take part where other ranks `sample`, on a rank that has no prompts."""
 
-    def room(self) -> int | None:
-        """Tokens that a prompt and its response may have together; None: as many as they like."""
+    def max_length(self) -> int | None:
+        """Tokens that a prompt and its response may have together; None: no limit."""
         return None
 
-    def rows(self, responses: int) -> int:
-        """How many of so many responses are in flight at a time."""
+    def rows_in_flight(self, responses: int) -> int:
+        """How many of `responses` responses are drawn at a time, at most; at least 1."""
         return responses
 
-    def with_rows(self, rows: int) -> "Rollout":
-        """The same with at most `rows` in flight; itself if that is not its to decide."""
+    def with_max_rows(self, rows: int) -> "Rollout":
+        """An engine with at most `rows` responses in flight; itself if it cannot have fewer.
+
+        The responses must not depend on it, but for rounding.
+        """
         return self
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Give back what sampling holds: engines, files, connections. Sampling may go on after."""
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Give back what sampling holds: engines, files, connections. `sample` may start anew."""

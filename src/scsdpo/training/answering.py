@@ -57,12 +57,12 @@ class Answering:
 
         def attempt(rows: int) -> Responses:
             with noticed():
-                return self.rollout.with_rows(rows).sample(policy, prompts, sampling)
+                return self.rollout.with_max_rows(rows).sample(policy, prompts, sampling)
 
         with self.timer("rollout"):
-            most = self.rollout.rows(len(prompts) * sampling.n)
-            least = most if self.rollout.with_rows(1) is self.rollout else 1
-            with self.rollout.held(policy):  # ranks need not try equally often
+            most = self.rollout.rows_in_flight(len(prompts) * sampling.n)
+            least = most if self.rollout.with_max_rows(1) is self.rollout else 1
+            with self.rollout.hold_weights(policy):  # ranks need not try equally often
                 responses = self.room.run(attempt, most=most, extent=lambda: (least, most))
             check_sampled(responses, module)
         self.timer.count("rollout", int(responses.lengths.sum()))
@@ -79,7 +79,7 @@ class Answering:
         Raises:
             ConfigurationError: then.
         """
-        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.room()
+        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.max_length()
         if room is not None and needed > room:
             raise ConfigurationError(
                 f"model.rollout has room for {room} tokens of a prompt and its response, and "

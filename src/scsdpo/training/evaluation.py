@@ -8,7 +8,7 @@ import lightning as L
 
 from scsdpo import interrupt
 from scsdpo.callbacks import show_rollouts
-from scsdpo.distributed import Agreement, all_gather
+from scsdpo.distributed import AbortVote, all_gather
 from scsdpo.evaluation import Question, Result, means, predictions, questions
 from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
@@ -32,7 +32,7 @@ class Evaluation:
 
     def begin(self) -> None:
         """An evaluation can be given up as a whole; the ranks meet at its end."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window()
         self._own.clear()
 
@@ -46,7 +46,7 @@ class Evaluation:
     ) -> None:
         """Ask a batch of questions, judge, and show it to callbacks."""
         if not prompts:  # the last batch of fewer questions than ranks
-            self.answering.rollout.absent()
+            self.answering.rollout.sample_nothing()
             return
         responses = self.answering.sample(module, policy, prompts, sampling)
         judged = self.answering.judge(responses, split)
@@ -74,7 +74,7 @@ class Evaluation:
         sampling: Sampling,
     ) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
         responses = self.answering.sample(module, policy, prompts, sampling)
         judged = self.answering.judge(responses, "test")

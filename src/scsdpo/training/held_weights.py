@@ -21,7 +21,7 @@ class HeldWeights(L.Callback):
         policy, rollout = pl_module.policy, pl_module.rollout
         assert isinstance(policy, CausalLM) and isinstance(rollout, Rollout)
         with trainer.strategy.precision_plugin.forward_context():  # the dtype of sampling
-            self._held.enter_context(rollout.held(policy, apart=True))
+            self._held.enter_context(rollout.hold_weights(policy, barrier=False))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._held.close()

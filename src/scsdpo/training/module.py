@@ -16,7 +16,7 @@ from scsdpo.checkpoints import Resumable, fit_weights
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import Agreement
+from scsdpo.distributed import AbortVote
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -229,7 +229,7 @@ class PolicyOptimizer(Resumable):
 
     def on_fit_start(self) -> None:
         """From here on a signal asks the run to stop, and does not end it."""
-        interrupt.begin_run(Agreement.of_ranks())
+        interrupt.begin_run(AbortVote.of_ranks())
 
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""

@@ -6,6 +6,7 @@ from scsdpo.verifiers.function import Callable
 from scsdpo.verifiers.maths import MathAnswer
 from scsdpo.verifiers.pool import VerifierPool
 from scsdpo.verifiers.python_tests import PythonTests
+from scsdpo.verifiers.reasoning_gym import ReasoningGymAnswer
 from scsdpo.verifiers.regex import Regex
 from scsdpo.verifiers.tool_call import ToolCall
 from scsdpo.verifiers.verification import Verification
@@ -18,6 +19,7 @@ __all__ = [
     "MathAnswer",
     "MultipleChoice",
     "PythonTests",
+    "ReasoningGymAnswer",
     "Regex",
     "ToolCall",
     "Verification",

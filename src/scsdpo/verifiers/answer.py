@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 
-_NO_ANSWER = "The response has no final answer between <answer> and </answer> tags."
+NO_ANSWER = "The response has no final answer between <answer> and </answer> tags."
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+)\s*\{([^{}]*)\}")
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MARKUP = str.maketrans("", "", "$*_`\"'{}\u201c\u201d\u2018\u2019")
@@ -54,7 +54,7 @@ class ExactMatch(Verifier):
         """Reward 1 or 0; the verdict's answer is the block's text."""
         answer = last_answer(response)
         if answer is None:
-            return Verdict(reward=0.0, feedback=_NO_ANSWER)
+            return Verdict(reward=0.0, feedback=NO_ANSWER)
         if answer == prompt.answer.strip():
             return Verdict(reward=1.0, answer=answer)
         return Verdict(reward=0.0, answer=answer, feedback="The final answer is not correct.")
@@ -101,7 +101,7 @@ class MultipleChoice(Verifier):
         """Reward 1 or 0; the verdict's answer is the letter, else whatever the block holds."""
         text = last_answer(response) if self.strict else _letter(response)
         if text is None:
-            return Verdict(reward=0.0, feedback=_NO_ANSWER)
+            return Verdict(reward=0.0, feedback=NO_ANSWER)
         if text == prompt.answer.strip():
             return Verdict(reward=1.0, answer=text)
         if len(text) == 1 and text.isalpha() and text.isupper():

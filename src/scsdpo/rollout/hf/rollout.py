@@ -72,13 +72,15 @@ class HFRollout(Rollout):
                 ContinuousBatcher(model, buffer, scheduler, cache).run()
             return buffer.responses(digest(model))
 
-    def held(self, policy: CausalLM, *, apart: bool = False) -> AbstractContextManager[object]:
+    def hold_weights(
+        self, policy: CausalLM, *, barrier: bool = True
+    ) -> AbstractContextManager[object]:
         return policy.held_whole()
 
-    def rows(self, responses: int) -> int:
+    def rows_in_flight(self, responses: int) -> int:
         return max(min(self.max_rows, responses), 1)
 
-    def with_rows(self, rows: int) -> Rollout:
+    def with_max_rows(self, rows: int) -> Rollout:
         return replace(self, max_rows=min(self.max_rows, rows))
 
 

@@ -111,7 +111,9 @@ class Servers(Engine):
             self._publish(loop, policy, version)
 
     @contextmanager
-    def held(self, policy: CausalLM, version: str, *, apart: bool = False) -> Iterator[None]:
+    def hold_weights(
+        self, policy: CausalLM, version: str, *, barrier: bool = True
+    ) -> Iterator[None]:
         """Publishes the weights, on all ranks: inside, each may sample as often as it likes."""
         self._publish(self._loop or self._start(), policy, version)
         yield

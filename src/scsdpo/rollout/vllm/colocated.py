@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
+from scsdpo.distributed import share_errors
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.vllm.agreement import agreed
 from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
 from scsdpo.rollout.vllm.engine_weights import EngineWeights
 from scsdpo.rollout.vllm.rollout import (
@@ -23,7 +23,7 @@ from scsdpo.rollout.vllm.rollout import (
     not_quantised,
     sampled,
 )
-from scsdpo.rollout.vllm.tensor_parallel import Rounds
+from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 from scsdpo.rollout.weights.lora_adapter import Way, rank_for
 
 _GIB = 2**30
@@ -88,21 +88,23 @@ class Colocated(Engine):
         self.adapter = adapter
         self._llm: Any = None
         self._weights: EngineWeights | None = None
-        self._rounds: Rounds | None = None
+        self._queue: TensorParallelQueue | None = None
         self._version = ""
         self._held = self._begun = self._asleep = self._made_world = False
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
-        with self.held(policy, version), contained(policy.language_model.device):
-            if self._rounds is not None:
-                return self._rounds.answers(self._version, requests)
+        with self.hold_weights(policy, version), contained(policy.language_model.device):
+            if self._queue is not None:
+                return self._queue.answers(self._version, requests)
             self._refuse(requests)
             return self._answers(requests)
 
     @contextmanager
-    def held(self, policy: CausalLM, version: str, *, apart: bool = False) -> Iterator[None]:
+    def hold_weights(
+        self, policy: CausalLM, version: str, *, barrier: bool = True
+    ) -> Iterator[None]:
         if self._held:
             yield
             return
@@ -112,11 +114,11 @@ class Colocated(Engine):
             with contained(device):
                 self._start(policy)
                 self._synchronize(policy, version)
-            with nullcontext() if apart else agreed():
+            with share_errors() if barrier else nullcontext():
                 try:
                     yield
                 except (Exception, interrupt.Interrupted):
-                    if not apart:
+                    if barrier:
                         self._leave(device)
                     raise
                 self._leave(device)
@@ -125,14 +127,14 @@ class Colocated(Engine):
             self._rest(device)
 
     def check(self, requests: Sequence[Request]) -> None:
-        with agreed():
+        with share_errors():
             self._refuse(requests)
 
-    def absent(self) -> None:
-        if self._rounds is not None:
-            self._rounds.answers(self._version, ())
+    def generate_nothing(self) -> None:
+        if self._queue is not None:
+            self._queue.answers(self._version, ())
 
-    def room(self) -> int:
+    def max_length(self) -> int:
         return self.max_model_len
 
     def close(self) -> None:
@@ -144,7 +146,7 @@ class Colocated(Engine):
                 if self._llm is not None:
                     self._llm.llm_engine.engine_core.shutdown()
                 cleanup_dist_env_and_memory()
-        self._llm = self._weights = self._rounds = None
+        self._llm = self._weights = self._queue = None
         self._version = ""
         self._begun = self._asleep = False
         if self._made_world:
@@ -156,13 +158,13 @@ class Colocated(Engine):
         if self._llm is not None:
             return
         device = policy.language_model.device
-        with agreed():
+        with share_errors():
             self._check(policy)
             kind = _vllm()
         self._made_world, self._begun = make_world(device), True
         with ExitStack() as undo:
             undo.callback(self.close)
-            with agreed():
+            with share_errors():
                 with launched(device), self._class_kept(policy), _explained():
                     self._llm = kind(**self._settings(policy))
                 self._llm.llm_engine.step = self._looking(self._llm.llm_engine.step)
@@ -175,7 +177,7 @@ class Colocated(Engine):
         if self.tensor_parallel > 1:
             from vllm.distributed import get_tp_group
 
-            self._rounds = Rounds(get_tp_group().cpu_group, self._refuse, self._answers)
+            self._queue = TensorParallelQueue(get_tp_group().cpu_group, self._refuse, self._answers)
 
     def _class_kept(self, policy: CausalLM) -> AbstractContextManager[None]:
         return class_kept(type(policy.language_model.get_decoder()), self.enforce_eager)
@@ -245,7 +247,7 @@ class Colocated(Engine):
             return
         assert self._weights is not None
         self._version = ""  # if it fails midway, nothing is known of the engine's weights
-        with agreed():
+        with share_errors():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._weights.bring(policy, version)
@@ -260,9 +262,9 @@ class Colocated(Engine):
 
     def _leave(self, device: torch.device) -> None:
         """Answer what the other ranks of the engine still ask for."""
-        if self._rounds is not None:
+        if self._queue is not None:
             with contained(device):
-                self._rounds.leave(self._version)
+                self._queue.leave(self._version)
 
     def _rest(self, device: torch.device) -> None:
         """Give the memory back; the weights are dropped, for the next step changes them."""
@@ -301,10 +303,10 @@ class Colocated(Engine):
         """The engine's step, which looks first whether the run was asked to stop."""
 
         def looking() -> Any:
-            if self._rounds is None:
+            if self._queue is None:
                 interrupt.check()
             else:
-                self._rounds.check_interrupt()
+                self._queue.check_interrupt()
             return step()
 
         return looking

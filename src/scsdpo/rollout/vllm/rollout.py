@@ -107,20 +107,20 @@ class Engine(ABC):
             TrainingStopped: if it does not answer in time, naming it.
         """
 
-    def held(
-        self, policy: CausalLM, version: str, *, apart: bool = False
+    def hold_weights(
+        self, policy: CausalLM, version: str, *, barrier: bool = True
     ) -> AbstractContextManager[object]:
-        """As `Rollout.held`, of weights that are called `version`."""
+        """`Rollout.hold_weights`, for weights that are called `version`."""
         return nullcontext()
 
     def check(self, requests: Sequence[Request]) -> None:  # noqa: B027 - some cannot know yet
         """Refuse what cannot be answered, on all ranks, before anything is begun."""
 
-    def absent(self) -> None:  # noqa: B027 - most need nobody else
-        """As `Rollout.absent`."""
+    def generate_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
+        """`Rollout.sample_nothing`: answer no request of this rank's, in step with the others."""
 
-    def room(self) -> int | None:
-        """As `Rollout.room`."""
+    def max_length(self) -> int | None:
+        """`Rollout.max_length`: tokens of a prompt and its response together; None: no limit."""
         return None
 
     @abstractmethod
@@ -163,31 +163,31 @@ class VLLMRollout(Rollout):
         requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
         if not self._version:
             self.engine.check(requests)
-        with self.held(policy), _plain(policy):
+        with self.hold_weights(policy), _plain(policy):
             version = self._version
             answers = self.engine.generate(policy, requests, version)
         return _responses(policy, prompts, sampling, answers, version)
 
     @contextmanager
-    def held(self, policy: CausalLM, *, apart: bool = False) -> Iterator[None]:
+    def hold_weights(self, policy: CausalLM, *, barrier: bool = True) -> Iterator[None]:
         if self._version:
             yield
             return
         with ExitStack() as held:
             with _plain(policy):
                 version = self.versions.of(policy)
-                held.enter_context(self.engine.held(policy, version, apart=apart))
+                held.enter_context(self.engine.hold_weights(policy, version, barrier=barrier))
             self._version = version
             try:
                 yield
             finally:
                 self._version = ""
 
-    def absent(self) -> None:
-        self.engine.absent()
+    def sample_nothing(self) -> None:
+        self.engine.generate_nothing()
 
-    def room(self) -> int | None:
-        return self.engine.room()
+    def max_length(self) -> int | None:
+        return self.engine.max_length()
 
     def close(self) -> None:
         self.engine.close()

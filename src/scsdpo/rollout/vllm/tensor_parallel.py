@@ -1,4 +1,4 @@
-"""Ranks that share one engine: their requests are gathered, answered together and dealt back."""
+"""Ranks that share one engine: requests of all are gathered, answered and handed back."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from scsdpo import interrupt
+from scsdpo.distributed import LocalError, RemoteError, raise_first
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
-from scsdpo.rollout.vllm.agreement import Alone, Told, raise_first
 from scsdpo.rollout.vllm.rollout import Answer, Request
 
 T = TypeVar("T")
@@ -25,14 +25,14 @@ class _Part:
 
     requests: tuple[Request, ...]
     left: bool
-    told: Told | None
+    error: RemoteError | None
 
 
-class Rounds:
-    """Rounds of one tensor-parallel group, in which each rank takes part until all have left.
+class TensorParallelQueue:
+    """The requests of a tensor-parallel group of ranks, gathered round by round.
 
-    Every rank of the group runs the engine on the same requests, those of all of them, for its
-    layers wait for each other; a rank that has none yet, or none any more, runs those of the rest.
+    In each round every rank runs the engine on the requests of all of them, for the engine's layers
+    wait for each other. A rank without requests takes part until all have left.
 
     Args:
         group: of the ranks that share an engine, on the host.
@@ -57,7 +57,7 @@ class Rounds:
         Raises:
             ConfigurationError: on every rank, if any of them asks for what cannot be answered.
             TrainingStopped: on every rank, if they do not all ask for the same of the same weights;
-                `Alone`, if the engine fails in here: the others wait in its layers.
+                `LocalError`, if the engine fails in here: the others wait in its layers.
         """
         parts = self._parts(requests)
         answers = self._run(version, parts)
@@ -82,10 +82,10 @@ class Rounds:
             interrupt.check()
         except interrupt.Interrupted as asked:
             signum = asked.signum
-        told = torch.tensor(signum)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        if told:
-            raise interrupt.Interrupted(int(told))
+        highest = torch.tensor(signum)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._group)
+        if highest:
+            raise interrupt.Interrupted(int(highest))
 
     def _parts(self, requests: Sequence[Request], *, left: bool = False) -> list[_Part]:
         refused: ConfigurationError | None = None
@@ -93,9 +93,9 @@ class Rounds:
             self._refuse(requests)
         except ConfigurationError as error:
             refused = error
-        told = None if refused is None else Told.of(refused)
-        parts = self._gather(_Part(requests=tuple(requests), left=left, told=told))
-        raise_first([part.told for part in parts], refused)
+        own = None if refused is None else RemoteError.of(refused)
+        parts = self._gather(_Part(requests=tuple(requests), left=left, error=own))
+        raise_first([part.error for part in parts], refused)
         return parts
 
     def _run(self, version: str, parts: Sequence[_Part]) -> list[list[Answer]]:
@@ -116,7 +116,7 @@ class Rounds:
             self._broken = True
             if isinstance(error, interrupt.RankLost):
                 raise
-            raise Alone(
+            raise LocalError(
                 f"vLLM failed on rank {dist.get_rank()} while the ranks that share its engine "
                 f"wait for it ({type(error).__name__}: {first_line(error)}); go on with --ckpt_path"
             ) from error

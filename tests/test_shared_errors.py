@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scsdpo import interrupt
+from scsdpo import distributed, interrupt
+from scsdpo.distributed import LocalError, RemoteError, share_errors
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout.vllm import agreement
-from scsdpo.rollout.vllm.agreement import Alone, Told, agreed
 from scsdpo.rollout.vllm.rollout import Answer, Request
-from scsdpo.rollout.vllm.tensor_parallel import Rounds
+from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 
 BROKEN = ZeroDivisionError("by zero")
 
@@ -23,7 +22,7 @@ def told_by_others(monkeypatch):
         others["here"] += items
         return [others["before"], *items, others["behind"]]
 
-    monkeypatch.setattr(agreement, "all_gather", gather)
+    monkeypatch.setattr(distributed, "all_gather", gather)
     return others
 
 
@@ -39,31 +38,31 @@ def told_by_others(monkeypatch):
     ids=["configuration", "stopped", "memory", "any", "asked to stop"],
 )
 def test_an_error_of_another_rank_is_raised_here(told_by_others, error, kind, said):
-    told_by_others["behind"] = Told.of(error)
-    with pytest.raises(kind) as raised, agreed():
+    told_by_others["behind"] = RemoteError.of(error)
+    with pytest.raises(kind) as raised, share_errors():
         pass
     assert type(raised.value) is kind and str(raised.value) == said
     assert told_by_others["here"] == [None]
 
 
 def test_an_own_error_is_raised_itself_and_told(told_by_others):
-    with pytest.raises(ZeroDivisionError) as raised, agreed():
+    with pytest.raises(ZeroDivisionError) as raised, share_errors():
         raise BROKEN
-    assert raised.value is BROKEN and told_by_others["here"] == [Told.of(BROKEN)]
+    assert raised.value is BROKEN and told_by_others["here"] == [RemoteError.of(BROKEN)]
 
 
 def test_the_lowest_ranks_error_is_everyones(told_by_others):
-    told_by_others["before"] = Told.of(ConfigurationError("the first"))
-    with pytest.raises(ConfigurationError, match="the first") as raised, agreed():
+    told_by_others["before"] = RemoteError.of(ConfigurationError("the first"))
+    with pytest.raises(ConfigurationError, match="the first") as raised, share_errors():
         raise BROKEN
     assert raised.value.__cause__ is BROKEN
 
 
 @pytest.mark.parametrize(
-    "error", [Alone("here"), interrupt.RankLost("gone"), KeyboardInterrupt()], ids=type
+    "error", [LocalError("here"), interrupt.RankLost("gone"), KeyboardInterrupt()], ids=type
 )
 def test_what_cannot_be_agreed_on_is_raised_at_once(told_by_others, error):
-    with pytest.raises(type(error)), agreed():
+    with pytest.raises(type(error)), share_errors():
         raise error
     assert told_by_others["here"] == []
 
@@ -81,7 +80,7 @@ ANSWER = Answer(ids=[5], logprobs=[-1.0], finish_reason="stop", versions=frozens
 
 
 def rounds(group, ask):
-    return Rounds(group, lambda requests: None, ask)
+    return TensorParallelQueue(group, lambda requests: None, ask)
 
 
 def test_a_round_deals_answers_back_and_leaving_ends(group):
@@ -96,7 +95,7 @@ def test_an_engine_that_fails_in_a_round_fails_alone_and_takes_part_in_none_agai
         raise BROKEN
 
     made = rounds(group, ask)
-    with pytest.raises(Alone, match=r"vLLM failed on rank 0 .*ZeroDivisionError: by zero"):
+    with pytest.raises(LocalError, match=r"vLLM failed on rank 0 .*ZeroDivisionError: by zero"):
         made.answers("label", [REQUEST])
     made._gather = None  # nobody is waited for
     made.leave("label")
