@@ -99,6 +99,11 @@ def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
             part.__class__ = _accepting(type(part))
 
 
+def accepts_layouts(model: PreTrainedModel) -> bool:
+    """Whether `model` has layers that mix tokens without attention, of the known ones."""
+    return any(isinstance(part, _GatedDeltaNet | _ShortConv) for part in model.modules())
+
+
 @cache
 def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Segmented{kind.__name__}", (_MIXERS[kind.__name__], kind), {})

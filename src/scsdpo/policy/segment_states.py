@@ -258,6 +258,54 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors * (vectors.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
+def convolve_one(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `SegmentStates.convolve`, for one token of each of R rows.
+
+    Args:
+        inputs: [R, C].
+        weight: [C, k].
+        bias: [C].
+        before: [R, k - 1, C].
+    """
+    window = torch.cat([before, inputs[:, None]], 1)
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    mixed = (window.to(wide) * weight.to(inputs.dtype).T).sum(1)
+    if bias is not None:
+        mixed += bias.to(inputs.dtype)
+    return mixed.to(inputs.dtype), window[:, 1:]
+
+
+def delta_rule_one(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, state: Tensor
+) -> Tensor:
+    """As `SegmentStates.delta_rule`, for one token of each of R rows.
+
+    Args:
+        query: [R, K, d].
+        key: as `query`.
+        value: [R, H, e].
+        decay: [R, H].
+        rate: [R, H].
+        state: [R, H, d, e]; takes the new one.
+
+    Returns:
+        [R, H, e].
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        rows, heads, size, width = state.shape
+        query, key = (
+            unit(x.to(state.dtype)).repeat_interleave(heads // x.shape[1], 1) for x in (query, key)
+        )
+        state.mul_(decay.to(state.dtype).exp()[..., None, None])
+        read = (key[..., None, :] @ state)[..., 0, :]
+        new = rate.to(state.dtype)[..., None] * (value.to(state.dtype) - read)
+        flat = state.view(rows * heads, size, width)
+        flat.baddbmm_(key.reshape(-1, size, 1), new.reshape(-1, 1, width))
+        return (query[..., None, :] * size**-0.5 @ state)[..., 0, :].to(value.dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Step:
     """Chunks that have equally many chunks above them: they run together."""

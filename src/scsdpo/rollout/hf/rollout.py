@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
+from scsdpo.policy.mixers import accepts_layouts
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.kv_cache import KVCache
@@ -19,6 +20,7 @@ from scsdpo.rollout.weights.weights import digest
 from scsdpo.types import Prompt, Responses, Sampling
 
 _ATTENTION = {"full_attention", "sliding_attention"}
+_MIXERS = {"linear_attention", "conv"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,14 @@ class HFRollout(Rollout):
     last position only. Which token is drawn depends on (seed, prompt key, number in the group,
     position) and, to the rounding of batched matrix products, on nothing else.
 
-    It needs layers of full or sliding-window softmax attention; sliding layers keep their window
-    only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
+    It needs layers of full or sliding-window softmax attention, or the linear attention and short
+    convolutions of Qwen3.5, Qwen3-Next and LFM2. Sliding layers keep their window only; the others
+    keep, beside `max_tokens`, a state of fixed size for each prompt and each response in flight,
+
+        layers * ((k - 1) * C * bytes of an element + H * d * e * 4) bytes
+
+    with k the width of the convolution, C its channels, and H heads of d keys and e values (LFM2:
+    the first summand only). Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
     factors are merged into a copy of the weights that they adapt, while sampling, if there is
     memory for it.
 
@@ -97,8 +105,10 @@ def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
 
 def _refuse_model(model: PreTrainedModel) -> None:
     kinds = set(model.config.get_text_config().to_dict().get("layer_types") or _ATTENTION)
-    if others := sorted(kinds - _ATTENTION):
+    known = _ATTENTION | _MIXERS if accepts_layouts(model) else _ATTENTION
+    if others := sorted(kinds - known):
         raise ConfigurationError(
-            f"model.rollout: HFRollout samples from full and sliding-window attention, and "
-            f"{type(model).__name__} has layers of {', '.join(others)}: use VLLMRollout"
+            f"model.rollout: HFRollout samples from softmax attention, and from the linear "
+            f"attention and convolutions of Qwen3.5, Qwen3-Next and LFM2; {type(model).__name__} "
+            f"has layers of {', '.join(others)}: use VLLMRollout"
         )

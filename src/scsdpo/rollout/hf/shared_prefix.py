@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import AttentionLayout, use_layouts
+from scsdpo.policy.segment_states import SegmentStates, Span, convolve_one, delta_rule_one
 from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
 
 _STRIP_COST = 4096
@@ -37,6 +38,7 @@ class Prefill(AttentionLayout):
         self.cache = cache
         self.slots = slice(first, first + len(lengths))
         self.lengths = lengths
+        self._segments: SegmentStates | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
@@ -50,6 +52,28 @@ class Prefill(AttentionLayout):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
         ).transpose(1, 2)
+
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mixed, ends = self._spans(inputs.shape[1]).convolve(inputs.flatten(0, 1), weight, bias, None)
+        self.cache.states.keep(layer, 0, ends)
+        return mixed.view_as(inputs)
+
+    def delta_rule(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
+    ) -> Tensor:
+        inputs = (x.flatten(0, 1) for x in (query, key, value, decay, rate))
+        spans = self._spans(value.shape[1])
+        mixed, ends = spans.delta_rule(*inputs, lambda: None, ends=True)
+        self.cache.states.keep(layer, 1, ends)
+        return mixed.view_as(value)
+
+    def _spans(self, width: int) -> SegmentStates:
+        """The prompts among rows of `width` tokens laid end to end."""
+        if self._segments is None:
+            lengths = self.lengths.tolist()
+            spans = [Span(row * width, length, above=None) for row, length in enumerate(lengths)]
+            self._segments = SegmentStates(spans, len(lengths) * width, self.lengths.device)
+        return self._segments
 
     def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
         tokens = key.shape[2]
@@ -135,6 +159,17 @@ class Decode(AttentionLayout):
             kept = self.cache.layer(layer, key, value, window)
             query = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[-1])
             return self._attend(kept, query, key.to(value.dtype), value, window)
+
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        states = self.cache.states.rows[layer]
+        mixed, states[0] = convolve_one(inputs[:, 0], weight, bias, states[0])
+        return mixed[:, None]
+
+    def delta_rule(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
+    ) -> Tensor:
+        inputs = (x[:, 0] for x in (query, key, value, decay, rate))
+        return delta_rule_one(*inputs, self.cache.states.rows[layer][1])[:, None]
 
     def _attend(
         self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None
