@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from batches import double_policy
-from scsdpo.policy import CausalLM, Lora
+from scsdpo.policy import Lora
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
-from test_shared_prompts import BUDGETS, gradient, learn, nested, perturbed
+from test_shared_prompts import gradient, nested, perturbed
 
 PROJECTIONS = ["in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_a", "in_proj", "out_proj"]
 FAMILIES = ("qwen3_5", "qwen3_next", "lfm2")
@@ -65,14 +64,14 @@ def exact_policy(folder, **settings):
     [{}, {"gradient_checkpointing": True}, {"adapter": Lora(r=2, target_modules=PROJECTIONS)}],
     ids=["full", "checkpointed", "lora"],
 )
-def test_states_go_on_to_what_is_below_and_gradients_come_back_at_every_budget(
+def test_states_go_on_to_what_is_below_and_gradients_come_back_at_any_budget(
     folder, settings, exact
 ):
     policy = exact_policy(folder, **settings)
     rows = nested()
     expected, grads, _ = gradient(policy, SeparateRows, rows, 10**6)
     scale = max(grad.abs().max() for grad in grads.values())
-    for budget in BUDGETS:
+    for budget in (1, 60, 10**6):
         states, found, _ = gradient(policy, SharedPrompts, rows, budget)
         assert found.keys() == grads.keys()
         for name, grad in grads.items():

@@ -127,9 +127,7 @@ class PackedSegments(AttentionLayout):
         for segment, start in self.starts.items():
             above = segment.path[-1] if segment.path else segment
             here = numbers[above] if segment.path and above in numbers else None
-            spans.append(
-                Span(start, len(segment.ids), above=here, earlier=earlier.get(above))
-            )
+            spans.append(Span(start, len(segment.ids), above=here, earlier=earlier.get(above)))
         return SegmentStates(spans, len(self.ids), self.ids.device)
 
     @cached_property

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 class _GatedDeltaNet(nn.Module):
     """Qwen3.5's linear attention."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, layout: "AttentionLayout | None" = None, **others: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        layout: "AttentionLayout | None" = None,
+        **others: Any,
+    ) -> Any:
         if layout is None:
             return super().forward(hidden_states, *args, **others)
         mixed, gate, rate, decay = self._projected(hidden_states)
@@ -71,7 +77,13 @@ class _ShortConv(nn.Module):
 class _HandsOn(nn.Module):
     """LFM2's decoder layer, which hands its convolution no keyword but `seq_idx`."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, layout: "AttentionLayout | None" = None, **others: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        layout: "AttentionLayout | None" = None,
+        **others: Any,
+    ) -> Any:
         if layout is not None:
             others |= {"layout": layout, "seq_idx": layout}
         return super().forward(hidden_states, *args, **others)
@@ -88,6 +100,17 @@ _MIXERS: dict[str, type[nn.Module]] = {
 }
 """By the name of transformers' class, which may not be imported."""
 
+HYBRIDS = frozenset(
+    {
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Lfm2ForCausalLM",
+        "Lfm2MoeForCausalLM",
+    }
+)
+"""Models whose layers are these and softmax attention."""
+
 
 def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
     """Subclass the layers of `model` that mix tokens without attention, as far as they are known.
@@ -97,11 +120,6 @@ def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
     for part in model.modules():
         if type(part).__name__ in _MIXERS:
             part.__class__ = _accepting(type(part))
-
-
-def accepts_layouts(model: PreTrainedModel) -> bool:
-    """Whether `model` has layers that mix tokens without attention, of the known ones."""
-    return any(isinstance(part, _GatedDeltaNet | _ShortConv) for part in model.modules())
 
 
 @cache

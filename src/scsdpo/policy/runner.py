@@ -16,6 +16,7 @@ from scsdpo.policy.layout import Kept, PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
+from scsdpo.policy.upload import upload
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]
@@ -47,7 +48,7 @@ class Runner(ABC):
 
 
 class SeparateRows(Runner):
-    """One padded row per response, its prompt run again in each; for any attention there is.
+    """One row per response, its prompt run again in each; for any causal model there is.
 
     Args:
         within: the weights.
@@ -55,6 +56,7 @@ class SeparateRows(Runner):
         chosen: those to run.
         budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
+        alone: each row is a forward of its own; otherwise those of a micro-batch are padded.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class SeparateRows(Runner):
         budget: int,
         *,
         in_step: bool = False,
+        alone: bool = False,
     ) -> None:
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
-        self._in_step = in_step
+        self._in_step, self._alone = in_step, alone
 
     def micro_batches(self) -> list[list[int]]:
         """Rows of similar length together, as each is padded to the longest; longest first."""
@@ -77,10 +80,18 @@ class SeparateRows(Runner):
         return _padded(filled(longest_first, sizes, self._budget), self._in_step)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
-        rows = self._rows.at(micro) if micro else self._rows.nothing()
-        return self._within(
-            lambda model: loss(separate_rows(model, rows), model.get_output_embeddings())
-        )
+        forwards = [[row] for row in micro] if self._alone else [list(micro)] if micro else []
+        most = max(len(forwards), 1)
+        if self._alone and self._in_step:
+            most = int(all_max(torch.tensor(most)))
+        batches = [self._rows.at(each) for each in forwards]
+        batches += [self._rows.nothing()] * (most - len(batches))
+
+        def work(model: PreTrainedModel) -> T:
+            hidden = [separate_rows(model, rows) for rows in batches]
+            return loss(torch.cat(hidden), model.get_output_embeddings())
+
+        return self._within(work)
 
     def done(self, micro: Sequence[int]) -> None:
         pass
@@ -206,8 +217,9 @@ class SharedPrompts(Runner):
         hidden = run_decoder(
             model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
         )
-        last = torch.tensor([layout.span(segment).stop - 1 for segment in piece.segments])
-        return nn.functional.embedding(last.to(hidden.device), hidden[0]), layout.kept()
+        last = [layout.span(segment).stop - 1 for segment in piece.segments]
+        (places,) = upload([torch.tensor(last)], hidden.device)
+        return nn.functional.embedding(places, hidden[0]), layout.kept()
 
     def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
         """[N, D] that predict the sampled tokens of responses, in row-major order."""
@@ -235,7 +247,7 @@ class SharedPrompts(Runner):
             first = starts[i] + self._pieces[i].segments.index(self._ends[row])
             start = total + layout.span(leaves[row]).start if leaves[row].ids else 0
             predicts += [start + t - 1 if t else first for t in self._predicted[row]]
-        places = torch.tensor(predicts, dtype=torch.long, device=model.device)
+        (places,) = upload([torch.tensor(predicts, dtype=torch.long)], model.device)
         return nn.functional.embedding(places, torch.cat(tables))
 
 

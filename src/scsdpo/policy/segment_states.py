@@ -81,7 +81,9 @@ class SegmentStates:
         rows = table.index_select(0, padded)
         narrow = [x if x is None else x.to(inputs.dtype) for x in (weight, bias)]
         mixed = _convolved(rows.T[None], *narrow)[0].T
-        return mixed.index_select(0, outputs), table.index_select(0, ends).unflatten(0, (len(self.spans), width - 1))
+        return mixed.index_select(0, outputs), table.index_select(0, ends).unflatten(
+            0, (len(self.spans), width - 1)
+        )
 
     def _history(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Places in [inputs, zero, before]: of every segment after its history, and of its end.
@@ -326,9 +328,7 @@ class _Chunks:
 
     def __init__(self, spans: Sequence[Span], tokens: int, device: torch.device) -> None:
         lengths = torch.tensor([span.length for span in spans])
-        size = min(
-            _CHUNKS, key=lambda c: int((lengths.add(c - 1) // c).sum()) * (c + _CHUNK_COST)
-        )
+        size = min(_CHUNKS, key=lambda c: int((lengths.add(c - 1) // c).sum()) * (c + _CHUNK_COST))
         # By step: (span, number of the chunk in it, place of the state that it starts with).
         steps: list[list[tuple[int, int, int]]] = []
         ended: list[tuple[int, int]] = []

@@ -54,7 +54,9 @@ class Prefill(AttentionLayout):
         ).transpose(1, 2)
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        mixed, ends = self._spans(inputs.shape[1]).convolve(inputs.flatten(0, 1), weight, bias, None)
+        mixed, ends = self._spans(inputs.shape[1]).convolve(
+            inputs.flatten(0, 1), weight, bias, None
+        )
         self.cache.states.keep(layer, 0, ends)
         return mixed.view_as(inputs)
 
