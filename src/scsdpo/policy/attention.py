@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from scsdpo.policy.mixers import let_mixers_accept_layouts
+from scsdpo.policy.segment_states import DeltaInputs
 
 _NAME = "scsdpo"
 
@@ -57,18 +58,12 @@ class AttentionLayout(ABC):
         """
 
     @abstractmethod
-    def delta_rule(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
-    ) -> Tensor:
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
         """Gated delta rule of one layer (`SegmentStates.delta_rule`), after its `convolve`.
 
         Args:
             layer: its index.
-            query: [B, s, K, d], K a divisor of H.
-            key: as `query`.
-            value: [B, s, H, e].
-            decay: [B, s, H], in logarithms.
-            rate: [B, s, H].
+            inputs: [B, s, ...].
 
         Returns:
             [B, s, H, e].

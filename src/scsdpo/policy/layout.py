@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
-from scsdpo.policy.segment_states import SegmentStates, Span
+from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span
 from scsdpo.policy.tree import Segment
 from scsdpo.policy.upload import upload
 
@@ -94,12 +94,10 @@ class PackedSegments(AttentionLayout):
             self._kept.states[layer] = (ends,)
         return mixed[None]
 
-    def delta_rule(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
-    ) -> Tensor:
-        inputs = (x[0] for x in (query, key, value, decay, rate))
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
         before = partial(self._starts_of, layer, 1)
-        mixed, ends = self._spans.delta_rule(*inputs, before, ends=self._keeps)
+        flat = DeltaInputs(*(x[0] for x in inputs))
+        mixed, ends = self._spans.delta_rule(flat, before, ends=self._keeps)
         if self._kept is not None:
             self._kept.states[layer] += (ends,)
         return mixed[None]

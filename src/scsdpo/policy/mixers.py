@@ -8,6 +8,7 @@ and adapters, and without one they do what they did.
     LFM2                  a gated short convolution
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,30 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from scsdpo.policy.segment_states import DeltaInputs
+
 if TYPE_CHECKING:
     from scsdpo.policy.attention import AttentionLayout
 
 
 class _GatedDeltaNet(nn.Module):
     """Qwen3.5's linear attention."""
+
+    layer_idx: int
+    conv1d: nn.Conv1d
+    activation: str
+    key_dim: int
+    value_dim: int
+    head_k_dim: int
+    head_v_dim: int
+    A_log: Tensor
+    dt_bias: Tensor
+    norm: nn.Module
+    in_proj_qkv: nn.Module
+    in_proj_z: nn.Module
+    in_proj_b: nn.Module
+    in_proj_a: nn.Module
+    out_proj: nn.Module
 
     def forward(
         self,
@@ -42,7 +61,8 @@ class _GatedDeltaNet(nn.Module):
         decay = -self.A_log.to(wide).exp() * softplus(decay.to(wide) + self.dt_bias)
         query, key = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (query, key))
         value = value.unflatten(-1, (-1, self.head_v_dim))
-        mixed = _delta_rule(layout, self.layer_idx, query, key, value, decay, rate.sigmoid())
+        inputs = DeltaInputs(query, key, value, decay, rate.sigmoid())
+        mixed = _delta_rule(layout, self.layer_idx, inputs)
         mixed = self.norm(mixed.flatten(0, -2), gate.reshape(-1, self.head_v_dim))
         return self.out_proj(mixed.view(*hidden_states.shape[:-1], -1))
 
@@ -56,6 +76,10 @@ class _GatedDeltaNet(nn.Module):
 class _InterleavedGatedDeltaNet(_GatedDeltaNet):
     """Qwen3-Next's, whose projections are laid out by key head."""
 
+    in_proj_qkvz: nn.Module
+    in_proj_ba: nn.Module
+    fix_query_key_value_ordering: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, key, value, gate, rate, decay = self.fix_query_key_value_ordering(
             self.in_proj_qkvz(hidden), self.in_proj_ba(hidden)
@@ -65,6 +89,11 @@ class _InterleavedGatedDeltaNet(_GatedDeltaNet):
 
 class _ShortConv(nn.Module):
     """LFM2's convolution."""
+
+    layer_idx: int
+    conv: nn.Conv1d
+    in_proj: nn.Module
+    out_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, seq_idx: Any = None, **others: Any) -> Any:
         if seq_idx is None or isinstance(seq_idx, Tensor):
@@ -119,7 +148,7 @@ def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
     """
     for part in model.modules():
         if type(part).__name__ in _MIXERS:
-            part.__class__ = _accepting(type(part))
+            part.__class__ = _accepting(type(part))  # type: ignore[arg-type]  # of __hash__
 
 
 @cache
@@ -133,5 +162,5 @@ def _convolve(layout: "AttentionLayout", layer: int, inputs: Tensor, conv: nn.Co
 
 
 @torch.compiler.disable
-def _delta_rule(layout: "AttentionLayout", layer: int, *inputs: Tensor) -> Tensor:
-    return layout.delta_rule(layer, *inputs)
+def _delta_rule(layout: "AttentionLayout", layer: int, inputs: DeltaInputs) -> Tensor:
+    return layout.delta_rule(layer, inputs)

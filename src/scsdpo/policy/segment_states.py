@@ -12,8 +12,10 @@ width of the convolution, H heads, d size of a key, e of a value.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,21 @@ class Span:
     """Number of a span before it; None: there is none in this forward."""
     earlier: int | None = None
     """Else the number of a state of an earlier forward; None: it starts with zeros."""
+
+
+class DeltaInputs(NamedTuple):
+    """Arguments of the gated delta rule, of any leading shape."""
+
+    query: Tensor
+    """[..., K, d], K a divisor of H."""
+    key: Tensor
+    """As `query`."""
+    value: Tensor
+    """[..., H, e]."""
+    decay: Tensor
+    """[..., H], in logarithms: g <= 0."""
+    rate: Tensor
+    """[..., H], b in (0, 1)."""
 
 
 class SegmentStates:
@@ -79,8 +96,8 @@ class SegmentStates:
             tables.append(before.to(inputs.dtype).flatten(0, 1))
         table = torch.cat(tables)
         rows = table.index_select(0, padded)
-        narrow = [x if x is None else x.to(inputs.dtype) for x in (weight, bias)]
-        mixed = _convolved(rows.T[None], *narrow)[0].T
+        weight, bias = weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype)
+        mixed = _convolved(rows.T[None], weight, bias)[0].T
         return mixed.index_select(0, outputs), table.index_select(0, ends).unflatten(
             0, (len(self.spans), width - 1)
         )
@@ -109,18 +126,14 @@ class SegmentStates:
                 done += past + span.length
                 last = own[-past:].tolist() if past else []
                 ends.append((history + last)[len(last) :])
-            made = torch.cat(padded), outputs, torch.tensor(ends, dtype=torch.long).flatten()
-            rows, of, last = upload(made, self.device)
-            self._histories[width] = rows, of, last
+            of_ends = torch.tensor(ends, dtype=torch.long).flatten()
+            rows, wanted, tails = upload([torch.cat(padded), outputs, of_ends], self.device)
+            self._histories[width] = rows, wanted, tails
         return self._histories[width]
 
     def delta_rule(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        rate: Tensor,
+        inputs: DeltaInputs,
         before: Callable[[], Tensor | None],
         *,
         ends: bool,
@@ -131,11 +144,7 @@ class SegmentStates:
         kept meanwhile is its arguments.
 
         Args:
-            query: [N, K, d], K a divisor of H.
-            key: as `query`.
-            value: [N, H, e].
-            decay: [N, H], g <= 0.
-            rate: [N, H], b in (0, 1).
+            inputs: [N, ...].
             before: gives [E, H, d, e], M after the segments above that ran before; None if E = 0.
             ends: whether M after each segment is wanted.
 
@@ -145,21 +154,17 @@ class SegmentStates:
         Source:
             Yang et al. 2024, arXiv:2412.06464, eq. (10); by chunks as in their section 3.3.
         """
-        inputs = query, key, value, decay, rate, before, ends
-        work = self._delta_rule_by_levels if _has_fla(query.device) else self._delta_rule
-        return checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False)
+        work = self._delta_rule_by_levels if _has_fla(self.device) else self._delta_rule
+        return checkpoint(work, inputs, before, ends, use_reentrant=False, preserve_rng_state=False)
 
     def _delta_rule(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        rate: Tensor,
+        inputs: DeltaInputs,
         before: Callable[[], Tensor | None],
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(query.device.type, enabled=False):
+        query, key, value, decay, rate = inputs
+        with torch.autocast(self.device.type, enabled=False):
             chunks = self._chunks
             wide = torch.promote_types(value.dtype, torch.float32)
             heads, size, width = value.shape[1], key.shape[2], value.shape[2]
@@ -204,17 +209,13 @@ class SegmentStates:
 
     def _delta_rule_by_levels(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        rate: Tensor,
+        inputs: DeltaInputs,
         before: Callable[[], Tensor | None],
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
         """The same with the kernel of flash-linear-attention, level by level of the tree."""
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+        kernel = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        query, key, value, decay, rate = inputs
         heads, size, width = value.shape[1], key.shape[2], value.shape[2]
         query, key = (x.repeat_interleave(heads // key.shape[1], 1) for x in (query, key))
         first = torch.zeros(1, heads, size, width, dtype=torch.float32, device=self.device)
@@ -222,9 +223,8 @@ class SegmentStates:
         states = first if started is None else torch.cat([first, started.float()])
         result = torch.zeros_like(value)
         for level in self._levels:
-            inputs = (x[None, level.places] for x in (query, key, value, decay, rate))
-            q, k, v, g, beta = inputs
-            mixed, last = chunk_gated_delta_rule(
+            q, k, v, g, beta = (x[None, level.places] for x in (query, key, value, decay, rate))
+            mixed, last = kernel(
                 q,
                 k,
                 v,
@@ -279,22 +279,17 @@ def convolve_one(
     return mixed.to(inputs.dtype), window[:, 1:]
 
 
-def delta_rule_one(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, state: Tensor
-) -> Tensor:
+def delta_rule_one(inputs: DeltaInputs, state: Tensor) -> Tensor:
     """As `SegmentStates.delta_rule`, for one token of each of R rows.
 
     Args:
-        query: [R, K, d].
-        key: as `query`.
-        value: [R, H, e].
-        decay: [R, H].
-        rate: [R, H].
+        inputs: [R, ...].
         state: [R, H, d, e]; takes the new one.
 
     Returns:
         [R, H, e].
     """
+    query, key, value, decay, rate = inputs
     with torch.autocast(query.device.type, enabled=False):
         rows, heads, size, width = state.shape
         query, key = (
@@ -322,8 +317,8 @@ class _Step:
 class _Chunks:
     """Segments cut into M chunks of c places, in the order in which they run.
 
-    `outputs` [N] says where each token is among the M * c places; `order` [S], where the state after
-    each span is when those of the steps follow one another.
+    `outputs` [N] says where each token is among the M * c places; `order` [S], where the state
+    after each span is when those of the steps follow one another.
     """
 
     def __init__(self, spans: Sequence[Span], tokens: int, device: torch.device) -> None:
@@ -437,7 +432,6 @@ def _has_fla(device: torch.device) -> bool:
 def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[1, C, n] -> [1, C, n - k + 1], each output from its k inputs."""
     if rows.device.type == "cuda" and _installed("causal_conv1d"):
-        from causal_conv1d import causal_conv1d_fn
-
-        return causal_conv1d_fn(rows, weight, bias)[..., weight.shape[1] - 1 :]
+        kernel = import_module("causal_conv1d").causal_conv1d_fn
+        return kernel(rows, weight, bias)[..., weight.shape[1] - 1 :]
     return conv1d(rows, weight[:, None], bias, groups=len(weight))

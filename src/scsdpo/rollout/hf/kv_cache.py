@@ -142,7 +142,7 @@ class StateCache:
         for layer, states in self.prompts.items():
             new = [x[slots] for x in states]
             old = self.rows.get(layer)
-            self.rows[layer] = [torch.cat(pair) for pair in zip(old, new)] if old else new
+            self.rows[layer] = [torch.cat(x) for x in zip(old, new, strict=True)] if old else new
 
     def order(self, rows: Tensor) -> None:
         """Let only `rows` go on, in this order."""

@@ -34,8 +34,8 @@ class HFRollout(Rollout):
     That needs layers of full or sliding-window softmax attention, or the linear attention and short
     convolutions of Qwen3.5, Qwen3-Next and LFM2. Sliding layers keep their window only; linear
     attention and convolutions keep, beside `max_tokens`, a state for each prompt and each response
-    in flight, whatever its length: (k - 1) C elements, and H d e in float32, a layer, where k is the
-    width of the convolution and C its channels, and H the heads of d keys and e values. Other
+    in flight, whatever its length: (k - 1) C elements, and H d e in float32, a layer, where k is
+    the width of the convolution and C its channels, and H the heads of d keys and e values. Other
     architectures (docs/models.md) draw with transformers' own cache, rows with prompts
     of one length together, each prompt run once a response. Sharded weights are gathered once, to a
     copy that every rank has while it samples. LoRA

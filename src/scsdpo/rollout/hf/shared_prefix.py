@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import AttentionLayout, use_layouts
-from scsdpo.policy.segment_states import SegmentStates, Span, convolve_one, delta_rule_one
+from scsdpo.policy.segment_states import (
+    DeltaInputs,
+    SegmentStates,
+    Span,
+    convolve_one,
+    delta_rule_one,
+)
 from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
 
 _STRIP_COST = 4096
@@ -60,14 +66,12 @@ class Prefill(AttentionLayout):
         self.cache.states.keep(layer, 0, ends)
         return mixed.view_as(inputs)
 
-    def delta_rule(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
-    ) -> Tensor:
-        inputs = (x.flatten(0, 1) for x in (query, key, value, decay, rate))
-        spans = self._spans(value.shape[1])
-        mixed, ends = spans.delta_rule(*inputs, lambda: None, ends=True)
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        flat = DeltaInputs(*(x.flatten(0, 1) for x in inputs))
+        spans = self._spans(inputs.value.shape[1])
+        mixed, ends = spans.delta_rule(flat, lambda: None, ends=True)
         self.cache.states.keep(layer, 1, ends)
-        return mixed.view_as(value)
+        return mixed.view_as(inputs.value)
 
     def _spans(self, width: int) -> SegmentStates:
         """The prompts among rows of `width` tokens laid end to end."""
@@ -167,11 +171,9 @@ class Decode(AttentionLayout):
         mixed, states[0] = convolve_one(inputs[:, 0], weight, bias, states[0])
         return mixed[:, None]
 
-    def delta_rule(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor
-    ) -> Tensor:
-        inputs = (x[:, 0] for x in (query, key, value, decay, rate))
-        return delta_rule_one(*inputs, self.cache.states.rows[layer][1])[:, None]
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        flat = DeltaInputs(*(x[:, 0] for x in inputs))
+        return delta_rule_one(flat, self.cache.states.rows[layer][1])[:, None]
 
     def _attend(
         self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None
