@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy.segment_states import DeltaInputs
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
 
 @torch.compiler.disable  # as attention: each forward has a layout of its own
 def _convolve(layout: "AttentionLayout", layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
+    if not isinstance(conv, nn.Conv1d):  # transformers too reads the weight, past any factors
+        raise ConfigurationError(
+            "model.policy.adapter: factors on a convolution beside linear attention have no "
+            "effect: leave it out of target_modules"
+        )
     return layout.convolve(layer, inputs, conv.weight[:, 0], conv.bias)
 
 
