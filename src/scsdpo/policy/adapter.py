@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.sharding import is_sharded, local, own_rows, settle
+from scsdpo.policy.sharding import is_sharded, local, own_rows, settle, whole_weight
 from scsdpo.policy.stored import Loans, Stored, mix
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved, run_seed
@@ -72,14 +72,25 @@ def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
 def merged_layer(layer: LoraLayer) -> nn.Module:
-    """The plain layer that does what `layer` does with the student's adapter; `layer` is lost."""
-    if isinstance(layer, ParamWrapper):  # several may be nested
-        return layer.unload_and_optionally_merge_module(
-            merge=True, safe_merge=True, adapter_names=[STUDENT]
+    """The plain layer that does what `layer` does with the student's adapter; a copy.
+
+    Its weights are W + scale B A in float32, or in W's dtype if that is wider. Under shards they
+    are whole, and every rank must ask.
+    """
+    alone: Any = copy.deepcopy(layer)  # a LoraLayer is a mixin of modules
+    for module in alone.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = whole_weight(parameter)
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if isinstance(alone, ParamWrapper):  # several may be nested
+        return alone.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=[STUDENT]
         )
-    layer.merge(safe_merge=True, adapter_names=[STUDENT])
-    return layer.get_base_layer()
+    alone.merge(adapter_names=[STUDENT])
+    return alone.get_base_layer()
 
 
 class WideHead(nn.Linear):

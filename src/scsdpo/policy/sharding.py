@@ -124,6 +124,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """All of a weight, without gradient; rounded to `dtype` if there is one, and then gathered.
+
+    Under shards every rank must ask.
+    """
+    value = weight.detach() if dtype is None else weight.detach().to(dtype)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def own_rows(parameter: Tensor) -> slice:
     """Which of the whole parameter's rows this rank has."""
     if not isinstance(parameter, DTensor):

@@ -16,7 +16,7 @@ from scsdpo.rollout.hf.own_cache import OwnCache
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Scheduler
 from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
-from scsdpo.rollout.weights.weights import digest
+from scsdpo.rollout.weights.hashing import digest
 from scsdpo.types import Prompt, Responses, Sampling
 
 

@@ -16,8 +16,7 @@ from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.server import SHORT, Server
-from scsdpo.rollout.vllm.rollout import refusal
-from scsdpo.rollout.weights.weights import StreamHash
+from scsdpo.rollout.weights.hashing import Receipt, StreamHash, refusal
 
 _LOOK = 0.1
 """Seconds between two looks at a transfer."""
@@ -99,7 +98,7 @@ class Group:
         self.refused: dict[str, str] = {}
         """Servers that must not be sampled from, and why."""
         self._version = ""
-        self._received: dict[Server, list[dict[str, Any]]] = {}
+        self._received: dict[Server, list[Receipt]] = {}
         self._engine: Any = None
         self._failure: Exception | None = None
         self._leaving = threading.Lock()

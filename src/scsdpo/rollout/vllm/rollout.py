@@ -287,20 +287,3 @@ def not_quantised(quantization: object, where: str) -> None:
             f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
             "it samples from is not the policy: use a checkpoint and settings without quantization"
         )
-
-
-def refusal(received: dict[str, Any], sent: str) -> str:
-    """Why an engine that loaded weights must not be sampled from; '' if it may.
-
-    Args:
-        received: what `WeightReceiver.scsdpo_load` returned.
-        sent: the sender's `StreamHash`.
-    """
-    if received["hash"] != sent:
-        return f"received other weights ({received['hash']}) than were sent ({sent})"
-    if missing := received["missing"]:
-        return (
-            f"got no complete weights for {len(missing)} of its modules "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-        )
-    return ""

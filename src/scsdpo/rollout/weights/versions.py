@@ -9,10 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from scsdpo.distributed import place
-from scsdpo.rollout.weights.weights import digest
-
-GLIMPSE = 1024
-"""Elements of each parameter that are compared whenever no step was taken."""
+from scsdpo.rollout.weights.hashing import GLIMPSE, digest
 
 
 class _Moves:
@@ -52,7 +49,7 @@ class Versions:
     """Labels `RUN.DIGEST.MOVES`; weights that differ never have the same.
 
     RUN is drawn at random, once for all ranks. MOVES counts optimizer steps, loads of state dicts
-    and calls of `moved`. DIGEST is `weights.digest` as it was last taken: at the start, after a
+    and calls of `moved`. DIGEST is `hashing.digest` as it was last taken: at the start, after a
     load, every `digest_every` optimizer steps, and when weights were written by hand. The latter
     is noticed by comparing `GLIMPSE` evenly spread elements of each parameter at every call; who
     writes fewer than all elements of a parameter says so with `moved`.
