@@ -124,6 +124,11 @@ class StateCache:
         """By layer, states [P, ...] by slot."""
         self.rows: dict[int, list[Tensor]] = {}
         """By layer, states [R, ...]."""
+        self.read = torch.zeros(0, dtype=torch.long)
+        """[R] tokens of each response that its states have read."""
+        self.fresh = self.read.bool()
+        """[R] the token of this step is one more; a response that waits reads its last one again,
+        which must not change its states."""
 
     def keep(self, layer: int, which: int, ends: Tensor) -> None:
         """Append the states `which` of new prompts [p, ...]."""
@@ -139,6 +144,7 @@ class StateCache:
 
     def start(self, slots: Tensor) -> None:
         """Append rows that go on from the prompts in `slots`."""
+        self.read = torch.cat([self.read.to(slots.device), torch.zeros_like(slots)])
         for layer, states in self.prompts.items():
             new = [x[slots] for x in states]
             old = self.rows.get(layer)
@@ -146,7 +152,13 @@ class StateCache:
 
     def order(self, rows: Tensor) -> None:
         """Let only `rows` go on, in this order."""
+        self.read = self.read[rows]
         self.rows = {n: [x[rows] for x in states] for n, states in self.rows.items()}
+
+    def at(self, columns: Tensor) -> None:
+        """Each row reads the token of its response at the place `columns` [R]."""
+        self.fresh = columns >= self.read
+        self.read = columns + 1
 
 
 class KVCache:

@@ -155,6 +155,7 @@ class Decode(AttentionLayout):
     def at(self, columns: Tensor, tokens: Sequence[int]) -> None:
         """Set the places `columns` [R] of the new tokens, each below `tokens` of its bucket."""
         self.columns = columns
+        self.cache.states.at(columns)
         self.tokens = tokens
         self._hidden: dict[int | None, list[Tensor]] = {}
 
@@ -167,12 +168,15 @@ class Decode(AttentionLayout):
             return self._attend(kept, query, key.to(value.dtype), value, window)
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        states = self.cache.states.rows[layer]
-        mixed, states[0] = convolve_one(inputs[:, 0], weight, bias, states[0])
+        states, fresh = self.cache.states.rows[layer], self.cache.states.fresh
+        mixed, ends = convolve_one(inputs[:, 0], weight, bias, states[0])
+        states[0] = torch.where(fresh[:, None, None], ends, states[0])
         return mixed[:, None]
 
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
-        flat = DeltaInputs(*(x[:, 0] for x in inputs))
+        flat, fresh = DeltaInputs(*(x[:, 0] for x in inputs)), self.cache.states.fresh[:, None]
+        # Nothing fades and nothing is written where a token is read again.
+        flat = flat._replace(decay=flat.decay * fresh, rate=flat.rate * fresh)
         return delta_rule_one(flat, self.cache.states.rows[layer][1])[:, None]
 
     def _attend(
