@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.sharding import is_sharded, local, own_rows, settle, whole_weight
-from scsdpo.policy.stored import Loans, Stored, mix
+from scsdpo.policy.sharding import is_sharded, local, own_rows, reshard, whole_weight
+from scsdpo.policy.stored import OffloadHooks, Stored, mix
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved, run_seed
 
@@ -458,7 +458,7 @@ class _Copy(Weights):
         self.stored = stored
         kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
         self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
-        self._loans: Loans | None = None
+        self._hooks: OffloadHooks | None = None
         if stored.dtype == "bfloat16" and saved:
             self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
         if not saved:
@@ -469,9 +469,9 @@ class _Copy(Weights):
         if self.stored.is_plain or is_sharded(self.copy):
             yield self.copy
             return
-        if self._loans is None:
-            self._loans = Loans(self.copy)
-        with self._loans.open(next(model.parameters())):
+        if self._hooks is None:
+            self._hooks = OffloadHooks(self.copy)
+        with self._hooks.open(next(model.parameters())):
             yield self.copy
 
     @torch.no_grad()
@@ -482,8 +482,8 @@ class _Copy(Weights):
         moves = 0
         if self.stored.dtype == "bfloat16":
             moves = int(self.moves.add_(1))
-        settle(self.copy)
-        settle(model)
+        reshard(self.copy)
+        reshard(model)
         pairs = zip(self.copy.named_parameters(), model.parameters(), strict=True)
         for (name, own), student in pairs:
             seed = stable_hash("average", run_seed(), moves, name)
@@ -500,8 +500,8 @@ class _Copy(Weights):
         return self
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        settle(self.copy)
-        settle(model)
+        reshard(self.copy)
+        reshard(model)
         for own, student in zip(self.copy.parameters(), model.parameters(), strict=True):
             yield local(own), local(student)
 

@@ -112,8 +112,8 @@ def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
     return model.__dict__["inside"](work) if isinstance(model, FSDPModule) else work(model)
 
 
-def settle(module: nn.Module) -> None:
-    """Put every unit back into shards: after a forward the root is whole."""
+def reshard(module: nn.Module) -> None:
+    """Put every unit back into shards; after a forward the root is whole."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -153,7 +153,7 @@ def whole(
         skeleton: the same on `meta`; its parameters are those that are wanted.
         narrow: dtype of linear layers' weights, to which autocast would cast them anyway.
     """
-    settle(model)
+    reshard(model)
     plain = copy.deepcopy(skeleton)
     values = dict(model.named_parameters())
     for name, _ in list(plain.named_parameters()):

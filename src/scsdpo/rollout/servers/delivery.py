@@ -1,4 +1,4 @@
-"""How weights get from the trainer to vLLM servers."""
+"""Ways for weights from the trainer to vLLM servers."""
 
 import functools
 import http.server
@@ -31,7 +31,7 @@ class Delivery(ABC):
     """A way to the servers for weights. On rank 0 alone."""
 
     due = False
-    """Whether servers need another `publish`, though the weights are the same."""
+    """Servers need another `publish`, though the weights are the same."""
 
     @abstractmethod
     def publish(
@@ -252,7 +252,7 @@ class _FileServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """Who asked is gone or too slow, and notices it himself: no traceback."""
+        """No traceback: the client is gone or too slow, and notices it."""
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

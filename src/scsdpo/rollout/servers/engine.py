@@ -209,7 +209,7 @@ class Servers(Engine):
 
 
 def _is_http(url: str) -> bool:
-    """Whether a request can go there; a port has 16 bits."""
+    """True if a request can go there; a port has 16 bits."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

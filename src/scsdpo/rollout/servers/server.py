@@ -31,14 +31,14 @@ START = (
     "--model MODEL --host 127.0.0.1 --middleware scsdpo.rollout.RequireKey --worker-extension-cls "
     "scsdpo.rollout.WeightReceiver --logprobs-mode processed_logprobs --enable-scale-out"
 )
-"""How a server is started; in the CPU build `vllm serve` does not start."""
+"""The command that starts a server; in the CPU build `vllm serve` does not start."""
 
 TRANSFER = '{"backend": "nccl"}'
 """A server's `--weight-transfer-config` for the delivery `Nccl`."""
 
 
 ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
-"""What it needs beside, and a rank, for `Servers(adapter="alone")`."""
+"""Settings of a server for `Servers(adapter="alone")`; a rank follows."""
 
 
 class Unreachable(Exception):

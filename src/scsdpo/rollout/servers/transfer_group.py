@@ -23,7 +23,7 @@ _LOOK = 0.1
 
 
 class Declared(NamedTuple):
-    """What vLLM is told of a weight before it comes."""
+    """A weight as it is announced to vLLM before it comes."""
 
     name: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Source:
                 self._device = value.device
 
     def metadata(self) -> list[Declared]:
-        """What is declared, under vLLM's name for it."""
+        """The declared weights, under vLLM's name for them."""
         return self.declared
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightSt
 
 _GIB = 2**30
 _WORK = _GIB
-"""What vLLM takes besides, roughly: activations, logits, graphs."""
+"""Bytes that vLLM takes besides, roughly: activations, logits, graphs."""
 _ADAPTER = "policy"
 """The adapter's name in vLLM."""
 
@@ -190,7 +190,7 @@ class Colocated(Engine):
         return class_kept(type(policy.language_model.get_decoder()), self.enforce_eager)
 
     def _check(self, policy: CausalLM) -> None:
-        """What can be refused before anything is begun."""
+        """Refuse settings that cannot work, before anything is begun."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % self.tensor_parallel:
             raise ConfigurationError(
@@ -237,7 +237,7 @@ class Colocated(Engine):
         return torch.bfloat16 if on_gpu else torch.float32
 
     def _bytes(self, policy: CausalLM) -> int:
-        """Of its weights, its keys and values, and to work with, on a rank."""
+        """Bytes of its weights, its keys and values, and to work with, on a rank."""
         elements = sum(p.numel() for p in policy.language_model.parameters())
         weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
         return int(weights + self.kv_cache_gib * _GIB) + _WORK

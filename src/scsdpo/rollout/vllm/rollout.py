@@ -80,9 +80,9 @@ class Answer:
     """One response as vLLM gives it."""
 
     ids: Sequence[int]
-    """As drawn, the end included."""
+    """The ids that were drawn, the end included."""
     logprobs: Sequence[float]
-    """Of each, nats, under the distribution it was drawn from."""
+    """Log-prob of each id, nats, under the distribution it was drawn from."""
     finish_reason: str | None
     """`stop`: an id or a string ended it; `length`: the cap; anything else: it was not finished."""
     versions: frozenset[str]
@@ -172,7 +172,7 @@ class VLLMRollout(Rollout):
         self.engine = engine
         self.versions = Versions(digest_every)
         self._version = ""
-        """Of the weights that are held; '': none are."""
+        """Label of the weights that are held; '': none are."""
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
@@ -327,7 +327,7 @@ def sampled(
     version: str,
     tries: int = 3,
 ) -> list[list[Answer]]:
-    """What `ask` answers; requests with a faulty answer are asked again.
+    """The answers of `ask`; requests with a faulty one are asked again.
 
     Raises:
         TrainingStopped: if a request has a faulty answer in each of so many `tries`.

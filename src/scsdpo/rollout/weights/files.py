@@ -17,7 +17,7 @@ from scsdpo.rollout.weights.hashing import StreamHash
 
 _MEMORY = Path("/dev/shm")
 _PEFT = "base_model.model."
-"""What peft's files put before a layer's name."""
+"""The prefix of layers' names in peft's files."""
 
 _SHARD_BYTES = 2**31
 """Size from which the next tensor goes into another file; twice of it is held in memory."""

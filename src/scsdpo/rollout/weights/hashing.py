@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scsdpo.distributed import all_gather
-from scsdpo.policy.sharding import is_sharded, local, settle
+from scsdpo.policy.sharding import is_sharded, local, reshard
 
 
 class StreamHash:
@@ -41,10 +41,10 @@ class StreamHash:
 
 
 class Receipt(TypedDict):
-    """What a worker of an engine says of weights or of an adapter that it loaded."""
+    """A worker's word on weights or on an adapter that it loaded."""
 
     hash: str
-    """Of what came: `StreamHash` of weights, `adapter_hash` of an adapter."""
+    """`StreamHash` of the weights that came, `adapter_hash` of an adapter."""
     missing: list[str]
     """Modules of its model that did not get all of their parameters."""
 
@@ -86,7 +86,7 @@ def digest(
         most: of each parameter's elements that are read, evenly spread; None: all.
         among: whether a parameter of that name is read.
     """
-    settle(policy)
+    reshard(policy)
     stream = StreamHash()
     for name, parameter in policy.named_parameters():
         if among(name):

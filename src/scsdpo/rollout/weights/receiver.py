@@ -1,4 +1,4 @@
-"""What a vLLM worker needs to take the policy's weights: a mixin of its class.
+"""A mixin of vLLM's worker class, which takes the policy's weights.
 
 vLLM finds it by name (`--worker-extension-cls scsdpo.rollout.WeightReceiver`) and calls its methods
 on every worker (`collective_rpc`). Nothing of vLLM is imported until one is called.
@@ -43,7 +43,7 @@ class WeightReceiver:
     """Where its files were fetched to, until they are read."""
 
     def scsdpo_describe(self) -> dict[str, Any]:
-        """What of the engine's settings decides whether its rollouts can be trained on."""
+        """Settings of the engine that decide whether its rollouts can be trained on."""
         model = self.vllm_config.model_config
         return {
             "logprobs_mode": model.logprobs_mode,
@@ -57,7 +57,7 @@ class WeightReceiver:
         }
 
     def _scsdpo_adapters(self) -> dict[str, Any] | None:
-        """What adapters it has room for; None if it takes none.
+        """The adapters that it has room for; None if it takes none.
 
         `rank`: the largest; `modules`: last parts of names of what can be adapted; `updates`:
         whether a server that this worker is of has the endpoint for them.

@@ -37,7 +37,7 @@ from scsdpo.policy.adapter import (
     plain_name,
 )
 from scsdpo.policy.shard_loading import as_stored
-from scsdpo.policy.sharding import is_sharded, settle, whole_weight
+from scsdpo.policy.sharding import is_sharded, reshard, whole_weight
 from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, digest
 
 Pairs = Iterator[tuple[str, Tensor]]
@@ -46,9 +46,9 @@ View = Callable[[CausalLM, torch.dtype], Pairs]
 Weights = Callable[[torch.dtype], Pairs]
 """A pass over all weights that are sent, rounded to a dtype."""
 LoraTransport = Literal["auto", "merged", "alone"]
-"""How LoRA reaches an engine: the engine's argument `adapter`."""
+"""The way that LoRA reaches an engine: the engine's argument `adapter`."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `max_lora_rank` may be."""
+"""Values that vLLM's `max_lora_rank` may have."""
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
         dtype: to which they are rounded, before they are gathered; None: nothing is rounded.
     """
     model = policy.language_model
-    settle(model)
+    reshard(model)
     adapted = adapted_layers(model)
     two_tables = is_tied(model) and bool(adapted_ends(model))
     done: set[str] = set()
@@ -85,7 +85,7 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
 def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
     """Every weight of the model without its adapters."""
     model = policy.language_model
-    settle(model)
+    reshard(model)
     plain = (
         (plain_name(name), whole_weight(parameter, dtype))
         for name, parameter in model.named_parameters()
@@ -106,7 +106,7 @@ def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
     The scale (alpha / r, or alpha / sqrt(r)) is multiplied into B in float32, before the one
     rounding.
     """
-    settle(policy.language_model)
+    reshard(policy.language_model)
     for name, layer in policy.language_model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -278,7 +278,7 @@ class WeightStream:
 
 
 def _from_rank_0(asked: tuple[View, torch.dtype] | None) -> tuple[View, torch.dtype] | None:
-    """What rank 0 asks for; None: nothing more."""
+    """Rank 0's next pass, on all ranks; None: there is none."""
     said = [asked]
     dist.broadcast_object_list(said)
     return said[0]
@@ -288,12 +288,12 @@ class Sink(ABC):
     """An engine's end of the stream: in this process, files, or NCCL."""
 
     due = False
-    """Whether the engine lost what it had, though the weights are the same."""
+    """The engine lost what it had, though the policy's weights are the same."""
 
     def __init__(self) -> None:
         self._base = ""
         self.base_hash = StreamHash()
-        """Of the base that was sent last."""
+        """Hash of the base that was sent last."""
         self._rounding = MergeRounding()
 
     @abstractmethod

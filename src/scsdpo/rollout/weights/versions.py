@@ -13,7 +13,7 @@ from scsdpo.rollout.weights.hashing import GLIMPSE, digest
 
 
 class _Moves:
-    """How often this process's optimizers stepped and policies loaded: the same on every rank."""
+    """Counts of optimizer steps and of loads in this process: the same on every rank."""
 
     steps = 0
     loads = 0
@@ -33,7 +33,7 @@ register_optimizer_step_post_hook(_stepped)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Seen:
-    """What is known of weights without reading all of them."""
+    """State of weights as far as it is known without reading all of them."""
 
     steps: int
     others: tuple[int, int, int]
@@ -41,7 +41,7 @@ class _Seen:
     glimpse: str
 
     def only_stepped_since(self, before: "_Seen | None") -> bool:
-        """Whether an optimizer's step is what may have changed them."""
+        """True if nothing but optimizer steps may have changed them."""
         return before is not None and self.steps > before.steps and self.others == before.others
 
 
