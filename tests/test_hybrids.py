@@ -20,7 +20,7 @@ from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span, delta_rule_one
 from test_shared_prompts import gradient, learn, nested, perturbed
 
-PROJECTIONS = ["in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_a", "in_proj", "out_proj"]
+PROJECTIONS = r".*\.(in_proj\w*|out_proj)"
 FAMILIES = ("qwen3_5", "qwen3_next", "lfm2")
 
 
