@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from expert_models import expert_folder
 from models import lfm2_folder, olmo3_folder, qwen3_5_folder, qwen3_folder
 
 HERE = Path(__file__).parent
@@ -21,6 +22,7 @@ def folders(tmp_path_factory):
     olmo3_folder(root / "olmo3")
     qwen3_5_folder(root / "qwen3_5")
     lfm2_folder(root / "lfm2")
+    expert_folder(root / "experts", "qwen3_moe")
     return root
 
 

@@ -9,6 +9,7 @@ backward. Layers of linear attention and convolution have no such interface: the
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from scsdpo.policy.experts import final_states
 from scsdpo.policy.mixers import let_mixers_accept_layouts
 from scsdpo.policy.segment_states import DeltaInputs
 
@@ -76,12 +78,18 @@ def use_layouts(model: PreTrainedModel) -> None:
     let_mixers_accept_layouts(model)
 
 
-def run_decoder(model: PreTrainedModel, layout: AttentionLayout, **inputs: Tensor) -> Tensor:
-    """Final hidden states of the decoder under `layout`."""
+def run_decoder(
+    model: PreTrainedModel,
+    layout: AttentionLayout,
+    routers: Sequence[nn.Module] = (),
+    **inputs: Tensor,
+) -> Tensor:
+    """Final hidden states of the decoder under `layout`; `final_states` says what of `routers`."""
     # A 4-D mask is taken as it is: the layout knows better, and none is built.
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=model.device)
-    decoder = model.get_decoder()
-    return decoder(attention_mask=mask, use_cache=False, layout=layout, **inputs).last_hidden_state
+    return final_states(
+        model, routers, attention_mask=mask, use_cache=False, layout=layout, **inputs
+    )
 
 
 @torch.compiler.disable  # lest a compiled layer specialise on a layout: each forward has its own
