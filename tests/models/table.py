@@ -29,6 +29,11 @@ _SIZES = {
     **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
     **{"linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "conv_kernel": 4},
     **{"initializer_range": 0.2, "init_std": 0.2, "layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    **dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout"), 0.0
+    ),
+    **dict.fromkeys(("activation_dropout", "hidden_dropout", "classifier_dropout"), 0.0),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
     **{"sliding_window": 8, "is_decoder": True, "tie_word_embeddings": False},
     **{"vocab_size_per_layer_input": TOKENS + 5, "hidden_size_per_layer_input": 16},
 }
@@ -82,26 +87,42 @@ OVERRIDES: dict[str, dict] = {
     "mamba2": {"num_heads": 4, "n_groups": 1, "chunk_size": 8, "expand": 2},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zamba": {
-        "layer_types": None,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "n_mamba_heads": 2,
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "zamba2": {
         "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "use_mamba_kernels": False,
+        "num_key_value_heads": 2,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
     },
     "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"num_heads": 2, "qk_dim_factor": 0.5, "chunk_size": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
-        "intermediate_size": 48,
-        "activation_sparsity_pattern": 0.0,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         "laurel_rank": 8,
-        "altup_num_inputs": 2,
     },
 }
 _VISION = {
@@ -117,6 +138,7 @@ TEXT_OF = {
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "llama4": "llama4_text",
+    "qwen4_exp": "qwen4_exp_text",
 }
 """Models of text and pictures, and their text part."""
 

@@ -29,7 +29,7 @@ def test_it_is_right_by_the_path_that_it_takes_or_refused(name):
         assert OUTCOMES[name].path == "refused" and OUTCOMES[name].reason
         return
     found, plain = plain_logprobs(policy)
-    torch.testing.assert_close(found, plain, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found, plain, atol=2e-3, rtol=0)
     grads, expected = both_gradients(policy)
     scale = max(float(grad.norm()) for grad in expected.values())
     assert scale > 0

@@ -42,6 +42,10 @@ class MemoryPlan(RolloutCallback):
             self.planned = _planned(trainer, pl_module)
         except ConfigurationError as error:  # of no consequence: the run does not need a plan
             rank_zero_info(f"no plan: {error}")
+        except AttributeError as error:  # an architecture that spells its sizes otherwise
+            rank_zero_info(
+                f"no plan: {loaded.policy.name_or_path} is of no kind known to it ({error})"
+            )
         if self.planned is None:
             return
         memory = memory_of(self.planned)
