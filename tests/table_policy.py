@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kernel_inputs import identity_head
-from scsdpo.policy.adapter import Weights
+from scsdpo.policy.weights import Weights
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 

@@ -13,7 +13,7 @@ from torch import nn
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
 from scsdpo.policy import CausalLM, Stored
-from scsdpo.policy.adapter import Weights
+from scsdpo.policy.weights import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
 from scsdpo.teacher import Teacher
 

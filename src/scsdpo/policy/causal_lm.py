@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
@@ -15,32 +14,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from scsdpo.errors import ConfigurationError
-from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
-from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.adapter import Adapter, FullFineTune
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import inside, is_sharded, shard, whole
+from scsdpo.policy.weights import Weights
 
 T = TypeVar("T")
-
-TINY = "tiny"
-"""`name_or_path` of the policy that ships with the package."""
-TINY_FOLDER = Path(__file__).parent / TINY
-"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
-
-_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 class CausalLM(nn.Module):
@@ -96,7 +87,7 @@ class CausalLM(nn.Module):
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         try:
-            self._path = str(TINY_FOLDER) if name_or_path == TINY else located(name_or_path)
+            self._path = located(name_or_path)
         except ValueError as error:
             raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
@@ -114,16 +105,12 @@ class CausalLM(nn.Module):
         if self.model is not None:
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
-        settings = {"dtype": dtype, "attn_implementation": self.attn_implementation}
-        if to_shard:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(self._path)
-                loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(self._path, **settings)
-        _refuse_rescaled_logits(loaded)
-        if self.share_prefixes:
-            use_layouts(loaded)
+        loaded = load_model(
+            self._path,
+            dtype=dtype,
+            attn_implementation=self.attn_implementation,
+            on_meta=to_shard,
+        )
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
@@ -135,20 +122,20 @@ class CausalLM(nn.Module):
 
         Args:
             mesh: flat.
-            modules: among them the sets of weights beside the student's; they begin as it does.
+            modules: among them the sets of weights beside the student's, which begin after it.
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
         gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
         shard(self.language_model, mesh, gathered)
         for weights in others:
-            for model in weights.models():
-                runs_in = gathered or self.language_model.dtype  # however it is stored
+            for model in weights.models():  # however they are stored
+                runs_in = weights.runs_in(gathered or self.language_model.dtype)
                 shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:
-            weights.follow(self.wrapped, 1.0)
+            weights.begin(self.wrapped)
 
     def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
         """Dtype of the checkpoint's weights once they are loaded."""
@@ -231,7 +218,8 @@ class CausalLM(nn.Module):
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
-        if not self.share_prefixes:
+        shares = self.share_prefixes if weights is None else weights.shares(self.share_prefixes)
+        if not shares:
             return SeparateRows(within, rows, chosen, max_tokens, in_step=together)
         learns = weights is None
         return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
@@ -338,13 +326,3 @@ def _positions(config: PreTrainedConfig) -> int:
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
 
-
-def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
-    settings = model.config.get_text_config().to_dict()
-    for name in _RESCALED:
-        if settings.get(name) not in (None, 1, 1.0):
-            raise ConfigurationError(
-                f"{type(model).__name__} changes its logits behind the head "
-                f"({name}={settings[name]}), which the credit loss does not model; "
-                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
-            )

@@ -113,7 +113,7 @@ class Loans:
         layers = model.get_decoder().layers
         inner = {id(p) for layer in layers for p in layer.parameters()}
         self._rest = [p for p in model.parameters() if id(p) not in inner]
-        self._like: Tensor | None = None
+        self._to: tuple[torch.device, torch.dtype] | None = None
         for layer in layers:
             weights = list(layer.parameters())
             kept: list[Tensor] = []
@@ -121,24 +121,20 @@ class Loans:
             layer.register_forward_hook(self._taking(weights, kept), always_call=True)
 
     @contextmanager
-    def open(self, like: Tensor) -> Iterator[None]:
-        """The model can run inside.
-
-        Args:
-            like: a weight of the student's, with the dtype and device to run in.
-        """
-        self._like = like
-        kept = _lend(self._rest, like)
+    def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """The model can run inside, on `device` and in `dtype`."""
+        self._to = device, dtype
+        kept = _lend(self._rest, self._to)
         try:
             yield
         finally:
             _take_back(self._rest, kept)
-            self._like = None
+            self._to = None
 
     def _lending(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
         def lend(layer: nn.Module, args: Any) -> None:
-            assert self._like is not None
-            kept[:] = _lend(weights, self._like)
+            assert self._to is not None
+            kept[:] = _lend(weights, self._to)
 
         return lend
 
@@ -149,10 +145,10 @@ class Loans:
         return take
 
 
-def _lend(weights: Sequence[nn.Parameter], like: Tensor) -> list[Tensor]:
+def _lend(weights: Sequence[nn.Parameter], to: tuple[torch.device, torch.dtype]) -> list[Tensor]:
     kept = [weight.data for weight in weights]
     for weight in weights:
-        weight.data = weight.data.to(like.device, like.dtype, non_blocking=True)
+        weight.data = weight.data.to(*to, non_blocking=True)
     return kept
 
 

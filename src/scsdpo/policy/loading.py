@@ -1,0 +1,55 @@
+"""A causal language model with the weights of its checkpoint."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.attention import use_layouts
+
+_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype, attn_implementation: str, on_meta: bool
+) -> PreTrainedModel:
+    """In eval mode; with `sdpa` it accepts layouts.
+
+    Args:
+        path: local folder or hub name.
+        dtype: of the weights.
+        attn_implementation: as in transformers.
+        on_meta: without values.
+
+    Raises:
+        ValueError: if the checkpoint lacks some of the model's weights, which would stay random.
+        ConfigurationError: if the architecture rescales its logits behind the head.
+    """
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if on_meta:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config, **settings).eval()
+    else:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **settings
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"its checkpoint lacks {len(missing)} of the weights of {type(model).__name__}, "
+                f"e.g. {missing[0]}: name the folder of a causal language model"
+            )
+    _refuse_rescaled_logits(model)
+    if attn_implementation == "sdpa":
+        use_layouts(model)
+    return model
+
+
+def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
+    settings = model.config.get_text_config().to_dict()
+    for name in _RESCALED:
+        if settings.get(name) not in (None, 1, 1.0):
+            raise ConfigurationError(
+                f"{type(model).__name__} changes its logits behind the head "
+                f"({name}={settings[name]}), which the credit loss does not model; "
+                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
+            )
