@@ -456,3 +456,42 @@ def rlcsd(case):
         total = total + sum(sum(each) / len(each) for each in means.values() if each)
     assert moved_of_all > 5
     return total / (Q * G)
+
+
+def agreement(case, q, g, t, told, a):
+    """1 where the teacher's word has the advantage's sign, else 0."""
+    difference = case.log_t(q, g, t, told) - case.log_s(q, g, t).detach()
+    return float(math.copysign(1, a) * float(difference[case.y(q, g, t)]) >= 0)
+
+
+def gain(case, q, tell=sibling):
+    """Mean log T - log S a token, right rollouts minus wrong ones; None: unseen."""
+    sides = {True: [], False: []}
+    for g in range(G):
+        if told := tell(case, q, g):
+            gaps = [
+                float((case.log_t(q, g, t, told) - case.log_s(q, g, t).detach())[case.y(q, g, t)])
+                for t in range(case.length(q, g))
+            ]
+            sides[case.right(q, g)].append(sum(gaps) / len(gaps))
+    if not all(sides.values()):
+        return None
+    return sum(sides[True]) / len(sides[True]) - sum(sides[False]) / len(sides[False])
+
+
+def trusted_hybrid(case, threshold=0.0):
+    gains = [gain(case, q) for q in range(Q)]
+    trusted = [each is not None and each > threshold for each in gains]
+    terms = {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        for t in range(case.length(q, g)):
+            value = 0.9 * pg(centred)(case, q, g, t, "")
+            if told and trusted[q]:
+                value = value + 0.1 * jsd(case, q, g, t, told)
+            terms[q, g, t] = case.cap(q, g, t) * value
+    return sequence_mean(case, terms)
+
+
+def all_wrong(case):
+    return distil(case, tell=gold, weight=lambda p: float(p == 0), reduce=sequence_mean_active)

@@ -19,6 +19,8 @@ from formulas import (
     PACED,
     Case,
     ad_opsd,
+    agreement,
+    all_wrong,
     another_attempt,
     centred,
     dapo,
@@ -26,6 +28,7 @@ from formulas import (
     dr_grpo,
     drift,
     forward_kl,
+    gain,
     geosd,
     gold,
     grpo,
@@ -50,6 +53,7 @@ from formulas import (
     sibling_or_feedback,
     srpo,
     token_mean_active,
+    trusted_hybrid,
 )
 from scsdpo.cli.config_types import arguments
 from scsdpo.training import PolicyOptimizer
@@ -90,7 +94,7 @@ def rates_file(folder, policy):
     return folder / "rates.json"
 
 
-LIVE = {"rlsd", "sdar", "geosd"}
+LIVE = {"grpo-agree", "rlsd", "sdar", "geosd"}
 """Methods whose teacher has the student's weights."""
 
 BY_HAND = {
@@ -135,6 +139,9 @@ BY_HAND = {
     ),
     "i-sdpo": i_sdpo,
     "rlcsd": rlcsd,
+    "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
+    "trusted-hybrid": trusted_hybrid,
+    "sdpo-all-wrong": all_wrong,
 }
 
 
@@ -165,5 +172,19 @@ def test_a_step_equals_the_papers_formula(name, tmp_path):
     (gradient,) = torch.autograd.grad(expected, case.table)
     loss, ours = one_step(model)
     assert gradient.abs().max() > 1e-7
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("threshold", "trusted"), [(-1.0, True), (0.0, False)])
+def test_the_gate_opens_where_the_gain_is_above_the_threshold(threshold, trusted, tmp_path):
+    file = yaml.safe_load((METHODS / "trusted-hybrid.yaml").read_text())["model"]["advantage"]
+    file["init_args"]["parts"][1]["advantage"]["init_args"]["threshold"] = threshold
+    model = module("trusted-hybrid", tmp_path, advantage=file)
+    case = Case(model)
+    assert (gain(case, 0) > threshold) == trusted
+    expected = trusted_hybrid(case, threshold)
+    (gradient,) = torch.autograd.grad(expected, case.table)
+    loss, ours = one_step(model)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-13)

@@ -18,9 +18,11 @@ from scsdpo.advantage import (
     Route,
     Routed,
     SelfDistillation,
+    SignAgreement,
     Succeeded,
     Surprise,
     TeacherRatio,
+    Trusted,
     Weighted,
 )
 from scsdpo.reduction import TokenMean
@@ -191,6 +193,14 @@ SAME = {
     "a teacher ratio of mix 0 = unmodulated": (
         {"advantage": GroupRelative(modulator=TeacherRatio(mix=0))},
         PG,
+    ),
+    "a sign agreement that keeps all = unmodulated": (
+        {"advantage": GroupRelative(modulator=SignAgreement(otherwise=1))},
+        PG,
+    ),
+    "trust in every group = no gate": (
+        {"advantage": Trusted(advantage=JSD, threshold=-99.0, unmeasured=1.0)},
+        {},
     ),
     "a surprise of sharpness 0 = unmodulated": (
         {"advantage": GroupRelative(modulator=Surprise(sharpness=0))},

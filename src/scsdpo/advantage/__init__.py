@@ -31,6 +31,7 @@ from scsdpo.advantage.modulator import (
     Modulator,
     Rhythm,
     SiblingContrast,
+    SignAgreement,
     Surprise,
     TeacherRatio,
     Unmodulated,
@@ -57,6 +58,7 @@ from scsdpo.advantage.target import (
     Purified,
     Target,
 )
+from scsdpo.advantage.trusted import Trusted
 
 __all__ = [
     "K1",
@@ -105,6 +107,7 @@ __all__ = [
     "SelfDistillation",
     "SequenceLevel",
     "SiblingContrast",
+    "SignAgreement",
     "SquaredFisherRao",
     "SquaredHellinger",
     "Succeeded",
@@ -114,6 +117,7 @@ __all__ = [
     "TeacherRatio",
     "TokenLevel",
     "TopK",
+    "Trusted",
     "Unmodulated",
     "Unscaled",
     "Warmup",

@@ -74,6 +74,41 @@ class TeacherRatio(Modulator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SignAgreement(Modulator):
+    """factor = 1 where sign(A) (log T(y) - log S(y)) >= margin, else `otherwise`
+
+    A token of a success keeps its credit where the teacher likes it at least as well as the student
+    does, and a token of a failure its blame where the teacher likes it no better. The policy
+    gradient decides the direction; where the teacher contradicts it, nobody is followed. Detached.
+    otherwise = 1 is `Unmodulated`.
+
+    Args:
+        margin: nats by which they must agree; below 0, by which they may differ.
+        otherwise: factor where they do not agree, in [0, 1].
+
+    Raises:
+        ValueError: if `otherwise` is outside its range.
+
+    Source:
+        Ours: the hard form of RLSD's factor (`TeacherRatio`), arXiv:2604.03128.
+    """
+
+    margin: float = 0.0
+    otherwise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.otherwise <= 1:
+            raise ValueError(
+                f"`SignAgreement(otherwise=...)` must be in [0, 1], got {self.otherwise}"
+            )
+
+    def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
+        difference = chunk.teacher().logprob(chunk.ids) - chunk.logprob
+        agree = advantage.sign() * difference >= self.margin
+        return torch.where(agree, 1.0, self.otherwise).to(advantage.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Surprise(Modulator):
     """factor = min(exp(sharpness d), cap), d = max(log S(y) - log T(y) - margin, 0)
 
