@@ -325,4 +325,3 @@ def _positions(config: PreTrainedConfig) -> int:
     rope = settings.get("rope_parameters") or {}
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
-

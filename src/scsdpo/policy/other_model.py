@@ -70,10 +70,9 @@ class OtherModel:
         if differ:
             first = differ[0]
             raise ValueError(
-                f"has another vocabulary than model.policy: id {first} is "
-                f"{_shown(theirs, first)} there and {_shown(ours, first)} in the policy's "
-                f"tokenizer ({len(differ)} of {len(ours)} ids differ): distributions are compared "
-                "id by id; name a model with the policy's own tokenizer"
+                f"its vocabulary is not model.policy's: id {first} is {_shown(theirs, first)} in "
+                f"it and {_shown(ours, first)} in the policy's ({len(differ)} of {len(ours)} ids "
+                "differ); name a model with the policy's own tokenizer"
             )
         if rows < chat.rows:
             raise ValueError(

@@ -125,7 +125,9 @@ class External(Teacher):
         try:
             yield
         except MISTAKES as error:
-            raise ValueError(f"External({self.source.name_or_path}): {first_line(error)}") from error
+            raise ValueError(
+                f"External({self.source.name_or_path}): {first_line(error)}"
+            ) from error
 
 
 class EMA(Teacher):

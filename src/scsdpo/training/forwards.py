@@ -125,7 +125,7 @@ class Forwards:
         """Once a step; but what needs no cast is under FSDP2 gone when its forward ends."""
         if linear in self._heads:
             return self._heads[linear]
-        head = Head.of(linear)
+        head = Head.of(linear).first(self.policy.vocabulary)
         if head.weight.dtype != linear.weight.dtype:
             self._heads[linear] = head
         return head
