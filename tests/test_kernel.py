@@ -21,7 +21,15 @@ from scsdpo.advantage import (
     Unscaled,
     Weighted,
 )
-from scsdpo.loss import HeadGradient, TokenImportance, kernel
+from scsdpo.loss import (
+    DenseCredit,
+    Head,
+    HeadGradient,
+    TokenImportance,
+    TokenLogits,
+    kernel,
+    logits,
+)
 
 SUPPORTS = {
     "full": (Full(), {"k": None, "tail": False}),
@@ -302,3 +310,58 @@ def test_the_heads_gradient_is_summed_over_micro_batches_and_given_by_the_last()
         output.loss.backward()
     torch.testing.assert_close(split.weight.grad, whole.weight.grad)
     torch.testing.assert_close(split.bias.grad, whole.bias.grad)
+
+
+def test_products_of_bf16_are_kept_in_float32_where_a_device_can(monkeypatch):
+    """CUDA's two operators, emulated: a sum over chunks is not rounded to bf16 chunk by chunk."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def product(left, right, dtype, *, out):
+        return out.copy_(left.to(dtype) @ right.to(dtype))
+
+    def sum_of(table, left, right, dtype, *, beta=1, alpha=1, out):
+        assert table.dtype == dtype and beta == alpha == 1
+        return out.copy_(table + left.to(dtype) @ right.to(dtype))
+
+    library.impl("mm.dtype_out", product, "CPU")
+    library.impl("addmm.dtype_out", sum_of, "CPU")
+    monkeypatch.setattr(logits, "_keeps_sums", lambda narrow, out: out.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 64), (64, 30))
+    )
+    exact = left.double() @ right.double()
+    try:
+        out = torch.empty(40, 30)
+        logits.multiply(left, right, out)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        for _ in range(3):
+            logits.add_product(left, right, out)
+        torch.testing.assert_close(out.double(), 4 * exact, rtol=1e-5, atol=1e-5)
+        made = TokenLogits.of(left, Head(right.T.contiguous(), None), 1.0)
+        torch.testing.assert_close(made.logits.double(), exact, rtol=1e-5, atol=1e-5)
+        head, student, teacher, ids, scale = problem(hidden=8, bias=False, dtype=torch.float32)
+        gradient = HeadGradient(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            batch = tokens(ids, scale=scale)
+            loss = run(SelfDistillation(), student, teacher, batch, head=head, gradient=gradient)
+        assert gradient.weight.dtype == torch.float32
+        assert (gradient.weight != gradient.weight.bfloat16()).any() and loss.loss.isfinite()
+    finally:
+        library._destroy()
+
+
+def test_a_forbidden_token_adds_nothing_to_the_entropy_and_a_spoiled_one_shows():
+    z = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0]])
+    entropy = TokenLogits(z).entropy()
+    p = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(entropy[0], -(p * p.log() + (1 - p) * (1 - p).log()))
+    assert entropy[1:].isnan().all()
+
+
+def test_where_a_weight_is_0_a_dense_credit_is_not_read():
+    values = torch.tensor([[torch.nan, torch.inf], [1.0, 2.0]])
+    credit = DenseCredit(values=values, objective=torch.zeros(2))
+    gradient = torch.ones(2, 2)
+    credit.subtract(gradient, torch.tensor([0.0, 3.0]), TokenLogits(torch.zeros(2, 2)))
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 1.0], [-2.0, -5.0]]))

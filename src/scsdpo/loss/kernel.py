@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scsdpo.loss.credit import Chunk, Credit, weighted
-from scsdpo.loss.logits import Buffers, Head, TokenLogits
+from scsdpo.loss.logits import Buffers, Head, TokenLogits, add_product, multiply
 from scsdpo.loss.signals import Signals
 
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 """Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
 trunk of its teachers are alive."""
 FEWEST_ROWS = 128
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
 """Of the part of a chunk that everything between the products works on; on CPU it stays in the
 cache."""
 
@@ -339,14 +339,9 @@ class _Gradients:
     def add(self, part: slice, hidden: Tensor, logits: Tensor, weight: Tensor) -> None:
         """Through the head's product, from the gradient w.r.t. the logits of `part` [n, V]."""
         narrow, head = logits.to(weight.dtype), self.head
-        if self.hidden.dtype == narrow.dtype:
-            torch.mm(narrow, weight, out=self.hidden[part])
-        else:
-            self.hidden[part] = narrow @ weight
-        if head.weight is not None and head.weight.dtype == narrow.dtype:
-            torch.addmm(head.weight, narrow.T, hidden, out=head.weight)
-        elif head.weight is not None:
-            head.weight.add_(narrow.T @ hidden)
+        multiply(narrow, weight, self.hidden[part])
+        if head.weight is not None:
+            add_product(narrow.T, hidden, head.weight)
         if head.bias is not None:
             head.bias.add_(logits.sum(0))
 

@@ -83,15 +83,13 @@ class TokenLogits:
         narrow = hidden.to(head.weight.dtype)
         wide = torch.promote_types(narrow.dtype, torch.float32)
         logits = buffers.take(len(hidden), len(head.weight), wide, hidden.device)
-        if narrow.dtype != wide:
-            logits.copy_(nn.functional.linear(narrow, head.weight, head.bias))
-        elif head.bias is None:
-            torch.mm(narrow, head.weight.T, out=logits)
-        else:
-            torch.addmm(head.bias, narrow, head.weight.T, out=logits)
+        multiply(narrow, head.weight.T, logits)
+        if head.bias is not None:
+            logits += head.bias
         return TokenLogits(logits if temperature == 1 else logits.div_(temperature), buffers)
 
-    def _table(self) -> Tensor:
+    def table(self) -> Tensor:
+        """[n, V], uninitialised, of the buffers."""
         n, vocabulary = self.logits.shape
         return self.buffers.take(n, vocabulary, self.logits.dtype, self.logits.device)
 
@@ -103,12 +101,12 @@ class TokenLogits:
     @cached_property
     def log_probs(self) -> Tensor:
         """[n, V]: log S(v) = z(v) - log_normalizer."""
-        return torch.sub(self.logits, self.log_normalizer, out=self._table())
+        return torch.sub(self.logits, self.log_normalizer, out=self.table())
 
     @cached_property
     def probs(self) -> Tensor:
         """[n, V]: S(v)."""
-        return torch.softmax(self.logits, -1, out=self._table())
+        return torch.softmax(self.logits, -1, out=self.table())
 
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """[n, k]: log S of `ids` [n, k]."""
@@ -120,8 +118,35 @@ class TokenLogits:
 
     def entropy(self) -> Tensor:
         """[n]: H(S) = log_normalizer - sum_v S(v) z(v), nats; a forbidden token contributes 0."""
-        mean = torch.mul(self.probs, self.logits, out=self._table()).sum(-1, keepdim=True)
-        entropy = self.log_normalizer - mean
-        if bool(entropy.isfinite().all()):
-            return entropy[:, 0]
-        return torch.special.entr(self.probs).sum(-1)
+        products = torch.mul(self.probs, self.logits, out=self.table())
+        # 0 * -inf is nan and counts as 0; what else is nan makes the normaliser nan, too.
+        return self.log_normalizer[:, 0] - products.nansum(-1)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Out = left @ right, in the dtype of `out`, whatever that of the two; in place.
+
+    CUDA sums and keeps products of bfloat16 in float32; elsewhere they are rounded on the way.
+    """
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    elif _keeps_sums(left, out):
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Out += left @ right; as `multiply`."""
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out)
+    elif _keeps_sums(left, out):
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
+    else:
+        out.add_(left @ right)
+
+
+def _keeps_sums(narrow: Tensor, out: Tensor) -> bool:
+    """Whether a product of such tensors is given as it was summed."""
+    halves = torch.bfloat16, torch.float16
+    return narrow.is_cuda and narrow.dtype in halves and out.dtype == torch.float32

@@ -50,21 +50,19 @@ class GapCheck:
             pairs: log-probs of the same tokens by trainer and sampler, in any shape; nan on
                 either side: not known, left out.
         """
-        sums = torch.zeros(3, dtype=torch.float64)
-        worst = torch.zeros((), dtype=torch.float64)
-        for trainer, sampler in pairs:
-            gap = (trainer.double() - sampler.double()).abs().flatten()
-            gap = gap[~gap.isnan()]
-            parts = (gap.sum(), (gap > self.token).double().sum(), gap.new_tensor(len(gap)))
-            sums += torch.stack(parts).cpu()
-            worst = torch.maximum(worst, torch.cat([gap, gap.new_zeros(1)]).max().cpu())
-        total, beyond, count = all_sum(sums).tolist()
-        worst = all_max(worst)
+        gaps = [torch.zeros(0, dtype=torch.float64)]
+        gaps += [(one.double() - other.double()).abs().flatten() for one, other in pairs]
+        # Figures stay on the device until the end: asking for one waits for all that is queued.
+        gap = torch.cat([each.to(gaps[-1].device) for each in gaps])
+        known = gap.where(~gap.isnan(), 0.0)
+        sums = known.sum(), (known > self.token).double().sum(), (~gap.isnan()).double().sum()
+        worst = all_max(torch.cat([known, known.new_zeros(1)]).max())
+        total, beyond, count, most = torch.stack([*all_sum(torch.stack(sums)), worst]).tolist()
         if count == 0:
             return {}
         return {
             "logprob_gap": total / count,
-            "logprob_gap_max": float(worst),
+            "logprob_gap_max": most,
             "logprob_gap_share": beyond / count,
         }
 

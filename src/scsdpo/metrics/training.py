@@ -96,12 +96,11 @@ def token_metrics(
         objective: name under which the mean objective is shown.
         cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    rows = [torch.zeros(4, dtype=torch.float64)]
     for output in outputs:
-        capped = output.importance >= output.importance.new_tensor(cap)
-        columns = (output.objective.double(), output.entropy.double(), capped.double())
-        count = output.objective.new_tensor(len(output.objective), dtype=torch.float64)
-        sums += torch.stack([*(c.sum() for c in columns), count]).cpu()
-    *total, count = all_sum(sums).tolist()
+        columns = output.objective.double(), output.entropy.double(), output.importance >= cap
+        count = torch.full_like(columns[0].sum(), len(output.objective))
+        rows.append(torch.stack([*(c.sum(dtype=torch.float64) for c in columns), count]))
+    *total, count = all_sum(torch.stack([row.to(rows[-1].device) for row in rows]).sum(0)).tolist()
     names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
     return {n: value / count for n, value in zip(names, total, strict=False)} if count else {}

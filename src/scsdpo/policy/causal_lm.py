@@ -195,8 +195,8 @@ class CausalLM(nn.Module):
 
     def _probe(self, tokens: int) -> Tensor:
         """Hidden states of a response of that length."""
-        pad, device = self.chat.pad_id, self.language_model.device
-        ids = torch.full((1, tokens), pad, device=device)
+        pad = self.chat.pad_id
+        ids = torch.full((1, tokens), pad)
         every = torch.ones_like(ids).bool()
         rows = Rows(prompts=[(pad,)], ids=ids, present=every, sampled=every, pad_id=pad)
         return self.runner(rows, [0], tokens).run([0], lambda hidden, head: hidden)

@@ -1,11 +1,13 @@
 """Rows of tokens, prompt then response, and the plain way to run them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from scsdpo.policy.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,6 +42,18 @@ class Rows:
             pad_id=self.pad_id,
         )
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same on `device`."""
+        sizes = self.ids.shape
+        tables = (self.ids, self.present.long(), self.sampled.long())
+        ids, present, sampled = upload([table.flatten() for table in tables], device)
+        return replace(
+            self,
+            ids=ids.view(sizes),
+            present=present.view(sizes).bool(),
+            sampled=sampled.view(sizes).bool(),
+        )
+
     def nothing(self) -> "Rows":
         """A prompt of one token, and no response."""
         return Rows(
@@ -53,6 +67,7 @@ class Rows:
 
 def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     """[N, D] hidden states that predict the sampled tokens, in row-major order."""
+    rows = rows.to(model.device)
     device = rows.ids.device
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
     lengths = rows.present.sum(-1)

@@ -16,6 +16,7 @@ from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
+from scsdpo.policy.upload import upload
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]
@@ -206,8 +207,9 @@ class SharedPrompts(Runner):
         hidden = run_decoder(
             model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
         )
-        last = torch.tensor([layout.span(segment).stop - 1 for segment in piece.segments])
-        return nn.functional.embedding(last.to(hidden.device), hidden[0]), layout.states()
+        last = [layout.span(segment).stop - 1 for segment in piece.segments]
+        (places,) = upload([torch.tensor(last)], hidden.device)
+        return nn.functional.embedding(places, hidden[0]), layout.states()
 
     def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
         """[N, D] that predict the sampled tokens of responses, in row-major order."""
@@ -235,7 +237,7 @@ class SharedPrompts(Runner):
             first = starts[i] + self._pieces[i].segments.index(self._ends[row])
             start = total + layout.span(leaves[row]).start if leaves[row].ids else 0
             predicts += [start + t - 1 if t else first for t in self._predicted[row]]
-        places = torch.tensor(predicts, dtype=torch.long, device=model.device)
+        (places,) = upload([torch.tensor(predicts, dtype=torch.long)], model.device)
         return nn.functional.embedding(places, torch.cat(tables))
 
 
