@@ -3,7 +3,6 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from scsdpo.errors import ConfigurationError
 from scsdpo.policy.attention import use_layouts
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
@@ -21,8 +20,8 @@ def load_model(
         on_meta: without values.
 
     Raises:
-        ValueError: if the checkpoint lacks some of the model's weights, which would stay random.
-        ConfigurationError: if the architecture rescales its logits behind the head.
+        ValueError: if the checkpoint lacks some of the model's weights, which would stay random;
+            if the architecture rescales its logits behind the head.
     """
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     if on_meta:
@@ -48,7 +47,7 @@ def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
     settings = model.config.get_text_config().to_dict()
     for name in _RESCALED:
         if settings.get(name) not in (None, 1, 1.0):
-            raise ConfigurationError(
+            raise ValueError(
                 f"{type(model).__name__} changes its logits behind the head "
                 f"({name}={settings[name]}), which the credit loss does not model; "
                 "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"

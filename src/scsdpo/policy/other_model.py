@@ -101,7 +101,8 @@ class OtherWeights(Whole):
                 attn_implementation=source.attn_implementation,
                 on_meta=on_meta,
             )
-        super().__init__(model, Stored(on_host=source.on_host), saved=False)
+        # As the policy's: Lightning warns of what is not; each forward sets it to eval mode.
+        super().__init__(model.train(), Stored(on_host=source.on_host), saved=False)
         self.source, self._dtype = source, dtype
         if source.on_host and torch.cuda.is_available() and not on_meta:
             for parameter in model.parameters():

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from scsdpo.errors import MISTAKES, blamed_on, first_line
+from scsdpo.errors import MISTAKES, ConfigurationError, blamed_on, first_line
 from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, OtherModel, Stored, Weights
 from scsdpo.teacher._base import Teacher
@@ -124,6 +124,8 @@ class External(Teacher):
         """A mistake inside the block is its model's."""
         try:
             yield
+        except ConfigurationError:
+            raise
         except MISTAKES as error:
             raise ValueError(
                 f"External({self.source.name_or_path}): {first_line(error)}"
