@@ -4,26 +4,27 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.row_path import KnownPath, RowPath
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, attn_implementation: str, on_meta: bool
+    path: str, *, dtype: torch.dtype, known: KnownPath, on_meta: bool
 ) -> PreTrainedModel:
-    """In eval mode; with `sdpa` it accepts layouts.
+    """In eval mode; where prompts are shared it accepts layouts.
 
     Args:
         path: local folder or hub name.
         dtype: of the weights.
-        attn_implementation: as in transformers.
+        known: how its rows run.
         on_meta: without values.
 
     Raises:
         ValueError: if the checkpoint lacks some of the model's weights, which would stay random;
             if the architecture rescales its logits behind the head.
     """
-    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    settings = {"dtype": dtype, "attn_implementation": known.implementation}
     if on_meta:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(path)
@@ -38,7 +39,7 @@ def load_model(
                 f"e.g. {missing[0]}: name the folder of a causal language model"
             )
     _refuse_rescaled_logits(model)
-    if attn_implementation == "sdpa":
+    if known.path is RowPath.SHARED:
         use_layouts(model)
     return model
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
+from scsdpo.policy.row_path import KnownPath, known_path
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.stored import Stored
 from scsdpo.policy.weights import Weights, Whole
@@ -49,6 +50,14 @@ class OtherModel:
         if self.dtype == "auto":
             return torch.bfloat16 if device_is_gpu else torch.float32
         return getattr(torch, self.dtype)
+
+    def known(self) -> KnownPath:
+        """How its rows run.
+
+        Raises:
+            ValueError: if it is not causal.
+        """
+        return known_path(AutoConfig.from_pretrained(self.path), self.attn_implementation)
 
     def check_vocabulary(self, chat: Chat) -> None:
         """Compare the tokens with the policy's, id by id, before any weight is loaded.
@@ -93,17 +102,12 @@ class OtherWeights(Whole):
     """
 
     def __init__(self, source: OtherModel, *, on_meta: bool) -> None:
-        dtype = source.loaded_dtype(torch.cuda.is_available())
+        dtype, known = source.loaded_dtype(torch.cuda.is_available()), source.known()
         with torch.device("cpu"):  # `on_host` stays there
-            model = load_model(
-                source.path,
-                dtype=dtype,
-                attn_implementation=source.attn_implementation,
-                on_meta=on_meta,
-            )
+            model = load_model(source.path, dtype=dtype, known=known, on_meta=on_meta)
         # As the policy's: Lightning warns of what is not; each forward sets it to eval mode.
         super().__init__(model.train(), Stored(on_host=source.on_host), saved=False)
-        self.source, self._dtype = source, dtype
+        self.source, self._dtype, self._known = source, dtype, known
         if source.on_host and torch.cuda.is_available() and not on_meta:
             for parameter in model.parameters():
                 parameter.data = parameter.data.pin_memory()
@@ -114,8 +118,8 @@ class OtherWeights(Whole):
     def runs_in(self, student: torch.dtype) -> torch.dtype:
         return self._dtype
 
-    def shares(self, policy_shares: bool) -> bool:
-        return self.source.attn_implementation == "sdpa"
+    def known(self, policy: KnownPath) -> KnownPath:
+        return self._known
 
     def same(self, other: Weights) -> bool:
         return isinstance(other, OtherWeights) and other.source == self.source

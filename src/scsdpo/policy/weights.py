@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.policy.row_path import KnownPath
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.policy.stored import Loans, Stored
 
@@ -27,9 +28,9 @@ class Weights(nn.Module, ABC):
         """Dtype of the weights while they run, given the student's."""
         return student
 
-    def shares(self, policy_shares: bool) -> bool:
-        """Whether every common start of prompts runs once, given whether the policy's do."""
-        return policy_shares
+    def known(self, policy: KnownPath) -> KnownPath:
+        """How rows run, given how the policy's do."""
+        return policy
 
     @abstractmethod
     def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:

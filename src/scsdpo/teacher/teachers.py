@@ -106,6 +106,7 @@ class External(Teacher):
     def check(self, policy: CausalLM) -> None:
         with self._named():
             self.source.check_vocabulary(policy.chat)
+            self.source.known()
 
     def share(self, other: Teacher) -> None:
         if isinstance(other, External) and other.source == self.source:
