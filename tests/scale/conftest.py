@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models import olmo3_folder, qwen3_folder
+from models import larger_folder, olmo3_folder, qwen3_folder
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
@@ -19,6 +19,7 @@ def folders(tmp_path_factory):
     qwen3_folder(root / "tied")
     qwen3_folder(root / "untied", tie=False)
     olmo3_folder(root / "olmo3")
+    larger_folder(root / "larger")
     return root
 
 
