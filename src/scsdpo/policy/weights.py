@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from scsdpo.policy.row_path import KnownPath
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.policy.stored import Loans, Stored
+from scsdpo.policy.stored import OffloadHooks, Stored
 
 
 class Weights(nn.Module, ABC):
@@ -71,7 +71,7 @@ class Whole(Weights):
         super().__init__()
         self.stored = stored
         self.copy = model.requires_grad_(False)
-        self._loans: Loans | None = None
+        self._hooks: OffloadHooks | None = None
         if not saved:
             self.register_state_dict_post_hook(_forget)
 
@@ -80,10 +80,10 @@ class Whole(Weights):
         if self.stored.is_plain or is_sharded(self.copy):
             yield self.copy
             return
-        if self._loans is None:
-            self._loans = Loans(self.copy)
+        if self._hooks is None:
+            self._hooks = OffloadHooks(self.copy)
         student = next(model.parameters())
-        with self._loans.open(student.device, self.runs_in(student.dtype)):
+        with self._hooks.open(student.device, self.runs_in(student.dtype)):
             yield self.copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
