@@ -48,6 +48,7 @@ from formulas import (
     reverse_kl,
     rlcsd,
     rlsd_factor,
+    sc_grpo,
     sdar,
     sequence_mean,
     sequence_mean_active,
@@ -98,7 +99,7 @@ def rates_file(folder, policy):
     return folder / "rates.json"
 
 
-LIVE = {"grpo-agree", "rlsd", "sdar", "geosd"}
+LIVE = {"grpo-agree", "sc-grpo", "rlsd", "sdar", "geosd"}
 """Methods whose teacher has the student's weights."""
 
 BY_HAND = {
@@ -150,6 +151,7 @@ BY_HAND = {
         divergence=of_another_model,
         reduce=sequence_mean_active,
     ),
+    "sc-grpo": sc_grpo,
     "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
     "trusted-hybrid": trusted_hybrid,
     "sdpo-all-wrong": all_wrong,
