@@ -86,8 +86,8 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
 def _trunk(setup: Setup, shapes: Architecture, tokens: float, before: int) -> float:
     """Products with every matrix, and scores and sums over half the own and all earlier tokens."""
     seen = before + setup.lengths.response / 2
-    attention = 4.0 * shapes.queries * seen * shapes.layers
-    return tokens * (2.0 * shapes.multiplied + attention)
+    attention = 4.0 * shapes.queries * seen * len(shapes.windows)
+    return tokens * (2.0 * shapes.active + attention)
 
 
 def _weight_bytes(setup: Setup) -> float:

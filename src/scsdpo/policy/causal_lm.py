@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from scsdpo.distributed import all_max
-from scsdpo.errors import blamed_on
+from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.adapter import Adapter, FullFineTune
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.experts import routers
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
 from scsdpo.policy.row_path import KnownPath, RowPath, known_path
@@ -57,6 +58,10 @@ class CausalLM(nn.Module):
             not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
+        expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
+            f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
+            responses of an optimizer step), added to the step's loss. 0: there is none. Else
+            layers x E numbers a token are kept for the backward.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
             `strftime_now: 2026-01-31` fixes the date that a template writes.
 
@@ -75,6 +80,7 @@ class CausalLM(nn.Module):
         gradient_checkpointing: bool = False,
         gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
+        expert_balance: float = 0.0,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +94,9 @@ class CausalLM(nn.Module):
                 "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
             )
         self.compile_layers = compile_layers
+        if expert_balance < 0:
+            raise ValueError(f"`CausalLM(expert_balance=...)` must be >= 0, got {expert_balance}")
+        self.expert_balance = expert_balance
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
@@ -114,6 +123,11 @@ class CausalLM(nn.Module):
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
         loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
+        if self.expert_balance and not routers(loaded):
+            raise ConfigurationError(
+                f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "
+                "routers transformers records: set it to 0"
+            )
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
@@ -215,6 +229,8 @@ class CausalLM(nn.Module):
         chosen: Sequence[int],
         max_tokens: int,
         weights: Weights | None = None,
+        *,
+        watches: bool = False,
     ) -> Runner:
         """The `chosen` ones among `rows`, ready to run in micro-batches.
 
@@ -223,16 +239,31 @@ class CausalLM(nn.Module):
             chosen: which of them will run.
             max_tokens: tokens whose activations are alive at a time.
             weights: another set than the trained ones, without gradient.
+            watches: note what the routers of experts say (`Runner.routes`).
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
         known = self.known if weights is None else weights.known(self.known)
         path = self._path_of(known, rows, chosen, in_step=together)
         if path is RowPath.SHARED and (self.share_prefixes or known is not self.known):
-            learns = weights is None
-            return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
-        alone = path is RowPath.ALONE
-        return SeparateRows(within, rows, chosen, max_tokens, in_step=together, alone=alone)
+            return SharedPrompts(
+                within,
+                rows,
+                chosen,
+                max_tokens,
+                in_step=together,
+                learns=weights is None,
+                watches=watches,
+            )
+        return SeparateRows(
+            within,
+            rows,
+            chosen,
+            max_tokens,
+            in_step=together,
+            alone=path is RowPath.ALONE,
+            watches=watches,
+        )
 
     def _path_of(
         self, known: KnownPath, rows: Rows, chosen: Sequence[int], *, in_step: bool
