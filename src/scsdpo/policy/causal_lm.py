@@ -68,7 +68,8 @@ class CausalLM(nn.Module):
     Raises:
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
-            from `configure_model`, if the architecture rescales its logits behind the head.
+            from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
+            its logits behind the head.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class CausalLM(nn.Module):
         if self.model is not None:
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
-        loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
+        with blamed_on("model.policy.name_or_path"):
+            loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
                 f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "

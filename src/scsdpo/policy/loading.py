@@ -33,10 +33,12 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, **settings
         )
-        if missing := sorted(found["missing_keys"]):
+        if names := sorted(found["missing_keys"]):
             raise ValueError(
-                f"its checkpoint lacks {len(missing)} of the weights of {type(model).__name__}, "
-                f"e.g. {missing[0]}: name the folder of a causal language model"
+                f"{path} lacks {names[0]}"
+                f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
+                "would draw at random: take a checkpoint of the architecture that its config.json "
+                "names"
             )
     _refuse_rescaled_logits(model)
     if known.path is RowPath.SHARED:
