@@ -34,7 +34,7 @@ class HFRollout(Rollout):
     position) and, to the rounding of batched matrix products, on nothing else.
 
     In an episode of several turns a response keeps its keys and values while its environment
-    answers and others are drawn; then the answer is read token by token beside them.
+    answers and others are drawn; then the answer runs behind them, at once.
 
     That needs layers of full or sliding-window softmax attention; sliding layers keep their window
     only. Other architectures (docs/models.md) draw with transformers' own cache, rows with prompts
