@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from expert_models import expert_folder
 from models import olmo3_folder, qwen3_folder
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ def folders(tmp_path_factory):
     qwen3_folder(root / "tied")
     qwen3_folder(root / "untied", tie=False)
     olmo3_folder(root / "olmo3")
+    expert_folder(root / "experts", "qwen3_moe")
     return root
 
 

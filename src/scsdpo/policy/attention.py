@@ -8,6 +8,7 @@ backward.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from scsdpo.policy.experts import final_states
 
 _NAME = "scsdpo"
 
@@ -45,12 +48,18 @@ def use_layouts(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_NAME)
 
 
-def run_decoder(model: PreTrainedModel, layout: AttentionLayout, **inputs: Tensor) -> Tensor:
-    """Final hidden states of the decoder under `layout`."""
+def run_decoder(
+    model: PreTrainedModel,
+    layout: AttentionLayout,
+    routers: Sequence[nn.Module] = (),
+    **inputs: Tensor,
+) -> Tensor:
+    """Final hidden states of the decoder under `layout`; `final_states` says what of `routers`."""
     # A 4-D mask is taken as it is: the layout knows better, and none is built.
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=model.device)
-    decoder = model.get_decoder()
-    return decoder(attention_mask=mask, use_cache=False, layout=layout, **inputs).last_hidden_state
+    return final_states(
+        model, routers, attention_mask=mask, use_cache=False, layout=layout, **inputs
+    )
 
 
 @torch.compiler.disable  # lest a compiled layer specialise on a layout: each forward has its own

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from scsdpo.distributed import all_max
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
+from scsdpo.policy.experts import routers, split
 from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
@@ -32,7 +33,27 @@ class Runner(ABC):
     """Some responses of a step, each after its prompt, under one set of weights.
 
     With gradients enabled they are those of separate rows, whatever the micro-batches.
+
+    Args:
+        watches: whether to note what the routers of experts say.
     """
+
+    routes: Tensor
+    """[N, layers, E] logits of the routers at the micro-batch that runs, once it has; from within
+    `loss` on. layers is 0 if they are not watched."""
+
+    def __init__(self, *, watches: bool) -> None:
+        self._watches = watches
+
+    def _routers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        return routers(model) if self._watches else ()
+
+    def _end(self, model: PreTrainedModel, states: Tensor, loss: Loss[T]) -> T:
+        """The loss of the states [N, ...] that a micro-batch ends with."""
+        layers = len(self._routers(model))
+        width = model.config.get_text_config().hidden_size if layers else states.shape[-1]
+        hidden, self.routes = split(states, layers, width)
+        return loss(*with_head(model, hidden))
 
     @abstractmethod
     def micro_batches(self) -> list[list[int]]:
@@ -60,6 +81,7 @@ class SeparateRows(Runner):
         budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
         alone: each row is a forward of its own; otherwise those of a micro-batch are padded.
+        watches: whether to note what the routers of experts say.
     """
 
     def __init__(
@@ -71,7 +93,9 @@ class SeparateRows(Runner):
         *,
         in_step: bool = False,
         alone: bool = False,
+        watches: bool = False,
     ) -> None:
+        super().__init__(watches=watches)
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
         self._in_step, self._alone = in_step, alone
 
@@ -91,8 +115,9 @@ class SeparateRows(Runner):
         batches += [self._rows.nothing()] * (most - len(batches))
 
         def work(model: PreTrainedModel) -> T:
-            hidden = [separate_rows(model, rows) for rows in batches]
-            return loss(*with_head(model, torch.cat(hidden)))
+            watched = self._routers(model)
+            states = [separate_rows(model, rows, watched) for rows in batches]
+            return self._end(model, torch.cat(states), loss)
 
         return self._within(work)
 
@@ -118,6 +143,7 @@ class SharedPrompts(Runner):
         budget: tokens whose activations are alive at a time, prompts' and responses' together.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
         learns: whether these weights get a gradient.
+        watches: whether to note what the routers of experts say.
     """
 
     def __init__(
@@ -129,7 +155,9 @@ class SharedPrompts(Runner):
         *,
         in_step: bool = False,
         learns: bool = True,
+        watches: bool = False,
     ) -> None:
+        super().__init__(watches=watches)
         self._within, self._in_step = within, in_step
         self._runs_again = in_step and learns and torch.is_grad_enabled()
         self._nothing = Segment((rows.pad_id,))
@@ -172,9 +200,7 @@ class SharedPrompts(Runner):
             self._start(i)
         for _ in range(idle):
             self._run_nothing()
-        return self._within(
-            lambda model: loss(*with_head(model, self._hidden_states(model, micro)))
-        )
+        return self._within(lambda model: self._end(model, self._hidden_states(model, micro), loss))
 
     def done(self, micro: Sequence[int]) -> None:
         for waiting in self._waiting:
@@ -216,7 +242,11 @@ class SharedPrompts(Runner):
         """[S, D] hidden states that predict what follows each of S segments, and its states."""
         layout = PackedSegments(piece.segments, self._places, model.device, keep=True)
         hidden = run_decoder(
-            model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+            model,
+            layout,
+            self._routers(model),
+            input_ids=layout.ids[None],
+            position_ids=layout.positions[None],
         )
         last = [layout.span(segment).stop - 1 for segment in piece.segments]
         (places,) = upload([torch.tensor(last)], hidden.device)
@@ -238,7 +268,11 @@ class SharedPrompts(Runner):
         if packed:
             layout = PackedSegments(packed, self._places, model.device, keep=False)
             hidden = run_decoder(
-                model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+                model,
+                layout,
+                self._routers(model),
+                input_ids=layout.ids[None],
+                position_ids=layout.positions[None],
             )
             tables.append(hidden[0])
         predicts = []

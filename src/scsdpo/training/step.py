@@ -46,6 +46,7 @@ from scsdpo.loss import (
 from scsdpo.metrics import GapCheck, PhaseTimer, log_figures, token_metrics
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.adapter import WideHead
+from scsdpo.policy.experts import balance_loss, differ, per_token
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.records import recorded
 from scsdpo.reduction import Reduction
@@ -487,7 +488,8 @@ class Update:
                 observe=self.observe,
             )
             forwards.forget(number)
-            loss = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
+            credit = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
+            loss = partial(forwards.with_experts, micro, credit)
             output = forwards.student.run(micro, forwards.with_head(loss))
             yield output, forwards.of_tokens(micro, sampler)
             forwards.student.done(micro)
@@ -582,7 +584,14 @@ class Forwards:
         self.chosen = torch.zeros_like(active).index_fill_(0, self.index, True) & active
         """[R] bool: the rows that are run."""
         self.temperature = batch.judged.responses.temperature
-        self.student = self._runner("student", self.chosen)
+        noted = batch.judged.responses.experts
+        self._experts = noted.flatten(0, 1)
+        """[R, L, layers, k] the sampler's; layers is 0 if it says none."""
+        learned = (self.chosen & batch.sampled.any(-1)).sum()
+        self._learned = max(float(all_sum(learned.double())), 1.0)
+        """Responses that are run, of all ranks."""
+        self._watches = policy.expert_balance > 0 or noted.shape[-2] > 0
+        self.student = self._runner("student", self.chosen, watches=self._watches)
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
@@ -617,9 +626,16 @@ class Forwards:
                 pair.runs = runs
         return pairs
 
-    def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
-        rows = wanted.nonzero()[:, 0].tolist()
-        return self.policy.runner(self._rows[slot], rows, self._max_tokens, weights)
+    def _runner(
+        self,
+        slot: str,
+        wanted: Tensor,
+        weights: Weights | None = None,
+        *,
+        watches: bool = False,
+    ) -> Runner:
+        chosen, rows = wanted.nonzero()[:, 0].tolist(), self._rows[slot]
+        return self.policy.runner(rows, chosen, self._max_tokens, weights, watches=watches)
 
     def tokens(self, slot: str, wanted: Tensor) -> int:
         """Distinct tokens of the wanted rows [R], with the slot's prompts."""
@@ -646,6 +662,28 @@ class Forwards:
             return use(hidden, linear, head)
 
         return used
+
+    def with_experts(
+        self,
+        micro: Sequence[int],
+        credit: Callable[[Tensor, nn.Linear, Head], LossOutput],
+        hidden: Tensor,
+        linear: nn.Linear,
+        head: Head,
+    ) -> LossOutput:
+        """The credit loss, the load-balancing loss of experts, and whether experts differ."""
+        output = credit(hidden, linear, head)
+        if not self._watches:
+            return output
+        routes = self.student.routes
+        if weight := self.policy.expert_balance:
+            lengths = self.batch.sampled[list(micro)].sum(-1).tolist()
+            balance = balance_loss(routes, lengths, per_token(self.policy.language_model))
+            output = output._replace(loss=output.loss + weight / self._learned * balance)
+        if self._experts.shape[-2]:
+            elsewhere = differ(routes.detach(), self.of_tokens(micro, self._experts))
+            output = output._replace(elsewhere=elsewhere)
+        return output
 
     def teacher(self, slot: str, number: int) -> TeacherOutput:
         """What a slot's teacher says of a micro-batch; nothing where nobody there reads it.
@@ -714,7 +752,7 @@ class Forwards:
         }
         # Under shards the student must run where a teacher may ask for it on some rank.
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
-        in_step = of_objective or (combines and is_sharded(self.policy))
+        in_step = of_objective or "teacher_kl" in needs or (combines and is_sharded(self.policy))
         for number, micro in enumerate(self.micro_batches if needs else []):
             here = torch.zeros_like(batch.sampled)  # [R, L]: of N values, row-major: rows ascend
             here[micro] = batch.sampled[micro]
@@ -726,8 +764,11 @@ class Forwards:
                 signals.student_logprob[here], signals.student_entropy[here] = values
             outputs = {slot: self.teacher(slot, number) for slot, run in asked.items() if run}
             if of_teacher and outputs["teacher"].hidden:
-                values = self._read(micro, self._target(outputs["teacher"], student))
+                target = self._target(outputs["teacher"], student)
+                values = self._read(micro, target)
                 signals.teacher_logprob[here], signals.teacher_entropy[here] = values
+                if "teacher_kl" in needs:
+                    signals.teacher_kl[here] = self._kl(micro, target, student())
             for table, slot in zip(signals.others, self.others, strict=True):
                 if "others" in needs and outputs[slot].hidden:
                     logprobs, _ = self._read(micro, self._target(outputs[slot], student))
@@ -765,6 +806,19 @@ class Forwards:
             here = logits(part, buffers)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         return values
+
+    def _kl(self, micro: list[int], target: LogitsOf, student: LogitsOf) -> Tensor:
+        """[N]: KL(target || student) at a micro-batch's tokens, 0 in rows without a teacher."""
+        taught = self.of_tokens(micro, self.reads["teacher"][:, None].expand_as(self.batch.sampled))
+        values, buffers = (
+            torch.zeros(taught.shape, dtype=torch.float64, device=taught.device),
+            Buffers(),
+        )
+        for part in chunks(len(taught), self.policy.vocabulary, taught.device):
+            buffers.recycle()
+            theirs, ours = target(part, buffers).log_probs, student(part, buffers).log_probs
+            values[part] = (theirs.exp() * (theirs - ours)).sum(-1).double()
+        return torch.where(taught, values, 0.0)
 
     def _objective(
         self,

@@ -11,6 +11,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
+from scsdpo.policy.experts import per_token, routers, split
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
@@ -35,6 +36,7 @@ class ContinuousBatcher:
         buffer: decides and keeps the draws.
         scheduler: has what is to be drawn.
         cache: of the scheduler's `max_tokens`.
+        notes_experts: keep the experts of every token, if the model has any.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class ContinuousBatcher:
         buffer: ResponseBuffer,
         scheduler: Scheduler,
         cache: KVCache,
+        *,
+        notes_experts: bool = False,
     ) -> None:
         self.model = model
+        self.routers = routers(model) if notes_experts else []
         self.buffer = buffer
         self.scheduler = scheduler
         self.cache = cache
@@ -155,13 +160,20 @@ class ContinuousBatcher:
         positions = torch.arange(width, device=device).expand(len(groups), -1)
         lengths = torch.tensor([len(g.ids) for g in groups], device=device)
         layout = Prefill(self.cache, groups[0].slot, lengths)
-        hidden = run_decoder(self.model, layout, input_ids=ids, position_ids=positions)
+        hidden = run_decoder(
+            self.model, layout, self.routers, input_ids=ids, position_ids=positions
+        )
         _refuse_other_layers(self.model, self.cache)
         at = torch.arange(len(groups), device=device)
         self.prompt_hidden.extend(hidden[at, lengths - 1])
 
     def _draw(self, hidden: Tensor) -> Tensor:
         """[R]: the next token of each response."""
+        if self.routers:
+            width = self.model.config.get_text_config().hidden_size
+            hidden, routes = split(hidden, len(self.routers), width)
+            chosen = routes.topk(per_token(self.model)).indices
+            self.buffer.keep_experts(chosen, self.rows, self.drawn)
         hidden, head = with_head(self.model, hidden)
         self.tables.recycle()
         logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
@@ -387,7 +399,11 @@ class ContinuousBatcher:
         self.layout.at(columns, [self.step - s for s in reversed(self.first_started.values())])
         positions = self.layout.starts + columns
         return run_decoder(
-            self.model, self.layout, input_ids=ids[:, None], position_ids=positions[:, None]
+            self.model,
+            self.layout,
+            self.routers,
+            input_ids=ids[:, None],
+            position_ids=positions[:, None],
         )[:, 0]
 
     def _layout(self) -> Decode:

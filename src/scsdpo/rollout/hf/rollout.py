@@ -47,6 +47,9 @@ class HFRollout(Rollout):
         max_tokens: room for keys and values, in tokens, padding and room to grow included; a
             single response and its prompt may exceed it. Must be >= 1.
         max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
+        note_experts: keep to which experts each token was sent, 2 layers k bytes a token, so that
+            `train/experts_differ` shows the share that the trainer sends to others. A model
+            without experts, and one that draws with transformers' own cache, has none to note.
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
@@ -56,6 +59,7 @@ class HFRollout(Rollout):
 
     max_tokens: int = 131072
     max_rows: int = 512
+    note_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_rows"):
@@ -106,7 +110,9 @@ class HFRollout(Rollout):
         # The last token of a response is never read back.
         cache = KVCache(max_tokens=self.max_tokens, longest=most - 1)
         with shared_prefix_attention(model):
-            ContinuousBatcher(model, buffer, scheduler, cache).run()
+            ContinuousBatcher(
+                model, buffer, scheduler, cache, notes_experts=self.note_experts
+            ).run()
 
     def hold_weights(
         self, policy: CausalLM, *, barrier: bool = True
