@@ -166,7 +166,7 @@ def test_what_an_environment_answers_runs_at_once(qwen3, turns, monkeypatch):
     monkeypatch.setattr(ContinuousBatcher, "run", lambda self: (run(self), steps.append(self.step)))
     drawn = play(policy, [asked(policy, worlds.Echo(), "a")], sampling=replace(SAMPLING, n=1))
     assert steps == [drawn.lengths.item()] and len(passes) == 2
-    assert drawn.extents.item() > drawn.lengths.item() + 50
+    assert drawn.extents.item() >= drawn.lengths.item() + 50
 
 
 def test_models_that_share_no_prefix_play_the_same_episodes(qwen3, turns, monkeypatch):
