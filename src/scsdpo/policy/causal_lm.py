@@ -76,7 +76,8 @@ class CausalLM(nn.Module):
     Raises:
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
-            from `configure_model`, if the architecture rescales its logits behind the head.
+            from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
+            its logits behind the head.
     """
 
     def __init__(
@@ -135,7 +136,10 @@ class CausalLM(nn.Module):
                 config = AutoConfig.from_pretrained(self._path)
                 loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(self._path, **settings)
+            loaded, told = AutoModelForCausalLM.from_pretrained(
+                self._path, output_loading_info=True, **settings
+            )
+            _refuse_missing_weights(self.name_or_path, told["missing_keys"])
         _refuse_rescaled_logits(loaded)
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
@@ -388,6 +392,15 @@ def _positions(config: PreTrainedConfig) -> int:
     rope = settings.get("rope_parameters") or {}
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
+
+
+def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise ConfigurationError(
+            f"model.policy.name_or_path: {name} lacks {names[0]}"
+            f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
+            "would draw at random: take a checkpoint of the architecture that its config.json names"
+        )
 
 
 def _refuse_rescaled_logits(model: PreTrainedModel) -> None:

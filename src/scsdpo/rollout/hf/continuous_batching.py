@@ -146,6 +146,8 @@ class ContinuousBatcher:
         self.cache.fit(self._prompt_size(), self._sizes(self.buckets))
         for chunk in _chunks(list(new)):
             self._prefill(chunk)
+        slots = torch.tensor([r.group.slot for r in requests], device=self.rows.device)
+        self.cache.states.start(slots)
         rows = torch.tensor([r.row for r in requests], device=self.rows.device)
         self.rows = torch.cat([self.rows, rows])
         self.drawn = torch.cat([self.drawn, torch.zeros_like(rows)])
@@ -247,6 +249,7 @@ class ContinuousBatcher:
         place = {request: i for i, request in enumerate(before)}
         order = torch.tensor([place[r] for r in self._running()], device=self.rows.device).long()
         self.rows, self.drawn, self.ended = self.rows[order], self.drawn[order], self.ended[order]
+        self.cache.states.order(order)
         self.has_room = True
         self._expire()
         return order
@@ -442,11 +445,11 @@ def _padded(slots: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _refuse_other_layers(model: PreTrainedModel, cache: KVCache) -> None:
-    """Every layer must have come through our attention; some keep another kind of state."""
+    """Every layer must have come by a layout; some keep another kind of state."""
     layers = model.config.get_text_config().num_hidden_layers
-    if len(cache.layers) != layers:
+    if others := layers - len(cache.layers.keys() | cache.states.prompts.keys()):
         raise ConfigurationError(
-            f"model.rollout: HFRollout stores keys and values only, and "
-            f"{layers - len(cache.layers)} of the {layers} layers of {type(model).__name__} have "
-            "none of transformers' attention interface: use VLLMRollout"
+            f"model.rollout: HFRollout keeps keys and values, and the states of linear attention "
+            f"and convolutions of Qwen3.5, Qwen3-Next and LFM2; {others} of the {layers} layers "
+            f"of {type(model).__name__} have neither: use VLLMRollout"
         )

@@ -36,8 +36,12 @@ class HFRollout(Rollout):
     In an episode of several turns a response keeps its keys and values while its environment
     answers and others are drawn; then the answer runs behind them, at once.
 
-    That needs layers of full or sliding-window softmax attention; sliding layers keep their window
-    only. Other architectures (docs/models.md) draw with transformers' own cache, rows with prompts
+    That needs layers of full or sliding-window softmax attention, or the linear attention and short
+    convolutions of Qwen3.5, Qwen3-Next and LFM2. Sliding layers keep their window only; linear
+    attention and convolutions keep, beside `max_tokens`, a state for each prompt and each response
+    in flight, whatever its length: (k - 1) C elements, and H d e in float32, a layer, where k is
+    the width of the convolution and C its channels, and H the heads of d keys and e values. Other
+    architectures (docs/models.md) draw with transformers' own cache, rows with prompts
     of one length together, each prompt run once a response. Sharded weights are gathered once, to a
     copy that every rank has while it samples. LoRA
     factors are merged into a copy of the weights that they adapt, while sampling, if there is
