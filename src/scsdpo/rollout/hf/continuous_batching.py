@@ -220,8 +220,10 @@ class ContinuousBatcher:
             request = self.waiting.pop(row, None)
             if request and ids:
                 self.buffer.extend(row, self._tokens(request), ids)
-                request.started -= len(ids)
-                self.extended[row] = ids
+                # Layers with states of another kind read it token by token, with the draws.
+                if not self.cache.states.prompts:
+                    request.started -= len(ids)
+                    self.extended[row] = ids
             elif request:
                 over.add(row)
         if over:

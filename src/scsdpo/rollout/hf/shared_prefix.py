@@ -296,6 +296,12 @@ class Extend(AttentionLayout):
             self._keep(own, key, value)
             return mixed.transpose(1, 2)
 
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise AssertionError("states read one token after the other")
+
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        raise AssertionError("states read one token after the other")
+
     def _mask(self, window: int | None, widths: tuple[int, int, int]) -> Tensor:
         """[r, 1, N, T + t + N]: which keys each new token sees, by their positions."""
         if window not in self._masks:
