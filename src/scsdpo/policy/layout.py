@@ -61,7 +61,8 @@ class PackedSegments(AttentionLayout):
         if torch.is_autocast_enabled(kind):
             narrow = torch.get_autocast_dtype(kind)
             query, key, value = (x.to(narrow) for x in (query, key, value))
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Not `x[0]`, whose backward fills a table with zeros.
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if self._states is not None:
             self._states[layer] = key, value
         return self._attention.attend(query, key, value, layer=layer, window=window)[None]
