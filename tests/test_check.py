@@ -32,7 +32,7 @@ from scsdpo.teacher import (
     SiblingDemonstration,
 )
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.answering import Answering
+from scsdpo.training.collector import Collector
 from scsdpo.types import Sampling, Verdict
 from table_policy import G, Q, TableChat, TablePolicy, judged, state
 from test_configs import scsdpo  # noqa: F401
@@ -345,7 +345,7 @@ def test_a_verifier_without_answers_and_no_teacher_hear_nothing_of_either():
 
 def test_the_shipped_policy_can_teach_itself(scsdpo, capsys, monkeypatch):  # noqa: F811
     closed = []
-    monkeypatch.setattr(Answering, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(Collector, "close", lambda self: closed.append(self))
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     asked = ["--questions=16", "--data.train.size=200", "--out=check.json", *quiet]
     assert scsdpo("check", "--config", TINY, *asked) in (0, None)

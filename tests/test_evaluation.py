@@ -111,16 +111,16 @@ def test_demonstrations_show_the_policys_own_response_and_one_to_another_questio
     monkeypatch,
     tmp_path,
 ):
-    from scsdpo.training.answering import Answering
+    from scsdpo.training.collector import Collector
 
     asked = []
-    sample = Answering.sample
+    sample = Collector.sample
 
     def spy(self, module, policy, prompts, sampling):
         asked.append([prompt.messages[-1]["content"] for prompt in prompts])
         return sample(self, module, policy, prompts, sampling)
 
-    monkeypatch.setattr(Answering, "sample", spy)
+    monkeypatch.setattr(Collector, "sample", spy)
     options = ["--demonstrations", "--data.val.verifier=runs.Always", "--out=out.json"]
     code, shown, error = scsdpo("validate", "--data.val.size=3", *options)
     assert code == 0, error

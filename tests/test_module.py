@@ -237,14 +237,14 @@ def test_a_run_whose_tokens_all_weigh_nothing_stops_and_says_so(qwen3, tmp_path)
 
 def test_a_rank_whose_tokens_all_weigh_0_runs_them_if_another_ranks_do_not(qwen3, monkeypatch):
     from batches import ALL, double_policy, parts
-    from scsdpo.training import update as module_of_update
+    from scsdpo.training import step
 
     policy = double_policy(qwen3)
     batch, update = parts(
         policy, GroupRelative(), token_weighting=Position(floor=0, centre=9, width=0.01)
     )
     assert list(update.losses(policy, batch, ALL, 10**6)) == []
-    monkeypatch.setattr(module_of_update, "all_max", torch.ones_like)
+    monkeypatch.setattr(step, "all_max", torch.ones_like)
     ((output, _),) = update.losses(policy, batch, ALL, 10**6)
     assert output.loss == 0 and len(output.logprob) == batch.sampled[batch.active].sum()
 

@@ -46,15 +46,15 @@ def test_a_prediction_that_was_stopped_goes_on_and_equals_one_that_was_not(
     with pytest.raises(SystemExit):
         predict(tmp_path, qwen3, Stopping(str(halves)))
     assert not halves.exists()
-    from scsdpo.training.answering import Answering
+    from scsdpo.training.collector import Collector
 
-    asked, sample = [], Answering.sample
+    asked, sample = [], Collector.sample
 
     def spy(self, module, policy, prompts, sampling):
         asked.extend(prompt.key for prompt in prompts)
         return sample(self, module, policy, prompts, sampling)
 
-    monkeypatch.setattr(Answering, "sample", spy)
+    monkeypatch.setattr(Collector, "sample", spy)
     predict(tmp_path, qwen3, PredictionWriter(str(halves)))
     assert asked == ["toy/4", "toy/5"]
     assert halves.read_bytes() == whole.read_bytes()

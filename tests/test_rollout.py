@@ -309,12 +309,6 @@ def test_an_unrendered_prompt_is_refused(policy, prompts):
         HFRollout().sample(policy, [replace(prompts[0], ids=())], SAMPLING)
 
 
-def test_layers_of_other_kinds_are_refused(policy, prompts):
-    policy.language_model.config.layer_types[0] = "linear_attention"
-    with pytest.raises(ConfigurationError, match="layers of linear_attention: use VLLM"):
-        HFRollout().sample(policy, prompts, SAMPLING)
-
-
 def test_a_layer_that_bypasses_the_attention_is_refused(policy, prompts, monkeypatch):
     layer = policy.language_model.get_decoder().layers[1]
     monkeypatch.setattr(

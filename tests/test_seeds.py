@@ -10,7 +10,7 @@ from runs import Toys, data, module, trainer, weights
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.seeds import resolved
-from scsdpo.training.optimizer_steps import trained_parameters
+from scsdpo.training.step import trained_parameters
 from scsdpo.types import Sampling
 
 

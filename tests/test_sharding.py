@@ -11,7 +11,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import flat_mesh
-from scsdpo.training.dealing import balanced, split
+from scsdpo.training.balancing import balanced, split
 
 
 class Mesh(SimpleNamespace):

@@ -27,7 +27,7 @@ from scsdpo.teacher import (
     TrustRegion,
 )
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.answering import Answering
+from scsdpo.training.collector import Collector
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch, Verification, Verifier
 
@@ -141,13 +141,13 @@ def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(polic
     assert inspect.signature(PolicyOptimizer).parameters["success_threshold"].default == 1
     responses = group(["0", "1", "0.5", "0.9999"], [0.0] * 4, chat=policy.chat).responses
     prompts = tuple(replace(prompt, verifier=Half()) for prompt in responses.prompts)
-    answering = Answering(HFRollout(), Verification(workers=0), 1.0, PhaseTimer())
+    collector = Collector(HFRollout(), Verification(workers=0), 1.0, PhaseTimer())
     with caplog.at_level(logging.INFO):
         whole = replace(responses, prompts=prompts, texts=(("0", "1", "1", "0"),))
-        assert answering.judge(whole, "train").successes.tolist() == [[False, True, True, False]]
+        assert collector.judge(whole, "train").successes.tolist() == [[False, True, True, False]]
         assert not caplog.messages
         for _ in range(2):
-            judged = answering.judge(replace(responses, prompts=prompts), "train")
+            judged = collector.judge(replace(responses, prompts=prompts), "train")
             assert judged.successes.tolist() == [[False, True, False, False]]
     assert caplog.messages == [
         "a reward between 0 and 1 (0.5): a success is a reward of at least 1 "

@@ -55,7 +55,7 @@ def questions_of(batch):
 def traced(name, tmp_path):
     """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
     model = module(name, tmp_path, verification={"workers": 0})
-    model.answering.rollout = Drawn()
+    model.collector.rollout = Drawn()
     width = judged().responses.sampled.shape[-1]
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
     table = torch.zeros(questions * G * width, V, dtype=torch.float64)

@@ -20,7 +20,7 @@ from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.records import JsonLines, Outage, outage
-from scsdpo.training.newest import newest_checkpoint
+from scsdpo.training.on_failure import newest_checkpoint
 
 OTHERS = r"(the record of responses|health\.jsonl) failed, the run goes on"
 """Beside what a test is about."""

@@ -19,7 +19,7 @@ from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.training import Limits
 from scsdpo.training.budget import CALM, Budget, OutOfMemory
-from scsdpo.training.newest import newest_checkpoint
+from scsdpo.training.on_failure import newest_checkpoint
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(

@@ -19,7 +19,7 @@ from scsdpo.checkpoints import LAST, Checkpoint
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.teacher import NoTeacher
 from scsdpo.training import Limits
-from scsdpo.training.newest import newest_checkpoint
+from scsdpo.training.on_failure import newest_checkpoint
 from scsdpo.types import Sampling
 
 

@@ -12,8 +12,7 @@ from scsdpo.advantage import GroupRelative, LeaveOneOut, Unscaled
 from scsdpo.reduction import TokenSum
 from scsdpo.statistics import Estimate, mean_interval
 from scsdpo.training import Batch, PolicyOptimizer
-from scsdpo.training.optimizer_steps import trained_parameters
-from scsdpo.training.update import Update
+from scsdpo.training.step import Update, trained_parameters
 from scsdpo.types import Judged
 from scsdpo.weighting import UniformTokens
 

@@ -27,4 +27,4 @@ class Looking(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Let the rollout's engine go, and the processes that judge."""
-        self.model.answering.close()
+        self.model.collector.close()

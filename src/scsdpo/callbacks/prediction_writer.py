@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.files import parsed, whole_lines, write_whole
-from scsdpo.records import JsonLines, Recorded
+from scsdpo.records import JsonLines, recorded
 
 SCHEMA_VERSION = 1
 FORMATS = (".jsonl", ".parquet")
@@ -57,7 +57,6 @@ class PredictionWriter(BasePredictionWriter):
             raise ConfigurationError(
                 f"predictions: {self.path} exists and is complete; move it or choose another path"
             )
-        assert isinstance(pl_module, Recorded)
         about = self._about(trainer, pl_module)
         self._check(about)
         kept = _complete(self._rows(), about["sampling"]["n"])
@@ -69,13 +68,13 @@ class PredictionWriter(BasePredictionWriter):
         done = {(row["key"], row["sample"] // k) for row in kept}
         trainer.datamodule.answered = done  # type: ignore[attr-defined]
 
-    def _about(self, trainer: L.Trainer, pl_module: Recorded) -> dict[str, Any]:
+    def _about(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         changed = checkpoint.stat().st_mtime_ns if checkpoint and checkpoint.exists() else None
         about = {
             "schema_version": SCHEMA_VERSION,
             "kind": "predictions",
-            **pl_module.described(),
+            **recorded(pl_module).described(),
             "checkpoint": str(checkpoint) if checkpoint else None,
             "checkpoint_changed_ns": changed,
         }
@@ -138,8 +137,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         prompts = trainer.datamodule.val_prompts()  # type: ignore[attr-defined]
         order = {(prompt.key, prompt.copy): place for place, prompt in enumerate(prompts)}
-        assert isinstance(pl_module, Recorded)
-        k = pl_module.described()["sampling"]["n"]
+        k = recorded(pl_module).described()["sampling"]["n"]
         rows = sorted(
             self._rows(),
             key=lambda row: (order.get((row["key"], row["sample"] // k), -1), row["sample"]),

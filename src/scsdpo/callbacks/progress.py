@@ -12,7 +12,7 @@ from rich.text import Text
 from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.io.text import in_one_line
-from scsdpo.records import Recorded, TextLog
+from scsdpo.records import TextLog, recorded
 
 FIRST = (
     ("pass_rate", "pass rate"),
@@ -64,13 +64,11 @@ class Progress(RolloutCallback):
         self._since, self._began = 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Recorded)
         self._sums, self._since = {}, time.monotonic()
-        self._began = int(pl_module.batches)
+        self._began = int(recorded(pl_module).batches)
 
     def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
-        assert isinstance(module, Recorded)
-        now, judged = int(module.batches), batch.judged
+        now, judged = int(recorded(module).batches), batch.judged
         if not trainer.is_global_zero or not judged.prompts:
             return
         if self.responses and _due(now, self.responses_every):
@@ -106,9 +104,9 @@ class Progress(RolloutCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, Recorded)
-        metrics, now = trainer.callback_metrics, int(pl_module.batches)
-        for name in pl_module.logged:
+        module, metrics = recorded(pl_module), trainer.callback_metrics
+        now = int(module.batches)
+        for name in module.recorder.logged:
             value = float(metrics[name]) if name in metrics else math.nan
             if name.startswith("train/") and math.isfinite(value):
                 total, count = self._sums.get(name[6:], (0.0, 0))

@@ -39,7 +39,8 @@ def show_rollouts(module: L.LightningModule, judged: Judged) -> None:
 
 
 def show_batch(module: L.LightningModule, batch: Batch) -> None:
-    """Hand what is learned from to every `RolloutCallback` of the module's trainer."""
+    """Hand what is learned from to every `RolloutCallback`: all `on_rollouts`, then `on_batch`."""
+    show_rollouts(module, batch.judged)
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RolloutCallback):
             callback.on_batch(module.trainer, module, batch)

@@ -13,7 +13,7 @@ from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.distributed import all_gather
 from scsdpo.policy import CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.records import BatchFiles, Outage, Recorded, TokenTrace, run_folder
+from scsdpo.records import BatchFiles, Outage, TokenTrace, recorded, run_folder
 from scsdpo.records.lines import rollout_record, token_record
 from scsdpo.types import Judged, Prompt, stable_hash
 
@@ -87,14 +87,15 @@ class RunRecords(RolloutCallback):
         self._run = ""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Recorded)
         folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
         self._run = "/".join(folder.parts[-2:])
         self._batch, self._validated = None, []
         if not trainer.is_global_zero or self.questions == 0:
             return
         self._files = {name: BatchFiles(folder / name, self._most_bytes) for name in FOLDERS}
-        self._outage.attempt(partial(self._begin, int(pl_module.batches), trainer.ckpt_path))
+        self._outage.attempt(
+            partial(self._begin, int(recorded(pl_module).batches), trainer.ckpt_path)
+        )
 
     def _begin(self, batch: int, checkpoint: str | Path | None) -> None:
         for files in self._files.values():
@@ -104,14 +105,12 @@ class RunRecords(RolloutCallback):
         if trainer.state.fn != "fit" or self.questions == 0 or judged.split == "train":
             return
         if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
-            assert isinstance(module, Recorded)
             self._keep_validation(module, judged, self._where(trainer, module))
 
     def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
         """Choose what to write of a batch, and what to trace; its kernel has not run yet."""
         if self.questions == 0:
             return
-        assert isinstance(module, Recorded)
         where, judged = self._where(trainer, module), batch.judged
         active = batch.active.view_as(judged.successes).tolist()
         successes = judged.successes.tolist()
@@ -140,7 +139,7 @@ class RunRecords(RolloutCallback):
         if rows:
             taught, length = batch.plan.needs_teacher.flatten(), batch.ids.shape[-1]
             trace = TokenTrace(rows, taught, length=length, candidates=self.candidates)
-            module.watch(trace)
+            recorded(module).recorder.watch(trace)
         self._batch = _Batch(batch, where, chosen, set(traced), trace)
 
     def on_train_batch_end(
@@ -180,10 +179,16 @@ class RunRecords(RolloutCallback):
             lines.append((group.draw, g, record, tokens))
         return lines
 
-    def _where(self, trainer: L.Trainer, module: Recorded) -> dict[str, Any]:
-        return {"run": self._run, "batch": int(module.batches), "step": trainer.global_step}
+    def _where(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        return {
+            "run": self._run,
+            "batch": int(recorded(module).batches),
+            "step": trainer.global_step,
+        }
 
-    def _keep_validation(self, module: Recorded, judged: Judged, where: dict[str, Any]) -> None:
+    def _keep_validation(
+        self, module: L.LightningModule, judged: Judged, where: dict[str, Any]
+    ) -> None:
         """The questions that come first in a draw that is the same at every validation."""
         made: dict[str, Any] = {"where": where, "chat": _chat(module), "traced": False}
         for q, prompt in enumerate(judged.prompts):

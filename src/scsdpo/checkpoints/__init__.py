@@ -6,8 +6,8 @@ from scsdpo.checkpoints.comparing import Change, Rule, changes
 from scsdpo.checkpoints.fitting import fit_weights
 from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.reading import Saved, checkpoint_in
-from scsdpo.checkpoints.resumable import Resumable
-from scsdpo.checkpoints.safe_point import SafePoint, under_way
+from scsdpo.checkpoints.resuming import take_back, write_whole_files
+from scsdpo.checkpoints.safe_point import SafePoint, count_batches, under_way
 from scsdpo.checkpoints.saying import say
 from scsdpo.checkpoints.writing import WholeFiles, install, part_of, remove_parts
 
@@ -17,13 +17,13 @@ __all__ = [
     "Change",
     "Checkpoint",
     "FullySharded",
-    "Resumable",
     "Rule",
     "SafePoint",
     "Saved",
     "WholeFiles",
     "changes",
     "checkpoint_in",
+    "count_batches",
     "fit_weights",
     "install",
     "newest",
@@ -31,6 +31,8 @@ __all__ = [
     "part_of",
     "remove_parts",
     "say",
+    "take_back",
     "under_way",
     "usable_neighbour",
+    "write_whole_files",
 ]

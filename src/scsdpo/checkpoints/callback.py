@@ -18,7 +18,7 @@ from torch import Tensor
 from scsdpo.checkpoints.choosing import highest_number
 from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.reading import NUMBER, number
-from scsdpo.checkpoints.resumable import Resumable
+from scsdpo.checkpoints.safe_point import SafePoint
 from scsdpo.checkpoints.saving import disk_outage, everywhere
 from scsdpo.checkpoints.saying import say
 from scsdpo.checkpoints.shards import Background
@@ -138,14 +138,14 @@ class Checkpoint(ModelCheckpoint):
         Its last state could not be written, or what was written is not there or cannot be read.
         Every rank has an answer, and rank 0's counts.
         """
-        module = trainer.lightning_module
+        point = SafePoint.of(trainer.lightning_module)
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if quick or not isinstance(module, Resumable) or module.safe_point.batch < 0:
+        if quick or point is None or point.batch < 0:
             return ""  # no batch was begun
         error = self._outage.error
         why = f": {first_line(error)}" if error else ""
         if self._due_place(trainer) is not None:
-            return f"the state after batch {module.safe_point.batch} is not saved{why}"
+            return f"the state after batch {point.batch} is not saved{why}"
         if not self._written:
             return f"{self._refused} is not saved{why}"
         newest = self.last_model_path if self.save_last else self._last_checkpoint_saved
@@ -157,16 +157,15 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the state after the last finished batch, if it is still there, and say where."""
-        if not isinstance(pl_module, Resumable):
-            return  # a command that looks at a policy, and saves nothing
-        if not self._may_save(trainer) or pl_module.safe_point.batch < 0:
+        point = SafePoint.of(pl_module)  # None: a command that looks at a policy, saves nothing
+        if point is None or point.batch < 0 or not self._may_save(trainer):
             return
         if isinstance(exception, Interrupted):  # on every rank
             self._save_last(trainer)
             self._finish(trainer)
             if self._place is not None and not is_remote(self.last_model_path):
                 hand_over(trainer, self._folder / LAST, exception.signum)
-        elif pl_module.safe_point.is_whole(trainer) and not _is_sharded(trainer):
+        elif point.is_whole(trainer) and not _is_sharded(trainer):
             self._rescue(trainer)
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
@@ -194,8 +193,9 @@ class Checkpoint(ModelCheckpoint):
     def _due_place(self, trainer: L.Trainer) -> tuple[int, int] | None:
         """Where the run is, unless that is saved already."""
         module = trainer.lightning_module
-        assert isinstance(module, Resumable)
-        place = module.safe_point.place(module)
+        point = SafePoint.of(module)
+        assert point is not None
+        place = point.place(module)
         return place if self.save_last and place != self._place else None
 
     def _save_last(self, trainer: L.Trainer) -> None:

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 
-from scsdpo.records import Recorded
+from scsdpo.records import recorded
 from scsdpo.state import all_remembered
 
 
@@ -29,26 +29,32 @@ class SafePoint:
         self._metrics: dict[str, float] = {}
         self._loaders: Any = None
 
-    def keep(self, module: Recorded) -> None:
+    @classmethod
+    def of(cls, module: L.LightningModule) -> "SafePoint | None":
+        """The one of a `PolicyOptimizer`; None: another module, which is not trained."""
+        found = vars(module).get("safe_point")
+        return found if isinstance(found, cls) else None
+
+    def keep(self, module: L.LightningModule) -> None:
         """Take down what is now."""
         trainer = module.trainer
-        self.batch, self.step = int(module.batches), trainer.global_step
+        self.batch, self.step = int(recorded(module).batches), trainer.global_step
         own = ((n, b) for n, b in module.named_buffers() if not n.startswith("policy."))
         self._buffers = {name: buffer.clone() for name, buffer in own}
         self._remembered = copy.deepcopy(all_remembered(module))
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._loaders = _position(trainer)
 
-    def place(self, module: Recorded) -> tuple[int, int]:
+    def place(self, module: L.LightningModule) -> tuple[int, int]:
         """The last finished batch, and the last one that a validation followed."""
-        batch = self.batch if under_way(module.trainer) else int(module.batches)
+        batch = self.batch if under_way(module.trainer) else int(recorded(module).batches)
         return batch, self.validated
 
     def is_whole(self, trainer: L.Trainer) -> bool:
         """Whether the weights are still those after the last finished batch."""
         return not under_way(trainer) or self.step == trainer.global_step
 
-    def into(self, checkpoint: dict[str, Any], module: Recorded) -> None:
+    def into(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
         """Complete what Lightning saves: the loops, and all else, between two batches."""
         checkpoint["remembered"] = all_remembered(module)
         checkpoint["validated"] = self.validated
@@ -64,6 +70,12 @@ class SafePoint:
                 checkpoint["metrics"] = self._metrics
         batch, validated = self.place(module)
         _between_batches(loops, module.trainer, validated=batch == validated)
+
+
+def count_batches(trainer: L.Trainer) -> None:
+    """Loggers count batches; after a resume Lightning is off by one at times."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
 
 def under_way(trainer: L.Trainer) -> bool:

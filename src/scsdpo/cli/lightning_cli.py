@@ -34,7 +34,7 @@ from scsdpo.interrupt import Interrupted
 from scsdpo.io.files import write_whole
 from scsdpo.records import Outage, hold, run_folder
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.newest import told
+from scsdpo.training.on_failure import where_to_resume
 
 _COMPARED = (*SECTIONS, "seed_everything")
 """Parts of the configuration that a checkpoint holds."""
@@ -133,7 +133,7 @@ class CLI(LightningCLI):
         )
         faults = [fault for saver in savers if (fault := saver.unsaved(self.trainer))]
         if faults and self.trainer.is_global_zero:
-            raise TrainingStopped(f"{'; '.join(faults)}; {told(self.trainer)}")
+            raise TrainingStopped(f"{'; '.join(faults)}; {where_to_resume(self.trainer)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:

@@ -17,8 +17,8 @@ from scsdpo.records import (
     HealthRecord,
     JsonLines,
     Outage,
-    Recorded,
     TextLog,
+    recorded,
     run_folder,
 )
 
@@ -43,12 +43,11 @@ class Health(L.Callback):
         self._folder = Path()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Recorded)
         self._folder, self._file = run_folder(trainer), None  # everyone must ask
         self._past, self._said = Series(), set()
         if trainer.is_global_zero and self.rules:
             file = JsonLines(self._folder / NAME)
-            batch, checkpoint = int(pl_module.batches), trainer.ckpt_path
+            batch, checkpoint = int(recorded(pl_module).batches), trainer.ckpt_path
             self._outage.attempt(partial(file.begin, batch, checkpoint))
             self._file = file
 
@@ -75,17 +74,16 @@ class Health(L.Callback):
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At what was logged since the last record of it."""
-        assert isinstance(pl_module, Recorded)
         if self._file is None:
             return
-        metrics = trainer.callback_metrics
-        names = (name for name in pl_module.logged if name in metrics)
+        module, metrics = recorded(pl_module), trainer.callback_metrics
+        names = (name for name in module.recorder.logged if name in metrics)
         self._past.add({name: float(metrics[name]) for name in names})
         for rule in self.rules:
             name = type(rule).__name__
             if name not in self._said and (finding := rule.look(self._past)):
                 self._said.add(name)
-                place = {"batch": int(pl_module.batches), "step": trainer.global_step}
+                place = {"batch": int(module.batches), "step": trainer.global_step}
                 self._say(trainer, name, rule, finding, place)
 
     def _say(

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,12 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from scsdpo.distributed import all_max
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.location import located
+from scsdpo.policy.row_path import RowPath, known_path
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
@@ -53,7 +56,8 @@ class CausalLM(nn.Module):
         name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
         dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
             bfloat16 on GPU and float32 on CPU.
-        attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
+        attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`,
+            where the architecture allows it (docs/models.md).
         adapter: `FullFineTune()` or `Lora(...)`.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
         gathered_dtype: under shards, in which dtype a layer's weights are gathered to run it.
@@ -100,6 +104,8 @@ class CausalLM(nn.Module):
         except ValueError as error:
             raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
+        self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
+        """How rows run, from the architecture alone; the self-check may find more."""
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
         self._held: list[PreTrainedModel] = []
@@ -114,7 +120,7 @@ class CausalLM(nn.Module):
         if self.model is not None:
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
-        settings = {"dtype": dtype, "attn_implementation": self.attn_implementation}
+        settings = {"dtype": dtype, "attn_implementation": self.known.implementation}
         if to_shard:
             with torch.device("meta"):
                 config = AutoConfig.from_pretrained(self._path)
@@ -176,7 +182,12 @@ class CausalLM(nn.Module):
     @property
     def share_prefixes(self) -> bool:
         """Whether every common start of prompts runs once."""
-        return self.attn_implementation == "sdpa"
+        return self.known.path is RowPath.SHARED
+
+    def run_rows(self, path: RowPath, reason: str) -> None:
+        """From now on rows run by `path`, because of `reason`; every rank must say so."""
+        self.known = replace(self.known, path=path, reason=reason)
+        self._memory_lines.clear()
 
     def token_budget(self) -> int:
         """Tokens of a step whose activations fit in half of the free memory, measured once.
@@ -231,10 +242,19 @@ class CausalLM(nn.Module):
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
-        if not self.share_prefixes:
-            return SeparateRows(within, rows, chosen, max_tokens, in_step=together)
-        learns = weights is None
-        return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
+        path = self._path_of(rows, chosen, in_step=together)
+        if path is RowPath.SHARED and self.share_prefixes:
+            learns = weights is None
+            return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
+        alone = path is RowPath.ALONE
+        return SeparateRows(within, rows, chosen, max_tokens, in_step=together, alone=alone)
+
+    def _path_of(self, rows: Rows, chosen: Sequence[int], *, in_step: bool) -> RowPath:
+        lengths = rows.present.sum(-1).tolist()
+        longest = max((len(rows.prompts[row]) + lengths[row] - 1 for row in chosen), default=0)
+        if in_step and self.known.is_length_dependent:
+            longest = int(all_max(torch.tensor(longest)))
+        return self.known.of(longest)
 
     def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` on the language model, in one root forward.

@@ -1,10 +1,11 @@
 """Rows of tokens, prompt then response, and the plain way to run them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.upload import upload
@@ -68,9 +69,10 @@ class Rows:
 def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     """[N, D] hidden states that predict the sampled tokens, in row-major order."""
     rows = rows.to(model.device)
-    device = rows.ids.device
+    device, decoder = rows.ids.device, model.get_decoder()
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
-    lengths = rows.present.sum(-1)
+    # A response's last token predicts nothing and is left out.
+    lengths = (rows.present.sum(-1) - 1).clamp(min=0)
     total = starts + lengths
     width = int(total.max())
     ids = torch.full((len(rows.prompts), width), rows.pad_id, device=device)
@@ -78,15 +80,31 @@ def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
         row[: len(prompt)] = torch.tensor(prompt, device=device)
         row[len(prompt) : len(prompt) + n] = response[:n]
     places = torch.arange(width, device=device)
-    hidden = (
-        model.get_decoder()(
-            input_ids=ids,
-            attention_mask=(places < total[:, None]).long(),
-            position_ids=places.expand(len(ids), -1),
-            use_cache=False,
-        )
-    ).last_hidden_state
+    # Positions are the model's own: some count from 2, some from the states that they carry.
+    inputs = {"input_ids": ids}
+    if bool((total < width).any()) and "attention_mask" in _arguments(decoder):
+        inputs["attention_mask"] = (places < total[:, None]).long()
+    reset_frequencies(decoder)
+    hidden = decoder(**inputs, use_cache=False).last_hidden_state
     # The state at place t predicts the token at t + 1.
     predicts = starts[:, None] - 1 + torch.arange(rows.ids.shape[1], device=device)
     index = predicts.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index)[rows.sampled]
+
+
+def _arguments(decoder: nn.Module) -> Mapping[str, object]:
+    return signature(decoder.forward).parameters
+
+
+def reset_frequencies(model: nn.Module) -> None:
+    """Let the next forward choose rotary frequencies by its own length.
+
+    A dynamic embedding keeps those of the longest row so far until a short one comes.
+    """
+    for part in model.modules():
+        for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
+            first = name.removesuffix("max_seq_len_cached") + "inv_freq"
+            original = getattr(part, first.replace("inv_freq", "original_inv_freq"), None)
+            if original is not None and getattr(part, name) != part.original_max_seq_len:
+                setattr(part, name, part.original_max_seq_len)
+                part._buffers[first] = original

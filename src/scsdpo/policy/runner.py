@@ -50,7 +50,7 @@ class Runner(ABC):
 
 
 class SeparateRows(Runner):
-    """One padded row per response, its prompt run again in each; for any attention there is.
+    """One row per response, its prompt run again in each; for any causal model there is.
 
     Args:
         within: the weights.
@@ -58,6 +58,7 @@ class SeparateRows(Runner):
         chosen: those to run.
         budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
+        alone: each row is a forward of its own; otherwise those of a micro-batch are padded.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class SeparateRows(Runner):
         budget: int,
         *,
         in_step: bool = False,
+        alone: bool = False,
     ) -> None:
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
-        self._in_step = in_step
+        self._in_step, self._alone = in_step, alone
 
     def micro_batches(self) -> list[list[int]]:
         """Rows of similar length together, as each is padded to the longest; longest first."""
@@ -80,10 +82,18 @@ class SeparateRows(Runner):
         return _padded(filled(longest_first, sizes, self._budget), self._in_step)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
-        rows = self._rows.at(micro) if micro else self._rows.nothing()
-        return self._within(
-            lambda model: loss(separate_rows(model, rows), model.get_output_embeddings())
-        )
+        forwards = [[row] for row in micro] if self._alone else [list(micro)] if micro else []
+        most = max(len(forwards), 1)
+        if self._alone and self._in_step:
+            most = int(all_max(torch.tensor(most)))
+        batches = [self._rows.at(each) for each in forwards]
+        batches += [self._rows.nothing()] * (most - len(batches))
+
+        def work(model: PreTrainedModel) -> T:
+            hidden = [separate_rows(model, rows) for rows in batches]
+            return loss(torch.cat(hidden), model.get_output_embeddings())
+
+        return self._within(work)
 
     def done(self, micro: Sequence[int]) -> None:
         pass

@@ -7,7 +7,7 @@ from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.lock import hold, release
 from scsdpo.records.metrics_file import MetricsFile
 from scsdpo.records.outage import Outage, guard
-from scsdpo.records.recorded import Recorded
+from scsdpo.records.recorder import Recorded, Recorder, recorded
 from scsdpo.records.schema import (
     SCHEMA_VERSION,
     HealthRecord,
@@ -29,6 +29,7 @@ __all__ = [
     "Outage",
     "Place",
     "Recorded",
+    "Recorder",
     "RolloutRecord",
     "TextLog",
     "TokenRecord",
@@ -37,6 +38,7 @@ __all__ = [
     "environment",
     "guard",
     "hold",
+    "recorded",
     "release",
     "run_folder",
     "runs_folder",

@@ -11,7 +11,7 @@ from scsdpo.records.folder import run_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.lock import hold, release
 from scsdpo.records.outage import Outage
-from scsdpo.records.recorded import Recorded
+from scsdpo.records.recorder import recorded
 
 NAME = "metrics.jsonl"
 
@@ -42,12 +42,11 @@ class MetricsFile(L.Callback):
             hold(trainer, run_folder(trainer), needed=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Recorded)
         folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
-        self._begin = int(pl_module.batches), trainer.ckpt_path
+        self._begin = int(recorded(pl_module).batches), trainer.ckpt_path
         self._outage.attempt(self._begin_file)
 
     def on_train_batch_end(
@@ -75,12 +74,12 @@ class MetricsFile(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What was logged since the last time, into the line of the batch."""
-        assert isinstance(pl_module, Recorded)
-        logged, metrics = pl_module.take_logged(), trainer.callback_metrics
+        module, metrics = recorded(pl_module), trainer.callback_metrics
+        logged = module.recorder.take_logged()
         if self._file is None:
             return
         figures = {name: float(metrics[name]) for name in sorted(logged) if name in metrics}
-        place = {"batch": int(pl_module.batches), "step": trainer.global_step, "time": time.time()}
+        place = {"batch": int(module.batches), "step": trainer.global_step, "time": time.time()}
         self._waiting.append(place | figures)
         self._write_waiting()
 

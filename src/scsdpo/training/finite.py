@@ -17,7 +17,7 @@ LARGEST = 1e15
 _OWNERS = ("policy", "teacher", "reference")
 
 
-def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
+def non_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     """In words, which of the model's weights are no finite numbers below `LARGEST`; '': none.
 
     Args:
@@ -41,21 +41,21 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     )
 
 
-def spoiled_anywhere(state: Mapping[str, Tensor]) -> str:
-    """As `spoiled`, of a state to be saved; where it is in shards all ranks hear the same."""
-    fault = spoiled(state.items())
+def non_finite_anywhere(state: Mapping[str, Tensor]) -> str:
+    """`non_finite` of a state to be saved; where it is in shards all ranks hear the same."""
+    fault = non_finite(state.items())
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return fault
     return next(filter(None, all_gather([fault])), "")
 
 
 def weight_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Of all of them together; inf or nan where one is spoiled."""
+    """The norm of all of them together; inf or nan where an entry is not finite."""
     return float(total_norm(parameters))
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Of all of them together, all ranks' shards included."""
+    """The norm of all of them together, all ranks' shards included."""
     norm = torch.nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -78,7 +78,7 @@ def check_sampled(responses: Responses, model: nn.Module) -> None:
     # The policy's own log-probs may be unknown: vLLM gives none of a cut distribution.
     if bool(responses.sampling_logprobs.where(responses.sampled, 0.0).isfinite().all()):
         return
-    fault = spoiled(model.named_parameters()) or (
+    fault = non_finite(model.named_parameters()) or (
         "the policy's logits are not finite, though its weights are: they overflow on the way"
     )
     raise TrainingStopped(
@@ -87,7 +87,7 @@ def check_sampled(responses: Responses, model: nn.Module) -> None:
     )
 
 
-def blamed(
+def not_finite_because(
     outputs: Sequence[LossOutput], figures: dict[str, float], model: nn.Module
 ) -> tuple[str, bool]:
     """In words, what made a step's loss or gradient non-finite; and whether it is weights.
@@ -97,7 +97,7 @@ def blamed(
         figures: loss and gradient norm.
         model: has the policy and its teachers.
     """
-    if fault := spoiled(model.named_parameters()):
+    if fault := non_finite(model.named_parameters()):
         return fault, True
     kinds = {
         "the policy's logits": [output.logprob for output in outputs],

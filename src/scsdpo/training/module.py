@@ -7,12 +7,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from scsdpo import interrupt
 from scsdpo.advantage import Advantage, Batch
-from scsdpo.callbacks import Progress, RunRecords, show_batch, show_rollouts
-from scsdpo.checkpoints import Resumable, fit_weights
+from scsdpo.callbacks import Progress, RunRecords, show_batch
+from scsdpo.checkpoints import (
+    Change,
+    SafePoint,
+    count_batches,
+    fit_weights,
+    take_back,
+    write_whole_files,
+)
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
@@ -25,25 +32,17 @@ from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
-from scsdpo.records import MetricsFile, guard
+from scsdpo.records import MetricsFile, Recorder, guard
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
 from scsdpo.teacher import NoTeacher, Teacher, contexts_of
-from scsdpo.training.answering import Answering
-from scsdpo.training.dealing import deal, split
-from scsdpo.training.evaluation import Evaluation
-from scsdpo.training.evaluation_files import EvaluationFiles
-from scsdpo.training.finite import spoiled_anywhere
-from scsdpo.training.held_weights import HeldWeights
-from scsdpo.training.limits import Limits
+from scsdpo.training.balancing import balance_ranks, split
+from scsdpo.training.collector import Collector
+from scsdpo.training.evaluation import Evaluation, EvaluationFiles, GatheredWeights
+from scsdpo.training.finite import non_finite_anywhere
 from scsdpo.training.on_failure import OnFailure
-from scsdpo.training.optimizer_steps import (
-    OptimizerSteps,
-    refuse_what_cannot_resume,
-    trained_parameters,
-)
 from scsdpo.training.run_checks import (
     check_course,
     check_settings,
@@ -51,6 +50,7 @@ from scsdpo.training.run_checks import (
     make_schedule,
     say_what_ended,
 )
+from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.types import Judged, Prompt, Responses, Sampling
@@ -58,7 +58,7 @@ from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
 
-class PolicyOptimizer(Resumable):
+class PolicyOptimizer(L.LightningModule):
     """Self-distillation policy optimization, composed of strategies.
 
     Each batch of questions is answered, judged, and learned from:
@@ -96,6 +96,9 @@ class PolicyOptimizer(Resumable):
     Raises:
         ConfigurationError: if the strategies do not fit together.
     """
+
+    batches: Tensor
+    """Of training questions since the run began; not steps, for a batch may take none."""
 
     def __init__(
         self,
@@ -153,11 +156,17 @@ class PolicyOptimizer(Resumable):
             objective_name=advantage.objective_name,
         )
         self.timer = self.steps.update.timer
-        self.answering = Answering(rollout, verification, success_threshold, self.timer)
-        self.evaluation = Evaluation(self.answering)
+        self.collector = Collector(rollout, verification, success_threshold, self.timer)
+        self.evaluation = Evaluation(self.collector)
         self.weightings = strategies.weightings()
         self.memory = memory(self, strategies.remembering())
         self._configured = False
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.recorder, self.safe_point = Recorder(), SafePoint()
+        self.changed: Sequence[Change] = ()
+        """What the configuration has changed since the checkpoint that will be loaded."""
+        self.policy_only = False
+        """Whether a checkpoint is loaded for its policy, and not to go on from it."""
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Every run plans its memory, shows and keeps what happens, and fails well.
@@ -171,7 +180,7 @@ class PolicyOptimizer(Resumable):
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         own = (
             *(MemoryPlan(), Progress(), Health(), MetricsFile(), RunRecords()),
-            *(EvaluationFiles(self.evaluation), OnFailure(), HeldWeights()),
+            *(EvaluationFiles(self.evaluation), OnFailure(), GatheredWeights()),
         )
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
@@ -182,18 +191,18 @@ class PolicyOptimizer(Resumable):
             ConfigurationError: if the longest prompt leaves the sampler no room for a response, or
                 schedule, validations and monitors do not fit the run.
         """
-        super().setup(stage)
+        write_whole_files(self.trainer, resumes=stage == "fit")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
             if stage == "fit":
-                self.answering.check_room("sampling", self.sampling, most)
+                self.collector.check_room("sampling", self.sampling, most)
                 longest = max(source.longest for source in data.train_set.sources)
                 check_context(self, data.train_sources[0], longest)
-            self.answering.check_room("val_sampling", self.val_sampling, most)
+            self.collector.check_room("val_sampling", self.val_sampling, most)
         if stage == "fit":
             check_course(self.trainer, self)
-        self.answering.verifiers.start()
+        self.collector.verifiers.start()
 
     def configure_model(self) -> None:
         """Load the weights, the teacher's after the policy's; a second call does nothing."""
@@ -222,7 +231,13 @@ class PolicyOptimizer(Resumable):
                 "with adapter Lora and dtype auto"
             )
         optimizer = self.optimizer(parameters)
-        refuse_what_cannot_resume(optimizer)
+        if type(optimizer).__module__.partition(".")[0] == "torchao":
+            raise ConfigurationError(
+                f"model.optimizer: a run with torchao's {type(optimizer).__name__} cannot go on "
+                "from its checkpoints, which do not give back quantised states; use "
+                "torch.optim.AdamW, and shards (configs/scale) where its 8 bytes a parameter are "
+                "too many"
+            )
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(self, optimizer)}
 
     # ------------------------------------------------------------------ training
@@ -231,35 +246,52 @@ class PolicyOptimizer(Resumable):
         """From here on a signal asks the run to stop, and does not end it."""
         interrupt.begin_run(AbortVote.of_ranks())
 
-    def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
-        """One batch of questions: sample, judge, select, prepare, learn."""
-        self._check_size(prompts)
-        self.steps.stop_if_broken()
-        interrupt.open_window()
-        self.batches += 1
-        judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
-        interrupt.meet()
-        chosen = self.selection.select(judged)
-        prepared = [deal(self.prepare, self.advantage, self.teacher, each) for each in chosen]
-        self._report(judged, prepared)
-        for batch in prepared:
-            self._learn(batch)
-        log_figures(self, "train", phase_metrics(self.timer, self.device))
+    def on_train_start(self) -> None:
+        """The state before the first batch can be saved from now on."""
+        self.safe_point.keep(self)
 
-    def _check_size(self, prompts: Sequence[Prompt]) -> None:
+    def on_train_batch_start(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
+        """Refuse a batch that cannot be learned from; one that can may be given up until a step.
+
+        Raises:
+            ConfigurationError: if it has fewer questions than optimizer steps.
+            TrainingStopped: if the schedule of the learning rate has failed.
+        """
+        count_batches(self.trainer)
         if len(prompts) < self.updates_per_rollout:
             raise ConfigurationError(
                 f"model.updates_per_rollout={self.updates_per_rollout} needs at least as many "
                 f"questions per batch, got {len(prompts)}: raise data.questions_per_batch"
             )
+        self.steps.stop_if_broken()
+        interrupt.open_window()
+
+    def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
+        """One batch of questions: sample, judge, select, prepare, learn."""
+        self.batches += 1
+        judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
+        interrupt.meet()
+        prepared = [self.prepare(chosen) for chosen in self.selection.select(judged)]
+        shares = [balance_ranks(each, self.advantage, self.teacher) for each in prepared]
+        weights = torch.cat([judged.rewards[:0].double(), *(batch.weights for batch in shares)])
+        log_figures(self, "train", rollout_metrics(judged, weights), shown="pass_rate")
+        for batch in shares:
+            self.observe(batch.judged)
+            show_batch(self, batch)
+            self.steps.learn(self, self.policy, batch)
+        log_figures(self, "train", phase_metrics(self.timer, self.device))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is finished, and the state after it can be saved."""
+        self.safe_point.keep(self)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
-        return self.answering.sample(self, self.policy, prompts, sampling)
+        return self.collector.sample(self, self.policy, prompts, sampling)
 
     def judge(self, responses: Responses) -> Judged:
         """Verdicts of each prompt's verifier; those that failed are logged."""
-        return self.answering.judge(responses, "train")
+        return self.collector.judge(responses, "train")
 
     def prepare(self, judged: Judged) -> Batch:
         """Contexts, weights and plan: everything before the first forward. Changes nothing."""
@@ -279,19 +311,6 @@ class PolicyOptimizer(Resumable):
         for part in self.modules():
             if isinstance(part, Stateful):
                 part.observe(judged)
-
-    def _report(self, judged: Judged, prepared: Iterable[Batch]) -> None:
-        """Log what was sampled."""
-        weights = [judged.rewards[:0].double(), *(batch.weights for batch in prepared)]
-        figures = rollout_metrics(judged, torch.cat(weights))
-        log_figures(self, "train", figures, shown="pass_rate")
-
-    def _learn(self, batch: Batch) -> None:
-        """Show callbacks what is learned from, and learn."""
-        self.observe(batch.judged)
-        show_rollouts(self, batch.judged)
-        show_batch(self, batch)
-        self.steps.learn(self, self.policy, batch)
 
     def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
         """Answer, judge and learn from `prompts`, all but the step: what would each token get?
@@ -322,7 +341,7 @@ class PolicyOptimizer(Resumable):
     # ---------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """As `Evaluation.begin`."""
+        """Forget the questions of the last evaluation."""
         self.evaluation.begin()
 
     on_test_epoch_start = on_validation_epoch_start
@@ -334,35 +353,46 @@ class PolicyOptimizer(Resumable):
     def on_validation_epoch_end(self) -> None:
         """Log mean@k and maj@k, overall and by category."""
         self.evaluation.end(self, "val")
-        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking:
+            self.safe_point.validated = int(self.batches)
+            if self.trainer.state.fn == "fit":
+                self.steps.after_validation(self)
+
+    def on_validation_end(self) -> None:
+        """The state after the last finished batch has its figures now."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.steps.after_validation(self)
+            self.safe_point.keep(self)
 
     def test_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
-        """As validation."""
+        """Sample with `val_sampling` and judge."""
         self.evaluation.step(self, self.policy, prompts, self.val_sampling, "test")
 
     def on_test_epoch_end(self) -> None:
-        """As validation, under `test/`."""
+        """Log mean@k and maj@k under `test/`."""
         self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Responses and verdicts, one record per rollout."""
         return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
 
+    def teardown(self, stage: str) -> None:
+        """Let the rollout's engine go, and the processes that judge."""
+        self.collector.close()
+
+    # --------------------------------------------------- records and checkpoints
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and the name is kept for records."""
+        super().log(name, value, *args, **kwargs)
+        self.recorder.note(name)
+
     def described(self) -> dict[str, Any]:
-        """Of an evaluation: which policy, and how it is asked and judged."""
+        """The policy, and how it is asked and judged: what stands beside an evaluation."""
         return {
             "policy": self.policy.name_or_path,
             "sampling": asdict(self.val_sampling),
             "success_threshold": self.success_threshold,
         }
-
-    def teardown(self, stage: str) -> None:
-        """Let the rollout's engine go, and the processes that judge."""
-        self.answering.close()
-
-    # --------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a state that must not take a good one's place.
@@ -370,17 +400,25 @@ class PolicyOptimizer(Resumable):
         Raises:
             TrainingStopped: if weights are not finite, or a step was broken off.
         """
-        fault = spoiled_anywhere(checkpoint["state_dict"])
+        fault = non_finite_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
             )
-        super().on_save_checkpoint(checkpoint)
+        self.safe_point.into(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""
         self.configure_model()
         other = self.policy_only or any(change.of_memory for change in self.changed)
         fit_weights(checkpoint["state_dict"], self.state_dict(), policy_only=other)
+        if self.policy_only:
+            return
+        self.safe_point.validated = checkpoint.get("validated", -1)
+
+        def renewed() -> tuple[torch.optim.Optimizer, Any]:
+            optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+            return optimizer, self.lr_scheduler(optimizer)
+
         with blamed_on("the checkpoint"):
-            super().on_load_checkpoint(checkpoint)
+            take_back(self, checkpoint, self.changed, renewed)

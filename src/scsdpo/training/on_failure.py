@@ -1,11 +1,13 @@
 """What happens when a run fails: other ranks are told, and one that was lost is named."""
 
+from pathlib import Path
+
 import lightning as L
 
+from scsdpo.checkpoints import Checkpoint, newest_whole
 from scsdpo.errors import ConfigurationError, explain, first_line
 from scsdpo.interrupt import Interrupted
-from scsdpo.training.finite import spoiled
-from scsdpo.training.newest import told
+from scsdpo.training.finite import non_finite
 from scsdpo.training.rank_watch import RankWatch, broke_off
 
 _NEWS = 10.0
@@ -13,7 +15,7 @@ _NEWS = 10.0
 
 
 class OnFailure(L.Callback):
-    """Tell the other ranks, and learn which one was lost; refuse spoiled weights at the start.
+    """Tell the other ranks, and learn which one was lost; refuse non-finite weights at the start.
 
     That the state is saved is `Checkpoint`'s.
     """
@@ -30,7 +32,7 @@ class OnFailure(L.Callback):
             trainer.callbacks = [*trainer.callbacks, _LastWords(self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if fault := spoiled(pl_module.named_parameters()):
+        if fault := non_finite(pl_module.named_parameters()):
             came = trainer.ckpt_path or "model.policy"
             raise ConfigurationError(f"{came}: {fault}; start from other weights")
 
@@ -63,4 +65,16 @@ class _LastWords(L.Callback):
 
 
 def _named(trainer: L.Trainer, rank: int, said: str) -> str:
-    return f"rank {rank} {said}; {told(trainer)}"
+    return f"rank {rank} {said}; {where_to_resume(trainer)}"
+
+
+def newest_checkpoint(trainer: L.Trainer) -> Path | None:
+    """The newest whole checkpoint in the run's folders; found without a collective or a load."""
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
+    return newest_whole(*(Path(folder) for folder in folders if folder is not None))
+
+
+def where_to_resume(trainer: L.Trainer) -> str:
+    """The newest whole checkpoint, in words."""
+    newest = newest_checkpoint(trainer)
+    return f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint yet"

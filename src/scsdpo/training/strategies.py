@@ -8,8 +8,7 @@ from scsdpo.loss import Importance
 from scsdpo.reduction import Reduction
 from scsdpo.selection import Selection
 from scsdpo.teacher import Teacher
-from scsdpo.training.measure import OBJECTIVE_OF_TABLES
-from scsdpo.training.update import Update
+from scsdpo.training.step import OBJECTIVE_OF_TABLES, Update
 from scsdpo.weighting import Product, TokenWeighting, Weighting
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from scsdpo.advantage import Batch
 from scsdpo.loss import Observation, Observer
 from scsdpo.policy import CausalLM
-from scsdpo.training.update import Update
+from scsdpo.training.step import Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

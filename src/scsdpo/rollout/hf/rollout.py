@@ -6,19 +6,18 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
+from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout._base import Rollout
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.kv_cache import KVCache
 from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.hf.own_cache import OwnCache
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Scheduler
 from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights.weights import digest
 from scsdpo.types import Prompt, Responses, Sampling
-
-_ATTENTION = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,10 @@ class HFRollout(Rollout):
     last position only. Which token is drawn depends on (seed, prompt key, number in the group,
     position) and, to the rounding of batched matrix products, on nothing else.
 
-    It needs layers of full or sliding-window softmax attention; sliding layers keep their window
-    only. Sharded weights are gathered once, to a copy that every rank has while it samples. LoRA
+    That needs layers of full or sliding-window softmax attention; sliding layers keep their window
+    only. Other architectures (docs/models.md) draw with transformers' own cache, rows with prompts
+    of one length together, each prompt run once a response. Sharded weights are gathered once, to a
+    copy that every rank has while it samples. LoRA
     factors are merged into a copy of the weights that they adapt, while sampling, if there is
     memory for it.
 
@@ -44,7 +45,8 @@ class HFRollout(Rollout):
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
-        ConfigurationError: from `sample`, if a layer is of a kind that it cannot sample from.
+        ConfigurationError: from `sample`, if a layer attends by itself, which the self-check finds
+            before.
     """
 
     max_tokens: int = 131072
@@ -57,20 +59,32 @@ class HFRollout(Rollout):
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         groups = _groups(prompts, sampling.n)
-        with policy.sampling_mode() as model, shared_prefix_attention(model):
-            _refuse_model(model)
+        longest = max(len(group.ids) for group in groups) + sampling.max_new_tokens - 1
+        path = policy.known.of(longest)
+        with policy.sampling_mode() as model:
             buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
-            scheduler = Scheduler(
-                groups,
-                max_tokens=self.max_tokens,
-                max_rows=self.max_rows,
-                max_new_tokens=sampling.max_new_tokens,
-            )
-            # The last token of a response is never read back.
-            cache = KVCache(max_tokens=self.max_tokens, longest=sampling.max_new_tokens - 1)
             with merged_adapters(model):
-                ContinuousBatcher(model, buffer, scheduler, cache).run()
+                if path is RowPath.SHARED and policy.share_prefixes:
+                    self._share(model, groups, buffer)
+                else:
+                    OwnCache(
+                        model,
+                        buffer,
+                        max_tokens=self.max_tokens,
+                        max_rows=self.max_rows,
+                        reads_back=longest <= policy.known.longest,
+                    ).run(groups)
             return buffer.responses(digest(model))
+
+    def _share(self, model: PreTrainedModel, groups: list[Group], buffer: ResponseBuffer) -> None:
+        most = buffer.sampling.max_new_tokens
+        scheduler = Scheduler(
+            groups, max_tokens=self.max_tokens, max_rows=self.max_rows, max_new_tokens=most
+        )
+        # The last token of a response is never read back.
+        cache = KVCache(max_tokens=self.max_tokens, longest=most - 1)
+        with shared_prefix_attention(model):
+            ContinuousBatcher(model, buffer, scheduler, cache).run()
 
     def hold_weights(
         self, policy: CausalLM, *, barrier: bool = True
@@ -93,12 +107,3 @@ def _groups(prompts: Sequence[Prompt], n: int) -> list[Group]:
         group = groups.setdefault(prompt.ids, Group(ids=prompt.ids, rows=[]))
         group.rows.extend(range(q * n, (q + 1) * n))
     return sorted(groups.values(), key=lambda group: -len(group.ids))
-
-
-def _refuse_model(model: PreTrainedModel) -> None:
-    kinds = set(model.config.get_text_config().to_dict().get("layer_types") or _ATTENTION)
-    if others := sorted(kinds - _ATTENTION):
-        raise ConfigurationError(
-            f"model.rollout: HFRollout samples from full and sliding-window attention, and "
-            f"{type(model).__name__} has layers of {', '.join(others)}: use VLLMRollout"
-        )

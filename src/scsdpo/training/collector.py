@@ -1,4 +1,4 @@
-"""Asking the policy and judging what it answers: the same in training, evaluation and analysis."""
+"""Sampling responses and judging them: the same in training, evaluation and analysis."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,8 +17,8 @@ from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Failures, Verification, VerifierPool
 
 
-class Answering:
-    """Samples with what memory allows, and judges in processes of its own.
+class Collector:
+    """Collects judged responses: samples as memory allows, and judges in processes of its own.
 
     Args:
         rollout: the sampler.

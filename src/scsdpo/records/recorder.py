@@ -1,29 +1,22 @@
-"""A LightningModule that knows what it logged for a batch."""
+"""What was logged since the last record, and who looks at the tokens of the next steps."""
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from scsdpo.loss import Observation, Observer, unobserved
 
 
-class Recorded(L.LightningModule):
-    """Counts the batches asked, and keeps the names of what was logged since the last record."""
-
-    batches: Tensor
-    """Of training questions since the run began; not steps, for a batch may take none."""
+class Recorder:
+    """Keeps names of figures for the callbacks that write them, and observers for the kernel."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self._logged: set[str] = set()
         self._observers: list[Observer] = []
 
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, and the name is remembered."""
-        super().log(name, value, *args, **kwargs)
+    def note(self, name: str) -> None:
+        """A figure was logged under `name`."""
         self._logged.add(name)
 
     @property
@@ -53,6 +46,21 @@ class Recorded(L.LightningModule):
 
         return each if observers else unobserved
 
+
+class Recorded(Protocol):
+    """A `PolicyOptimizer`, as callbacks know it."""
+
+    recorder: Recorder
+
+    @property
+    def batches(self) -> Tensor:
+        """Batches of training questions since the run began; not steps: a batch may take none."""
+
     def described(self) -> dict[str, Any]:
-        """What records say of the policy and of how it is asked."""
-        return {}
+        """The policy, and how it is asked and judged in evaluations."""
+
+
+def recorded(module: L.LightningModule) -> Recorded:
+    """The module of a run, for callbacks that keep records of it."""
+    assert isinstance(vars(module).get("recorder"), Recorder), type(module)
+    return cast(Recorded, module)

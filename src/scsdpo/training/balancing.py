@@ -1,6 +1,6 @@
-"""Questions dealt to ranks so that each has nearly as many tokens to train on."""
+"""Questions exchanged between ranks, so that each has nearly as many tokens to train on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,35 +25,43 @@ class _Group(NamedTuple):
     contexts: dict[str, Ids]
 
 
-def deal(
-    prepare: Callable[[Judged], Batch],
-    advantage: Advantage,
-    teacher: Teacher,
-    judged: Judged,
-) -> Batch:
-    """A batch to learn from: this rank's own, or its share of all, groups whole.
+def balance_ranks(home: Batch, advantage: Advantage, teacher: Teacher) -> Batch:
+    """A share of what all ranks have prepared, groups whole, for nearly equal work on each.
 
     Every rank waits for the slowest in each optimizer step, and what a question costs is known only
     when its rollouts are. Sums are over all ranks, hence no number depends on who has which.
 
     Args:
-        prepare: contexts, weights and plan of judged responses.
-        advantage: plans again for what was dealt.
+        home: prepared by this rank.
+        advantage: plans again for the share.
         teacher: says which rollouts have what it needs.
-        judged: the responses of this rank.
     """
     rank, ranks = place()
     if ranks == 1:
-        return prepare(judged)
-    home = prepare(judged)
-    groups = sorted(all_gather(_groups(home)), key=lambda group: group.number)
+        return home
+    groups = sorted(all_gather(_groups(home, rank)), key=lambda group: group.number)
     mine: list[_Group] = []
     sizes: list[int] = []
-    for part in _cut(groups, split(len(groups), len(home.questions))):
-        chosen = balanced([group.cost for group in part], ranks)[rank]
-        mine += [part[i] for i in chosen]
+    start = 0
+    for size in split(len(groups), len(home.questions)):
+        step, start = groups[start : start + size], start + size
+        chosen = balanced([group.cost for group in step], ranks)[rank]
+        mine += [step[i] for i in chosen]
         sizes.append(len(chosen))
-    return _joined(mine, tuple(sizes), home, advantage, teacher)
+    device, shared = home.weights.device, home.judged[[]].cat([group.judged for group in mine])
+    contexts = {
+        slot: TeacherContexts(ids=tuple(group.contexts[slot] for group in mine))
+        for slot in home.contexts
+    }
+    available = teacher.available(contexts).to(device).view_as(shared.successes)
+    return Batch.of(
+        shared,
+        advantage.planned(shared, available),
+        torch.cat([home.weights[:0], *(group.weights.to(device)[None] for group in mine)]),
+        contexts,
+        tuple(sizes),
+        home.objective_name,
+    )
 
 
 def split(questions: int, steps: int) -> tuple[int, ...]:
@@ -72,12 +80,11 @@ def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(items) for items in given]
 
 
-def _groups(batch: Batch) -> list[_Group]:
+def _groups(batch: Batch, rank: int) -> list[_Group]:
     # In tokens forward: a student's token goes forward and back, three times as much work.
     lengths, active = batch.judged.lengths, batch.active.view_as(batch.weights)
     read = sum(batch.reads(slot).to(lengths).view_as(lengths) for slot in batch.contexts)
     costs = (lengths * active * (3 + read)).sum(-1).tolist()
-    rank, _ = place()
     return [
         _Group(
             number=(q, rank),
@@ -88,32 +95,3 @@ def _groups(batch: Batch) -> list[_Group]:
         )
         for q, cost in enumerate(costs)
     ]
-
-
-def _cut(groups: list[_Group], sizes: Sequence[int]) -> list[list[_Group]]:
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [groups[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
-
-def _joined(
-    groups: Sequence[_Group],
-    questions: tuple[int, ...],
-    home: Batch,
-    advantage: Advantage,
-    teacher: Teacher,
-) -> Batch:
-    judged = home.judged[[]].cat([group.judged for group in groups])
-    device = home.weights.device
-    contexts = {
-        slot: TeacherContexts(ids=tuple(group.contexts[slot] for group in groups))
-        for slot in home.contexts
-    }
-    available = teacher.available(contexts)
-    return Batch.of(
-        judged,
-        advantage.planned(judged, available.to(device).view_as(judged.successes)),
-        torch.cat([home.weights[:0], *(g.weights.to(device)[None] for g in groups)]),
-        contexts,
-        questions,
-        home.objective_name,
-    )
