@@ -38,6 +38,13 @@ class Plan:
                 object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
+def chosen(mask: Tensor) -> frozenset[int]:
+    """Flat indices of the rollouts that `mask` [Q, G] names: told to the host once a batch, so that
+    no chunk need ask a GPU.
+    """
+    return frozenset(mask.flatten().nonzero()[:, 0].tolist())
+
+
 class Advantage(NeedsSignals, ABC):
     """What credit does each vocabulary entry get at each position?"""
 

@@ -1,6 +1,6 @@
 """The one loss: credit in, gradients out, a chunk of tokens at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ class Tokens:
     """[N] int64: sampled tokens."""
     places: Tensor
     """[N] int64: flat index into the step's tables [R, L]."""
+    rollouts: Sequence[int]
+    """[N] the rollouts that they belong to, on the host."""
     scale: Tensor
     """[N]: question weight / denominator, the same at every token of a rollout."""
     weight: Tensor
@@ -275,6 +277,7 @@ class _Work:
                     ids=self.tokens.ids[inside],
                     logprob=student.logprob(self.tokens.ids[inside]),
                     places=self.tokens.places[inside],
+                    rollouts=frozenset(self.tokens.rollouts[inside]),
                     signals=self.tokens.signals,
                 ),
                 inside,

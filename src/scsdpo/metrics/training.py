@@ -77,8 +77,8 @@ def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
     most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_gib(device)]
     taken = torch.tensor(most, dtype=torch.float64)
     counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
-    *slowest, memory = all_max(taken.to(device)).tolist()
-    everyone = all_sum(counts.to(device))
+    *slowest, memory = all_max(taken).tolist()
+    everyone = all_sum(counts)
     return {
         **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest, strict=True)},
         "memory": memory,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
+from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import Segment
-from scsdpo.policy.upload import upload
 
 
 class Place(NamedTuple):

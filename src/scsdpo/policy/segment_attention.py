@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scsdpo.policy.partial_attention import Runs, Three, kernel
-from scsdpo.policy.upload import upload
+from scsdpo.policy.transfer import upload
 
 Places = slice | Tensor
 """Tokens that follow one another, or an index [n] int64."""
