@@ -138,7 +138,12 @@ def test_a_step_waits_at_most_10_times(qwen3, tmp_path, monkeypatch, updates):
         found.append(waits.found)
 
     monkeypatch.setattr(OptimizerSteps, "learn", watched)
-    model = module(qwen3, updates_per_rollout=updates, importance=SamplerImportance())
+    model = module(
+        qwen3,
+        updates_per_rollout=updates,
+        importance=SamplerImportance(),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+    )
     run = trainer(tmp_path, max_epochs=1)
     run.fit(model, data())
     assert run.global_step >= 2 and len(found) >= 2

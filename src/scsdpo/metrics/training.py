@@ -24,7 +24,8 @@ def log_figures(
     for name, value in figures.items():
         module.log(
             f"{prefix}/{name}",
-            value,
+            # On the host: Lightning would send a number to the device, and wait.
+            torch.tensor(value, dtype=torch.get_default_dtype()),
             prog_bar=name == shown,
             batch_size=1,
         )
