@@ -48,9 +48,9 @@ test-scale: $(INSTALLED)
 test-browser: $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
-# Every shipped configuration over every other, and a run of every method.
+# Every shipped configuration over every other, a run of every method, and every kind of adapter on every place.
 test-configs: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/configs
+	OMP_NUM_THREADS=1 ADAPTERS=all $(BIN)/python -m pytest -n 2 tests/configs tests/test_adapters.py
 
 # Task packages: every task of reasoning-gym that is not denied.
 test-tasks: $(TASKS_INSTALLED)

@@ -81,7 +81,7 @@ def test_the_hash_sees_every_factor_and_not_what_stands_before_the_layers(qwen3,
 
 @pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (8, 8), (9, 16), (512, 512)])
 def test_vllm_gets_the_next_rank_that_it_knows(qwen3, r, rank):
-    assert rank_for(CausalLM(str(qwen3), adapter=Lora(r=r)), "auto") == rank
+    assert rank_for(make(qwen3, r=r), "auto") == rank
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_vllm_gets_the_next_rank_that_it_knows(qwen3, r, rank):
 )
 def test_what_vllm_cannot_hold_is_merged_or_refused(qwen3, adapter, key):
     policy = CausalLM(str(qwen3), adapter=adapter)
+    policy.configure_model()
     assert rank_for(policy, "auto") is rank_for(policy, "merged") is None
     with pytest.raises(
         ConfigurationError, match=r"engine\.adapter: alone is not possible: .*" + key

@@ -223,11 +223,6 @@ def test_rescaled_logits_are_refused(tmp_path):
         load(folder)
 
 
-def test_lora_on_the_head_is_refused():
-    with pytest.raises(ValueError, match="must not name lm_head"):
-        Lora(target_modules=["q_proj", "lm_head"])
-
-
 def test_every_common_start_is_one_segment_and_short_ones_are_not_shared():
     long, short = tuple(range(100, 100 + SHORTEST_SHARED)), (1, 2, 3)
     prompts = [(*long, 7, 8), (*long, 9), long, (*short, 4), (*short, 5), (*long, 7, 8)]

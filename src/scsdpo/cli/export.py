@@ -15,7 +15,7 @@ from scsdpo.cli.model_card import model_card
 from scsdpo.cli.options import OptionParser
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.adapter import STUDENT, adapted_ends, is_tied, untie
 
 
 def options() -> argparse.ArgumentParser:
@@ -55,7 +55,8 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
             and its optimizer's states are not read.
         out: folder that does not exist or is empty.
         adapter: write LoRA factors only, for `PeftModel.from_pretrained`; without it they are
-            merged into the base in float32, and then rounded to `dtype`.
+            merged into the base in float32, and then rounded to `dtype`. Where embedding and head
+            were one table and one of them is adapted, the folder has two.
         dtype: of the written weights; `auto` is that of the checkpoint that training started
             from. Factors stay float32.
 
@@ -70,19 +71,27 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     if adapter and not isinstance(policy.adapter, Lora):
         raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
     load_weights(policy, saved)
-    model: nn.Module = policy.wrapped
-    if adapter:
-        _save_adapter(model, out)
-    else:
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload(safe_merge=True)
-        assert isinstance(model, PreTrainedModel)
-        model.to(_dtype(policy, dtype)).save_pretrained(out)
-    policy.chat.tokenizer.save_pretrained(out)
+    write_policy(policy, out, adapter=adapter, dtype=dtype)
+    (out / "README.md").write_text(model_card(saved, adapter=adapter), encoding="utf-8")
+
+
+def write_policy(policy: CausalLM, out: Path, *, adapter: bool, dtype: str) -> None:
+    """Write weights, tokenizer and generation config; the policy is not to be used any more.
+
+    Args:
+        policy: in float32.
+        out: as in `export`.
+        adapter: as in `export`.
+        dtype: as in `export`.
+    """
     generation = policy.language_model.generation_config
+    if adapter:
+        _save_adapter(policy.wrapped, out)
+    else:
+        _merged(policy).to(_dtype(policy, dtype)).save_pretrained(out)
+    policy.chat.tokenizer.save_pretrained(out)
     generation.eos_token_id = list(policy.chat.eos_ids)
     generation.save_pretrained(out)
-    (out / "README.md").write_text(model_card(saved, adapter=adapter), encoding="utf-8")
 
 
 def make_policy(saved: Saved) -> CausalLM:
@@ -129,8 +138,20 @@ def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:
     return AutoConfig.from_pretrained(policy.chat.tokenizer.name_or_path).dtype or torch.float32
 
 
-def _save_adapter(model: PeftModel, out: Path) -> None:
+def _merged(policy: CausalLM) -> PreTrainedModel:
+    """The policy without adapters; its own model is not to be used any more."""
+    if not isinstance(policy.wrapped, PeftModel):
+        return policy.language_model
+    if is_tied(policy.language_model) and adapted_ends(policy.language_model):
+        untie(policy.language_model)
+    merged = policy.wrapped.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def _save_adapter(model: nn.Module, out: Path) -> None:
     """With the base's absolute path if it is a folder, so that it is found from anywhere."""
+    assert isinstance(model, PeftModel)
     config = model.peft_config[STUDENT]
     base = Path(config.base_model_name_or_path)
     if base.is_dir():

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import TINY_FOLDER
-from scsdpo.policy.adapter import Adapter
+from scsdpo.policy.adapter import Adapter, adapted_layers, is_factor
 
 _SHIPPED = Path(__file__).parent / "architectures.json"
 """Shapes of the common models by hub name, so that they can be planned without the hub."""
@@ -148,10 +148,16 @@ class Counted:
         total = sum(p.numel() for p in wrapped.parameters())
         with_factors = [part for part in wrapped.modules() if isinstance(part, LoraLayer)]
         ranks = sum(sum(part.r.values()) for part in with_factors)
+        beside = {
+            id(p): p.numel()
+            for part in adapted_layers(wrapped).values()
+            for name, p in part.named_parameters()
+            if not is_factor(f".{name}")
+        }
         return Counted(
             frozen=total - trained,
             trained=trained,
-            adapted=sum(part.get_base_layer().weight.numel() for part in with_factors),
+            adapted=sum(beside.values()),
             rank_tables=ranks // layers,
         )
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +12,7 @@ from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -23,6 +25,121 @@ from scsdpo.seeds import Seed, resolved, run_seed
 
 STUDENT = "default"
 """Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
+
+_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
+
+
+def is_factor(name: str) -> bool:
+    """Whether the parameter of that name is an adapter's, and not the base's."""
+    return bool(_FACTOR.search(name))
+
+
+def plain_name(name: str) -> str:
+    """Name of a base's parameter in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Name in the plain model -> the layer that peft put around it.
+
+    A layer of which several parameters are adapted, such as fused experts, is there once, as the
+    outermost of the layers that peft nests.
+    """
+    found: dict[str, LoraLayer] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, LoraLayer) and not name.endswith(".base_layer"):
+            found[plain_name(name)] = part
+    return found
+
+
+def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Every tensor of one adapter, by layer, kind and name within: A, B, DoRA's magnitudes.
+
+    They are read off the layers themselves, so that none is missed for its name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for kind in layer.adapter_layer_names:
+            held = getattr(layer, kind)
+            if adapter not in held:
+                continue
+            values = [("", held[adapter])]
+            if isinstance(held[adapter], nn.Module):
+                values = list(held[adapter].named_parameters())
+            found |= {f"{name}.{kind}.{inner}": value for inner, value in values}
+    return found
+
+
+def merged_layer(layer: LoraLayer) -> nn.Module:
+    """The plain layer that does what `layer` does with the student's adapter; `layer` is lost."""
+    if isinstance(layer, ParamWrapper):  # several may be nested
+        return layer.unload_and_optionally_merge_module(
+            merge=True, safe_merge=True, adapter_names=[STUDENT]
+        )
+    layer.merge(safe_merge=True, adapter_names=[STUDENT])
+    return layer.get_base_layer()
+
+
+class WideHead(nn.Linear):
+    """A head of D + r inputs: what an adapted head does with [h, A h].
+
+    Its tensors are made anew in each forward and lead back to the factors. Logits and gradients
+    are those of W h + scale B A h, and nothing of the small product is lost to the rounding of W.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.__dict__["weight"], self.__dict__["bias"] = weight, bias
+
+
+def with_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    """Hidden states and the head that makes logits of them: z = W h + b.
+
+    Of a head with an adapter in force, W = [W, scale B] and h = [h, A h].
+
+    Shapes:
+        hidden [..., D] -> [..., D] or [..., D + r].
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, LoraLayer):
+        return hidden, head
+    base, adapter = head.get_base_layer(), head.active_adapters[0]
+    if head.disable_adapters:
+        return hidden, base
+    a, b, scale = head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter]
+    dropped = head.lora_dropout[adapter](hidden)
+    low = nn.functional.linear(dropped.to(a.dtype), a).to(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = torch.cat([base.weight, (b * scale).to(base.weight.dtype)], dim=1)
+    return torch.cat([hidden, low], dim=-1), WideHead(weight, base.bias)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one table."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = [e.get_base_layer() if isinstance(e, LoraLayer) else e for e in ends]
+    return tables[0].weight is tables[1].weight
+
+
+def adapted_ends(model: PreTrainedModel) -> list[str]:
+    """Which of embedding and head have adapters, by name in the plain model."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [name for name, layer in adapted_layers(model).items() if id(layer) in ends]
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head a table of its own, equal to the embedding's, and say so in the config."""
+    head = model.get_output_embeddings()
+    table = head.get_base_layer() if isinstance(head, LoraLayer) else head
+    table.weight = nn.Parameter(
+        table.weight.detach().clone(), requires_grad=table.weight.requires_grad
+    )
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 class Weights(nn.Module, ABC):
@@ -129,16 +246,30 @@ class Lora(Adapter):
     starts as a copy of the student's. The average of the factors is not the average of their
     product: EMA under LoRA is this approximation.
 
+    Embedding and head may be named too. Where they are one table, an adapter of one leaves the
+    other as it is, as in peft: merged, they are two tables.
+
     Args:
         r: rank. Must be >= 1.
         lora_alpha: numerator of the scale.
         lora_dropout: in [0, 1); off for the teacher and while sampling.
-        target_modules: names of linear layers, or `all-linear` (the head is never included).
+        target_modules: names of layers, or `all-linear`: every linear layer but the head. Empty:
+            none, beside `target_parameters`. Where transformers has fused projections that were
+            layers (Qwen3-MoE, OLMoE, Mixtral), peft takes their old names, and `all-linear`, for
+            the fused parameters: experts, whose gate and up share factors of rank 2 r, and router.
+        target_parameters: names of parameters that are no layer of their own, such as those of
+            fused experts: `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`. Each expert has
+            factors of rank r. Neither dropout nor DoRA goes with them.
         use_rslora: scale by alpha / sqrt(r) instead.
-        use_dora: weight-decomposed variant.
+        use_dora: weight-decomposed variant; of layers other than the head.
         exclude_modules: names left out of `target_modules`.
         layers_to_transform: indices of the only layers to adapt; empty adapts all.
         seed: of the factors' first values; `auto`: the run's (`seed_everything`).
+
+    Raises:
+        ValueError: if an argument is out of range, or two do not fit together.
+        ConfigurationError: from `wrap`, if the model has no such layer or parameter, or one that
+            no adapter can be put on.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685; fields are those of `peft.LoraConfig`.
@@ -148,6 +279,7 @@ class Lora(Adapter):
     lora_alpha: int = 64
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] = field(default_factory=list)
     use_rslora: bool = False
     use_dora: bool = False
     exclude_modules: list[str] = field(default_factory=list)
@@ -159,24 +291,43 @@ class Lora(Adapter):
             raise ValueError(f"`Lora(r=...)` must be >= 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`Lora(lora_dropout=...)` must be in [0, 1), got {self.lora_dropout}")
-        if "lm_head" in self.target_modules:
+        for name in ("lora_dropout", "use_dora"):
+            if self.target_parameters and getattr(self, name):
+                raise ValueError(
+                    f"`Lora(target_parameters=...)` has no {name}, got {getattr(self, name)}: a "
+                    f"parameter is adapted whole, before it is used; leave {name} out"
+                )
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(
-                "`Lora(target_modules=...)` must not name lm_head: the credit loss reads the "
-                "head's plain weight; leave it out"
+                "`Lora(target_modules=...)` must name layers, or target_parameters parameters; "
+                "`all-linear` adapts every linear layer"
             )
 
     def _config(self) -> LoraConfig:
-        # peft spells "none of them" as None.
+        # peft spells "none of them" as None, but for modules beside parameters as [].
         settings = {name: value if value != [] else None for name, value in asdict(self).items()}
         del settings["seed"]
+        if not self.target_modules:
+            settings["target_modules"] = []
         return LoraConfig(task_type="CAUSAL_LM", **settings)
 
     def dtype(self, device_is_gpu: bool) -> torch.dtype:
         return torch.bfloat16 if device_is_gpu else torch.float32
 
     def wrap(self, model: PreTrainedModel) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # peft's draw is written over
-            wrapped = get_peft_model(model, self._config(), adapter_name=STUDENT)
+        try:
+            with torch.random.fork_rng(devices=[]), _quiet():  # peft's draw is written over
+                wrapped = get_peft_model(model, self._config(), adapter_name=STUDENT)
+        except ValueError as error:
+            line = str(error).splitlines()[0]
+            if "ParamWrapper" in line:
+                line = (
+                    "parameters of experts and routers take no lora_dropout and no use_dora: set "
+                    "them to 0 and false, or name the layers to adapt in target_modules"
+                )
+            raise ConfigurationError(f"model.policy.adapter: {line}") from error
+        self._refuse_unmatched(wrapped)
+        self._refuse_ends(model)
         if model.device.type != "meta":
             self.draw(wrapped)
         elif self.use_dora:
@@ -186,19 +337,61 @@ class Lora(Adapter):
             )
         return wrapped
 
+    def _refuse_unmatched(self, wrapped: PeftModel) -> None:
+        """Names that the model does not have; peft passes over them where another one fits."""
+        config, layers = wrapped.peft_config[STUDENT], adapted_layers(wrapped.get_base_model())
+        modules = {name for name, each in layers.items() if not isinstance(each, ParamWrapper)}
+        parameters = {
+            f"{name}.{part.parameter_name}".lstrip(".")
+            for name, layer in layers.items()
+            for part in layer.modules()
+            if isinstance(part, ParamWrapper)
+        }
+        listed = [] if isinstance(config.target_modules, str) else config.target_modules or []
+        wanted = {"target_modules": (listed, modules)}
+        wanted["target_parameters"] = (config.target_parameters or [], parameters)
+        for key, (names, found) in wanted.items():
+            for name in names:
+                if not any(each == name or each.endswith(f".{name}") for each in found):
+                    raise ConfigurationError(
+                        f"model.policy.adapter.{key}: the model has nothing called {name}"
+                    )
+
+    def _refuse_ends(self, model: PreTrainedModel) -> None:
+        """What of embedding and head peft would adapt, and the loss or the merge could not read."""
+        for name in adapted_ends(model):
+            if isinstance(adapted_layers(model)[name], ParamWrapper):
+                raise ConfigurationError(
+                    f"model.policy.adapter.target_parameters: {name} is a layer: name it in "
+                    "target_modules"
+                )
+        if isinstance(model.get_output_embeddings(), LoraLayer) and self.use_dora:
+            raise ConfigurationError(
+                "model.policy.adapter.use_dora: DoRA divides by the norm of each row, and rows of "
+                "a head may be zero, where a vocabulary is padded: leave the head out of "
+                "target_modules, or set use_dora to false"
+            )
+
     @torch.no_grad()
     def draw(self, model: nn.Module) -> None:
-        """A uniform in +-1 / sqrt(its inputs), each layer by its name: the same on any rank."""
+        """A uniform in +-1 / sqrt(its inputs), each layer by its name: the same on any rank.
+
+        An embedding's A, whose columns are tokens, is 0 in the place of B, and B normal, as in
+        peft.
+        """
         for name, factor in model.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_B." in name or ".lora_embedding_A." in name:
                 factor.zero_()
-            elif ".lora_A." in name:
+            elif ".lora_A." in name or ".lora_embedding_B." in name:
                 generator = torch.Generator()
                 generator.manual_seed(stable_hash("adapter", resolved(self.seed), name))
                 # Lightning makes modules under a default device, where the generator is not.
-                drawn = torch.rand(factor.shape, generator=generator, device="cpu")
-                drawn = drawn.mul_(2).sub_(1)
-                local(factor).copy_(drawn[own_rows(factor)] / math.sqrt(factor.shape[1]))
+                if ".lora_A." in name:
+                    drawn = torch.rand(factor.shape, generator=generator, device="cpu")
+                    drawn = drawn.mul_(2).sub_(1).div_(math.sqrt(factor.shape[1]))
+                else:
+                    drawn = torch.randn(factor.shape, generator=generator, device="cpu")
+                local(factor).copy_(drawn[own_rows(factor)])
 
     def language_model(self, model: nn.Module) -> PreTrainedModel:
         assert isinstance(model, PeftModel)
@@ -213,17 +406,17 @@ class Lora(Adapter):
         assert isinstance(model, PeftModel)
         on_meta = model.device.type == "meta"
         if name not in model.peft_config:
-            model.add_adapter(name, self._config(), low_cpu_mem_usage=on_meta)
-        for key, factor in model.named_parameters():
-            if f".{name}." in key:
-                factor.requires_grad_(False)
-        factors = _Factors(name)
+            with _quiet():
+                model.add_adapter(name, self._config(), low_cpu_mem_usage=on_meta)
+        for factor in factors(model, name).values():
+            factor.requires_grad_(False)
+        moving = _Factors(name)
         if not on_meta:  # peft draws a fresh A for each adapter
-            factors.follow(model, 1.0)
-        return factors
+            moving.follow(model, 1.0)
+        return moving
 
     def is_saved(self, key: str) -> bool:
-        return "lora_" in key
+        return is_factor(key)
 
 
 class _Student(Weights):
@@ -360,10 +553,23 @@ class _Factors(Weights):
             yield model.get_base_model()
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        named = dict(model.named_parameters())
-        for key, own in named.items():
-            if f".{self.name}." in key:
-                yield local(own), local(named[key.replace(f".{self.name}.", f".{STUDENT}.")])
+        own, student = factors(model, self.name), factors(model, STUDENT)
+        for key in student.keys() | own.keys():
+            yield local(own[key]), local(student[key])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without peft's warnings of what is answered here: ties, and names that match nothing."""
+    with warnings.catch_warnings():
+        for start in (
+            "Model has `tie_word_embeddings=True`",
+            "The following (rank|alpha)_pattern keys",
+            "target_(modules|parameters)=.* were set but no",
+            "Unsupported rank_pattern|.*`use_rslora=True`",
+        ):
+            warnings.filterwarnings("ignore", message=start)
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from scsdpo.distributed import all_max
+from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
 from scsdpo.policy.layout import PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
@@ -91,7 +92,7 @@ class SeparateRows(Runner):
 
         def work(model: PreTrainedModel) -> T:
             hidden = [separate_rows(model, rows) for rows in batches]
-            return loss(torch.cat(hidden), model.get_output_embeddings())
+            return loss(*with_head(model, torch.cat(hidden)))
 
         return self._within(work)
 
@@ -172,7 +173,7 @@ class SharedPrompts(Runner):
         for _ in range(idle):
             self._run_nothing()
         return self._within(
-            lambda model: loss(self._hidden_states(model, micro), model.get_output_embeddings())
+            lambda model: loss(*with_head(model, self._hidden_states(model, micro)))
         )
 
     def done(self, micro: Sequence[int]) -> None:

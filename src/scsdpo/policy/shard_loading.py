@@ -1,17 +1,31 @@
-"""Reading a checkpoint shard by shard: each rank reads its own rows of each tensor."""
+"""Names and parts in which a checkpoint holds weights, and reading it shard by shard."""
 
+import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import cached_file
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.adapter import is_factor, plain_name
 from scsdpo.policy.sharding import local, own_rows
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,6 +34,10 @@ _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 @torch.no_grad()
 def load_shards(model: PreTrainedModel, path: str) -> None:
     """Fill a sharded model from a checkpoint in safetensors; LoRA's factors are left alone.
+
+    Each rank reads its own rows of each tensor. What the checkpoint holds in other parts than the
+    model, such as the matrices of each expert, is read and put together whole, a parameter at a
+    time.
 
     Args:
         model: sharded, with memory.
@@ -35,27 +53,86 @@ def load_shards(model: PreTrainedModel, path: str) -> None:
             for file in [files.enter_context(safe_open(where, framework="pt"))]
             for name in file.keys()  # noqa: SIM118 - no mapping
         }
-        for name, parameter in _loaded(model):
+        named = model.named_parameters()
+        wanted = {plain_name(name): value for name, value in named if not is_factor(name)}
+        groups = _put_together(model, stored, wanted)
+        for name, parameter in wanted.items():
+            rows = own_rows(parameter)
+            if name in groups:
+                whole = groups[name]()
+                _check_shape(path, name, tuple(whole.shape), parameter)
+                local(parameter).copy_(whole[rows])
+                continue
             if name not in stored:
                 raise ConfigurationError(
                     f"{path}: there is no tensor {name}: the checkpoint was written by another "
                     "version of the architecture; load it and save it once with transformers"
                 )
             table = stored[name].get_slice(name)
-            if tuple(table.get_shape()) != tuple(parameter.shape):
-                raise ConfigurationError(
-                    f"{path}: {name} has the shape {tuple(table.get_shape())}, and config.json "
-                    f"says {tuple(parameter.shape)}"
-                )
-            rows = own_rows(parameter)
+            _check_shape(path, name, tuple(table.get_shape()), parameter)
             if rows.start < rows.stop:
                 local(parameter).copy_(table[rows])
 
 
-def _loaded(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+def as_stored(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the plain `model` by the names, and in the parts, of its checkpoint.
+
+    What belongs together is looked for within a decoder layer, so that no more than one of them is
+    held at a time.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(
+        model, add_legacy=False
+    )
+    if not any(isinstance(each, WeightConverter) for each in conversions):
+        yield from weights
+        return
+    for _, layer in groupby(weights, lambda pair: _LAYER.split(pair[0])[:2]):
+        yield from revert_weight_conversion(model, dict(layer)).items()
+
+
+_LAYER = re.compile(r"(\.layers\.\d+)\.")
+
+
+def _put_together(
+    model: PreTrainedModel, stored: Mapping[str, Any], wanted: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Parameter -> what reads it, for those that the checkpoint names otherwise or holds in parts.
+
+    By the conversions with which transformers itself loads the checkpoint.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    parts: dict[str, list[tuple[str, str | None]]] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, dict(wanted)
+        )
+        if target in wanted and target != name:
+            parts.setdefault(target, []).append((name, pattern))
+
+    def read(target: str) -> Tensor:
+        names = parts[target]
+        if names[0][1] is None:
+            return stored[names[0][0]].get_tensor(names[0][0])
+        converter = copy.deepcopy(by_pattern[names[0][1]])
+        for name, pattern in names:
+            assert pattern is not None
+            converter.add_tensor(target, name, pattern, stored[name].get_tensor(name))
+        made = converter.convert(target, model=model, config=model.config)[target]
+        return made[0] if isinstance(made, list) else made
+
+    return {target: partial(read, target) for target in parts}
+
+
+def _check_shape(path: str, name: str, found: tuple[int, ...], parameter: Tensor) -> None:
+    if found != tuple(parameter.shape):
+        raise ConfigurationError(
+            f"{path}: {name} has the shape {found}, and config.json says {tuple(parameter.shape)}"
+        )
 
 
 def _files(path: str) -> list[str]:

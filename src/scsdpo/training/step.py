@@ -45,6 +45,7 @@ from scsdpo.loss import (
 )
 from scsdpo.metrics import GapCheck, PhaseTimer, log_figures, token_metrics
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
+from scsdpo.policy.adapter import WideHead
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.policy.transfer import download, upload
 from scsdpo.records import recorded
@@ -670,7 +671,9 @@ class Forwards:
             if linear in self._heads:
                 return use(hidden, linear, self._heads[linear])
             head = Head.of(linear)
-            if head.weight.dtype != linear.weight.dtype:  # else FSDP2 frees it with the forward
+            kept = not isinstance(linear, WideHead)  # that is another one in each forward
+            # What needs no cast FSDP2 frees with the forward.
+            if kept and head.weight.dtype != linear.weight.dtype:
                 self._heads[linear] = head
             return use(hidden, linear, head)
 

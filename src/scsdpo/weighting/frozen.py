@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
+from scsdpo.policy.adapter import is_factor, plain_name
 from scsdpo.types import Judged
 from scsdpo.weighting._base import Weighting
 
@@ -120,8 +121,8 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.named_parameters():
-        if "lora_" not in name:
+        if not is_factor(name):
             few = value.detach().flatten()[:64].to("cpu", torch.bfloat16).float().tolist()
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = plain_name(name).removeprefix("base_model.model.")
             digest.update(f"{plain} {tuple(value.shape)} {few}".encode())
     return digest.hexdigest()

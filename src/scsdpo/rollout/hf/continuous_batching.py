@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
+from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
@@ -146,7 +147,7 @@ class ContinuousBatcher:
 
     def _draw(self, hidden: Tensor) -> Tensor:
         """[R]: the next token of each response."""
-        head = self.model.get_output_embeddings()
+        hidden, head = with_head(self.model, hidden)
         self.tables.recycle()
         logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
         ids = self.buffer.draw(logits.logits, self.rows, self.drawn)

@@ -14,13 +14,21 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.adapter import (
+    STUDENT,
+    adapted_ends,
+    adapted_layers,
+    is_factor,
+    is_tied,
+    plain_name,
+)
+from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, settle
 from scsdpo.rollout.weights.versions import GLIMPSE
 from scsdpo.rollout.weights.weights import StreamHash, digest, whole_weight
@@ -41,6 +49,11 @@ def why_not_alone(policy: CausalLM) -> str:
         return "vLLM does not know DoRA (model.policy.adapter.use_dora)"
     if adapter.r > RANKS[-1]:
         return f"vLLM knows ranks up to {RANKS[-1]} (model.policy.adapter.r is {adapter.r})"
+    for name, layer in adapted_layers(policy.language_model).items():
+        if isinstance(layer, ParamWrapper):
+            return f"{name} is no layer (model.policy.adapter.target_parameters)"
+        if name in adapted_ends(policy.language_model):
+            return f"vLLM adapts no embedding and no head, and {name} has an adapter"
     return ""
 
 
@@ -52,13 +65,20 @@ def rank_for(policy: CausalLM, adapter: Way) -> int | None:
     """`max_lora_rank` of an engine with room for the adapter; None if it is merged.
 
     Args:
-        policy: whose adapter.
+        policy: whose adapter; loaded, for its layers are looked at.
         adapter: the engine's argument.
 
     Raises:
-        ConfigurationError: if it is to be `alone`, and cannot be.
+        ConfigurationError: if it is to be `alone`, and cannot be; if embedding or head is adapted
+            and they are one table.
     """
-    why_not = why_not_alone(policy)
+    model, why_not = policy.language_model, why_not_alone(policy)
+    if (ends := adapted_ends(model)) and is_tied(model):
+        raise ConfigurationError(
+            f"model.policy.adapter.target_modules: {ends[0]} has an adapter, and embedding and "
+            "head of this model are one table, which vLLM reads for both: leave it out, or sample "
+            "with HFRollout"
+        )
     if adapter == "alone" and why_not:
         raise ConfigurationError(f"model.rollout.engine.adapter: alone is not possible: {why_not}")
     if adapter == "merged" or why_not:
@@ -73,10 +93,14 @@ def base_weights(policy: CausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
     Under shards every rank must ask for all of them, in step.
     """
-    settle(policy.language_model)
-    for name, parameter in policy.language_model.named_parameters():
-        if _is_base(name):
-            yield name.replace(".base_layer.", "."), whole_weight(parameter, dtype)
+    model = policy.language_model
+    settle(model)
+    plain = (
+        (plain_name(name), whole_weight(parameter, dtype))
+        for name, parameter in model.named_parameters()
+        if _is_base(name)
+    )
+    yield from as_stored(model, plain)
 
 
 def base_digest(policy: CausalLM) -> str:
@@ -166,7 +190,10 @@ class MergeRounding:
             return
         if not isinstance(adapter, Lora) or adapter.use_dora:
             return
-        layers = [m for m in policy.language_model.modules() if isinstance(m, LoraLayer)]
+        every = adapted_layers(policy.language_model).values()
+        layers = [layer for layer in every if isinstance(layer.get_base_layer(), nn.Linear)]
+        if not layers:
+            return
         share = share_kept(layers[:: -(-len(layers) // self._LAYERS)], dtype)
         self._looked = share is not None
         if share is not None and share < self._ENOUGH:
@@ -207,4 +234,4 @@ def memory_or_disk(needed: int) -> Path:
 
 
 def _is_base(name: str) -> bool:
-    return ".lora_" not in name
+    return not is_factor(name)

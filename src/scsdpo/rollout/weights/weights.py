@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scsdpo.policy import CausalLM
-from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.adapter import adapted_ends, adapted_layers, is_tied, merged_layer
+from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, local, settle
 
 _WRAPPED = ".base_layer"
@@ -131,8 +132,12 @@ def merged_weights(
     """Name and value of every weight of the plain model; LoRA factors are merged into them.
 
     W + scale B A is formed in float32, on a copy of one layer at a time: the policy's own weights
-    are not touched. A tied head comes once, as the embedding. On several ranks everyone must ask
-    for all of them, in step: sharded weights are gathered.
+    are not touched. A tied head comes once, as the embedding, unless one of the two is adapted:
+    then they are two tables. On several ranks everyone must ask for all of them, in step: sharded
+    weights are gathered.
+
+    Names are those of the checkpoint, which may hold apart what transformers has fused, such as the
+    matrices of each expert.
 
     Args:
         policy: whose weights.
@@ -140,16 +145,21 @@ def merged_weights(
     """
     model = policy.language_model
     settle(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted = adapted_layers(model)
+    two_tables = is_tied(model) and bool(adapted_ends(model))
     done: set[str] = set()
-    for name, parameter in model.named_parameters():
-        owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
-        if not owner:
-            yield name, whole_weight(parameter, dtype)
-        elif owner not in done:
-            done.add(owner)
-            for inner, value in _merged(adapted[owner]).named_parameters():
-                yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    def plain() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters(remove_duplicate=not two_tables):
+            owner = next((a for a in adapted if name.startswith(f"{a}.")), "")
+            if not owner:
+                yield name, whole_weight(parameter, dtype)
+            elif owner not in done:
+                done.add(owner)
+                for inner, value in _merged(adapted[owner]).named_parameters():
+                    yield f"{owner}.{inner}", value if dtype is None else value.to(dtype)
+
+    yield from as_stored(model, plain())
 
 
 def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -158,14 +168,12 @@ def whole_weight(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _merged(layer: nn.Module) -> nn.Module:
-    """The plain layer that does what `layer` does with its adapter."""
-    assert isinstance(layer, LoraLayer)
+def _merged(layer: LoraLayer) -> nn.Module:
+    """The plain layer that does what `layer` does with its adapter, on a copy."""
     alone = copy.deepcopy(layer)
     for module in alone.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(
                 module, name, nn.Parameter(whole_weight(parameter).float(), requires_grad=False)
             )
-    alone.merge(safe_merge=True, adapter_names=[STUDENT])
-    return alone.get_base_layer()
+    return merged_layer(alone)
