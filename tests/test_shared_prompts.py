@@ -11,7 +11,7 @@ from transformers.models.olmo3 import modeling_olmo3
 from transformers.models.qwen3 import modeling_qwen3
 
 from batches import double_policy, exact_norm
-from scsdpo.policy import CausalLM, Lora, Rows, segment_attention
+from scsdpo.policy import CausalLM, Lora, Rows, runner, segment_attention, tree
 from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.partial_attention import Blocks, Flash, Fused, Runs
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
@@ -28,6 +28,13 @@ BUDGETS = (1, 20, 60, 120, 400, 10**6)
 def exact(monkeypatch):
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
     monkeypatch.setattr(modeling_olmo3.Olmo3RMSNorm, "forward", exact_norm)
+
+
+@pytest.fixture(autouse=True)
+def short_starts_are_shared(monkeypatch):
+    """From 16 tokens on, so that small trees are deep."""
+    monkeypatch.setattr(tree, "SHORTEST_SHARED", 16)
+    monkeypatch.setattr(runner, "SHORTEST_SHARED", 16)
 
 
 @pytest.fixture

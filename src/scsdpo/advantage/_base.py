@@ -69,6 +69,11 @@ class Advantage(NeedsSignals, ABC):
         return False
 
     @property
+    def has_ratio(self) -> bool:
+        """Whether its credit has the ratio S / S_old to the policy before the first update."""
+        return False
+
+    @property
     def weightings(self) -> tuple[Weighting, ...]:
         """Those of its parts: they are shown the policy and the questions before training."""
         return ()

@@ -60,6 +60,10 @@ class Composed(Advantage):
         return any(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
 
     @property
+    def has_ratio(self) -> bool:
+        return any(part.advantage.has_ratio for part in self.inner)
+
+    @property
     def weightings(self) -> tuple[Weighting, ...]:
         return tuple(w for p in self.inner for w in (p.weighting, *p.advantage.weightings))
 

@@ -243,6 +243,10 @@ class GroupRelative(Advantage):
         return True
 
     @property
+    def has_ratio(self) -> bool:
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         return self.modulator.needs_teacher
 
