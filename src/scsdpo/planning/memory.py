@@ -339,6 +339,10 @@ def _sampling_weights(setup: Setup) -> int:
         whole = linear * (shapes.multiplied + (0 if shapes.tied else shapes.table))
         whole += setup.wide * (shapes.parameters - shapes.multiplied)
         whole -= 0 if shapes.tied else setup.wide * shapes.table
+    elif sampler.kind == "hf" and setup.autocast and counted.whole:
+        whole = setup.narrow * (shapes.multiplied + shapes.table)  # linear layers, cast once
+        fits = 2 * whole <= setup.devices.memory - sum(_resident(setup).values())
+        whole = whole if fits else 0
     merged = setup.base * counted.adapted
     free = setup.devices.memory - sum(_resident(setup).values())
     return whole + (merged if 2 * merged <= free else 0)

@@ -446,7 +446,7 @@ class _Copy(Weights):
         super().__init__()
         self.stored = stored
         kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
-        self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
+        self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False).eval()
         self._loans: Loans | None = None
         if stored.dtype == "bfloat16" and saved:
             self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
@@ -496,6 +496,10 @@ class _Copy(Weights):
 
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self.copy,)
+
+    def train(self, mode: bool = True) -> Self:
+        """It is never trained: in eval mode for good, and not switched at every forward."""
+        return self
 
 
 def leave_out_of_ddp(module: nn.Module) -> None:
