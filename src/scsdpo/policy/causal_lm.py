@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -98,8 +98,8 @@ class CausalLM(nn.Module):
                 "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
             )
         self.compile_layers = compile_layers
-        self._compiled: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        self._said_eager = False
+        self._compiled: WeakSet[nn.Module] = WeakSet()
+        self._graphs_before = 0
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         try:
@@ -317,11 +317,13 @@ class CausalLM(nn.Module):
         if not self.compile_layers:
             return model
         if model not in self._compiled:
-            self._compiled[model] = _graphs()
+            if not self._compiled:
+                self._graphs_before = _graphs()
+            self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
-        elif _graphs() == self._compiled[model] and not self._said_eager:
-            self._said_eager = True
+        elif _graphs() == self._graphs_before:
+            self._graphs_before = -1  # said once
             rank_zero_warn(
                 "model.policy.compile_layers: torch compiled nothing in the first forward, and "
                 "layers run as without it: set it to false, or look for TORCH_COMPILE_DISABLE and "
