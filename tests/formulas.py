@@ -92,6 +92,11 @@ def jsd(case, q, g, t, told):
     )
 
 
+def reverse_kl(case, q, g, t, told):
+    log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
+    return sum(log_s.exp()[v] * (log_s[v] - log_t[v]) for v in range(len(log_s)))
+
+
 def forward_kl(clip):
     def value(case, q, g, t, told):
         log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)

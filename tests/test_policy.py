@@ -259,14 +259,6 @@ def test_sampling_casts_nothing_where_a_copy_does_not_fit(qwen3, monkeypatch):
         assert ready is policy.language_model
 
 
-def test_a_copy_of_the_weights_is_never_in_training_mode(qwen3):
-    policy = load(qwen3)
-    weights = policy.adapter.initial(policy.wrapped)
-    torch.nn.ModuleList([weights]).train()
-    assert not any(part.training for part in weights.copy.modules())
-    assert policy.language_model.training
-
-
 def test_compile_layers_says_when_nothing_is_compiled(qwen3):
     policy = load(qwen3, compile_layers=True)
     ids = torch.arange(3, 13)[None]
