@@ -14,11 +14,12 @@ from scsdpo.loss.logits import Buffers, Head, TokenLogits, add_product, multiply
 from scsdpo.loss.signals import Signals
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
-"""Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
-trunk of its teachers are alive."""
+"""Most of one [n, V] table of logits: one for the student, whose gradient takes its place, and one
+a trunk of its teachers are alive. Each chunk adds to the head's whole gradient. On a GPU it is at
+most a 128th of the memory, if that is more than a block."""
 FEWEST_ROWS = 128
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """Of the part of a chunk that everything between the products works on; on CPU it stays in the
 cache."""
 
@@ -195,7 +196,17 @@ def credit_loss(
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of 0..count whose [n, V] float32 table stays within `CHUNK_BYTES`."""
-    return _slices(count, max(CHUNK_BYTES[device.type] // (4 * vocabulary), FEWEST_ROWS))
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    return _slices(count, chunk_rows(vocabulary, device.type, memory))
+
+
+def chunk_rows(vocabulary: int, kind: str, memory: int) -> int:
+    """Tokens of a chunk on a device of a kind, `cpu` or `cuda`, with so many bytes."""
+    most = CHUNK_BYTES[kind]
+    if kind == "cuda":
+        most = max(min(most, memory // 128), BLOCK_BYTES[kind])
+    return max(most // (4 * vocabulary), FEWEST_ROWS)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
+from scsdpo.loss.kernel import BLOCK_BYTES, chunk_rows
 from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
 from scsdpo.rollout.hf.kv_cache import blocks
@@ -292,7 +292,7 @@ def _heads(setup: Setup) -> int:
 def _chunks(setup: Setup, tokens: int) -> int:
     """A table of products a model, and of a block what lies between them."""
     kind, row = setup.devices.kind, FLOAT32 * setup.shapes.vocabulary
-    rows = min(max(CHUNK_BYTES[kind] // row, FEWEST_ROWS), tokens)
+    rows = min(chunk_rows(setup.shapes.vocabulary, kind, setup.devices.memory), tokens)
     block = min(max(BLOCK_BYTES[kind] // row, 1), rows)
     tables = 1 + sum(second.trunks for second in setup.seconds)
     narrow = rows * setup.narrow * setup.shapes.vocabulary if setup.autocast else 0
