@@ -37,6 +37,7 @@ ASKS = {
 }
 """Functions whose result, or its shape, the host must know."""
 FACTORIES = {"tensor", "as_tensor", "arange", "zeros", "ones", "full", "empty", "rand", "randint"}
+LOGGING = "logger_connector/result.py"
 MINE = ("/src/scsdpo/", "/benchmarks/", "/tests/")
 
 
@@ -103,8 +104,6 @@ class Waits(TorchFunctionMode):
 
     def _say(self, what):
         # Lightning moves a table of its own to where the logged value is: on the host already.
-        if any(
-            "logger_connector/result.py" in frame.filename for frame in traceback.extract_stack()
-        ):
+        if any(LOGGING in frame.filename for frame in traceback.extract_stack()):
             return
         self.found[f"{what}: {line()}"] += 1
