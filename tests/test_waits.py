@@ -148,4 +148,5 @@ def test_a_step_waits_at_most_10_times(qwen3, tmp_path, monkeypatch, updates):
     run.fit(model, data())
     assert run.global_step >= 2 and len(found) >= 2
     for each in found[1:]:  # the first measures the weights' norm once more
-        assert sum(each.values()) <= 10 * updates, each
+        said = "\n".join(f"{count} {asked}" for asked, count in each.items())
+        assert sum(each.values()) <= 10 * updates, said

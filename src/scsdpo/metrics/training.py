@@ -97,11 +97,12 @@ def token_metrics(
         objective: name under which the mean objective is shown.
         cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    rows = [torch.zeros(4, dtype=torch.float64)]
+    rows = []
     for output in outputs:
         columns = output.objective.double(), output.entropy.double(), output.importance >= cap
         count = torch.full_like(columns[0].sum(), len(output.objective))
         rows.append(torch.stack([*(c.sum(dtype=torch.float64) for c in columns), count]))
-    *total, count = all_sum(torch.stack([row.to(rows[-1].device) for row in rows]).sum(0)).tolist()
+    sums = torch.stack(rows).sum(0) if rows else torch.zeros(4, dtype=torch.float64)
+    *total, count = all_sum(sums).tolist()
     names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
     return {n: value / count for n, value in zip(names, total, strict=False)} if count else {}
