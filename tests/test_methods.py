@@ -47,6 +47,7 @@ from formulas import (
     reverse_kl,
     rlcsd,
     rlsd_factor,
+    sc_grpo,
     sdar,
     sequence_mean,
     sequence_mean_active,
@@ -95,7 +96,7 @@ def rates_file(folder, policy):
     return folder / "rates.json"
 
 
-LIVE = {"grpo-agree", "rlsd", "sdar", "geosd"}
+LIVE = {"grpo-agree", "sc-grpo", "rlsd", "sdar", "geosd"}
 """Methods whose teacher has the student's weights."""
 
 BY_HAND = {
@@ -141,6 +142,7 @@ BY_HAND = {
     ),
     "i-sdpo": i_sdpo,
     "rlcsd": rlcsd,
+    "sc-grpo": sc_grpo,
     "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
     "trusted-hybrid": trusted_hybrid,
     "sdpo-all-wrong": all_wrong,

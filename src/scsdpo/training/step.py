@@ -755,7 +755,7 @@ class Forwards:
         }
         # Under shards the student must run where a teacher may ask for it on some rank.
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
-        in_step = of_objective or (combines and is_sharded(self.policy))
+        in_step = of_objective or "teacher_kl" in needs or (combines and is_sharded(self.policy))
         for number, micro in enumerate(self.micro_batches if needs else []):
             write = partial(self._write, number)
             student = cache(partial(self._current, micro))
@@ -771,6 +771,8 @@ class Forwards:
                 logprobs, entropies = self._read(number, target)
                 write(signals.teacher_logprob, logprobs)
                 write(signals.teacher_entropy, entropies)
+                if "teacher_kl" in needs:
+                    write(signals.teacher_kl, self._kl(number, target, student()))
             for table, slot in zip(signals.others, self.others, strict=True):
                 if "others" in needs and outputs[slot].hidden:
                     logprobs, _ = self._read(number, self._target(outputs[slot], student))
@@ -809,6 +811,20 @@ class Forwards:
             here = logits(part, buffers)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         return values
+
+    def _kl(self, number: int, target: LogitsOf, student: LogitsOf) -> Tensor:
+        """[N]: KL(target || student) at a micro-batch's tokens, 0 in rows without a teacher."""
+        reads = self.reads["teacher"][:, None].expand_as(self.batch.sampled)
+        taught = self.of_tokens(number, reads)
+        values, buffers = (
+            torch.zeros(taught.shape, dtype=torch.float64, device=taught.device),
+            Buffers(),
+        )
+        for part in chunks(len(taught), self.policy.vocabulary, taught.device):
+            buffers.recycle()
+            theirs, ours = target(part, buffers).log_probs, student(part, buffers).log_probs
+            values[part] = (theirs.exp() * (theirs - ours)).sum(-1).double()
+        return torch.where(taught, values, 0.0)
 
     def _objective(
         self,
