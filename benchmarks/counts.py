@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--mean", type=int, default=0, help="mean length; 0: all of --tokens")
-    parser.add_argument("--budget", type=int, default=33_000)
+    parser.add_argument("--budget", type=int, default=40_000)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     args = parser.parse_args()
     order = Order(
