@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import Colocated, VLLMRollout
-from scsdpo.rollout.weights.lora_adapter import share_kept
+from scsdpo.rollout.weights.stream import share_kept
 from scsdpo.types import Prompt, Responses, Sampling
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

@@ -31,7 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from scsdpo.distributed import sum_gradients
 from scsdpo.policy import CausalLM
 from scsdpo.policy.causal_lm import TINY_FOLDER
-from scsdpo.policy.sharding import local, settle
+from scsdpo.policy.sharding import local, reshard
 from scsdpo.teacher import EMA
 
 MB = 1e6
@@ -101,7 +101,7 @@ def memory(folder: str) -> dict[str, float]:
     found = {"resident, peak of loading": status("VmHWM") - start}
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     backward(policy, tokens=16)
-    settle(policy)
+    reshard(policy)
     found |= {
         "weights": size(policy.parameters()),
         "teacher": size(teacher.parameters()),

@@ -92,6 +92,11 @@ def jsd(case, q, g, t, told):
     )
 
 
+def reverse_kl(case, q, g, t, told):
+    log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
+    return sum(log_s.exp()[v] * (log_s[v] - log_t[v]) for v in range(len(log_s)))
+
+
 def forward_kl(clip):
     def value(case, q, g, t, told):
         log_s, log_t = case.log_s(q, g, t), case.log_t(q, g, t, told)
@@ -462,6 +467,26 @@ def agreement(case, q, g, t, told, a):
     """1 where the teacher's word has the advantage's sign, else 0."""
     difference = case.log_t(q, g, t, told) - case.log_s(q, g, t).detach()
     return float(math.copysign(1, a) * float(difference[case.y(q, g, t)]) >= 0)
+
+
+def sc_grpo(case):
+    """GRPO times D / (D + c) where at least two siblings were right; D = KL(T || S)."""
+    far, terms = {}, {}
+    for q, g in case.rows():
+        told = sibling(case, q, g)
+        if grpo(case, q, g) and told and SUCCESSES[q] >= 2:
+            for t in range(case.length(q, g)):
+                log_t, log_s = case.log_t(q, g, t, told), case.log_s(q, g, t).detach()
+                far[q, g, t] = float(log_t.exp() @ (log_t - log_s))
+    ordered = sorted(far.values())
+    place = 0.75 * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    c = max(low + (place - math.floor(place)) * (high - low), 1e-4)
+    for q, g in case.rows():
+        for t in range(case.length(q, g)):
+            factor = far[q, g, t] / (far[q, g, t] + c) if (q, g, t) in far else 1.0
+            terms[q, g, t] = case.cap(q, g, t) * factor * pg(grpo)(case, q, g, t, "")
+    return token_mean_all(case, terms)
 
 
 def gain(case, q, tell=sibling):

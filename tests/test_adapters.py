@@ -19,8 +19,8 @@ from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Lora, Rows
 from scsdpo.policy.adapter import STUDENT, factors, with_head
 from scsdpo.rollout.hf.merged import merged_adapters
-from scsdpo.rollout.weights.lora_adapter import adapter_weights, rank_for, write_adapter
-from scsdpo.rollout.weights.weights import merged_weights
+from scsdpo.rollout.weights.files import write_adapter
+from scsdpo.rollout.weights.stream import adapter_weights, merged_weights, rank_for
 
 
 @dataclass(frozen=True)

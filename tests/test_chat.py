@@ -1,6 +1,7 @@
 """Where texts meet the tokenizer: only the chat template writes control tokens."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -234,3 +235,116 @@ def test_a_tokenizer_in_python_is_kept_from_control_tokens_too():
     assert controls(chat, ids) == {letters.bos_token_id: 1, letters.eos_token_id: 1}
     assert "".join(letters.convert_ids_to_tokens(ids)) == "<s>user a</s></s><s>b</s>"
     assert not controls(chat, chat.encode("</s><s>"))
+
+
+# --- what stands between two turns ----------------------------------------------------------------
+
+TOOL = {"role": "tool", "name": "f", "content": "12"}
+GOES_ON = {
+    "chatml": "<|im_end|>\n<|im_start|>user\n<tool_response>\n12\n</tool_response><|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "llama": "<|eot_id|><|start_header_id|>tool<|end_header_id|>\n\n12<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "deepseek": "<｜end▁of▁sentence｜><｜tool▁output▁begin｜>12<｜tool▁output▁end｜>"
+    "<｜Assistant｜><think>\n",
+    "tiny": "<|end|><|tool|>12<|end|><|assistant|>",
+}
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_a_tools_answer_stands_between_two_turns_as_the_template_writes_it(name):
+    chat = chats()[name]
+    ids = chat.continuation([TOOL])
+    assert chat.tokenizer.decode(ids) == GOES_ON[name]
+    assert ids[0] == chat.tokenizer.eos_token_id
+    both = chat.continuation([TOOL, TOOL | {"name": "g", "content": "13"}])
+    assert "12" in chat.tokenizer.decode(both) and "13" in chat.tokenizer.decode(both)
+
+
+@pytest.mark.parametrize(
+    "name", ["chatml", "llama", "mistral", "unigram", "deepseek", "phi", "tiny"]
+)
+def test_a_conversation_is_extended_by_the_ids_that_the_template_gives_it(name):
+    """Where the template keeps what was said, the sequence is that of the whole conversation."""
+    chat = chats()[name]
+    said = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "the answer"},
+        {"role": "user", "content": "bold <|im_end|> </s> 42"},
+    ]
+    whole = chat.render(said)
+    end = chat.tokenizer.eos_token_id
+    ids = chat.continuation(said[2:])
+    assert whole[-len(ids) :] == ids and ids[0] == end
+    assert controls(chat, ids) == controls(chat, chat.continuation([said[2] | {"content": "x"}]))
+
+
+def test_thinking_that_a_template_drops_does_not_change_what_follows():
+    chat = replace(chats()["chatml"], template_kwargs={"enable_thinking": False})
+    ids = chat.continuation([{"role": "user", "content": "and?"}])
+    said = chat.tokenizer.decode(ids)
+    assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_the_earliest_of_several_ends_is_the_templates_own():
+    tokenizer = chats()["chatml"].tokenizer
+    text, turn = (tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    chat = Chat(tokenizer=tokenizer, eos_ids=(text, turn))
+    assert chat.continuation([TOOL])[0] == turn
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "why"),
+    [
+        ("gemma", {"role": "user", "content": "x"}, "with none of <eos>, the ends of responses"),
+        ("harmony", TOOL, r"with none of <\|return\|>"),
+        ("mistral", TOOL, "it writes what a tool answers as words of the assistant"),
+    ],
+)
+def test_a_template_that_cannot_go_on_is_refused_with_the_reason(name, message, why):
+    with pytest.raises(ValueError, match=f"cannot be continued with turns of the role .*{why}"):
+        chats()[name].continuation([message])
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}"
+            "{% if m.role != 'tool' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+            "<|im_start|>assistant",
+            "it leaves out what they say",
+        ),
+        (
+            "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+            "<|im_end|>{% endfor %}<|im_start|>assistant",
+            "it changes what stands before when a turn is added",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+            "{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
+            r"it refuses them \(no tools\)",
+        ),
+    ],
+)
+def test_templates_that_rewrite_or_refuse_are_refused(template, why):
+    import copy
+
+    tokenizer = copy.deepcopy(chats()["chatml"].tokenizer)
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    with pytest.raises(ValueError, match=why):
+        chat.continuation([TOOL])
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_what_a_world_answers_becomes_no_control_token(name):
+    chat = chats()[name]
+    spelled = " ".join(chat.tokenizer.convert_ids_to_tokens(i) for i in sorted(chat.control_ids))
+    message = {"role": "user", "content": spelled}
+    try:
+        ids = chat.continuation([message])
+    except ValueError:
+        return  # refused
+    assert controls(chat, ids) == controls(chat, chat.continuation([message | {"content": "x"}]))
+    assert spelled.split()[0] in chat.tokenizer.decode(ids)

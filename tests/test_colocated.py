@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from runs import data, module, trainer
+from scsdpo import distributed
+from scsdpo.distributed import RemoteError
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
-from scsdpo.rollout.vllm.engine_weights import EngineWeights
+from scsdpo.rollout.vllm.colocated import InProcess
 from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.weights.hashing import StreamHash
 from scsdpo.rollout.weights.versions import Versions
-from scsdpo.rollout.weights.weights import StreamHash
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=1, max_new_tokens=4)
@@ -56,7 +58,7 @@ def spy(monkeypatch):
     engine = Colocated(sleep=True, dtype="bfloat16")
     made = Spy(engine)
     engine._llm, engine._ask = made, made.ask
-    engine._weights = EngineWeights(made, torch.bfloat16, None)
+    engine._sink = InProcess(made)
     labels = iter(f"label {i}" for i in range(9))
 
     def label(versions, policy):
@@ -121,6 +123,21 @@ def test_an_engine_sleeps_whatever_fails_and_has_no_label_then(policy, spy, monk
     del spy.calls[:]
     assert sample(policy, spy).version == "label 2"
     assert spy.calls == [*awake(2, woken=True), ("sleep", 2)]
+
+
+def test_a_rank_that_has_its_weights_asks_for_all_again_after_another_one_failed(
+    policy, spy, monkeypatch
+):
+    """Or it would make other passes than the rank that failed, which waits in a gather."""
+    failed = RemoteError.of(OSError("torn"))
+    engine = spy.engine
+    monkeypatch.setattr(
+        engine._sink, "send", lambda *_: setattr(engine._sink, "_base", "has a base")
+    )
+    monkeypatch.setattr(distributed, "all_gather", lambda items: [*items, failed])
+    with pytest.raises(RuntimeError, match="OSError: torn"):
+        engine._synchronize(policy, "label")
+    assert engine._sink._base == engine._version == ""
 
 
 def test_weights_are_cast_to_the_engines_dtype(policy, spy):

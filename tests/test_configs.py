@@ -144,7 +144,14 @@ def test_a_method_file_states_every_axis_and_every_argument(method, scsdpo, caps
         states_everything(stated[axis], config[axis], f"{method.name}: {axis}")
 
 
-RATES = {"purified-opsd": 5e-6, "srpo": 5e-6, "sc-srpo": 5e-6, "dash": 5e-6, "sdar": 1e-6}
+RATES = {
+    "sdpo-solve": 1e-6,
+    "purified-opsd": 5e-6,
+    "srpo": 5e-6,
+    "sc-srpo": 5e-6,
+    "dash": 5e-6,
+    "sdar": 1e-6,
+}
 """The papers' learning rates where they are not the 1e-5 of qwen3.yaml."""
 
 

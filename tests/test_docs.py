@@ -97,6 +97,40 @@ def test_the_tutorial_makes_a_task_of_20_lines_of_python_and_6_of_yaml(tmp_path,
     assert "mean@2" in result.read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("guessing", [{"prompt": f"Guess {i}.", "number": i} for i in range(4)]),
+        ("vault", [{"prompt": "Open it.", "secret": i, "digits": 4} for i in range(4)]),
+    ],
+)
+def test_the_worlds_of_environments_md_are_trained_in(name, rows, tmp_path, monkeypatch):
+    from scsdpo.__main__ import main
+
+    for language, suffix, most in (("python", "py", 30), ("yaml", "yaml", 20)):
+        head = f"# {name}.{suffix}\n"
+        (text,) = [b for b in blocks("docs/environments.md", language) if b.startswith(head)]
+        assert len([line for line in text.removeprefix(head).splitlines() if line]) <= most
+        (tmp_path / f"{name}.{suffix}").write_text(text)
+    place = {"guessing": "numbers", "vault": "vaults"}[name]
+    (tmp_path / f"{place}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.limit_train_batches=1", "--trainer.enable_progress_bar=false"]
+    short += ["--model.val_sampling.n=2", "--trainer.accelerator=cpu", "--model.sampling.n=2"]
+    short += ["--data.questions_per_batch=2", "--model.sampling.max_new_tokens=200"]
+    configs = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--config", f"{name}.yaml"]
+    monkeypatch.setattr(sys, "argv", ["scsdpo", "fit", *configs, *short])
+    assert main() in (0, None)
+    (file,) = tmp_path.glob("runs/tiny/*/rollouts/train_000001.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    roles = [[turn["role"] for turn in record["turns"]] for record in records]
+    assert all(each[0] == "assistant" for each in roles)
+    if name == "guessing":  # it answers whatever is said
+        assert any("user" in each for each in roles)
+    else:  # what `reset` says is shown
+        assert records[0]["messages"][0]["content"].endswith("shows the digits 1 to 4.")
+
+
 @pytest.mark.parametrize("name", ["README.md"])
 def test_python_of_the_readme_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

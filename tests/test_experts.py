@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 from expert_models import CONFIGS, expert_folder
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.shard_loading import as_stored, load_shards
-from scsdpo.rollout.weights.lora_adapter import base_weights
-from scsdpo.rollout.weights.weights import merged_weights
+from scsdpo.rollout.weights.stream import base_weights, merged_weights
 
 EACH = pytest.mark.parametrize("kind", CONFIGS)
 

@@ -1,6 +1,7 @@
 """The adapter by itself: its files, what vLLM cannot hold, and what merging loses."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -11,18 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout.weights import lora_adapter
-from scsdpo.rollout.weights.lora_adapter import (
+from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.weights import files, stream
+from scsdpo.rollout.weights.files import adapter_hash, folder_in_memory, write_adapter
+from scsdpo.rollout.weights.hashing import StreamHash
+from scsdpo.rollout.weights.stream import (
     MergeRounding,
-    adapter_hash,
+    Sink,
+    WeightStream,
     adapter_weights,
     base_digest,
     base_weights,
     check_targets,
-    folder_in_memory,
+    merged_weights,
     rank_for,
     share_kept,
-    write_adapter,
 )
 
 
@@ -68,9 +72,9 @@ def test_the_base_is_the_checkpoint_whatever_the_adapter_is(qwen3):
 
 def test_the_hash_sees_every_factor_and_not_what_stands_before_the_layers(qwen3, tmp_path):
     weights = dict(adapter_weights(make(qwen3), torch.bfloat16))
-    sent = write_adapter(weights, tmp_path / "adapter")
+    _, sent = write_adapter(weights, tmp_path / "adapter")
     assert adapter_hash(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == sent
-    renamed = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    renamed = {f"base_model.model.{name}": value for name, value in weights.items()}
     assert adapter_hash(renamed) == sent
     name = next(iter(weights))
     assert adapter_hash({k: v for k, v in weights.items() if k != name}) != sent
@@ -134,7 +138,7 @@ def test_the_share_kept_is_what_a_change_of_a_fraction_of_the_spacing_moves(qwen
 
 def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
     said = []
-    monkeypatch.setattr(lora_adapter, "rank_zero_info", said.append)
+    monkeypatch.setattr(stream, "rank_zero_info", said.append)
     policy, rounding = make(qwen3, dtype="bfloat16", std=0.0), MergeRounding()
     rounding.look(policy, torch.bfloat16)
     assert not said  # nothing is changed yet
@@ -152,9 +156,75 @@ def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
 
 
 def test_files_lie_in_memory_where_there_is_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_adapter, "_MEMORY", tmp_path)
+    monkeypatch.setattr(files, "_MEMORY", tmp_path)
     with folder_in_memory(1) as folder:
         assert folder.parent == tmp_path
     assert not folder.exists()
     with folder_in_memory(2**60) as folder:
         assert folder.parent != tmp_path
+
+
+class Noting(Sink):
+    """Notes what it is sent: the label and how many weights, or names of the adapter's factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.got = []
+
+    def load(self, weights, version, dtype):
+        self.got.append((version, len(list(weights(dtype)))))
+
+    def load_adapter(self, weights, version):
+        self.got.append((version, "adapter"))
+
+
+def send(policy, sink, version, *, supported=("q_proj",), adapter="auto"):
+    """What goes over."""
+    del sink.got[:]
+    names = None if supported is None else list(supported)
+    with closing(WeightStream(policy, adapter, led=False)) as stream:
+        sink.send(stream, version, torch.float32, names)
+    return sink.got
+
+
+def test_the_base_goes_over_once_and_an_adapter_each_time(qwen3):
+    policy, sink = make(qwen3, target_modules=["q_proj"]), Noting()
+    base, count = f"base-{base_digest(policy)}", len(list(base_weights(policy, torch.float32)))
+    assert send(policy, sink, "1") == [(base, count), ("1", "adapter")]
+    assert send(policy, sink, "2") == [("2", "adapter")]
+    sink.forget()  # as after a failure, or when memory was given back
+    assert send(policy, sink, "3") == [(base, count), ("3", "adapter")]
+    sink.due = True  # an engine lost it
+    assert send(policy, sink, "4") == [(base, count), ("4", "adapter")]
+    sink.due = False
+    with torch.no_grad():
+        layers(policy)[0].get_base_layer().weight.add_(1)
+    assert [version for version, _ in send(policy, sink, "5")] == [
+        f"base-{base_digest(policy)}",
+        "5",
+    ]
+
+
+def test_merged_weights_take_the_place_of_a_base(qwen3):
+    policy, sink = make(qwen3, target_modules=["q_proj"]), Noting()
+    count = len(list(base_weights(policy, torch.float32)))
+    send(policy, sink, "1")
+    assert send(policy, sink, "2", supported=None) == [("2", count)]
+    assert len(send(policy, sink, "3")) == 2
+
+
+def test_the_hash_of_a_base_is_that_of_what_was_sent(qwen3):
+    policy, sink, sent = make(qwen3, target_modules=["q_proj"]), Noting(), StreamHash()
+    send(policy, sink, "1")
+    for name, value in base_weights(policy, torch.float32):
+        sent.add(name, value)
+    assert sink.base_hash.hexdigest() == sent.hexdigest()
+
+
+def test_sampling_and_engines_get_the_same_merged_weights(qwen3):
+    """One place merges: rounded to bf16 it is what the policy samples with."""
+    policy = make(qwen3, dtype="bfloat16")
+    sent = dict(merged_weights(policy, torch.bfloat16))
+    with merged_adapters(policy.language_model):
+        for name, value in policy.language_model.named_parameters():
+            assert torch.equal(sent[name], value)

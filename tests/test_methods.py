@@ -44,8 +44,10 @@ from formulas import (
     position,
     purified,
     remembered_attempts,
+    reverse_kl,
     rlcsd,
     rlsd_factor,
+    sc_grpo,
     sdar,
     sequence_mean,
     sequence_mean_active,
@@ -94,7 +96,7 @@ def rates_file(folder, policy):
     return folder / "rates.json"
 
 
-LIVE = {"grpo-agree", "rlsd", "sdar", "geosd"}
+LIVE = {"grpo-agree", "sc-grpo", "rlsd", "sdar", "geosd"}
 """Methods whose teacher has the student's weights."""
 
 BY_HAND = {
@@ -111,6 +113,7 @@ BY_HAND = {
     "sdpo-hard-filter": lambda c: distil(c, weight=lambda p: float(0.2 <= p <= 0.8)),
     "sdpo-paced": paced,
     "sdpo-feedback": lambda c: distil(c, tell=sibling_or_feedback),
+    "sdpo-solve": lambda c: distil(c, tell=sibling_or_feedback, divergence=reverse_kl),
     "sdpo-hybrid": hybrid,
     "sc-hybrid": lambda c: hybrid(c, normalised(0.5)),
     "stable-sdpo": distil,
@@ -139,6 +142,7 @@ BY_HAND = {
     ),
     "i-sdpo": i_sdpo,
     "rlcsd": rlcsd,
+    "sc-grpo": sc_grpo,
     "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
     "trusted-hybrid": trusted_hybrid,
     "sdpo-all-wrong": all_wrong,

@@ -25,6 +25,7 @@ from scsdpo.advantage import (
     SignAgreement,
     SquaredHellinger,
     Surprise,
+    TeacherInfluence,
     TeacherRatio,
     Trusted,
     Warmup,
@@ -39,6 +40,7 @@ from scsdpo.teacher import (
     NoTeacher,
     RememberedDemonstration,
     Restart,
+    SiblingDemonstration,
 )
 from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
@@ -89,6 +91,12 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (
             lambda: SelfDistillation(divergence=SquaredHellinger(), support=Sampled()),
             "reverse KL only, .* got SquaredHellinger",
+        ),
+        (lambda: TeacherInfluence(quantile=2), r"`TeacherInfluence\(quantile=...\)`"),
+        (lambda: TeacherInfluence(floor=0), r"`TeacherInfluence\(floor=...\)`"),
+        (
+            lambda: SiblingDemonstration(least_successes=0),
+            r"`SiblingDemonstration\(least_successes=...\)`",
         ),
         (lambda: SignAgreement(otherwise=2), r"`SignAgreement\(otherwise=...\)`"),
         (lambda: Trusted(advantage=GroupRelative(), unmeasured=-1), r"`Trusted\(unmeasured=...\)`"),

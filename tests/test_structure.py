@@ -27,6 +27,18 @@ def imports(path):
                 yield name if name in FILES else node.module
 
 
+def circles(rooms):
+    """Rooms that import themselves by way of others."""
+
+    def reached(room, seen):
+        for other in rooms.get(room, set()) - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+
+    return [room for room in rooms if room in reached(room, set())]
+
+
 def test_few_files_stand_loose():
     assert len(list(PACKAGE.glob("*.py"))) <= 10
 
@@ -39,13 +51,24 @@ def test_no_import_runs_in_a_circle():
         others = {".".join(other.split(".")[:2]) for other in imports(path)} - {room, "scsdpo"}
         rooms.setdefault(room, set()).update(others)
 
-    def reached(room, seen):
-        for other in rooms.get(room, set()) - seen:
-            seen.add(other)
-            reached(other, seen)
-        return seen
+    assert not circles(rooms)
 
-    assert not [room for room in rooms if room in reached(room, set())]
+
+def test_within_rollout_weights_know_no_engine_and_engines_no_server():
+    """hf and vllm import weights, servers import vllm and weights; none the other way."""
+    rooms = {}
+    for name, path in FILES.items():
+        if name.startswith("scsdpo.rollout.") and name.count(".") == 3:
+            room = name.split(".")[2]
+            others = {other.split(".")[2] for other in imports(path) if other.count(".") == 3}
+            rooms.setdefault(room, set()).update(others & {"hf", "vllm", "servers", "weights"})
+    rooms = {room: others - {room} for room, others in rooms.items()}
+    assert rooms == {
+        "hf": {"weights"},
+        "servers": {"vllm", "weights"},
+        "vllm": {"weights"},
+        "weights": set(),
+    }
 
 
 def test_every_name_that_a_benchmark_imports_exists():

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batches import double_policy, exact_norm
+import batches
+from batches import METHODS, double_policy, exact_norm, parts
 from batches import judged as judged_of
 from scsdpo.advantage import (
     Batch,
@@ -191,6 +192,33 @@ def test_an_episodes_gradient_does_not_depend_on_micro_batches(qwen3, monkeypatc
     scale = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         assert (grads[name] - grad).abs().max() <= 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_episodes_whatever_the_split(qwen3, monkeypatch, method):
+    """And with prefixes shared, or apart; log-probs of what a tool wrote are unknown."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
+    monkeypatch.setattr(batches, "judged", lambda policy: with_a_tool(judged_of(policy)))
+
+    def gradient(budget, *, shared=True):
+        policy = double_policy(qwen3)
+        if not shared:
+            monkeypatch.setattr(type(policy), "share_prefixes", False)
+        advantage, settings = METHODS[method]()
+        batch, update = parts(policy, advantage, **settings)
+        loss, grads, _ = batches.gradient(policy, batch, update, budget=budget)
+        return loss, grads
+
+    loss, expected = gradient(1)
+    scale = max(grad.abs().max() for grad in expected.values())
+    assert 0 < scale < float("inf")
+    for budget, shared in ((40, True), (10**6, True), (10**6, False)):
+        other, grads = gradient(budget, shared=shared)
+        assert other == pytest.approx(loss, rel=1e-10)
+        for name, grad in expected.items():
+            assert (grads[name] - grad).abs().max() <= 1e-10 * scale, (budget, shared, name)
 
 
 def test_slices_and_joins_keep_every_table_and_number_versions_anew(policy):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.vllm.rollout import Answer, refusal, sampled
+from scsdpo.rollout.vllm.rollout import Answer, sampled
+from scsdpo.rollout.weights.hashing import StreamHash, digest, refusal, tensor_hash
 from scsdpo.rollout.weights.versions import Versions
-from scsdpo.rollout.weights.weights import StreamHash, digest, fold
 
 
 @pytest.fixture(params=["full", "lora"])
@@ -114,33 +114,33 @@ def test_digits_below_one_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
 @pytest.mark.parametrize("shape", [(2, 3), (3, 7), (70, 130), (1030, 4100)])
-def test_a_fold_sees_order_and_signs(dtype, shape):
+def test_a_tensor_hash_sees_order_and_signs(dtype, shape):
     value = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
     changed = [value.flip(0), value.flip(-1)]
     for places in ([0], [0, 1], [0, -1], [-2, -1]):
         flipped = value.clone()
         flipped.view(-1)[places] *= -1
         changed.append(flipped)
-    numbers = {int(fold(each)) for each in (value, *changed)}
+    numbers = {int(tensor_hash(each)) for each in (value, *changed)}
     assert len(numbers) == 1 + len(changed)
-    assert fold(value) == fold(value.clone())
-    assert fold(value.t()) == fold(value.t().contiguous())
+    assert tensor_hash(value) == tensor_hash(value.clone())
+    assert tensor_hash(value.t()) == tensor_hash(value.t().contiguous())
 
 
-def test_a_fold_is_the_sum_that_it_says():
+def test_a_tensor_hash_is_the_sum_that_it_says():
     """sum_rc bits u_c v_r in Python's integers, modulo 2^64."""
-    from scsdpo.rollout.weights.weights import _numbers
+    from scsdpo.rollout.weights.hashing import _numbers
 
     value = torch.randn(9000, generator=torch.Generator().manual_seed(1))
     u, v = _numbers(4096, 0, value.device).tolist(), _numbers(3, 1, value.device).tolist()
     bits = value.view(torch.int32).tolist()
     total = sum(b * u[i % 4096] * v[i // 4096] for i, b in enumerate(bits)) % 2**64
-    assert int(fold(value)) % 2**64 == total
+    assert int(tensor_hash(value)) % 2**64 == total
 
 
-def test_empty_and_scalar_tensors_have_a_fold():
-    assert fold(torch.zeros(0, 4)) == 0
-    assert fold(torch.tensor(1.0)) != fold(torch.tensor(-1.0))
+def test_empty_and_scalar_tensors_have_a_hash():
+    assert tensor_hash(torch.zeros(0, 4)) == 0
+    assert tensor_hash(torch.tensor(1.0)) != tensor_hash(torch.tensor(-1.0))
 
 
 def streamed(pairs):

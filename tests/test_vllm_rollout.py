@@ -78,6 +78,8 @@ def test_a_prompt_without_room_for_a_response_is_refused(policy):
         (lambda: Colocated(kv_cache_gib=0), r"`Colocated\(kv_cache_gib=\.\.\.\)` must be > 0"),
         (lambda: Colocated(tensor_parallel=0), r"`Colocated\(tensor_parallel=\.\.\.\)` must be"),
         (lambda: Servers([], Download()), r"`Servers\(urls=\.\.\.\)` must be URLs .* got none"),
+        (lambda: Servers(["http://h:99999"], Download()), r"must be URLs .* got http://h:99999"),
+        (lambda: Servers(["http://"], Download()), r"must be URLs .* got http://"),
         (lambda: Servers(["node:8000"], Download()), "got node:8000"),
         (lambda: Servers(["http://n"], Download(), patience=0), r"`Servers\(patience=\.\.\.\)`"),
         (lambda: Servers(["http://n"], Download(), key="s3-cret"), "must be the name of an env"),

@@ -19,13 +19,14 @@ from scsdpo.rollout import Download, RequireKey, SharedFolder
 from scsdpo.rollout.servers.delivery import _Quiet
 from scsdpo.rollout.servers.run_folder import RunFolder
 from scsdpo.rollout.servers.server import Unreachable
-from scsdpo.rollout.weights.weight_files import write_weights
-from scsdpo.rollout.weights.weights import StreamHash, merged_weights
+from scsdpo.rollout.weights.files import write_weights
+from scsdpo.rollout.weights.hashing import StreamHash
+from scsdpo.rollout.weights.stream import merged_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_hold_every_weight(policy, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("scsdpo.rollout.weights.weight_files._SHARD_BYTES", 50_000)
+    monkeypatch.setattr("scsdpo.rollout.weights.files._SHARD_BYTES", 50_000)
     folder = tmp_path / "weights"
     files, sent = write_weights(merged_weights(policy, dtype), folder)
     assert len(files) > 2 and sorted(folder.iterdir()) == files
@@ -90,7 +91,7 @@ def test_one_version_lies_in_the_folder_at_a_time(tmp_path):
 
 
 def test_nothing_stays_of_a_version_that_could_not_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("scsdpo.rollout.weights.weight_files._SHARD_BYTES", 1)
+    monkeypatch.setattr("scsdpo.rollout.weights.files._SHARD_BYTES", 1)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -98,7 +99,7 @@ def test_nothing_stays_of_a_version_that_could_not_be_written(tmp_path, monkeypa
     delivery = SharedFolder(str(tmp_path))
     publish(delivery, 1, "1")
     with monkeypatch.context() as disk:
-        disk.setattr("scsdpo.rollout.weights.weight_files.save_file", full)
+        disk.setattr("scsdpo.rollout.weights.files.save_file", full)
         with pytest.raises(OSError, match="No space"):
             publish(delivery, 2, "2")
     assert not list(tmp_path.glob("*/*/*"))

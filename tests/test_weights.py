@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.weights.weights import digest, merged_weights
+from scsdpo.rollout.weights.hashing import digest
+from scsdpo.rollout.weights.stream import merged_weights
 
 
 def load(folder, **kwargs):

@@ -1,4 +1,4 @@
-"""What ranks do together: sums, maxima, lists, errors, and whether a batch is given up.
+"""Sums, maxima, lists and errors over ranks, and the vote whether a batch is given up.
 
 With one process sums, maxima and lists are the identity.
 """

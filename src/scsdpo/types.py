@@ -11,12 +11,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from scsdpo.prompt import Message, Prompt, Tool, Verdict, stable_hash
+from scsdpo.prompt import Episode, Message, Part, Prompt, Tool, Verdict, stable_hash
 from scsdpo.seeds import Seed, resolved
 
 __all__ = [
+    "Episode",
     "Judged",
     "Message",
+    "Part",
     "Prompt",
     "Responses",
     "Sampling",
@@ -49,7 +51,8 @@ class Sampling:
 
     Args:
         n: responses per prompt, G.
-        max_new_tokens: cap on a response's length in tokens, end-of-sequence included.
+        max_new_tokens: cap on a response's length in tokens, end-of-sequence included; of an
+            episode, on all that stands behind the prompt, whoever wrote it.
         temperature: in (0, 100], above it is noise; the trainer's distributions use the same one.
         top_p: keep the smallest set of most likely tokens whose mass reaches `top_p`; 1 keeps all.
         top_k: keep the `top_k` most likely tokens; 0 keeps all.
@@ -134,7 +137,8 @@ class Responses(_ToDevice):
     ended: Tensor
     """[Q, G] bool: ended by an end of sequence or a stop string, not by the length cap."""
     texts: tuple[tuple[str, ...], ...]
-    """[Q][G] as `Chat.decode` gives them; for verifiers and demonstrations only."""
+    """[Q][G] as `Chat.decode` gives them, and transcripts of episodes; for verifiers and
+    demonstrations only."""
     temperature: float
     """The sampling temperature."""
     turns: Tensor
@@ -146,6 +150,8 @@ class Responses(_ToDevice):
     """[Q, G, L] int32: which of `labels` drew a token."""
     experts: Tensor
     """[Q, G, L, layers, k] int16: experts that the sampler chose; layers is 0 if it says none."""
+    episodes: tuple[tuple[Episode, ...], ...]
+    """[Q][G] what was said turn by turn; without parts where the response is all."""
 
     @classmethod
     def of_one_turn(
@@ -177,6 +183,7 @@ class Responses(_ToDevice):
             labels=(version,),
             versions=zeros,
             experts=zeros.new_zeros((*ids.shape, 0, 0), dtype=torch.int16),
+            episodes=tuple(tuple(Episode() for _ in group) for group in texts),
         )
 
     @property
@@ -201,6 +208,7 @@ class Responses(_ToDevice):
             self,
             prompts=tuple(self.prompts[q] for q in index),
             texts=tuple(self.texts[q] for q in index),
+            episodes=tuple(self.episodes[q] for q in index),
             **{name: table[index] for name, table in _tensors(self).items()},
         )
 
@@ -229,6 +237,7 @@ class Responses(_ToDevice):
             self,
             prompts=tuple(prompt for each in every for prompt in each.prompts),
             texts=tuple(texts for each in every for texts in each.texts),
+            episodes=tuple(group for each in every for group in each.episodes),
             labels=labels,
             **dict[str, Any]({name: joined(name) for name in _tensors(self)}),
         )

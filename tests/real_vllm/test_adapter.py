@@ -8,7 +8,7 @@ from policies import lora_policy, move, short_and_long
 from models import olmo3_folder, qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
-from scsdpo.rollout.weights import lora_adapter
+from scsdpo.rollout.weights import files
 
 KINDS = {
     "all": {},
@@ -72,8 +72,8 @@ def test_another_adapter_than_was_sent_is_refused_and_the_next_one_heals(case, m
             name = next(iter(values))
             save(values | {name: values[name] * 1.5}, path)
 
-        save = lora_adapter.save_file
-        harmed.setattr(lora_adapter, "save_file", written)
+        save = files.save_file
+        harmed.setattr(files, "save_file", written)
         with pytest.raises(TrainingStopped, match=r"holds another adapter \(.*\) than was sent"):
             rollout.sample(policy, short_and_long(policy), SAMPLING)
     check_sample(rollout, policy)
@@ -106,6 +106,6 @@ def test_layers_that_vllm_cannot_adapt_are_refused(case, monkeypatch):
     policy, rollout = case
     check_sample(rollout, policy)
     move(policy, 7, 0.01)
-    monkeypatch.setitem(rollout.engine._weights._adapters, "modules", ["q_proj"])
+    monkeypatch.setattr(rollout.engine, "_supported", ["q_proj"])
     with pytest.raises(ConfigurationError, match=r"adapter\.target_modules: vLLM has no adapters"):
         rollout.sample(policy, short_and_long(policy), SAMPLING)

@@ -12,8 +12,8 @@ from policies import MAKERS, check_parity, gaps, move, prompt, short_and_long
 from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
+from scsdpo.rollout.weights.stream import merged_weights
 from scsdpo.rollout.weights.versions import Versions
-from scsdpo.rollout.weights.weights import merged_weights
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -99,7 +99,7 @@ def test_a_tied_head_is_stale_unless_it_is_packed_again(case, request, monkeypat
     """The trap itself: if this passes no more, `_repack_heads` is no longer needed."""
     case.sample()
     with monkeypatch.context() as plain:
-        plain.setattr("scsdpo.rollout.weights.weight_receiver._repack_heads", lambda _: None)
+        plain.setattr("scsdpo.rollout.weights.receiver._repack_heads", lambda _: None)
         move(case.policy, 11)
         rollouts = case.sample()
         gap = torch.cat(gaps(case.policy, rollouts))
@@ -152,7 +152,7 @@ def test_an_engine_that_did_not_get_every_parameter_is_refused(case, monkeypatch
     case.sample()
     move(case.policy, 21)
     with monkeypatch.context() as lacking:
-        lacking.setattr("scsdpo.rollout.vllm.engine_weights.merged_weights", some)
+        lacking.setattr("scsdpo.rollout.weights.stream.merged_weights", some)
         refused_and_mended(case, "got no complete weights for [0-9]+ of its modules")
     check_parity(case.policy, case.sample())
 
@@ -167,7 +167,7 @@ def test_a_stream_that_breaks_off_leaves_nothing_behind(case, monkeypatch):
     case.sample()
     move(case.policy, 22)
     with monkeypatch.context() as broken:
-        broken.setattr("scsdpo.rollout.vllm.engine_weights.merged_weights", torn)
+        broken.setattr("scsdpo.rollout.weights.stream.merged_weights", torn)
         with pytest.raises(OSError, match="torn"):
             case.sample()
     check_parity(case.policy, case.sample())

@@ -11,7 +11,7 @@ from models import qwen3_folder
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
 from scsdpo.rollout.servers.server import Server
-from scsdpo.rollout.weights import lora_adapter
+from scsdpo.rollout.weights import files
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_restarted_server_gets_base_and_adapter_again(base, servers):
 
 def test_another_adapter_than_was_sent_is_refused(base, servers, tmp_path, monkeypatch):
     policy = lora_policy(base)
-    write = lora_adapter.save_file
+    write = files.save_file
 
     def written(values, path):
         name = next(iter(values))
@@ -85,7 +85,7 @@ def test_another_adapter_than_was_sent_is_refused(base, servers, tmp_path, monke
 
     rollout = VLLMRollout(engine(servers[:1], Download(), patience=2.0))
     with monkeypatch.context() as harmed:
-        harmed.setattr(lora_adapter, "save_file", written)
+        harmed.setattr(files, "save_file", written)
         with pytest.raises(TrainingStopped, match="holds another adapter"):
             rollout.sample(policy, short_and_long(policy), SAMPLING)
     assert servers[0].version.startswith("loading ")

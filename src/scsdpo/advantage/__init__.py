@@ -33,6 +33,7 @@ from scsdpo.advantage.modulator import (
     SiblingContrast,
     SignAgreement,
     Surprise,
+    TeacherInfluence,
     TeacherRatio,
     Unmodulated,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "Support",
     "Surprise",
     "Target",
+    "TeacherInfluence",
     "TeacherRatio",
     "TokenLevel",
     "TopK",

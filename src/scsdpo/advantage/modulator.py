@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from scsdpo.distributed import all_gather
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals
 from scsdpo.weighting.tokens import check_contrast, contrast
 
@@ -71,6 +73,58 @@ class TeacherRatio(Modulator):
         difference = chunk.teacher().logprob(chunk.ids) - chunk.logprob
         ratio = (advantage.sign() * difference).exp().clamp(1 - self.band, 1 + self.band)
         return 1 - self.mix + self.mix * ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInfluence(Modulator):
+    """SC-GRPO's. factor = D_t / (D_t + c), D_t = KL(T_t || S_t) over the whole vocabulary
+
+        c = max(the `quantile` of D over the step's tokens with a teacher, on all ranks; floor)
+
+    Credit goes to the tokens at which what the teacher was told changes its distribution; the
+    policy gradient alone decides its sign, in right and wrong rollouts alike. Detached, in [0, 1).
+    D is measured before the loss, which makes a second pass over the vocabulary.
+
+    Args:
+        quantile: in [0, 1]; between two values it is interpolated linearly.
+        floor: nats, > 0.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        SC-GRPO, arXiv:2606.18810 (.75 and 1e-4; its quantile is that of a micro-batch).
+    """
+
+    quantile: float = 0.75
+    floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quantile <= 1:
+            raise ValueError(
+                f"`TeacherInfluence(quantile=...)` must be in [0, 1], got {self.quantile}"
+            )
+        if not self.floor > 0:
+            raise ValueError(f"`TeacherInfluence(floor=...)` must be > 0, got {self.floor}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_kl"})
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        return (self.influence,)
+
+    def influence(self, signals: Signals) -> Tensor:
+        """[R, L] in [0, 1): D / (D + c)."""
+        kl = signals.teacher_kl
+        told = kl[signals.mask & (kl > 0)]  # 0 in rows without a teacher
+        everyone = torch.cat(all_gather([told.cpu()])).numpy()  # torch's quantile has a limit
+        most = float(np.quantile(everyone, self.quantile)) if len(everyone) else 0.0
+        return kl / (kl + max(most, self.floor))
+
+    def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
+        return chunk.derived(self.influence)
 
 
 @dataclass(frozen=True, kw_only=True)

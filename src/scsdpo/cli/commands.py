@@ -9,6 +9,7 @@ COMMANDS = {
     "predict": "write a policy's responses and their verdicts",
     "compare": "compare policies question by question, or methods seed by seed",
     "export": "write a checkpoint's policy as a Hugging Face folder",
+    "solve": "attempt one question, learning from wrong attempts, until it is solved",
     "rates": "measure the training questions' pass rates, for FrozenPassRate",
     "report": "write a page on one run or several: curves, responses, credit of their tokens",
     "analyze": "measure what the teacher says, by correctness and by pass rate",

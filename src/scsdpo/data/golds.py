@@ -11,15 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import get_worker_info
 
 from scsdpo.data._base import CHECK_AHEAD, Source
+from scsdpo.prompt import Environment
 from scsdpo.types import Prompt
-from scsdpo.verifiers import Verifier
 from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import MAX_FEEDBACK, contained, prepare_all
 
 SECONDS = 60.0
 """That the proofs of one source may take; then those that were proved are a sample of it."""
 _SHOWN = 120
-_prepared: WeakValueDictionary[int, Verifier] = WeakValueDictionary()
+_prepared: WeakValueDictionary[int, Environment] = WeakValueDictionary()
 """By `id`: those that are ready to judge in this process."""
 _log = logging.getLogger(__name__)
 

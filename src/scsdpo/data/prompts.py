@@ -12,8 +12,8 @@ from typing import Any
 from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.table import Table, is_missing, whole_text
+from scsdpo.environments import Environment
 from scsdpo.types import Message, Prompt, Tool, stable_hash
-from scsdpo.verifiers import Verifier
 
 
 class PromptList(Source):
@@ -36,20 +36,29 @@ class PromptList(Source):
 
 
 def make_prompt(
-    source: str, *, question: str, answer: str, verifier: Verifier, system: str = ""
+    source: str,
+    *,
+    question: str,
+    answer: str,
+    verifier: Environment,
+    system: str = "",
+    row: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """A question as a prompt of `source`, which is its category too.
 
-    Its key hashes what the question says: it is the same in whatever order, file or process the
-    question turns up, and equal for a question that the source holds twice.
+    Its key hashes what the question says, and `row`, what its environment reads beside: it is the
+    same in whatever order, file or process the question turns up, and equal for a question that the
+    source holds twice.
     """
+    told = (json.dumps(row, sort_keys=True, default=str),) if row else ()
     system_turn: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
     return Prompt(
-        key=f"{source}/{stable_hash(source, system, question, answer):016x}",
+        key=f"{source}/{stable_hash(source, system, question, answer, *told):016x}",
         messages=(*system_turn, {"role": "user", "content": question}),
         verifier=verifier,
         answer=answer,
         category=source,
+        row=row or {},
     )
 
 
@@ -76,6 +85,7 @@ class PromptColumns:
         instruction: said after each question, a blank line between if it does not begin with white
             space itself; empty: nothing.
         answer_after: of the gold answer, what follows the last of this text counts; empty: all.
+        columns: further columns, which an environment of several turns reads.
 
     Raises:
         ValueError: if `template` has a brace too many or names no column, or both `system` and
@@ -91,6 +101,7 @@ class PromptColumns:
     system_prompt: str = ""
     instruction: str = ""
     answer_after: str = ""
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for match in _PIECES.finditer(self.template):
@@ -119,9 +130,10 @@ class PromptColumns:
         if not self.template:
             named = {"prompt": self.prompt} | named
         found = {column: f"{name}={column!r}" for name, column in named.items() if column}
-        return found | dict.fromkeys(self._in_template, "template=...")
+        found |= dict.fromkeys(self._in_template, "template=...")
+        return found | {column: f"columns=[{column!r}]" for column in self.columns}
 
-    def prompts(self, tables: Iterable[Table], name: str, verifier: Verifier) -> list[Prompt]:
+    def prompts(self, tables: Iterable[Table], name: str, verifier: Environment) -> list[Prompt]:
         """A prompt of source `name` for each row of all tables.
 
         Raises:
@@ -136,19 +148,25 @@ class PromptColumns:
             refuse_unmet(name, made, lambda place: rows[place][0].where(rows[place][1]))
         return made
 
-    def _prompt(self, table: Table, index: int, name: str, verifier: Verifier) -> Prompt:
+    def _prompt(self, table: Table, index: int, name: str, verifier: Environment) -> Prompt:
         turns, gold = self._turns(table, index), self._gold(table, index, verifier)
         system = turns[0]["content"] if turns[0]["role"] == "system" else ""
-        prompt = make_prompt(
-            name,
-            question=turns[-1]["content"],
-            answer=gold,
-            verifier=verifier,
-            system=system,
-        )
+        row = {column: _json_value(table.rows[index].get(column)) for column in self.columns}
+        try:
+            prompt = make_prompt(
+                name,
+                question=turns[-1]["content"],
+                answer=gold,
+                verifier=verifier,
+                system=system,
+                row=row,
+            )
+        except ValueError as error:  # its row names no environment that is there
+            raise ValueError(f"{table.where(index)}: {error}") from error
         if len(prompt.messages) < len(turns):
-            said = (text for turn in turns for text in (turn["role"], turn["content"]))
-            key = f"{name}/{stable_hash(name, *said, gold):016x}"
+            said = [text for turn in turns for text in (turn["role"], turn["content"])]
+            told = (json.dumps(row, sort_keys=True, default=str),) if row else ()
+            key = f"{name}/{stable_hash(name, *said, gold, *told):016x}"
             prompt = replace(prompt, key=key, messages=tuple(turns))
         if self.category:
             category = table.text(index, self.category, optional=True).strip()
@@ -190,7 +208,9 @@ class PromptColumns:
 
         return _PIECES.sub(piece, self.template)
 
-    def _gold(self, table: Table, index: int, verifier: Verifier) -> str:
+    def _gold(self, table: Table, index: int, verifier: Environment) -> str:
+        if not self.answer:
+            return ""
         value = table.rows[index].get(self.answer)
         if isinstance(value, list) and len(value) == 1 and _is_turn(value[0], "assistant"):
             (turn,) = turns_of(value, table.where(index, self.answer), last="assistant")

@@ -17,8 +17,9 @@ from scsdpo.data.files import BrokenRow, uncompressed
 from scsdpo.data.prompts import PromptColumns, PromptList
 from scsdpo.data.rows import Rows
 from scsdpo.data.table import Table
+from scsdpo.environments import Environment
 from scsdpo.types import Prompt
-from scsdpo.verifiers import MathAnswer, ToolCall, Verifier
+from scsdpo.verifiers import MathAnswer, ToolCall
 
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -43,9 +44,11 @@ class Records(Stream):
             Feather, also compressed (.gz, .bz2, .xz, .zst); several by a pattern (`part-*.csv`), or
             a folder of them; a folder that `datasets` saved; or the name of a set on the Hugging
             Face hub.
-        verifier: judges the responses; it compares them with the answer's text.
+        verifier: judges the responses; it compares them with the answer's text. Or an environment
+            of several turns, such as `Tools`.
         prompt: name of the column with the question: a text, or a list of chat turns.
-        answer: name of the column with the gold answer: a text, a number, or a list with the
+        answer: name of the column with the gold answer (empty: there is none, for environments that
+            give rewards by themselves): a text, a number, or a list with the
             assistant's turn; for `ToolCall`, `PythonTests` and `Callable`, also what becomes JSON.
         system: name of the column with the system turn; empty: there is none.
         category: name of the column with the stratum whose validation figures are given apart;
@@ -58,6 +61,7 @@ class Records(Stream):
         instruction: what is said after each question, after a blank line if it does not begin with
             white space itself.
         answer_after: of the gold answer, what follows the last of this text counts; empty: all.
+        columns: further columns that an environment of several turns reads.
         name: name of the task in metrics; empty: the path's last part, without its extension.
         split: of a folder or a set; a folder's files tell theirs by their names.
         subset: of a set on the hub that has several ("configurations"); empty: it has not.
@@ -69,13 +73,14 @@ class Records(Stream):
 
     Raises:
         ValueError: if `size` or `window` is below 1, or `max_broken_rows` below 0; if `template`
-            has a brace too many, or both `system` and `system_prompt` are given.
+            has a brace too many, or both `system` and `system_prompt` are given; if the verifier
+            needs a gold answer and `answer` is empty.
     """
 
     def __init__(
         self,
         path: str,
-        verifier: Verifier,
+        verifier: Environment,
         *,
         prompt: str = "prompt",
         answer: str = "answer",
@@ -86,6 +91,7 @@ class Records(Stream):
         system_prompt: str = "",
         instruction: str = "",
         answer_after: str = "",
+        columns: tuple[str, ...] = (),
         name: str = "",
         split: str = "train",
         subset: str = "",
@@ -101,6 +107,11 @@ class Records(Stream):
         self.max_broken_rows = max_broken_rows
         self.path = path
         self.verifier = verifier
+        if not answer and verifier.needs_answer:
+            raise ValueError(
+                f"`{kind}(answer='')` has no gold answers, and {type(verifier).__name__} compares "
+                "with one; name their column"
+            )
         try:
             self.columns = PromptColumns(
                 prompt=prompt,
@@ -112,6 +123,7 @@ class Records(Stream):
                 system_prompt=system_prompt,
                 instruction=instruction,
                 answer_after=answer_after,
+                columns=tuple(columns),
             )
         except ValueError as error:
             raise ValueError(f"`{kind}`: {error}") from error

@@ -135,11 +135,31 @@ def _check_source(module: Any, source: Source) -> None:
         raise ValueError(f"{source.name!r} has no prompts; check where they come from")
     check_golds(source)
     header = _header(chat, prompt, source.name)
+    if prompt.has_turns:
+        _check_turns(module, prompt)
     found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
     found += [f"padding is {_shown(chat, chat.pad_id)}"]
     if module.teacher.exists:
         found.append(_teacher(module, rendered(prompt, chat), source.name))
     rank_zero_info(f"{source.name}: {'; '.join(found)}")
+
+
+def _check_turns(module: Any, prompt: Prompt) -> None:
+    """The sampler must play episodes, and the chat template must go on behind their answers."""
+    if not module.rollout.plays_episodes:
+        world, sampler = type(prompt.verifier).__name__, type(module.rollout).__name__
+        raise ValueError(
+            f"{world} answers responses, and {sampler} draws responses of one turn: set "
+            "model.rollout to HFRollout or VLLMRollout, or give it `play`"
+        )
+    names = [str(tool["function"]["name"]) for tool in prompt.tools[:1]] or [_WORD]
+    for role in prompt.verifier.roles(prompt):
+        name = {"name": names[0]} if role == "tool" else {}
+        try:
+            module.policy.chat.continuation([{"role": role, "content": _WORD} | name], prompt.tools)
+        except ValueError as error:
+            remedy = "; set `role: user` of the environment" if role == "tool" else ""
+            raise ValueError(f"{error}{remedy}, or take a model whose template can") from error
 
 
 def check_golds(source: Source) -> None:

@@ -32,6 +32,8 @@ class Signals:
     """log T(y_t)."""
     teacher_entropy: Tensor
     """H(T_t)."""
+    teacher_kl: Tensor
+    """KL(T_t || S_t), over the whole vocabulary."""
     others: Tensor
     """[P, R, L]: log-prob of y_t under the teacher's weights after each of its P further contexts
     (`Contexts`); nan where the rollout does not have the context."""
@@ -49,7 +51,7 @@ class Signals:
         others: int = 0,
     ) -> "Signals":
         """What is known before any forward; zeros (nan for `others`) where a pass would write."""
-        zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(5)]
+        zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(6)]
         return Signals(
             mask=mask,
             ended=ended,
@@ -59,8 +61,9 @@ class Signals:
             student_entropy=zeros[1],
             teacher_logprob=zeros[2],
             teacher_entropy=zeros[3],
+            teacher_kl=zeros[4],
             others=torch.full_like(zeros[3], torch.nan).expand(others, *mask.shape).clone(),
-            objective=zeros[4],
+            objective=zeros[5],
         )
 
     def derive(self, make: "Derivation") -> Tensor:

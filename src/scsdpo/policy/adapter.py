@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.sharding import is_sharded, local, own_rows, settle
-from scsdpo.policy.stored import Loans, Stored, mix
+from scsdpo.policy.sharding import is_sharded, local, own_rows, reshard, whole_weight
+from scsdpo.policy.stored import OffloadHooks, Stored, mix
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved, run_seed
 
@@ -72,14 +72,25 @@ def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
 def merged_layer(layer: LoraLayer) -> nn.Module:
-    """The plain layer that does what `layer` does with the student's adapter; `layer` is lost."""
-    if isinstance(layer, ParamWrapper):  # several may be nested
-        return layer.unload_and_optionally_merge_module(
-            merge=True, safe_merge=True, adapter_names=[STUDENT]
+    """The plain layer that does what `layer` does with the student's adapter; a copy.
+
+    Its weights are W + scale B A in float32, or in W's dtype if that is wider. Under shards they
+    are whole, and every rank must ask.
+    """
+    alone: Any = copy.deepcopy(layer)  # a LoraLayer is a mixin of modules
+    for module in alone.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = whole_weight(parameter)
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if isinstance(alone, ParamWrapper):  # several may be nested
+        return alone.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=[STUDENT]
         )
-    layer.merge(safe_merge=True, adapter_names=[STUDENT])
-    return layer.get_base_layer()
+    alone.merge(adapter_names=[STUDENT])
+    return alone.get_base_layer()
 
 
 class WideHead(nn.Linear):
@@ -447,7 +458,7 @@ class _Copy(Weights):
         self.stored = stored
         kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
         self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
-        self._loans: Loans | None = None
+        self._hooks: OffloadHooks | None = None
         if stored.dtype == "bfloat16" and saved:
             self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
         if not saved:
@@ -458,9 +469,9 @@ class _Copy(Weights):
         if self.stored.is_plain or is_sharded(self.copy):
             yield self.copy
             return
-        if self._loans is None:
-            self._loans = Loans(self.copy)
-        with self._loans.open(next(model.parameters())):
+        if self._hooks is None:
+            self._hooks = OffloadHooks(self.copy)
+        with self._hooks.open(next(model.parameters())):
             yield self.copy
 
     @torch.no_grad()
@@ -471,8 +482,8 @@ class _Copy(Weights):
         moves = 0
         if self.stored.dtype == "bfloat16":
             moves = int(self.moves.add_(1))
-        settle(self.copy)
-        settle(model)
+        reshard(self.copy)
+        reshard(model)
         pairs = zip(self.copy.named_parameters(), model.parameters(), strict=True)
         for (name, own), student in pairs:
             seed = stable_hash("average", run_seed(), moves, name)
@@ -489,8 +500,8 @@ class _Copy(Weights):
         return self
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        settle(self.copy)
-        settle(model)
+        reshard(self.copy)
+        reshard(model)
         for own, student in zip(self.copy.parameters(), model.parameters(), strict=True):
             yield local(own), local(student)
 

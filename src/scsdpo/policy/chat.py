@@ -9,6 +9,7 @@ out. A text that spells none goes to the tokenizer as it is: its ids are `apply_
 
 import copy
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ TODAY = "strftime_now"
 _TAG = re.compile(r"[<\[].*\w.*[>\]]")
 _MEDIA = re.compile(rf"(?=.*(?:image|img|vision|video|audio|multimodal)){_TAG.pattern}", re.I)
 _ROLE = re.compile(r"[\w .-]+")
+_WORD = "scsdpo"
+"""What is said in turns that are rendered to see what stands around them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,121 @@ class Chat:
         if opened != closed and opened.startswith(closed):
             return opened[len(closed) :]
         return opened.rpartition(messages[-1]["content"].strip() or opened)[2]
+
+    def continuation(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[int, ...]:
+        """Ids between what the policy said in a turn and where it says something next.
+
+        The first one ends the policy's turn: it is left out behind a response that has drawn an end
+        of its own, whichever, and stands behind one that a stop string has ended. Then come the
+        messages, as the template writes them behind a turn of the assistant's, and the header that
+        opens the next one. Nothing of what stands before is rendered or tokenised again.
+
+        Args:
+            messages: what the world answers, in the roles `tool` (with a `name`) or `user`; what
+                they say gives ordinary tokens.
+            tools: functions that the policy may call.
+
+        Raises:
+            ValueError: if the template cannot be continued with such messages, and why.
+        """
+        shape = tuple((message["role"], message.get("name", "")) for message in messages)
+        form, cut, end = self._joint(shape, tools)
+        broken = self._each_broken([*form, *_answers(messages, form)], tools)
+        text: str = self._filled(self.tokenizer, broken, opened=True, tokenize=False)
+        token = self.tokenizer.convert_ids_to_tokens(end)
+        # From the end on, which is a token of its own: what stands before it changes no id.
+        said = token + text[cut:]
+        if _BREAK in text:
+            ids = list(self._unbroken(self._breaking.encode(said, add_special_tokens=False)))
+        else:
+            ids = self.tokenizer.encode(said, add_special_tokens=False)
+        assert ids[0] == end, "the end of a turn is a token"
+        return tuple(ids)
+
+    def _joint(
+        self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+    ) -> tuple[list[Any], int, int]:
+        """How to render messages of so many roles and names: the turns that stand before them, the
+        characters up to behind the end of the assistant's turn, and the id of that end.
+        """
+        known = self._joints
+        offered = json.dumps(tools, sort_keys=True, default=str)
+        if (shape, offered) not in known:
+            known[shape, offered] = self._found_joint(shape, tools)
+        return known[shape, offered]
+
+    @cached_property
+    def _joints(self) -> dict[Any, tuple[list[Any], int, int]]:
+        return {}
+
+    def _found_joint(
+        self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+    ) -> tuple[list[Any], int, int]:
+        why = ""
+        for form in _forms(shape):
+            try:
+                return (form, *self._end_of_turn(form, shape, tools))
+            except ValueError as error:
+                why = why or str(error)
+            except (TemplateError, TypeError, LookupError, AttributeError) as error:
+                why = why or f"it refuses them ({str(error) or type(error).__name__})"
+        roles = " and ".join(sorted({role for role, _ in shape}))
+        raise ValueError(
+            f"the chat template of {self.tokenizer.name_or_path!r} cannot be continued with turns "
+            f"of the role {roles}: {why}"
+        )
+
+    def _end_of_turn(
+        self, form: list[Any], shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+    ) -> tuple[int, int]:
+        """Where the end of the assistant's turn ends, and its id.
+
+        Raises:
+            ValueError: if the template does not add messages behind what stands there.
+        """
+
+        def text(turns: list[Any], *, opened: bool) -> str:
+            said: str = self._filled(
+                self.tokenizer, [turns, list(tools)], opened=opened, tokenize=False
+            )
+            return said
+
+        def answered(content: str, role: str = "") -> list[Any]:
+            said = [{"role": role or r, "name": name, "content": content} for r, name in shape]
+            said = [{k: v for k, v in each.items() if v} for each in said]
+            return [*form, *_answers(said, form)]
+
+        one, other = (text(answered(content), opened=True) for content in ("5", "7"))
+        if one == other:
+            raise ValueError("it leaves out what they say")
+        before = one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
+        if not one.startswith(text(form[:1], opened=False)):
+            raise ValueError("it changes what stands before when a turn is added")
+        twice = text([*answered("5"), *form[1:], *answered("5")[len(form) :]], opened=False)
+        if not twice.startswith(text(answered("5"), opened=False)):
+            raise ValueError("it changes what stands before when a turn is added")
+        if shape[0][0] == "tool" and text(answered("5", "assistant"), opened=True) == one:
+            raise ValueError("it writes what a tool answers as words of the assistant")
+        behind = before.rfind(_WORD) + len(_WORD)
+        if behind < len(_WORD):
+            raise ValueError("it leaves out the assistant's turn before them")
+        ends = {
+            before.find(token, behind): (len(token), i)
+            for i in self.eos_ids
+            if i < min(len(self.tokenizer), self.rows)
+            and (token := self.tokenizer.convert_ids_to_tokens(i))
+        }
+        found = min((place for place in ends if place >= 0), default=-1)
+        if found < 0:
+            names = self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))
+            raise ValueError(
+                f"it ends the assistant's turn before them with none of {', '.join(names)}, the "
+                "ends of responses in generation_config.json"
+            )
+        length, end = ends[found]
+        return found + length, end
 
     def encode(self, text: str) -> list[int]:
         """Ids of bare text: none of `control_ids`, and no special tokens added."""
@@ -306,6 +424,38 @@ class Chat:
         return self.tokenizer.decode(
             known, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def _forms(shape: tuple[tuple[str, str], ...]) -> Iterable[list[Any]]:
+    """Turns that may stand before messages of such roles: tools answer calls, and some templates
+    want them as mappings, some as JSON, some one by one, and some write none.
+    """
+    user = {"role": "user", "content": _WORD}
+    names = [name or _WORD for role, name in shape if role == "tool"]
+    for called in (names, names[:1]) if names else ():
+        for arguments in ({_WORD: _WORD}, json.dumps({_WORD: _WORD})):
+            calls = [
+                {
+                    "type": "function",
+                    "id": f"{_WORD}{number:03}",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for number, name in enumerate(called)
+            ]
+            yield [user, {"role": "assistant", "content": _WORD, "tool_calls": calls}]
+    yield [user, {"role": "assistant", "content": _WORD}]
+
+
+def _answers(messages: Sequence[Message], form: list[Any]) -> list[Message]:
+    """Messages with the ids of the calls that they answer."""
+    ids = [call["id"] for call in form[-1].get("tool_calls", [])]
+    tools = (number for number in itertools.count())
+    return [
+        {**message, "tool_call_id": ids[min(next(tools), len(ids) - 1)]}
+        if ids and message["role"] == "tool"
+        else dict(message)
+        for message in messages
+    ]
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

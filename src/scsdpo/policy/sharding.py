@@ -112,8 +112,8 @@ def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
     return model.__dict__["inside"](work) if isinstance(model, FSDPModule) else work(model)
 
 
-def settle(module: nn.Module) -> None:
-    """Put every unit back into shards: after a forward the root is whole."""
+def reshard(module: nn.Module) -> None:
+    """Put every unit back into shards; after a forward the root is whole."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -122,6 +122,15 @@ def settle(module: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """What this rank has of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """All of a weight, without gradient; rounded to `dtype` if there is one, and then gathered.
+
+    Under shards every rank must ask.
+    """
+    value = weight.detach() if dtype is None else weight.detach().to(dtype)
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def own_rows(parameter: Tensor) -> slice:
@@ -144,7 +153,7 @@ def whole(
         skeleton: the same on `meta`; its parameters are those that are wanted.
         narrow: dtype of linear layers' weights, to which autocast would cast them anyway.
     """
-    settle(model)
+    reshard(model)
     plain = copy.deepcopy(skeleton)
     values = dict(model.named_parameters())
     for name, _ in list(plain.named_parameters()):

@@ -100,10 +100,11 @@ def _random_bits(start: int, count: int, seed: int, device: torch.device) -> Ten
     return ((z >> 40) & 0xFFFF).to(torch.int32)
 
 
-class Loans:
-    """Lends a model that is kept otherwise the weights that it runs with.
+class OffloadHooks:
+    """Forward hooks that load the weights of a model that is kept on the host or in another dtype.
 
-    Layers get theirs for their own forward only; embedding, last norm and head for all of it.
+    A layer's weights are there during its own forward only; those of embedding, last norm and head
+    during all of it.
 
     Args:
         model: with whole weights, in no gradient.
@@ -117,8 +118,8 @@ class Loans:
         for layer in layers:
             weights = list(layer.parameters())
             kept: list[Tensor] = []
-            layer.register_forward_pre_hook(self._lending(weights, kept))
-            layer.register_forward_hook(self._taking(weights, kept), always_call=True)
+            layer.register_forward_pre_hook(self._loading(weights, kept))
+            layer.register_forward_hook(self._unloading(weights, kept), always_call=True)
 
     @contextmanager
     def open(self, like: Tensor) -> Iterator[None]:
@@ -128,34 +129,36 @@ class Loans:
             like: a weight of the student's, with the dtype and device to run in.
         """
         self._like = like
-        kept = _lend(self._rest, like)
+        kept = _load(self._rest, like)
         try:
             yield
         finally:
-            _take_back(self._rest, kept)
+            _unload(self._rest, kept)
             self._like = None
 
-    def _lending(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
-        def lend(layer: nn.Module, args: Any) -> None:
+    def _loading(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
+        def load(layer: nn.Module, args: Any) -> None:
             assert self._like is not None
-            kept[:] = _lend(weights, self._like)
+            kept[:] = _load(weights, self._like)
 
-        return lend
+        return load
 
-    def _taking(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
-        def take(layer: nn.Module, args: Any, output: Any) -> None:
-            _take_back(weights, kept)
+    def _unloading(
+        self, weights: Sequence[nn.Parameter], kept: list[Tensor]
+    ) -> Callable[..., None]:
+        def unload(layer: nn.Module, args: Any, output: Any) -> None:
+            _unload(weights, kept)
 
-        return take
+        return unload
 
 
-def _lend(weights: Sequence[nn.Parameter], like: Tensor) -> list[Tensor]:
+def _load(weights: Sequence[nn.Parameter], like: Tensor) -> list[Tensor]:
     kept = [weight.data for weight in weights]
     for weight in weights:
         weight.data = weight.data.to(like.device, like.dtype, non_blocking=True)
     return kept
 
 
-def _take_back(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
+def _unload(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
     for weight, data in zip(weights, kept, strict=True):
         weight.data = data

@@ -1,13 +1,21 @@
 """A response, and its tokens, as lines of records."""
 
 import math
+from dataclasses import asdict
 from typing import Any, cast
 
 from torch import Tensor
 
 from scsdpo.advantage import Batch
 from scsdpo.policy.chat import Chat
-from scsdpo.records.schema import SCHEMA_VERSION, Number, Place, RolloutRecord, TokenRecord
+from scsdpo.records.schema import (
+    SCHEMA_VERSION,
+    Number,
+    Place,
+    RolloutRecord,
+    TokenRecord,
+    TurnRecord,
+)
 from scsdpo.types import Judged
 
 
@@ -41,6 +49,7 @@ def rollout_record(
         messages=list(prompt.messages),
         target=prompt.answer,
         output=judged.texts[q][g],
+        turns=[cast(TurnRecord, asdict(part)) for part in judged.responses.episodes[q][g].parts],
         answer=verdict.answer,
         reward=verdict.reward,
         success=bool(judged.successes[q, g]),

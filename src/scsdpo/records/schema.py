@@ -30,6 +30,18 @@ class Place(TypedDict):
     the validation, has 2 `samples` of them."""
 
 
+class TurnRecord(TypedDict):
+    """What one side said in an episode of several turns."""
+
+    role: str
+    """`assistant`: the policy; `tool` or `user`: its environment."""
+    text: str
+    name: str
+    """Of the tool that answered; '': none."""
+    feedback: str
+    """The environment's words on the response before it; '': none."""
+
+
 class RolloutRecord(Place):
     """A line of `rollouts/SPLIT_BATCH.jsonl`: one response."""
 
@@ -39,7 +51,9 @@ class RolloutRecord(Place):
     target: str
     """The gold answer, which the policy never sees."""
     output: str
-    """The response's text, without beginnings, ends and padding."""
+    """The response's text, without beginnings, ends and padding; of an episode, its transcript."""
+    turns: list[TurnRecord]
+    """Of an episode, what each side said, in order; empty: the response is all."""
     answer: str | None
     """What the verifier extracted; None: nothing."""
     reward: Number

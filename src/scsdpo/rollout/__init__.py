@@ -8,7 +8,7 @@ from scsdpo.rollout.servers.nccl import Nccl
 from scsdpo.rollout.servers.require_key import RequireKey
 from scsdpo.rollout.vllm.colocated import Colocated
 from scsdpo.rollout.vllm.rollout import Engine, VLLMRollout
-from scsdpo.rollout.weights.weight_receiver import WeightReceiver
+from scsdpo.rollout.weights.receiver import WeightReceiver
 
 __all__ = [
     "Colocated",

@@ -4,14 +4,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.types import Prompt, Responses, Sampling
+from scsdpo.verifiers import Episodes
 
 
 class Rollout(ABC):
     """Which responses do we learn from?
 
-    An engine needs `sample` alone; the other methods have defaults that suit an engine in this
+    An engine needs `sample` alone, and `play` for questions whose environments answer responses;
+    the other methods have defaults that suit an engine in this
     process without a limit of its own. A trainer calls them in this order:
 
     1. Before weights are loaded, `max_length`: a run whose longest prompt leaves no room for
@@ -57,6 +60,32 @@ class Rollout(ABC):
             sampling: how many responses, how long, and from which distribution.
         """
 
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether it has `play`."""
+        return False
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        """As `sample`, where environments answer responses and the policy goes on.
+
+        Args:
+            policy: as it is now.
+            prompts: the questions; some may have one turn.
+            sampling: how often, and how.
+            episodes: `sampling.n` of each question, in its order; all of them have a verdict when
+                this returns.
+
+        Raises:
+            ConfigurationError: if this engine cannot.
+        """
+        raise ConfigurationError(one_turn(self))
+
     def hold_weights(
         self, policy: CausalLM, *, barrier: bool = True
     ) -> AbstractContextManager[object]:
@@ -93,3 +122,12 @@ class Rollout(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Give back what sampling holds: engines, files, connections. `sample` may start anew."""
+
+
+def one_turn(rollout: Rollout) -> str:
+    """Why an engine cannot play episodes, and what to do."""
+    return (
+        f"model.rollout: {type(rollout).__name__} draws responses of one turn, and the "
+        "environments of these questions answer them and let the policy go on; use HFRollout or "
+        "VLLMRollout"
+    )

@@ -1,6 +1,6 @@
 """DAPO's dynamic sampling: collect informative groups until they make a batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,7 +8,7 @@ from scsdpo.distributed import all_gather, place
 from scsdpo.seeds import run_seed
 from scsdpo.selection._base import Selection
 from scsdpo.state import Stateful
-from scsdpo.types import Judged, Prompt, Responses, Verdict, stable_hash
+from scsdpo.types import Episode, Judged, Part, Prompt, Responses, Verdict, stable_hash
 from scsdpo.verifiers import Verifier
 
 
@@ -103,6 +103,7 @@ def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     (prompt,), (verdicts,) = group.prompts, group.verdicts
     told = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
     responses = {f.name: getattr(group.responses, f.name) for f in fields(group.responses)}
+    responses["episodes"] = [[asdict(each) for each in row] for row in group.responses.episodes]
     return (
         responses | {"prompts": told},
         {
@@ -113,6 +114,12 @@ def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
+def _episode(parts: Sequence[dict[str, Any]] = (), verdict: Any = None) -> Episode:
+    return Episode(
+        parts=tuple(Part(**part) for part in parts), verdict=verdict and Verdict(**verdict)
+    )
+
+
 def _restored(responses: dict[str, Any], verdicts: dict[str, Any]) -> Judged:
     prompts = (Prompt(verifier=_Spent(), **responses["prompts"]),)
     if "mask" in responses:  # a checkpoint of 0.1
@@ -120,7 +127,10 @@ def _restored(responses: dict[str, Any], verdicts: dict[str, Any]) -> Judged:
         old |= {"sampled": old.pop("mask"), "ended": old.pop("finished")}
         restored = Responses.of_one_turn(**old)
     else:
-        restored = Responses(**(responses | {"prompts": prompts}))
+        # A checkpoint without them is of responses of one turn.
+        kept = responses.get("episodes") or [[{} for _ in row] for row in responses["texts"]]
+        episodes = tuple(tuple(_episode(**each) for each in row) for row in kept)
+        restored = Responses(**(responses | {"prompts": prompts, "episodes": episodes}))
     return Judged(
         responses=restored,
         verdicts=(tuple(Verdict(**verdict) for verdict in verdicts["verdicts"]),),

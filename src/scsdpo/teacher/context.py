@@ -182,6 +182,7 @@ class SiblingDemonstration(Reprompt):
             in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
         strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
+        least_successes: a group with fewer is told nothing.
         templates: the words around it.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
             template or the question; if those alone are too long there is no context.
@@ -193,6 +194,15 @@ class SiblingDemonstration(Reprompt):
     pick: Literal["first", "shortest"] = "first"
     exclude_self: bool = True
     strip_thinking: bool = True
+    least_successes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.least_successes < 1:
+            raise ValueError(
+                f"`{type(self).__name__}(least_successes=...)` must be >= 1, got "
+                f"{self.least_successes}"
+            )
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         return PrivilegedInfo(demonstration=self.demonstration(question, rollout, judged))
@@ -207,12 +217,14 @@ class SiblingDemonstration(Reprompt):
     def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
         """The successes of a question that leave something to show, the one to show first first."""
         best = judged.best_first(question)
+        if len(best) < self.least_successes:
+            return
         if self.pick == "shortest":
             rewards = judged.rewards[question].tolist()
             lengths = judged.lengths[question].tolist()
             best.sort(key=lambda g: (-rewards[g], lengths[g]))
         for g in best:
-            text = self.shown(judged.prompts[question], judged.texts[question][g])
+            text = _shown(judged, question, g, strip_thinking=self.strip_thinking)
             if text.strip():
                 yield g, text
 
@@ -335,9 +347,8 @@ class FailedSibling(Reprompt):
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         wrong = (~judged.successes[question]).nonzero()[:, 0].tolist()
-        prompt, texts = judged.prompts[question], judged.texts[question]
         shown = [
-            without_thinking(prompt.thinking + texts[g]) if self.strip_thinking else texts[g]
+            _shown(judged, question, g, strip_thinking=self.strip_thinking)
             for g in wrong
             if g != rollout
         ]
@@ -378,15 +389,26 @@ class ShortestSuccess(_Rewritten):
             return PrivilegedInfo()
         others = [g for g in range(len(lengths)) if g != taught]
         for other in sorted(others, key=lambda g: (g in right, lengths[g])):
-            shown = judged.texts[question][other]
-            if self.strip_thinking:
-                shown = without_thinking(judged.prompts[question].thinking + shown)
+            shown = _shown(judged, question, other, strip_thinking=self.strip_thinking)
             if shown.strip():
                 return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
         return PrivilegedInfo()
 
 
+def _shown(judged: Judged, question: int, rollout: int, *, strip_thinking: bool) -> str:
+    """A response as it is told: an episode whole, with what its environment answered."""
+    opened = judged.prompts[question].thinking
+
+    def said(text: str) -> str:
+        return without_thinking(opened + text) if strip_thinking else text
+
+    episode = judged.responses.episodes[question][rollout]
+    return episode.transcript(said) if episode.parts else said(judged.texts[question][rollout])
+
+
 def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
+    """On a failure; of an episode turn by turn, and on the whole."""
     if judged.successes[question, rollout]:
         return ""
-    return judged.verdicts[question][rollout].feedback
+    episode = judged.responses.episodes[question][rollout]
+    return episode.feedback or judged.verdicts[question][rollout].feedback

@@ -14,7 +14,7 @@ from scsdpo.rollout import Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
 from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
-from scsdpo.verifiers import Failures, Verification, VerifierPool
+from scsdpo.verifiers import Episodes, Failures, Verification, VerifierPool
 
 
 class Collector:
@@ -56,8 +56,12 @@ class Collector:
         """
 
         def attempt(rows: int) -> Responses:
+            sampler = self.rollout.with_max_rows(rows)
             with noticed():
-                return self.rollout.with_max_rows(rows).sample(policy, prompts, sampling)
+                if not any(prompt.has_turns for prompt in prompts):
+                    return sampler.sample(policy, prompts, sampling)
+                with Episodes(self.verifiers, prompts, sampling.n) as episodes:
+                    return sampler.play(policy, prompts, sampling, episodes)
 
         with self.timer("rollout"):
             most = self.rollout.rows_in_flight(len(prompts) * sampling.n)
@@ -91,11 +95,16 @@ class Collector:
     def judge(self, responses: Responses, split: Literal["train", "val", "test"]) -> Judged:
         """Verdicts of each prompt's verifier; those that failed are logged.
 
+        Episodes of several turns have theirs since they ended.
+
         Raises:
             TrainingStopped: if most of a verifier's failed.
         """
+        played = [[each.verdict for each in group if each.verdict] for group in responses.episodes]
         with self.timer("verify"):
-            verdicts = self.verifiers.verify(responses.prompts, responses.texts)
+            texts = [() if p else t for p, t in zip(played, responses.texts, strict=True)]
+            judged = self.verifiers.verify(responses.prompts, texts)
+        verdicts = tuple((*p, *v) for p, v in zip(played, judged, strict=True))
         self.failures.count(responses.prompts, verdicts)
         self._say_what_succeeds(verdicts)
         rewards = torch.tensor(

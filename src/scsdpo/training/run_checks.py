@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
     ThroughputMonitor,
+    Timer,
 )
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.cli import ReduceLROnPlateau
@@ -191,7 +192,10 @@ def say_what_ended(trainer: L.Trainer, module: Any) -> None:
     set_ = {name: pair for name, pair in limits.items() if pair[0] is not None and pair[0] >= 0}
     reached = [f"trainer.{name}: {most}" for name, (most, now) in set_.items() if now >= most]
     if not reached and trainer.should_stop:
-        reached = ["EarlyStopping: " + " ".join(said[0].split())] if said else ["trainer.max_time"]
+        timed = any(isinstance(c, Timer) for c in _callbacks(trainer))
+        reached = ["trainer.max_time" if timed else "trainer.should_stop, which a callback has set"]
+        if said:
+            reached = ["EarlyStopping: " + " ".join(said[0].split())]
     missed = [f"trainer.{name}: {most}" for name, (most, now) in set_.items() if now < most]
     if not reached:
         return

@@ -714,7 +714,7 @@ class Forwards:
         }
         # Under shards the student must run where a teacher may ask for it on some rank.
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
-        in_step = of_objective or (combines and is_sharded(self.policy))
+        in_step = of_objective or "teacher_kl" in needs or (combines and is_sharded(self.policy))
         for number, micro in enumerate(self.micro_batches if needs else []):
             here = torch.zeros_like(batch.sampled)  # [R, L]: of N values, row-major: rows ascend
             here[micro] = batch.sampled[micro]
@@ -726,8 +726,11 @@ class Forwards:
                 signals.student_logprob[here], signals.student_entropy[here] = values
             outputs = {slot: self.teacher(slot, number) for slot, run in asked.items() if run}
             if of_teacher and outputs["teacher"].hidden:
-                values = self._read(micro, self._target(outputs["teacher"], student))
+                target = self._target(outputs["teacher"], student)
+                values = self._read(micro, target)
                 signals.teacher_logprob[here], signals.teacher_entropy[here] = values
+                if "teacher_kl" in needs:
+                    signals.teacher_kl[here] = self._kl(micro, target, student())
             for table, slot in zip(signals.others, self.others, strict=True):
                 if "others" in needs and outputs[slot].hidden:
                     logprobs, _ = self._read(micro, self._target(outputs[slot], student))
@@ -765,6 +768,19 @@ class Forwards:
             here = logits(part, buffers)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         return values
+
+    def _kl(self, micro: list[int], target: LogitsOf, student: LogitsOf) -> Tensor:
+        """[N]: KL(target || student) at a micro-batch's tokens, 0 in rows without a teacher."""
+        taught = self.of_tokens(micro, self.reads["teacher"][:, None].expand_as(self.batch.sampled))
+        values, buffers = (
+            torch.zeros(taught.shape, dtype=torch.float64, device=taught.device),
+            Buffers(),
+        )
+        for part in chunks(len(taught), self.policy.vocabulary, taught.device):
+            buffers.recycle()
+            theirs, ours = target(part, buffers).log_probs, student(part, buffers).log_probs
+            values[part] = (theirs.exp() * (theirs - ours)).sum(-1).double()
+        return torch.where(taught, values, 0.0)
 
     def _objective(
         self,

@@ -2,6 +2,7 @@
 
 from scsdpo.prompt import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
+from scsdpo.verifiers.episodes import Episodes
 from scsdpo.verifiers.function import Callable
 from scsdpo.verifiers.maths import MathAnswer
 from scsdpo.verifiers.pool import VerifierPool
@@ -14,6 +15,7 @@ from scsdpo.verifiers.verify import Failures, verify_all
 
 __all__ = [
     "Callable",
+    "Episodes",
     "ExactMatch",
     "Failures",
     "MathAnswer",

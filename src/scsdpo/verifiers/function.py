@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable as Function
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from scsdpo.prompt import Prompt, Verdict, Verifier
 
@@ -28,26 +28,41 @@ class Callable(Verifier):
     strip_thinking: bool = True
 
     def __post_init__(self) -> None:
-        _found(self.function)
+        imported(self.function, _OWNER)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """The function's verdict; of a bare reward, one without an answer."""
-        result = _found(self.function)(prompt, response)
+        result = imported(self.function, _OWNER)(prompt, response)
         return Verdict(reward=float(result)) if isinstance(result, int | float) else result
 
 
+_OWNER = "Callable(function={!r})"
+
+
 @lru_cache
-def _found(name: str) -> Function[[Prompt, str], Verdict | float]:
+def imported(name: str, owner: str) -> Function[..., Any]:
+    """The function or class `module:name`.
+
+    Args:
+        name: as that.
+        owner: who names it, for errors, with {!r} in the place of the name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     module, _, attribute = name.partition(":")
+    told = f"`{owner.format(name)}`"
     if not module or not attribute:
-        raise ValueError(f"`Callable(function=...)` must read `module:function`, got {name!r}")
+        raise ValueError(f"{told} must read `module:function`, got {name!r}")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`Callable(function={name!r})`: {error}; the module must stand in the folder in "
-            "which the command runs, or on PYTHONPATH"
+            f"{told}: {error}; the module must stand in the folder in which the command runs, or "
+            "on PYTHONPATH"
         ) from error
     if not callable(function):
-        raise ValueError(f"`Callable(function={name!r})` must name a function, got {function!r}")
+        raise ValueError(f"{told} must name a function, got {function!r}")
     return function

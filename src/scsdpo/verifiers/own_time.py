@@ -63,6 +63,13 @@ class OwnTime:
         return longest
 
 
+class WallTime(OwnTime):
+    """Seconds left of a deadline on the clock, without those in which this process was stopped."""
+
+    def _held_up(self, passed: float) -> float:
+        return 0.0
+
+
 def _threads(pids: list[int]) -> Iterator[Path]:
     """Those of the processes and of all that these have started."""
     for pid in pids:

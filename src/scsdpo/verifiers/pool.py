@@ -74,15 +74,15 @@ class VerifierPool:
             while len(self._workers) < self.settings.workers:
                 self._workers.append(Worker(self.settings, START_SECONDS))
         except OSError as error:
-            self._no_room(str(error))
+            self.no_room(str(error), bool(self._workers))
         else:
             self._full_since = math.inf
 
-    def _no_room(self, why: str) -> None:
-        """Go on with the processes there are, and try again later."""
+    def no_room(self, why: str, some: bool) -> None:
+        """Go on with the processes there are, if there are `some`, and try again later."""
         now = time.monotonic()
         self._room_at, self._full_since = now + ROOM_SECONDS, min(self._full_since, now)
-        if not self._workers and now > self._full_since + START_SECONDS:
+        if not some and now > self._full_since + START_SECONDS:
             raise TrainingStopped(
                 f"the machine has no room for a process that judges responses ({why}); raise its "
                 "limits on processes and memory"
@@ -105,7 +105,7 @@ class VerifierPool:
             (prompt, text)
             for prompt, group in zip(prompts, texts, strict=True)
             for text in group
-            if self._is_portable(prompt)
+            if self.is_portable(prompt)
         ]
         try:
             judged = iter(_Batch(self, jobs).verdicts() if jobs else ())
@@ -114,12 +114,13 @@ class VerifierPool:
             raise
         return tuple(
             tuple(next(judged) for _ in group)
-            if self._is_portable(prompt)
+            if self.is_portable(prompt)
             else verify_all([prompt], [group], max_feedback=self.settings.max_feedback)[0]
             for prompt, group in zip(prompts, texts, strict=True)
         )
 
-    def _is_portable(self, prompt: Prompt) -> bool:
+    def is_portable(self, prompt: Prompt) -> bool:
+        """Whether another process can judge responses to `prompt`, and there are such."""
         kind = type(prompt.verifier)
         if self.settings.workers == 0:
             return False
@@ -149,7 +150,8 @@ class VerifierPool:
     def remove(self, worker: Worker, *, why: str = "") -> None:
         """End a process; `why` it is not to be had, if it never was ready."""
         worker.kill()
-        self._workers.remove(worker)
+        if worker in self._workers:  # and not one of an episode's own
+            self._workers.remove(worker)
         if why:  # perhaps for want of room, which others may leave
             self._failures += 1
             self._room_at = time.monotonic() + self._failures * ROOM_SECONDS

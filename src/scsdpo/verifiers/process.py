@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scsdpo.verifiers.own_time import OwnTime
+from scsdpo.verifiers.own_time import OwnTime, WallTime
+from scsdpo.verifiers.stage import MAX_MESSAGES, MAX_OPENING
 from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import MAX_ANSWER, MAX_ERROR
 
@@ -46,7 +47,7 @@ class Worker:
 
     def __init__(self, settings: Verification, seconds: float) -> None:
         token = secrets.token_hex(16)
-        kept = (token, settings.memory_mb, settings.max_feedback)
+        kept = (token, settings.memory_mb, settings.max_feedback, settings.max_observation)
         command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(kept)]
         # In a session of its own: Ctrl-C is for the owner.
         self.process = subprocess.Popen(
@@ -59,13 +60,16 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.input, self.out = self.process.stdin, self.process.stdout.fileno()
         os.set_blocking(self.out, False)
-        self.time_left = OwnTime([self.process.pid], seconds)
+        self._own_time = OwnTime([self.process.pid], seconds)
+        self._wall_time = WallTime([self.process.pid], seconds)
+        self.time_left = self._own_time
         self.numbers: deque[int] = deque()
         """Jobs that it has and has not judged yet, in order."""
         self.started = self.prepared = False
         self._judge = self.process.pid
         self._token, self._rest = token.encode(), b""
         most = MAX_ANSWER + settings.max_feedback + MAX_ERROR + _OTHER_CHARACTERS
+        most += max(MAX_OPENING, MAX_MESSAGES * (settings.max_observation + _OTHER_CHARACTERS))
         self._most_bytes = _BYTES_A_CHARACTER * most
 
     @property
@@ -73,8 +77,18 @@ class Worker:
         """Started, and without a job."""
         return self.started and not self.numbers
 
-    def send(self, numbers: list[int], chunk: bytes, seconds: float) -> None:
-        """Give an idle process a chunk; it has so long to prepare its verifiers."""
+    def send(
+        self, numbers: list[int], chunk: bytes, seconds: float, *, on_the_clock: bool = False
+    ) -> None:
+        """Give an idle process a chunk; it has so long to prepare its verifiers.
+
+        Args:
+            numbers: of the jobs in it.
+            chunk: the jobs, pickled.
+            seconds: to prepare.
+            on_the_clock: deadlines are wall-clock time, and not its own.
+        """
+        self.time_left = self._wall_time if on_the_clock else self._own_time
         self.numbers.extend(numbers)
         self.prepared = False
         self.time_left.restart(seconds)

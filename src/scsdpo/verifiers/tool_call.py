@@ -104,7 +104,7 @@ class ToolCall(Verifier):
     def _judge(self, prompt: Prompt, gold: list[tuple[str, str]], response: str) -> Verdict:
         hint = f" Right would be: {_spelled(gold)}." if self.reveal else ""
         try:
-            calls = [_comparable(call, gold) for call in _calls(prompt, response)]
+            calls = [_comparable(call, gold) for call in calls_of(prompt, response)]
         except ValueError as error:
             return Verdict(reward=0.0, feedback=f"{error}{hint}")
         answer = json.dumps(sorted(calls))
@@ -139,11 +139,12 @@ def _gold_call(call: dict[str, Any]) -> tuple[str, str]:
     return made.tool, canonical(made.arguments)
 
 
-def _calls(prompt: Prompt, response: str) -> list[Call]:
+def calls_of(prompt: Prompt, response: str) -> list[Call]:
     """The calls, by the tokenizer's response template where it has one and that finds any.
 
     Raises:
-        ValueError: in words for the teacher, at the first malformed one.
+        MalformedCall: in words for the teacher, at the first malformed one.
+        NoCall: if there is none.
     """
     if prompt.response_template:
         from transformers.utils.chat_parsing import parse_response  # takes a second

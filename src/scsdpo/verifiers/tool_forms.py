@@ -97,6 +97,10 @@ class MalformedCall(ValueError):
     """A call that no reader of its form would take, in words for the teacher."""
 
 
+class NoCall(MalformedCall):
+    """There is none, malformed or not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One call as it is written."""
@@ -113,7 +117,8 @@ def read_calls(response: str) -> list[Call]:
     """The calls of a response, in order.
 
     Raises:
-        MalformedCall: at the first one that is malformed, or if there is none.
+        MalformedCall: at the first one that is malformed.
+        NoCall: if there is none.
     """
     try:
         header, opening = _HEADER.search(response), _OPENING.search(response)
@@ -125,7 +130,7 @@ def read_calls(response: str) -> list[Call]:
     except (RecursionError, MemoryError):
         raise MalformedCall("A call is nested too deeply.") from None
     if not calls:
-        raise MalformedCall("The response has no tool call in a form that is known.")
+        raise NoCall("The response has no tool call in a form that is known.")
     return calls
 
 

@@ -5,10 +5,11 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.prompt import Prompt, Verdict, Verifier
+from scsdpo.prompt import Environment, Prompt, Verdict, Verifier
 from scsdpo.verifiers.text import capped, capped_distinct
 
 MAX_FEEDBACK = 4000
@@ -20,6 +21,8 @@ ENOUGH = 8
 """Verdicts of a verifier from which on it is known that it fails."""
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def verify_all(
@@ -66,27 +69,54 @@ def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
     Raises:
         NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
     """
+    verifier = prompt.verifier
+    assert isinstance(verifier, Verifier)
+    return attempted(
+        type(verifier).__name__,
+        lambda: verifier.verify(prompt, response),
+        lambda verdict: tidy_verdict(verdict, max_feedback),
+    )
+
+
+def attempted(
+    name: str, act: Callable[[], object], tidy: Callable[[object], T | None]
+) -> T | Verdict:
+    """What `tidy` makes of the result of `act`, or a verdict with an `error` if that is none.
+
+    Args:
+        name: of whoever acts, for the error.
+        act: may raise anything, or exit.
+        tidy: valid texts of a bounded length; None of an unsound result.
+
+    Raises:
+        NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
+    """
     home = os.getpid()
     try:
-        return _judged(prompt, response, max_feedback)
+        return _attempted(name, act, tidy)
     finally:
         _end_copy(home)
 
 
-def _judged(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
-    name = type(prompt.verifier).__name__
+def _attempted(
+    name: str, act: Callable[[], object], tidy: Callable[[object], T | None]
+) -> T | Verdict:
     try:
-        verdict = prompt.verifier.verify(prompt, response)
-        if _is_sound(verdict):
-            return _tidy(verdict, max_feedback)
-        why = f"{name} returned {_shown(verdict)}"
+        result = act()
+        if (sound := tidy(result)) is not None:
+            return sound
+        why = f"{name} returned {_shown(result)}"
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         why = f"{name}: {_shown(error)}"
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            verdict = Verdict(reward=0.0, error=capped(why, MAX_ERROR))
-            raise NoRoom(verdict) from error
+            raise NoRoom(failed(why)) from error
+    return failed(why)
+
+
+def failed(why: str) -> Verdict:
+    """The verdict of an environment that did not give any."""
     return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
 
 
@@ -96,7 +126,10 @@ def _end_copy(home: int) -> None:
         os._exit(0)
 
 
-def _tidy(verdict: Verdict, max_feedback: int) -> Verdict:
+def tidy_verdict(verdict: object, max_feedback: int) -> Verdict | None:
+    """The verdict with valid texts of a bounded length; None if it is none, or not a sound one."""
+    if not isinstance(verdict, Verdict) or not _is_sound(verdict):
+        return None
     return Verdict(
         reward=float(verdict.reward),
         answer=None if verdict.answer is None else capped_distinct(verdict.answer, MAX_ANSWER),
@@ -113,10 +146,9 @@ def _shown(thing: object) -> str:
         return f"a {type(thing).__name__} that cannot be shown"
 
 
-def _is_sound(verdict: object) -> bool:
+def _is_sound(verdict: Verdict) -> bool:
     return (
-        isinstance(verdict, Verdict)
-        and isinstance(verdict.reward, int | float)
+        isinstance(verdict.reward, int | float)
         and math.isfinite(verdict.reward)
         and isinstance(verdict.answer, str | None)
         and isinstance(verdict.feedback, str)
@@ -124,7 +156,7 @@ def _is_sound(verdict: object) -> bool:
     )
 
 
-def prepare_all(verifiers: Iterable[Verifier]) -> None:
+def prepare_all(verifiers: Iterable[Environment]) -> None:
     """`prepare` each kind of verifier once.
 
     Raises:

@@ -1,12 +1,14 @@
 """What a worker process of `VerifierPool` runs.
 
-It reads pickled chunks of (prompt, response) from its standard input, each behind its length, and
-writes a line an event: a token, by which the owner tells its lines from whatever else a verifier
-may write to the pipe, and JSON: `["ready", pid]`, `["verdict", ...]`, `["no room", ...]`,
-`["broken", why]`. The verifiers' own prints go to standard error.
+It reads pickled chunks of (prompt, response), or (prompt, turn of an episode), from its standard
+input, each behind its length, and writes a line an event: a token, by which the owner tells its
+lines from whatever else a verifier may write to the pipe, and JSON: `["ready", pid]`,
+`["verdict", ...]`, `["turn", ...]`, `["no room", ...]`, `["broken", why]`. The verifiers' own
+prints go to standard error.
 
 What a verifier starts while it prepares may stay; what it starts for a verdict and leaves behind is
-ended before the verdict is told. The process above this one (`guarded`) ends the rest.
+ended before the verdict is told, and what an environment starts ends with its episode. The process
+above this one (`guarded`) ends the rest.
 """
 
 import json
@@ -16,17 +18,19 @@ import resource
 import sys
 import threading
 import time
+from dataclasses import asdict
 from queue import SimpleQueue
 from typing import BinaryIO
 
 from scsdpo.io import streams
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers.guard import children, end_children, guarded
+from scsdpo.verifiers.stage import Stage, Turn
 from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import NoRoom, contained, prepare_all
 
 
-def main(token: str, memory_mb: int, max_feedback: int) -> None:
+def main(token: str, memory_mb: int, max_feedback: int, max_observation: int) -> None:
     """Judge until standard input closes."""
     guarded()
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
@@ -43,21 +47,30 @@ def main(token: str, memory_mb: int, max_feedback: int) -> None:
         sink.write(f"\n{token}{json.dumps(event)}\n")
         sink.flush()
 
+    stage = Stage(max_feedback, max_observation, alone=True)
     say("ready", os.getpid())
     while True:
         try:
-            jobs: list[tuple[int, Prompt, str]] = pickle.loads(chunks.get())
+            jobs: list[tuple[int, Prompt, str | Turn]] = pickle.loads(chunks.get())
             prepare_all(prompt.verifier for _, prompt, _ in jobs)
         except Exception as error:
             say("broken", capped(f"{error}", max_feedback))
             continue
         kept = children()
         say("ready", os.getpid())
-        for number, prompt, response in jobs:
+        for number, prompt, job in jobs:
             begin = time.monotonic()
+            if isinstance(job, Turn):
+                kind = "turn"
+                try:
+                    answer = stage.answer(prompt, job)
+                except NoRoom as fault:
+                    kind, answer = "no room", fault.verdict
+                say(kind, number, asdict(answer), time.monotonic() - begin)
+                continue
             kind = "verdict"
             try:
-                verdict = contained(prompt, response, max_feedback)
+                verdict = contained(prompt, job, max_feedback)
             except NoRoom as fault:
                 kind, verdict = "no room", fault.verdict
             end_children(kept)

@@ -68,17 +68,27 @@ class ContinuousBatcher:
         """Made anew when responses came, left or moved."""
         self.next_event = 0
         """Step at which a response fills its bucket or reaches the cap."""
+        self.dialogue = buffer.dialogue
+        self.waiting: dict[int, Request] = {}
+        """By row, responses in their places that an environment has to answer. Each step reads
+        their last token once more, which writes the same keys and values."""
 
     def run(self) -> None:
         """Draw all responses."""
         hidden: list[Tensor] = []
-        while self.scheduler.waiting or self.is_running:
+        while self.scheduler.waiting or self.is_running or self.dialogue.due:
             interrupt.check()
             if self.has_room and (new := self._admit()):
                 hidden.append(self._start(new))
+            if not self.is_running:  # verdicts of those that are full
+                self._hear()
+                continue
             ids = self._draw(torch.cat(hidden))
             self.has_room = False
-            if self.step % _STEPS_BETWEEN_RETIRING == 0 or self.step >= self.next_event:
+            if self.dialogue.is_played:
+                self._turn()
+                ids = ids[self._settle()]
+            elif self.step % _STEPS_BETWEEN_RETIRING == 0 or self.step >= self.next_event:
                 ids = ids[self._settle()]
             hidden = [self._decode(ids)] if self.is_running else []
 
@@ -151,10 +161,52 @@ class ContinuousBatcher:
         self.tables.recycle()
         logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
         ids = self.buffer.draw(logits.logits, self.rows, self.drawn)
-        self.ended |= self.buffer.is_end(ids)
-        self.drawn += 1
+        ended = self.buffer.is_end(ids)
         self.step += 1
+        if self.dialogue.is_played:
+            ended &= ~self.buffer.keeps(self.rows, self.drawn)
+            waits = self.buffer.waits[self.rows]
+            ids = torch.where(waits, self.buffer.ids[self.rows, self.drawn - 1], ids)
+            self.drawn += ~waits
+            for request in self.waiting.values():
+                request.started += 1
+            self._refresh()
+        else:
+            self.drawn += 1
+        self.ended |= ended
         return ids
+
+    def _turn(self) -> None:
+        """Give environments the responses that have ended, and go on with those they answered."""
+        self.ended |= self.buffer.is_stopped(self.rows, self.drawn)
+        for place, (request, ended) in enumerate(
+            zip(list(self._running()), self.ended.tolist(), strict=True)
+        ):
+            tokens = self._tokens(request)
+            full = tokens == self.buffer.ids.shape[1]
+            if request.row in self.waiting or not (ended or full):
+                continue
+            if self.dialogue.plays(request.row):
+                self.buffer.respond(request.row, tokens, ended=ended)
+                if not full:  # else it leaves: nothing could follow
+                    self.waiting[request.row] = request
+                    self.ended[place] = False
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take what environments have answered; wait for it if nothing else is to be done."""
+        idle = len(self.waiting) == sum(map(len, self.buckets))
+        over = set()
+        for row, ids in self.dialogue.answers(wait=idle):
+            request = self.waiting.pop(row, None)
+            if request and ids:
+                self.buffer.extend(row, self._tokens(request), ids)
+            elif request:
+                over.add(row)
+        if over:
+            self.ended |= torch.tensor(
+                [request.row in over for request in self._running()], device=self.rows.device
+            )
 
     def _settle(self) -> Tensor:
         """Finished responses leave, grown ones move on, and the youngest give way to a shortage.
@@ -226,8 +278,10 @@ class ContinuousBatcher:
                 self._drop_prompts(lambda group: group.running > 0)
                 self._close_gaps()
             elif len(by_age) > 1:
-                self.buffer.forget(by_age[-1].row)
-                self.scheduler.put_back(by_age.pop())
+                youngest = by_age.pop()
+                self.waiting.pop(youngest.row, None)
+                self.buffer.forget(youngest.row)
+                self.scheduler.put_back(youngest)
             else:
                 return buckets
 
@@ -269,6 +323,10 @@ class ContinuousBatcher:
     def _expire(self) -> None:
         """Responses came, left or moved: what was derived from who they are is void."""
         self.layout = None
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Find anew which responses are the longest: those that wait do not grow."""
         first = {
             b: min(r.started for r in bucket) for b, bucket in enumerate(self.buckets) if bucket
         }

@@ -6,21 +6,21 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from scsdpo.policy.adapter import STUDENT
+from scsdpo.policy.adapter import STUDENT, merged_layer
 
 
 @contextmanager
 def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Run plain layers of W + scale B A in the place of `model`'s LoRA layers.
 
-    One matrix product takes the place of three. W + scale B A is summed in the factors' dtype,
-    float32, and rounded to that of W; the policy's own weights are not touched. The copy takes the
-    memory of the weights that are adapted, from entry to exit. Where that is more than half of
-    what is free, and for layers that are not plain linear ones with plain LoRA factors (quantised,
-    DoRA), the adapted layers run as they are: the same numbers, slower.
+    One matrix product takes the place of three. W + scale B A is summed in float32 and rounded to
+    W's dtype; the policy's own weights are not touched. The copy takes the memory of the weights
+    that are adapted, from entry to exit. Where that is more than half of what is free, and for
+    layers that are not plain linear ones with plain LoRA factors (quantised, DoRA), the adapted
+    layers run as they are: the same numbers, slower.
     """
     adapted = [
         (parent, name, layer)
@@ -32,7 +32,7 @@ def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
     if 2 * size > _free_bytes(model.device):
         adapted = []
     for parent, name, layer in adapted:
-        setattr(parent, name, _merged(layer))
+        setattr(parent, name, merged_layer(layer).to(layer.get_base_layer().weight.dtype))
     try:
         yield
     finally:
@@ -43,15 +43,6 @@ def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
 def _is_plain(layer: LoraLayer) -> bool:
     linear = type(layer.get_base_layer()) is nn.Linear
     return linear and STUDENT in layer.lora_A and STUDENT not in layer.lora_variant
-
-
-def _merged(layer: LoraLayer) -> nn.Linear:
-    base = layer.get_base_layer()
-    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    delta: Tensor = layer.get_delta_weight(STUDENT)
-    merged.weight = nn.Parameter((base.weight + delta).to(base.weight.dtype), requires_grad=False)
-    merged.bias = base.bias
-    return merged
 
 
 def _free_bytes(device: torch.device) -> int:

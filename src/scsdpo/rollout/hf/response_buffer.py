@@ -1,13 +1,18 @@
 """What decides the draws of a batch of responses, and what was drawn."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from scsdpo.policy import Chat
+from scsdpo.rollout.dialogue import Dialogue
 from scsdpo.rollout.hf.draw import draw, uniforms
-from scsdpo.types import Prompt, Responses, Sampling
+from scsdpo.types import Responses, Sampling
+
+T = TypeVar("T")
 
 _SLACK = 8
 """Tokens read before the shortest stretch that could hold a stop string: ends have no text."""
@@ -19,16 +24,18 @@ class ResponseBuffer:
     """One row a response, one place a token.
 
     Args:
-        prompts: the Q questions; response i to question q is row q G + i.
+        dialogue: has the Q questions, and what environments answered; response i to question q is
+            row q G + i.
         sampling: how to draw; its `max_new_tokens` is the number of places.
         chat: knows the ids that end a response.
         device: where it lies.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], sampling: Sampling, chat: Chat, device: torch.device
+        self, dialogue: Dialogue, sampling: Sampling, chat: Chat, device: torch.device
     ) -> None:
-        self.prompts = tuple(prompts)
+        self.dialogue = dialogue
+        self.prompts = prompts = dialogue.prompts
         self.sampling = sampling
         self.chat = chat
         self.ends = torch.tensor(chat.eos_ids, device=device)
@@ -41,6 +48,14 @@ class ResponseBuffer:
         """[Q G] tokens of each response that were searched for stop strings."""
         self.stopped = torch.full((len(self.stops),), self.ids.shape[1] + 1, device=device)
         """[Q G] tokens when a stop string was complete; more than there are places: none was."""
+        self.given = torch.zeros_like(self.ids, dtype=torch.bool)
+        """[Q G, places]: written by an environment, and not drawn."""
+        self.turns = torch.zeros_like(self.ids, dtype=torch.int32)
+        """[Q G, places] number of the turn that a token belongs to."""
+        self.turn_starts = torch.zeros_like(self.stopped)
+        """[Q G] place at which the turn begins that is drawn or answered."""
+        self.waits = torch.zeros_like(self.stopped, dtype=torch.bool)
+        """[Q G]: an environment has not answered yet, and nothing is drawn."""
 
     def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """[R]: a token for place `places` [R] of each of `rows` [R], drawn and kept.
@@ -50,17 +65,61 @@ class ResponseBuffer:
             rows: which responses.
             places: which token of each is next.
         """
+        places = places.clamp(max=self.ids.shape[1] - 1)  # full, and waiting for a verdict
         drawn = draw(logits, self.uniforms[rows, places], self.sampling)
-        self.ids[rows, places] = drawn.ids
-        self.sampling_logprobs[rows, places] = drawn.sampling_logprobs.float()
-        self.policy_logprobs[rows, places] = drawn.policy_logprobs.float()
-        return drawn.ids
+        tables = (self.ids, self.sampling_logprobs, self.policy_logprobs)
+        new = [drawn.ids, drawn.sampling_logprobs.float(), drawn.policy_logprobs.float()]
+        if self.dialogue.is_played:
+            kept = self.keeps(rows, places)
+            new = [torch.where(kept, t[rows, places], n) for t, n in zip(tables, new, strict=True)]
+        for table, each in zip(tables, new, strict=True):
+            table[rows, places] = each
+        return new[0]
+
+    def keeps(self, rows: Tensor, places: Tensor) -> Tensor:
+        """[R]: what stands at `places` [R] of `rows` [R] is not drawn."""
+        return self.waits[rows] | self.given[rows, places.clamp(max=self.ids.shape[1] - 1)]
+
+    def used(self, row: int) -> int:
+        """Tokens that stand behind the prompt of row `row`, whoever wrote them."""
+        return int((self.ids[row] != _UNDRAWN).sum())
+
+    def has_end(self, rows: Tensor) -> Tensor:
+        """[R]: an end of sequence stands in the last turn of `rows` [R]."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        own = places >= self.turn_starts[rows, None]
+        return (self.is_end(self.ids[rows]) & own).any(-1)
+
+    def has_ended(self, row: int) -> bool:
+        """Whether the last turn of row `row` has ended by itself, and not by the cap."""
+        at = torch.tensor([row], device=self.ids.device)
+        return bool(self.has_end(at)) or bool(self.stopped[row] <= self.ids.shape[1])
+
+    def respond(self, row: int, used: int, *, ended: bool) -> None:
+        """The turn that row `row` drew, up to `used` tokens behind the prompt, wants an answer."""
+        self.waits[row] = True
+        ids = self.ids[row, int(self.turn_starts[row]) : used].tolist()
+        self.dialogue.respond(row, ids, used=used, ended=ended)
+
+    def extend(self, row: int, used: int, ids: Sequence[int]) -> None:
+        """An environment has answered row `row`: after these `ids` the next turn is drawn."""
+        end = used + len(ids)
+        self.ids[row, used:end] = torch.tensor(ids, device=self.ids.device)
+        self.given[row, used:end] = True
+        self.turns[row, end:] += 1
+        self.turn_starts[row] = self.searched[row] = end
+        self.stopped[row] = self.ids.shape[1] + 1
+        self.waits[row] = False
 
     def forget(self, row: int) -> None:
         """Row `row` will be drawn again from its start."""
         self.ids[row] = _UNDRAWN
         self.searched[row] = 0
         self.stopped[row] = self.ids.shape[1] + 1
+        self.given[row] = self.waits[row] = False
+        self.turns[row] = self.turn_starts[row] = 0
+        if self.dialogue.plays(row):
+            self.dialogue.forget(row)
 
     def is_end(self, ids: Tensor) -> Tensor:
         """Whether each of `ids` ends a response."""
@@ -72,14 +131,16 @@ class ResponseBuffer:
             for row, n in zip(rows.tolist(), drawn.tolist(), strict=True):
                 if self.stops[row]:
                     self._search(row, n)
-        return self.stopped[rows] <= drawn
+        return (self.stopped[rows] <= drawn) & ~self.waits[rows]
 
     def _search(self, row: int, drawn: int) -> None:
         """Read what was drawn since the last search, and as much before as a string may need."""
         # A token with text has at least one byte of it.
         longest = max(len(stop.encode()) for stop in self.stops[row])
         start = self.searched[row]
-        first = max(start - longest - _SLACK, 0)
+        if drawn <= start:
+            return
+        first = max(start - longest - _SLACK, int(self.turn_starts[row]))
         ids = self.ids[row, first:drawn].tolist()
         self.searched[row] = drawn
         if not self._holds_stop(row, ids):
@@ -100,7 +161,9 @@ class ResponseBuffer:
             version: of the weights that were sampled from.
         """
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        ends = self.is_end(self.ids) | (places == self.stopped[:, None] - 1)
+        # Of the last turn: an end of an earlier one stands before its answer.
+        ends = self.is_end(self.ids) & (places >= self.turn_starts[:, None])
+        ends |= places == self.stopped[:, None] - 1
         mask = (self.ids != _UNDRAWN) & (ends.cumsum(-1) - ends.long() == 0)
         longest = int(mask.sum(-1).max())
         mask = mask[:, :longest]
@@ -108,22 +171,37 @@ class ResponseBuffer:
         def batch(table: Tensor) -> Tensor:
             return table[:, :longest].reshape(len(self.prompts), self.sampling.n, longest)
 
-        return Responses.of_one_turn(
+        cut = torch.zeros_like(self.waits)
+        cut[list(self.dialogue.cut)] = True
+        ended = (ends[:, :longest] & mask).any(-1) & ~cut
+        records = [self.dialogue.record(row) for row in range(len(self.ids))]
+        responses = Responses.of_one_turn(
             prompts=self.prompts,
             ids=batch(self.ids[:, :longest].masked_fill(~mask, self.chat.pad_id)),
-            sampled=batch(mask),
+            sampled=batch(mask & ~self.given[:, :longest]),
             # Steps between an end and its being noticed drew on: drop their log-probs too.
             sampling_logprobs=batch(self.sampling_logprobs[:, :longest] * mask),
             policy_logprobs=batch(self.policy_logprobs[:, :longest] * mask),
-            ended=(ends[:, :longest] & mask).any(-1).view(-1, self.sampling.n),
-            texts=self._texts(mask),
+            ended=ended.view(-1, self.sampling.n),
+            texts=self._grouped(self._texts(mask)),
             temperature=self.sampling.temperature,
             version=version,
         )
+        return replace(
+            responses,
+            present=batch(mask),
+            turns=batch(self.turns[:, :longest] * mask),
+            episodes=self._grouped(records),
+        )
 
-    def _texts(self, mask: Tensor) -> tuple[tuple[str, ...], ...]:
+    def _texts(self, mask: Tensor) -> list[str]:
         lengths = mask.sum(-1).tolist()
         rows = self.ids[:, : mask.shape[1]].tolist()
-        texts = [self.chat.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+        return [
+            self.dialogue.text(row, ids[:n])
+            for row, (ids, n) in enumerate(zip(rows, lengths, strict=True))
+        ]
+
+    def _grouped(self, rows: Sequence[T]) -> tuple[tuple[T, ...], ...]:
         n = self.sampling.n
-        return tuple(tuple(texts[i : i + n]) for i in range(0, len(texts), n))
+        return tuple(tuple(rows[i : i + n]) for i in range(0, len(rows), n))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from scsdpo.policy import CausalLM
 from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout._base import Rollout
+from scsdpo.rollout.dialogue import Dialogue
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.kv_cache import KVCache
 from scsdpo.rollout.hf.merged import merged_adapters
@@ -16,8 +17,9 @@ from scsdpo.rollout.hf.own_cache import OwnCache
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Scheduler
 from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
-from scsdpo.rollout.weights.weights import digest
+from scsdpo.rollout.weights.hashing import digest
 from scsdpo.types import Prompt, Responses, Sampling
+from scsdpo.verifiers import Episodes
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class HFRollout(Rollout):
     they do not after all, the youngest give way and are drawn again later. Logits exist at the
     last position only. Which token is drawn depends on (seed, prompt key, number in the group,
     position) and, to the rounding of batched matrix products, on nothing else.
+
+    In an episode of several turns a response keeps its keys and values while its environment
+    answers and others are drawn; then the answer is read token by token beside them.
 
     That needs layers of full or sliding-window softmax attention; sliding layers keep their window
     only. Other architectures (docs/models.md) draw with transformers' own cache, rows with prompts
@@ -58,11 +63,28 @@ class HFRollout(Rollout):
                 raise ValueError(f"`HFRollout({name}=...)` must be >= 1, got {value}")
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        groups = _groups(prompts, sampling.n)
+        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
+
+    @property
+    def plays_episodes(self) -> bool:
+        return True
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        dialogue = Dialogue(prompts, sampling, policy.chat, [episodes])
+        return self._drawn(policy, dialogue, sampling)
+
+    def _drawn(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+        groups = _groups(dialogue.prompts, sampling.n)
         longest = max(len(group.ids) for group in groups) + sampling.max_new_tokens - 1
         path = policy.known.of(longest)
         with policy.sampling_mode() as model:
-            buffer = ResponseBuffer(prompts, sampling, policy.chat, model.device)
+            buffer = ResponseBuffer(dialogue, sampling, policy.chat, model.device)
             with merged_adapters(model):
                 if path is RowPath.SHARED and policy.share_prefixes:
                     self._share(model, groups, buffer)

@@ -1,4 +1,4 @@
-"""How weights get from the trainer to vLLM servers."""
+"""Ways for weights from the trainer to vLLM servers."""
 
 import functools
 import http.server
@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,24 +16,22 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.run_folder import RunFolder, remove
-from scsdpo.rollout.servers.server import Server, Unreachable
-from scsdpo.rollout.weights.weight_files import write_weights
+from scsdpo.rollout.servers.server import ADAPTERS, Server, Unreachable
+from scsdpo.rollout.weights.files import write_adapter, write_weights
+from scsdpo.rollout.weights.stream import Sink, Weights
 
 _IDLE = 60.0
 """Seconds after which a connection that does nothing is closed."""
-
-
-Weights = Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
-"""A pass over all weights, as (name, value) pairs in the checkpoint's names, rounded to a dtype."""
 
 
 class Delivery(ABC):
     """A way to the servers for weights. On rank 0 alone."""
 
     due = False
-    """Whether servers need another `publish`, though the weights are the same."""
+    """Servers need another `publish`, though the weights are the same."""
 
     @abstractmethod
     def publish(
@@ -70,25 +69,27 @@ class Delivery(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Offer:
-    """Files of weights that servers can load."""
+    """Files that servers can load."""
 
     version: str
     folder: Path
     locations: list[str]
     """Paths or URLs of the files."""
     hash: str
-    """`StreamHash` of what the files hold."""
+    """`StreamHash` of weights, `adapter_hash` of an adapter."""
 
 
 class Files(Delivery):
     """Weights as safetensors files in a folder of this run, one version at a time.
 
     The files of the last version are removed before the next ones are written; if a server is
-    still reading them, then when it is done.
+    still reading them, then when it is done. An adapter can lie beside them.
     """
 
     def __init__(self) -> None:
-        self._offer: _Offer | None = None
+        self._folder: RunFolder | None = None
+        self._offers: dict[str, _Offer] = {}
+        """By what they are: weights, and an adapter."""
         self._readers: Counter[Path] = Counter()
         self._lock = threading.Lock()
 
@@ -109,40 +110,64 @@ class Files(Delivery):
         servers: Sequence[Server],
         loop: EventLoop,
     ) -> None:
-        self._withdraw()
-        folder = self.open() / version
+        self._offer("weights", version, version, lambda f: write_weights(weights(dtype), f))
+
+    async def bring(self, server: Server, timeout: float) -> None:
+        with self._reading("weights") as offer:
+            await server.load(offer.locations, offer.hash, offer.version, timeout)
+
+    def publish_adapter(self, weights: dict[str, Tensor], version: str) -> None:
+        """Make this the adapter that servers get, with the label of base and adapter together."""
+        self._offer("adapter", version, f"adapter-{version}", lambda f: write_adapter(weights, f))
+
+    async def bring_adapter(self, server: Server, timeout: float) -> None:
+        """Let one server load the adapter that was published last, and label it."""
+        with self._reading("adapter") as offer:
+            await server.load_adapter(offer.locations, offer.hash, offer.version, timeout)
+
+    def close(self) -> None:
+        for kind in list(self._offers):
+            self.withdraw(kind)
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    def withdraw(self, kind: str) -> None:
+        """Remove files that are offered, unless a server reads them, who gets the next ones."""
+        with self._lock:
+            offer = self._offers.pop(kind, None)
+            if offer is not None and not self._readers[offer.folder]:
+                remove(offer.folder)
+
+    def _offer(
+        self, kind: str, version: str, name: str, write: Callable[[Path], tuple[list[Path], str]]
+    ) -> None:
+        self.withdraw(kind)
+        folder = self.open() / name
         remove(folder)  # an earlier try
         try:
-            files, sent = write_weights(weights(dtype), folder)
+            files, sent = write(folder)
         except BaseException:
             remove(folder)
             raise
-        self._offer = _Offer(
-            version=version, folder=folder, locations=self.locations(files), hash=sent
-        )
+        locations = self.locations(files)
+        self._offers[kind] = _Offer(version=version, folder=folder, locations=locations, hash=sent)
 
-    async def bring(self, server: Server, timeout: float) -> None:
+    @contextmanager
+    def _reading(self, kind: str) -> Iterator[_Offer]:
+        """The files stay until the end of the block."""
         with self._lock:
-            offer = self._offer
+            offer = self._offers.get(kind)
             if offer is None:
                 raise Unreachable("there are no weights for it at the moment")
             self._readers[offer.folder] += 1
         try:
-            await server.load(offer.locations, offer.hash, offer.version, timeout)
+            yield offer
         finally:
             with self._lock:
                 self._readers[offer.folder] -= 1
-                if offer is not self._offer and not self._readers[offer.folder]:
+                if offer is not self._offers.get(kind) and not self._readers[offer.folder]:
                     remove(offer.folder)
-
-    def close(self) -> None:
-        self._withdraw()
-
-    def _withdraw(self) -> None:
-        with self._lock:
-            offer, self._offer = self._offer, None
-            if offer is not None and not self._readers[offer.folder]:
-                remove(offer.folder)
 
 
 class SharedFolder(Files):
@@ -165,7 +190,6 @@ class SharedFolder(Files):
                 "directory of its own"
             )
         self.path = Path(path)
-        self._folder: RunFolder | None = None
 
     def open(self) -> Path:
         self._folder = self._folder or RunFolder(self.path)
@@ -173,12 +197,6 @@ class SharedFolder(Files):
 
     def locations(self, files: Sequence[Path]) -> list[str]:
         return [str(file) for file in files]
-
-    def close(self) -> None:
-        super().close()
-        if self._folder is not None:
-            self._folder.close()
-            self._folder = None
 
 
 class Download(Files):
@@ -199,7 +217,6 @@ class Download(Files):
         self.host, self.port = host, port
         self._secret = secrets.token_hex(16)
         """Whoever knows it can read the weights."""
-        self._folder: RunFolder | None = None
         self._server: _FileServer | None = None
 
     def open(self) -> Path:
@@ -224,19 +241,18 @@ class Download(Files):
         return [f"http://{self.host}:{port}/{name}" for name in names]
 
     def close(self) -> None:
-        super().close()
-        if self._server is not None and self._folder is not None:
+        if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-            self._folder.close()
-            self._server = self._folder = None
+            self._server = None
+        super().close()
 
 
 class _FileServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """Who asked is gone or too slow, and notices it himself: no traceback."""
+        """No traceback: the client is gone or too slow, and notices it."""
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -249,3 +265,57 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
     def list_directory(self, path: object) -> None:
         self.send_error(403)
+
+
+class ServerSink(Sink):
+    """Servers' end of the stream: weights by the delivery, an adapter always as files.
+
+    Args:
+        delivery: brings weights.
+        helper: brings adapters if `delivery` has no files of its own.
+        loop: where the servers' endpoints are called.
+    """
+
+    def __init__(self, delivery: Delivery, helper: Download, loop: EventLoop) -> None:
+        super().__init__()
+        self.delivery, self.loop = delivery, loop
+        self.servers: Sequence[Server] = ()
+        """Those that answered when they were looked at last."""
+        self._files = delivery if isinstance(delivery, Files) else helper
+        self._has_adapter = False
+
+    @property
+    def due(self) -> bool:  # type: ignore[override]
+        return self.delivery.due
+
+    def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
+        self._has_adapter = False
+        self._files.withdraw("adapter")
+        self.delivery.publish(
+            weights, version=version, dtype=dtype, servers=self.servers, loop=self.loop
+        )
+
+    def load_adapter(self, weights: dict[str, Tensor], version: str) -> None:
+        self._files.publish_adapter(weights, version)
+        self._has_adapter = True
+
+    async def bring(self, server: Server, timeout: float) -> None:
+        """Let one server load what was sent last, and label it.
+
+        Raises:
+            NotNow: if it can get its weights only when they are sent again.
+            Unreachable: if it does not.
+            ConfigurationError: if it was started without what adapters need.
+        """
+        if not self._has_adapter:
+            await self.delivery.bring(server, timeout)
+            return
+        seen = await server.describe()
+        if not seen["adapters"] or not seen["adapters"]["updates"]:
+            raise ConfigurationError(
+                f"model.rollout.engine.adapter: the vLLM server {server.url} takes no adapters: "
+                f"start it with {ADAPTERS}, or set adapter to merged"
+            )
+        if seen["loaded"] != self.base_hash.hexdigest():
+            await self.delivery.bring(server, timeout)
+        await self._files.bring_adapter(server, timeout)

@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -12,8 +13,7 @@ from scsdpo.distributed import place
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
-from scsdpo.rollout.servers.adapter_files import AdapterFiles
-from scsdpo.rollout.servers.delivery import Delivery, Download
+from scsdpo.rollout.servers.delivery import Delivery, Download, ServerSink
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.nccl import Nccl
 from scsdpo.rollout.servers.request_queue import RequestQueue, Stranded, agreed_dtype, useless
@@ -21,8 +21,7 @@ from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
 from scsdpo.rollout.vllm.rollout import Answer, Engine, Request
-from scsdpo.rollout.weights.lora_adapter import MergeRounding, Way, base_digest, rank_for
-from scsdpo.rollout.weights.weight_passes import WeightPasses
+from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
 class Servers(Engine):
@@ -60,9 +59,9 @@ class Servers(Engine):
         patience: float = 60.0,
         timeout: float = 600.0,
         key: str = KEY_VARIABLE,
-        adapter: Way = "auto",
+        adapter: LoraTransport = "auto",
     ) -> None:
-        wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
+        wrong = [url for url in urls if not _is_http(url)]
         if wrong or not urls:
             raise ValueError(
                 "`Servers(urls=...)` must be URLs such as http://localhost:8000, got "
@@ -80,9 +79,8 @@ class Servers(Engine):
         self.patience = patience
         self.timeout = timeout
         self.adapter = adapter
-        self._alone: AdapterFiles | None = None
         self._helper = Download(delivery.host if isinstance(delivery, Nccl) else "127.0.0.1")
-        self._rounding = MergeRounding()
+        self._sink: ServerSink | None = None
         self._version = ""
         """Label of the weights that servers get."""
         self._together = False
@@ -122,13 +120,14 @@ class Servers(Engine):
         if self._loop is not None:
             self._loop.close()
             self._loop = None
-        self._version, self._alone = "", None
+        self._version, self._sink = "", None
         self.delivery.close()
         self._helper.close()
 
     def _start(self) -> EventLoop:
         self._loop = loop = EventLoop()
         self._changed = asyncio.Event()
+        self._sink = ServerSink(self.delivery, self._helper, loop)
         self._watched = [
             WatchedServer(
                 server=server,
@@ -144,54 +143,32 @@ class Servers(Engine):
         return loop
 
     async def _bring(self, server: Server) -> None:
+        assert self._sink is not None
         try:
-            await (self._alone or self.delivery).bring(server, self.timeout)
+            await self._sink.bring(server, self.timeout)
         except NotNow as error:
             if self._together:  # the other ranks are sampling
                 raise Unreachable(str(error)) from error
             raise
 
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
-        """Make these the weights that servers get, unless they are."""
+        """Make these the weights that servers get, unless they are; all ranks under shards."""
         self._together = is_sharded(policy)
-        passes = WeightPasses(policy)
-        rank = rank_for(policy, self.adapter)
-        base = "" if rank is None else base_digest(policy)
-        if place()[0] != 0:
-            passes.follow()
-        elif version != self._version or self.delivery.due:
-            self._version = ""
-            loop.call(lambda: self._want(""))
-            try:
-                self._offer(loop, passes, version, rank, base)
-            finally:
-                passes.close()
-        else:
-            passes.close()
+        leads = place()[0] == 0
+        with closing(WeightStream(policy, self.adapter, led=True)) as stream:
+            if leads and (version != self._version or self.delivery.due):
+                self._version = ""
+                loop.call(lambda: self._want(""))
+                self._send(loop, stream, version)
         self._version = version
         loop.call(lambda: self._want(version))
 
-    def _offer(
-        self, loop: EventLoop, passes: WeightPasses, version: str, rank: int | None, base: str
-    ) -> None:
-        """On rank 0: all weights, or the base and an adapter."""
+    def _send(self, loop: EventLoop, stream: WeightStream, version: str) -> None:
+        assert self._sink is not None
         dtype, described = loop.run(self._known())
-        servers = [each.server for each in self._watched if each.there]
-        if rank is None or (modules := self._adaptable(rank, described)) is None:
-            self._alone = None
-            self._rounding.look(passes.policy, dtype)
-            self.delivery.publish(passes, version=version, dtype=dtype, servers=servers, loop=loop)
-            return
-        self._alone = self._alone or AdapterFiles(self.delivery, self._helper)
-        self._alone.publish(
-            passes,
-            base,
-            version=version,
-            dtype=dtype,
-            servers=servers,
-            loop=loop,
-            supported=modules,
-        )
+        self._sink.servers = [each.server for each in self._watched if each.there]
+        supported = None if stream.rank is None else self._adaptable(stream.rank, described)
+        self._sink.send(stream, version, dtype, supported)
 
     def _adaptable(self, rank: int, described: dict[Server, dict[str, Any]]) -> list[str] | None:
         """Modules of which every server takes adapters; None if one of them takes none."""
@@ -229,3 +206,12 @@ class Servers(Engine):
             with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE):
                     await self._changed.wait()
+
+
+def _is_http(url: str) -> bool:
+    """True if a request can go there; a port has 16 bits."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

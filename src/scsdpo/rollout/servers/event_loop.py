@@ -23,7 +23,7 @@ class EventLoop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns; a run that is asked to stop does not wait for it."""
+        """Run `work` and return its result; a run that is asked to stop does not wait for it."""
         future = self.start(work)
         try:
             while wait([future], _LOOK).not_done:

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
-from scsdpo.rollout.servers.delivery import Delivery, Weights
+from scsdpo.rollout.servers.delivery import Delivery
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.server import SHORT, NotNow, Server, Silent, Unreachable
 from scsdpo.rollout.servers.transfer_group import Group, TransferFailed
+from scsdpo.rollout.weights.stream import Weights
 
 _TRIES = 3
 """Transfers of one version, before the run stops."""

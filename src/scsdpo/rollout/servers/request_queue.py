@@ -19,7 +19,7 @@ _FILLED = 2
 
 
 def useless(servers: Sequence[WatchedServer], seconds: float) -> TrainingStopped:
-    """What ends a run that no server is of use to."""
+    """The error of a run that no server could be used for."""
     said = "; ".join(f"{each.server.url}: {each.problem or 'no answer yet'}" for each in servers)
     return TrainingStopped(
         f"no vLLM server is of use since {seconds:.3g} s ({said}); no step was taken on this "

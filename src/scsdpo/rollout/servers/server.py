@@ -1,19 +1,22 @@
 """One vLLM server: its HTTP endpoints, and the ways in which it can fail."""
 
 import asyncio
-import http.client
+import functools
 import json
 import os
 import secrets
+import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
+
 from scsdpo.errors import ConfigurationError
-from scsdpo.rollout.servers.http_exchange import exchange
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
-from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised, refusal
+from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised
+from scsdpo.rollout.weights.hashing import Receipt, refusal
 
 SHORT = 10.0
 """Seconds in which a server that is alive answers a question about itself."""
@@ -28,14 +31,14 @@ START = (
     "--model MODEL --host 127.0.0.1 --middleware scsdpo.rollout.RequireKey --worker-extension-cls "
     "scsdpo.rollout.WeightReceiver --logprobs-mode processed_logprobs --enable-scale-out"
 )
-"""How a server is started; in the CPU build `vllm serve` does not start."""
+"""The command that starts a server; in the CPU build `vllm serve` does not start."""
 
 TRANSFER = '{"backend": "nccl"}'
 """A server's `--weight-transfer-config` for the delivery `Nccl`."""
 
 
 ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
-"""What it needs beside, and a rank, for `Servers(adapter="alone")`."""
+"""Settings of a server for `Servers(adapter="alone")`; a rank follows."""
 
 
 class Unreachable(Exception):
@@ -126,9 +129,9 @@ class Server:
             await self._call("/v1/unload_lora_adapter", {"lora_name": old}, timeout=SHORT)
         adapter = {"lora_name": version, "lora_path": folder}
         await self._call("/v1/load_lora_adapter", adapter, timeout=timeout)
-        for held in await self._rpc("scsdpo_held", {"name": version}, timeout=timeout):
-            if held != sent:
-                raise Unreachable(f"holds another adapter ({held}) than was sent ({sent})")
+        for worker in await self._rpc("scsdpo_held", {"name": version}, timeout=timeout):
+            if why := refusal(worker, sent, adapter=True):
+                raise Unreachable(why)
         await self.forget()
         await self.label(version)
 
@@ -159,7 +162,7 @@ class Server:
         body = {"init_info": init_info}
         await self._call("/init_weight_transfer_engine", body, timeout=timeout)
 
-    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+    async def receive(self, update_info: dict[str, Any], timeout: float) -> list[Receipt]:
         """`WeightReceiver.scsdpo_receive` of each worker."""
         arguments = {"update_info": update_info, "timeout": timeout}
         return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
@@ -187,20 +190,25 @@ class Server:
         return (await self._call("/collective_rpc", body, timeout=timeout))["results"]
 
     async def _call(self, path: str, body: Any = None, *, timeout: float) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key, "").strip():
-            headers["Authorization"] = f"Bearer {key}"
+        """A GET, or with `body` a POST of JSON, past any proxy.
+
+        It has a connection of its own, which is closed as soon as the caller is cancelled.
+        """
+        key = os.environ.get(self.key, "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx2.AsyncClient(trust_env=False, timeout=None, verify=_certificates())
         try:
-            async with asyncio.timeout(timeout):
-                status, answer = await exchange(self.url.rstrip("/") + path, data, headers)
-            if status == 200:
-                return answer if path in _PLAIN else json.loads(answer)
+            # The client's own timeouts are of single reads: an answer that trickles has none.
+            async with asyncio.timeout(timeout), client:
+                verb, url = "GET" if body is None else "POST", self.url.rstrip("/") + path
+                answer = await client.request(verb, url, json=body, headers=headers)
+            if answer.status_code == 200:
+                return answer.text if path in _PLAIN else answer.json()
         except TimeoutError as error:
             raise Silent(f"{path}: no answer within {timeout:g} s") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
-        raise self._explain(status, _message(answer), path)
+        raise self._explain(answer.status_code, _message(answer.text), path)
 
     def _explain(self, status: int, said: str, path: str) -> Exception:
         """A status of 4xx will not change by itself, one of 5xx may."""
@@ -234,8 +242,13 @@ class Server:
         )
 
 
-def _message(answer: bytes) -> str:
-    text = answer.decode(errors="replace")
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, read once."""
+    return ssl.create_default_context()
+
+
+def _message(text: str) -> str:
     with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]

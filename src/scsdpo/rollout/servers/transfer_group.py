@@ -16,15 +16,14 @@ from scsdpo import interrupt
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.server import SHORT, Server
-from scsdpo.rollout.vllm.rollout import refusal
-from scsdpo.rollout.weights.weights import StreamHash
+from scsdpo.rollout.weights.hashing import Receipt, StreamHash, refusal
 
 _LOOK = 0.1
 """Seconds between two looks at a transfer."""
 
 
 class Declared(NamedTuple):
-    """What vLLM is told of a weight before it comes."""
+    """A weight as it is announced to vLLM before it comes."""
 
     name: str
     dtype: torch.dtype
@@ -58,7 +57,7 @@ class Source:
                 self._device = value.device
 
     def metadata(self) -> list[Declared]:
-        """What is declared, under vLLM's name for it."""
+        """The declared weights, under vLLM's name for them."""
         return self.declared
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -99,7 +98,7 @@ class Group:
         self.refused: dict[str, str] = {}
         """Servers that must not be sampled from, and why."""
         self._version = ""
-        self._received: dict[Server, list[dict[str, Any]]] = {}
+        self._received: dict[Server, list[Receipt]] = {}
         self._engine: Any = None
         self._failure: Exception | None = None
         self._leaving = threading.Lock()

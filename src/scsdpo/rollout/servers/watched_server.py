@@ -46,7 +46,7 @@ class WatchedServer:
     refusal: Exception | None = None
     """It is none that can be used."""
     described: dict[str, Any] | None = None
-    """What it said of itself, asked anew after it was away: it may be another one."""
+    """Its last `describe`, asked anew after it was away: it may be another one."""
     looked: bool = False
     """At least once."""
     waits: bool = False

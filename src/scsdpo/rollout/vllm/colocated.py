@@ -3,18 +3,19 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scsdpo import interrupt
 from scsdpo.distributed import share_errors
-from scsdpo.errors import ConfigurationError, first_line
+from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.policy import CausalLM
 from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
-from scsdpo.rollout.vllm.engine_weights import EngineWeights
 from scsdpo.rollout.vllm.rollout import (
     Answer,
     Engine,
@@ -24,11 +25,15 @@ from scsdpo.rollout.vllm.rollout import (
     sampled,
 )
 from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
-from scsdpo.rollout.weights.lora_adapter import Way, rank_for
+from scsdpo.rollout.weights.files import folder_in_memory, write_adapter
+from scsdpo.rollout.weights.hashing import StreamHash, refusal
+from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightStream, rank_for
 
 _GIB = 2**30
 _WORK = _GIB
-"""What vLLM takes besides, roughly: activations, logits, graphs."""
+"""Bytes that vLLM takes besides, roughly: activations, logits, graphs."""
+_ADAPTER = "policy"
+"""The adapter's name in vLLM."""
 
 
 class Colocated(Engine):
@@ -69,7 +74,7 @@ class Colocated(Engine):
         enforce_eager: bool = False,
         sleep: bool = False,
         tensor_parallel: int = 1,
-        adapter: Way = "auto",
+        adapter: LoraTransport = "auto",
     ) -> None:
         numbers = {
             "max_model_len": max_model_len,
@@ -87,7 +92,9 @@ class Colocated(Engine):
         self.tensor_parallel = tensor_parallel
         self.adapter = adapter
         self._llm: Any = None
-        self._weights: EngineWeights | None = None
+        self._sink: InProcess | None = None
+        self._supported: list[str] | None = None
+        """Modules that the engine can adapt; None: LoRA is merged."""
         self._queue: TensorParallelQueue | None = None
         self._version = ""
         self._held = self._begun = self._asleep = self._made_world = False
@@ -146,7 +153,7 @@ class Colocated(Engine):
                 if self._llm is not None:
                     self._llm.llm_engine.engine_core.shutdown()
                 cleanup_dist_env_and_memory()
-        self._llm = self._weights = self._queue = None
+        self._llm = self._sink = self._queue = None
         self._version = ""
         self._begun = self._asleep = False
         if self._made_world:
@@ -171,8 +178,8 @@ class Colocated(Engine):
                 (described,) = self._llm.collective_rpc("scsdpo_describe")
                 told = "vLLM, told so by the checkpoint's config,"
                 not_quantised(described["quantization"], told)
-                dtype = self._weight_dtype(policy)
-                self._weights = EngineWeights(self._llm, dtype, described["adapters"])
+                self._sink = InProcess(self._llm)
+                self._supported = (described["adapters"] or {}).get("modules")
             undo.pop_all()
         if self.tensor_parallel > 1:
             from vllm.distributed import get_tp_group
@@ -183,7 +190,7 @@ class Colocated(Engine):
         return class_kept(type(policy.language_model.get_decoder()), self.enforce_eager)
 
     def _check(self, policy: CausalLM) -> None:
-        """What can be refused before anything is begun."""
+        """Refuse settings that cannot work, before anything is begun."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % self.tensor_parallel:
             raise ConfigurationError(
@@ -230,7 +237,7 @@ class Colocated(Engine):
         return torch.bfloat16 if on_gpu else torch.float32
 
     def _bytes(self, policy: CausalLM) -> int:
-        """Of its weights, its keys and values, and to work with, on a rank."""
+        """Bytes of its weights, its keys and values, and to work with, on a rank."""
         elements = sum(p.numel() for p in policy.language_model.parameters())
         weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
         return int(weights + self.kv_cache_gib * _GIB) + _WORK
@@ -245,19 +252,25 @@ class Colocated(Engine):
         """Wake the engine, and bring the weights if it has others; on all ranks or none."""
         if version == self._version:
             return
-        assert self._weights is not None
+        sink, dtype = self._sink, self._weight_dtype(policy)
+        assert sink is not None
         self._version = ""  # if it fails midway, nothing is known of the engine's weights
-        with share_errors():
-            if self._asleep:
-                self._llm.wake_up(tags=["weights"])
-            self._weights.bring(policy, version)
-            if self._asleep:
-                self._llm.wake_up(tags=["kv_cache"])
-                self._asleep = False
-            # Keys and values of prompts are those of the old weights.
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not reset its prefix cache after new weights")
-            self._llm.update_weight_version(version)
+        try:
+            with share_errors():
+                if self._asleep:
+                    self._llm.wake_up(tags=["weights"])
+                with closing(WeightStream(policy, self.adapter, led=False)) as stream:
+                    sink.send(stream, version, dtype, self._supported)
+                if self._asleep:
+                    self._llm.wake_up(tags=["kv_cache"])
+                    self._asleep = False
+                # Keys and values of prompts are those of the old weights.
+                if not self._llm.reset_prefix_cache():
+                    raise RuntimeError("vLLM did not reset its prefix cache after new weights")
+                self._llm.update_weight_version(version)
+        except BaseException:
+            sink.forget()  # on every rank, so that all make the same passes the next time
+            raise
         self._version = version
 
     def _leave(self, device: torch.device) -> None:
@@ -268,9 +281,9 @@ class Colocated(Engine):
 
     def _rest(self, device: torch.device) -> None:
         """Give the memory back; the weights are dropped, for the next step changes them."""
-        if self.sleep and self._llm is not None and self._weights is not None:
+        if self.sleep and self._llm is not None and self._sink is not None:
             self._version, self._asleep = "", True
-            self._weights.drop()
+            self._sink.forget()
             with contained(device):
                 self._llm.sleep(level=2)
 
@@ -285,14 +298,14 @@ class Colocated(Engine):
 
         if not requests:
             return []
-        assert self._weights is not None
         engine = self._llm.llm_engine
+        adapter = None if self._supported is None else _lora_request(Path(self._version))
         try:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(request.ids)} for request in requests],
                 [SamplingParams(**request.parameters) for request in requests],
                 use_tqdm=False,
-                lora_request=self._weights.request(self._version),
+                lora_request=adapter,
             )
         except BaseException:  # what is under way would be answered the next time
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -310,6 +323,43 @@ class Colocated(Engine):
             return step()
 
         return looking
+
+
+class InProcess(Sink):
+    """The stream's end in this process: vLLM's worker reads the weights where they are.
+
+    Args:
+        llm: vLLM's, with one worker in this process.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        super().__init__()
+        self._llm = llm
+
+    def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
+        sent = StreamHash()
+        passing = sent.over(weights(dtype))
+        (receipt,) = self._llm.collective_rpc("scsdpo_load", args=(passing,))
+        _check(refusal(receipt, sent.hexdigest()))
+
+    def load_adapter(self, weights: dict[str, Tensor], version: str) -> None:
+        with folder_in_memory(sum(value.nbytes for value in weights.values())) as folder:
+            _, sent = write_adapter(weights, folder / version)
+            self._llm.llm_engine.add_lora(_lora_request(folder / version, load_inplace=True))
+        (receipt,) = self._llm.collective_rpc("scsdpo_held", args=(_ADAPTER,))
+        _check(refusal(receipt, sent, adapter=True))
+
+
+def _check(why: str) -> None:
+    if why:
+        raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
+
+
+def _lora_request(path: Path, load_inplace: bool = False) -> Any:
+    """The adapter, with a path that is read when it is loaded and only then."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(_ADAPTER, 1, str(path), load_inplace=load_inplace)
 
 
 def _vllm() -> Callable[..., Any]:

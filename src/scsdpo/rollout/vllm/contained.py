@@ -35,7 +35,7 @@ def contained(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[None]:
-    """What vLLM's external launcher reads when an engine starts; every rank comes here.
+    """Set what vLLM's external launcher reads when an engine starts; every rank comes here.
 
     `LOCAL_RANK` is the trainer's own device: with `trainer.devices: [2, 3]` rank 0 is on 2. The
     number of its tensor-parallel group names shared memory on CPU, where that of another run, or of

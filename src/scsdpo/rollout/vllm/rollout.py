@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.rollout._base import Rollout
+from scsdpo.rollout.dialogue import Dialogue
 from scsdpo.rollout.weights.versions import Versions
 from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Responses, Sampling, stable_hash
+from scsdpo.verifiers import Episodes
 
 TESTED = "0.32.0"
 """The vLLM that the tests run with; the extra `vllm` of this package names it too."""
@@ -59,15 +61,28 @@ class Request:
             },
         )
 
+    def after(self, ids: Sequence[int], *, number: int, turn: int) -> "Request":
+        """One response where an episode goes on behind `ids`, drawn from a seed of its own.
+
+        Args:
+            ids: what stands behind the prompt so far, whoever wrote it.
+            number: of the episode, among the prompt's.
+            turn: number of the turn, from 1.
+        """
+        seed = stable_hash(self.parameters["seed"] + number, "turn", turn) >> 1
+        left = self.parameters["max_tokens"] - len(ids)
+        turned = self.parameters | {"n": 1, "seed": seed, "max_tokens": left}
+        return Request(ids=(*self.ids, *ids), parameters=turned)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One response as vLLM gives it."""
 
     ids: Sequence[int]
-    """As drawn, the end included."""
+    """The ids that were drawn, the end included."""
     logprobs: Sequence[float]
-    """Of each, nats, under the distribution it was drawn from."""
+    """Log-prob of each id, nats, under the distribution it was drawn from."""
     finish_reason: str | None
     """`stop`: an id or a string ended it; `length`: the cap; anything else: it was not finished."""
     versions: frozenset[str]
@@ -139,6 +154,9 @@ class VLLMRollout(Rollout):
     Which token is drawn depends on (seed, prompt key, number in the group, position), and to the
     rounding of batched matrix products on nothing else; it is not the token that `HFRollout` draws.
 
+    Episodes of several turns go turn by turn: all that go on are asked together, by their ids,
+    whose keys and values vLLM's prefix cache keeps.
+
     Args:
         engine: `Colocated(...)`, in this process, or `Servers(...)`, found by URL.
         digest_every: optimizer steps after which the label of the weights (`Versions`) is made of
@@ -154,19 +172,56 @@ class VLLMRollout(Rollout):
         self.engine = engine
         self.versions = Versions(digest_every)
         self._version = ""
-        """Of the weights that are held; '': none are."""
+        """Label of the weights that are held; '': none are."""
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        for prompt in prompts:
+        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
+
+    @property
+    def plays_episodes(self) -> bool:
+        return True
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat, [episodes]), sampling)
+
+    def _drawn(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+        for prompt in dialogue.prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
-        requests = [Request.of(prompt, sampling, policy) for prompt in prompts]
+        requests = [Request.of(prompt, sampling, policy) for prompt in dialogue.prompts]
         if not self._version:
             self.engine.check(requests)
         with self.hold_weights(policy), _plain(policy):
             version = self._version
             answers = self.engine.generate(policy, requests, version)
-        return _responses(policy, prompts, sampling, answers, version)
+            rows = [_Row() for _ in range(len(requests) * sampling.n)]
+            going = dict(enumerate(answer for group in answers for answer in group))
+            while going:
+                for row, answer in going.items():
+                    rows[row].draw(answer)
+                    if dialogue.plays(row):
+                        ended = answer.finish_reason == "stop"
+                        dialogue.respond(row, answer.ids, used=len(rows[row].ids), ended=ended)
+                asked: dict[int, Request] = {}
+                while dialogue.due:
+                    for row, ids in dialogue.answers(wait=True):
+                        if ids:
+                            rows[row].read(ids)
+                            q, g = divmod(row, sampling.n)
+                            here = {"number": g, "turn": rows[row].turn}
+                            asked[row] = requests[q].after(rows[row].ids, **here)
+                going = {}
+                if asked:
+                    asked = dict(sorted(asked.items()))
+                    more = self.engine.generate(policy, list(asked.values()), version)
+                    going = {row: answer for row, (answer,) in zip(asked, more, strict=True)}
+        return _responses(policy, dialogue, sampling, rows, version)
 
     @contextmanager
     def hold_weights(self, policy: CausalLM, *, barrier: bool = True) -> Iterator[None]:
@@ -198,37 +253,71 @@ def _plain(policy: CausalLM) -> AbstractContextManager[object]:
     return torch.autocast(policy.language_model.device.type, enabled=False)
 
 
+class _Row:
+    """A response as it grows."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.sampled: list[bool] = []
+        self.turns: list[int] = []
+        self.turn = 0
+        self.ended = False
+
+    def draw(self, answer: Answer) -> None:
+        """The policy said something."""
+        self._add(answer.ids, answer.logprobs, sampled=True)
+        self.ended = answer.finish_reason == "stop"
+
+    def read(self, ids: Sequence[int]) -> None:
+        """An environment answered; the next turn begins."""
+        self._add(ids, [0.0] * len(ids), sampled=False)
+        self.turn += 1
+
+    def _add(self, ids: Sequence[int], logprobs: Sequence[float], *, sampled: bool) -> None:
+        self.ids += ids
+        self.logprobs += logprobs
+        self.sampled += [sampled] * len(ids)
+        self.turns += [self.turn] * len(ids)
+
+
 def _responses(
     policy: CausalLM,
-    prompts: Sequence[Prompt],
+    dialogue: Dialogue,
     sampling: Sampling,
-    answers: list[list[Answer]],
+    rows: Sequence[_Row],
     version: str,
 ) -> Responses:
-    device = policy.language_model.device
-    rows = [answer for group in answers for answer in group]
+    device, n = policy.language_model.device, sampling.n
     longest = max((len(row.ids) for row in rows), default=0)
-    shape = (len(prompts), sampling.n, longest)
-    lengths = torch.tensor([len(row.ids) for row in rows], device=device).view(shape[:2])
-    mask = torch.arange(longest, device=device) < lengths[..., None]
+    shape = (len(dialogue.prompts), n, longest)
 
     def table(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
         padded = [[*row, *[fill] * (longest - len(row))] for row in values]
         return torch.tensor(padded, dtype=dtype, device=device).view(shape)
 
+    mask = table([row.sampled for row in rows], False, torch.bool)
     drawn = table([row.logprobs for row in rows], 0.0, torch.float32)
-    return Responses.of_one_turn(
-        prompts=tuple(prompts),
+    ended = [row.ended and number not in dialogue.cut for number, row in enumerate(rows)]
+    texts = [dialogue.text(number, row.ids) for number, row in enumerate(rows)]
+    records = [dialogue.record(number) for number in range(len(rows))]
+    places = range(0, len(rows), n)
+    responses = Responses.of_one_turn(
+        prompts=dialogue.prompts,
         ids=table([row.ids for row in rows], policy.chat.pad_id, torch.int64),
         sampled=mask,
         sampling_logprobs=drawn,
         policy_logprobs=torch.where(mask, torch.nan, 0.0) if sampling.cuts else drawn,
-        ended=torch.tensor([row.finish_reason == "stop" for row in rows], device=device).view(
-            shape[:2]
-        ),
-        texts=tuple(tuple(policy.chat.decode(row.ids) for row in group) for group in answers),
+        ended=torch.tensor(ended, dtype=torch.bool, device=device).view(shape[:2]),
+        texts=tuple(tuple(texts[i : i + n]) for i in places),
         temperature=sampling.temperature,
         version=version,
+    )
+    return replace(
+        responses,
+        present=table([[True] * len(row.ids) for row in rows], False, torch.bool),
+        turns=table([row.turns for row in rows], 0, torch.int32),
+        episodes=tuple(tuple(records[i : i + n]) for i in places),
     )
 
 
@@ -238,7 +327,7 @@ def sampled(
     version: str,
     tries: int = 3,
 ) -> list[list[Answer]]:
-    """What `ask` answers; requests with a faulty answer are asked again.
+    """The answers of `ask`; requests with a faulty one are asked again.
 
     Raises:
         TrainingStopped: if a request has a faulty answer in each of so many `tries`.
@@ -287,20 +376,3 @@ def not_quantised(quantization: object, where: str) -> None:
             f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
             "it samples from is not the policy: use a checkpoint and settings without quantization"
         )
-
-
-def refusal(received: dict[str, Any], sent: str) -> str:
-    """Why an engine that loaded weights must not be sampled from; '' if it may.
-
-    Args:
-        received: what `WeightReceiver.scsdpo_load` returned.
-        sent: the sender's `StreamHash`.
-    """
-    if received["hash"] != sent:
-        return f"received other weights ({received['hash']}) than were sent ({sent})"
-    if missing := received["missing"]:
-        return (
-            f"got no complete weights for {len(missing)} of its modules "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-        )
-    return ""

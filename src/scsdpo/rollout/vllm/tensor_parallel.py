@@ -21,7 +21,7 @@ _STEPS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """What one rank brings to a round."""
+    """One rank's part of a round."""
 
     requests: tuple[Request, ...]
     left: bool

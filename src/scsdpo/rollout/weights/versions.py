@@ -9,14 +9,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from scsdpo.distributed import place
-from scsdpo.rollout.weights.weights import digest
-
-GLIMPSE = 1024
-"""Elements of each parameter that are compared whenever no step was taken."""
+from scsdpo.rollout.weights.hashing import GLIMPSE, digest
 
 
 class _Moves:
-    """How often this process's optimizers stepped and policies loaded: the same on every rank."""
+    """Counts of optimizer steps and of loads in this process: the same on every rank."""
 
     steps = 0
     loads = 0
@@ -36,7 +33,7 @@ register_optimizer_step_post_hook(_stepped)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Seen:
-    """What is known of weights without reading all of them."""
+    """State of weights as far as it is known without reading all of them."""
 
     steps: int
     others: tuple[int, int, int]
@@ -44,7 +41,7 @@ class _Seen:
     glimpse: str
 
     def only_stepped_since(self, before: "_Seen | None") -> bool:
-        """Whether an optimizer's step is what may have changed them."""
+        """True if nothing but optimizer steps may have changed them."""
         return before is not None and self.steps > before.steps and self.others == before.others
 
 
@@ -52,7 +49,7 @@ class Versions:
     """Labels `RUN.DIGEST.MOVES`; weights that differ never have the same.
 
     RUN is drawn at random, once for all ranks. MOVES counts optimizer steps, loads of state dicts
-    and calls of `moved`. DIGEST is `weights.digest` as it was last taken: at the start, after a
+    and calls of `moved`. DIGEST is `hashing.digest` as it was last taken: at the start, after a
     load, every `digest_every` optimizer steps, and when weights were written by hand. The latter
     is noticed by comparing `GLIMPSE` evenly spread elements of each parameter at every call; who
     writes fewer than all elements of a parameter says so with `moved`.

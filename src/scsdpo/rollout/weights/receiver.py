@@ -1,4 +1,4 @@
-"""What a vLLM worker needs to take the policy's weights: a mixin of its class.
+"""A mixin of vLLM's worker class, which takes the policy's weights.
 
 vLLM finds it by name (`--worker-extension-cls scsdpo.rollout.WeightReceiver`) and calls its methods
 on every worker (`collective_rpc`). Nothing of vLLM is imported until one is called.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scsdpo.rollout.weights.lora_adapter import adapter_hash, memory_or_disk
-from scsdpo.rollout.weights.weights import StreamHash
+from scsdpo.rollout.weights.files import adapter_hash, memory_or_disk
+from scsdpo.rollout.weights.hashing import Receipt, StreamHash
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a download of weights is given up."""
@@ -43,7 +43,7 @@ class WeightReceiver:
     """Where its files were fetched to, until they are read."""
 
     def scsdpo_describe(self) -> dict[str, Any]:
-        """What of the engine's settings decides whether its rollouts can be trained on."""
+        """Settings of the engine that decide whether its rollouts can be trained on."""
         model = self.vllm_config.model_config
         return {
             "logprobs_mode": model.logprobs_mode,
@@ -57,7 +57,7 @@ class WeightReceiver:
         }
 
     def _scsdpo_adapters(self) -> dict[str, Any] | None:
-        """What adapters it has room for; None if it takes none.
+        """The adapters that it has room for; None if it takes none.
 
         `rank`: the largest; `modules`: last parts of names of what can be adapted; `updates`:
         whether a server that this worker is of has the endpoint for them.
@@ -106,8 +106,8 @@ class WeightReceiver:
             shutil.rmtree(self._scsdpo_folder, ignore_errors=True)
             self._scsdpo_folder = ""
 
-    def scsdpo_held(self, name: str) -> str:
-        """`adapter_hash` of the adapter that was loaded last, '' if it is not in force.
+    def scsdpo_held(self, name: str) -> Receipt:
+        """Receipt of the adapter that was loaded last; its hash is '' if it is not in force.
 
         Args:
             name: what it is called from now on.
@@ -117,7 +117,7 @@ class WeightReceiver:
         manager = self.model_runner.lora_manager._adapter_manager
         last = max(manager.list_adapters(), default=0)
         if last not in manager.lora_index_to_id:
-            return ""
+            return {"hash": "", "missing": []}
         found: dict[str, Tensor] = {}
         for module, lora in manager.get_adapter(last).loras.items():
             # vLLM stacks the factors of what it fuses, such as q, k and v.
@@ -126,9 +126,9 @@ class WeightReceiver:
             for part, own_a, own_b in zip(parts or [module], a, b, strict=True):
                 if own_a is not None:
                     found |= {f"{part}.lora_A.weight": own_a, f"{part}.lora_B.weight": own_b}
-        return adapter_hash(found)
+        return {"hash": adapter_hash(found), "missing": []}
 
-    def scsdpo_fetch(self, locations: Sequence[str]) -> dict[str, Any]:
+    def scsdpo_fetch(self, locations: Sequence[str]) -> Receipt:
         """Load safetensors files, by path or URL.
 
         Args:
@@ -136,7 +136,7 @@ class WeightReceiver:
         """
         return self.scsdpo_load(pair for location in locations for pair in _read(location))
 
-    def scsdpo_receive(self, update_info: dict[str, Any], timeout: float) -> dict[str, Any]:
+    def scsdpo_receive(self, update_info: dict[str, Any], timeout: float) -> Receipt:
         """Load what the trainer sends by vLLM's weight transfer engine.
 
         Args:
@@ -160,16 +160,11 @@ class WeightReceiver:
 
         return self._reload(receive)
 
-    def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-        """Load (name, value) pairs in the checkpoint's names.
-
-        Returns:
-            `hash`: the `StreamHash` of what came; `missing`: modules of this worker's model that
-            did not get all of their parameters.
-        """
+    def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
+        """Load (name, value) pairs in the checkpoint's names."""
         return self._reload(lambda take: take(weights))
 
-    def _reload(self, load: Callable[[Take], None]) -> dict[str, Any]:
+    def _reload(self, load: Callable[[Take], None]) -> Receipt:
         """`load` gives its pairs to the function that it gets, at once or in parts."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import (

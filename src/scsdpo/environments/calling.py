@@ -1,0 +1,126 @@
+"""Calls of a response, and what the functions that they call answer."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from scsdpo.prompt import Message, Observation, Prompt, Tool
+from scsdpo.verifiers.stage import MAX_MESSAGES
+from scsdpo.verifiers.tool_call import calls_of
+from scsdpo.verifiers.tool_forms import Call, MalformedCall, NoCall, typed
+
+Role = Literal["tool", "user"]
+
+
+def schema_of(function: Callable[..., Any], owner: str) -> Tool:
+    """The JSON schema of a function, from its type hints and its docstring.
+
+    Args:
+        function: a bound method or a plain function.
+        owner: who names it, for the error.
+
+    Raises:
+        ValueError: if these do not say what the function takes.
+    """
+    from transformers.utils import get_json_schema  # takes a second
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+    )
+
+    try:
+        schema: Tool = get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
+        raise ValueError(
+            f"`{owner}`: no model could be told how to call `{function.__name__}`: {error}; "
+            "each argument needs a type, and a line under `Args:` of a docstring"
+        ) from error
+    return {"type": "function", "function": schema["function"]}
+
+
+def answered(
+    functions: Mapping[str, Callable[..., Any]], prompt: Prompt, response: str, role: Role
+) -> Observation | None:
+    """What the calls of a response give, a message each, in their order; None: it calls nothing.
+
+    A call that is malformed, or that fails, gives a message that says so, for the policy to try
+    again. Where one call of a response is malformed, none of them is made.
+
+    Args:
+        functions: by name.
+        prompt: has their schemas, and says how its model writes calls.
+        response: what is graded of it.
+        role: of the messages.
+    """
+    try:
+        calls = calls_of(prompt, response)
+    except NoCall:
+        return None
+    except MalformedCall as error:
+        # JSON or a list without tags around it may be an answer: it is a call if it names a tool.
+        if not any(name in response for name in functions) and "<" not in response:
+            return None
+        return Observation(messages=(_message(role, "", f"Error: {error}"),), feedback=str(error))
+    if len(calls) > MAX_MESSAGES:
+        text = f"Error: at most {MAX_MESSAGES} calls at a time, and these are {len(calls)}."
+        return Observation(messages=(_message(role, calls[0].tool, text),), feedback=text)
+    results = [_result(functions, prompt, call) for call in calls]
+    return Observation(
+        messages=tuple(
+            _message(role, call.tool, text) for call, text in zip(calls, results, strict=True)
+        )
+    )
+
+
+def _message(role: Role, tool: str, text: str) -> Message:
+    if role == "user":
+        return {"role": role, "content": f"{tool}: {text}" if tool else text}
+    return {"role": role, "name": tool or "error", "content": text}
+
+
+def _result(functions: Mapping[str, Callable[..., Any]], prompt: Prompt, call: Call) -> str:
+    function = functions.get(call.tool)
+    if function is None:
+        return f"Error: there is no tool `{call.tool}`; there are {', '.join(functions)}."
+    if not isinstance(call.arguments, dict):
+        return f"Error: the arguments of `{call.tool}` must be a JSON object with their names."
+    given = {
+        key: _meant(prompt, call, key, value) if key in call.texts else value
+        for key, value in call.arguments.items()
+    }
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        return f"Error: `{call.tool}`: {error}."
+    try:
+        result = settled(function(**given))
+    except Exception as error:
+        return f"Error: {type(error).__name__}: {error}"
+    return result if isinstance(result, str) else json.dumps(result, default=str)
+
+
+def _meant(prompt: Prompt, call: Call, key: str, text: Any) -> Any:
+    """The value of a bare text, by the schema: "1" is a text where one is wanted."""
+    schemas = {tool["function"]["name"]: tool["function"] for tool in prompt.tools}
+    wanted = schemas.get(call.tool, {}).get("parameters", {}).get("properties", {}).get(key, {})
+    return text if wanted.get("type") == "string" else typed(text, [])
+
+
+def settled(result: Any) -> Any:
+    """The result of a function that may be `async`."""
+
+    async def wait() -> Any:
+        return await result
+
+    return asyncio.run(wait()) if inspect.isawaitable(result) else result
+
+
+def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of keyword arguments those that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(given)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in given.items() if name in names}

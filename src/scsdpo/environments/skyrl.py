@@ -1,0 +1,88 @@
+"""Environments that were written for skyrl-gym."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scsdpo.environments.calling import accepted
+from scsdpo.prompt import Environment, Message, Observation, Prompt, Verdict
+from scsdpo.verifiers.function import imported
+
+_FACTORY = "SkyRLEnvironment(factory={!r})"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Played:
+    world: Any
+    messages: tuple[Message, ...]
+    reward: float = 0.0
+    """Sum of those of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkyRLEnvironment(Environment):
+    """An environment of skyrl-gym's shape: `init`, `step(action)` and `close`.
+
+    `init(messages)` gives the turns that the policy is asked; `step(response)` gives
+    `observations`, `reward` and `done`. An episode's reward is the sum of its steps'.
+
+    Args:
+        factory: makes an environment, as `module:function` or `module:Class`; for those of the
+            package itself `skyrl_gym:make`.
+        arguments: keyword arguments of the factory, such as `{id: gsm8k}`; the further columns of
+            the row come as `extras`, if it takes such.
+        replays: whether equal responses get equal observations; see `Environment`.
+        strip_thinking: give `step` only what stands behind the thinking; such environments look for
+            the tags that they read in all of a response.
+
+    Raises:
+        ValueError: if there is no such factory.
+
+    Source:
+        skyrl-gym 0.4.0, `skyrl_gym.Env` and `BaseTextEnv`.
+    """
+
+    factory: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    replays: bool = True
+    strip_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        imported(self.factory, _FACTORY)
+
+    def prepare(self) -> None:
+        """Import the factory."""
+        imported(self.factory, _FACTORY)
+
+    def begin(self, prompt: Prompt) -> _Played:
+        """A new environment, initialised with the question."""
+        make = imported(self.factory, _FACTORY)
+        extras: Mapping[str, Any] = {"extras": dict(prompt.row)}
+        world = make(**self.arguments, **accepted(make, extras))
+        messages, _ = world.init([dict(message) for message in prompt.messages])
+        return _Played(world=world, messages=tuple(_turn(message) for message in messages))
+
+    def opening(self, prompt: Prompt, state: _Played) -> tuple[Message, ...]:
+        """What `init` returned."""
+        return state.messages
+
+    def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
+        """What `step` returned; with `done`, or nothing observed, the verdict."""
+        output = state.world.step(response)
+        state.reward += float(output.get("reward") or 0.0)
+        observed = tuple(_turn(message) for message in output.get("observations") or ())
+        if output.get("done") or not observed:
+            return Verdict(reward=state.reward, answer=response.strip() or None)
+        return Observation(messages=observed)
+
+    def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
+        """The reward so far."""
+        return Verdict(reward=state.reward, feedback=f"The episode did not end: {why}.")
+
+    def close(self, state: _Played) -> None:
+        """As the environment does."""
+        state.world.close()
+
+
+def _turn(message: Mapping[str, Any]) -> Message:
+    return {"role": message["role"], "content": message["content"]}

@@ -1,0 +1,122 @@
+"""Weights and adapters as safetensors files."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scsdpo.rollout.weights.hashing import StreamHash
+
+_MEMORY = Path("/dev/shm")
+_PEFT = "base_model.model."
+"""The prefix of layers' names in peft's files."""
+
+_SHARD_BYTES = 2**31
+"""Size from which the next tensor goes into another file; twice of it is held in memory."""
+
+
+def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[list[Path], str]:
+    """Write (name, value) pairs into files in a new `folder`.
+
+    While one file is written, the tensors of the next are gathered and copied to the host.
+
+    Args:
+        weights: is iterated to its end.
+        folder: must not exist yet.
+
+    Returns:
+        The files, and the `StreamHash` of what they hold.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder.mkdir(parents=True)
+    files: list[Path] = []
+    shard: dict[str, Tensor] = {}
+    stream = StreamHash()
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+
+        def flush() -> None:
+            nonlocal shard, written
+            if written is not None:
+                written.result()
+            files.append(folder / f"{len(files):05d}.safetensors")
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+            written = writer.submit(save_file, shard, files[-1])
+            shard = {}
+
+        for name, value in weights:
+            stream.add(name, value)
+            shard[name] = _on_host(value.detach())
+            if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
+                flush()
+        if shard:
+            flush()
+        if written is not None:
+            written.result()
+    return files, stream.hexdigest()
+
+
+def _on_host(value: Tensor) -> Tensor:
+    """A copy in memory of the host; from a GPU it is under way when this returns."""
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return host.copy_(value, non_blocking=True)
+
+
+def write_adapter(weights: dict[str, Tensor], folder: Path) -> tuple[list[Path], str]:
+    """Write what vLLM loads, as peft would, into a new `folder`.
+
+    Args:
+        weights: of `adapter_weights`. The scale is in B already, hence alpha = r.
+        folder: must not exist yet.
+
+    Returns:
+        The files, and their `adapter_hash`.
+    """
+    folder.mkdir(parents=True)
+    rank = next(value.shape[0] for name, value in weights.items() if ".lora_A." in name)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.split(".")[-3] for name in weights}),
+        "bias": "none",
+    }
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    files[0].write_text(json.dumps(config))
+    values = {f"{_PEFT}{name}": value.cpu().contiguous() for name, value in weights.items()}
+    save_file(values, files[1])
+    return files, adapter_hash(values)
+
+
+def adapter_hash(weights: dict[str, Tensor]) -> str:
+    """`StreamHash` of factors by the place of their layer, which an engine may prefix otherwise."""
+    stream = StreamHash()
+    for name, value in weights.items():
+        stream.add(name[name.find("layers.") :], value)
+    return stream.hexdigest()
+
+
+@contextmanager
+def folder_in_memory(needed: int) -> Iterator[Path]:
+    """A folder in memory, where there is room for so many bytes; else on the disk."""
+    parent = memory_or_disk(needed)
+    with tempfile.TemporaryDirectory(prefix="scsdpo-adapter-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def memory_or_disk(needed: int) -> Path:
+    """Where files of so many bytes can lie for a while."""
+    in_memory = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 2 * needed
+    return _MEMORY if in_memory else Path(tempfile.gettempdir())
