@@ -23,7 +23,7 @@ _MANY = 12
 """Longer lists of choices are not shown."""
 
 _REMOVED = {
-    ("Overlong", "cap"): "it reads whether a response ended by itself: leave `cap` out",
+    ("Overlong", "cap"): "it reads whether a response ended by itself; leave `cap` out",
 }
 """Arguments of version 0.1 that are gone, by class, and what to write instead."""
 
@@ -99,7 +99,7 @@ def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
     if name == "class_path" and where != "records":
         return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
     if instead := _REMOVED.get((kind.__name__, name)):
-        return f"{where}.{name}: {kind.__name__} takes it no more; {instead}"
+        return f"{where}.{name}: {kind.__name__} has no such argument any more: {instead}"
     known = list(arguments(kind))[skip:]
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)
