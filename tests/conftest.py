@@ -2,7 +2,7 @@
 
 import pytest
 
-from models import olmo3_folder, qwen3_folder
+from models import lfm2_folder, olmo3_folder, qwen3_5_folder, qwen3_folder, qwen3_next_folder
 from scsdpo.policy import CausalLM
 
 
@@ -19,6 +19,21 @@ def qwen3_untied(tmp_path_factory):
 @pytest.fixture(scope="session")
 def olmo3(tmp_path_factory):
     return olmo3_folder(tmp_path_factory.mktemp("olmo3"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_5(tmp_path_factory):
+    return qwen3_5_folder(tmp_path_factory.mktemp("qwen3_5"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_next(tmp_path_factory):
+    return qwen3_next_folder(tmp_path_factory.mktemp("qwen3_next"))
+
+
+@pytest.fixture(scope="session")
+def lfm2(tmp_path_factory):
+    return lfm2_folder(tmp_path_factory.mktemp("lfm2"))
 
 
 @pytest.fixture

@@ -5,13 +5,19 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 CHATML = (
@@ -86,6 +92,56 @@ def olmo3_folder(
         **_common(tie=tie, vocab=vocab),
     )
     return _save(path, Olmo3ForCausalLM, config, dtype=dtype, seed=seed)
+
+
+_DELTA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    # The norm of a few values makes rounding errors large where weights are.
+    "initializer_range": 0.06,
+}
+"""Gated delta net: two value heads to each key head, keys and values of different sizes."""
+
+
+def qwen3_5_folder(path: Path, *, seed: int = 0) -> Path:
+    """Qwen3.5, text only: linear attention around a layer of full attention."""
+    config = Qwen3_5TextConfig(
+        **_common(tie=True, vocab=TOKENS + 5) | _DELTA | {"num_hidden_layers": 4}
+    )
+    return _save(path, Qwen3_5ForCausalLM, config, dtype=torch.float32, seed=seed)
+
+
+def qwen3_next_folder(path: Path, *, seed: int = 0) -> Path:
+    """Qwen3-Next: as Qwen3.5, projections by key head, experts in every other layer."""
+    config = Qwen3NextConfig(
+        **_common(tie=False, vocab=TOKENS + 5) | _DELTA | {"num_hidden_layers": 4},
+        decoder_sparse_step=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return _save(path, Qwen3NextForCausalLM, config, dtype=torch.float32, seed=seed)
+
+
+def lfm2_folder(path: Path, *, seed: int = 0) -> Path:
+    """LFM2: short convolutions around a layer of full attention."""
+    config = Lfm2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        conv_L_cache=3,
+        conv_bias=True,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+        **_common(tie=True, vocab=TOKENS + 5) | {"num_hidden_layers": 4},
+    )
+    return _save(path, Lfm2ForCausalLM, config, dtype=torch.float32, seed=seed)
 
 
 def _common(*, tie: bool, vocab: int) -> dict:

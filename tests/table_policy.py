@@ -78,6 +78,7 @@ class TablePolicy(nn.Module):
     """What `PolicyOptimizer` asks of a `CausalLM`, on a table [STATES, V] of float64 logits."""
 
     vocabulary, adapter, chat, name_or_path = V, TableAdapter(), TableChat(), "table"
+    expert_balance = 0.0
 
     def __init__(self, seed=0):
         super().__init__()
@@ -111,7 +112,7 @@ class TablePolicy(nn.Module):
         ]
         return table[places]
 
-    def runner(self, rows, chosen, max_tokens, weights=None):
+    def runner(self, rows, chosen, max_tokens, weights=None, watches=False):
         return TableRunner(self, rows, chosen, weights)
 
 

@@ -82,7 +82,7 @@ def plain_log_probs(policy, rollouts):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("folder", ["qwen3", "olmo3"])
+@pytest.mark.parametrize("folder", ["qwen3", "olmo3", "qwen3_5"])
 @pytest.mark.parametrize("optimist", [False, True], ids=["as expected", "short of memory"])
 def test_no_budget_changes_a_response(folder, optimist, request, stragglers, held, monkeypatch):
     """OLMo's window of 8 tokens is a ring that both prompts and responses outgrow."""

@@ -300,8 +300,8 @@ def poisoned(model, steps):
     """The module with a nan gradient in the first `steps` optimizer steps."""
     original, count = model.policy.runner, [0]
 
-    def runner(rows, chosen, max_tokens, weights=None):
-        made = original(rows, chosen, max_tokens, weights)
+    def runner(rows, chosen, max_tokens, weights=None, watches=False):
+        made = original(rows, chosen, max_tokens, weights, watches=watches)
         if weights is None and len(rows.prompts) > 1:  # not the probe's
             count[0] += 1
             if count[0] <= steps:

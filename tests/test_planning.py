@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 import models
 from runs import Toys, data, module, trainer
@@ -29,10 +36,12 @@ from scsdpo.planning import (
 from scsdpo.planning.activations import activation_bytes, layer_bytes
 from scsdpo.planning.advice import _combined, _own
 from scsdpo.planning.architecture import shapes
+from scsdpo.planning.layer_probe import measured_layers
 from scsdpo.planning.memory import PHASES
 from scsdpo.planning.setup import GIB, Sampler, with_lora
 from scsdpo.planning.speed import Rates
-from scsdpo.policy import CausalLM, Lora
+from scsdpo.policy import CausalLM, FullFineTune, Lora
+from scsdpo.policy.budget import memory_line
 from scsdpo.rollout import Colocated, VLLMRollout
 from scsdpo.teacher import EMA, Frozen, Live, NoTeacher, Restart, TrustRegion
 from test_configs import CONFIGS, scsdpo  # noqa: F401 - a fixture
@@ -492,3 +501,68 @@ def test_a_plan_needs_no_weights_and_draws_nothing(qwen3):
     before = torch.get_rng_state()
     setup = planned(qwen3, CausalLM(str(qwen3), adapter=Lora()))
     assert with_lora(setup, 32) == setup and torch.equal(before, torch.get_rng_state())
+
+
+NARROW = models._common(tie=True, vocab=models.TOKENS) | {"num_attention_heads": 8}
+HYBRID = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 32,
+    "num_key_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+SEVERAL_KINDS = {
+    "qwen3.5": Qwen3_5TextConfig(**NARROW | HYBRID | {"num_hidden_layers": 4}),
+    "lfm2": Lfm2Config(
+        **NARROW | {"num_hidden_layers": 4, "num_key_value_heads": 4},
+        hidden_size=256,
+        intermediate_size=512,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
+    "qwen3 experts": Qwen3MoeConfig(
+        **NARROW | {"num_key_value_heads": 4},
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_experts=16,
+        head_dim=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("adapter", [FullFineTune(), Lora(r=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SEVERAL_KINDS)
+def test_layers_of_other_kinds_keep_what_a_whole_model_was_seen_to(name, adapter):
+    """The narrow probes, drawn out, against the memory line of the model itself."""
+    config = SEVERAL_KINDS[name]
+    shapes = Architecture.of(skeleton(config))
+    measured = measured_layers(config, shapes, adapter, torch.float32, autocast=False)
+    model = AutoModelForCausalLM.from_config(config)
+    model = adapter.language_model(adapter.wrap(model))
+
+    def run(tokens):
+        ids = torch.arange(tokens)[None] % 250
+        return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    _, seen = memory_line(run, model.get_input_embeddings(), torch.device("cpu"))
+    assert sum(measured.layers) + measured.end == pytest.approx(seen, rel=0.03)
+
+
+def test_experts_and_states_are_counted_by_pencil_and_paper():
+    experts = Architecture.of(skeleton(SEVERAL_KINDS["qwen3 experts"]))
+    attention = 256 * 32 * (8 + 2 * 4) + 8 * 32 * 256
+    of_one = 3 * 256 * 128
+    assert experts.matrices == attention + 16 * of_one + 16 * 256
+    assert experts.active == 2 * (attention + 8 * of_one + 16 * 256)
+    assert experts.has_experts and not experts.is_plain and experts.state == 0
+    hybrid = Architecture.of(skeleton(SEVERAL_KINDS["qwen3.5"]))
+    channels = 2 * 4 * 32 + 8 * 32
+    assert hybrid.state == 3 * (8 * 32 * 32 + 3 * channels)
+    assert hybrid.kinds == 3 * ("linear_attention",) + ("full_attention",)
+    assert hybrid.cached(10) == 2 * 4 * 32 * 10  # one layer has keys and values
+    assert hybrid.active == hybrid.multiplied == sum(hybrid.matrix_sizes)
+    short = Architecture.of(skeleton(SEVERAL_KINDS["lfm2"]))
+    assert short.state == 3 * 256 * 2 and short.cached(10) == 2 * 4 * 32 * 10

@@ -61,6 +61,12 @@ def lora_policy(path):
     return policy
 
 
+def eager_experts(path):
+    policy = load(path)
+    policy.language_model.set_experts_implementation("eager")  # grouped ones know no float64
+    return policy
+
+
 @pytest.mark.parametrize(
     ("folder", "make"),
     [
@@ -70,6 +76,10 @@ def lora_policy(path):
         pytest.param("qwen3", lora_policy, id="lora"),
         pytest.param("olmo3", lambda p: load(p, gradient_checkpointing=True), id="checkpointing"),
         pytest.param("qwen3", lambda p: load(p, attn_implementation="eager"), id="eager"),
+        pytest.param("qwen3_5", load, id="linear attention"),
+        pytest.param("qwen3_5", lora_policy, id="linear attention, lora"),
+        pytest.param("qwen3_next", eager_experts, id="linear attention, experts"),
+        pytest.param("lfm2", load, id="convolution"),
     ],
 )
 def test_log_probs_are_those_of_a_plain_forward(folder, make, prompts, request):

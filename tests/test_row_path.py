@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    OlmoHybridConfig,
     Phi3Config,
     Phi3ForCausalLM,
     StableLmConfig,
@@ -168,7 +169,8 @@ def test_only_rows_up_to_the_original_length_share_a_forward():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (FAMILIES["lfm2"][1], "layers of conv"),
+        (FAMILIES["lfm2"][1], ""),
+        (OlmoHybridConfig(), "layers of linear_attention"),
         (StableLmConfig(), "does not attend through"),
         (MptConfig(), "has no sdpa attention"),
         (LlamaConfig(), ""),

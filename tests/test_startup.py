@@ -16,7 +16,9 @@ from scsdpo.policy import Chat
 from scsdpo.teacher import (
     EMA,
     Context,
+    Contexts,
     Feedback,
+    Frozen,
     NoTeacher,
     PlainPrompt,
     SiblingDemonstration,
@@ -43,7 +45,9 @@ def around(chat, teacher=NoTeacher(), response=8):
     return SimpleNamespace(
         policy=SimpleNamespace(chat=chat),
         teacher=teacher,
+        reference=NoTeacher(),
         sampling=Sampling(n=2, max_new_tokens=response),
+        val_sampling=Sampling(n=2, max_new_tokens=response),
     )
 
 
@@ -226,6 +230,23 @@ def test_what_is_longer_than_the_model_s_context_is_said_once(caplog):
     assert "lower max_tokens of model.teacher.context or" in line
     assert not lines(5, teacher, longest=20)
     assert not lines(80, EMA(context=SiblingDemonstration(max_tokens=5)), longest=20)
+    # Each context of a teacher counts, and the reference's, and validation's responses.
+    short = SiblingDemonstration(max_tokens=5)
+    several = EMA(context=Contexts(parts={"short": short, "long": SiblingDemonstration()}))
+    assert "the teacher reads about" in lines(80, several, longest=20)[0]
+
+    def told(**changes):
+        caplog.clear()
+        chat = Chat(tokenizer=tokenizer(), eos_ids=(2, 0), positions=200)
+        made = SimpleNamespace(**vars(around(chat, response=80)) | changes)
+        check_context(made, Toys(), 20)
+        return caplog.messages
+
+    assert not told()
+    (line,) = told(reference=Frozen(context=SiblingDemonstration()))
+    assert "the reference reads about" in line and "model.reference.context" in line
+    (line,) = told(val_sampling=Sampling(max_new_tokens=181))
+    assert "responses of 181" in line and "model.val_sampling.max_new_tokens" in line
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML

@@ -149,7 +149,8 @@ class Responses(_ToDevice):
     versions: Tensor
     """[Q, G, L] int32: which of `labels` drew a token."""
     experts: Tensor
-    """[Q, G, L, layers, k] int16: experts that the sampler chose; layers is 0 if it says none."""
+    """[Q, G, L, layers, k] int16: experts that the sampler chose, at the place that predicts the
+    token; layers is 0 if it says none."""
     episodes: tuple[tuple[Episode, ...], ...]
     """[Q][G] what was said turn by turn; without parts where the response is all."""
 

@@ -21,6 +21,10 @@ POLICIES = {
     "window": ("olmo3", {}, 1e-12),
     # Its softmax is in float32, and rows are padded otherwise.
     "eager": ("tied", {"attn_implementation": "eager"}, 1e-7),
+    # Norms and decays are in float32.
+    "linear attention": ("qwen3_5", {}, 1e-5),
+    "linear attention, checkpointed": ("qwen3_5", {"gradient_checkpointing": True}, 1e-5),
+    "convolution": ("lfm2", {}, 1e-5),
 }
 """Folder, settings, and how near gradients are, relative to the largest."""
 BUDGETS = (20, 10**6)

@@ -55,6 +55,7 @@ def anchored():
     }
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CONFIGURATIONS = {
     "sc-sdpo": lambda: method("sc-sdpo"),
     "sc-sdpo adamw": lambda: method("sc-sdpo", optimizer=ADAMW),
@@ -74,6 +75,18 @@ CONFIGURATIONS = {
     "lora, frozen": lambda: method("sc-sdpo", policy={"adapter": Lora(r=1)}, teacher=Frozen()),
     "lora, bf16 base": lambda: method(
         "sc-sdpo", policy={"adapter": Lora(r=4), "dtype": "bfloat16"}
+    ),
+    "lora on the ends": lambda: method(
+        "sc-sdpo",
+        policy={"adapter": Lora(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"])},
+    ),
+    "experts": lambda: method("sc-sdpo", policy={"name_or_path": "experts", "expert_balance": 0.1}),
+    "lora on experts": lambda: method(
+        "sc-sdpo",
+        policy={
+            "name_or_path": "experts",
+            "adapter": Lora(r=4, target_modules=["q_proj"], target_parameters=EXPERTS),
+        },
     ),
     "untied": lambda: method("sc-sdpo", policy={"name_or_path": "untied"}),
     "window": lambda: method("sc-sdpo", policy={"name_or_path": "olmo3"}),

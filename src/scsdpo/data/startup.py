@@ -16,6 +16,7 @@ from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.rendered import rendered
 from scsdpo.errors import blamed_on
 from scsdpo.policy.chat import Chat
+from scsdpo.teacher import Teacher
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 
 SHARED_AHEAD = 1_000
@@ -54,25 +55,30 @@ def check_context(module: Any, source: Source, longest: int) -> None:
     """Log one line if prompts and responses may be longer than what the model was made for.
 
     Args:
-        module: has `policy.chat`, `teacher` and `sampling`.
-        source: of training questions; its first prompt is shown to the teacher, with a response
-            that is as long as it may be.
+        module: has `policy.chat`, `teacher`, `reference`, `sampling` and `val_sampling`.
+        source: of training questions; its first prompt is shown to teacher and reference, in each
+            context that they read, with a response that is as long as it may be.
         longest: tokens of the longest prompt.
     """
     chat: Chat = module.policy.chat
     prompt = rendered(next(source.read()), chat)
+    needed = []
+    for name in ("sampling", "val_sampling"):
+        response = getattr(module, name).max_new_tokens
+        needed.append(("the policy reads", longest, "data.max_prompt_tokens", response, name))
     response = module.sampling.max_new_tokens
-    needed = [("the policy reads", longest, "data.max_prompt_tokens")]
-    if module.teacher.exists:
-        told = len(_told(module, prompt, " a" * response)) or len(prompt.ids)
-        said = longest + told - len(prompt.ids)
-        needed.append(("the teacher reads about", said, "max_tokens of model.teacher.context"))
-    who, tokens, key = max(needed, key=lambda need: need[1])
+    for slot in ("teacher", "reference"):
+        if getattr(module, slot).exists:
+            told = _told(getattr(module, slot), chat, prompt, " a" * response)
+            most = max((len(ids) for ids in told if ids), default=len(prompt.ids))
+            said, key = longest + most - len(prompt.ids), f"max_tokens of model.{slot}.context"
+            needed.append((f"the {slot} reads about", said, key, response, "sampling"))
+    who, tokens, key, response, sampling = max(needed, key=lambda need: need[1] + need[3])
     if tokens + response > chat.positions:
         _warn(
             f"model.policy: {chat.tokenizer.name_or_path!r} was made for {chat.positions} tokens, "
             f"and {who} prompts of {tokens} before responses of {response}: lower {key} or "
-            "model.sampling.max_new_tokens, or take a model with a longer context"
+            f"model.{sampling}.max_new_tokens, or take a model with a longer context"
         )
 
 
@@ -292,9 +298,8 @@ def _end(chat: Chat, prompt: Prompt) -> str:
     return f"end with {ends}, while the template ends a turn with {after!r}"
 
 
-def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
-    """The teacher's prompt for a failure beside the success `right`; empty: it has none."""
-    chat: Chat = module.policy.chat
+def _told(teacher: Teacher, chat: Chat, prompt: Prompt, right: str) -> list[tuple[int, ...]]:
+    """A teacher's prompts, one a context, for a failure beside the success `right`; empty: none."""
     shape = (1, 2, 1)
     zeros = torch.zeros(shape)
     rewards = torch.tensor([[1.0, 0.0]])
@@ -312,14 +317,13 @@ def _told(module: Any, prompt: Prompt, right: str) -> tuple[int, ...]:
     judged = Judged(
         responses=responses, verdicts=(verdicts,), rewards=rewards, successes=rewards > 0.5
     )
-    first = next(iter(module.teacher.contexts(chat, judged).values()))
-    return first.ids[0][1]
+    return [context.ids[0][1] for context in teacher.contexts(chat, judged).values()]
 
 
 def _teacher(module: Any, prompt: Prompt, name: str) -> str:
     """The teacher's prompt must end as the student's does."""
     chat: Chat = module.policy.chat
-    ids = _told(module, prompt, "It is right.")
+    ids = _told(module.teacher, chat, prompt, "It is right.")[0]
     if not ids:
         return "the teacher has nothing to tell a failure beside a success"
     header = _ids(chat, _header(chat, prompt, name))

@@ -121,6 +121,8 @@ class LossOutput(NamedTuple):
     entropy: Tensor
     """H(S), nats."""
     importance: Tensor
+    elsewhere: Tensor = torch.zeros(0, dtype=torch.bool)
+    """The sampler sent this token to other experts; [0] where it did not say."""
 
 
 class HeadGradient:

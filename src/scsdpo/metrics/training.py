@@ -92,15 +92,23 @@ def token_metrics(
     """Means over the tokens that were trained on, all ranks; empty if there were none.
 
     Args:
-        outputs: per micro-batch the kernel's output.
+        outputs: per micro-batch the kernel's output. Of the tokens for which the sampler noted its
+            experts, `experts_differ` is the share that the trainer sends to others, in any layer.
         objective: name under which the mean objective is shown.
         cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    rows = [torch.zeros(4, dtype=torch.float64)]
+    rows = [torch.zeros(6, dtype=torch.float64)]
     for output in outputs:
         columns = output.objective.double(), output.entropy.double(), output.importance >= cap
-        count = torch.full_like(columns[0].sum(), len(output.objective))
-        rows.append(torch.stack([*(c.sum(dtype=torch.float64) for c in columns), count]))
-    *total, count = all_sum(torch.stack([row.to(rows[-1].device) for row in rows]).sum(0)).tolist()
+        here = columns[0].sum()
+        counts = torch.full_like(here, len(output.objective)), output.elsewhere.double().sum()
+        noted = torch.full_like(here, len(output.elsewhere))
+        rows.append(torch.stack([*(c.sum(dtype=torch.float64) for c in columns), *counts, noted]))
+    *total, count, differ, noted = all_sum(
+        torch.stack([row.to(rows[-1].device) for row in rows]).sum(0)
+    ).tolist()
     names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
-    return {n: value / count for n, value in zip(names, total, strict=False)} if count else {}
+    shares = {"experts_differ": differ / noted} if noted else {}
+    if not count:
+        return {}
+    return {n: value / count for n, value in zip(names, total, strict=False)} | shares

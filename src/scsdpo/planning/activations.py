@@ -4,13 +4,16 @@ from scsdpo.planning.setup import FLOAT32, Setup
 
 
 def layer_bytes(setup: Setup) -> int:
-    """What one decoder layer keeps of a token for the backward.
+    """What one decoder layer keeps of a token for the backward; of several kinds, the largest.
 
-    Norms, each: float32 input and, where its weight is trained, the normalised one. Inputs of
-    linear layers: one copy for all, or under autocast one each of q, k, v, gate and up. Queries and
-    keys: the same of their norms, then scaled queries, keys, values, attention's output; gate, its
-    activation, up and their product.
+    Layers of linear attention, convolutions and experts are measured (`measured_layers`).
+    Of others: norms, each: float32 input and, where its weight is trained, the normalised one.
+    Inputs of linear layers: one copy for all, or under autocast one each of q, k, v, gate and up.
+    Queries and keys: the same of their norms, then scaled queries, keys, values, attention's
+    output; gate, its activation, up and their product.
     """
+    if setup.measured.layers:
+        return int(max(setup.measured.layers))
     shapes, counted, n = setup.shapes, setup.counted, setup.narrow
     scale = counted.whole * 1
     inputs = 5 * n if setup.autocast else 2 * n
@@ -31,8 +34,9 @@ def layer_bytes(setup: Setup) -> int:
 
 def stored_bytes(setup: Setup) -> int:
     """What a token leaves in all layers: with checkpointing, the input of each."""
-    a_layer = setup.wide * setup.shapes.hidden if setup.checkpointing else layer_bytes(setup)
-    return setup.shapes.layers * a_layer
+    if setup.checkpointing:
+        return setup.shapes.layers * setup.wide * setup.shapes.hidden
+    return int(sum(setup.measured.layers)) or setup.shapes.layers * layer_bytes(setup)
 
 
 def end_bytes(setup: Setup) -> int:
@@ -45,6 +49,7 @@ def end_bytes(setup: Setup) -> int:
     shapes, n = setup.shapes, setup.narrow
     trunks = sum(second.trunks for second in setup.seconds)
     end = (5 * setup.wide + FLOAT32 + n + trunks * setup.wide) * shapes.hidden
+    end = max(end, int(setup.measured.end))
     if not setup.checkpointing:
         return end
     gradients = 4 * shapes.hidden + 2 * n * shapes.intermediate

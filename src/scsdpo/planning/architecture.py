@@ -21,7 +21,7 @@ _SHIPPED = Path(__file__).parent / "architectures.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder of layers with attention, gated feed-forward and RMS norms. Counts are elements."""
+    """A decoder of layers that mix tokens, feed-forwards and RMS norms. Counts are elements."""
 
     name: str
     """As transformers calls it, e.g. qwen3."""
@@ -43,14 +43,40 @@ class Architecture:
     """Whether the head is the embedding."""
     head_norms: bool
     """Whether queries and keys are normalised."""
+    kinds: tuple[str, ...]
+    """[L] how each layer mixes tokens, as transformers calls it, e.g. full_attention."""
     windows: tuple[int | None, ...]
-    """[L] tokens that each layer sees; None: all."""
-    matrices: int
-    """In the linear layers of one decoder layer."""
-    layer: int
-    """In one decoder layer, norms and biases too."""
+    """By layer with attention, tokens that it sees; None: all."""
+    state: int
+    """Of a sequence, over all layers of linear attention and convolution, whatever its length."""
+    matrix_sizes: tuple[int, ...]
+    """[L] in the linear layers of each decoder layer, all experts among them."""
+    active: int
+    """Of these, over all layers, what a token is multiplied with."""
+    layer_sizes: tuple[int, ...]
+    """[L] in each decoder layer, norms and biases too."""
     parameters: int
     """In all; tied weights once."""
+
+    @property
+    def matrices(self) -> int:
+        """In the linear layers of the largest decoder layer."""
+        return max(self.matrix_sizes)
+
+    @property
+    def layer(self) -> int:
+        """In the largest decoder layer."""
+        return max(self.layer_sizes)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token is multiplied with a part of the matrices only."""
+        return self.active < self.multiplied
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers are alike: softmax attention and one gated feed-forward."""
+        return not self.has_experts and set(self.kinds) <= _ATTENTION
 
     @property
     def queries(self) -> int:
@@ -70,12 +96,12 @@ class Architecture:
     @property
     def root(self) -> int:
         """What is in no decoder layer: embedding, head, last norm."""
-        return self.parameters - self.layers * self.layer
+        return self.parameters - sum(self.layer_sizes)
 
     @property
     def multiplied(self) -> int:
-        """What a token is multiplied with: the layers' matrices, without the head."""
-        return self.layers * self.matrices
+        """The layers' matrices, all experts among them, without the head."""
+        return sum(self.matrix_sizes)
 
     def cached(self, tokens: int) -> int:
         """Elements of keys and values of a sequence of so many tokens, over all layers."""
@@ -87,23 +113,32 @@ class Architecture:
         """Of a model on any device, `meta` too, before an adapter is put on.
 
         Raises:
-            ConfigurationError: if it is no decoder of equal layers with gated feed-forwards.
+            ConfigurationError: if a layer mixes tokens in a way that is not known here, or the
+                configuration lacks a size.
         """
         config = model.config.get_text_config()
-        decoder = model.get_decoder()
-        sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
+        layers = model.get_decoder().layers
+        settings = config.to_dict()
         needed = ("num_attention_heads", "intermediate_size", "hidden_size")
-        missing = [name for name in needed if name not in config.to_dict()]
-        if missing or max(sizes) != min(sizes):
+        missing = [name for name in needed if name not in settings]
+        kinds = tuple(settings.get("layer_types") or ["full_attention"] * len(layers))
+        unknown = sorted(set(kinds) - _ATTENTION - _STATES.keys())
+        if missing or unknown:
             raise ConfigurationError(
-                f"{config.model_type}: plan knows decoders of equal layers, and this one has "
-                f"{'no ' + missing[0] if missing else 'layers of several sizes'}"
+                f"{config.model_type}: plan knows decoders with attention, linear attention and "
+                f"convolutions, and this one has {'no ' + missing[0] if missing else unknown[0]}"
             )
-        first = decoder.layers[0]
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        matrices = [[p for p in each.parameters() if p.dim() > 1] for each in layers]
+        # Stacked matrices of experts are the only tensors of three dimensions but convolutions'.
+        share = _chosen(settings)
+        active = sum(
+            p.numel() * (share if p.dim() == 3 and p.shape[1] > 1 else 1)
+            for each in matrices
+            for p in each
+        )
         head = model.get_output_embeddings().weight
         heads = config.num_attention_heads
-        settings = config.to_dict()
-        kinds = settings.get("layer_types") or ["full_attention"] * len(sizes)
         window = settings.get("sliding_window")
         return Architecture(
             name=config.model_type,
@@ -115,12 +150,43 @@ class Architecture:
             intermediate=config.intermediate_size,
             vocabulary=head.shape[0],
             tied=head is model.get_input_embeddings().weight,
-            head_norms=any(name.endswith("q_norm") for name, _ in first.named_modules()),
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-            matrices=sum(p.numel() for p in first.parameters() if p.dim() == 2),
-            layer=sizes[0],
+            head_norms=any(name.endswith("q_norm") for name, _ in layers.named_modules()),
+            kinds=kinds,
+            windows=tuple(
+                window if kind == "sliding_attention" else None
+                for kind in kinds
+                if kind in _ATTENTION
+            ),
+            state=sum(_STATES[kind](settings) for kind in kinds if kind in _STATES),
+            matrix_sizes=tuple(sum(p.numel() for p in each) for each in matrices),
+            active=int(active),
+            layer_sizes=tuple(sizes),
             parameters=sum(p.numel() for p in model.parameters()),
         )
+
+
+def _chosen(settings: Mapping[str, Any]) -> float:
+    """Share of the experts that a token goes through; 1 without any."""
+    every = settings.get("num_experts") or settings.get("num_local_experts")
+    every = every or settings.get("n_routed_experts")
+    return (settings.get("num_experts_per_tok") or 1) / every if every else 1.0
+
+
+def _delta_rule(settings: Mapping[str, Any]) -> int:
+    """Keys by values a head, and what the convolution before them still sees."""
+    keys, values = settings["linear_key_head_dim"], settings["linear_value_head_dim"]
+    heads = settings["linear_num_value_heads"]
+    channels = 2 * settings["linear_num_key_heads"] * keys + heads * values
+    return heads * keys * values + channels * (settings["linear_conv_kernel_dim"] - 1)
+
+
+def _convolution(settings: Mapping[str, Any]) -> int:
+    return settings["hidden_size"] * (settings["conv_L_cache"] - 1)
+
+
+_ATTENTION = {"full_attention", "sliding_attention"}
+_STATES = {"linear_attention": _delta_rule, "conv": _convolution}
+"""By kind of layer, elements of its state, float32 a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,7 @@ def memory_of(setup: Setup) -> Memory:
             casts=GRAPHS * casts_bytes(setup),
             activations=waiting + (second if is_later else first),
             kept=waiting + casts_bytes(setup) if batch.count > 1 else 0,
-            prompts=2 * FLOAT32 * setup.shapes.layers * setup.shapes.keys * batch.kept,
+            prompts=2 * FLOAT32 * len(setup.shapes.windows) * setup.shapes.keys * batch.kept,
             heads=_heads(setup),
             chunks=_chunks(setup, batch.first),
             teaching=_teaching(setup, batch.kept + batch.first),
@@ -253,8 +253,8 @@ def casts_bytes(setup: Setup) -> int:
     """Of one graph: the backward reads every linear layer's weight as the product read it."""
     if not setup.autocast or not setup.counted.whole:
         return 0
-    layers = 1 if setup.checkpointing else setup.shapes.layers
-    return setup.narrow * layers * setup.shapes.matrices
+    shapes = setup.shapes
+    return setup.narrow * (shapes.matrices if setup.checkpointing else shapes.multiplied)
 
 
 def gathered_bytes(setup: Setup) -> int:
@@ -345,7 +345,10 @@ def _sampling_weights(setup: Setup) -> int:
 
 
 def _cache(setup: Setup) -> int:
-    """Prompts, and responses in rectangles that grow by half; at most the sampler's room."""
+    """Prompts, and responses in rectangles that grow by half; at most the sampler's room.
+
+    States of layers without attention come on top, of each prompt and each response.
+    """
     if setup.sampler.kind != "hf":
         return 0
     prompt, response = setup.lengths.prompt, setup.lengths.response
@@ -354,7 +357,8 @@ def _cache(setup: Setup) -> int:
     tokens = groups * prompt + rows * blocks(response)
     share = min(setup.sampler.max_tokens / tokens, 1.0)
     held = groups * setup.shapes.cached(prompt) + rows * setup.shapes.cached(blocks(response))
-    return int(share * held * setup.narrow)
+    states = (groups + rows) * setup.shapes.state * FLOAT32
+    return int(share * held * setup.narrow) + states
 
 
 def _drawing(setup: Setup) -> int:

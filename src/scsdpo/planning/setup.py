@@ -12,6 +12,7 @@ from torch import nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
+from scsdpo.planning.layer_probe import Measured, measured_layers
 from scsdpo.policy import CausalLM, Stored
 from scsdpo.policy.adapter import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
@@ -115,6 +116,8 @@ class Setup:
     """Most responses asked for at once, a rank: training's or validation's."""
     max_tokens: int | Literal["auto"]
     """Budget of a micro-batch."""
+    measured: Measured = Measured()
+    """Of layers that no formula describes."""
 
     @property
     def narrow(self) -> int:
@@ -170,13 +173,18 @@ def setup_of(
         name_or_path: the policy's, if the module has been given another.
     """
     policy: CausalLM = module.policy
-    model = skeleton(read_config(name_or_path or policy.name_or_path, architecture))
+    config = read_config(name_or_path or policy.name_or_path, architecture)
+    model = skeleton(config)
     shapes = Architecture.of(model)
+    dtype = policy.loaded_dtype(devices.kind == "cuda")
+    measured = Measured()
+    if not shapes.is_plain:
+        measured = measured_layers(config, shapes, policy.adapter, dtype, autocast=autocast)
     in_flight = max(questions * module.sampling.n, validation * module.val_sampling.n)
     return Setup(
         shapes=shapes,
         counted=Counted.of(model, policy.adapter),
-        base=policy.loaded_dtype(devices.kind == "cuda").itemsize,
+        base=dtype.itemsize,
         autocast=autocast,
         checkpointing=policy.gradient_checkpointing,
         shared_prefixes=policy.share_prefixes,
@@ -194,6 +202,7 @@ def setup_of(
         updates=module.updates_per_rollout,
         in_flight=max(in_flight // devices.ranks, 1),
         max_tokens=module.limits.max_tokens,
+        measured=measured,
     )
 
 

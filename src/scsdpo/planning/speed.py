@@ -77,8 +77,8 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
 def _trunk(setup: Setup, tokens: float, before: int) -> float:
     """Products with every matrix, and scores and sums over half the own and all earlier tokens."""
     seen = before + setup.lengths.response / 2
-    attention = 4.0 * setup.shapes.queries * seen * setup.shapes.layers
-    return tokens * (2.0 * setup.shapes.multiplied + attention)
+    attention = 4.0 * setup.shapes.queries * seen * len(setup.shapes.windows)
+    return tokens * (2.0 * setup.shapes.active + attention)
 
 
 def _weight_bytes(setup: Setup) -> float:

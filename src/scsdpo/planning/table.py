@@ -51,8 +51,10 @@ def described(setup: Setup) -> str:
         else f"{devices.ranks} devices, "
         + ("sharded (FullySharded)" if devices.sharded else "replicated (DDP)")
     )
+    active = shapes.parameters - shapes.multiplied + shapes.active
+    experts = f" ({active / 1e9:.2f}B a token)" if shapes.has_experts else ""
     return (
-        f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters, {trained}, "
+        f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters{experts}, {trained}, "
         f"{'bf16-mixed' if setup.autocast else 'float32'}; {how} of {gib(devices.memory)} GiB"
     )
 

@@ -1,13 +1,15 @@
-"""One attention function for transformers models that takes its layout from the caller.
+"""Mixing of tokens in transformers models, by a layout that the caller gives.
 
 A transformers model calls the attention function that its config names, and hands the keyword
 arguments of its forward through to it. `use_layouts` names ours: called with an `AttentionLayout`
 as `layout` it attends by that, and without one as `sdpa` does. So trees of prefixes and decoding
 from shared prompts run through the model's own layers, also when a layer is recomputed in the
-backward.
+backward. Layers of linear attention and convolution have no such interface: theirs are in
+`policy/mixers.py`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from scsdpo.policy.experts import final_states
+from scsdpo.policy.mixers import let_mixers_accept_layouts
+from scsdpo.policy.segment_states import DeltaInputs
+
 _NAME = "scsdpo"
 
 
 class AttentionLayout(ABC):
-    """Who attends to whom in one forward of the decoder."""
+    """Who attends to whom in one forward of the decoder, and who goes on from whose state."""
 
     @abstractmethod
     def attend(
@@ -39,18 +45,51 @@ class AttentionLayout(ABC):
             [B, s, H, d].
         """
 
+    @abstractmethod
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Causal convolution of one layer: y_t = bias + sum_j weight_j x_(t - k + 1 + j).
+
+        Args:
+            layer: its index.
+            inputs: [B, s, C].
+            weight: [C, k].
+            bias: [C].
+
+        Returns:
+            [B, s, C].
+        """
+
+    @abstractmethod
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        """Gated delta rule of one layer (`SegmentStates.delta_rule`), after its `convolve`.
+
+        Args:
+            layer: its index.
+            inputs: [B, s, ...].
+
+        Returns:
+            [B, s, H, e].
+        """
+
 
 def use_layouts(model: PreTrainedModel) -> None:
     """Let `model` (loaded with sdpa) accept a `layout` in its decoder's forward."""
     model.set_attn_implementation(_NAME)
+    let_mixers_accept_layouts(model)
 
 
-def run_decoder(model: PreTrainedModel, layout: AttentionLayout, **inputs: Tensor) -> Tensor:
-    """Final hidden states of the decoder under `layout`."""
+def run_decoder(
+    model: PreTrainedModel,
+    layout: AttentionLayout,
+    routers: Sequence[nn.Module] = (),
+    **inputs: Tensor,
+) -> Tensor:
+    """Final hidden states of the decoder under `layout`; `final_states` says what of `routers`."""
     # A 4-D mask is taken as it is: the layout knows better, and none is built.
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=model.device)
-    decoder = model.get_decoder()
-    return decoder(attention_mask=mask, use_cache=False, layout=layout, **inputs).last_hidden_state
+    return final_states(
+        model, routers, attention_mask=mask, use_cache=False, layout=layout, **inputs
+    )
 
 
 @torch.compiler.disable  # lest a compiled layer specialise on a layout: each forward has its own

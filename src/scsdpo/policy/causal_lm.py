@@ -29,6 +29,7 @@ from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.experts import routers
 from scsdpo.policy.location import located
 from scsdpo.policy.row_path import RowPath, known_path
 from scsdpo.policy.rows import Rows
@@ -65,13 +66,18 @@ class CausalLM(nn.Module):
             not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
             faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
+        expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
+            f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
+            responses of an optimizer step), added to the step's loss. 0: there is none. Else
+            layers x E numbers a token are kept for the backward.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
             `strftime_now: 2026-01-31` fixes the date that a template writes.
 
     Raises:
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
-            from `configure_model`, if the architecture rescales its logits behind the head.
+            from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
+            its logits behind the head.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class CausalLM(nn.Module):
         gradient_checkpointing: bool = False,
         gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
+        expert_balance: float = 0.0,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -96,6 +103,9 @@ class CausalLM(nn.Module):
                 "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
             )
         self.compile_layers = compile_layers
+        if expert_balance < 0:
+            raise ValueError(f"`CausalLM(expert_balance=...)` must be >= 0, got {expert_balance}")
+        self.expert_balance = expert_balance
         self._compiled: WeakSet[nn.Module] = WeakSet()
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
@@ -126,8 +136,16 @@ class CausalLM(nn.Module):
                 config = AutoConfig.from_pretrained(self._path)
                 loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(self._path, **settings)
+            loaded, told = AutoModelForCausalLM.from_pretrained(
+                self._path, output_loading_info=True, **settings
+            )
+            _refuse_missing_weights(self.name_or_path, told["missing_keys"])
         _refuse_rescaled_logits(loaded)
+        if self.expert_balance and not routers(loaded):
+            raise ConfigurationError(
+                f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "
+                "routers transformers records: set it to 0"
+            )
         if self.share_prefixes:
             use_layouts(loaded)
         if self.gradient_checkpointing:
@@ -231,6 +249,8 @@ class CausalLM(nn.Module):
         chosen: Sequence[int],
         max_tokens: int,
         weights: Weights | None = None,
+        *,
+        watches: bool = False,
     ) -> Runner:
         """The `chosen` ones among `rows`, ready to run in micro-batches.
 
@@ -239,15 +259,30 @@ class CausalLM(nn.Module):
             chosen: which of them will run.
             max_tokens: tokens whose activations are alive at a time.
             weights: another set than the trained ones, without gradient.
+            watches: note what the routers of experts say (`Runner.routes`).
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
         path = self._path_of(rows, chosen, in_step=together)
         if path is RowPath.SHARED and self.share_prefixes:
-            learns = weights is None
-            return SharedPrompts(within, rows, chosen, max_tokens, in_step=together, learns=learns)
-        alone = path is RowPath.ALONE
-        return SeparateRows(within, rows, chosen, max_tokens, in_step=together, alone=alone)
+            return SharedPrompts(
+                within,
+                rows,
+                chosen,
+                max_tokens,
+                in_step=together,
+                learns=weights is None,
+                watches=watches,
+            )
+        return SeparateRows(
+            within,
+            rows,
+            chosen,
+            max_tokens,
+            in_step=together,
+            alone=path is RowPath.ALONE,
+            watches=watches,
+        )
 
     def _path_of(self, rows: Rows, chosen: Sequence[int], *, in_step: bool) -> RowPath:
         lengths = rows.present.sum(-1).tolist()
@@ -357,6 +392,15 @@ def _positions(config: PreTrainedConfig) -> int:
     rope = settings.get("rope_parameters") or {}
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
+
+
+def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise ConfigurationError(
+            f"model.policy.name_or_path: {name} lacks {names[0]}"
+            f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
+            "would draw at random: take a checkpoint of the architecture that its config.json names"
+        )
 
 
 def _refuse_rescaled_logits(model: PreTrainedModel) -> None:

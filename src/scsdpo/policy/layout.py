@@ -4,7 +4,8 @@ A token sees its own segment up to itself, and whole the segments above, which r
 ran before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -13,15 +14,35 @@ from torch import Tensor
 
 from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
+from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span
 from scsdpo.policy.tree import Segment
 from scsdpo.policy.upload import upload
 
 
+class Kept(NamedTuple):
+    """What a forward leaves to later ones, with its graph."""
+
+    attention: dict[int, tuple[Tensor, Tensor]]
+    """By layer, keys and values [N, K, d] of N tokens."""
+    states: dict[int, tuple[Tensor, ...]]
+    """By layer, what S segments end with: inputs of the convolution [S, k - 1, C], and for linear
+    attention the matrix [S, H, d, e], in float32 at least. A segment so takes
+
+        layers * (k - 1) * C * bytes of an element  +  layers * H * d * e * 4
+
+    bytes, however long it is."""
+
+
 class Place(NamedTuple):
-    """Where the keys and values of a segment that ran before are."""
+    """Where what a segment left is that ran before."""
 
     memory: Memory
+    """Keys and values."""
     tokens: slice
+    states: Mapping[int, tuple[Tensor, ...]]
+    """By layer, as `Kept.states`: leaves, in which gradients add up in float32 at least."""
+    number: int
+    """Of the segment among those S."""
 
 
 class PackedSegments(AttentionLayout):
@@ -31,7 +52,7 @@ class PackedSegments(AttentionLayout):
         segments: each after those above it, subtrees in one go; together not empty.
         before: the segments above that ran in an earlier forward.
         device: of the model.
-        keep: whether keys and values are wanted afterwards (`states`).
+        keep: whether keys, values and states are wanted afterwards (`kept`).
     """
 
     def __init__(
@@ -52,7 +73,8 @@ class PackedSegments(AttentionLayout):
         self._attention = SegmentAttention(
             list(own.values()), list(self._levels(own, before)), device
         )
-        self._states: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        self._before, self._keeps = before, keep
+        self._kept = Kept({}, {}) if keep else None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
@@ -62,23 +84,71 @@ class PackedSegments(AttentionLayout):
             narrow = torch.get_autocast_dtype(kind)
             query, key, value = (x.to(narrow) for x in (query, key, value))
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        if self._states is not None:
-            self._states[layer] = key, value
+        if self._kept is not None:
+            self._kept.attention[layer] = key, value
         return self._attention.attend(query, key, value, layer=layer, window=window)[None]
 
-    def states(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Per layer keys and values [N, K, d], with their graph; given away once.
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mixed, ends = self._spans.convolve(inputs[0], weight, bias, self._starts_of(layer, 0))
+        if self._kept is not None:
+            self._kept.states[layer] = (ends,)
+        return mixed[None]
 
-        A layer that is recomputed in the backward must not leave them here again: the layout is
-        part of the graph, and would hold itself alive.
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        before = partial(self._starts_of, layer, 1)
+        flat = DeltaInputs(*(x[0] for x in inputs))
+        mixed, ends = self._spans.delta_rule(flat, before, ends=self._keeps)
+        if self._kept is not None:
+            self._kept.states[layer] += (ends,)
+        return mixed[None]
+
+    def kept(self) -> Kept:
+        """What the forward leaves; given away once.
+
+        A layer that is recomputed in the backward must not leave it here again: the layout is part
+        of the graph, and would hold itself alive.
         """
-        states, self._states = self._states, None
-        assert states is not None
-        return states
+        kept, self._kept = self._kept, None
+        assert kept is not None
+        return kept
 
     def span(self, segment: Segment) -> slice:
         """The places of its tokens."""
         return slice(self.starts[segment], self.starts[segment] + len(segment.ids))
+
+    @cached_property
+    def _spans(self) -> SegmentStates:
+        """The segments, as layers that hand on a state see them."""
+        numbers = {segment: n for n, segment in enumerate(self.starts)}
+        earlier = {above: n for n, above in enumerate(self._right_above)}
+        spans = []
+        for segment, start in self.starts.items():
+            above = segment.path[-1] if segment.path else segment
+            here = numbers[above] if segment.path and above in numbers else None
+            spans.append(Span(start, len(segment.ids), above=here, earlier=earlier.get(above)))
+        return SegmentStates(spans, len(self.ids), self.ids.device)
+
+    @cached_property
+    def _right_above(self) -> list[Segment]:
+        """The E segments right above some of these that ran before, in the order in which they ran:
+        those of one forward follow one another.
+        """
+        above = {segment.path[-1] for segment in self.starts if segment.path}
+        return [segment for segment in self._before if segment in above - self.starts.keys()]
+
+    @cached_property
+    def _numbers(self) -> list[tuple[Mapping[int, tuple[Tensor, ...]], Tensor]]:
+        """By forward that ran before, what it left and which of its segments are among those E."""
+        places = [self._before[segment] for segment in self._right_above]
+        by_forward = [list(of) for _, of in groupby(places, lambda place: id(place.states))]
+        numbers = [torch.tensor([place.number for place in of]) for of in by_forward]
+        sent = upload(numbers, self.ids.device) if numbers else []
+        return [(of[0].states, index) for of, index in zip(by_forward, sent, strict=True)]
+
+    def _starts_of(self, layer: int, which: int) -> Tensor | None:
+        """[E, ...]: what those segments ended with, in a layer; None if there are none."""
+        parts = [of[layer][which].index_select(0, index) for of, index in self._numbers]
+        return torch.cat(parts) if parts else None
 
     def _levels(
         self, own: dict[Segment, Own], before: dict[Segment, Place]

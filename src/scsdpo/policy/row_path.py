@@ -8,6 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.mixers import HYBRIDS
 
 
 class RowPath(Enum):
@@ -127,6 +128,8 @@ def _implementation(
 
 def _reason(kind: type[PreTrainedModel], settings: dict[str, Any]) -> str:
     """Why prompts cannot be shared; empty if nothing is known against it."""
+    if kind.__name__ in HYBRIDS:
+        return ""
     others = sorted(set(settings.get("layer_types") or ()) - SHARED_LAYERS)
     if others:
         return f"layers of {', '.join(map(str, others))} mix tokens by other means than attention"

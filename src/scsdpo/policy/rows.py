@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.policy.experts import final_states
 from scsdpo.policy.upload import upload
 
 
@@ -66,8 +67,11 @@ class Rows:
         )
 
 
-def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """[N, D] hidden states that predict the sampled tokens, in row-major order."""
+def separate_rows(model: PreTrainedModel, rows: Rows, routers: Sequence[nn.Module] = ()) -> Tensor:
+    """[N, D] hidden states that predict the sampled tokens, in row-major order.
+
+    Behind them what `routers` say of their places (`final_states`).
+    """
     rows = rows.to(model.device)
     device, decoder = rows.ids.device, model.get_decoder()
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
@@ -85,7 +89,7 @@ def separate_rows(model: PreTrainedModel, rows: Rows) -> Tensor:
     if bool((total < width).any()) and "attention_mask" in _arguments(decoder):
         inputs["attention_mask"] = (places < total[:, None]).long()
     reset_frequencies(decoder)
-    hidden = decoder(**inputs, use_cache=False).last_hidden_state
+    hidden = final_states(model, routers, **inputs, use_cache=False)
     # The state at place t predicts the token at t + 1.
     predicts = starts[:, None] - 1 + torch.arange(rows.ids.shape[1], device=device)
     index = predicts.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1])

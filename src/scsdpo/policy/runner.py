@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from scsdpo.distributed import all_max
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
-from scsdpo.policy.layout import PackedSegments, Place
+from scsdpo.policy.experts import routers, split
+from scsdpo.policy.layout import Kept, PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
@@ -24,15 +25,33 @@ Loss = Callable[[Tensor, nn.Linear], T]
 """From hidden states [N, D], which predict N sampled tokens, and the head."""
 Within = Callable[[Callable[[PreTrainedModel], T]], T]
 """Runs work on the model where its weights are whole and in force."""
-States = dict[int, tuple[Tensor, Tensor]]
-"""By layer, keys and values [N, K, d]."""
 
 
 class Runner(ABC):
     """Some responses of a step, each after its prompt, under one set of weights.
 
     With gradients enabled they are those of separate rows, whatever the micro-batches.
+
+    Args:
+        watches: whether to note what the routers of experts say.
     """
+
+    routes: Tensor
+    """[N, layers, E] logits of the routers at the micro-batch that runs, once it has; from within
+    `loss` on. layers is 0 if they are not watched."""
+
+    def __init__(self, *, watches: bool) -> None:
+        self._watches = watches
+
+    def _routers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        return routers(model) if self._watches else ()
+
+    def _end(self, model: PreTrainedModel, states: Tensor, loss: Loss[T]) -> T:
+        """The loss of the states [N, ...] that a micro-batch ends with."""
+        layers = len(self._routers(model))
+        width = model.config.get_text_config().hidden_size if layers else states.shape[-1]
+        hidden, self.routes = split(states, layers, width)
+        return loss(*with_head(model, hidden))
 
     @abstractmethod
     def micro_batches(self) -> list[list[int]]:
@@ -60,6 +79,7 @@ class SeparateRows(Runner):
         budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
         alone: each row is a forward of its own; otherwise those of a micro-batch are padded.
+        watches: whether to note what the routers of experts say.
     """
 
     def __init__(
@@ -71,7 +91,9 @@ class SeparateRows(Runner):
         *,
         in_step: bool = False,
         alone: bool = False,
+        watches: bool = False,
     ) -> None:
+        super().__init__(watches=watches)
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
         self._in_step, self._alone = in_step, alone
 
@@ -91,8 +113,9 @@ class SeparateRows(Runner):
         batches += [self._rows.nothing()] * (most - len(batches))
 
         def work(model: PreTrainedModel) -> T:
-            hidden = [separate_rows(model, rows) for rows in batches]
-            return loss(*with_head(model, torch.cat(hidden)))
+            watched = self._routers(model)
+            states = [separate_rows(model, rows, watched) for rows in batches]
+            return self._end(model, torch.cat(states), loss)
 
         return self._within(work)
 
@@ -104,8 +127,9 @@ class SharedPrompts(Runner):
     """Every common start of prompts runs once, forward and backward, whatever the budget.
 
     Prompts run in pieces. A piece leaves keys and values, to which its responses attend,
-    micro-batch by micro-batch. What these send back to them adds up, and goes through the piece's
-    graph in one backward when its last response is done.
+    micro-batch by micro-batch, and the states of its other layers, from which they go on. What
+    these send back to them adds up, and goes through the piece's graph in one backward when its
+    last response is done.
 
     Under shards every forward and backward is a collective: ranks that have fewer pieces or
     micro-batches to run run a token in their place, which gets no gradient. Graphs are not kept
@@ -118,6 +142,7 @@ class SharedPrompts(Runner):
         budget: tokens whose activations are alive at a time, prompts' and responses' together.
         in_step: whether every rank must run as many forwards and backwards, as under shards.
         learns: whether these weights get a gradient.
+        watches: whether to note what the routers of experts say.
     """
 
     def __init__(
@@ -129,7 +154,9 @@ class SharedPrompts(Runner):
         *,
         in_step: bool = False,
         learns: bool = True,
+        watches: bool = False,
     ) -> None:
+        super().__init__(watches=watches)
         self._within, self._in_step = within, in_step
         self._runs_again = in_step and learns and torch.is_grad_enabled()
         self._nothing = Segment((rows.pad_id,))
@@ -172,9 +199,7 @@ class SharedPrompts(Runner):
             self._start(i)
         for _ in range(idle):
             self._run_nothing()
-        return self._within(
-            lambda model: loss(*with_head(model, self._hidden_states(model, micro)))
-        )
+        return self._within(lambda model: self._end(model, self._hidden_states(model, micro), loss))
 
     def done(self, micro: Sequence[int]) -> None:
         for waiting in self._waiting:
@@ -201,7 +226,7 @@ class SharedPrompts(Runner):
     def _start(self, i: int) -> None:
         piece = self._pieces[i]
 
-        def work(model: PreTrainedModel) -> tuple[Tensor, States]:
+        def work(model: PreTrainedModel) -> tuple[Tensor, Kept]:
             if piece.kept or self._runs_again or not torch.is_grad_enabled():
                 return self._run_prompts(model, piece)
             return checkpoint(self._run_prompts, model, piece, use_reentrant=False)
@@ -210,19 +235,24 @@ class SharedPrompts(Runner):
         running = _RunAgain(run) if self._runs_again else _Running(*run())
         self._running[i] = running
         start = 0
-        for segment in piece.segments:
-            self._places[segment] = Place(running.memory, slice(start, start + len(segment.ids)))
+        for number, segment in enumerate(piece.segments):
+            tokens = slice(start, start + len(segment.ids))
+            self._places[segment] = Place(running.memory, tokens, running.states, number)
             start += len(segment.ids)
 
-    def _run_prompts(self, model: PreTrainedModel, piece: Piece) -> tuple[Tensor, States]:
-        """[S, D] hidden states that predict what follows each of S segments, and its states."""
+    def _run_prompts(self, model: PreTrainedModel, piece: Piece) -> tuple[Tensor, Kept]:
+        """[S, D] hidden states that predict what follows each of S segments, and what is kept."""
         layout = PackedSegments(piece.segments, self._places, model.device, keep=True)
         hidden = run_decoder(
-            model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+            model,
+            layout,
+            self._routers(model),
+            input_ids=layout.ids[None],
+            position_ids=layout.positions[None],
         )
         last = [layout.span(segment).stop - 1 for segment in piece.segments]
         (places,) = upload([torch.tensor(last)], hidden.device)
-        return nn.functional.embedding(places, hidden[0]), layout.states()
+        return nn.functional.embedding(places, hidden[0]), layout.kept()
 
     def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
         """[N, D] that predict the sampled tokens of responses, in row-major order."""
@@ -240,7 +270,11 @@ class SharedPrompts(Runner):
         if packed:
             layout = PackedSegments(packed, self._places, model.device, keep=False)
             hidden = run_decoder(
-                model, layout, input_ids=layout.ids[None], position_ids=layout.positions[None]
+                model,
+                layout,
+                self._routers(model),
+                input_ids=layout.ids[None],
+                position_ids=layout.positions[None],
             )
             tables.append(hidden[0])
         predicts = []
@@ -259,19 +293,25 @@ class _Running:
 
     Args:
         last: [S, D] hidden states that predict what follows each segment.
-        states: per layer keys and values.
+        kept: what else it leaves.
+        learns: whether gradients may be sent back, when they are not to a graph that is there.
     """
 
-    def __init__(self, last: Tensor, states: States) -> None:
-        self.memory = Memory(states)
-        self.last = last.detach().requires_grad_(last.requires_grad)
-        self._roots, self._states = last, states
+    def __init__(self, last: Tensor, kept: Kept, *, learns: bool = False) -> None:
+        self.memory = Memory(kept.attention)
+        self.last = _leaf(last, last.dtype, learns)
+        self.states = {
+            layer: tuple(_leaf(x, torch.promote_types(x.dtype, torch.float32), learns) for x in of)
+            for layer, of in kept.states.items()
+        }
+        """By layer; leaves, so that what responses send back adds up there."""
+        self._roots, self._kept = last, kept
 
     def backward(self) -> None:
         """Send what the responses sent back through the prompts' graph."""
-        if self.last.grad is None and not self.memory.gradients:
-            return
-        self._send_back()
+        leaves = [self.last, *(leaf for of in self.states.values() for leaf in of)]
+        if self.memory.gradients or any(leaf.grad is not None for leaf in leaves):
+            self._send_back()
 
     def _send_back(self) -> None:
         # The last hidden states are always among the roots: what FSDP2 gathers for the backward
@@ -279,7 +319,10 @@ class _Running:
         of_last = torch.zeros_like(self.last) if self.last.grad is None else self.last.grad
         pairs = [(self._roots, of_last)]
         for layer, sums in self.memory.gradients.items():
-            pairs += zip(self._states[layer], sums, strict=True)
+            pairs += zip(self._kept.attention[layer], sums, strict=True)
+        for layer, leaves in self.states.items():
+            of_layer = zip(self._kept.states[layer], leaves, strict=True)
+            pairs += [(root, leaf.grad) for root, leaf in of_layer if leaf.grad is not None]
         learned = [(root, sums.to(root.dtype)) for root, sums in pairs if root.requires_grad]
         torch.autograd.backward([root for root, _ in learned], [sums for _, sums in learned])
 
@@ -291,21 +334,26 @@ class _RunAgain(_Running):
         run: the piece's forward.
     """
 
-    def __init__(self, run: Callable[[], tuple[Tensor, States]]) -> None:
+    def __init__(self, run: Callable[[], tuple[Tensor, Kept]]) -> None:
         # Dropout draws the same twice.
         self._run, self._seed = run, int(torch.randint(2**62, ()))
         with torch.no_grad():
-            super().__init__(*self._drawn())
-        self.last.requires_grad_()
+            made = self._drawn()
+        super().__init__(*made, learns=True)
 
     def backward(self) -> None:
-        self._roots, self._states = self._drawn()
+        self._roots, self._kept = self._drawn()
         self._send_back()
 
-    def _drawn(self) -> tuple[Tensor, States]:
+    def _drawn(self) -> tuple[Tensor, Kept]:
         with torch.random.fork_rng():
             torch.manual_seed(self._seed)
             return self._run()
+
+
+def _leaf(root: Tensor, dtype: torch.dtype, learns: bool) -> Tensor:
+    """The values of `root`, from where its gradient goes on by hand."""
+    return root.detach().to(dtype).requires_grad_(learns or root.requires_grad)
 
 
 def _padded(batches: list[list[int]], in_step: bool) -> list[list[int]]:

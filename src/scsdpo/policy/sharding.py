@@ -15,6 +15,7 @@ from typing import TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -94,7 +95,7 @@ def shard(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # what gloo and NCCL both know
     model.to_empty(device="cpu" if on_host else _device(mesh))
-    model.tie_weights()
+    _tie(model)
     _rebuild_buffers(model)
     model.__dict__["inside"] = MethodType(_inside, model)
     register_fsdp_forward_method(model, "inside")
@@ -166,8 +167,18 @@ def whole(
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(plain, name)
         owner._buffers[leaf] = buffer
-    plain.tie_weights()
+    _tie(plain)
     return plain
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Make embedding and head one table again, if they are; transformers finds no adapted ones."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        model.tie_weights()
+    elif model.config.get_text_config().tie_word_embeddings:
+        plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+        plain[1].weight = plain[0].weight
 
 
 def _inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:

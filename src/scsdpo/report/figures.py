@@ -144,6 +144,7 @@ def trust(runs: Sequence[Run]) -> Section:
          "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
         ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
         ("importance_capped", "Importance weights at their cap", "Share of trained tokens."),
+        ("experts_differ", "Sent to other experts than by the sampler", "Share of trained tokens."),
         ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
     )  # fmt: skip
     logs = ("divergence", "logprob_gap", "logprob_gap_max")

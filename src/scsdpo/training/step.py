@@ -46,6 +46,7 @@ from scsdpo.loss import (
 from scsdpo.metrics import GapCheck, PhaseTimer, log_figures, token_metrics
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.adapter import WideHead
+from scsdpo.policy.experts import balance_loss, differ, per_token
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.records import recorded
 from scsdpo.reduction import Reduction
@@ -487,7 +488,8 @@ class Update:
                 observe=self.observe,
             )
             forwards.forget(number)
-            loss = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
+            credit = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
+            loss = partial(forwards.with_experts, micro, credit)
             output = forwards.student.run(micro, forwards.with_head(loss))
             yield output, forwards.of_tokens(micro, sampler)
             forwards.student.done(micro)
@@ -582,7 +584,14 @@ class Forwards:
         self.chosen = torch.zeros_like(active).index_fill_(0, self.index, True) & active
         """[R] bool: the rows that are run."""
         self.temperature = batch.judged.responses.temperature
-        self.student = self._runner("student", self.chosen)
+        noted = batch.judged.responses.experts
+        self._experts = noted.flatten(0, 1)
+        """[R, L, layers, k] the sampler's; layers is 0 if it says none."""
+        learned = (self.chosen & batch.sampled.any(-1)).sum()
+        self._learned = max(float(all_sum(learned.double())), 1.0)
+        """Responses that are run, of all ranks."""
+        self._watches = policy.expert_balance > 0 or noted.shape[-2] > 0
+        self.student = self._runner("student", self.chosen, watches=self._watches)
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
@@ -617,9 +626,16 @@ class Forwards:
                 pair.runs = runs
         return pairs
 
-    def _runner(self, slot: str, wanted: Tensor, weights: Weights | None = None) -> Runner:
-        rows = wanted.nonzero()[:, 0].tolist()
-        return self.policy.runner(self._rows[slot], rows, self._max_tokens, weights)
+    def _runner(
+        self,
+        slot: str,
+        wanted: Tensor,
+        weights: Weights | None = None,
+        *,
+        watches: bool = False,
+    ) -> Runner:
+        chosen, rows = wanted.nonzero()[:, 0].tolist(), self._rows[slot]
+        return self.policy.runner(rows, chosen, self._max_tokens, weights, watches=watches)
 
     def tokens(self, slot: str, wanted: Tensor) -> int:
         """Distinct tokens of the wanted rows [R], with the slot's prompts."""
@@ -646,6 +662,28 @@ class Forwards:
             return use(hidden, linear, head)
 
         return used
+
+    def with_experts(
+        self,
+        micro: Sequence[int],
+        credit: Callable[[Tensor, nn.Linear, Head], LossOutput],
+        hidden: Tensor,
+        linear: nn.Linear,
+        head: Head,
+    ) -> LossOutput:
+        """The credit loss, the load-balancing loss of experts, and whether experts differ."""
+        output = credit(hidden, linear, head)
+        if not self._watches:
+            return output
+        routes = self.student.routes
+        if weight := self.policy.expert_balance:
+            lengths = self.batch.sampled[list(micro)].sum(-1).tolist()
+            balance = balance_loss(routes, lengths, per_token(self.policy.language_model))
+            output = output._replace(loss=output.loss + weight / self._learned * balance)
+        if self._experts.shape[-2]:
+            elsewhere = differ(routes.detach(), self.of_tokens(micro, self._experts))
+            output = output._replace(elsewhere=elsewhere)
+        return output
 
     def teacher(self, slot: str, number: int) -> TeacherOutput:
         """What a slot's teacher says of a micro-batch; nothing where nobody there reads it.

@@ -11,6 +11,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
+from scsdpo.policy.experts import per_token, routers, split
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
@@ -32,6 +33,7 @@ class ContinuousBatcher:
         buffer: decides and keeps the draws.
         scheduler: has what is to be drawn.
         cache: of the scheduler's `max_tokens`.
+        notes_experts: keep the experts of every token, if the model has any.
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class ContinuousBatcher:
         buffer: ResponseBuffer,
         scheduler: Scheduler,
         cache: KVCache,
+        *,
+        notes_experts: bool = False,
     ) -> None:
         self.model = model
+        self.routers = routers(model) if notes_experts else []
         self.buffer = buffer
         self.scheduler = scheduler
         self.cache = cache
@@ -136,6 +141,8 @@ class ContinuousBatcher:
         self.cache.fit(self._prompt_size(), self._sizes(self.buckets))
         for chunk in _chunks(list(new)):
             self._prefill(chunk)
+        slots = torch.tensor([r.group.slot for r in requests], device=self.rows.device)
+        self.cache.states.start(slots)
         rows = torch.tensor([r.row for r in requests], device=self.rows.device)
         self.rows = torch.cat([self.rows, rows])
         self.drawn = torch.cat([self.drawn, torch.zeros_like(rows)])
@@ -150,13 +157,20 @@ class ContinuousBatcher:
         positions = torch.arange(width, device=device).expand(len(groups), -1)
         lengths = torch.tensor([len(g.ids) for g in groups], device=device)
         layout = Prefill(self.cache, groups[0].slot, lengths)
-        hidden = run_decoder(self.model, layout, input_ids=ids, position_ids=positions)
+        hidden = run_decoder(
+            self.model, layout, self.routers, input_ids=ids, position_ids=positions
+        )
         _refuse_other_layers(self.model, self.cache)
         at = torch.arange(len(groups), device=device)
         self.prompt_hidden.extend(hidden[at, lengths - 1])
 
     def _draw(self, hidden: Tensor) -> Tensor:
         """[R]: the next token of each response."""
+        if self.routers:
+            width = self.model.config.get_text_config().hidden_size
+            hidden, routes = split(hidden, len(self.routers), width)
+            chosen = routes.topk(per_token(self.model)).indices
+            self.buffer.keep_experts(chosen, self.rows, self.drawn)
         hidden, head = with_head(self.model, hidden)
         self.tables.recycle()
         logits = TokenLogits.of(hidden, head, self.buffer.sampling.temperature, self.tables)
@@ -225,6 +239,7 @@ class ContinuousBatcher:
         place = {request: i for i, request in enumerate(before)}
         order = torch.tensor([place[r] for r in self._running()], device=self.rows.device).long()
         self.rows, self.drawn, self.ended = self.rows[order], self.drawn[order], self.ended[order]
+        self.cache.states.order(order)
         self.has_room = True
         self._expire()
         return order
@@ -343,7 +358,11 @@ class ContinuousBatcher:
         self.layout.at(columns, [self.step - s for s in reversed(self.first_started.values())])
         positions = self.layout.starts + columns
         return run_decoder(
-            self.model, self.layout, input_ids=ids[:, None], position_ids=positions[:, None]
+            self.model,
+            self.layout,
+            self.routers,
+            input_ids=ids[:, None],
+            position_ids=positions[:, None],
         )[:, 0]
 
     def _layout(self) -> Decode:
@@ -370,11 +389,11 @@ def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def _refuse_other_layers(model: PreTrainedModel, cache: KVCache) -> None:
-    """Every layer must have come through our attention; some keep another kind of state."""
+    """Every layer must have come by a layout; some keep another kind of state."""
     layers = model.config.get_text_config().num_hidden_layers
-    if len(cache.layers) != layers:
+    if others := layers - len(cache.layers.keys() | cache.states.prompts.keys()):
         raise ConfigurationError(
-            f"model.rollout: HFRollout stores keys and values only, and "
-            f"{layers - len(cache.layers)} of the {layers} layers of {type(model).__name__} have "
-            "none of transformers' attention interface: use VLLMRollout"
+            f"model.rollout: HFRollout keeps keys and values, and the states of linear attention "
+            f"and convolutions of Qwen3.5, Qwen3-Next and LFM2; {others} of the {layers} layers "
+            f"of {type(model).__name__} have neither: use VLLMRollout"
         )

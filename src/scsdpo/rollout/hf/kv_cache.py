@@ -112,6 +112,55 @@ class LayerCache:
         self.buckets = buckets
 
 
+class StateCache:
+    """What layers without keys and values end with, after prompts and after responses so far.
+
+    A sequence takes as much as `scsdpo.policy.layout.Kept.states` says, however long it is. Those
+    of responses stand in the order in which these run.
+    """
+
+    def __init__(self) -> None:
+        self.prompts: dict[int, list[Tensor]] = {}
+        """By layer, states [P, ...] by slot."""
+        self.rows: dict[int, list[Tensor]] = {}
+        """By layer, states [R, ...]."""
+        self.read = torch.zeros(0, dtype=torch.long)
+        """[R] tokens of each response that its states have read."""
+        self.fresh = self.read.bool()
+        """[R] the token of this step is one more; a response that waits reads its last one again,
+        which must not change its states."""
+
+    def keep(self, layer: int, which: int, ends: Tensor) -> None:
+        """Append the states `which` of new prompts [p, ...]."""
+        states = self.prompts.setdefault(layer, [])
+        if which == len(states):
+            states.append(ends)
+        else:
+            states[which] = torch.cat([states[which], ends])
+
+    def keep_prompts(self, slots: Sequence[int]) -> None:
+        """Close the gaps between the prompts in `slots`."""
+        self.prompts = {n: [x[[*slots]] for x in states] for n, states in self.prompts.items()}
+
+    def start(self, slots: Tensor) -> None:
+        """Append rows that go on from the prompts in `slots`."""
+        self.read = torch.cat([self.read.to(slots.device), torch.zeros_like(slots)])
+        for layer, states in self.prompts.items():
+            new = [x[slots] for x in states]
+            old = self.rows.get(layer)
+            self.rows[layer] = [torch.cat(x) for x in zip(old, new, strict=True)] if old else new
+
+    def order(self, rows: Tensor) -> None:
+        """Let only `rows` go on, in this order."""
+        self.read = self.read[rows]
+        self.rows = {n: [x[rows] for x in states] for n, states in self.rows.items()}
+
+    def at(self, columns: Tensor) -> None:
+        """Each row reads the token of its response at the place `columns` [R]."""
+        self.fresh = columns >= self.read
+        self.read = columns + 1
+
+
 class KVCache:
     """Every layer's prompts and buckets of responses; layers are made when first asked for.
 
@@ -130,6 +179,8 @@ class KVCache:
         self.prompts = Size()
         self.buckets = [Size() for _ in self.limits]
         self.layers: dict[int, LayerCache] = {}
+        self.states = StateCache()
+        """Of the layers that have other states."""
 
     def layer(self, index: int, key: Tensor, value: Tensor, window: int | None) -> LayerCache:
         """The tables of layer `index`, made to fit `key` and `value`."""
@@ -151,6 +202,7 @@ class KVCache:
 
     def keep_prompts(self, slots: Sequence[int]) -> None:
         """Close the gaps between the prompts in `slots`, which keep their order."""
+        self.states.keep_prompts(slots)
         for layer in self.layers.values():
             index = torch.tensor(slots, dtype=torch.long, device=layer.prompts.keys.device)
             layer.prompts.keys = layer.prompts.keys[index]

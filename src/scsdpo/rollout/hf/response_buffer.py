@@ -44,6 +44,8 @@ class ResponseBuffer:
         self.ids = torch.full(self.uniforms.shape, _UNDRAWN, device=device)
         self.sampling_logprobs = torch.zeros(self.ids.shape, device=device)
         self.policy_logprobs = torch.zeros(self.ids.shape, device=device)
+        self.experts = self.ids.new_zeros((*self.ids.shape, 0, 0), dtype=torch.int16)
+        """[Q G, L, layers, k] at the places that predict; layers is 0 until any are kept."""
         self.searched = [0] * len(self.stops)
         """[Q G] tokens of each response that were searched for stop strings."""
         self.stopped = torch.full((len(self.stops),), self.ids.shape[1] + 1, device=device)
@@ -110,6 +112,17 @@ class ResponseBuffer:
         self.turn_starts[row] = self.searched[row] = end
         self.stopped[row] = self.ids.shape[1] + 1
         self.waits[row] = False
+
+    def keep_experts(self, chosen: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Note the experts [R, layers, k] at what predicts the tokens at `places` [R] of `rows`."""
+        if not self.experts.shape[2]:
+            self.experts = self.experts.new_zeros((*self.ids.shape, *chosen.shape[1:]))
+        places = places.clamp(max=self.ids.shape[1] - 1)
+        new = chosen.to(torch.int16)
+        if self.dialogue.is_played:
+            kept = self.keeps(rows, places)[:, None, None]
+            new = torch.where(kept, self.experts[rows, places], new)
+        self.experts[rows, places] = new
 
     def forget(self, row: int) -> None:
         """Row `row` will be drawn again from its start."""
@@ -187,11 +200,13 @@ class ResponseBuffer:
             temperature=self.sampling.temperature,
             version=version,
         )
+        shape = (len(self.prompts), self.sampling.n, longest, *self.experts.shape[2:])
         return replace(
             responses,
             present=batch(mask),
             turns=batch(self.turns[:, :longest] * mask),
             episodes=self._grouped(records),
+            experts=self.experts[:, :longest].reshape(shape),
         )
 
     def _texts(self, mask: Tensor) -> list[str]:

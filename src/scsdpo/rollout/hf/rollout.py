@@ -36,8 +36,12 @@ class HFRollout(Rollout):
     In an episode of several turns a response keeps its keys and values while its environment
     answers and others are drawn; then the answer is read token by token beside them.
 
-    That needs layers of full or sliding-window softmax attention; sliding layers keep their window
-    only. Other architectures (docs/models.md) draw with transformers' own cache, rows with prompts
+    That needs layers of full or sliding-window softmax attention, or the linear attention and short
+    convolutions of Qwen3.5, Qwen3-Next and LFM2. Sliding layers keep their window only; linear
+    attention and convolutions keep, beside `max_tokens`, a state for each prompt and each response
+    in flight, whatever its length: (k - 1) C elements, and H d e in float32, a layer, where k is
+    the width of the convolution and C its channels, and H the heads of d keys and e values. Other
+    architectures (docs/models.md) draw with transformers' own cache, rows with prompts
     of one length together, each prompt run once a response. Sharded weights are gathered once, to a
     copy that every rank has while it samples. LoRA
     factors are merged into a copy of the weights that they adapt, while sampling, if there is
@@ -47,6 +51,9 @@ class HFRollout(Rollout):
         max_tokens: room for keys and values, in tokens, padding and room to grow included; a
             single response and its prompt may exceed it. Must be >= 1.
         max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
+        note_experts: keep to which experts each token was sent, 2 layers k bytes a token, so that
+            `train/experts_differ` shows the share that the trainer sends to others. A model
+            without experts, and one that draws with transformers' own cache, has none to note.
 
     Raises:
         ValueError: if an argument is out of range; from `sample`, if a prompt was not rendered.
@@ -56,6 +63,7 @@ class HFRollout(Rollout):
 
     max_tokens: int = 131072
     max_rows: int = 512
+    note_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_rows"):
@@ -106,7 +114,9 @@ class HFRollout(Rollout):
         # The last token of a response is never read back.
         cache = KVCache(max_tokens=self.max_tokens, longest=most - 1)
         with shared_prefix_attention(model):
-            ContinuousBatcher(model, buffer, scheduler, cache).run()
+            ContinuousBatcher(
+                model, buffer, scheduler, cache, notes_experts=self.note_experts
+            ).run()
 
     def hold_weights(
         self, policy: CausalLM, *, barrier: bool = True

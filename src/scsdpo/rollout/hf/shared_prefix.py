@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.attention import AttentionLayout, use_layouts
+from scsdpo.policy.segment_states import (
+    DeltaInputs,
+    SegmentStates,
+    Span,
+    convolve_one,
+    delta_rule_one,
+)
 from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
 
 _STRIP_COST = 4096
@@ -37,6 +44,7 @@ class Prefill(AttentionLayout):
         self.cache = cache
         self.slots = slice(first, first + len(lengths))
         self.lengths = lengths
+        self._segments: SegmentStates | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
@@ -50,6 +58,28 @@ class Prefill(AttentionLayout):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
         ).transpose(1, 2)
+
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mixed, ends = self._spans(inputs.shape[1]).convolve(
+            inputs.flatten(0, 1), weight, bias, None
+        )
+        self.cache.states.keep(layer, 0, ends)
+        return mixed.view_as(inputs)
+
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        flat = DeltaInputs(*(x.flatten(0, 1) for x in inputs))
+        spans = self._spans(inputs.value.shape[1])
+        mixed, ends = spans.delta_rule(flat, lambda: None, ends=True)
+        self.cache.states.keep(layer, 1, ends)
+        return mixed.view_as(inputs.value)
+
+    def _spans(self, width: int) -> SegmentStates:
+        """The prompts among rows of `width` tokens laid end to end."""
+        if self._segments is None:
+            lengths = self.lengths.tolist()
+            spans = [Span(row * width, length, above=None) for row, length in enumerate(lengths)]
+            self._segments = SegmentStates(spans, len(lengths) * width, self.lengths.device)
+        return self._segments
 
     def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
         tokens = key.shape[2]
@@ -125,6 +155,7 @@ class Decode(AttentionLayout):
     def at(self, columns: Tensor, tokens: Sequence[int]) -> None:
         """Set the places `columns` [R] of the new tokens, each below `tokens` of its bucket."""
         self.columns = columns
+        self.cache.states.at(columns)
         self.tokens = tokens
         self._hidden: dict[int | None, list[Tensor]] = {}
 
@@ -135,6 +166,18 @@ class Decode(AttentionLayout):
             kept = self.cache.layer(layer, key, value, window)
             query = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[-1])
             return self._attend(kept, query, key.to(value.dtype), value, window)
+
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        states, fresh = self.cache.states.rows[layer], self.cache.states.fresh
+        mixed, ends = convolve_one(inputs[:, 0], weight, bias, states[0])
+        states[0] = torch.where(fresh[:, None, None], ends, states[0])
+        return mixed[:, None]
+
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        flat, fresh = DeltaInputs(*(x[:, 0] for x in inputs)), self.cache.states.fresh[:, None]
+        # Nothing fades and nothing is written where a token is read again.
+        flat = flat._replace(decay=flat.decay * fresh, rate=flat.rate * fresh)
+        return delta_rule_one(flat, self.cache.states.rows[layer][1])[:, None]
 
     def _attend(
         self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None

@@ -1,0 +1,107 @@
+"""What a token leaves in layers that no formula here describes: measured on narrow ones."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from scsdpo.planning.architecture import Architecture
+from scsdpo.policy import Lora
+from scsdpo.policy.adapter import Adapter
+from scsdpo.policy.budget import memory_line
+
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "block_multiple_of",
+)
+_EXPERTS = ("num_experts", "num_local_experts")
+_NARROWEST = 16
+"""Most that widths are divided by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Bytes a token."""
+
+    layers: tuple[float, ...] = ()
+    """[L] what each layer keeps for the backward; empty: nothing was measured."""
+    end: float = 0.0
+    """What comes on top while a layer goes back, or at the end of the trunk."""
+
+
+def measured_layers(
+    config: PreTrainedConfig,
+    shapes: Architecture,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    *,
+    autocast: bool,
+) -> Measured:
+    """What a token leaves in each layer, and beside them.
+
+    Bytes are proportional to the widths (hidden and feed-forward sizes, numbers of heads and of
+    experts, rank), whatever the sizes of heads and chunks. So two models with one and two layers of
+    a kind are made, all widths divided by the same number, and run on the CPU, forward and
+    backward: the difference of their peaks, times that number, is one layer, and the rest is the
+    end. Random weights; a second or two a kind.
+
+    Args:
+        config: of the whole model.
+        shapes: of it.
+        adapter: of the policy.
+        dtype: of the loaded weights.
+        autocast: whether products are in bf16.
+    """
+    text = config.get_text_config()
+    settings = text.to_dict()
+    by = math.gcd(_NARROWEST, *(settings[name] for name in _WIDTHS if settings.get(name)))
+    if isinstance(adapter, Lora):
+        by = math.gcd(by, adapter.r)
+        adapter = replace(adapter, r=adapter.r // by)
+    one, end = {}, 0.0
+    for kind in dict.fromkeys(shapes.kinds):
+        slopes = []
+        for layers in (1, 2):
+            narrow = copy.deepcopy(text)
+            for name in _WIDTHS:
+                if settings.get(name):
+                    setattr(narrow, name, settings[name] // by)
+            for name in _EXPERTS:
+                most = settings.get(name) or 0
+                if most // by >= 2 * (settings.get("num_experts_per_tok") or 1):
+                    setattr(narrow, name, most // by)
+            narrow.num_hidden_layers, narrow.vocab_size, narrow.pad_token_id = layers, 256, None
+            if settings.get("layer_types"):
+                narrow.layer_types = [kind] * layers
+            slopes.append(_slope(narrow, adapter, dtype, autocast=autocast))
+        one[kind] = (slopes[1] - slopes[0]) * by
+        end = max(end, slopes[0] * by - one[kind])
+    return Measured(layers=tuple(one[kind] for kind in shapes.kinds), end=end)
+
+
+def _slope(
+    config: PreTrainedConfig, adapter: Adapter, dtype: torch.dtype, *, autocast: bool
+) -> float:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = adapter.language_model(adapter.wrap(plain))
+
+    def run(tokens: int) -> Tensor:
+        ids = torch.arange(tokens)[None] % 256
+        decoder: Callable[..., object] = model.get_decoder()
+        made: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+        return made
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        return memory_line(run, model.get_input_embeddings(), torch.device("cpu"))[1]

@@ -1,0 +1,172 @@
+"""Layers of transformers that mix tokens without attention, made to accept a layout.
+
+transformers gives them no interface as it gives attention, so the classes of these layers are
+subclassed in place: called with a `layout` they convolve and recur by that, with their own weights
+and adapters, and without one they do what they did.
+
+    Qwen3.5, Qwen3-Next   short convolution, then the gated delta rule
+    LFM2                  a gated short convolution
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from scsdpo.errors import ConfigurationError
+from scsdpo.policy.segment_states import DeltaInputs
+
+if TYPE_CHECKING:
+    from scsdpo.policy.attention import AttentionLayout
+
+
+class _GatedDeltaNet(nn.Module):
+    """Qwen3.5's linear attention."""
+
+    layer_idx: int
+    conv1d: nn.Conv1d
+    activation: str
+    key_dim: int
+    value_dim: int
+    head_k_dim: int
+    head_v_dim: int
+    A_log: Tensor
+    dt_bias: Tensor
+    norm: nn.Module
+    in_proj_qkv: nn.Module
+    in_proj_z: nn.Module
+    in_proj_b: nn.Module
+    in_proj_a: nn.Module
+    out_proj: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        layout: "AttentionLayout | None" = None,
+        **others: Any,
+    ) -> Any:
+        if layout is None:
+            return super().forward(hidden_states, *args, **others)
+        mixed, gate, rate, decay = self._projected(hidden_states)
+        mixed = _convolve(layout, self.layer_idx, mixed, self.conv1d)
+        query, key, value = ACT2FN[self.activation](mixed).split(
+            [self.key_dim, self.key_dim, self.value_dim], -1
+        )
+        wide = torch.promote_types(decay.dtype, torch.float32)
+        decay = -self.A_log.to(wide).exp() * softplus(decay.to(wide) + self.dt_bias)
+        query, key = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (query, key))
+        value = value.unflatten(-1, (-1, self.head_v_dim))
+        inputs = DeltaInputs(query, key, value, decay, rate.sigmoid())
+        mixed = _delta_rule(layout, self.layer_idx, inputs)
+        mixed = self.norm(mixed.flatten(0, -2), gate.reshape(-1, self.head_v_dim))
+        return self.out_proj(mixed.view(*hidden_states.shape[:-1], -1))
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is convolved [B, s, C], gate [B, s, H e], rate and decay [B, s, H], raw."""
+        parts = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+        qkv, gate, rate, decay = (part(hidden) for part in parts)
+        return qkv, gate, rate, decay
+
+
+class _InterleavedGatedDeltaNet(_GatedDeltaNet):
+    """Qwen3-Next's, whose projections are laid out by key head."""
+
+    in_proj_qkvz: nn.Module
+    in_proj_ba: nn.Module
+    fix_query_key_value_ordering: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query, key, value, gate, rate, decay = self.fix_query_key_value_ordering(
+            self.in_proj_qkvz(hidden), self.in_proj_ba(hidden)
+        )
+        return torch.cat([x.flatten(2) for x in (query, key, value)], -1), gate, rate, decay
+
+
+class _ShortConv(nn.Module):
+    """LFM2's convolution."""
+
+    layer_idx: int
+    conv: nn.Conv1d
+    in_proj: nn.Module
+    out_proj: nn.Module
+
+    def forward(self, hidden_states: Tensor, *args: Any, seq_idx: Any = None, **others: Any) -> Any:
+        if seq_idx is None or isinstance(seq_idx, Tensor):
+            return super().forward(hidden_states, *args, seq_idx=seq_idx, **others)
+        before, after, mixed = self.in_proj(hidden_states).chunk(3, -1)
+        mixed = _convolve(seq_idx, self.layer_idx, before * mixed, self.conv)
+        return self.out_proj(after * mixed)
+
+
+class _HandsOn(nn.Module):
+    """LFM2's decoder layer, which hands its convolution no keyword but `seq_idx`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        layout: "AttentionLayout | None" = None,
+        **others: Any,
+    ) -> Any:
+        if layout is not None:
+            others |= {"layout": layout, "seq_idx": layout}
+        return super().forward(hidden_states, *args, **others)
+
+
+_MIXERS: dict[str, type[nn.Module]] = {
+    "Qwen3_5GatedDeltaNet": _GatedDeltaNet,
+    "Qwen3_5MoeGatedDeltaNet": _GatedDeltaNet,
+    "Qwen3NextGatedDeltaNet": _InterleavedGatedDeltaNet,
+    "Lfm2ShortConv": _ShortConv,
+    "Lfm2MoeShortConv": _ShortConv,
+    "Lfm2DecoderLayer": _HandsOn,
+    "Lfm2MoeDecoderLayer": _HandsOn,
+}
+"""By the name of transformers' class, which may not be imported."""
+
+HYBRIDS = frozenset(
+    {
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Lfm2ForCausalLM",
+        "Lfm2MoeForCausalLM",
+    }
+)
+"""Models whose layers are these and softmax attention."""
+
+
+def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
+    """Subclass the layers of `model` that mix tokens without attention, as far as they are known.
+
+    A second call does nothing.
+    """
+    for part in model.modules():
+        if type(part).__name__ in _MIXERS:
+            part.__class__ = _accepting(type(part))  # type: ignore[arg-type]  # of __hash__
+
+
+@cache
+def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Segmented{kind.__name__}", (_MIXERS[kind.__name__], kind), {})
+
+
+@torch.compiler.disable  # as attention: each forward has a layout of its own
+def _convolve(layout: "AttentionLayout", layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
+    if not isinstance(conv, nn.Conv1d):  # transformers too reads the weight, past any factors
+        raise ConfigurationError(
+            "model.policy.adapter: factors on a convolution beside linear attention have no "
+            "effect: leave it out of target_modules"
+        )
+    return layout.convolve(layer, inputs, conv.weight[:, 0], conv.bias)
+
+
+@torch.compiler.disable
+def _delta_rule(layout: "AttentionLayout", layer: int, inputs: DeltaInputs) -> Tensor:
+    return layout.delta_rule(layer, inputs)
