@@ -10,8 +10,8 @@ from canned_vllm import error, serving
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Nccl
 from scsdpo.rollout.servers.event_loop import EventLoop
+from scsdpo.rollout.servers.nccl import Group, Source, TransferFailed
 from scsdpo.rollout.servers.server import Server, Unreachable
-from scsdpo.rollout.servers.transfer_group import Group, Source, TransferFailed
 from scsdpo.rollout.weights.hashing import StreamHash
 
 WEIGHTS = [("a", torch.arange(3.0)), ("b", torch.ones(2, 2)), ("c", torch.zeros(3) + 7)]

@@ -10,7 +10,7 @@ from policies import check_parity, gaps, move, short_and_long
 from servers import Running, all_running, wait_for
 
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
-from scsdpo.rollout.servers.transfer_group import Declared, Source
+from scsdpo.rollout.servers.nccl import Declared, Source
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
