@@ -5,8 +5,9 @@
 
 Random Qwen3.5 weights, three layers of four with linear attention, a small vocabulary (so that the
 loss weighs little), one forward and backward of all rows. Both ways run in processes of their own,
-alternating, with the same number of threads. Prints one JSON line a run, then the ratios apart /
-packed of the seconds of each round and of the peak memory above the loaded model.
+alternating, with the same number of threads. Prints one JSON line a run, then the medians over the
+rounds of the ratios apart / packed: of seconds, of the processor's seconds (which another's work on
+the machine changes less), and of the peak memory above the loaded model and its gradients.
 """
 
 import argparse
@@ -85,11 +86,12 @@ def one(args: argparse.Namespace) -> dict:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for chosen in ([0], list(range(len(rows.ids)))):
         runner = kind(lambda work: work(model), rows, chosen, args.budget)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         value = update(model, runner, rows)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-    return {"way": args.one, "seconds": seconds, "mib": peak // 1024, "loss": value}
+    figures = {"seconds": seconds, "cpu_seconds": cpu, "mib": peak // 1024}
+    return {"way": args.one, **figures, "loss": value}
 
 
 def main() -> None:
@@ -107,7 +109,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args)))
         return
-    ratios = {"seconds": [], "mib": []}
+    ratios: dict[str, list[float]] = {"seconds": [], "cpu_seconds": [], "mib": []}
     for _ in range(args.rounds):
         runs = {}
         for way in ("packed", "apart"):

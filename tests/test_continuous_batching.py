@@ -82,8 +82,16 @@ def plain_log_probs(policy, rollouts):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("folder", ["qwen3", "olmo3", "qwen3_5"])
-@pytest.mark.parametrize("optimist", [False, True], ids=["as expected", "short of memory"])
+@pytest.mark.parametrize(
+    ("folder", "optimist"),
+    [
+        pytest.param("qwen3", False, id="as expected"),
+        pytest.param("qwen3", True, id="short of memory"),
+        pytest.param("olmo3", False, id="as expected, window"),
+        pytest.param("olmo3", True, id="short of memory, window"),
+        pytest.param("qwen3_5", True, id="short of memory, linear attention"),
+    ],
+)
 def test_no_budget_changes_a_response(folder, optimist, request, stragglers, held, monkeypatch):
     """OLMo's window of 8 tokens is a ring that both prompts and responses outgrow."""
     policy = load(request.getfixturevalue(folder))

@@ -1,5 +1,7 @@
 """Mixtures of experts: packing, shared prompts, sampling, files, and what a run measures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -116,6 +118,21 @@ def test_rows_together_are_rows_alone_whatever_the_micro_batches(kind, budget, f
         if name in wanted:
             error = (parameter.grad - wanted[name]).abs().max() / wanted[name].abs().max()
             assert error < 2e-5, name
+
+
+@EACH
+def test_a_row_moves_others_by_the_rounding_of_grouped_products_and_no_more(kind, folders):
+    policy, batch = load(folders[kind]), rows()
+    ids, prompts = batch.ids.clone(), list(batch.prompts)
+    ids[3] = (ids[3] + 17) % 250 * batch.present[3]
+    prompts[3] = tuple((token + 29) % 250 for token in prompts[3])
+    changed = replace(batch, ids=ids, prompts=prompts)
+    with torch.no_grad():
+        ((_, before, _),) = together(policy, batch, 10**6)
+        ((_, after, _),) = together(policy, changed, 10**6)
+    here = torch.arange(5).repeat_interleave(batch.sampled.sum(-1)) == 3
+    assert (before - after)[~here].abs().max() < 1e-5
+    assert (before - after)[here].abs().max() > 1
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe", "mixtral"])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,27 +23,21 @@ from transformers import (
 )
 
 from scsdpo.distributed import all_max
-from scsdpo.errors import ConfigurationError
-from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
-from scsdpo.policy.attention import use_layouts
+from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.policy.adapter import Adapter, FullFineTune
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.experts import routers
+from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
-from scsdpo.policy.row_path import RowPath, known_path
+from scsdpo.policy.row_path import KnownPath, RowPath, known_path
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import inside, is_sharded, shard, whole
+from scsdpo.policy.weights import Weights
 
 T = TypeVar("T")
-
-TINY = "tiny"
-"""`name_or_path` of the policy that ships with the package."""
-TINY_FOLDER = Path(__file__).parent / TINY
-"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
-
-_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 class CausalLM(nn.Module):
@@ -113,11 +105,12 @@ class CausalLM(nn.Module):
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         try:
-            self._path = str(TINY_FOLDER) if name_or_path == TINY else located(name_or_path)
+            self._path = located(name_or_path)
         except ValueError as error:
             raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
-        self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
+        with blamed_on("model.policy.name_or_path"):
+            self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
         """How rows run, from the architecture alone; the self-check may find more."""
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
@@ -133,24 +126,13 @@ class CausalLM(nn.Module):
         if self.model is not None:
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
-        settings = {"dtype": dtype, "attn_implementation": self.known.implementation}
-        if to_shard:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(self._path)
-                loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
-        else:
-            loaded, told = AutoModelForCausalLM.from_pretrained(
-                self._path, output_loading_info=True, **settings
-            )
-            _refuse_missing_weights(self.name_or_path, told["missing_keys"])
-        _refuse_rescaled_logits(loaded)
+        with blamed_on("model.policy.name_or_path"):
+            loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
                 f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "
                 "routers transformers records: set it to 0"
             )
-        if self.share_prefixes:
-            use_layouts(loaded)
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
@@ -162,20 +144,20 @@ class CausalLM(nn.Module):
 
         Args:
             mesh: flat.
-            modules: among them the sets of weights beside the student's; they begin as it does.
+            modules: among them the sets of weights beside the student's, which begin after it.
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
         gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
         shard(self.language_model, mesh, gathered)
         for weights in others:
-            for model in weights.models():
-                runs_in = gathered or self.language_model.dtype  # however it is stored
+            for model in weights.models():  # however they are stored
+                runs_in = weights.runs_in(gathered or self.language_model.dtype)
                 shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:
-            weights.follow(self.wrapped, 1.0)
+            weights.begin(self.wrapped)
 
     def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
         """Dtype of the checkpoint's weights once they are loaded."""
@@ -261,8 +243,9 @@ class CausalLM(nn.Module):
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
-        path = self._path_of(rows, chosen, in_step=together)
-        if path is RowPath.SHARED and self.share_prefixes:
+        known = self.known if weights is None else weights.known(self.known)
+        path = self._path_of(known, rows, chosen, in_step=together)
+        if path is RowPath.SHARED and (self.share_prefixes or known is not self.known):
             return SharedPrompts(
                 within,
                 rows,
@@ -282,12 +265,14 @@ class CausalLM(nn.Module):
             watches=watches,
         )
 
-    def _path_of(self, rows: Rows, chosen: Sequence[int], *, in_step: bool) -> RowPath:
+    def _path_of(
+        self, known: KnownPath, rows: Rows, chosen: Sequence[int], *, in_step: bool
+    ) -> RowPath:
         lengths = rows.present.sum(-1).tolist()
         longest = max((len(rows.prompts[row]) + lengths[row] - 1 for row in chosen), default=0)
-        if in_step and self.known.is_length_dependent:
+        if in_step and known.is_length_dependent:
             longest = int(all_max(torch.tensor(longest)))
-        return self.known.of(longest)
+        return known.of(longest)
 
     def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` on the language model, in one root forward.
@@ -438,23 +423,3 @@ def _positions(config: PreTrainedConfig) -> int:
     rope = settings.get("rope_parameters") or {}
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
-
-
-def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
-    if names := sorted(missing):
-        raise ConfigurationError(
-            f"model.policy.name_or_path: {name} lacks {names[0]}"
-            f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
-            "would draw at random: take a checkpoint of the architecture that its config.json names"
-        )
-
-
-def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
-    settings = model.config.get_text_config().to_dict()
-    for name in _RESCALED:
-        if settings.get(name) not in (None, 1, 1.0):
-            raise ConfigurationError(
-                f"{type(model).__name__} changes its logits behind the head "
-                f"({name}={settings[name]}), which the credit loss does not model; "
-                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
-            )

@@ -215,7 +215,9 @@ class SharedPrompts(Runner):
             self._run_nothing().sum().backward()
 
     def _idle(self, busy: int) -> int:
-        """What this rank does nothing in, of what others do when it is busy so many times."""
+        """Number of forwards or backwards of one token that this rank must add, so that every rank
+        runs as many as the busiest; each is a collective under FSDP2.
+        """
         return int(all_max(torch.tensor(busy))) - busy if self._in_step else 0
 
     def _run_nothing(self) -> Tensor:

@@ -686,7 +686,7 @@ class Forwards:
         def used(hidden: Tensor, linear: nn.Linear) -> T:
             if linear in self._heads:
                 return use(hidden, linear, self._heads[linear])
-            head = Head.of(linear)
+            head = Head.of(linear).first(self.policy.vocabulary)
             kept = not isinstance(linear, WideHead)  # that is another one in each forward
             # What needs no cast FSDP2 frees with the forward.
             if kept and head.weight.dtype != linear.weight.dtype:
