@@ -29,8 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from scsdpo.distributed import sum_gradients
-from scsdpo.policy import CausalLM
-from scsdpo.policy.causal_lm import TINY_FOLDER
+from scsdpo.policy import TINY_FOLDER, CausalLM
 from scsdpo.policy.sharding import local, reshard
 from scsdpo.teacher import EMA
 

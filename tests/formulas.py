@@ -5,7 +5,7 @@ import math
 import torch
 
 import scsdpo.lab  # noqa: F401
-from table_policy import SUCCESSES, G, Q, TablePolicy, judged, state
+from table_policy import OTHER, SUCCESSES, G, Q, TablePolicy, judged, state
 
 INF = math.inf
 
@@ -52,6 +52,11 @@ class Case:
     def log_r(self, q, g, t):
         """The first policy after the question alone."""
         table = TablePolicy().table.detach()
+        return self._log_probs(table, self.rollouts.prompts[q].ids, q, g, t)
+
+    def log_other(self, q, g, t):
+        """Another model after the question alone."""
+        table = TablePolicy(seed=OTHER).table.detach()
         return self._log_probs(table, self.rollouts.prompts[q].ids, q, g, t)
 
     def cap(self, q, g, t):
@@ -104,6 +109,12 @@ def forward_kl(clip):
         return sum(torch.clamp(term, max=clip) for term in terms)
 
     return value
+
+
+def of_another_model(case, q, g, t, told):
+    """KL(S || T), T another model's."""
+    log_s, log_t = case.log_s(q, g, t), case.log_other(q, g, t)
+    return sum(log_s.exp()[v] * (log_s[v] - log_t[v]) for v in range(len(log_s)))
 
 
 def pg(advantage, modulation=lambda *_: 1.0):

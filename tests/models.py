@@ -74,6 +74,18 @@ def qwen3_8b_folder(path: Path) -> Path:
     return _save(path, Qwen3ForCausalLM, config, dtype=torch.float32, seed=0)
 
 
+def larger_folder(path: Path, *, tie: bool = False, vocab: int = TOKENS + 5) -> Path:
+    """Qwen3 of another size than `qwen3_folder`'s in every way: a teacher for it."""
+    config = Qwen3Config(
+        **_common(tie=tie, vocab=vocab)
+        | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        hidden_size=96,
+        intermediate_size=80,
+        head_dim=32,
+    )
+    return _save(path, Qwen3ForCausalLM, config, dtype=torch.float32, seed=5)
+
+
 def olmo3_folder(
     path: Path,
     *,

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from kernel_inputs import identity_head
-from scsdpo.policy.adapter import Weights
+from scsdpo.policy import TINY_FOLDER
+from scsdpo.policy.weights import Weights
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 
 V, STATES = 6, 11
+OTHER = 7
+"""Seed of another model."""
 Q, G = 4, 4
 SUCCESSES = (2, 0, 4, 1)
 """Of each question's four rollouts; the first ones are right."""
@@ -21,7 +25,12 @@ SUCCESSES = (2, 0, 4, 1)
 class TableChat:
     """Two ids a prompt: enough to tell prompts apart."""
 
-    pad_id = 0
+    pad_id, rows = 0, 0
+
+    @property
+    def tokenizer(self):
+        """What another model's is compared with: `tiny`'s."""
+        return AutoTokenizer.from_pretrained(TINY_FOLDER)
 
     def render(self, messages, tools=()):
         text = "|".join(message["content"] for message in messages)
@@ -72,6 +81,9 @@ class TableAdapter:
 
     def moving(self, model, name, stored=None):
         return Table(model.table)
+
+    def other(self, model, source):
+        return Table(TablePolicy(seed=OTHER).table)
 
 
 class TablePolicy(nn.Module):

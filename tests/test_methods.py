@@ -39,6 +39,7 @@ from formulas import (
     maxrl,
     mixed,
     normalised,
+    of_another_model,
     paced,
     policy_gradient,
     position,
@@ -72,6 +73,8 @@ def module(name, tmp_path, **changes):
     policy = TablePolicy()
     axes = yaml.safe_load((METHODS / f"{name}.yaml").read_text())["model"] | changes
     axes.pop("optimizer", None)  # the paper's rate, without a class
+    if name == "gkd":
+        axes["teacher"]["init_args"]["name_or_path"] = "tiny"  # the table policy's other table
     if name == "sdpo-paced":
         axes["weighting"]["init_args"]["path"] = str(rates_file(tmp_path, policy))
     parser = ArgumentParser(exit_on_error=False)
@@ -142,6 +145,12 @@ BY_HAND = {
     ),
     "i-sdpo": i_sdpo,
     "rlcsd": rlcsd,
+    "gkd": lambda c: distil(
+        c,
+        tell=lambda *_: "the question",
+        divergence=of_another_model,
+        reduce=sequence_mean_active,
+    ),
     "sc-grpo": sc_grpo,
     "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
     "trusted-hybrid": trusted_hybrid,

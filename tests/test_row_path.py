@@ -19,7 +19,6 @@ from transformers import (
 )
 
 import models
-from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Rows
 from scsdpo.policy.row_path import RowPath, known_path
 from scsdpo.rollout import HFRollout
@@ -188,10 +187,10 @@ def test_eager_attention_that_was_asked_for_runs_rows_apart():
 
 
 def test_a_model_that_sees_what_comes_after_is_refused():
-    with pytest.raises(ConfigurationError, match=r"not causal here \(use_bidirectional_attention"):
+    with pytest.raises(ValueError, match=r"not causal here \(use_bidirectional_attention"):
         known_path(Gemma3TextConfig(use_bidirectional_attention=True), "sdpa")
 
 
 def test_an_architecture_without_a_causal_model_is_refused():
-    with pytest.raises(ConfigurationError, match="distilbert has no causal language model"):
+    with pytest.raises(ValueError, match="distilbert has no causal language model"):
         known_path(DistilBertConfig(), "sdpa")

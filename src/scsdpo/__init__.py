@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scsdpo.rollout import HFRollout as HFRollout
     from scsdpo.rollout import VLLMRollout as VLLMRollout
     from scsdpo.teacher import EMA as EMA
+    from scsdpo.teacher import External as External
     from scsdpo.teacher import Frozen as Frozen
     from scsdpo.training import PolicyOptimizer as PolicyOptimizer
     from scsdpo.types import Sampling as Sampling
@@ -32,7 +33,7 @@ HOMES = {
     "data": ("Records", "TaskDataModule"),
     "policy": ("CausalLM", "Lora"),
     "rollout": ("HFRollout", "VLLMRollout"),
-    "teacher": ("EMA", "Frozen"),
+    "teacher": ("EMA", "External", "Frozen"),
     "training": ("PolicyOptimizer",),
     "types": ("Sampling",),
     "weighting": ("PassRate", "Uniform"),
@@ -43,6 +44,7 @@ __all__ = [
     "EMA",
     "Blend",
     "CausalLM",
+    "External",
     "Frozen",
     "GroupRelative",
     "HFRollout",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expert_models import expert_folder
-from models import lfm2_folder, olmo3_folder, qwen3_5_folder, qwen3_folder
+from models import larger_folder, lfm2_folder, olmo3_folder, qwen3_5_folder, qwen3_folder
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent
@@ -20,6 +20,7 @@ def folders(tmp_path_factory):
     qwen3_folder(root / "tied")
     qwen3_folder(root / "untied", tie=False)
     olmo3_folder(root / "olmo3")
+    larger_folder(root / "larger")
     qwen3_5_folder(root / "qwen3_5")
     lfm2_folder(root / "lfm2")
     expert_folder(root / "experts", "qwen3_moe")

@@ -14,12 +14,12 @@ from jsonargparse import ArgumentParser
 from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
-from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, Weighted
+from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, SelfDistillation, Weighted
 from scsdpo.checkpoints import FullySharded
 from scsdpo.cli.config_types import arguments
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.selection import InformativePool
-from scsdpo.teacher import Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
+from scsdpo.teacher import External, Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
 from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
@@ -41,7 +41,7 @@ def method(name, **changes):
     return {axis: made[axis] for axis in axes} | changes
 
 
-def anchored():
+def anchored(**changes):
     return {
         "advantage": Blend(
             parts=(
@@ -52,7 +52,12 @@ def anchored():
         "teacher": NoTeacher(),
         "weighting": Uniform(),
         "reference": Frozen(PlainPrompt()),
-    }
+    } | changes
+
+
+def external(**arguments):
+    """A model of another size, whose folder lies beside the policies."""
+    return External(str(Path(sys.argv[1]) / "larger"), **arguments)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -75,6 +80,21 @@ CONFIGURATIONS = {
     "lora, frozen": lambda: method("sc-sdpo", policy={"adapter": Lora(r=1)}, teacher=Frozen()),
     "lora, bf16 base": lambda: method(
         "sc-sdpo", policy={"adapter": Lora(r=4), "dtype": "bfloat16"}
+    ),
+    "external": lambda: method("sc-sdpo", teacher=external()),
+    "external, on host": lambda: method("sc-sdpo", teacher=external(on_host=True)),
+    "external, bf16, lora": lambda: method(
+        "sc-sdpo", teacher=external(dtype="bfloat16"), policy={"adapter": Lora(r=4)}
+    ),
+    "external twice": lambda: anchored(
+        advantage=Blend(
+            parts=(
+                Weighted(advantage=SelfDistillation(), weight=1.0),
+                Weighted(advantage=ReferenceKL(), weight=0.5),
+            )
+        ),
+        teacher=external(),
+        reference=external(),
     ),
     "lora on the ends": lambda: method(
         "sc-sdpo",

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scsdpo.cli.lightning_cli import CLI, run_cli
@@ -21,7 +21,10 @@ from scsdpo.planning import (
 )
 from scsdpo.planning.setup import GIB
 from scsdpo.planning.table import print_plan, print_splits
+from scsdpo.policy.location import TINY
 
+_SLOTS = ("policy", "teacher", "reference")
+"""Of models."""
 _POSITIVE = ("gpus", "memory", "tflops", "bandwidth", "link", "host_ms")
 _TOKENS = ("prompt_tokens", "teacher_tokens", "response_tokens")
 
@@ -42,9 +45,13 @@ def main(args: Sequence[str]) -> None:
 
     class Planner(CLI):
         def before_instantiate_classes(self) -> None:
-            """No tokenizer is needed, and the policy's may be out of reach: the shipped one's."""
-            policy = self.config["fit"].model.policy.init_args
-            self.name_or_path, policy.name_or_path = policy.name_or_path, "tiny"
+            """No tokenizer is needed, and a model's may be out of reach: the shipped one's."""
+            slots = {name: self.config["fit"].model[name] for name in _SLOTS}
+            given = {name: slot.get("init_args", {}) for name, slot in slots.items()}
+            named = {name: args for name, args in given.items() if "name_or_path" in args}
+            self.names = {name: args.name_or_path for name, args in named.items()}
+            for args in named.values():
+                args.name_or_path = TINY
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             """None: a Trainer would look for the devices that are planned for."""
@@ -53,7 +60,7 @@ def main(args: Sequence[str]) -> None:
             """Nothing is run, and so no checkpoint is looked for."""
 
         def _run_subcommand(self, subcommand: str) -> None:
-            setup = _setup(given, self.model, self.config["fit"], self.name_or_path)
+            setup = _setup(given, self.model, self.config["fit"], self.names)
             rates = Rates(
                 flops=given.tflops * 1e12,
                 bandwidth=given.bandwidth * 1e12,
@@ -100,7 +107,7 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def _setup(given: argparse.Namespace, module: Any, config: Any, name_or_path: str) -> Setup:
+def _setup(given: argparse.Namespace, module: Any, config: Any, names: Mapping[str, str]) -> Setup:
     trainer, data = config.trainer, config.data
     ranks = given.gpus or _ranks(trainer)
     strategy = trainer.strategy
@@ -126,7 +133,7 @@ def _setup(given: argparse.Namespace, module: Any, config: Any, name_or_path: st
             response=response,
         ),
         architecture=given.architecture,
-        name_or_path=name_or_path,
+        names=names,
     )
 
 

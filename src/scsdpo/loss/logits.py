@@ -51,6 +51,12 @@ class Head:
         bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         return Head(linear.weight.detach().to(dtype), bias)
 
+    def first(self, rows: int) -> "Head":
+        """Without the rows behind: a teacher's table may have more padding than the student's."""
+        if len(self.weight) == rows:
+            return self
+        return Head(self.weight[:rows], None if self.bias is None else self.bias[:rows])
+
 
 @dataclass(frozen=True, eq=False)
 class TokenLogits:

@@ -47,8 +47,10 @@ def end_bytes(setup: Setup) -> int:
     under LoRA, casts come with it.
     """
     shapes, n = setup.shapes, setup.narrow
-    trunks = sum(second.trunks for second in setup.seconds)
-    end = (5 * setup.wide + FLOAT32 + n + trunks * setup.wide) * shapes.hidden
+    end = (5 * setup.wide + FLOAT32 + n) * shapes.hidden
+    for second in setup.seconds:
+        wide = second.width if second.another else setup.wide
+        end += second.trunks * wide * second.shapes.hidden
     end = max(end, int(setup.measured.end))
     if not setup.checkpointing:
         return end

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from scsdpo.planning.memory import Memory, memory_of
-from scsdpo.planning.setup import Setup, with_lora
+from scsdpo.planning.setup import SecondWeights, Setup, with_lora
+from scsdpo.policy import Stored
 
 ROOM = 0.95
 """Share of a device's memory that a plan may fill: allocators leave gaps."""
@@ -76,6 +78,10 @@ def _own(setup: Setup) -> list[_Change]:
         room = setup.sampler.max_tokens // 4
         words = f"model.rollout.init_args.max_tokens={room}"
         found.append(_Change(words=words, apply=lambda s: _with_cache(s, room)))
+    for second in setup.seconds:
+        if second.kind == "external" and not second.stored.on_host and setup.devices.kind == "cuda":
+            words = f"model.{second.slot}.on_host=true"
+            found.append(_Change(words=words, apply=partial(_hosted, second)))
     if not setup.devices.sharded and setup.devices.ranks > 1:
         words = "FullySharded (configs/scale)"
         found.append(_Change(words=words, apply=lambda s: s.on(sharded=True)))
@@ -89,6 +95,13 @@ def _devices(ranks: int) -> _Change:
 
 def _fused(setup: Setup) -> Setup:
     return replace(setup, optimizer=replace(setup.optimizer, temporary=0.0, of_largest=0.0))
+
+
+def _hosted(second: SecondWeights, setup: Setup) -> Setup:
+    hosted = replace(second, stored=Stored(on_host=True))
+    return replace(
+        setup, seconds=tuple(hosted if each is second else each for each in setup.seconds)
+    )
 
 
 def _with_cache(setup: Setup, tokens: int) -> Setup:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import TINY_FOLDER
-from scsdpo.policy.adapter import Adapter, adapted_layers, is_factor
+from scsdpo.policy.adapter import Adapter, adapted_layers
+from scsdpo.policy.names import is_factor
 
 _SHIPPED = Path(__file__).parent / "architectures.json"
 """Shapes of the common models by hub name, so that they can be planned without the hub."""
@@ -248,12 +249,18 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def read_config(name_or_path: str, architecture: str | None = None) -> PreTrainedConfig:
+def read_config(
+    name_or_path: str,
+    architecture: str | None = None,
+    *,
+    key: str = "model.policy.name_or_path",
+) -> PreTrainedConfig:
     """The configuration of a model, without asking the hub.
 
     Args:
-        name_or_path: of `model.policy`.
+        name_or_path: of the model.
         architecture: a config.json, or the folder that holds one, to be taken in its place.
+        key: where the name stands.
 
     Raises:
         ConfigurationError: if it is nowhere on this machine, naming the remedy.
@@ -263,7 +270,7 @@ def read_config(name_or_path: str, architecture: str | None = None) -> PreTraine
     if architecture is not None:
         return _load("--architecture", architecture)
     if Path(name_or_path).exists():
-        return _load("model.policy.name_or_path", name_or_path)
+        return _load(key, name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -273,11 +280,13 @@ def read_config(name_or_path: str, architecture: str | None = None) -> PreTraine
             return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         close = difflib.get_close_matches(name_or_path, shipped, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
+        remedy = "give --architecture FILE, its config.json or the folder that holds it"
+        if key != "model.policy.name_or_path":
+            remedy = "name a folder that holds its config.json"
         raise ConfigurationError(
-            f"model.policy.name_or_path: {name_or_path} is no folder, its config.json is not in "
-            f"the cache, and its shapes are not among the {len(shipped)} that ship; `scsdpo plan` "
-            "does not ask the hub: give --architecture FILE, its config.json or the folder that "
-            f"holds it{hint}"
+            f"{key}: {name_or_path} is no folder, its config.json is not in the cache, and its "
+            f"shapes are not among the {len(shipped)} that ship; `scsdpo plan` does not ask the "
+            f"hub: {remedy}{hint}"
         ) from error
 
 

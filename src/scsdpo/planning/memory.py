@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
+from scsdpo.loss.kernel import BLOCK_BYTES, chunk_rows
 from scsdpo.planning.activations import activation_bytes, stored_bytes
+from scsdpo.planning.architecture import Architecture
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
 from scsdpo.rollout.hf.kv_cache import blocks
 
@@ -226,10 +227,15 @@ def _resident(setup: Setup) -> dict[str, int]:
 
 
 def _second_bytes(setup: Setup, second: SecondWeights) -> int:
-    """A whole fine-tune copies everything; LoRA shares the base, and copies factors that move."""
-    copied = setup.counted.whole or second.kind == "moving"
+    """A whole fine-tune copies everything; LoRA shares the base, and copies factors that move.
+
+    Another model has all of its weights.
+    """
+    copied = setup.counted.whole or second.kind in ("moving", "external")
     if not copied or second.kind == "none" or (second.stored.on_host and _has_host(setup)):
         return 0
+    if second.kind == "external":
+        return second.width * second.shapes.parameters
     return getattr(torch, second.stored.dtype).itemsize * setup.counted.trained
 
 
@@ -258,11 +264,15 @@ def casts_bytes(setup: Setup) -> int:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """Two layers whole, this and the next, the root, and the gradient of a layer."""
+    """Two layers whole, this and the next, the root, and the gradient of a layer.
+
+    Of another model as much, without a gradient; its root stays.
+    """
     if not setup.devices.sharded:
         return 0
     bytes_each = FLOAT32 if setup.counted.whole else setup.base
     whole = bytes_each * (2 * setup.shapes.layer + setup.shapes.root)
+    whole += sum(each.width * (2 * each.shapes.layer + each.shapes.root) for each in setup.others)
     return whole + (FLOAT32 * setup.shapes.layer if setup.counted.whole else 0)
 
 
@@ -280,51 +290,68 @@ def ending_bytes(setup: Setup) -> int:
 
 def _heads(setup: Setup) -> int:
     """One copy a model if autocast narrows it; gradients of a tied head and of the embedding."""
+    others = sum(
+        setup.narrow_of(each) * each.shapes.table
+        for each in setup.others
+        if each.width > setup.narrow_of(each)
+    )
     if not setup.counted.whole:
-        return 0
-    models = 1 + sum(second.trunks for second in setup.seconds)
+        return others
+    models = 1 + sum(each.trunks for each in setup.seconds if not each.another)
     copies = models * setup.narrow if setup.autocast else 0
     beside = FLOAT32 if setup.shapes.tied else 0
     product = setup.narrow if setup.autocast else 0
-    return (copies + beside + product) * setup.shapes.table
+    return (copies + beside + product) * setup.shapes.table + others
 
 
 def _chunks(setup: Setup, tokens: int) -> int:
     """A table of products a model, and of a block what lies between them."""
     kind, row = setup.devices.kind, FLOAT32 * setup.shapes.vocabulary
-    rows = min(max(CHUNK_BYTES[kind] // row, FEWEST_ROWS), tokens)
+    rows = min(chunk_rows(setup.shapes.vocabulary, kind, setup.devices.memory), tokens)
     block = min(max(BLOCK_BYTES[kind] // row, 1), rows)
     tables = 1 + sum(second.trunks for second in setup.seconds)
     narrow = rows * setup.narrow * setup.shapes.vocabulary if setup.autocast else 0
     return tables * rows * row + BLOCK_TABLES * block * row + narrow
 
 
-def _working(setup: Setup) -> int:
+def _working(shapes: Architecture, n: int) -> int:
     """Bytes a token of a layer that keeps nothing: residual stream, and its widest place."""
-    shapes, n = setup.shapes, setup.narrow
     queries = (2 * n + FLOAT32) * (shapes.queries + shapes.keys)
     return 3 * FLOAT32 * shapes.hidden + max(queries, 3 * n * shapes.intermediate)
 
 
 def _teaching(setup: Setup, tokens: int) -> int:
     prompts = {"teacher": setup.lengths.teacher_prompt, "reference": setup.lengths.prompt}
-    slots = {second.slot: second.trunks for second in setup.seconds if second.trunks}
-    if not slots:
+    if not setup.seconds:
         return 0
     kept = sum(
-        trunks * setup.narrow * setup.shapes.cached(min(tokens, setup.responses * prompts[slot]))
-        for slot, trunks in slots.items()
+        second.trunks
+        * setup.narrow_of(second)
+        * second.shapes.cached(min(tokens, setup.responses * prompts[second.slot]))
+        for second in setup.seconds
     )
-    lent = FLOAT32 * (setup.shapes.layer + setup.shapes.root)  # for its forward, layer by layer
-    is_lent = any(not second.stored.is_plain for second in setup.seconds)
-    return kept + tokens * _working(setup) + _one_cast(setup) + is_lent * lent
+    return kept + max(_forward(setup, second, tokens) for second in setup.seconds)
+
+
+def _forward(setup: Setup, second: SecondWeights, tokens: int) -> int:
+    """A layer at work, its cast, and what is lent for the forward, layer by layer."""
+    shapes, n = second.shapes, setup.narrow_of(second)
+    lent = second.width * (shapes.layer + shapes.root) * (not second.stored.is_plain)
+    cast = _one_cast(setup)
+    if second.another:
+        cast = n * _widest(shapes) if n < second.width else 0
+    return tokens * _working(shapes, n) + cast + lent
+
+
+def _widest(shapes: Architecture) -> int:
+    """Elements of the largest matrix."""
+    return max(shapes.table, shapes.hidden * max(shapes.intermediate, shapes.queries))
 
 
 def _one_cast(setup: Setup) -> int:
     """Of the widest product, made and let go."""
-    shapes = setup.shapes
-    widest = max(shapes.table, shapes.hidden * max(shapes.intermediate, shapes.queries))
-    return setup.narrow * widest if setup.autocast and setup.counted.whole else 0
+    is_cast = setup.autocast and setup.counted.whole
+    return setup.narrow * _widest(setup.shapes) if is_cast else 0
 
 
 def _sampling_weights(setup: Setup) -> int:
@@ -339,6 +366,10 @@ def _sampling_weights(setup: Setup) -> int:
         whole = linear * (shapes.multiplied + (0 if shapes.tied else shapes.table))
         whole += setup.wide * (shapes.parameters - shapes.multiplied)
         whole -= 0 if shapes.tied else setup.wide * shapes.table
+    elif sampler.kind == "hf" and setup.autocast and counted.whole:
+        whole = setup.narrow * (shapes.multiplied + shapes.table)  # linear layers, cast once
+        fits = 2 * whole <= setup.devices.memory - sum(_resident(setup).values())
+        whole = whole if fits else 0
     merged = setup.base * counted.adapted
     free = setup.devices.memory - sum(_resident(setup).values())
     return whole + (merged if 2 * merged <= free else 0)
@@ -365,7 +396,9 @@ def _drawing(setup: Setup) -> int:
     if setup.sampler.kind != "hf":
         return 0
     rows = min(setup.sampler.max_rows, setup.in_flight)
-    prefill = min(PREFILL_TOKENS, -(-rows // setup.group) * setup.lengths.prompt) * _working(setup)
+    prefill = min(PREFILL_TOKENS, -(-rows // setup.group) * setup.lengths.prompt) * _working(
+        setup.shapes, setup.narrow
+    )
     logits = DRAW_TABLES * FLOAT32 * rows * setup.shapes.vocabulary
     return max(prefill, logits) + _one_cast(setup)
 

@@ -13,10 +13,9 @@ from torch import nn
 from scsdpo.errors import ConfigurationError
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
 from scsdpo.planning.layer_probe import Measured, measured_layers
-from scsdpo.policy import CausalLM, Stored
-from scsdpo.policy.adapter import Weights
+from scsdpo.policy import CausalLM, OtherModel, Stored
+from scsdpo.policy.weights import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
-from scsdpo.teacher import Teacher
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes."""
@@ -54,10 +53,16 @@ class SecondWeights:
     """What the teacher or the reference keeps beside the policy."""
 
     slot: str
-    kind: Literal["none", "moving", "frozen"]
-    """None: it reads the student's own."""
+    kind: Literal["none", "moving", "frozen", "external"]
+    """None: it reads weights that are there anyway."""
     trunks: int
     """Forwards a token; 0: there is no such teacher."""
+    shapes: Architecture
+    """Of the model that reads."""
+    another: bool = False
+    """Whether that is not the policy."""
+    width: int = FLOAT32
+    """Bytes of an element of another model."""
     stored: Stored = Stored()
     """How its copy of the weights is kept."""
 
@@ -120,6 +125,17 @@ class Setup:
     """Of layers that no formula describes."""
 
     @property
+    def others(self) -> tuple[SecondWeights, ...]:
+        """Those that read with another model than the policy."""
+        return tuple(second for second in self.seconds if second.another)
+
+    def narrow_of(self, second: SecondWeights) -> int:
+        """Bytes of an element of what its linear layers read and give."""
+        if not second.another:
+            return self.narrow
+        return BFLOAT16 if self.autocast else second.width
+
+    @property
     def narrow(self) -> int:
         """Bytes of an element of what linear layers read and give."""
         return BFLOAT16 if self.autocast else self.wide
@@ -158,7 +174,7 @@ def setup_of(
     validation: int,
     lengths: Lengths,
     architecture: str | None = None,
-    name_or_path: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Setup:
     """From the constructed module, of whose weights none needs to be there.
 
@@ -170,10 +186,12 @@ def setup_of(
         validation: `data.val_questions_per_batch`.
         lengths: tokens to count with.
         architecture: a config.json in the place of the policy's own.
-        name_or_path: the policy's, if the module has been given another.
+        names: of models, by slot (`policy`, `teacher`, `reference`), if the module has been given
+            others.
     """
     policy: CausalLM = module.policy
-    config = read_config(name_or_path or policy.name_or_path, architecture)
+    names = names or {}
+    config = read_config(names.get("policy", policy.name_or_path), architecture)
     model = skeleton(config)
     shapes = Architecture.of(model)
     dtype = policy.loaded_dtype(devices.kind == "cuda")
@@ -188,11 +206,7 @@ def setup_of(
         autocast=autocast,
         checkpointing=policy.gradient_checkpointing,
         shared_prefixes=policy.share_prefixes,
-        seconds=tuple(
-            _second(getattr(module, slot), slot)
-            for slot in ("teacher", "reference")
-            if getattr(module, slot).exists
-        ),
+        seconds=_seconds(module, shapes, names, devices.kind),
         optimizer=_optimizer(module.optimizer, devices.kind),
         sampler=_sampler(module.rollout, devices.kind),
         devices=devices,
@@ -230,6 +244,12 @@ def sharding(strategy: object) -> bool:
 class _Own(Weights):
     """Stands for a second set of weights."""
 
+    def __init__(
+        self, shapes: Architecture, *, another: bool = False, width: int = FLOAT32
+    ) -> None:
+        super().__init__()
+        self.shapes, self.another, self.width = shapes, another, width
+
     def active(self, model: nn.Module) -> Any:
         raise NotImplementedError
 
@@ -240,30 +260,56 @@ class _Own(Weights):
 class _Noted:
     """An adapter that notes what a teacher asks it for."""
 
-    def __init__(self) -> None:
-        self.kind: Literal["none", "moving", "frozen"] = "none"
+    def __init__(self, shapes: Architecture, key: str, name: str | None, kind: str) -> None:
+        self.kind: Literal["none", "moving", "frozen", "external"] = "none"
         self.stored = Stored()
+        self._shapes, self._key, self._name, self._device = shapes, key, name, kind
 
     def current(self) -> Weights:
-        return _Own()
+        return _Own(self._shapes)
 
     def initial(self, model: object, stored: Stored = Stored()) -> Weights:
         self.kind, self.stored = "frozen", stored
-        return _Own()
+        return _Own(self._shapes)
 
     def moving(self, model: object, name: str, stored: Stored = Stored()) -> Weights:
         self.kind, self.stored = "moving", stored
-        return _Own()
+        return _Own(self._shapes)
+
+    def other(self, model: object, source: OtherModel) -> Weights:
+        self.kind, self.stored = "external", Stored(on_host=source.on_host)
+        config = read_config(self._name or source.name_or_path, key=f"{self._key}.name_or_path")
+        width = source.loaded_dtype(self._device == "cuda").itemsize
+        return _Own(Architecture.of(skeleton(config)), another=True, width=width)
 
 
-def _second(teacher: Teacher, slot: str) -> SecondWeights:
-    """Asks the teacher itself, so that one of the user's own is counted too."""
-    noted = _Noted()
-    policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
-    made = copy.deepcopy(teacher)  # no weights are there yet
-    made.configure(policy, slot)
-    trunks = len(made.trunks(policy)) * len(made.context.named)
-    return SecondWeights(slot=slot, kind=noted.kind, trunks=trunks, stored=noted.stored)
+def _seconds(
+    module: Any, shapes: Architecture, names: Mapping[str, str], kind: str
+) -> tuple[SecondWeights, ...]:
+    """Asks the teachers themselves, so that one of the user's own is counted too."""
+    found: list[SecondWeights] = []
+    teacher, reference = (copy.deepcopy(each) for each in (module.teacher, module.reference))
+    for slot, made in (("teacher", teacher), ("reference", reference)):
+        if not made.exists:
+            continue
+        noted = _Noted(shapes, f"model.{slot}", names.get(slot), kind)
+        policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
+        made.configure(policy, slot)  # no weights are there yet
+        reference.share(teacher)
+        trunks = made.trunks(policy)
+        own = next((each for each in trunks if isinstance(each, _Own)), _Own(shapes))
+        found.append(
+            SecondWeights(
+                slot=slot,
+                kind=noted.kind,
+                trunks=len(trunks) * len(made.context.named),
+                shapes=own.shapes,
+                another=own.another,
+                width=own.width,
+                stored=noted.stored,
+            )
+        )
+    return tuple(found)
 
 
 def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> OptimizerBytes:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from scsdpo.planning.architecture import Architecture
 from scsdpo.planning.memory import Memory
-from scsdpo.planning.setup import FLOAT32, Setup
+from scsdpo.planning.setup import BFLOAT16, FLOAT32, SecondWeights, Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +47,31 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
     tokens = setup.responses * setup.updates * setup.lengths.response
     prompts = setup.prompts * setup.updates * setup.lengths.prompt
     told = setup.responses * setup.updates * setup.lengths.teacher_prompt
-    trunks = sum(second.trunks for second in setup.seconds if second.slot == "teacher")
-    plain = sum(second.trunks for second in setup.seconds if second.slot == "reference")
-    read = trunks * (tokens + told) + plain * (tokens + prompts)
+    read = {"teacher": tokens + told, "reference": tokens + prompts}
     batches = memory.micro_batches * setup.updates
     # Forward, and two products in the backward; a frozen matrix has no gradient of its own.
     passes = (3 if setup.counted.whole else 2) + setup.checkpointing
-    heads = (3 if setup.counted.whole else 2) + trunks + plain
-    head = 2.0 * setup.shapes.table * tokens
+    heads = (3 if setup.counted.whole else 2) * setup.shapes.table
+    heads += sum(second.trunks * second.shapes.table for second in setup.seconds)
+    teachers = [
+        Work(
+            flops=second.trunks
+            * _trunk(setup, second.shapes, read[second.slot], setup.lengths.teacher_prompt),
+            memory=batches * second.trunks * _bytes_read(setup, second),
+            link=batches * second.trunks * _gather_of(setup, second),
+        )
+        for second in setup.seconds
+    ]
     return {
         "sampling": _sampling(setup, memory, tokens, prompts),
         "teacher": Work(
-            flops=_trunk(setup, read, setup.lengths.teacher_prompt),
-            memory=batches * (trunks + plain) * _weight_bytes(setup),
-            link=batches * (trunks + plain) * _gather(setup),
+            flops=sum(each.flops for each in teachers),
+            memory=sum(each.memory for each in teachers),
+            link=sum(each.link for each in teachers),
         ),
         "update": Work(
-            flops=passes * _trunk(setup, tokens + prompts, setup.lengths.prompt) + heads * head,
+            flops=passes * _trunk(setup, setup.shapes, tokens + prompts, setup.lengths.prompt)
+            + 2.0 * heads * tokens,
             memory=batches * passes * _weight_bytes(setup),
             link=batches * 2 * _gather(setup) + _reduce(setup, batches),
         ),
@@ -74,17 +83,25 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
     }
 
 
-def _trunk(setup: Setup, tokens: float, before: int) -> float:
+def _trunk(setup: Setup, shapes: Architecture, tokens: float, before: int) -> float:
     """Products with every matrix, and scores and sums over half the own and all earlier tokens."""
     seen = before + setup.lengths.response / 2
-    attention = 4.0 * setup.shapes.queries * seen * len(setup.shapes.windows)
-    return tokens * (2.0 * setup.shapes.active + attention)
+    attention = 4.0 * shapes.queries * seen * len(shapes.windows)
+    return tokens * (2.0 * shapes.active + attention)
 
 
 def _weight_bytes(setup: Setup) -> float:
     """Read for one forward; autocast reads float32, writes bf16 and reads that."""
     each = FLOAT32 + 2 * setup.narrow if setup.autocast and setup.counted.whole else setup.base
     return float(each * setup.shapes.parameters)
+
+
+def _bytes_read(setup: Setup, second: SecondWeights) -> float:
+    """The same of a teacher."""
+    if not second.another:
+        return _weight_bytes(setup)
+    cast = 2 * BFLOAT16 * (setup.autocast and second.width > BFLOAT16)
+    return float((second.width + cast) * second.shapes.parameters)
 
 
 def _gather(setup: Setup) -> float:
@@ -94,6 +111,13 @@ def _gather(setup: Setup) -> float:
     others = 1 - 1 / setup.devices.ranks
     each = FLOAT32 if setup.counted.whole else setup.base
     return others * each * setup.shapes.parameters
+
+
+def _gather_of(setup: Setup, second: SecondWeights) -> float:
+    """The same of a teacher."""
+    if not second.another or not setup.devices.sharded:
+        return _gather(setup)
+    return (1 - 1 / setup.devices.ranks) * second.width * second.shapes.parameters
 
 
 def _reduce(setup: Setup, batches: int) -> float:
@@ -117,7 +141,9 @@ def _sampling(setup: Setup, memory: Memory, tokens: float, prompts: float) -> Wo
         else width * shapes.parameters / sampler.sharing
     )
     cache = width * tokens * shapes.cached(setup.lengths.prompt + setup.lengths.response // 2)
-    flops = _trunk(setup, tokens + prompts, setup.lengths.prompt) + 2.0 * shapes.table * tokens
+    flops = (
+        _trunk(setup, shapes, tokens + prompts, setup.lengths.prompt) + 2.0 * shapes.table * tokens
+    )
     return Work(
         flops=flops,
         memory=steps * per_step + cache,

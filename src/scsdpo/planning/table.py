@@ -8,7 +8,7 @@ from rich.table import Table
 
 from scsdpo.planning.advice import FEW_TOKENS, ROOM, advice, fits
 from scsdpo.planning.memory import PHASES, Memory, memory_of
-from scsdpo.planning.setup import GIB, Setup
+from scsdpo.planning.setup import BFLOAT16, GIB, Setup
 from scsdpo.planning.speed import Rates, work_of
 from scsdpo.planning.splitting import Split
 
@@ -137,7 +137,10 @@ def _named(setup: Setup, name: str) -> str:
     for second in setup.seconds:
         if second.slot == name:
             where = ", on the host" if second.stored.on_host else ""
-            return f"weights of the {name} ({second.kind}, {second.stored.dtype}{where})"
+            dtype = second.stored.dtype
+            if second.kind == "external":
+                dtype = "bfloat16" if second.width == BFLOAT16 else "float32"
+            return f"weights of the {name} ({second.kind}, {dtype}{where})"
     return _WORDS[name]
 
 

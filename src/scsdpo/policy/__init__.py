@@ -1,11 +1,14 @@
 """Policy: the language model that is trained, its tokenizer, and what of it is trained."""
 
-from scsdpo.policy.adapter import Adapter, FullFineTune, Lora, Weights
-from scsdpo.policy.causal_lm import TINY_FOLDER, CausalLM
+from scsdpo.policy.adapter import Adapter, FullFineTune, Lora
+from scsdpo.policy.causal_lm import CausalLM
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.location import TINY_FOLDER
+from scsdpo.policy.other_model import OtherModel
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner
 from scsdpo.policy.stored import Stored
+from scsdpo.policy.weights import Weights
 
 __all__ = [
     "TINY_FOLDER",
@@ -14,6 +17,7 @@ __all__ = [
     "Chat",
     "FullFineTune",
     "Lora",
+    "OtherModel",
     "Rows",
     "Runner",
     "Stored",

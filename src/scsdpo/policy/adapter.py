@@ -2,13 +2,12 @@
 
 import copy
 import math
-import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,25 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.sharding import is_sharded, local, own_rows, reshard, whole_weight
-from scsdpo.policy.stored import OffloadHooks, Stored, mix
+from scsdpo.policy.names import is_factor, plain_name
+from scsdpo.policy.other_model import OtherModel, OtherWeights
+from scsdpo.policy.sharding import local, own_rows, reshard, whole_weight
+from scsdpo.policy.stored import Stored, mix
+from scsdpo.policy.weights import Weights, Whole
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved, run_seed
 
 STUDENT = "default"
 """Name of the trained LoRA adapter (peft's own default, so that exports load without a name)."""
-
-_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
-
-
-def is_factor(name: str) -> bool:
-    """Whether the parameter of that name is an adapter's, and not the base's."""
-    return bool(_FACTOR.search(name))
-
-
-def plain_name(name: str) -> str:
-    """Name of a base's parameter in the model without adapters."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -153,38 +143,6 @@ def untie(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
-class Weights(nn.Module, ABC):
-    """A second set of weights of the policy: a whole copy, or an adapter on the shared base."""
-
-    stored = Stored()
-    """How it is kept."""
-
-    @abstractmethod
-    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        """The language model with these weights in force, given the policy's `model`."""
-
-    @abstractmethod
-    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """(own tensor, the student's) for everything that is trained; under shards, this rank's."""
-
-    def models(self) -> tuple[PreTrainedModel, ...]:
-        """The whole models of its own, beside the policy's."""
-        return ()
-
-    def same(self, other: "Weights") -> bool:
-        """Whether both are one set of weights, so that a forward of one is that of the other."""
-        return self is other
-
-    @torch.no_grad()
-    def follow(self, model: nn.Module, rate: float) -> None:
-        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
-        for own, student in self.pairs(model):
-            if rate == 1:
-                own.copy_(student)
-            else:
-                own.lerp_(student.to(own.dtype), rate)
-
-
 class Adapter(ABC):
     """What is trained: everything (`FullFineTune`) or low-rank factors (`Lora`)."""
 
@@ -214,6 +172,10 @@ class Adapter(ABC):
     @abstractmethod
     def moving(self, model: nn.Module, name: str, stored: Stored = Stored()) -> Weights:
         """A copy of the current student that a teacher may move; part of checkpoints."""
+
+    def other(self, model: nn.Module, source: OtherModel) -> Weights:
+        """Another model, frozen; not part of checkpoints."""
+        return OtherWeights(source, on_meta=next(model.parameters()).device.type == "meta")
 
     @abstractmethod
     def is_saved(self, key: str) -> bool:
@@ -447,32 +409,17 @@ class _Student(Weights):
         return iter(())
 
 
-class _Copy(Weights):
-    """A whole frozen copy of the model."""
+class _Copy(Whole):
+    """A whole frozen copy of the policy."""
 
     moves: Tensor
     """How often a copy in bf16 has followed."""
 
     def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
-        super().__init__()
-        self.stored = stored
         kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
-        self.copy = copy.deepcopy(model, dict(kept)).requires_grad_(False)
-        self._hooks: OffloadHooks | None = None
+        super().__init__(copy.deepcopy(model, dict(kept)), stored, saved=saved)
         if stored.dtype == "bfloat16" and saved:
             self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
-        if not saved:
-            self.register_state_dict_post_hook(_forget)
-
-    @contextmanager
-    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
-        if self.stored.is_plain or is_sharded(self.copy):
-            yield self.copy
-            return
-        if self._hooks is None:
-            self._hooks = OffloadHooks(self.copy)
-        with self._hooks.open(next(model.parameters())):
-            yield self.copy
 
     @torch.no_grad()
     def follow(self, model: nn.Module, rate: float) -> None:
@@ -490,34 +437,27 @@ class _Copy(Weights):
             start = own_rows(own).start * (own[0].numel() if own.dim() else 1)
             mix(local(own), local(student), rate, seed=seed, start=start)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What is kept on the host stays there; its tables go along."""
-        if not self.stored.on_host:
-            return super()._apply(fn, recurse)
-        for part in self.modules():
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else fn(buffer)
-        return self
-
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         reshard(self.copy)
         reshard(model)
         for own, student in zip(self.copy.parameters(), model.parameters(), strict=True):
             yield local(own), local(student)
 
-    def models(self) -> tuple[PreTrainedModel, ...]:
-        return (self.copy,)
-
 
 def leave_out_of_ddp(module: nn.Module) -> None:
     """Weights on the host are not DDP's, which takes parameters of one kind of device only.
 
     Each rank makes the same of them by itself: it reads them as the policy's, and follows that.
+    Those of another model it reads, too, and nothing moves them.
     """
-    copies = [m for m in module.modules() if isinstance(m, _Copy) and m.stored.on_host]
-    hosted = {id(p) for each in copies for p in each.parameters()}
+    own = [
+        m
+        for m in module.modules()
+        if isinstance(m, Whole) and (m.stored.on_host or isinstance(m, OtherWeights))
+    ]
+    left_out = {id(p) for each in own for p in each.parameters()}
     named = module.named_parameters(remove_duplicate=False)
-    names = [name for name, p in named if id(p) in hosted]
+    names = [name for name, p in named if id(p) in left_out]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
@@ -527,11 +467,6 @@ def _refuse(stored: Stored) -> None:
             f"teacher: {stored} is for whole copies of the weights; under Lora a teacher has none "
             "of its own, or a second pair of factors: leave `stored` out"
         )
-
-
-def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        del state[key]
 
 
 class _Base(Weights):

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -24,27 +23,21 @@ from transformers import (
 )
 
 from scsdpo.distributed import all_max
-from scsdpo.errors import ConfigurationError
-from scsdpo.policy.adapter import Adapter, FullFineTune, Weights
-from scsdpo.policy.attention import use_layouts
+from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.policy.adapter import Adapter, FullFineTune
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.experts import routers
+from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
-from scsdpo.policy.row_path import RowPath, known_path
+from scsdpo.policy.row_path import KnownPath, RowPath, known_path
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import inside, is_sharded, shard, whole
+from scsdpo.policy.weights import Weights
 
 T = TypeVar("T")
-
-TINY = "tiny"
-"""`name_or_path` of the policy that ships with the package."""
-TINY_FOLDER = Path(__file__).parent / TINY
-"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
-
-_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 class CausalLM(nn.Module):
@@ -65,7 +58,8 @@ class CausalLM(nn.Module):
             `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
             not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
-            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
+            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager. A
+            warning says so if nothing was compiled.
         expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
             f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
             responses of an optimizer step), added to the step's loss. 0: there is none. Else
@@ -107,14 +101,16 @@ class CausalLM(nn.Module):
             raise ValueError(f"`CausalLM(expert_balance=...)` must be >= 0, got {expert_balance}")
         self.expert_balance = expert_balance
         self._compiled: WeakSet[nn.Module] = WeakSet()
+        self._graphs_before = 0
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         try:
-            self._path = str(TINY_FOLDER) if name_or_path == TINY else located(name_or_path)
+            self._path = located(name_or_path)
         except ValueError as error:
             raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
-        self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
+        with blamed_on("model.policy.name_or_path"):
+            self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
         """How rows run, from the architecture alone; the self-check may find more."""
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
@@ -130,24 +126,13 @@ class CausalLM(nn.Module):
         if self.model is not None:
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
-        settings = {"dtype": dtype, "attn_implementation": self.known.implementation}
-        if to_shard:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(self._path)
-                loaded = AutoModelForCausalLM.from_config(config, **settings).eval()
-        else:
-            loaded, told = AutoModelForCausalLM.from_pretrained(
-                self._path, output_loading_info=True, **settings
-            )
-            _refuse_missing_weights(self.name_or_path, told["missing_keys"])
-        _refuse_rescaled_logits(loaded)
+        with blamed_on("model.policy.name_or_path"):
+            loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
                 f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "
                 "routers transformers records: set it to 0"
             )
-        if self.share_prefixes:
-            use_layouts(loaded)
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
@@ -159,20 +144,20 @@ class CausalLM(nn.Module):
 
         Args:
             mesh: flat.
-            modules: among them the sets of weights beside the student's; they begin as it does.
+            modules: among them the sets of weights beside the student's, which begin after it.
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
         gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
         shard(self.language_model, mesh, gathered)
         for weights in others:
-            for model in weights.models():
-                runs_in = gathered or self.language_model.dtype  # however it is stored
+            for model in weights.models():  # however they are stored
+                runs_in = weights.runs_in(gathered or self.language_model.dtype)
                 shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
         self.adapter.draw(self.wrapped)
         for weights in others:
-            weights.follow(self.wrapped, 1.0)
+            weights.begin(self.wrapped)
 
     def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
         """Dtype of the checkpoint's weights once they are loaded."""
@@ -214,14 +199,9 @@ class CausalLM(nn.Module):
         prompts. On CPU at most 1024: more tokens at a time are no faster there.
         """
         device = self.language_model.device
-        if device.type == "cuda":
-            # What the allocator holds without using it is free too.
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free, most = torch.cuda.mem_get_info(device)[0] + unused, 2**17
-        else:
-            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**10
+        most = 2**17 if device.type == "cuda" else 2**10
         fixed, a_token = self.memory_line()
-        return max(min(int((free // 2 - fixed) / a_token), most), 1)
+        return max(min(int((_free_bytes(device) // 2 - fixed) / a_token), most), 1)
 
     def memory_line(self) -> tuple[float, float]:
         """Bytes of gradients and casts, and bytes of activations a token, as they would be now."""
@@ -263,8 +243,9 @@ class CausalLM(nn.Module):
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
-        path = self._path_of(rows, chosen, in_step=together)
-        if path is RowPath.SHARED and self.share_prefixes:
+        known = self.known if weights is None else weights.known(self.known)
+        path = self._path_of(known, rows, chosen, in_step=together)
+        if path is RowPath.SHARED and (self.share_prefixes or known is not self.known):
             return SharedPrompts(
                 within,
                 rows,
@@ -284,12 +265,14 @@ class CausalLM(nn.Module):
             watches=watches,
         )
 
-    def _path_of(self, rows: Rows, chosen: Sequence[int], *, in_step: bool) -> RowPath:
+    def _path_of(
+        self, known: KnownPath, rows: Rows, chosen: Sequence[int], *, in_step: bool
+    ) -> RowPath:
         lengths = rows.present.sum(-1).tolist()
         longest = max((len(rows.prompts[row]) + lengths[row] - 1 for row in chosen), default=0)
-        if in_step and self.known.is_length_dependent:
+        if in_step and known.is_length_dependent:
             longest = int(all_max(torch.tensor(longest)))
-        return self.known.of(longest)
+        return known.of(longest)
 
     def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` on the language model, in one root forward.
@@ -300,9 +283,13 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def sampling_mode(self) -> Iterator[PreTrainedModel]:
-        """The student for inference: eager, eval mode, no gradients, all restored on exit."""
-        with self.held_whole() as model, _sampling(model):
-            yield model
+        """The student for inference: eager, eval mode, no gradients, all restored on exit.
+
+        Where autocast would cast weights of linear layers for every token that is drawn, they are
+        cast once, if that takes no more than half of the free memory.
+        """
+        with self.held_whole() as model, _sampling(self._cast_once(model)) as ready:
+            yield ready
 
     @contextmanager
     def held_whole(self) -> Iterator[PreTrainedModel]:
@@ -322,6 +309,24 @@ class CausalLM(nn.Module):
         finally:
             self._held = []
 
+    def _cast_once(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model`, or a copy whose linear layers are in autocast's dtype; it shares all else."""
+        kind = model.device.type
+        if not (torch.is_autocast_enabled(kind) and isinstance(self.adapter, FullFineTune)):
+            return model
+        narrow = torch.get_autocast_dtype(kind)
+        linear = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+        wide = [name for name in linear if model.get_submodule(name).weight.dtype != narrow]
+        taken = narrow.itemsize * sum(model.get_submodule(name).weight.numel() for name in wide)
+        if not wide or 2 * taken > _free_bytes(model.device):
+            return model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        plain = copy.deepcopy(model, shared)
+        for name in wide:
+            part = plain.get_submodule(name)
+            part.weight = nn.Parameter(part.weight.detach().to(narrow), requires_grad=False)
+        return plain
+
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
@@ -329,11 +334,35 @@ class CausalLM(nn.Module):
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """With its layers compiled, if they are to be: a teacher's copy too."""
-        if self.compile_layers and model not in self._compiled:
+        if not self.compile_layers:
+            return model
+        if model not in self._compiled:
+            if not self._compiled:
+                self._graphs_before = _graphs()
             self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
+        elif _graphs() == self._graphs_before:
+            self._graphs_before = -1  # said once
+            rank_zero_warn(
+                "model.policy.compile_layers: torch compiled nothing in the first forward, and "
+                "layers run as without it: set it to false, or look for TORCH_COMPILE_DISABLE and "
+                "TORCHDYNAMO_DISABLE in the environment"
+            )
         return model
+
+
+def _graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # What the allocator holds without using it is free too.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @contextmanager
@@ -346,12 +375,14 @@ def _sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     training = model.training
-    model.eval()  # no dropout
+    if training:  # each way is a walk over all modules
+        model.eval()  # no dropout
     try:
         with torch.no_grad():
             yield model
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
@@ -392,23 +423,3 @@ def _positions(config: PreTrainedConfig) -> int:
     rope = settings.get("rope_parameters") or {}
     scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
     return max(positions, int(scaled)) if positions else sys.maxsize
-
-
-def _refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
-    if names := sorted(missing):
-        raise ConfigurationError(
-            f"model.policy.name_or_path: {name} lacks {names[0]}"
-            f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
-            "would draw at random: take a checkpoint of the architecture that its config.json names"
-        )
-
-
-def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
-    settings = model.config.get_text_config().to_dict()
-    for name in _RESCALED:
-        if settings.get(name) not in (None, 1, 1.0):
-            raise ConfigurationError(
-                f"{type(model).__name__} changes its logits behind the head "
-                f"({name}={settings[name]}), which the credit loss does not model; "
-                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
-            )

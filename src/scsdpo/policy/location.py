@@ -14,6 +14,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+TINY = "tiny"
+"""Name of the policy that ships with the package."""
+TINY_FOLDER = Path(__file__).parent / TINY
+"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
 SECONDS = 5.0
 """For the hub to answer, before a copy on this machine is looked for."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -28,11 +32,13 @@ def located(name_or_path: str) -> str:
     this machine.
 
     Args:
-        name_or_path: of `model.policy`.
+        name_or_path: of `model.policy`, or of another model; `tiny` is the one that ships.
 
     Raises:
         ValueError: in one line, with what is missing or what to do.
     """
+    if name_or_path == TINY:
+        return str(TINY_FOLDER)
     path = Path(name_or_path)
     if path.exists():
         check_folder(path)
@@ -106,7 +112,8 @@ def check_folder(folder: Path) -> None:
     missing = []
     if not names.intersection(_TOKENIZERS):
         missing.append(f"a tokenizer ({_TOKENIZERS[0]})")
-    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    found = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    weights = [path for path in found if not path.name.startswith("adapter_")]
     listed = sorted(_listed(folder) - names)
     if not weights and not listed:
         missing.append("weights (*.safetensors)")

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from scsdpo.errors import ConfigurationError
 from scsdpo.policy.mixers import HYBRIDS
 
 
@@ -61,7 +60,7 @@ def known_path(config: PreTrainedConfig, asked: str) -> KnownPath:
         asked: `attn_implementation` of the configuration.
 
     Raises:
-        ConfigurationError: if the model is known not to be causal.
+        ValueError: if the model is known not to be causal.
     """
     kind, text = causal_class(config), config.get_text_config()
     settings = text.to_dict()
@@ -80,11 +79,11 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `AutoModelForCausalLM` loads.
 
     Raises:
-        ConfigurationError: if there is none.
+        ValueError: if there is none.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigurationError(
-            f"model.policy.name_or_path: {config.model_type} has no causal language model in "
+        raise ValueError(
+            f"{config.model_type} has no causal language model in "
             "transformers: choose one that has (docs/models.md)"
         )
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -107,8 +106,8 @@ def _refuse_bidirectional(kind: type[PreTrainedModel], settings: dict[str, Any])
         value = settings.get(name)
         # Gemma's "vision" is about pictures alone.
         if value is not None and value != "vision" and bool(value) != causal:
-            raise ConfigurationError(
-                f"model.policy.name_or_path: {kind.__name__} is not causal here ({name}={value}): "
+            raise ValueError(
+                f"{kind.__name__} is not causal here ({name}={value}): "
                 "a token sees those after it. Choose a decoder (docs/models.md)"
             )
 

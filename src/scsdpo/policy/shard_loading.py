@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from transformers.utils import cached_file
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy.adapter import is_factor, plain_name
+from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.policy.sharding import local, own_rows
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -114,7 +114,7 @@ class OffloadHooks:
         layers = model.get_decoder().layers
         inner = {id(p) for layer in layers for p in layer.parameters()}
         self._rest = [p for p in model.parameters() if id(p) not in inner]
-        self._like: Tensor | None = None
+        self._to: tuple[torch.device, torch.dtype] | None = None
         for layer in layers:
             weights = list(layer.parameters())
             kept: list[Tensor] = []
@@ -122,24 +122,20 @@ class OffloadHooks:
             layer.register_forward_hook(self._unloading(weights, kept), always_call=True)
 
     @contextmanager
-    def open(self, like: Tensor) -> Iterator[None]:
-        """The model can run inside.
-
-        Args:
-            like: a weight of the student's, with the dtype and device to run in.
-        """
-        self._like = like
-        kept = _load(self._rest, like)
+    def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """The model can run inside, on `device` and in `dtype`."""
+        self._to = device, dtype
+        kept = _load(self._rest, self._to)
         try:
             yield
         finally:
             _unload(self._rest, kept)
-            self._like = None
+            self._to = None
 
     def _loading(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
         def load(layer: nn.Module, args: Any) -> None:
-            assert self._like is not None
-            kept[:] = _load(weights, self._like)
+            assert self._to is not None
+            kept[:] = _load(weights, self._to)
 
         return load
 
@@ -152,10 +148,10 @@ class OffloadHooks:
         return unload
 
 
-def _load(weights: Sequence[nn.Parameter], like: Tensor) -> list[Tensor]:
+def _load(weights: Sequence[nn.Parameter], to: tuple[torch.device, torch.dtype]) -> list[Tensor]:
     kept = [weight.data for weight in weights]
     for weight in weights:
-        weight.data = weight.data.to(like.device, like.dtype, non_blocking=True)
+        weight.data = weight.data.to(*to, non_blocking=True)
     return kept
 
 

@@ -16,7 +16,7 @@ from scsdpo.teacher.context import (
     SolutionAlone,
 )
 from scsdpo.teacher.memory import AttemptMemory, RememberedDemonstration
-from scsdpo.teacher.teachers import EMA, Frozen, Live, Restart, TrustRegion
+from scsdpo.teacher.teachers import EMA, External, Frozen, Live, Restart, TrustRegion
 from scsdpo.teacher.templates import Templates
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Context",
     "Contexts",
     "DemonstrationOrFeedback",
+    "External",
     "FailedSibling",
     "Feedback",
     "Frozen",

@@ -43,6 +43,13 @@ class Teacher(nn.Module, ABC):
         own = [each for slot, each in contexts.items() if slot.startswith("teacher")]
         return torch.stack([each.available for each in own[: needed or len(own)]]).all(0)
 
+    def check(self, policy: CausalLM) -> None:
+        """Refuse a policy that it cannot teach, before any weight is loaded.
+
+        Raises:
+            ValueError: in one line, with the remedy.
+        """
+
     def configure(self, policy: CausalLM, slot: str) -> None:
         """Make weights of its own once the policy has its own; a second call does nothing.
 

@@ -1,13 +1,16 @@
-"""Whose weights teach: the student's own, its first ones, or an average of the path between."""
+"""Whose weights teach: the student's, its first ones, an average between, or another model's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
+from scsdpo.errors import MISTAKES, ConfigurationError, blamed_on, first_line
 from scsdpo.loss import TokenLogits
-from scsdpo.policy import CausalLM, Stored, Weights
+from scsdpo.policy import CausalLM, OtherModel, Stored, Weights
 from scsdpo.teacher._base import Teacher
-from scsdpo.teacher.context import Context, SiblingDemonstration
+from scsdpo.teacher.context import Context, PlainPrompt, SiblingDemonstration
 
 
 class Live(Teacher):
@@ -55,6 +58,79 @@ class Frozen(Teacher):
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
+
+
+class External(Teacher):
+    """Another model of the same vocabulary, frozen. theta' = phi
+
+    It may have any size and architecture; what it reads are the policy's token ids, as the policy's
+    chat template writes them. Its tokens are the policy's, id by id, or it is refused; rows of its
+    head beyond the policy's (padding) are left out of T. It is read from its folder at each start
+    and is not in checkpoints. Two slots of the same model share one copy of its weights.
+
+    Args:
+        name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
+        context: the privileged information; by default it knows more by being another model.
+        dtype: of its weights, kept and run. `auto`: bfloat16 on GPU, float32 on CPU.
+        on_host: keep them in memory of the host, pinned where there is a GPU. They come to the
+            device layer by layer, or under shards unit by unit, in each forward.
+        attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
+
+    Raises:
+        ValueError: if there is no such model, or what it lacks.
+
+    Source:
+        On-policy distillation, arXiv:2306.13649.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        context: Context = PlainPrompt(),
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        on_host: bool = False,
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        super().__init__(context)
+        try:
+            self.source = OtherModel(
+                name_or_path=name_or_path,
+                dtype=dtype,
+                on_host=on_host,
+                attn_implementation=attn_implementation,
+            )
+        except ValueError as error:
+            raise ValueError(f"`External(name_or_path={name_or_path!r})`: {error}") from error
+        self.weights: Weights | None = None
+
+    def check(self, policy: CausalLM) -> None:
+        with self._named():
+            self.source.check_vocabulary(policy.chat)
+            self.source.known()
+
+    def share(self, other: Teacher) -> None:
+        if isinstance(other, External) and other.source == self.source:
+            self.weights = other.weights
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            with blamed_on(f"model.{slot}"), self._named():
+                self.weights = policy.adapter.other(policy.wrapped, self.source)
+
+    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (_configured(self, self.weights),)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A mistake inside the block is its model's."""
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except MISTAKES as error:
+            raise ValueError(
+                f"External({self.source.name_or_path}): {first_line(error)}"
+            ) from error
 
 
 class EMA(Teacher):

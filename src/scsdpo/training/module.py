@@ -146,6 +146,9 @@ class PolicyOptimizer(L.LightningModule):
             selection=selection,
         )
         strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
+        for slot, each in (("teacher", teacher), ("reference", reference)):
+            with blamed_on(f"model.{slot}"):
+                each.check(policy)
         # A bad setting of these fails here, and not after the weights were loaded.
         probe = made("model.optimizer", lambda: optimizer([nn.Parameter(torch.zeros(1))]))
         made("model.lr_scheduler", lambda: lr_scheduler(probe))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
-from scsdpo.policy.adapter import is_factor, plain_name
+from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.types import Judged
 from scsdpo.weighting._base import Weighting
 

@@ -1,0 +1,57 @@
+"""A causal language model with the weights of its checkpoint."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.row_path import KnownPath, RowPath
+
+_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype, known: KnownPath, on_meta: bool
+) -> PreTrainedModel:
+    """In eval mode; where prompts are shared it accepts layouts.
+
+    Args:
+        path: local folder or hub name.
+        dtype: of the weights.
+        known: how its rows run.
+        on_meta: without values.
+
+    Raises:
+        ValueError: if the checkpoint lacks some of the model's weights, which would stay random;
+            if the architecture rescales its logits behind the head.
+    """
+    settings = {"dtype": dtype, "attn_implementation": known.implementation}
+    if on_meta:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config, **settings).eval()
+    else:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **settings
+        )
+        if names := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{path} lacks {names[0]}"
+                f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
+                "would draw at random: take a checkpoint of the architecture that its config.json "
+                "names"
+            )
+    _refuse_rescaled_logits(model)
+    if known.path is RowPath.SHARED:
+        use_layouts(model)
+    return model
+
+
+def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
+    settings = model.config.get_text_config().to_dict()
+    for name in _RESCALED:
+        if settings.get(name) not in (None, 1, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits behind the head "
+                f"({name}={settings[name]}), which the credit loss does not model; "
+                "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
+            )

@@ -1,0 +1,104 @@
+"""Weights beside those that are trained: what a teacher runs with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scsdpo.policy.row_path import KnownPath
+from scsdpo.policy.sharding import is_sharded
+from scsdpo.policy.stored import OffloadHooks, Stored
+
+
+class Weights(nn.Module, ABC):
+    """A second set of weights: a whole model, or an adapter on the policy's base."""
+
+    stored = Stored()
+    """How it is kept."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Write the first values, after shards were given memory; the policy's `model` has its."""
+        self.follow(model, 1.0)
+
+    def runs_in(self, student: torch.dtype) -> torch.dtype:
+        """Dtype of the weights while they run, given the student's."""
+        return student
+
+    def known(self, policy: KnownPath) -> KnownPath:
+        """How rows run, given how the policy's do."""
+        return policy
+
+    @abstractmethod
+    def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
+        """The language model with these weights in force, given the policy's `model`."""
+
+    @abstractmethod
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """(own tensor, the student's) for everything that is trained; under shards, this rank's."""
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The whole models of its own, beside the policy's."""
+        return ()
+
+    def same(self, other: "Weights") -> bool:
+        """Whether both are one set of weights, so that a forward of one is that of the other."""
+        return self is other
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, rate: float) -> None:
+        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
+        for own, student in self.pairs(model):
+            if rate == 1:
+                own.copy_(student)
+            else:
+                own.lerp_(student.to(own.dtype), rate)
+
+
+class Whole(Weights):
+    """A whole frozen model beside the policy's.
+
+    Args:
+        model: with weights of its own.
+        stored: how they are kept between forwards.
+        saved: whether they are part of checkpoints.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
+        super().__init__()
+        self.stored = stored
+        self.copy = model.requires_grad_(False)
+        self._hooks: OffloadHooks | None = None
+        if not saved:
+            self.register_state_dict_post_hook(_forget)
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
+        if self.stored.is_plain or is_sharded(self.copy):
+            yield self.copy
+            return
+        if self._hooks is None:
+            self._hooks = OffloadHooks(self.copy)
+        student = next(model.parameters())
+        with self._hooks.open(student.device, self.runs_in(student.dtype)):
+            yield self.copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What is kept on the host stays there; its tables go along."""
+        if not self.stored.on_host:
+            return super()._apply(fn, recurse)
+        for part in self.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else fn(buffer)
+        return self
+
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return (self.copy,)
+
+
+def _forget(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
