@@ -22,6 +22,11 @@ _OTHER_KEYS = {"config": str, "seed_everything": bool | int, "ckpt_path": str, "
 _MANY = 12
 """Longer lists of choices are not shown."""
 
+_REMOVED = {
+    ("Overlong", "cap"): "it reads whether a response ended by itself; leave `cap` out",
+}
+"""Arguments of version 0.1 that are gone, by class, and what to write instead."""
+
 _UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|.*does not accept option '(.+)'$")
 _REQUIRED = re.compile(r"the following arguments are required: (.+?)(?:\. Got value|$)")
 _OPTION = re.compile(r"argument (?:\S+/)?--(\S+): (.+)")
@@ -93,6 +98,8 @@ def _unknown_key(option: str, sections: Sections) -> str:
 def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
     if name == "class_path" and where != "records":
         return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
+    if instead := _REMOVED.get((kind.__name__, name)):
+        return f"{where}.{name}: {kind.__name__} has no such argument any more: {instead}"
     known = list(arguments(kind))[skip:]
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)

@@ -17,8 +17,8 @@ from scsdpo.policy.experts import routers, split
 from scsdpo.policy.layout import Kept, PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
+from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
-from scsdpo.policy.upload import upload
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]
@@ -215,7 +215,9 @@ class SharedPrompts(Runner):
             self._run_nothing().sum().backward()
 
     def _idle(self, busy: int) -> int:
-        """What this rank does nothing in, of what others do when it is busy so many times."""
+        """Number of forwards or backwards of one token that this rank must add, so that every rank
+        runs as many as the busiest; each is a collective under FSDP2.
+        """
         return int(all_max(torch.tensor(busy))) - busy if self._in_step else 0
 
     def _run_nothing(self) -> Tensor:
