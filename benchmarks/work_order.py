@@ -38,6 +38,8 @@ class Order:
     rollouts: int = 8
     tokens: int = 128
     natural: bool = False
+    mean: int = 62
+    """Of natural lengths, in tokens, before they are cut to `tokens`."""
     vocabulary: int = 8192
     hidden: int = 256
     layers: int = 4
@@ -104,7 +106,11 @@ def random_rollouts(policy: CausalLM, prompts: list[Prompt], order: Order, seed:
     shape = (order.questions, order.rollouts)
     lengths = torch.full(shape, order.tokens)
     if order.natural:
-        lengths = torch.empty(shape).geometric_(1 / 62, generator=generator).clamp(max=order.tokens)
+        lengths = (
+            torch.empty(shape)
+            .geometric_(1 / order.mean, generator=generator)
+            .clamp(max=order.tokens)
+        )
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     ids = torch.randint(3, len(policy.chat.tokenizer), mask.shape, generator=generator) * mask
     noise = torch.full(mask.shape, -5.0)

@@ -69,7 +69,14 @@ def tokens(ids: Tensor, **given: Tensor) -> Tokens:
     column = {name: table[:, None] for name, table in given.items()}
     every = torch.ones(n, 1, dtype=torch.bool)
     signals = Signals.unmeasured(every, every[:, 0], **column)
-    return Tokens(ids=ids, places=torch.arange(n), scale=scale, weight=ones, signals=signals)
+    return Tokens(
+        ids=ids,
+        places=torch.arange(n),
+        rollouts=range(n),
+        scale=scale,
+        weight=ones,
+        signals=signals,
+    )
 
 
 def teacher_output(hidden: Tensor, head: nn.Linear) -> TeacherOutput:

@@ -245,8 +245,6 @@ def test_a_scale_file_changes_where_weights_lie_and_no_number(scale, scsdpo, cap
         assert changed["strategy"] == "ddp"
     else:
         assert changed["strategy"]["class_path"] == "scsdpo.checkpoints.FullySharded"
-        after["model"]["optimizer"]["init_args"]["fused"] = None
-        after["model"]["policy"]["init_args"]["gradient_checkpointing"] = False
     assert before["model"] == after["model"] and before["data"] == after["data"]
 
 

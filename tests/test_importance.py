@@ -61,6 +61,7 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
     batch = Tokens(
         ids=ids,
         places=torch.arange(LENGTH),
+        rollouts=[0] * LENGTH,
         scale=torch.ones(LENGTH, dtype=torch.float64),
         weight=torch.ones(LENGTH, dtype=torch.float64),
         signals=signals,

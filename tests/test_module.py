@@ -449,6 +449,15 @@ def test_bf16_mixed_precision_trains_with_float32_masters(qwen3, tmp_path):
             "TeacherEntropy reads the teacher",
         ),
         ({"updates_per_rollout": 0}, "model.updates_per_rollout must be >= 1"),
+        (
+            {
+                "advantage": Blend(parts=(Weighted(advantage=GroupRelative()),)),
+                "teacher": NoTeacher(),
+                "importance": TokenImportance(),
+                "updates_per_rollout": 2,
+            },
+            "model.importance: TokenImportance .* set model.importance to SamplerImportance",
+        ),
     ],
 )
 def test_strategies_that_do_not_fit_together_are_refused_before_any_weight_loads(

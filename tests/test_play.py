@@ -11,6 +11,7 @@ from precision import allowed
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Engine, HFRollout, VLLMRollout
 from scsdpo.rollout.dialogue import CUT, FULL
+from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Scheduler
 from scsdpo.rollout.vllm.rollout import Answer
@@ -152,6 +153,20 @@ def test_no_budget_changes_an_episode(qwen3, turns, limits, pool, monkeypatch):
         assert torch.equal(getattr(alone, name), getattr(other, name)), name
     assert alone.episodes == other.episodes and alone.texts == other.texts
     assert "max_tokens" not in limits or back
+
+
+def test_what_an_environment_answers_runs_at_once(qwen3, turns, monkeypatch):
+    """As many steps as tokens were drawn, and one pass for each answer."""
+    policy = load(qwen3)
+    passes, steps = [], []
+    plain, run = ContinuousBatcher._read, ContinuousBatcher.run
+    monkeypatch.setattr(
+        ContinuousBatcher, "_read", lambda self, *at: (passes.append(at), plain(self, *at))
+    )
+    monkeypatch.setattr(ContinuousBatcher, "run", lambda self: (run(self), steps.append(self.step)))
+    drawn = play(policy, [asked(policy, worlds.Echo(), "a")], sampling=replace(SAMPLING, n=1))
+    assert steps == [drawn.lengths.item()] and len(passes) == 2
+    assert drawn.extents.item() >= drawn.lengths.item() + 50
 
 
 def test_models_that_share_no_prefix_play_the_same_episodes(qwen3, turns, monkeypatch):

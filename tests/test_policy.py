@@ -231,3 +231,40 @@ def test_every_common_start_is_one_segment_and_short_ones_are_not_shared():
     for prompt, end in ends.items():
         assert tuple(i for segment in end.line for i in segment.ids) == prompt
     assert sum(root.tokens() for root in roots) == len(long) + 2 + 1 + 4 + 4
+
+
+def test_sampling_under_autocast_casts_linear_layers_once_and_shares_the_rest(qwen3):
+    policy = load(qwen3)
+    model, ids = policy.language_model, torch.arange(3, 13)[None]
+    with policy.sampling_mode() as plain:
+        assert plain is model
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with policy.sampling_mode() as ready:
+            linear = [m for m in ready.modules() if isinstance(m, torch.nn.Linear)]
+            assert {m.weight.dtype for m in linear} == {torch.bfloat16} and len(linear) > 10
+            assert ready.get_input_embeddings().weight is model.get_input_embeddings().weight
+            assert not ready.training
+            found = ready(input_ids=ids).logits
+        with torch.no_grad():
+            expected = model.eval()(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_sampling_casts_nothing_where_a_copy_does_not_fit(qwen3, monkeypatch):
+    policy = load(qwen3)
+    monkeypatch.setattr("scsdpo.policy.causal_lm._free_bytes", lambda device: 1000)
+    with torch.autocast("cpu", torch.bfloat16), policy.sampling_mode() as ready:
+        assert ready is policy.language_model
+
+
+def test_compile_layers_says_when_nothing_is_compiled(qwen3):
+    policy = load(qwen3, compile_layers=True)
+    ids = torch.arange(3, 13)[None]
+    with torch.compiler.set_stance("force_eager"):
+        run = lambda: policy(lambda model: model(input_ids=ids).logits.shape)  # noqa: E731
+        run()
+        with pytest.warns(UserWarning, match="compile_layers: torch compiled nothing"):
+            run()
+        run()  # and says it once

@@ -1,7 +1,9 @@
 """Prompts run once a step: the numbers of separate rows, whatever the budget, in bounded memory."""
 
+import sys
 from contextlib import nullcontext
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from transformers.models.olmo3 import modeling_olmo3
 from transformers.models.qwen3 import modeling_qwen3
 
 from batches import double_policy, exact_norm
-from flash_on_cpu import emulated_flash
-from scsdpo.policy import CausalLM, Lora, Rows, segment_attention
+from scsdpo.policy import CausalLM, Lora, Rows, runner, segment_attention, tree
 from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.partial_attention import Blocks, Flash, Fused, Runs
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from flash_on_cpu import emulated_flash
 
 BUDGETS = (1, 20, 60, 120, 400, 10**6)
 """From less than a prompt, over some that hold a question but not its demonstrations, to all."""
@@ -23,6 +28,13 @@ BUDGETS = (1, 20, 60, 120, 400, 10**6)
 def exact(monkeypatch):
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
     monkeypatch.setattr(modeling_olmo3.Olmo3RMSNorm, "forward", exact_norm)
+
+
+@pytest.fixture(autouse=True)
+def short_starts_are_shared(monkeypatch):
+    """From 16 tokens on, so that small trees are deep."""
+    monkeypatch.setattr(tree, "SHORTEST_SHARED", 16)
+    monkeypatch.setattr(runner, "SHORTEST_SHARED", 16)
 
 
 @pytest.fixture

@@ -38,6 +38,13 @@ class Plan:
                 object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
+def chosen(mask: Tensor) -> frozenset[int]:
+    """Flat indices of the rollouts that `mask` [Q, G] names: told to the host once a batch, so that
+    no chunk need ask a GPU.
+    """
+    return frozenset(mask.flatten().nonzero()[:, 0].tolist())
+
+
 class Advantage(NeedsSignals, ABC):
     """What credit does each vocabulary entry get at each position?"""
 
@@ -59,6 +66,11 @@ class Advantage(NeedsSignals, ABC):
     @property
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that one alone gives no signal."""
+        return False
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether its credit has the ratio S / S_old to the policy before the first update."""
         return False
 
     @property

@@ -5,11 +5,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage._base import Advantage, Plan, chosen
 from scsdpo.loss import Chunk, Credit, Derivation, SparseCredit, SumCredit
 from scsdpo.types import Judged
 from scsdpo.weighting import Uniform, Weighting
@@ -59,6 +60,10 @@ class Composed(Advantage):
         return any(p.advantage.needs_group or p.weighting.needs_group for p in self.inner)
 
     @property
+    def has_ratio(self) -> bool:
+        return any(part.advantage.has_ratio for part in self.inner)
+
+    @property
     def weightings(self) -> tuple[Weighting, ...]:
         return tuple(w for p in self.inner for w in (p.weighting, *p.advantage.weightings))
 
@@ -82,14 +87,29 @@ def combined(plans: Sequence[tuple[Tensor, Plan]], available: Tensor) -> Plan:
         active=union([plan.active & (w != 0) for w, plan in plans]),
         needs_teacher=union([plan.needs_teacher & (w != 0) for w, plan in plans]),
         needs_reference=union([plan.needs_reference & (w != 0) for w, plan in plans]),
-        credit=partial(_sum, tuple(((w * plan.active).flatten(), plan) for w, plan in plans)),
+        credit=partial(_sum, tuple(_Term.of(w * plan.active, plan) for w, plan in plans)),
         derivations=tuple(make for _, plan in plans for make in plan.derivations),
     )
 
 
-def _sum(terms: tuple[tuple[Tensor, Plan], ...], chunk: Chunk) -> Credit:
+class _Term(NamedTuple):
+    """A plan, its weights [R], and the rollouts in which it has a say."""
+
+    weights: Tensor
+    plan: Plan
+    rollouts: frozenset[int]
+
+    @classmethod
+    def of(cls, weights: Tensor, plan: Plan) -> "_Term":
+        return cls(weights.flatten(), plan, chosen(weights != 0))
+
+
+def _sum(terms: tuple[_Term, ...], chunk: Chunk) -> Credit:
     dtype = chunk.student.logits.dtype
-    here = [(weights[chunk.rollout].to(dtype), plan) for weights, plan in terms]
     # A part without a say in this chunk is not asked: its teacher may not have run.
-    said = tuple((w, plan.credit(chunk)) for w, plan in here if (w != 0).any())
+    said = tuple(
+        (term.weights[chunk.rollout].to(dtype), term.plan.credit(chunk))
+        for term in terms
+        if not term.rollouts.isdisjoint(chunk.rollouts)
+    )
     return SumCredit(parts=said) if said else SparseCredit.nothing(chunk)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scsdpo.advantage._base import Advantage, Plan
+from scsdpo.advantage._base import Advantage, Plan, chosen
 from scsdpo.advantage.modulator import Modulator, Unmodulated
 from scsdpo.distributed import all_sum
 from scsdpo.loss import (
@@ -243,6 +243,10 @@ class GroupRelative(Advantage):
         return True
 
     @property
+    def has_ratio(self) -> bool:
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         return self.modulator.needs_teacher
 
@@ -269,16 +273,17 @@ class GroupRelative(Advantage):
         return Plan(
             active=advantages != 0,
             needs_teacher=asked,
-            credit=partial(self._credit, advantages.flatten(), asked.flatten()),
+            credit=partial(self._credit, advantages.flatten(), asked.flatten(), chosen(asked)),
         )
 
-    def _credit(self, advantages: Tensor, asked: Tensor, chunk: Chunk) -> Credit:
+    def _credit(
+        self, advantages: Tensor, asked: Tensor, taught: frozenset[int], chunk: Chunk
+    ) -> Credit:
         log_ratio = self.level.log_ratio(chunk)
         advantage = advantages[chunk.rollout].to(log_ratio.dtype)
-        taught = asked[chunk.rollout]
-        if taught.any():
+        if not taught.isdisjoint(chunk.rollouts):
             factor = self.modulator.factor(chunk, advantage)
-            advantage = torch.where(taught, factor * advantage, advantage)
+            advantage = torch.where(asked[chunk.rollout], factor * advantage, advantage)
         ratio = log_ratio.exp()
         plain = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage

@@ -31,6 +31,8 @@ class Chunk:
     """[n]: log S(y)."""
     places: Tensor
     """[n] int64: flat index i * L + t into the step's tables [R, L]."""
+    rollouts: frozenset[int]
+    """The rollouts i that the tokens belong to, which the host knows without asking a GPU."""
     signals: Signals
     """Tables of the whole step."""
 

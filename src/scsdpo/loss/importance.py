@@ -19,6 +19,11 @@ class Importance(NeedsSignals, ABC):
         """What a factor is truncated to; inf: it is not."""
         return math.inf
 
+    @property
+    def of_current(self) -> bool:
+        """Whether its factor has the ratio S / S_old of later updates in it."""
+        return False
+
     @abstractmethod
     def weigh(self, chunk: Chunk) -> Tensor:
         """Factor [n] >= 0 on the loss of each token of a chunk."""
@@ -51,7 +56,8 @@ class TokenImportance(_Truncated):
 
     1 where sampler and trainer agree. S is the current policy, so that later updates on the same
     rollouts are corrected too: SDPO's choice, for an objective without a ratio of its own. With
-    `GroupRelative` and several updates it would count that ratio twice: use `SamplerImportance`.
+    `GroupRelative` and several updates it would count that ratio twice, and is refused: use
+    `SamplerImportance`.
 
     Args:
         cap: largest weight. Must be > 0.
@@ -62,6 +68,10 @@ class TokenImportance(_Truncated):
     Source:
         Code of arXiv:2601.20802 (lasgroup/SDPO), with cap 2.
     """
+
+    @property
+    def of_current(self) -> bool:
+        return True
 
     def weigh(self, chunk: Chunk) -> Tensor:
         sampled = chunk.at(chunk.signals.sampling_logprob)

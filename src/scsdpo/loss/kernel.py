@@ -1,6 +1,6 @@
 """The one loss: credit in, gradients out, a chunk of tokens at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -14,11 +14,12 @@ from scsdpo.loss.logits import Buffers, Head, TokenLogits, add_product, multiply
 from scsdpo.loss.signals import Signals
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
-"""Of one [n, V] table of logits: one for the student, whose gradient takes its place, and one a
-trunk of its teachers are alive."""
+"""Most of one [n, V] table of logits: one for the student, whose gradient takes its place, and one
+a trunk of its teachers are alive. Each chunk adds to the head's whole gradient. On a GPU it is at
+most a 128th of the memory, if that is more than a block."""
 FEWEST_ROWS = 128
 """Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """Of the part of a chunk that everything between the products works on; on CPU it stays in the
 cache."""
 
@@ -31,6 +32,8 @@ class Tokens:
     """[N] int64: sampled tokens."""
     places: Tensor
     """[N] int64: flat index into the step's tables [R, L]."""
+    rollouts: Sequence[int]
+    """[N] the rollouts that they belong to, on the host."""
     scale: Tensor
     """[N]: question weight / denominator, the same at every token of a rollout."""
     weight: Tensor
@@ -195,7 +198,17 @@ def credit_loss(
 
 def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of 0..count whose [n, V] float32 table stays within `CHUNK_BYTES`."""
-    return _slices(count, max(CHUNK_BYTES[device.type] // (4 * vocabulary), FEWEST_ROWS))
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    return _slices(count, chunk_rows(vocabulary, device.type, memory))
+
+
+def chunk_rows(vocabulary: int, kind: str, memory: int) -> int:
+    """Tokens of a chunk on a device of a kind, `cpu` or `cuda`, with so many bytes."""
+    most = CHUNK_BYTES[kind]
+    if kind == "cuda":
+        most = max(min(most, memory // 128), BLOCK_BYTES[kind])
+    return max(most // (4 * vocabulary), FEWEST_ROWS)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
@@ -277,6 +290,7 @@ class _Work:
                     ids=self.tokens.ids[inside],
                     logprob=student.logprob(self.tokens.ids[inside]),
                     places=self.tokens.places[inside],
+                    rollouts=frozenset(self.tokens.rollouts[inside]),
                     signals=self.tokens.signals,
                 ),
                 inside,

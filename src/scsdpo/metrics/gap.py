@@ -50,10 +50,9 @@ class GapCheck:
             pairs: log-probs of the same tokens by trainer and sampler, in any shape; nan on
                 either side: not known, left out.
         """
-        gaps = [torch.zeros(0, dtype=torch.float64)]
-        gaps += [(one.double() - other.double()).abs().flatten() for one, other in pairs]
+        gaps = [(one.double() - other.double()).abs().flatten() for one, other in pairs]
         # Figures stay on the device until the end: asking for one waits for all that is queued.
-        gap = torch.cat([each.to(gaps[-1].device) for each in gaps])
+        gap = torch.cat(gaps) if gaps else torch.zeros(0, dtype=torch.float64)
         known = gap.where(~gap.isnan(), 0.0)
         sums = known.sum(), (known > self.token).double().sum(), (~gap.isnan()).double().sum()
         worst = all_max(torch.cat([known, known.new_zeros(1)]).max())

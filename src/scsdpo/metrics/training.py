@@ -24,7 +24,8 @@ def log_figures(
     for name, value in figures.items():
         module.log(
             f"{prefix}/{name}",
-            value,
+            # On the host: Lightning would send a number to the device, and wait.
+            torch.tensor(value, dtype=torch.get_default_dtype()),
             prog_bar=name == shown,
             batch_size=1,
         )
@@ -77,8 +78,8 @@ def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
     most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_gib(device)]
     taken = torch.tensor(most, dtype=torch.float64)
     counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
-    *slowest, memory = all_max(taken.to(device)).tolist()
-    everyone = all_sum(counts.to(device))
+    *slowest, memory = all_max(taken).tolist()
+    everyone = all_sum(counts)
     return {
         **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest, strict=True)},
         "memory": memory,
@@ -97,16 +98,15 @@ def token_metrics(
         objective: name under which the mean objective is shown.
         cap: of importance weights; the share of them that are there is shown, inf: is not.
     """
-    rows = [torch.zeros(6, dtype=torch.float64)]
+    rows = []
     for output in outputs:
         columns = output.objective.double(), output.entropy.double(), output.importance >= cap
         here = columns[0].sum()
         counts = torch.full_like(here, len(output.objective)), output.elsewhere.double().sum()
         noted = torch.full_like(here, len(output.elsewhere))
         rows.append(torch.stack([*(c.sum(dtype=torch.float64) for c in columns), *counts, noted]))
-    *total, count, differ, noted = all_sum(
-        torch.stack([row.to(rows[-1].device) for row in rows]).sum(0)
-    ).tolist()
+    sums = torch.stack(rows).sum(0) if rows else torch.zeros(6, dtype=torch.float64)
+    *total, count, differ, noted = all_sum(sums).tolist()
     names = [objective, "entropy", *(["importance_capped"] if cap < math.inf else [])]
     shares = {"experts_differ": differ / noted} if noted else {}
     if not count:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from scsdpo.loss.kernel import BLOCK_BYTES, CHUNK_BYTES, FEWEST_ROWS
+from scsdpo.loss.kernel import BLOCK_BYTES, chunk_rows
 from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.architecture import Architecture
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
@@ -307,7 +307,7 @@ def _heads(setup: Setup) -> int:
 def _chunks(setup: Setup, tokens: int) -> int:
     """A table of products a model, and of a block what lies between them."""
     kind, row = setup.devices.kind, FLOAT32 * setup.shapes.vocabulary
-    rows = min(max(CHUNK_BYTES[kind] // row, FEWEST_ROWS), tokens)
+    rows = min(chunk_rows(setup.shapes.vocabulary, kind, setup.devices.memory), tokens)
     block = min(max(BLOCK_BYTES[kind] // row, 1), rows)
     tables = 1 + sum(second.trunks for second in setup.seconds)
     narrow = rows * setup.narrow * setup.shapes.vocabulary if setup.autocast else 0
@@ -366,6 +366,10 @@ def _sampling_weights(setup: Setup) -> int:
         whole = linear * (shapes.multiplied + (0 if shapes.tied else shapes.table))
         whole += setup.wide * (shapes.parameters - shapes.multiplied)
         whole -= 0 if shapes.tied else setup.wide * shapes.table
+    elif sampler.kind == "hf" and setup.autocast and counted.whole:
+        whole = setup.narrow * (shapes.multiplied + shapes.table)  # linear layers, cast once
+        fits = 2 * whole <= setup.devices.memory - sum(_resident(setup).values())
+        whole = whole if fits else 0
     merged = setup.base * counted.adapted
     free = setup.devices.memory - sum(_resident(setup).values())
     return whole + (merged if 2 * merged <= free else 0)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
@@ -57,7 +58,8 @@ class CausalLM(nn.Module):
             `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
             not, norms and embedding; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
-            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager.
+            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager. A
+            warning says so if nothing was compiled.
         expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
             f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
             responses of an optimizer step), added to the step's loss. 0: there is none. Else
@@ -99,6 +101,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"`CausalLM(expert_balance=...)` must be >= 0, got {expert_balance}")
         self.expert_balance = expert_balance
         self._compiled: WeakSet[nn.Module] = WeakSet()
+        self._graphs_before = 0
         self._memory_lines: dict[torch.dtype | None, tuple[float, float]] = {}
         self._dtype = dtype
         try:
@@ -196,14 +199,9 @@ class CausalLM(nn.Module):
         prompts. On CPU at most 1024: more tokens at a time are no faster there.
         """
         device = self.language_model.device
-        if device.type == "cuda":
-            # What the allocator holds without using it is free too.
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free, most = torch.cuda.mem_get_info(device)[0] + unused, 2**17
-        else:
-            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 2**10
+        most = 2**17 if device.type == "cuda" else 2**10
         fixed, a_token = self.memory_line()
-        return max(min(int((free // 2 - fixed) / a_token), most), 1)
+        return max(min(int((_free_bytes(device) // 2 - fixed) / a_token), most), 1)
 
     def memory_line(self) -> tuple[float, float]:
         """Bytes of gradients and casts, and bytes of activations a token, as they would be now."""
@@ -285,9 +283,13 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def sampling_mode(self) -> Iterator[PreTrainedModel]:
-        """The student for inference: eager, eval mode, no gradients, all restored on exit."""
-        with self.held_whole() as model, _sampling(model):
-            yield model
+        """The student for inference: eager, eval mode, no gradients, all restored on exit.
+
+        Where autocast would cast weights of linear layers for every token that is drawn, they are
+        cast once, if that takes no more than half of the free memory.
+        """
+        with self.held_whole() as model, _sampling(self._cast_once(model)) as ready:
+            yield ready
 
     @contextmanager
     def held_whole(self) -> Iterator[PreTrainedModel]:
@@ -307,6 +309,24 @@ class CausalLM(nn.Module):
         finally:
             self._held = []
 
+    def _cast_once(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model`, or a copy whose linear layers are in autocast's dtype; it shares all else."""
+        kind = model.device.type
+        if not (torch.is_autocast_enabled(kind) and isinstance(self.adapter, FullFineTune)):
+            return model
+        narrow = torch.get_autocast_dtype(kind)
+        linear = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+        wide = [name for name in linear if model.get_submodule(name).weight.dtype != narrow]
+        taken = narrow.itemsize * sum(model.get_submodule(name).weight.numel() for name in wide)
+        if not wide or 2 * taken > _free_bytes(model.device):
+            return model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        plain = copy.deepcopy(model, shared)
+        for name in wide:
+            part = plain.get_submodule(name)
+            part.weight = nn.Parameter(part.weight.detach().to(narrow), requires_grad=False)
+        return plain
+
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with weights.active(self.wrapped) as model, _inference(model):
@@ -314,11 +334,35 @@ class CausalLM(nn.Module):
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """With its layers compiled, if they are to be: a teacher's copy too."""
-        if self.compile_layers and model not in self._compiled:
+        if not self.compile_layers:
+            return model
+        if model not in self._compiled:
+            if not self._compiled:
+                self._graphs_before = _graphs()
             self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
+        elif _graphs() == self._graphs_before:
+            self._graphs_before = -1  # said once
+            rank_zero_warn(
+                "model.policy.compile_layers: torch compiled nothing in the first forward, and "
+                "layers run as without it: set it to false, or look for TORCH_COMPILE_DISABLE and "
+                "TORCHDYNAMO_DISABLE in the environment"
+            )
         return model
+
+
+def _graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # What the allocator holds without using it is free too.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @contextmanager
@@ -331,12 +375,14 @@ def _sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     training = model.training
-    model.eval()  # no dropout
+    if training:  # each way is a walk over all modules
+        model.eval()  # no dropout
     try:
         with torch.no_grad():
             yield model
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from scsdpo.policy.attention import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span
+from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import Segment
-from scsdpo.policy.upload import upload
 
 
 class Kept(NamedTuple):
@@ -83,7 +83,8 @@ class PackedSegments(AttentionLayout):
         if torch.is_autocast_enabled(kind):
             narrow = torch.get_autocast_dtype(kind)
             query, key, value = (x.to(narrow) for x in (query, key, value))
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Not `x[0]`, whose backward fills a table with zeros.
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if self._kept is not None:
             self._kept.attention[layer] = key, value
         return self._attention.attend(query, key, value, layer=layer, window=window)[None]

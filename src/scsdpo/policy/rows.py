@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.experts import final_states
-from scsdpo.policy.upload import upload
+from scsdpo.policy.transfer import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rows:
-    """R responses, each after a prompt of its own or one that it shares."""
+    """R responses, each after a prompt of its own or one that it shares; tensors of the host."""
 
     prompts: Sequence[tuple[int, ...]]
     """[R] prompt ids; equal ones are run once."""

@@ -17,8 +17,8 @@ from scsdpo.policy.experts import routers, split
 from scsdpo.policy.layout import Kept, PackedSegments, Place
 from scsdpo.policy.rows import Rows, separate_rows
 from scsdpo.policy.segment_attention import Memory
+from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
-from scsdpo.policy.upload import upload
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]

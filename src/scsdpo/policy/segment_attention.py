@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scsdpo.policy.partial_attention import Runs, Three, kernel
-from scsdpo.policy.upload import upload
+from scsdpo.policy.transfer import upload
 
 Places = slice | Tensor
 """Tokens that follow one another, or an index [n] int64."""
@@ -286,7 +286,7 @@ def _take(table: Tensor, places: Places) -> Tensor:
 
 def _add(table: Tensor, places: Places, values: Tensor) -> None:
     if isinstance(places, slice):
-        table[places] += values
+        table[places].add_(values)
     else:
         table.index_add_(0, places, values.to(table.dtype))
 
@@ -310,7 +310,7 @@ def _merge(out: Tensor, lse: Tensor, places: Places, others: Tensor, other_lse: 
     here, here_lse = _take(out, places), _take(normalizers, places)  # views, where it is a slice
     share = torch.sigmoid(other_lse.T - here_lse)
     here.lerp_(others.to(out.dtype), share[..., None])
-    here_lse.copy_(torch.logaddexp(here_lse, other_lse.T))
+    torch.logaddexp(here_lse, other_lse.T, out=here_lse)
     if not isinstance(places, slice):
         out.index_copy_(0, places, here)
         normalizers.index_copy_(0, places, here_lse)

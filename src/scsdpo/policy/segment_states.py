@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d
 from torch.utils.checkpoint import checkpoint
 
-from scsdpo.policy.upload import upload
+from scsdpo.policy.transfer import upload
 
 _CHUNKS = (64, 32, 16)
 """Tokens whose updates of the state are written as one product; the smaller, the less padding."""

@@ -7,8 +7,10 @@ under each prompt its responses.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-SHORTEST_SHARED = 16
-"""A common start shorter than this many tokens is not worth a level of its own."""
+SHORTEST_SHARED = 48
+"""A common start shorter than this many tokens is not worth a level of its own, which is one more
+call of attention in every layer: with 16 a step of 32 questions has five levels in place of three,
+and runs 1 % fewer tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

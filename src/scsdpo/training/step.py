@@ -48,6 +48,7 @@ from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.adapter import WideHead
 from scsdpo.policy.experts import balance_loss, differ, per_token
 from scsdpo.policy.sharding import is_sharded
+from scsdpo.policy.transfer import download, upload
 from scsdpo.records import recorded
 from scsdpo.reduction import Reduction
 from scsdpo.seeds import run_seed
@@ -189,7 +190,7 @@ class OptimizerSteps(nn.Module):
                 disagrees with the trainer.
         """
         update = replace(self.update, observe=recorded(host).recorder.take_observer())
-        first, later = batch, [row for rows in batch.steps[1:] for row in rows]
+        unmeasured, later = batch, [row for rows in batch.steps[1:] for row in rows]
         if later:  # their ratios are to the policy before the first step
             with update.timer("student"):
                 old = self.memory.run(
@@ -199,7 +200,8 @@ class OptimizerSteps(nn.Module):
                 )
             batch = replace(batch, old_logprobs=old)
         for number, rows in enumerate(batch.steps):
-            self._take(host, policy, update, batch if number else first, rows)
+            first = number == 0
+            self._take(host, policy, update, unmeasured if first else batch, rows, first=first)
 
     def _take(
         self,
@@ -208,10 +210,13 @@ class OptimizerSteps(nn.Module):
         update: "Update",
         batch: Batch,
         rows: Sequence[int],
+        *,
+        first: bool,
     ) -> None:
         """One optimizer step on `rows`: backward, clip, step; or why it is not taken."""
-        here = batch.active[rows]
-        trained = torch.stack([here.sum(), batch.sampled[rows][here].sum()])
+        (index,) = upload([torch.tensor(rows)], host.device)
+        here = batch.active[index]
+        trained = torch.stack([here.sum(), (here * batch.sampled[index].sum(-1)).sum()])
         active, tokens = all_sum(trained).tolist()
         if active == 0:
             self._idle(host, policy, batch, NO_CREDIT)
@@ -227,15 +232,16 @@ class OptimizerSteps(nn.Module):
             sum_gradients(parameters)
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = total_norm(gradients)
-            figures = {"loss": float(all_sum(loss)), "gradient_norm": float(norm)}
+            known = torch.stack([all_sum(loss), norm.to(loss)]).tolist()
+            figures = dict(zip(("loss", "gradient_norm"), known, strict=True))
             finite = all(map(math.isfinite, figures.values()))
             nothing = finite and figures["gradient_norm"] == 0 and all_zero(gradients)
         # Later steps on a batch: the sampler's weights are those before the first of them.
-        old, sampled = batch.old_logprobs[rows], batch.judged.responses.policy_logprobs
-        if bool(old.isnan().all()):
+        if first:
             gap = self.gap.measure([(output.logprob, sampler) for output, sampler in outputs])
         else:
-            gap = self.gap.measure([(old, sampled.flatten(0, 1)[rows])])
+            sampled = batch.judged.responses.policy_logprobs.flatten(0, 1)
+            gap = self.gap.measure([(batch.old_logprobs[index], sampled[index])])
         seen = token_metrics(
             [output for output, _ in outputs], self.objective_name, update.importance.most
         )
@@ -459,23 +465,20 @@ class Update:
             axes="[R, L]",
             shape=tuple(distilled.shape),
         )
-        chosen = forwards.chosen
-        weighed = (scale[:, None] * weights)[chosen] * batch.sampled[chosen]
+        weighed = scale[:, None] * weights * (batch.sampled & forwards.chosen[:, None])
         if not bool(all_max(weighed.any().double())):
             return
 
         sampler = batch.judged.responses.policy_logprobs.flatten(0, 1)
-        places = torch.arange(batch.sampled.numel(), device=batch.sampled.device).view_as(
-            batch.sampled
-        )
         gradient = HeadGradient(len(forwards.micro_batches))
-        self.timer.count("student", forwards.tokens("student", chosen))
+        self.timer.count("student", forwards.tokens("student", forwards.running))
         for number, micro in enumerate(forwards.micro_batches):
             tokens = Tokens(
-                ids=forwards.of_tokens(micro, batch.ids),
-                places=forwards.of_tokens(micro, places),
-                scale=forwards.of_tokens(micro, scale[:, None].expand_as(batch.sampled)),
-                weight=forwards.of_tokens(micro, weights),
+                ids=forwards.of_tokens(number, batch.ids),
+                places=forwards.places(number),
+                rollouts=forwards.rollouts(number),
+                scale=forwards.of_tokens(number, scale[:, None].expand_as(batch.sampled)),
+                weight=forwards.of_tokens(number, weights),
                 signals=signals,
             )
             objective = Objective(
@@ -487,11 +490,12 @@ class Update:
                 temperature=forwards.temperature,
                 observe=self.observe,
             )
+            of_sampler = forwards.of_tokens(number, sampler)
             forwards.forget(number)
             credit = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
-            loss = partial(forwards.with_experts, micro, credit)
+            loss = partial(forwards.with_experts, number, credit)
             output = forwards.student.run(micro, forwards.with_head(loss))
-            yield output, forwards.of_tokens(micro, sampler)
+            yield output, of_sampler
             forwards.student.done(micro)
 
     def _importance(self, chunk: Chunk) -> Tensor:
@@ -529,7 +533,7 @@ class _Pair:
     slots: list[str]
     """The slots that read it: `teacher`, `teacher/NAME`, `reference`."""
     reads: Tensor
-    """[R] bool: rows that one of them reads."""
+    """[R] bool, of the host: rows that one of them reads."""
     runs: list[bool] = field(default_factory=list)
     """By micro-batch, whether it runs; under shards on all ranks, if on any."""
     made: dict[int, tuple[Tensor, Head] | None] = field(default_factory=dict)
@@ -539,6 +543,8 @@ class _Pair:
 
 class Forwards:
     """Which rows of a step run, in which micro-batches, and what the models say of them.
+
+    The host waits for the device once, at the start, and knows all rows and places from then on.
 
     Args:
         policy: the student, and whose weights the teachers' may be.
@@ -565,33 +571,40 @@ class Forwards:
             slot: [ids for group in each.ids for ids in group]
             for slot, each in batch.contexts.items()
         }
-        self._rows = {
-            slot: Rows(
-                prompts=each,
-                ids=batch.ids,
-                present=batch.present,
-                sampled=batch.sampled,
-                pad_id=policy.chat.pad_id,
-            )
-            for slot, each in prompts.items()
-        }
         self.reads = {slot: batch.reads(slot) for slot in batch.contexts}
         """[R] bool: the rows whose credit reads them."""
         self.others = [slot for slot in batch.contexts if slot.startswith("teacher/")]
         """The teacher's further contexts, in order."""
-        active = batch.active
-        self.index = torch.tensor(rows, dtype=torch.long, device=active.device)
-        self.chosen = torch.zeros_like(active).index_fill_(0, self.index, True) & active
-        """[R] bool: the rows that are run."""
+        ids, present, self._sampled, active, *reads = download(
+            [batch.ids, batch.present, batch.sampled, batch.active, *self.reads.values()]
+        )
+        self._read_by = dict(zip(self.reads, reads, strict=True))
+        self._rows = {
+            slot: Rows(
+                prompts=each,
+                ids=ids,
+                present=present,
+                sampled=self._sampled,
+                pad_id=policy.chat.pad_id,
+            )
+            for slot, each in prompts.items()
+        }
+        step = torch.tensor(rows, dtype=torch.long)
+        self.running = torch.zeros_like(active).index_fill_(0, step, True) & active
+        """[R] bool, of the host: the rows that are run."""
+        self.index, chosen = upload([step, self.running.long()], batch.ids.device)
+        self.chosen = chosen.bool()
+        """[R] bool: the same on the device."""
+        self._places: dict[int, Tensor] = {}
         self.temperature = batch.judged.responses.temperature
         noted = batch.judged.responses.experts
         self._experts = noted.flatten(0, 1)
         """[R, L, layers, k] the sampler's; layers is 0 if it says none."""
-        learned = (self.chosen & batch.sampled.any(-1)).sum()
+        learned = (self.running & self._sampled.any(-1)).sum()
         self._learned = max(float(all_sum(learned.double())), 1.0)
         """Responses that are run, of all ranks."""
         self._watches = policy.expert_balance > 0 or noted.shape[-2] > 0
-        self.student = self._runner("student", self.chosen, watches=self._watches)
+        self.student = self._runner("student", self.running, watches=self._watches)
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
@@ -605,7 +618,7 @@ class Forwards:
         weights and contexts, and not by what was rendered: it is the same on every rank.
         """
         pairs: list[_Pair] = []
-        for slot, reads in self.reads.items():
+        for slot, reads in self._read_by.items():
             teacher = self.teachers[slot]
             parts = teacher.context.named
             name = slot.partition("/")[2]
@@ -642,9 +655,28 @@ class Forwards:
         rows = wanted.nonzero()[:, 0].tolist()
         return self._rows[slot].at(rows).distinct_tokens if rows else 0
 
-    def of_tokens(self, micro: Sequence[int], table: Tensor) -> Tensor:
-        """[N]: the entries of `table` [R, L] at the micro-batch's sampled tokens, row-major."""
-        return table[list(micro)][self.batch.sampled[list(micro)]]
+    def rollouts(self, number: int) -> list[int]:
+        """[N] the row of each of the micro-batch's sampled tokens, row-major."""
+        micro = self.micro_batches[number]
+        counts = self._sampled[micro].sum(-1).tolist()
+        return [row for row, count in zip(micro, counts, strict=True) for _ in range(count)]
+
+    def places(self, number: int) -> Tensor:
+        """[N] int64: flat index of these tokens into tables [R, L], for rows ascend."""
+        if number not in self._places:
+            here = torch.zeros_like(self._sampled)
+            here[self.micro_batches[number]] = self._sampled[self.micro_batches[number]]
+            flat = here.flatten().nonzero()[:, 0]
+            (self._places[number],) = upload([flat], self.batch.ids.device)
+        return self._places[number]
+
+    def of_tokens(self, number: int, table: Tensor) -> Tensor:
+        """[N, ...]: the entries of `table` [R, L, ...] at these tokens."""
+        return table.flatten(0, 1).index_select(0, self.places(number))
+
+    def _write(self, number: int, table: Tensor, values: Tensor) -> None:
+        """Put `values` [N] into `table` [R, L] at these tokens."""
+        table.view(-1).index_copy_(0, self.places(number), values)
 
     def with_head(
         self, use: Callable[[Tensor, nn.Linear, Head], T]
@@ -665,7 +697,7 @@ class Forwards:
 
     def with_experts(
         self,
-        micro: Sequence[int],
+        number: int,
         credit: Callable[[Tensor, nn.Linear, Head], LossOutput],
         hidden: Tensor,
         linear: nn.Linear,
@@ -677,11 +709,11 @@ class Forwards:
             return output
         routes = self.student.routes
         if weight := self.policy.expert_balance:
-            lengths = self.batch.sampled[list(micro)].sum(-1).tolist()
+            lengths = self._sampled[self.micro_batches[number]].sum(-1).tolist()
             balance = balance_loss(routes, lengths, per_token(self.policy.language_model))
             output = output._replace(loss=output.loss + weight / self._learned * balance)
         if self._experts.shape[-2]:
-            elsewhere = differ(routes.detach(), self.of_tokens(micro, self._experts))
+            elsewhere = differ(routes.detach(), self.of_tokens(number, self._experts))
             output = output._replace(elsewhere=elsewhere)
         return output
 
@@ -696,7 +728,7 @@ class Forwards:
             if not pair.runs[number] or number in pair.made:
                 continue
             if pair.runner is None:
-                reading = pair.reads & self.chosen
+                reading = pair.reads & self.running
                 self.timer.count("teacher", self.tokens(pair.slots[0], reading))
                 pair.runner = self._runner(pair.slots[0], reading, pair.weights)
             reads = pair.reads[micro].tolist()
@@ -704,8 +736,7 @@ class Forwards:
             with self.timer("teacher"):
                 hidden, head = pair.runner.run(some, self.with_head(_both))
                 pair.runner.done(some)
-            here = self.of_tokens(micro, pair.reads[:, None].expand_as(self.batch.sampled))
-            pair.made[number] = (_place(hidden, here), head) if some else None
+            pair.made[number] = (self._placed(number, hidden, some), head) if some else None
         made = [pair.made.get(number) for pair in pairs]
         found = [each for each in made if each is not None]
         whole = found if len(found) == len(made) else []
@@ -716,9 +747,19 @@ class Forwards:
         )
 
     def forget(self, number: int) -> None:
-        """Let go what teachers said of a micro-batch."""
+        """Let go what teachers said of a micro-batch, and its places."""
+        self._places.pop(number, None)
         for pair in self._pairs:
             pair.made.pop(number, None)
+
+    def _placed(self, number: int, hidden: Tensor, some: Sequence[int]) -> Tensor:
+        """[N, D]: `hidden` at the micro-batch's tokens of the rows `some`, zeros elsewhere."""
+        rollouts, wanted = self.rollouts(number), set(some)
+        here = [i for i, row in enumerate(rollouts) if row in wanted]
+        if len(here) == len(rollouts):
+            return hidden
+        (index,) = upload([torch.tensor(here, dtype=torch.long)], hidden.device)
+        return hidden.new_zeros((len(rollouts), *hidden.shape[1:])).index_copy_(0, index, hidden)
 
     # ---------------------------------------------------- tables, before the loss and without grad
 
@@ -754,35 +795,37 @@ class Forwards:
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
         in_step = of_objective or "teacher_kl" in needs or (combines and is_sharded(self.policy))
         for number, micro in enumerate(self.micro_batches if needs else []):
-            here = torch.zeros_like(batch.sampled)  # [R, L]: of N values, row-major: rows ascend
-            here[micro] = batch.sampled[micro]
+            write = partial(self._write, number)
             student = cache(partial(self._current, micro))
             if in_step:
                 student()
             if of_student:
-                values = self._read(micro, student())
-                signals.student_logprob[here], signals.student_entropy[here] = values
+                logprobs, entropies = self._read(number, student())
+                write(signals.student_logprob, logprobs)
+                write(signals.student_entropy, entropies)
             outputs = {slot: self.teacher(slot, number) for slot, run in asked.items() if run}
             if of_teacher and outputs["teacher"].hidden:
                 target = self._target(outputs["teacher"], student)
-                values = self._read(micro, target)
-                signals.teacher_logprob[here], signals.teacher_entropy[here] = values
+                logprobs, entropies = self._read(number, target)
+                write(signals.teacher_logprob, logprobs)
+                write(signals.teacher_entropy, entropies)
                 if "teacher_kl" in needs:
-                    signals.teacher_kl[here] = self._kl(micro, target, student())
+                    write(signals.teacher_kl, self._kl(number, target, student()))
             for table, slot in zip(signals.others, self.others, strict=True):
                 if "others" in needs and outputs[slot].hidden:
-                    logprobs, _ = self._read(micro, self._target(outputs[slot], student))
+                    logprobs, _ = self._read(number, self._target(outputs[slot], student))
                     reads = self.reads[slot][:, None].expand_as(batch.sampled)
-                    table[here & reads] = logprobs[self.of_tokens(micro, reads)]
+                    write(table, logprobs.where(self.of_tokens(number, reads), torch.nan))
             if of_objective:
-                signals.objective[here] = self._objective(micro, student(), outputs, signals)
+                objective = self._objective(number, student(), outputs, signals)
+                write(signals.objective, objective)
         return signals
 
     def _current(self, micro: list[int]) -> LogitsOf:
         """The current policy on a micro-batch, without gradient; each micro-batch once."""
         if self._measured is None:
             current = self.policy.adapter.current()
-            self._measured = self._runner("student", self.chosen, current)
+            self._measured = self._runner("student", self.running, current)
         hidden, head = self._measured.run(micro, self.with_head(_both))
         self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
@@ -797,9 +840,9 @@ class Forwards:
 
         return logits
 
-    def _read(self, micro: list[int], logits: LogitsOf) -> Tensor:
+    def _read(self, number: int, logits: LogitsOf) -> Tensor:
         """[2, N] log-probs and entropies of a micro-batch's tokens."""
-        ids = self.of_tokens(micro, self.batch.ids)
+        ids = self.of_tokens(number, self.batch.ids)
         values, buffers = ids.new_zeros((2, len(ids)), dtype=torch.float64), Buffers()
         for part in chunks(len(ids), self.policy.vocabulary, ids.device):
             buffers.recycle()
@@ -807,9 +850,10 @@ class Forwards:
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
         return values
 
-    def _kl(self, micro: list[int], target: LogitsOf, student: LogitsOf) -> Tensor:
+    def _kl(self, number: int, target: LogitsOf, student: LogitsOf) -> Tensor:
         """[N]: KL(target || student) at a micro-batch's tokens, 0 in rows without a teacher."""
-        taught = self.of_tokens(micro, self.reads["teacher"][:, None].expand_as(self.batch.sampled))
+        reads = self.reads["teacher"][:, None].expand_as(self.batch.sampled)
+        taught = self.of_tokens(number, reads)
         values, buffers = (
             torch.zeros(taught.shape, dtype=torch.float64, device=taught.device),
             Buffers(),
@@ -822,15 +866,14 @@ class Forwards:
 
     def _objective(
         self,
-        micro: list[int],
+        number: int,
         student: LogitsOf,
         outputs: Mapping[str, TeacherOutput],
         signals: Signals,
     ) -> Tensor:
         """[N]: the objective of the plan's credit at a micro-batch's tokens."""
-        sampled = self.batch.sampled
-        everywhere = torch.arange(sampled.numel(), device=sampled.device).view_as(sampled)
-        ids, places = self.of_tokens(micro, self.batch.ids), self.of_tokens(micro, everywhere)
+        ids, places = self.of_tokens(number, self.batch.ids), self.places(number)
+        rollouts = self.rollouts(number)
         values, buffers = torch.zeros_like(ids, dtype=torch.float64), Buffers()
 
         def seen(part: slice) -> Chunk:
@@ -848,6 +891,7 @@ class Forwards:
                 ids=ids[part],
                 logprob=made.logprob(ids[part]),
                 places=places[part],
+                rollouts=frozenset(rollouts[part]),
                 signals=signals,
             )
 
@@ -859,12 +903,3 @@ class Forwards:
 
 def _both(hidden: Tensor, linear: nn.Linear, head: Head) -> tuple[Tensor, Head]:
     return hidden, head
-
-
-def _place(values: Tensor, here: Tensor) -> Tensor:
-    """Rows of `values` at the True places of `here` [N], zeros elsewhere."""
-    if bool(here.all()):
-        return values
-    full = values.new_zeros((len(here), *values.shape[1:]))
-    full[here] = values
-    return full

@@ -78,6 +78,13 @@ class Strategies:
             raise ConfigurationError(
                 f"model.updates_per_rollout must be >= 1, got {updates_per_rollout}"
             )
+        if updates_per_rollout > 1 and self.advantage.has_ratio and self.importance.of_current:
+            raise ConfigurationError(
+                f"model.importance: {type(self.importance).__name__} counts the ratio to the "
+                f"policy before the first of {updates_per_rollout} updates, which "
+                f"model.advantage ({type(self.advantage).__name__}) counts already: set "
+                "model.importance to SamplerImportance, or model.updates_per_rollout to 1"
+            )
 
     def _check_teachers(self) -> None:
         advantage = type(self.advantage).__name__

@@ -15,10 +15,13 @@ from scsdpo.policy.experts import per_token, routers, split
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
-from scsdpo.rollout.hf.shared_prefix import Decode, Prefill
+from scsdpo.rollout.hf.shared_prefix import Decode, Extend, Prefill
 
 _PREFILL_TOKENS = 8192
 """Most tokens (padding included) of one prompt pass; bounds its activations."""
+_READ_TOKENS = 65536
+"""Most tokens of one pass of what environments answered, those before them included, whose keys and
+values are gathered for it."""
 _STEPS_BETWEEN_RETIRING = 2
 """Finished responses leave every so many steps; on a GPU the host waits for the device there."""
 _PROMPT_GAPS = 4
@@ -77,6 +80,8 @@ class ContinuousBatcher:
         self.waiting: dict[int, Request] = {}
         """By row, responses in their places that an environment has to answer. Each step reads
         their last token once more, which writes the same keys and values."""
+        self.extended: dict[int, tuple[int, ...]] = {}
+        """By row, what environments answered since the last step: it is run at once."""
 
     def run(self) -> None:
         """Draw all responses."""
@@ -92,7 +97,7 @@ class ContinuousBatcher:
             self.has_room = False
             if self.dialogue.is_played:
                 self._turn()
-                ids = ids[self._settle()]
+                ids = self._extend(ids[self._settle()])
             elif self.step % _STEPS_BETWEEN_RETIRING == 0 or self.step >= self.next_event:
                 ids = ids[self._settle()]
             hidden = [self._decode(ids)] if self.is_running else []
@@ -215,6 +220,10 @@ class ContinuousBatcher:
             request = self.waiting.pop(row, None)
             if request and ids:
                 self.buffer.extend(row, self._tokens(request), ids)
+                # Layers with states of another kind read it token by token, with the draws.
+                if not self.cache.states.prompts:
+                    request.started -= len(ids)
+                    self.extended[row] = ids
             elif request:
                 over.add(row)
         if over:
@@ -230,7 +239,10 @@ class ContinuousBatcher:
         self.ended |= self.buffer.is_stopped(self.rows, self.drawn)
         before = list(self._running())
         stay = self._retire(before)
-        if len(stay) == len(before) and self.step < self.next_event:
+        if self.extended:
+            more = [len(self.extended.get(request.row, ())) for request in before]
+            self.drawn += torch.tensor(more, device=self.rows.device)
+        if len(stay) == len(before) and self.step < self.next_event and not self.extended:
             return torch.arange(len(before), device=self.rows.device)
         buckets = self._make_room(stay)
         moves = self._moves(buckets)
@@ -243,6 +255,39 @@ class ContinuousBatcher:
         self.has_room = True
         self._expire()
         return order
+
+    def _extend(self, ids: Tensor) -> Tensor:
+        """Run what environments answered, all but its last token; [R], the tokens to run next.
+
+        A response's last token is run with it: it may not have been.
+        """
+        places = {request.row: place for place, request in enumerate(self._running())}
+        for bucket, requests in enumerate(self.buckets):
+            slots = [s for s, request in enumerate(requests) if request.row in self.extended]
+            tokens = [self.cache.prompts.width + self._tokens(r) for r in requests]
+            for chunk in _padded(slots, tokens):
+                self._read(bucket, chunk)
+        for row, given in self.extended.items():
+            ids[places[row]] = given[-1]
+        self.extended.clear()
+        return ids
+
+    def _read(self, bucket: int, slots: list[int]) -> None:
+        device = self.rows.device
+        requests = [self.buckets[bucket][slot] for slot in slots]
+        new = [len(self.extended[request.row]) for request in requests]
+        held = [self._tokens(r) - n - 1 for r, n in zip(requests, new, strict=True)]
+        ids = torch.zeros(len(new), max(new), dtype=torch.long, device=device)
+        for place, (request, first, count) in enumerate(zip(requests, held, new, strict=True)):
+            ids[place, :count] = self.buffer.ids[request.row, first : first + count]
+        starts = [len(request.group.ids) for request in requests]
+        table = torch.tensor([slots, [r.group.slot for r in requests], starts, held, new])
+        slot, prompt, start, before, count = table.to(device)
+        layout = Extend(
+            self.cache, bucket, slots=slot, prompt_of=prompt, starts=start, held=before, new=count
+        )
+        positions = (start + before)[:, None] + torch.arange(ids.shape[1], device=device)
+        run_decoder(self.model, layout, input_ids=ids, position_ids=positions)
 
     def _retire(self, running: list[Request]) -> list[Request]:
         """Those that go on; the others are complete."""
@@ -295,6 +340,7 @@ class ContinuousBatcher:
             elif len(by_age) > 1:
                 youngest = by_age.pop()
                 self.waiting.pop(youngest.row, None)
+                self.extended.pop(youngest.row, None)
                 self.buffer.forget(youngest.row)
                 self.scheduler.put_back(youngest)
             else:
@@ -384,6 +430,18 @@ def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
             yield chunk
             chunk = []
         chunk.append(group)
+    if chunk:
+        yield chunk
+
+
+def _padded(slots: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """Runs of `slots`, the shortest of `lengths` first, that fit one pass when they are padded."""
+    chunk: list[int] = []
+    for slot in sorted(slots, key=lambda slot: lengths[slot]):
+        if chunk and (len(chunk) + 1) * lengths[slot] > _READ_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(slot)
     if chunk:
         yield chunk
 

@@ -34,7 +34,8 @@ class HFRollout(Rollout):
     position) and, to the rounding of batched matrix products, on nothing else.
 
     In an episode of several turns a response keeps its keys and values while its environment
-    answers and others are drawn; then the answer is read token by token beside them.
+    answers and others are drawn; then the answer runs behind them, at once (token by token
+    where layers keep states of another kind).
 
     That needs layers of full or sliding-window softmax attention, or the linear attention and short
     convolutions of Qwen3.5, Qwen3-Next and LFM2. Sliding layers keep their window only; linear

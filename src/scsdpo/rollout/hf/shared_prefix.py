@@ -247,6 +247,104 @@ class Decode(AttentionLayout):
         return self._hidden[window]
 
 
+class Extend(AttentionLayout):
+    """Several new tokens of some responses of a bucket attend to all that stands before them.
+
+    Their keys and values are kept behind those that are held; padding is on the right.
+
+    Args:
+        cache: the buffers.
+        bucket: in which the responses are.
+        slots: [r] of the responses, in the bucket.
+        prompt_of: [r] prompt slot of each.
+        starts: [r] tokens of each prompt.
+        held: [r] tokens of each response whose keys and values are kept.
+        new: [r] tokens that come.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        bucket: int,
+        *,
+        slots: Tensor,
+        prompt_of: Tensor,
+        starts: Tensor,
+        held: Tensor,
+        new: Tensor,
+    ) -> None:
+        self.cache, self.bucket = cache, bucket
+        self.slots, self.prompt_of, self.starts = slots, prompt_of, starts
+        self.held, self.new = held, new
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+    ) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            kept = self.cache.layer(layer, key, value, window)
+            prompts, own = kept.prompts, kept.buckets[self.bucket]
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            keys = torch.cat([prompts.keys[self.prompt_of], own.keys[self.slots], key], dim=2)
+            values = torch.cat(
+                [prompts.values[self.prompt_of], own.values[self.slots], value], dim=2
+            )
+            widths = (prompts.keys.shape[2], own.keys.shape[2], key.shape[2])
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, keys, values, self._mask(window, widths), scale=1.0, enable_gqa=True
+            )
+            self._keep(own, key, value)
+            return mixed.transpose(1, 2)
+
+    def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise AssertionError("states read one token after the other")
+
+    def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        raise AssertionError("states read one token after the other")
+
+    def _mask(self, window: int | None, widths: tuple[int, int, int]) -> Tensor:
+        """[r, 1, N, T + t + N]: which keys each new token sees, by their positions."""
+        if window not in self._masks:
+            device = self.starts.device
+            starts, held = self.starts[:, None], self.held[:, None]
+            prompt, own, new = (torch.arange(width, device=device)[None] for width in widths)
+            if window is None:
+                first, columns = torch.zeros_like(starts), own.expand(len(starts), -1)
+            else:
+                # Prompts keep their last tokens at the left; of a response place c % window holds
+                # the last token c that was written there.
+                first = (starts - window).clamp(min=0)
+                columns = held - 1 - (held - 1 - own) % window
+            at = [prompt + first, starts + columns, starts + held + new]
+            there = [
+                prompt + first < starts,
+                (columns >= 0) & (columns < held),
+                new < self.new[:, None],
+            ]
+            keys = torch.cat([each.expand(len(starts), -1) for each in at], dim=1)
+            exist = torch.cat([each.expand(len(starts), -1) for each in there], dim=1)
+            ahead = at[2][:, :, None] - keys[:, None]
+            sees = exist[:, None] & (ahead >= 0)
+            if window is not None:
+                sees &= ahead < window
+            # Padding sees something, lest it be NaN.
+            sees |= (new >= self.new[:, None])[:, :, None]
+            self._masks[window] = sees[:, None]
+        return self._masks[window]
+
+    def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
+        places = torch.arange(key.shape[2], device=key.device)
+        written = places < self.new[:, None]
+        if table.window is not None:  # of two for one place the later
+            written &= places >= self.new[:, None] - table.window
+        row, place = written.nonzero(as_tuple=True)
+        columns = self.held[row] + place
+        if table.window is not None:
+            columns = columns % table.window
+        table.keys[self.slots[row], :, columns] = key[row, :, place]
+        table.values[self.slots[row], :, columns] = value[row, :, place]
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """A @ b for [n, K, x, y] and [n, K, y, z], float32 if they are narrower."""
     if a.dtype.itemsize >= torch.float32.itemsize:

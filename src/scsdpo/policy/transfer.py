@@ -1,4 +1,4 @@
-"""Integers that the host knows, sent to a device in one copy."""
+"""Integers and masks between host and device, in one copy each way."""
 
 from collections.abc import Sequence
 
@@ -17,3 +17,12 @@ def upload(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         together = together.pin_memory()
     sent = together.to(device, non_blocking=True)
     return list(sent.split([len(table) for table in tables]))
+
+
+def download(tables: Sequence[Tensor]) -> list[Tensor]:
+    """`tables` of a device, int64 or bool and of any shape, on the host: it waits once."""
+    together = torch.cat([table.flatten().long() for table in tables]).cpu()
+    parts = together.split([table.numel() for table in tables])
+    return [
+        part.view(table.shape).to(table.dtype) for part, table in zip(parts, tables, strict=True)
+    ]
