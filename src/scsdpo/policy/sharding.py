@@ -1,4 +1,6 @@
-"""Weights in shards over the ranks (FSDP2): the one file that knows how.
+"""Weights in shards over the ranks (FSDP2): how a model is sharded, and made whole again.
+
+Checkpoints, gradients and norms also read shards, as the DTensors that they are.
 
 A model is built on `meta`, sharded there, and filled shard by shard, so that no rank ever holds
 the whole of it in float32. Each decoder layer is a unit, and the rest of the model (embedding, last
