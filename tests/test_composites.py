@@ -24,6 +24,7 @@ from scsdpo.advantage import (
     Routed,
     SelfDistillation,
     Target,
+    Trusted,
     Unscaled,
     Weighted,
 )
@@ -69,8 +70,17 @@ COMPOSITES = {
     (SelfDistillation, "target"): lambda child: SelfDistillation(target=child),
     (GroupRelative, "modulator"): lambda child: GroupRelative(modulator=child),
     (GroupRelative, "level"): lambda child: GroupRelative(level=child),
+    (Trusted, "advantage"): lambda child: Trusted(advantage=child),
     (Product, "factors"): lambda child: Product(factors=(Uniform(), child)),
 }
+
+
+OF_THEIR_OWN = {
+    (GroupRelative, "needs_group"),
+    (Trusted, "needs_group"),
+    (Trusted, "needs_teacher"),
+}
+"""What a composite needs whatever its child does."""
 
 
 def slots():
@@ -128,7 +138,7 @@ def test_a_composite_needs_what_its_child_needs(owner, field, kind):
             assert set(value) <= set(have) and not set(value) & set(had), need
         else:
             assert have is True, need
-            assert had is (owner is GroupRelative and need == "needs_group"), need
+            assert had is ((owner, need) in OF_THEIR_OWN), need
     assert told
 
 

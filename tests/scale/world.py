@@ -17,6 +17,7 @@ from runs import Toys, data, module, trainer
 from scsdpo.advantage import Blend, GroupRelative, ReferenceKL, SelfDistillation, Weighted
 from scsdpo.checkpoints import FullySharded
 from scsdpo.cli.config_types import arguments
+from scsdpo.loss import SamplerImportance
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import External, Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
@@ -111,7 +112,9 @@ CONFIGURATIONS = {
     "untied": lambda: method("sc-sdpo", policy={"name_or_path": "untied"}),
     "window": lambda: method("sc-sdpo", policy={"name_or_path": "olmo3"}),
     "two updates": lambda: method("sc-sdpo", updates_per_rollout=2),
-    "three updates": lambda: method("grpo", updates_per_rollout=3, questions=12),
+    "three updates": lambda: method(
+        "grpo", updates_per_rollout=3, questions=12, importance=SamplerImportance(cap=2.0)
+    ),
     "checkpointing": lambda: method("sc-sdpo", policy={"gradient_checkpointing": True}),
     "eager": lambda: method("sc-sdpo", policy={"attn_implementation": "eager"}),
     # Short responses of which some are one token, in micro-batches of their own.
