@@ -142,7 +142,7 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path):
 
 
 def test_logits_that_are_scaled_behind_the_head_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("scsdpo.policy.causal_lm._RESCALED", ())
+    monkeypatch.setattr("scsdpo.policy.loading._RESCALED", ())
     policy = made(tmp_path, CohereForCausalLM, CohereConfig(**SIZE, logit_scale=0.5))
     with pytest.raises(ConfigurationError, match="CohereForCausalLM makes its logits of hidden"):
         check(policy)
