@@ -40,7 +40,7 @@ from scsdpo.teacher import (
     NoTeacher,
     RememberedDemonstration,
     Restart,
-    SiblingDemonstration,
+    SiblingOfSeveral,
 )
 from scsdpo.training import Limits, PolicyOptimizer
 from scsdpo.types import Sampling
@@ -95,8 +95,8 @@ PG = {"advantage": GroupRelative(), "teacher": NoTeacher()}
         (lambda: TeacherInfluence(quantile=2), r"`TeacherInfluence\(quantile=...\)`"),
         (lambda: TeacherInfluence(floor=0), r"`TeacherInfluence\(floor=...\)`"),
         (
-            lambda: SiblingDemonstration(least_successes=0),
-            r"`SiblingDemonstration\(least_successes=...\)`",
+            lambda: SiblingOfSeveral(least_successes=0),
+            r"`SiblingOfSeveral\(least_successes=...\)`",
         ),
         (lambda: SignAgreement(otherwise=2), r"`SignAgreement\(otherwise=...\)`"),
         (lambda: Trusted(advantage=GroupRelative(), unmeasured=-1), r"`Trusted\(unmeasured=...\)`"),

@@ -13,6 +13,7 @@ from scsdpo.teacher.context import (
     Reprompt,
     ShortestSuccess,
     SiblingDemonstration,
+    SiblingOfSeveral,
     SolutionAlone,
 )
 from scsdpo.teacher.memory import AttemptMemory, RememberedDemonstration
@@ -39,6 +40,7 @@ __all__ = [
     "Restart",
     "ShortestSuccess",
     "SiblingDemonstration",
+    "SiblingOfSeveral",
     "SolutionAlone",
     "Teacher",
     "Templates",

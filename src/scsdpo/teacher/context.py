@@ -182,7 +182,6 @@ class SiblingDemonstration(Reprompt):
             in tokens (the first of equals).
         exclude_self: never show a rollout to itself.
         strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
-        least_successes: a group with fewer is told nothing.
         templates: the words around it.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
             template or the question; if those alone are too long there is no context.
@@ -194,15 +193,6 @@ class SiblingDemonstration(Reprompt):
     pick: Literal["first", "shortest"] = "first"
     exclude_self: bool = True
     strip_thinking: bool = True
-    least_successes: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.least_successes < 1:
-            raise ValueError(
-                f"`{type(self).__name__}(least_successes=...)` must be >= 1, got "
-                f"{self.least_successes}"
-            )
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         return PrivilegedInfo(demonstration=self.demonstration(question, rollout, judged))
@@ -217,8 +207,6 @@ class SiblingDemonstration(Reprompt):
     def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
         """The successes of a question that leave something to show, the one to show first first."""
         best = judged.best_first(question)
-        if len(best) < self.least_successes:
-            return
         if self.pick == "shortest":
             rewards = judged.rewards[question].tolist()
             lengths = judged.lengths[question].tolist()
@@ -249,6 +237,39 @@ class Feedback(Reprompt):
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         return PrivilegedInfo(feedback=_own_feedback(question, rollout, judged))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingOfSeveral(SiblingDemonstration):
+    """A successful sibling, in groups with several successes only.
+
+    Args:
+        pick: as in `SiblingDemonstration`.
+        exclude_self: as in `SiblingDemonstration`.
+        strip_thinking: as in `SiblingDemonstration`.
+        least_successes: a group with fewer is told nothing.
+        templates: the words around it.
+        max_tokens: as in `SiblingDemonstration`.
+
+    Raises:
+        ValueError: if `least_successes` < 1.
+
+    Source:
+        SC-GRPO, arXiv:2606.18810: at least two.
+    """
+
+    least_successes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.least_successes < 1:
+            raise ValueError(
+                f"`SiblingOfSeveral(least_successes=...)` must be >= 1, got {self.least_successes}"
+            )
+
+    def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
+        if int(judged.successes[question].sum()) >= self.least_successes:
+            yield from super().demonstrations(question, judged)
 
 
 @dataclass(frozen=True, kw_only=True)
