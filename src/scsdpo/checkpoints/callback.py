@@ -12,7 +12,6 @@ from weakref import proxy
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
 
 from scsdpo.checkpoints.choosing import highest_number
 from scsdpo.checkpoints.fully_sharded import FullySharded
@@ -147,7 +146,7 @@ class Checkpoint(BestStates):
             return f"the state after batch {point.batch} is not saved{why}"
         if not self._written:
             return f"{self._refused} is not saved{why}"
-        newest = self.last_model_path if self.save_last else self._last_checkpoint_saved
+        newest = self.last_model_path if self.save_last else self.newest_best
         if newest and not is_remote(newest) and number(Path(newest)) is None:
             return f"{newest} was saved, and cannot be read any more"
         return ""
@@ -200,11 +199,9 @@ class Checkpoint(BestStates):
     def _save_last(self, trainer: L.Trainer) -> None:
         if self._may_save(trainer):
             self._finish(trainer)
-            self._save_last_checkpoint(trainer, {})
+            self.write_last(trainer)
 
-    def _save_last_checkpoint(
-        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
-    ) -> None:
+    def write_last(self, trainer: L.Trainer) -> None:
         """`last.ckpt`, unless it is this very state already."""
         if (place := self._due_place(trainer)) is None:
             return

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies.launchers import (
     _SubprocessScriptLauncher,
 )
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch import Tensor
 
 CHECKED = ">=2.6,<2.7"
 
@@ -107,7 +108,7 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 class BestStates(ModelCheckpoint):
-    """`ModelCheckpoint`, with public names for what it does with one of the best checkpoints.
+    """`ModelCheckpoint`, with public names for what it does with one checkpoint.
 
     Its arguments are kept in private fields, and its public methods decide and write at once.
     """
@@ -136,6 +137,15 @@ class BestStates(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
+    @property
+    def newest_best(self) -> str:
+        """The path that `note_saved` was told last; empty: none."""
+        return self._last_checkpoint_saved
+
+    def write_last(self, trainer: L.Trainer) -> None:
+        """Write the last state; called where `save_last` asks for one."""
+        super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def write_best(self, trainer: L.Trainer, filepath: str) -> None:
         """Write one of the best; called when it is due."""
         super()._save_checkpoint(trainer, filepath)
@@ -143,6 +153,9 @@ class BestStates(ModelCheckpoint):
     def remove_worse(self, trainer: L.Trainer, filepath: str) -> None:
         """Remove what is no longer one of the best."""
         super()._remove_checkpoint(trainer, filepath)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, candidates: dict[str, Tensor]) -> None:
+        self.write_last(trainer)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.write_best(trainer, filepath)
