@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 BROWSER := $(VENV)/.browser
 TASKS_INSTALLED := $(VENV)/.installed-tasks
+TYPES_INSTALLED := $(VENV)/.installed-types
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-models test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-types test-models test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -56,6 +57,11 @@ test-configs: $(INSTALLED)
 test-tasks: $(TASKS_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/tasks
 
+# pyright on the Python of the docs and on annotated strategies, as users write them. The wheels hold pyright
+# and the Node.js that runs it: nothing is fetched from npm.
+test-types: $(TYPES_INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/typed
+
 # Every causal language model of transformers: right by the path that it takes, or refused; minutes.
 test-models: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models
@@ -84,6 +90,10 @@ $(DOCS_INSTALLED): $(INSTALLED)
 
 $(TASKS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,reasoning-gym]'
+	touch $@
+
+$(TYPES_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,types]'
 	touch $@
 
 $(BROWSER): $(INSTALLED)

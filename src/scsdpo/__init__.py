@@ -62,11 +62,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    home = next((home for home, names in HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module 'scsdpo' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"scsdpo.{home}"), name)
+if not TYPE_CHECKING:  # with it no misspelled name would be an error
+
+    def __getattr__(name: str) -> object:
+        home = next((home for home, names in HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module 'scsdpo' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"scsdpo.{home}"), name)
 
 
 def __dir__() -> list[str]:

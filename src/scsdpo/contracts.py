@@ -1,4 +1,7 @@
-"""What a strategy of the user's own hands over, checked where it comes in."""
+"""What a strategy of the user's own declares, and what it hands over, checked where it comes in."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -6,6 +9,18 @@ from torch import Tensor
 from scsdpo.errors import ConfigurationError
 
 Shape = tuple[int, ...]
+
+if TYPE_CHECKING:
+    _T = TypeVar("_T")
+
+    def declared(get: Callable[[Any], _T]) -> _T | Any:
+        """A property that a subclass may declare as a plain attribute, a field or a property.
+
+        Python allows all three, and pyright none but the third over a `property`; over a value that
+        may be `Any` it allows them all.
+        """
+else:
+    declared = property
 
 
 def mask(value: object, *, of: str, axes: str, shape: Shape) -> Tensor:

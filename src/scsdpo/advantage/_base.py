@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo import contracts
+from scsdpo.contracts import declared
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, Derivation, NeedsSignals
 from scsdpo.types import Judged
@@ -48,37 +49,37 @@ def chosen(mask: Tensor) -> frozenset[int]:
 class Advantage(NeedsSignals, ABC):
     """What credit does each vocabulary entry get at each position?"""
 
-    @property
+    @declared
     def needs_teacher(self) -> bool:
         """Whether it is meaningless without a teacher."""
         return False
 
-    @property
+    @declared
     def needs_reference(self) -> bool:
         """Whether it is meaningless without a reference."""
         return False
 
-    @property
+    @declared
     def contexts(self) -> int:
         """How many contexts its teacher must have (`Contexts`); 1: any."""
         return 1
 
-    @property
+    @declared
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that one alone gives no signal."""
         return False
 
-    @property
+    @declared
     def has_ratio(self) -> bool:
         """Whether its credit has the ratio S / S_old to the policy before the first update."""
         return False
 
-    @property
+    @declared
     def weightings(self) -> tuple[Weighting, ...]:
         """Those of its parts: they are shown the policy and the questions before training."""
         return ()
 
-    @property
+    @declared
     def objective_name(self) -> str:
         """What the mean objective is called in the log."""
         return "objective"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scsdpo.contracts import declared
 from scsdpo.distributed import all_gather
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals
 from scsdpo.weighting.tokens import check_contrast, contrast
@@ -15,12 +16,12 @@ from scsdpo.weighting.tokens import check_contrast, contrast
 class Modulator(NeedsSignals, ABC):
     """A factor on the sequence's advantage, token by token; inside the PPO clip."""
 
-    @property
+    @declared
     def needs_teacher(self) -> bool:
         """Whether it reads the teacher."""
         return True
 
-    @property
+    @declared
     def contexts(self) -> int:
         """How many contexts the teacher must have (`Contexts`)."""
         return 1

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage.divergence import FDivergence
+from scsdpo.contracts import declared
 from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
 
 
 class Support(ABC):
     """Where a divergence between student S and target T is evaluated."""
 
-    @property
+    @declared
     def sampled(self) -> bool:
         """Whether it looks at the sampled token only, which estimates the reverse KL only."""
         return False

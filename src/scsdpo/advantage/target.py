@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage.divergence import Divergence
+from scsdpo.contracts import declared
 from scsdpo.distributed import all_gather
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals, TokenLogits
 from scsdpo.state import Constant, Schedule
@@ -16,12 +17,12 @@ from scsdpo.state import Constant, Schedule
 class Target(NeedsSignals, ABC):
     """What the student is moved towards; detached, though it may look at the student."""
 
-    @property
+    @declared
     def needs_reference(self) -> bool:
         """Whether it reads the reference."""
         return False
 
-    @property
+    @declared
     def contexts(self) -> int:
         """How many contexts the teacher must have (`Contexts`)."""
         return 1

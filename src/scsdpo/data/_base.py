@@ -8,6 +8,7 @@ from random import Random
 import torch
 from torch.utils.data import Dataset
 
+from scsdpo.contracts import declared
 from scsdpo.types import Prompt, stable_hash
 
 CHECK_AHEAD = 20_000
@@ -30,17 +31,17 @@ class Source(Dataset[Prompt], ABC):
     def __getitem__(self, index: int) -> Prompt:
         """The prompt at `index`, the same each time and in every process."""
 
-    @property
+    @declared
     @abstractmethod
     def name(self) -> str:
         """Name under which validation metrics of this source are logged."""
 
-    @property
+    @declared
     def sequential(self) -> bool:
         """Whether prompts can be read in order only."""
         return False
 
-    @property
+    @declared
     def proves_golds(self) -> bool:
         """Whether it refuses, as it reads, gold answers that no response could meet."""
         return False

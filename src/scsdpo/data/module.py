@@ -179,7 +179,7 @@ class TaskDataModule(LightningDataModule):
                 parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
         return ConcatDataset(parts)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Prompt]:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
         if self.trainer is not None and cast(Any, self.trainer).overfit_batches:
             first = self._in_order(self.train_sources, self.chat, most=FILTER_AHEAD)
@@ -207,13 +207,13 @@ class TaskDataModule(LightningDataModule):
         weights = weights or [len(source) for source in self.train_set.sources]
         return [weight // gcd(*weights) for weight in weights]
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """In order, each question once."""
         return self._loader(self.val_set, self.val_questions_per_batch) if self.val_set else []
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+    def predict_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
         """As for validation, but that Lightning makes it anew, without empty batches."""
         if not self.val_set:
             return []
@@ -238,8 +238,8 @@ class TaskDataModule(LightningDataModule):
         self,
         questions: ConcatDataset[Prompt],
         batch_size: int,
-        kind: type[DataLoader] = EvaluationLoader,
-    ) -> DataLoader:
+        kind: type[DataLoader[Prompt]] = EvaluationLoader,
+    ) -> DataLoader[Prompt]:
         ranks, rank = self._ranks()
         # On one rank what Lightning knows as unshuffled; on several, it replaces samplers that are
         # not for several.

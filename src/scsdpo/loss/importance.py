@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo.contracts import declared
 from scsdpo.loss.credit import Chunk
 from scsdpo.loss.signals import Derivation, NeedsSignals, sampler_log_ratio
 
@@ -14,12 +15,12 @@ from scsdpo.loss.signals import Derivation, NeedsSignals, sampler_log_ratio
 class Importance(NeedsSignals, ABC):
     """A detached factor on each token's loss, from the sampler's and the trainer's log-probs."""
 
-    @property
+    @declared
     def most(self) -> float:
         """What a factor is truncated to; inf: it is not."""
         return math.inf
 
-    @property
+    @declared
     def of_current(self) -> bool:
         """Whether its factor has the ratio S / S_old of later updates in it."""
         return False

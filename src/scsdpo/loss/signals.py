@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scsdpo.contracts import declared
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Signals:
@@ -85,12 +87,12 @@ method of a frozen dataclass."""
 class NeedsSignals:
     """Mixin: a strategy that may look beyond a chunk."""
 
-    @property
+    @declared
     def needs(self) -> frozenset[str]:
         """Fields of `Signals` that a measuring pass must fill; none: no pass, no cost."""
         return frozenset()
 
-    @property
+    @declared
     def derivations(self) -> tuple[Derivation, ...]:
         """Tables made from them before the first backward, on every rank: they may sum over ranks.
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from scsdpo.contracts import declared
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM
 from scsdpo.types import Prompt, Responses, Sampling
@@ -60,7 +61,7 @@ class Rollout(ABC):
             sampling: how many responses, how long, and from which distribution.
         """
 
-    @property
+    @declared
     def plays_episodes(self) -> bool:
         """Whether it has `play`."""
         return False

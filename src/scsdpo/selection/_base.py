@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from scsdpo.contracts import declared
 from scsdpo.types import Judged
 
 
 class Selection(ABC):
     """Which groups of judged responses are learned from, and when."""
 
-    @property
+    @declared
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that G must be above 1."""
         return False

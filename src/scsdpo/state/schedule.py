@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scsdpo.contracts import declared
 from scsdpo.state.stateful import Stateful
 
 
@@ -16,7 +17,7 @@ class Schedule(ABC):
     def value(self) -> float:
         """The number now."""
 
-    @property
+    @declared
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """The smallest and the largest value there will be."""

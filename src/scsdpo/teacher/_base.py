@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from scsdpo.contracts import declared
 from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Weights
 from scsdpo.policy.chat import Chat
@@ -28,7 +29,7 @@ class Teacher(nn.Module, ABC):
         super().__init__()
         self.context = context
 
-    @property
+    @declared
     def exists(self) -> bool:
         """False for `NoTeacher` only."""
         return True

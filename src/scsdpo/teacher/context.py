@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from scsdpo.contracts import declared
 from scsdpo.policy.chat import Chat
 from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.thinking import without_thinking
@@ -17,7 +18,7 @@ class Context(ABC):
     White space alone is nothing to tell.
     """
 
-    @property
+    @declared
     def named(self) -> "Mapping[str, Context]":
         """What the teacher's weights read one by one, by name; the first is the teacher's own."""
         return {"": self}
@@ -88,7 +89,7 @@ class _Rewritten(Context):
 
     max_tokens: int = 10240
 
-    @property
+    @declared
     @abstractmethod
     def words(self) -> Templates:
         """The words around what is told."""
@@ -164,7 +165,7 @@ class Reprompt(_Rewritten):
 
     templates: Templates = Templates()
 
-    @property
+    @declared
     def words(self) -> Templates:
         return self.templates
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from scsdpo import contracts
+from scsdpo.contracts import declared
 from scsdpo.policy import CausalLM
 from scsdpo.types import Judged
 
@@ -13,7 +14,7 @@ from scsdpo.types import Judged
 class Weighting(ABC):
     """How much does each question, and each rollout, count?"""
 
-    @property
+    @declared
     def needs_group(self) -> bool:
         """Whether it compares the rollouts of a question, so that G must be above 1."""
         return False
