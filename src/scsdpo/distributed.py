@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.interrupt import Interrupted, RankLost
+from scsdpo.private.torch import default_store
 
 T = TypeVar("T")
 
@@ -152,7 +153,7 @@ class AbortVote:
     """
 
     def __init__(self) -> None:
-        self._store = dist.PrefixStore("scsdpo", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore("scsdpo", default_store())
         self._arrived = -1
 
     @classmethod

@@ -11,9 +11,7 @@ from weakref import proxy
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
 
 from scsdpo.checkpoints.choosing import highest_number
 from scsdpo.checkpoints.fully_sharded import FullySharded
@@ -34,6 +32,7 @@ from scsdpo.checkpoints.writing import (
 from scsdpo.distributed import all_max
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.interrupt import Interrupted
+from scsdpo.private.lightning import BestStates, checkpoint_content
 from scsdpo.records import hold, run_folder, runs_folder
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -41,7 +40,7 @@ _ABANDONED = 600.0
 """Seconds after which nobody can still be at a write."""
 
 
-class Checkpoint(ModelCheckpoint):
+class Checkpoint(BestStates):
     """Lightning's `ModelCheckpoint`, and with `save_last` the last two states whatever is best.
 
     They are `last.ckpt` and `previous.ckpt`, and are written every so many minutes, at each
@@ -63,8 +62,8 @@ class Checkpoint(ModelCheckpoint):
             raise ValueError(
                 f"`Checkpoint(every_minutes=...)` must be >= 0, got {every_minutes}; .inf: never"
             )
-        own = self._train_time_interval  # Lightning's way to say it
-        self.every_seconds = own.total_seconds() if own else 60 * every_minutes
+        own = self.seconds_between  # Lightning's way to say it
+        self.every_seconds = own or 60 * every_minutes
         self.config: dict[str, Any] = {}
         """The run's configuration by section, if it is known; for a resume to compare."""
         self._place: tuple[int, int] | None = None
@@ -115,10 +114,9 @@ class Checkpoint(ModelCheckpoint):
         batch_idx: int,
     ) -> None:
         """Not Lightning's, which looks for states from before a manual optimizer step."""
-        every = self._every_n_train_steps
-        new = not self._should_skip_saving_checkpoint(trainer)
-        if every and new and trainer.global_step % every == 0:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        every = self.batches_between
+        if every and self.may_save(trainer) and trainer.global_step % every == 0:
+            self.save_if_best(trainer)
         self._finish(trainer, wait=False)
         due = time.monotonic() - self._time >= self.every_seconds
         if all_max(torch.tensor(float(due), device=pl_module.device)):
@@ -148,7 +146,7 @@ class Checkpoint(ModelCheckpoint):
             return f"the state after batch {point.batch} is not saved{why}"
         if not self._written:
             return f"{self._refused} is not saved{why}"
-        newest = self.last_model_path if self.save_last else self._last_checkpoint_saved
+        newest = self.last_model_path if self.save_last else self.newest_best
         if newest and not is_remote(newest) and number(Path(newest)) is None:
             return f"{newest} was saved, and cannot be read any more"
         return ""
@@ -201,11 +199,9 @@ class Checkpoint(ModelCheckpoint):
     def _save_last(self, trainer: L.Trainer) -> None:
         if self._may_save(trainer):
             self._finish(trainer)
-            self._save_last_checkpoint(trainer, {})
+            self.write_last(trainer)
 
-    def _save_last_checkpoint(
-        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
-    ) -> None:
+    def write_last(self, trainer: L.Trainer) -> None:
         """`last.ckpt`, unless it is this very state already."""
         if (place := self._due_place(trainer)) is None:
             return
@@ -224,7 +220,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _begin(self, trainer: L.Trainer, strategy: FullySharded, place: tuple[int, int]) -> None:
         """`last.ckpt` in the background."""
-        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        content = checkpoint_content(trainer, self.save_weights_only)
         part, begun = part_of(self._folder / LAST), list[Background]()
         write = lambda: begun.append(strategy.begin_checkpoint(content, part))  # noqa: E731
         if everywhere(self._outage, write, part=True):
@@ -256,7 +252,7 @@ class Checkpoint(ModelCheckpoint):
         try:
             if self._place is None and self._is_another_runs(trainer):
                 set_aside(self._folder, (LAST, PREVIOUS))
-            content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            content = checkpoint_content(trainer, self.save_weights_only)
             trainer.strategy.save_checkpoint(content, part)
             install(part, self._folder / LAST, self._folder / PREVIOUS)
         except (OSError, RuntimeError, ConfigurationError) as error:  # the failure itself is seen
@@ -272,21 +268,20 @@ class Checkpoint(ModelCheckpoint):
         source = Path(trainer.ckpt_path or "/").resolve()
         return source.parent != self._folder.resolve()
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def write_best(self, trainer: L.Trainer, filepath: str) -> None:
         """One of the best."""
         self._written = self._write(trainer, filepath)
         if not self._written:
             self._refused = filepath
             return
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
+        self.note_saved(trainer, filepath)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
     def _write(self, trainer: L.Trainer, filepath: str, aside: Path | None = None) -> bool:
         """Whether it is there now: a disk that refuses costs this checkpoint, and not the run."""
-        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        content = checkpoint_content(trainer, self.save_weights_only)
         if is_remote(filepath):
             return everywhere(
                 self._outage, partial(trainer.strategy.save_checkpoint, content, filepath)
@@ -307,11 +302,11 @@ class Checkpoint(ModelCheckpoint):
                 discard(part)
         return written
 
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def remove_worse(self, trainer: L.Trainer, filepath: str) -> None:
         """An older one stays where the newer could not be written."""
         if self._written:
             with suppress(OSError):  # it is not in the way
-                super()._remove_checkpoint(trainer, filepath)
+                super().remove_worse(trainer, filepath)
 
 
 def _refuse_other_shards(trainer: L.Trainer) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from scsdpo.checkpoints import shards
 from scsdpo.policy.sharding import own_rows
+from scsdpo.private.lightning import shard_over
 
 
 class FullySharded(ModelParallelStrategy):
@@ -43,7 +44,7 @@ class FullySharded(ModelParallelStrategy):
         self._writers: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @property
@@ -61,7 +62,7 @@ class FullySharded(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return inner.state_dict()
 
     def save_checkpoint(

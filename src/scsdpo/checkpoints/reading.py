@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.checkpoints import shards
+from scsdpo.private.lightning import INSTANTIATOR
 
 NUMBER = "number"
 """Key of `Saved.number` in a checkpoint."""
@@ -57,7 +58,7 @@ class Saved:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             given = content["hyper_parameters"]
-            model = {k: v for k, v in given.items() if k != "_instantiator"}
+            model = {k: v for k, v in given.items() if k != INSTANTIATOR}
             return cls(
                 path=path,
                 config=content.get("config", {}) | {"model": model},

@@ -4,9 +4,15 @@ import copy
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 
+from scsdpo.private.lightning import (
+    STEPPED,
+    ProcessedTracker,
+    count_stepped,
+    loader_positions,
+    validation_is_due,
+)
 from scsdpo.records import recorded
 from scsdpo.state import all_remembered
 
@@ -43,7 +49,7 @@ class SafePoint:
         self._buffers = {name: buffer.clone() for name, buffer in own}
         self._remembered = copy.deepcopy(all_remembered(module))
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._loaders = _position(trainer)
+        self._loaders = loader_positions(trainer)
 
     def place(self, module: L.LightningModule) -> tuple[int, int]:
         """The last finished batch, and the last one that a validation followed."""
@@ -74,20 +80,14 @@ class SafePoint:
 
 def count_batches(trainer: L.Trainer) -> None:
     """Loggers count batches; after a resume Lightning is off by one at times."""
-    loop = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped = loop.batch_progress.total.ready - 1
+    count_stepped(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1)
 
 
 def under_way(trainer: L.Trainer) -> bool:
     """Whether a batch was begun and not finished."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    assert isinstance(progress, _ProcessedTracker)
+    assert isinstance(progress, ProcessedTracker)
     return progress.ready > progress.processed
-
-
-def _position(trainer: L.Trainer) -> Any:
-    loader = trainer.fit_loop._combined_loader
-    return loader._state_dicts() if loader is not None else []
 
 
 def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bool) -> None:
@@ -101,7 +101,9 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
     for count in _counts(batch):
         count["ready"] = count["started"] = count["completed"] = count["processed"]
     finished = batch["current"]["processed"]
-    pending = bool(finished) and not validated and not under_way(trainer) and _is_due(trainer)
+    pending = (
+        bool(finished) and not validated and not under_way(trainer) and validation_is_due(trainer)
+    )
     batch["is_last_batch"] = bool(finished) and finished >= trainer.num_training_batches
     if batch["is_last_batch"] and not pending:
         _end_epoch(loops)
@@ -113,13 +115,7 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
     begun = {"ready": int(pending), "started": int(pending), "processed": 0, "completed": 0}
     validation |= {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
     stepped = max(batch["total"]["processed"] - 1, 0)
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = stepped
-
-
-def _is_due(trainer: L.Trainer) -> bool:
-    """Whether a validation follows the batch that was just finished."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+    loops["epoch_loop.state_dict"][STEPPED] = stepped
 
 
 def _end_epoch(loops: dict[str, Any]) -> None:

@@ -22,13 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from scsdpo.checkpoints import read_back
 from scsdpo.errors import first_line
+from scsdpo.private.torch import NAMES_IN_TABLES
 
 META = "meta.pt"
 """All but tensors; whoever finds it finds the rest."""
 _TABLE = ".metadata"
 """Where in which file each part of each tensor is."""
 _WEIGHTS, _OPTIMIZER = "state_dict", "optimizer"
-_KNOWN = {
+_PUBLIC = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -37,11 +38,12 @@ _KNOWN = {
         "StorageMeta",
         "TensorProperties",
         "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))},
+}
+_KNOWN = {
+    module: _PUBLIC.get(module, set()) | NAMES_IN_TABLES.get(module, set())
+    for module in _PUBLIC.keys() | NAMES_IN_TABLES.keys()
 }
 """What a table is made of, by module."""
 

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from scsdpo.checkpoints.saying import say
+from scsdpo.private.lightning import cluster_environment, requeue_path
 
 
 def hand_over(trainer: L.Trainer, path: Path, signum: int) -> None:
@@ -17,10 +18,10 @@ def hand_over(trainer: L.Trainer, path: Path, signum: int) -> None:
     Lightning resumes from `hpc_ckpt_N.ckpt` in `trainer.default_root_dir`, if no other is named.
     A preempted job (SIGTERM) is requeued by SLURM itself, one whose time is over is not.
     """
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     if not isinstance(environment, SLURMEnvironment) or not trainer.is_global_zero:
         return
-    name = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+    name = Path(requeue_path(trainer, trainer.default_root_dir))
     try:
         name.symlink_to(os.path.relpath(path, name.parent))
     except OSError as error:

@@ -20,6 +20,7 @@ from scsdpo.cli.commands import COMMANDS, module
 from scsdpo.cli.config_types import arguments, classes, concrete, spell
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.parser import SECTIONS
+from scsdpo.private.jsonargparse import options_of
 
 _KEYS = {
     "config": "YAML with keys such as `model:`; of several files the later ones win",
@@ -53,7 +54,7 @@ class _Built(Exception):
 
 class _Parsers(CLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        raise _Built(self._subcommand_parsers)
+        raise _Built(self.subcommand_parsers())
 
 
 def _parsers() -> dict[str, LightningArgumentParser]:
@@ -89,7 +90,7 @@ def _describe(hints: Any, found: dict[str, Described]) -> None:
 
 def _arguments(kind: type, parser: LightningArgumentParser, prefix: str) -> dict[str, Argument]:
     """Of a class whose arguments a parser takes under a prefix."""
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in options_of(parser)}
     defaults, said = parser.get_defaults(), _said(kind)
     found = {}
     for name, hint in arguments(kind).items():
@@ -119,7 +120,7 @@ def _command(name: str, parser: LightningArgumentParser | None) -> Command:
 
 
 def _keys(parser: LightningArgumentParser) -> Iterator[tuple[str, Argument]]:
-    for action in parser._actions:
+    for action in options_of(parser):
         if action.dest != "help" and action.dest.split(".")[0] not in SECTIONS:
             suppressed = action.default == argparse.SUPPRESS
             yield (
@@ -135,7 +136,7 @@ def _keys(parser: LightningArgumentParser) -> Iterator[tuple[str, Argument]]:
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, Argument]]:
-    for action in parser._actions:
+    for action in options_of(parser):
         if action.dest == "help":
             continue
         values = "|".join(map(str, action.choices)) if action.choices else ""

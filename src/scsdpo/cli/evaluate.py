@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> None:
     with Chosen(given.policy, rest) as chosen:
 
         class Evaluate(CLI):
-            def _run_subcommand(self, subcommand: str) -> None:
+            def run_subcommand(self, subcommand: str) -> None:
                 sys.argv = original  # ranks that are launched run it again
                 ckpt = self.config[subcommand].ckpt_path
                 run = getattr(self.trainer, subcommand)

@@ -11,11 +11,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies.launchers import (
-    _MultiProcessingLauncher,
-    _SubprocessScriptLauncher,
-)
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +27,13 @@ from scsdpo.errors import MISTAKES, ConfigurationError, TrainingStopped
 from scsdpo.health import Health
 from scsdpo.interrupt import Interrupted
 from scsdpo.io.files import write_whole
+from scsdpo.private.lightning import (
+    INSTANTIATOR,
+    ForkLauncher,
+    ScriptLauncher,
+    silence_signal_handlers,
+)
+from scsdpo.private.lightning_cli import OpenCLI
 from scsdpo.records import Outage, hold, run_folder
 from scsdpo.training import PolicyOptimizer
 from scsdpo.training.on_failure import where_to_resume
@@ -48,7 +50,7 @@ _LIGHTNING = "lightning.pytorch.utilities.rank_zero"
 _SAYS_NOTHING = ("💡 Tip:", "TPU available:", "HPU available:", "GPU available: False")
 
 
-class CLI(LightningCLI):
+class CLI(OpenCLI):
     """With a section `checkpoint`, and the model's configuration in every checkpoint."""
 
     @staticmethod
@@ -64,9 +66,6 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Progress, "progress")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's configuration win over the command line."""
-
     def instantiate_classes(self) -> None:
         if found := kept(sys.argv[2:], self.config[self.subcommand].as_dict()):
             say(f"kept from an earlier file, where another class stood: {', '.join(found)}")
@@ -79,14 +78,14 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         try:
-            config = self._parser(self.subcommand).dump(self.config[self.subcommand], format="json")
+            config = self.subcommand_parser().dump(self.config[self.subcommand], format="json")
         except (TypeError, ValueError) as error:  # a checkpoint holds the configuration
             raise ConfigurationError(
                 "trainer: an argument of a callback, logger, profiler or plugin cannot be written "
                 "as YAML (lightning's Timer has one: use trainer.max_time)"
             ) from error
         # With this, `PolicyOptimizer.load_from_checkpoint` makes objects of what is described.
-        maker = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        maker = {INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
         described = json.loads(config)
         self.model.save_hyperparameters(described["model"] | maker, logger=False)
         for saver in self.trainer.checkpoint_callbacks:
@@ -113,9 +112,9 @@ class CLI(LightningCLI):
         for config in (self.config, self.config_init):
             config[command].ckpt_path = str(saved.path)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
         except Interrupted:  # Lightning then lets nothing go
             self.model.teardown(subcommand)
             self._check_saved()
@@ -137,18 +136,18 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+            self.subcommand_parser().callback_keys.remove("checkpoint")
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if isinstance(trainer.strategy.launcher, ForkLauncher):
             raise ConfigurationError(
                 f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} copies a "
                 "process with everything in it; use ddp, by which each rank starts anew"
             )
-        trainer._signal_connector = _NoHandlers(trainer)
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        silence_signal_handlers(trainer)  # they are those of `scsdpo.cli.signals`
+        if isinstance(trainer.strategy.launcher, ScriptLauncher):
             launcher = trainer.strategy.launcher
             Handlers.launched = staticmethod(lambda: launcher.procs)
         return trainer
@@ -169,13 +168,6 @@ class _SaveConfig(SaveConfigCallback):
 def _tells_of_the_run(record: logging.LogRecord) -> bool:
     """Not what Lightning recommends, nor which devices there are none of."""
     return not record.getMessage().startswith(_SAYS_NOTHING)
-
-
-class _NoHandlers(_SignalConnector):
-    """Leaves signals to `scsdpo.cli.signals`."""
-
-    def register_signal_handlers(self) -> None:
-        """None."""
 
 
 def main(args: Sequence[str]) -> None:

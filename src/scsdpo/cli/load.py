@@ -67,7 +67,7 @@ def _made(arguments: list[str]) -> tuple[PolicyOptimizer, TaskDataModule]:
     found: list[tuple[PolicyOptimizer, TaskDataModule]] = []
 
     class Made(CLI):
-        def _run_subcommand(self, subcommand: str) -> None:
+        def run_subcommand(self, subcommand: str) -> None:
             found.append((self.model, self.datamodule))
 
     kept, sys.argv = sys.argv, ["scsdpo", "predict", *arguments]

@@ -26,7 +26,7 @@ def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
         )
 
     class Offline(CLI):
-        def _run_subcommand(self, subcommand: str) -> None:
+        def run_subcommand(self, subcommand: str) -> None:
             if self.trainer.world_size > 1:
                 raise ConfigurationError(
                     f"trainer.devices: `scsdpo {command}` runs on one device, set it to 1"

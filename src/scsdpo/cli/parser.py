@@ -4,7 +4,6 @@ import inspect
 from argparse import HelpFormatter
 from typing import Any, NoReturn
 
-from jsonargparse._util import resolved_import_paths
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -15,6 +14,7 @@ from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
 from scsdpo.health import Health
+from scsdpo.private.jsonargparse import spell_as
 from scsdpo.training import PolicyOptimizer
 
 SECTIONS: dict[str, type] = {
@@ -32,7 +32,7 @@ SECTIONS: dict[str, type] = {
 # path, into configurations and checkpoints, which hold those of the packages.
 for _home, _names in scsdpo.HOMES.items():
     for _name in _names if not _home.startswith("cli.") else ():
-        resolved_import_paths.add(getattr(scsdpo, _name), f"scsdpo.{_home}.{_name}")
+        spell_as(getattr(scsdpo, _name), f"scsdpo.{_home}.{_name}")
 
 
 class Parser(LightningArgumentParser):

@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
         def after_instantiate_classes(self) -> None:
             """Nothing is run, and so no checkpoint is looked for."""
 
-        def _run_subcommand(self, subcommand: str) -> None:
+        def run_subcommand(self, subcommand: str) -> None:
             setup = _setup(given, self.model, self.config["fit"], self.names)
             rates = Rates(
                 flops=given.tflops * 1e12,

@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> None:
                     callbacks.append(PredictionWriter(str(out or chosen.file(root, "predict"))))
                 return trainer
 
-            def _run_subcommand(self, subcommand: str) -> None:
+            def run_subcommand(self, subcommand: str) -> None:
                 sys.argv = original  # ranks that are launched run it again
                 ckpt = self.config[subcommand].ckpt_path
                 self.trainer.predict(

@@ -9,6 +9,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from scsdpo.checkpoints import Change, Rule, Saved, changes, newest, say, usable_neighbour
 from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.private.lightning import requeued_from
 from scsdpo.records import runs_folder
 
 
@@ -28,8 +29,7 @@ def resolved(
     """
     fit = command == "fit"
     if given is None:
-        connector = trainer._checkpoint_connector
-        requeued = connector._hpc_resume_path if fit and SLURMEnvironment.detect() else None
+        requeued = requeued_from(trainer) if fit and SLURMEnvironment.detect() else None
         if requeued is None:
             return None
         given = str(Path(requeued).resolve())

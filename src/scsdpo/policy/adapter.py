@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
@@ -22,6 +21,8 @@ from scsdpo.policy.other_model import OtherModel, OtherWeights
 from scsdpo.policy.sharding import local, own_rows, reshard, whole_weight
 from scsdpo.policy.stored import Stored, mix
 from scsdpo.policy.weights import Weights, Whole
+from scsdpo.private.peft import use_adapters
+from scsdpo.private.torch import ignore_in_ddp
 from scsdpo.prompt import stable_hash
 from scsdpo.seeds import Seed, resolved, run_seed
 
@@ -458,7 +459,7 @@ def leave_out_of_ddp(module: nn.Module) -> None:
     left_out = {id(p) for each in own for p in each.parameters()}
     named = module.named_parameters(remove_duplicate=False)
     names = [name for name, p in named if id(p) in left_out]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    ignore_in_ddp(module, names)
 
 
 def _refuse(stored: Stored) -> None:
@@ -527,9 +528,9 @@ def _switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """
     layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
     for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [adapter or STUDENT], adapter is None
+        use_adapters(layer, [adapter or STUDENT], disabled=adapter is None)
     try:
         yield
     finally:
         for layer in layers:
-            layer._active_adapter, layer._disable_adapters = [STUDENT], False
+            use_adapters(layer, [STUDENT])

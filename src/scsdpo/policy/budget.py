@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from scsdpo.private.torch import DispatchMode, storage_key, tree_leaves
 
 FEW, MORE = 64, 192
 """Tokens that are probed."""
@@ -66,7 +66,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(DispatchMode):
     """Counts the storages that operations make until they are let go."""
 
     def __init__(self) -> None:
@@ -77,10 +77,10 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        given = {storage_key(storage) for storage in _storages((args, kwargs))}
         made = func(*args, **(kwargs or {}))
         for storage in _storages(made):
-            key = storage._cdata
+            key = storage_key(storage)
             if key not in given and key not in self._alive:
                 self._alive[key] = storage.nbytes()
                 weakref.finalize(storage, self._alive.pop, key)

@@ -36,6 +36,7 @@ from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import inside, is_sharded, shard, whole
 from scsdpo.policy.weights import Weights
+from scsdpo.private.torch import compiled_graphs
 
 T = TypeVar("T")
 
@@ -346,11 +347,11 @@ class CausalLM(nn.Module):
             return model
         if model not in self._compiled:
             if not self._compiled:
-                self._graphs_before = _graphs()
+                self._graphs_before = compiled_graphs()
             self._compiled.add(model)
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)
-        elif _graphs() == self._graphs_before:
+        elif compiled_graphs() == self._graphs_before:
             self._graphs_before = -1  # said once
             rank_zero_warn(
                 "model.policy.compile_layers: torch compiled nothing in the first forward, and "
@@ -358,11 +359,6 @@ class CausalLM(nn.Module):
                 "TORCHDYNAMO_DISABLE in the environment"
             )
         return model
-
-
-def _graphs() -> int:
-    """How many graphs torch has compiled in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.private.transformers import recorders
+
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
     """What chooses the experts, a module a layer, in order; none: the model has no experts."""
     for part in model.modules():
-        recorder = getattr(part, "_can_record_outputs", None) or {}
+        recorder = recorders(part)
         if isinstance(part, PreTrainedModel) and "router_logits" in recorder:
             kind = recorder["router_logits"].target_class
             return [module for module in part.modules() if isinstance(module, kind)]

@@ -21,6 +21,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from scsdpo.private.torch import (
+    cpu_flash_backward,
+    cpu_flash_forward,
+    flash_backward,
+    flash_forward,
+)
+
 TABLE_BYTES = 2**26
 """Of the table of scores that `Blocks` makes at once."""
 
@@ -129,19 +136,19 @@ class Flash(PartialAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, runs: Runs
     ) -> tuple[Tensor, Tensor]:
-        attend = torch.ops.aten._flash_attention_forward
         sizes, window = self._settings(runs)
-        out, lse, *_ = attend(query, key, value, *sizes, 0.0, runs.causal, False, **window)
+        out, lse, *_ = flash_forward(query, key, value, *sizes, 0.0, runs.causal, False, **window)
         return out, lse
 
     def backward(
         self, grad: Tensor, inputs: Three, outputs: tuple[Tensor, Tensor], runs: Runs
     ) -> Three:
-        backward = torch.ops.aten._flash_attention_backward
         out, lse = outputs
         sizes, window = self._settings(runs)
         unused = lse.new_empty((2,), dtype=torch.uint64)  # where dropout's draws would start
-        return backward(grad, *inputs, out, lse, *sizes, 0.0, runs.causal, unused, unused, **window)
+        return flash_backward(
+            grad, *inputs, out, lse, *sizes, 0.0, runs.causal, unused, unused, **window
+        )
 
     def _settings(self, runs: Runs) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, float]]:
         # With at most one query a run it would swap heads and queries, and return the lse of
@@ -196,14 +203,12 @@ class Fused(_ByRectangle):
     """torch's flash attention for CPU, which hands out its log-normaliser. No windows."""
 
     def rectangle(self, inputs: Three, part: "_Rectangle") -> tuple[Tensor, Tensor]:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return attend(*inputs, 0.0, part.runs.causal, scale=1.0)
+        return cpu_flash_forward(*inputs, 0.0, part.runs.causal, scale=1.0)
 
     def rectangle_backward(
         self, grad: Tensor, inputs: Three, outputs: tuple[Tensor, Tensor], part: "_Rectangle"
     ) -> Three:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, *inputs, *outputs, 0.0, part.runs.causal, scale=1.0)
+        return cpu_flash_backward(grad, *inputs, *outputs, 0.0, part.runs.causal, scale=1.0)
 
 
 class Blocks(_ByRectangle):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from scsdpo.policy.mixers import HYBRIDS
+from scsdpo.private.transformers import has_attention_interface, has_sdpa, is_stateful
 
 
 class RowPath(Enum):
@@ -128,7 +129,7 @@ def _implementation(
         return asked, f"model.policy.attn_implementation is {asked}"
     if settings.get("attn_logit_softcapping"):
         return "eager", "attention scores are soft-capped"
-    if not kind._supports_sdpa:
+    if not has_sdpa(kind):
         return "eager", f"{kind.__name__} has no sdpa attention"
     return asked, ""
 
@@ -142,8 +143,8 @@ def _reason(kind: type[PreTrainedModel], settings: dict[str, Any]) -> str:
         return f"layers of {', '.join(map(str, others))} mix tokens by other means than attention"
     if settings.get("alibi"):
         return "attention scores have position biases (alibi)"
-    if not kind._supports_attention_backend:
+    if not has_attention_interface(kind):
         return f"{kind.__name__} does not attend through transformers' attention interface"
-    if kind._is_stateful:
+    if is_stateful(kind):
         return f"{kind.__name__} keeps a recurrent state"
     return ""

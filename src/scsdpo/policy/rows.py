@@ -111,4 +111,4 @@ def reset_frequencies(model: nn.Module) -> None:
             original = getattr(part, first.replace("inv_freq", "original_inv_freq"), None)
             if original is not None and getattr(part, name) != part.original_max_seq_len:
                 setattr(part, name, part.original_max_seq_len)
-                part._buffers[first] = original
+                setattr(part, first, original)

@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.policy.sharding import local, own_rows
+from scsdpo.private.transformers import conversions_at_load
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -82,7 +83,7 @@ def as_stored(
     What belongs together is looked for within a decoder layer, so that no more than one of them is
     held at a time.
     """
-    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(
+    conversions = conversions_at_load(model) or get_model_conversion_mapping(
         model, add_legacy=False
     )
     if not any(isinstance(each, WeightConverter) for each in conversions):

@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.private.lightning import trainer_of
+from scsdpo.private.transformers import fill_anew
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
         ConfigurationError: if the ranks form any other mesh, along which weights of different
             ranks would move apart without an error; or for another way to shard.
     """
-    trainer = module._trainer
+    trainer = trainer_of(module)
     if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigurationError(
             "trainer.strategy: weights are sharded by FullySharded (configs/scale), not "
@@ -103,7 +105,7 @@ def shard(
     register_fsdp_forward_method(model, "inside")
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)
-        owner._buffers[leaf] = buffer.to(_device(mesh))
+        setattr(owner, leaf, buffer.to(_device(mesh)))
 
 
 def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
@@ -168,7 +170,7 @@ def whole(
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(plain, name)
-        owner._buffers[leaf] = buffer
+        setattr(owner, leaf, buffer)
     _tie(plain)
     return plain
 
@@ -204,7 +206,7 @@ def _rebuild_buffers(model: PreTrainedModel) -> None:
     for owner in owners:
         for buffer in owner.buffers(recurse=False):
             buffer.fill_(torch.nan)
-        model._init_weights(owner)
+        fill_anew(model, owner)
     for name, buffer in model.named_buffers():
         if not bool(buffer.isfinite().all()):
             raise ConfigurationError(

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from scsdpo.policy.row_path import KnownPath
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.policy.stored import OffloadHooks, Stored
+from scsdpo.private.torch import Moved
 
 
 class Weights(nn.Module, ABC):
@@ -58,7 +58,7 @@ class Weights(nn.Module, ABC):
                 own.lerp_(student.to(own.dtype), rate)
 
 
-class Whole(Weights):
+class Whole(Weights, Moved):
     """A whole frozen model beside the policy's.
 
     Args:
@@ -86,14 +86,13 @@ class Whole(Weights):
         with self._hooks.open(student.device, self.runs_in(student.dtype)):
             yield self.copy
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def moves_alone(self, fn: Callable[[Tensor], Tensor]) -> bool:
         """What is kept on the host stays there; its tables go along."""
-        if not self.stored.on_host:
-            return super()._apply(fn, recurse)
-        for part in self.modules():
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else fn(buffer)
-        return self
+        if self.stored.on_host:
+            for part in self.modules():
+                for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+                    setattr(part, name, fn(buffer))
+        return self.stored.on_host
 
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self.copy,)

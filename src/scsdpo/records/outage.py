@@ -11,6 +11,8 @@ from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.errors import first_line
+from scsdpo.private.lightning import forget_writer
+from scsdpo.private.tensorboard import is_writer
 
 PAUSE = 60.0
 """Seconds in which a logger that failed is left alone: one that waits for a network waits long."""
@@ -123,7 +125,7 @@ def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
 def _forget_writer(logger: Logger) -> None:
     """TensorBoard's writer raises its first error for ever; the next line opens another file."""
     if isinstance(logger, TensorBoardLogger):
-        logger._experiment = None
+        forget_writer(logger)
 
 
 def _silence_writers() -> None:
@@ -139,5 +141,5 @@ class _ButWriters:
         self.before = before
 
     def __call__(self, args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread":
+        if not is_writer(args.thread):
             self.before(args)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from selectors import EVENT_READ, DefaultSelector
 
 import lightning as L
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from scsdpo.errors import first_line
 from scsdpo.interrupt import RankLost, rank_lost
+from scsdpo.private.lightning import disarm_child_observers
 
 GRACE = 20.0
 """Seconds that the main thread has to end by itself, by the collective's own error."""
@@ -47,7 +47,7 @@ class RankWatch:
                 stacklevel=2,
             )
         os.register_at_fork(after_in_child=self._close)
-        _disarm_lightning()
+        disarm_child_observers()
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
     def lost(self, seconds: float) -> tuple[int, str] | None:
@@ -166,10 +166,3 @@ def _kept_alive(peer: socket.socket) -> socket.socket:
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return peer
-
-
-def _disarm_lightning() -> None:
-    """Lightning kills this process without a word 5 s after a child that it started has failed."""
-    for thread in threading.enumerate():
-        if isinstance(thread, _ChildProcessObserver):
-            thread._child_processes = []

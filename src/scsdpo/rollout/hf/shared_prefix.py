@@ -23,6 +23,7 @@ from scsdpo.policy.segment_states import (
     convolve_one,
     delta_rule_one,
 )
+from scsdpo.private.transformers import attention_of
 from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
 
 _STRIP_COST = 4096
@@ -427,7 +428,7 @@ def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
 @contextmanager
 def shared_prefix_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` attend by layouts, whatever its attention implementation is outside."""
-    before = model.config._attn_implementation
+    before = attention_of(model)
     use_layouts(model)
     try:
         yield

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from scsdpo.distributed import all_gather
 from scsdpo.errors import ConfigurationError
+from scsdpo.private.vllm import drop_world, number_group
 
 
 @contextmanager
@@ -41,9 +42,7 @@ def launched(device: torch.device) -> Iterator[None]:
     number of its tensor-parallel group names shared memory on CPU, where that of another run, or of
     one that was killed, would be in the way.
     """
-    from vllm.distributed import parallel_state
-
-    parallel_state._group_name_counter["tp"] = all_gather([secrets.randbits(31)])[0]
+    number_group("tp", all_gather([secrets.randbits(31)])[0])
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": device.index or 0}
     before = {name: os.environ.get(name) for name in place}
     os.environ |= {name: str(number) for name, number in place.items()}
@@ -71,13 +70,8 @@ def group_spared() -> Iterator[None]:
     """Let vLLM's shutdown drop its own groups, and leave the trainer's, which it would destroy."""
     from vllm.distributed import parallel_state
 
-    def drop_own() -> None:
-        if parallel_state._WORLD is not None:
-            parallel_state._WORLD.destroy()
-        parallel_state._WORLD = parallel_state._NODE_COUNT = None
-
     before = parallel_state.destroy_distributed_environment
-    parallel_state.destroy_distributed_environment = drop_own
+    parallel_state.destroy_distributed_environment = drop_world
     try:
         yield
     finally:

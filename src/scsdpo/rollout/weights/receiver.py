@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from scsdpo.private.vllm import adapter_manager
 from scsdpo.rollout.weights.files import adapter_hash, memory_or_disk
 from scsdpo.rollout.weights.hashing import Receipt, StreamHash
 
@@ -66,7 +67,7 @@ class WeightReceiver:
 
         if self.vllm_config.lora_config is None:
             return None
-        manager = self.model_runner.lora_manager._adapter_manager
+        manager = adapter_manager(self.model_runner)
         packed = manager.packed_modules_mapping
         return {
             "rank": self.vllm_config.lora_config.max_lora_rank,
@@ -114,7 +115,7 @@ class WeightReceiver:
         """
         self._scsdpo_adapter = name
         self._scsdpo_tidy()
-        manager = self.model_runner.lora_manager._adapter_manager
+        manager = adapter_manager(self.model_runner)
         last = max(manager.list_adapters(), default=0)
         if last not in manager.lora_index_to_id:
             return {"hash": "", "missing": []}

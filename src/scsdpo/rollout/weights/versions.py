@@ -4,11 +4,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from scsdpo.distributed import place
+from scsdpo.private.torch import default_store, load_hooks
 from scsdpo.rollout.weights.hashing import GLIMPSE, digest
 
 
@@ -72,8 +72,7 @@ class Versions:
 
     def of(self, policy: nn.Module) -> str:
         """The label of the policy's weights as they are now; under shards all ranks ask in step."""
-        hooks = policy._load_state_dict_post_hooks
-        if _loaded not in hooks.values():
+        if _loaded not in load_hooks(policy).values():
             policy.register_load_state_dict_post_hook(_loaded)
             self._seen = None
         seen = _Seen(
@@ -98,7 +97,7 @@ class Versions:
         if not self._run:
             drawn = secrets.token_hex(4)
             if place()[1] > 1:
-                store: Any = dist.distributed_c10d._get_default_store()
+                store: Any = default_store()
                 drawn = store.compare_set("scsdpo/weights", "", drawn).decode()
             self._run = drawn
         return self._run

@@ -1,0 +1,50 @@
+"""Private names of transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+CHECKED = ">=5.19,<5.20"
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation in force; a public method sets it and none reads it."""
+    return model.config._attn_implementation
+
+
+def has_sdpa(kind: type[PreTrainedModel]) -> bool:
+    """Whether the class can attend by torch's `scaled_dot_product_attention`."""
+    return kind._supports_sdpa
+
+
+def has_attention_interface(kind: type[PreTrainedModel]) -> bool:
+    """Whether all attention of the class goes through the functions that users can register."""
+    return kind._supports_attention_backend
+
+
+def is_stateful(kind: type[PreTrainedModel]) -> bool:
+    """Whether the class keeps a recurrent state, which cannot be cut."""
+    return kind._is_stateful
+
+
+def fill_anew(model: PreTrainedModel, part: nn.Module) -> None:
+    """Write the first values of the parameters and tables of `part` alone.
+
+    The public `init_weights` does the whole model, and skips what was loaded.
+    """
+    model._init_weights(part)
+
+
+def recorders(part: nn.Module) -> dict[str, Any]:
+    """What a model can return beside its output, such as `router_logits`, and where it is made."""
+    return getattr(part, "_can_record_outputs", None) or {}
+
+
+def conversions_at_load(model: PreTrainedModel) -> Sequence[Any] | None:
+    """How the checkpoint's tensors became the model's; None or empty: it was not loaded from one.
+
+    The public function for a class gives the conversions of its newest format.
+    """
+    return getattr(model, "_weight_conversions", None)
