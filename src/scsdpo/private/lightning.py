@@ -1,6 +1,7 @@
 """Private names of Lightning, but for its command line (`scsdpo.private.lightning_cli`)."""
 
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -107,7 +108,7 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 # ----------------------------------------------------------------- checkpoints
 
 
-class BestStates(ModelCheckpoint):
+class BestStates(ModelCheckpoint, ABC):
     """`ModelCheckpoint`, with public names for what it does with one checkpoint.
 
     Its arguments are kept in private fields, and its public methods decide and write at once.
@@ -142,10 +143,12 @@ class BestStates(ModelCheckpoint):
         """The path that `note_saved` was told last; empty: none."""
         return self._last_checkpoint_saved
 
+    @abstractmethod
     def write_last(self, trainer: L.Trainer) -> None:
         """Write the last state; called where `save_last` asks for one."""
         super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    @abstractmethod
     def write_best(self, trainer: L.Trainer, filepath: str) -> None:
         """Write one of the best; called when it is due."""
         super()._save_checkpoint(trainer, filepath)
