@@ -35,8 +35,9 @@ def world(folders, tmp_path_factory):
 @pytest.mark.parametrize("kind", CHOSEN)
 def test_ranks_train_as_one(world, kind, name):
     one, many = world("one-1") / name, world(kind) / name
-    # An embedding's B begins near 1, and AdamW divides by small numbers.
-    tolerance = 1e-5 if "adamw" in name or "ends" in name else 1e-6
+    # AdamW divides by small numbers. An embedding's B begins near 1, so that its A moves 30 times
+    # as far as the other weights do.
+    tolerance = 1e-5 if "adamw" in name else 3e-5 if "ends" in name else 1e-6
     expected, weights = torch.load(one / "weights.pt"), torch.load(many / "weights.pt")
     assert weights.keys() == expected.keys()
     for key, value in expected.items():
