@@ -37,7 +37,8 @@ def test_ranks_train_as_one(world, kind, name):
     one, many = world("one-1") / name, world(kind) / name
     # AdamW divides by small numbers. An embedding's B begins near 1, so that its A moves 30 times
     # as far as the other weights do.
-    tolerance = 1e-5 if "adamw" in name else 3e-5 if "ends" in name else 1e-6
+    # Of a base in bf16 all forwards agree to the bit, and gradients to that rounding.
+    tolerance = 1e-5 if "adamw" in name else 3e-5 if "ends" in name or "bf16 base" in name else 1e-6
     expected, weights = torch.load(one / "weights.pt"), torch.load(many / "weights.pt")
     assert weights.keys() == expected.keys()
     for key, value in expected.items():

@@ -221,8 +221,8 @@ def _descend(
     while policy.known.path is not RowPath.ALONE:
         path = policy.known.path
         found = _agreed(lambda: _compared(policy, rows, name, weights))
-        # Under shards a backward before the first step leaves the sum of an embedding's gradients in
-        # another order: steps with and without a check would differ by rounding.
+        # Under shards a backward before the first step changes the order in which an embedding's
+        # gradients are summed: steps with and without a check would differ by rounding.
         due = learns and not found.fault and not is_sharded(policy)
         if due and not clock.is_late("gradient"):
             found = _agreed(partial(_learned, policy, rows, found))
