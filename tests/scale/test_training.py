@@ -49,8 +49,9 @@ def test_ranks_train_as_one(world, kind, name):
     for record, of_one in zip(records, wanted, strict=True):
         assert record.keys() == of_one.keys()
         for key, value in of_one.items():
-            # Gaps are the rounding of two forwards in float32, and nothing else.
-            least = 1e-5 if "logprob_gap" in key else tolerance
+            # Gaps are the rounding of two forwards and nothing else: of a base in bf16, hundredths.
+            rounding = 2e-2 if "bf16 base" in name else 1e-5
+            least = rounding if "logprob_gap" in key else tolerance
             assert record[key] == pytest.approx(value, rel=10 * tolerance, abs=least), key
 
 
