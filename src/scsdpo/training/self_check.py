@@ -40,7 +40,7 @@ from scsdpo.policy import CausalLM, Rows, Weights
 from scsdpo.policy.row_path import RowPath
 from scsdpo.policy.sharding import is_sharded, local
 from scsdpo.policy.tree import SHORTEST_SHARED
-from scsdpo.records import run_folder
+from scsdpo.records import Outage, run_folder
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import Teacher
 from scsdpo.training.budget import is_out_of_memory
@@ -144,7 +144,8 @@ def check_model(
     }
     folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
     if trainer.is_global_zero and trainer.loggers:
-        write_whole(folder / NAME, json.dumps(said, indent=1) + "\n")
+        write = partial(write_whole, folder / NAME, json.dumps(said, indent=1) + "\n")
+        Outage(NAME, OSError).attempt(write)  # a disk that is full costs no run
 
 
 def examine(
