@@ -792,28 +792,30 @@ class Forwards:
             **dict.fromkeys(self.others, "others" in needs or of_objective),
         }
         # Under shards the student must run where a teacher may ask for it on some rank.
+        of_kl = "teacher_kl" in needs
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
-        in_step = of_objective or "teacher_kl" in needs or (combines and is_sharded(self.policy))
+        in_step = of_objective or ((combines or of_kl) and is_sharded(self.policy))
         for number, micro in enumerate(self.micro_batches if needs else []):
             write = partial(self._write, number)
             student = cache(partial(self._current, micro))
             if in_step:
                 student()
             if of_student:
-                logprobs, entropies = self._read(number, student())
+                logprobs, entropies, _ = self._read(number, student())
                 write(signals.student_logprob, logprobs)
                 write(signals.student_entropy, entropies)
             outputs = {slot: self.teacher(slot, number) for slot, run in asked.items() if run}
             if of_teacher and outputs["teacher"].hidden:
                 target = self._target(outputs["teacher"], student)
-                logprobs, entropies = self._read(number, target)
+                made = self._read(number, target, student() if of_kl else None)
+                logprobs, entropies, divergences = made
                 write(signals.teacher_logprob, logprobs)
                 write(signals.teacher_entropy, entropies)
-                if "teacher_kl" in needs:
-                    write(signals.teacher_kl, self._kl(number, target, student()))
+                reads = self.reads["teacher"][:, None].expand_as(batch.sampled)
+                write(signals.teacher_kl, divergences.where(self.of_tokens(number, reads), 0.0))
             for table, slot in zip(signals.others, self.others, strict=True):
                 if "others" in needs and outputs[slot].hidden:
-                    logprobs, _ = self._read(number, self._target(outputs[slot], student))
+                    logprobs, _, _ = self._read(number, self._target(outputs[slot], student))
                     reads = self.reads[slot][:, None].expand_as(batch.sampled)
                     write(table, logprobs.where(self.of_tokens(number, reads), torch.nan))
             if of_objective:
@@ -840,29 +842,20 @@ class Forwards:
 
         return logits
 
-    def _read(self, number: int, logits: LogitsOf) -> Tensor:
-        """[2, N] log-probs and entropies of a micro-batch's tokens."""
+    def _read(self, number: int, logits: LogitsOf, student: LogitsOf | None = None) -> Tensor:
+        """[3, N] log-probs and entropies of a micro-batch's tokens, and KL to the student; without
+        one, zeros.
+        """
         ids = self.of_tokens(number, self.batch.ids)
-        values, buffers = ids.new_zeros((2, len(ids)), dtype=torch.float64), Buffers()
+        values, buffers = ids.new_zeros((3, len(ids)), dtype=torch.float64), Buffers()
         for part in chunks(len(ids), self.policy.vocabulary, ids.device):
             buffers.recycle()
             here = logits(part, buffers)
             values[0, part], values[1, part] = here.logprob(ids[part]), here.entropy()
+            if student is not None:
+                far = here.log_probs - student(part, buffers).log_probs
+                values[2, part] = (here.probs * far).sum(-1).double()
         return values
-
-    def _kl(self, number: int, target: LogitsOf, student: LogitsOf) -> Tensor:
-        """[N]: KL(target || student) at a micro-batch's tokens, 0 in rows without a teacher."""
-        reads = self.reads["teacher"][:, None].expand_as(self.batch.sampled)
-        taught = self.of_tokens(number, reads)
-        values, buffers = (
-            torch.zeros(taught.shape, dtype=torch.float64, device=taught.device),
-            Buffers(),
-        )
-        for part in chunks(len(taught), self.policy.vocabulary, taught.device):
-            buffers.recycle()
-            theirs, ours = target(part, buffers).log_probs, student(part, buffers).log_probs
-            values[part] = (theirs.exp() * (theirs - ours)).sum(-1).double()
-        return torch.where(taught, values, 0.0)
 
     def _objective(
         self,
