@@ -47,6 +47,11 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return result.to(value.device)
 
 
+def all_values(values: Tensor) -> Tensor:
+    """The values [n] of all ranks, one after the other, on each of them; n may differ."""
+    return torch.cat([part.to(values.device) for part in all_gather([values.cpu()])])
+
+
 def all_gather(items: list[T]) -> list[T]:
     """The lists of all ranks (of objects that pickle), one after the other, on each of them."""
     if not (dist.is_available() and dist.is_initialized()):

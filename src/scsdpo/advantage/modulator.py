@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.contracts import declared
-from scsdpo.distributed import all_gather
+from scsdpo.distributed import all_values
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals
 from scsdpo.weighting.tokens import check_contrast, contrast
 
@@ -120,7 +120,7 @@ class TeacherInfluence(Modulator):
         """[R, L] in [0, 1): D / (D + c)."""
         kl = signals.teacher_kl
         told = kl[signals.mask & (kl > 0)]  # 0 in rows without a teacher
-        everyone = torch.cat(all_gather([told.cpu()])).numpy()  # torch's quantile has a limit
+        everyone = all_values(told.cpu()).numpy()  # torch's quantile has a limit
         most = float(np.quantile(everyone, self.quantile)) if len(everyone) else 0.0
         return kl / (kl + max(most, self.floor))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scsdpo.advantage.divergence import Divergence
 from scsdpo.contracts import declared
-from scsdpo.distributed import all_gather
+from scsdpo.distributed import all_values
 from scsdpo.loss import Chunk, Derivation, NeedsSignals, Signals, TokenLogits
 from scsdpo.state import Constant, Schedule
 
@@ -151,7 +151,7 @@ class PriorAtForks(Target):
         """[R, L]: 1 at forks, else 0."""
         entropy = signals.student_entropy
         run = entropy[signals.mask & (entropy > 0)]  # rows that are not run have none
-        everyone = torch.cat([part.to(run.device) for part in all_gather([run.cpu()])])
+        everyone = all_values(run)
         highest = everyone.topk(math.ceil(self.fork_share * len(everyone))).values
         lowest = highest[-1] if len(highest) else math.inf
         return (signals.mask & (entropy >= lowest)).double()

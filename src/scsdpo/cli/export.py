@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from scsdpo.checkpoints import Saved
 from scsdpo.cli.model_card import model_card
-from scsdpo.cli.options import OptionParser
+from scsdpo.cli.options import OptionParser, check_new_folder
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT, adapted_ends, is_tied, untie
@@ -63,8 +63,7 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     Raises:
         ConfigurationError: if `ckpt` or `out` cannot be used, or the weights do not fit the model.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigurationError(f"--out: {out} is not empty; choose a new folder")
+    check_new_folder(out)
     with blamed_on("--ckpt"):
         saved = Saved.read(ckpt)
     policy = make_policy(saved)

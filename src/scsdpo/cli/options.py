@@ -40,3 +40,13 @@ def new_file(path: Path, *suffixes: str) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse what holds something.
+
+    Raises:
+        ConfigurationError: if `path` is a file, or a folder that is not empty.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigurationError(f"--out: {path} is not empty; choose a new folder")

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning as L
 
 from scsdpo.cli.offline import run_offline
-from scsdpo.cli.options import own_parser
+from scsdpo.cli.options import check_new_folder, own_parser
 from scsdpo.data import Source, TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.files import write_whole
@@ -50,8 +50,7 @@ def main(args: Sequence[str]) -> None:
     given, rest = options().parse_known_args(args)
     if given.attempts < 1:
         raise ConfigurationError(f"--attempts must be >= 1, got {given.attempts}")
-    if given.out.exists() and not (given.out.is_dir() and not any(given.out.iterdir())):
-        raise ConfigurationError(f"--out: {given.out} is not empty; choose a new folder")
+    check_new_folder(given.out)
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         sources = data.train_sources if given.split == "train" else data.val_sources

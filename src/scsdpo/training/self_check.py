@@ -20,14 +20,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,6 +43,7 @@ from scsdpo.records import Outage, run_folder
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import Teacher
 from scsdpo.training.budget import is_out_of_memory
+from scsdpo.training.step import without_all_reduce
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
 
@@ -119,10 +119,8 @@ def check_model(
     if not policy.self_check:
         return
     trainer = host.trainer
-    strategy = trainer.strategy
-    apart = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
     started = policy.known
-    with strategy.precision_plugin.forward_context(), apart:
+    with trainer.strategy.precision_plugin.forward_context(), without_all_reduce(trainer):
         findings, left_out, seconds = examine(policy, teachers, rollout, sampling.temperature)
     name = type(policy.language_model).__name__
     if policy.known.path is not RowPath.SHARED:

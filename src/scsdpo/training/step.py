@@ -8,7 +8,7 @@ OptimizerSteps.learn        the optimizer steps on one batch
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
@@ -131,6 +131,15 @@ class Limits:
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
     """The parameters that the optimizer moves."""
     return [p for p in policy.parameters() if p.requires_grad]
+
+
+def without_all_reduce(trainer: L.Trainer) -> AbstractContextManager[Any]:
+    """Let DDP's backward make no all-reduce of its own.
+
+    `sum_gradients` makes the only one, so that ranks may run different numbers of micro-batches.
+    """
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
 
 class OptimizerSteps(nn.Module):
@@ -285,12 +294,7 @@ class OptimizerSteps(nn.Module):
             parameter.grad = None
         loss = torch.zeros((), dtype=torch.float64, device=host.device)
         outputs = []
-        strategy = host.trainer.strategy
-        # Under DDP backward makes no all-reduce of its own: `sum_gradients` makes the only one, so
-        # that ranks may run different numbers of micro-batches.
-        apart = (
-            strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
-        )
+        apart = without_all_reduce(host.trainer)
         devices = [host.device] if host.device.type == "cuda" else []
         with agreed(policy), apart, torch.random.fork_rng(devices=devices):
             # Dropout draws by the run's seed, step and rank, also in a run that was resumed.
