@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scsdpo.policy.attention import AttentionLayout
+from scsdpo.policy.layout_contract import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span
 from scsdpo.policy.transfer import upload

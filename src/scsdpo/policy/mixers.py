@@ -10,7 +10,7 @@ and adapters, and without one they do what they did.
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.layout_contract import AttentionLayout
 from scsdpo.policy.segment_states import DeltaInputs
-
-if TYPE_CHECKING:
-    from scsdpo.policy.attention import AttentionLayout
 
 
 class _GatedDeltaNet(nn.Module):
@@ -48,7 +46,7 @@ class _GatedDeltaNet(nn.Module):
         self,
         hidden_states: Tensor,
         *args: Any,
-        layout: "AttentionLayout | None" = None,
+        layout: AttentionLayout | None = None,
         **others: Any,
     ) -> Any:
         if layout is None:
@@ -111,7 +109,7 @@ class _HandsOn(nn.Module):
         self,
         hidden_states: Tensor,
         *args: Any,
-        layout: "AttentionLayout | None" = None,
+        layout: AttentionLayout | None = None,
         **others: Any,
     ) -> Any:
         if layout is not None:
@@ -158,7 +156,7 @@ def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @torch.compiler.disable  # as attention: each forward has a layout of its own
-def _convolve(layout: "AttentionLayout", layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
+def _convolve(layout: AttentionLayout, layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
     if not isinstance(conv, nn.Conv1d):  # transformers too reads the weight, past any factors
         raise ConfigurationError(
             "model.policy.adapter: factors on a convolution beside linear attention have no "
@@ -168,5 +166,5 @@ def _convolve(layout: "AttentionLayout", layer: int, inputs: Tensor, conv: nn.Co
 
 
 @torch.compiler.disable
-def _delta_rule(layout: "AttentionLayout", layer: int, inputs: DeltaInputs) -> Tensor:
+def _delta_rule(layout: AttentionLayout, layer: int, inputs: DeltaInputs) -> Tensor:
     return layout.delta_rule(layer, inputs)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scsdpo.policy.attention import AttentionLayout, use_layouts
+from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.layout_contract import AttentionLayout
 from scsdpo.policy.segment_states import (
     DeltaInputs,
     SegmentStates,
