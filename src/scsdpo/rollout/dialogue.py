@@ -1,10 +1,13 @@
-"""What stands between the turns of an episode, as token ids, for any sampler."""
+"""What stands between the turns of an episode, as token ids, and engines that go by it."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scsdpo.policy import CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.types import Episode, Prompt, Sampling, Verdict
+from scsdpo.rollout._base import Rollout
+from scsdpo.types import Episode, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Episodes
 
 CUT = "the response was cut at max_new_tokens"
@@ -123,3 +126,33 @@ def _opened(prompt: Prompt, opening: Sequence[dict[str, str]], chat: Chat) -> Pr
     if tuple(opening) == prompt.messages:
         return prompt
     return replace(prompt, messages=tuple(opening), ids=chat.render(tuple(opening), prompt.tools))
+
+
+class DialogueRollout(Rollout):
+    """An engine for which a question of one turn is a dialogue without an environment."""
+
+    @abstractmethod
+    def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+        """Responses to `dialogue.prompts`, which go on where the dialogue answers them.
+
+        Args:
+            policy: as it is now.
+            dialogue: of this batch.
+            sampling: how often, and how.
+        """
+
+    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
+        return self.draw(policy, Dialogue(prompts, sampling, policy.chat), sampling)
+
+    @property
+    def plays_episodes(self) -> bool:
+        return True
+
+    def play(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        episodes: Episodes,
+    ) -> Responses:
+        return self.draw(policy, Dialogue(prompts, sampling, policy.chat, [episodes]), sampling)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from scsdpo.policy import CausalLM
 from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.dialogue import Dialogue
+from scsdpo.rollout.dialogue import Dialogue, DialogueRollout
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.kv_cache import KVCache
 from scsdpo.rollout.hf.merged import merged_adapters
@@ -19,11 +19,10 @@ from scsdpo.rollout.hf.scheduler import Group, Scheduler
 from scsdpo.rollout.hf.shared_prefix import shared_prefix_attention
 from scsdpo.rollout.weights.hashing import digest
 from scsdpo.types import Prompt, Responses, Sampling
-from scsdpo.verifiers import Episodes
 
 
 @dataclass(frozen=True)
-class HFRollout(Rollout):
+class HFRollout(DialogueRollout):
     """Samples with the policy's own transformers model.
 
     Each distinct prompt runs once, and the responses to it attend to that one copy of its keys
@@ -71,24 +70,7 @@ class HFRollout(Rollout):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`HFRollout({name}=...)` must be >= 1, got {value}")
 
-    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
-
-    @property
-    def plays_episodes(self) -> bool:
-        return True
-
-    def play(
-        self,
-        policy: CausalLM,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        episodes: Episodes,
-    ) -> Responses:
-        dialogue = Dialogue(prompts, sampling, policy.chat, [episodes])
-        return self._drawn(policy, dialogue, sampling)
-
-    def _drawn(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+    def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
         groups = _groups(dialogue.prompts, sampling.n)
         longest = max(len(group.ids) for group in groups) + sampling.max_new_tokens - 1
         path = policy.known.of_sampler(longest)

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
-from scsdpo.rollout._base import Rollout
-from scsdpo.rollout.dialogue import Dialogue
+from scsdpo.rollout.dialogue import Dialogue, DialogueRollout
 from scsdpo.rollout.weights.versions import Versions
 from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Responses, Sampling, stable_hash
-from scsdpo.verifiers import Episodes
 
 TESTED = "0.32.0"
 """The vLLM that the tests run with; the extra `vllm` of this package names it too."""
@@ -143,7 +141,7 @@ class Engine(ABC):
         """Let go of processes, files and connections; `generate` may make them again."""
 
 
-class VLLMRollout(Rollout):
+class VLLMRollout(DialogueRollout):
     """Samples with vLLM, from the policy's weights of this moment.
 
     The weights go to the engine before sampling whenever they changed (each optimizer step), LoRA
@@ -174,23 +172,7 @@ class VLLMRollout(Rollout):
         self._version = ""
         """Label of the weights that are held; '': none are."""
 
-    def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat), sampling)
-
-    @property
-    def plays_episodes(self) -> bool:
-        return True
-
-    def play(
-        self,
-        policy: CausalLM,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        episodes: Episodes,
-    ) -> Responses:
-        return self._drawn(policy, Dialogue(prompts, sampling, policy.chat, [episodes]), sampling)
-
-    def _drawn(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
+    def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
         for prompt in dialogue.prompts:
             if not prompt.ids:
                 raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
