@@ -93,6 +93,7 @@ def test_a_run_is_one_of_scsdpo_compare_and_any_yaml_is_a_method(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.touch()
     args = study.parsed(["--methods", "sdpo", str(mine), "--out", str(tmp_path)])
+    args.start = tmp_path / "start"
     setting = {"batches": 2, "val_size": 4, "val_every": 1, "val_seed": 0}
     todo = study.jobs(args, tmp_path, [("sdpo", 1e-4), (str(mine), 1e-4)], range(2), **setting)
     assert [cell[2] for cell in todo.values()] == [0, 0, 1, 1]

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import TINY_FOLDER
+from scsdpo.policy import SHIPPED
 from scsdpo.policy.adapter import Adapter, adapted_layers
 from scsdpo.policy.names import is_factor
 
@@ -265,8 +265,7 @@ def read_config(
     Raises:
         ConfigurationError: if it is nowhere on this machine, naming the remedy.
     """
-    if name_or_path == "tiny":
-        name_or_path = str(TINY_FOLDER)
+    name_or_path = str(SHIPPED.get(name_or_path, name_or_path))
     if architecture is not None:
         return _load("--architecture", architecture)
     if Path(name_or_path).exists():

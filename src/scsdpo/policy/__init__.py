@@ -3,7 +3,7 @@
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora
 from scsdpo.policy.causal_lm import CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.location import TINY_FOLDER
+from scsdpo.policy.location import SHIPPED, TINY_FOLDER, TINY_TOOLS_FOLDER
 from scsdpo.policy.other_model import OtherModel
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner
@@ -11,7 +11,9 @@ from scsdpo.policy.stored import Stored
 from scsdpo.policy.weights import Weights
 
 __all__ = [
+    "SHIPPED",
     "TINY_FOLDER",
+    "TINY_TOOLS_FOLDER",
     "Adapter",
     "CausalLM",
     "Chat",
