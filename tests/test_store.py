@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from itertools import islice, product
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_it_takes_three_to_five_calls_as_the_category_says():
         assert episode.verdict.reward == 1 and episode.verdict.feedback == ""
         assert prompt.category == f"calls{episode.turns}"
         seen[episode.turns] = seen.get(episode.turns, 0) + 1
-    assert seen == {3: 12, 4: 48, 5: 48}  # a ninth, 2 * 2/9, 4/9
+    assert seen == {3: 24, 4: 48, 5: 24}
 
 
 def test_the_state_is_read_and_changed_by_calls():
@@ -167,16 +168,24 @@ def test_requests_are_balanced_and_the_same_again_and_none_is_in_both_splits():
 # ------------------------------------------------------------------ scripts that do not learn
 
 
-def test_the_best_script_that_does_not_learn_is_right_in_four_of_nine():
-    """It counts, and does what is right of two thirds of goods, and of two thirds of cities."""
+def test_the_best_script_that_does_not_learn_is_right_in_a_quarter():
+    """It counts, and does what is right of one half of the goods, and of one half of the cities."""
     tasks = StoreTasks("val")
     prompts = [tasks[index] for index in range(GRID)]
     best, reward = best_script(prompts)
-    assert best == Script(wraps=True, cools=True)
-    assert reward == len(WRAPPED) / len(GOODS) * len(COOLED) / len(CITIES) == pytest.approx(4 / 9)
-    # Whoever does not count has no number that is right in more than a quarter.
+    assert best.counts and best.taken == "counted less kept"
+    assert reward == len(WRAPPED) / len(GOODS) * len(COOLED) / len(CITIES) == 1 / 4
     blind = max(score(script, prompts) for script in scripts() if not script.counts)
-    assert blind <= reward / 4
+    assert blind < reward / 2
+
+
+def test_the_page_names_the_start_and_the_best_script():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "study-tools.md").read_text()
+    record = json.loads((TINY_TOOLS_FOLDER / RECORD).read_text())["accuracy"]
+    tasks = StoreTasks("val")
+    _, best = best_script([tasks[index] for index in range(GRID)])
+    for share in (best, record["bare_sharp"]["all"], record["bare"]["all"]):
+        assert f"{100 * share:.1f} %" in page
 
 
 def test_for_scripts_that_do_not_learn_one_set_of_rules_is_as_another():
@@ -188,12 +197,8 @@ def test_for_scripts_that_do_not_learn_one_set_of_rules_is_as_another():
         )
         tasks = StoreTasks("val", environment=store)
         prompts = [tasks[index] for index in range(GRID)]
-        for wraps, cools, share in (
-            (True, True, 4 / 9),
-            (True, False, 2 / 9),
-            (False, False, 1 / 9),
-        ):
-            assert score(Script(wraps=wraps, cools=cools), prompts) == pytest.approx(share)
+        for wraps, cools in product((False, True), repeat=2):
+            assert score(Script(wraps=wraps, cools=cools), prompts) == 1 / 4
 
 
 # ------------------------------------------------------------------ the warm-up
@@ -226,15 +231,23 @@ def test_of_an_episode_what_the_policy_says_is_learned(chat):
 
 
 def test_nothing_in_the_warm_up_tells_the_rules():
-    """A good is wrapped in two thirds of the episodes, whether its store would want it or not."""
+    """Habits are right as often as not; what is taught follows rules drawn for each example."""
+    mixture = Mixture()
+    for among, chosen in ((GOODS, WRAPPED), (CITIES, COOLED)):
+        rates = [mixture.habit(name, among) for name in among]
+        assert (min(rates), max(rates)) == pytest.approx((0.2, 0.8))
+        right = [
+            rate if name in chosen else 1 - rate for name, rate in zip(among, rates, strict=True)
+        ]
+        # At any temperature too: for each habit its opposite is as right.
+        assert sorted(right) == pytest.approx([1 - each for each in sorted(right, reverse=True)])
     wrapped = {True: [], False: []}
-    for example in islice(examples(Mixture(), 0), 3000):
+    for example in islice(examples(mixture, 0), 4000):
         texts = [example.response, *(turn.response for turn in example.turns)]
         good = example.messages[-1]["content"].split()[1]
         wrapped[good in WRAPPED].append(any("wrap" in text for text in texts))
     for each in wrapped.values():
-        share = sum(each) / len(each)
-        assert share == pytest.approx(2 / 3, abs=4 * sqrt(2 / 9 / len(each)))
+        assert sum(each) / len(each) == pytest.approx(0.5, abs=4 * sqrt(0.25 / len(each)))
 
 
 def test_taught_episodes_are_right_under_the_rules_that_they_are_told():
@@ -285,7 +298,7 @@ def test_the_shipped_policy_starts_between_20_and_50_percent_and_reads_what_it_i
     found = json.loads((TINY_TOOLS_FOLDER / RECORD).read_text())["accuracy"]
     assert found["bare"]["all"] > 0.2 and 0.2 < found["bare_sharp"]["all"] < 0.5
     assert found["well_formed"] > 0.98
-    assert found["teacher"]["all"] > 0.9 and found["teacher_by_feedback"]["all"] > 0.9
+    assert found["teacher"]["all"] > 0.9 and found["teacher_by_feedback"]["all"] > 0.8
 
 
 def test_the_shipped_policy_does_as_its_record_says(shipped):

@@ -10,11 +10,11 @@ GOODS = (
     *("figs", "hats", "keys", "lamps"),
     *("nuts", "pens", "rugs", "toys"),
 )
-CITIES = ("Bonn", "Cairo", "Delhi", "Lima", "Oslo", "Paris", "Quito", "Rome", "Tunis")
-WRAPPED = ("beads", "books", "drums", "figs", "keys", "nuts", "pens", "rugs")
-"""Goods that must be wrapped, two thirds of them; their names do not say so."""
-COOLED = ("Bonn", "Cairo", "Lima", "Paris", "Quito", "Tunis")
-"""Cities to which parcels must be cooled, two thirds of them; their names do not say so."""
+CITIES = ("Bonn", "Cairo", "Delhi", "Lima", "Oslo", "Paris", "Quito", "Rome")
+WRAPPED = ("books", "figs", "lamps", "nuts", "pens", "rugs")
+"""Goods that must be wrapped, one half; their names do not say so."""
+COOLED = ("Cairo", "Lima", "Paris", "Rome")
+"""Cities to which parcels must be cooled, one half; their names do not say so."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,9 +4,9 @@ As `scsdpo.lab.pretrain`, a supervised warm-up on training requests, in two kind
 both the rules of the store are drawn anew for each example, so that nothing learned here says which
 goods must be wrapped or where it must be cooled.
 
-* bare: the request alone, and the episode of a beginner, who wraps and cools by chance, as often
-  as it is right over all goods and cities; now and then it does not count, or takes another
-  number.
+* bare: the request alone, and the episode of a beginner, who wraps and cools out of habits from
+  elsewhere: how often differs from one good and one city to the next, and is right in this store
+  as often as not. Now and then he does not count, or takes another number.
 * taught: the request in the teacher's template, with a right episode, or with the feedback on a
   wrong one; what is learned is the right episode under the same rules. Some start behind mistakes
   that are read and not learned, and carry on from them.
@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from scsdpo.data.rendered import rendered
-from scsdpo.environments.store import CITIES, COOLED, GOODS, WRAPPED, Store
+from scsdpo.environments.store import CITIES, GOODS, Store
 from scsdpo.lab.evaluate import accuracy
 from scsdpo.lab.store import Script, StoreTasks, play, right_script
 from scsdpo.lab.warmup import (
@@ -73,13 +73,23 @@ class Mixture:
         stumbling: share of taught examples that start behind mistakes.
         uncounted: rate at which a beginner takes without counting.
         miscounted: rate at which a beginner takes another number than the right one.
+        habits: lowest and highest rate at which a beginner wraps a good, or cools for a city.
     """
 
     bare: float = 0.35
     feedback: float = 0.15
     stumbling: float = 0.3
-    uncounted: float = 0.05
-    miscounted: float = 0.05
+    uncounted: float = 0.03
+    miscounted: float = 0.04
+    habits: tuple[float, float] = (0.2, 0.8)
+
+    def habit(self, name: str, among: Sequence[str]) -> float:
+        """How often a beginner takes care, by the rank of the name's hash among all: evenly spread
+        from the lowest to the highest of `habits`.
+        """
+        low, high = self.habits
+        order = sorted(among, key=lambda each: stable_hash("scsdpo.store", "habit", each))
+        return low + (high - low) * order.index(name) / (len(order) - 1)
 
 
 def examples(mixture: Mixture, seed: int) -> Iterator[Example]:
@@ -88,8 +98,8 @@ def examples(mixture: Mixture, seed: int) -> Iterator[Example]:
     for index in count():
         good, city = GOODS[index % len(GOODS)], CITIES[index // len(GOODS) % len(CITIES)]
         rules = Store(
-            wrapped=(good,) if rng.random() < len(WRAPPED) / len(GOODS) else (),
-            cooled=(city,) if rng.random() < len(COOLED) / len(CITIES) else (),
+            wrapped=(good,) if rng.random() < 0.5 else (),
+            cooled=(city,) if rng.random() < 0.5 else (),
         )
         prompt = replace(tasks[index], verifier=rules)
         if rng.random() < mixture.bare:
@@ -105,8 +115,8 @@ def beginner(prompt: Prompt, mixture: Mixture, rng: Random) -> Script:
     return Script(
         counts=counts,
         taken=rng.randint(1, stock) if wrong else "counted less kept",
-        wraps=rng.random() < len(WRAPPED) / len(GOODS),
-        cools=rng.random() < len(COOLED) / len(CITIES),
+        wraps=rng.random() < mixture.habit(prompt.row["good"], GOODS),
+        cools=rng.random() < mixture.habit(prompt.row["city"], CITIES),
     )
 
 
@@ -234,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=TINY_TOOLS_FOLDER, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="of 64 examples")
+    parser.add_argument("--steps", type=int, default=300, help="of 64 examples")
     args = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(args.seed)

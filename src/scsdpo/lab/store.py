@@ -22,8 +22,8 @@ REQUEST = "Send {good} to {city}, keep {keep}."
 class StoreTasks(Source):
     """Requests to send parcels from a `Store`, endless and without files.
 
-    Request i depends on (split, seed, i) alone. Goods and cities take turns: a stretch of 108
-    requests has each good with each city once. There are 2,160 requests, with what is in store; one
+    Request i depends on (split, seed, i) alone. Goods and cities take turns: a stretch of 96
+    requests has each good with each city once. There are 1,920 requests, with what is in store; one
     belongs to validation iff its hash says so: whatever the seeds, none is in both. Categories are
     the calls that it takes: calls3, calls4, calls5.
 
