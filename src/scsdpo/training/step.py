@@ -612,6 +612,7 @@ class Forwards:
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
+        self._own = policy.adapter.current()
         self._measured: Runner | None = None
         self._pairs = self._paired()
 
@@ -737,7 +738,7 @@ class Forwards:
                 pair.runner = self._runner(pair.slots[0], reading, pair.weights)
             reads = pair.reads[micro].tolist()
             some = [row for row, read in zip(micro, reads, strict=True) if read]
-            with self.timer("teacher"):
+            with self.timer("teacher"), self.policy.in_force(pair.weights):
                 hidden, head = pair.runner.run(some, self.with_head(_both))
                 pair.runner.done(some)
             pair.made[number] = (self._placed(number, hidden, some), head) if some else None
@@ -830,10 +831,10 @@ class Forwards:
     def _current(self, micro: list[int]) -> LogitsOf:
         """The current policy on a micro-batch, without gradient; each micro-batch once."""
         if self._measured is None:
-            current = self.policy.adapter.current()
-            self._measured = self._runner("student", self.running, current)
-        hidden, head = self._measured.run(micro, self.with_head(_both))
-        self._measured.done(micro)
+            self._measured = self._runner("student", self.running, self._own)
+        with self.policy.in_force(self._own):
+            hidden, head = self._measured.run(micro, self.with_head(_both))
+            self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def _target(self, output: TeacherOutput, student: Callable[[], LogitsOf]) -> LogitsOf:
