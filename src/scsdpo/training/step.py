@@ -163,6 +163,8 @@ class OptimizerSteps(nn.Module):
         limits: of a step's gradient and memory, and of steps that achieve nothing.
         gap: how far sampler and trainer may disagree.
         objective_name: what the mean objective is called in the log.
+        prefix: of its figures in the log.
+        counts: whether strategies that remember count its steps (`Stateful.after_step`).
     """
 
     skipped: Tensor
@@ -173,9 +175,17 @@ class OptimizerSteps(nn.Module):
     """Batches in a row without anything to learn from."""
 
     def __init__(
-        self, update: "Update", *, limits: Limits, gap: GapCheck, objective_name: str
+        self,
+        update: "Update",
+        *,
+        limits: Limits,
+        gap: GapCheck,
+        objective_name: str,
+        prefix: str = "train",
+        counts: bool = True,
     ) -> None:
         super().__init__()
+        self.prefix, self.counts = prefix, counts
         self.update, self.limits, self.gap = update, limits, gap
         self.objective_name = objective_name
         self.memory = Budget("tokens of a micro-batch", REMEDY, together=True)
@@ -258,7 +268,7 @@ class OptimizerSteps(nn.Module):
             "trained_rollouts": 0 if nothing else active,
             "trained_tokens": 0 if nothing else tokens,
         }
-        log_figures(host, "train", figures | seen | gap | counts)
+        log_figures(host, self.prefix, figures | seen | gap | counts)
         self.gap.judge(gap)
         optimizer = host.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -339,7 +349,7 @@ class OptimizerSteps(nn.Module):
                 self._broken = f"model.lr_scheduler: {name}: {first_line(error)}"
         self.update.teacher.after_step(policy)
         self.update.reference.after_step(policy)
-        for part in host.modules():
+        for part in host.modules() if self.counts else ():
             if isinstance(part, Stateful):
                 part.after_step()
         self.under_way = False
@@ -348,7 +358,7 @@ class OptimizerSteps(nn.Module):
         """Count a step that has nothing to learn from; say it after a while, then stop."""
         self.skipped += 1
         self.idle += 1
-        log_figures(host, "train", {"skipped": float(self.skipped)})
+        log_figures(host, self.prefix, {"skipped": float(self.skipped)})
         if self.idle == IDLE_WARNING:
             responses = batch.judged.responses
             mean = float(responses.policy_logprobs[responses.sampled].double().mean())
@@ -358,7 +368,7 @@ class OptimizerSteps(nn.Module):
                 f"{-math.log(policy.vocabulary):.2f})"
             )
         if self.idle >= self.limits.max_idle_batches:
-            rate = float(host.trainer.callback_metrics["train/pass_rate"])
+            rate = float(host.trainer.callback_metrics[f"{self.prefix}/pass_rate"])
             raise TrainingStopped(
                 f"{int(self.idle)} batches in a row had nothing to learn from (pass rate "
                 f"{rate:.2f}): {REMEDIES[reason]}"
@@ -371,7 +381,7 @@ class OptimizerSteps(nn.Module):
         self.bad += 1
         self.skipped += 1
         rank_zero_warn(f"step skipped, not finite: {why}")
-        log_figures(host, "train", {"skipped": float(self.skipped)})
+        log_figures(host, self.prefix, {"skipped": float(self.skipped)})
         if self.bad >= self.limits.max_bad_steps:
             raise TrainingStopped(
                 f"{int(self.bad)} steps in a row were not finite (last: {why}); the weights "
