@@ -92,7 +92,10 @@ class Script:
 
     def calls(self, row: Mapping[str, Any]) -> list[str]:
         """The responses, a call each."""
-        taken = {"counted": row["stock"], "counted less kept": row["stock"] - row["keep"]}
+        taken: dict[Any, int] = {
+            "counted": row["stock"],
+            "counted less kept": row["stock"] - row["keep"],
+        }
         calls = [
             [self.counts, "count", {"good": row["good"]}],
             [True, "take", {"good": row["good"], "number": taken.get(self.taken, self.taken)}],
