@@ -250,7 +250,7 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [method for method in given.methods if not overlay(method).is_file()]
     if unknown:
         parser.error(f"--methods: {unknown[0]} is no file, and none of {', '.join(known)}")
-    if given.grid_batches > given.batches:
+    if len(given.lrs) > 1 and given.grid_batches > given.batches:
         parser.error("--grid-batches must not exceed --batches: PACED knows their questions only")
     if given.batches % given.val_every:
         parser.error("--batches must be a multiple of --val-every: the last validation is the end")
