@@ -128,7 +128,8 @@ def test_the_seconds_that_a_file_gives_to_decoding_are_those_of_plan(base, devic
             assert scsdpo("plan", *words, *rollout, f"--response-tokens={tokens}") in (0, None)
             out = capsys.readouterr().out
             found.append([_last(out, row) for row in ("sampling", "step")])
-        assert [float(x) for x in given.groups()] == [x for pair in zip(*found) for x in pair]
+        (sampling, step), (of_long, step_of_long) = found
+        assert [float(x) for x in given.groups()] == [sampling, of_long, step, step_of_long]
     assert _last(out, "vLLM, awake", column=1) == pytest.approx(more, abs=0.051)
 
 
