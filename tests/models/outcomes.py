@@ -10,6 +10,7 @@ from transformers import logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.training.self_check import examine, made_up_rows
@@ -83,7 +84,7 @@ def outcome(name: str, policy: CausalLM | None = None) -> tuple[Outcome, CausalL
         try:
             policy = CausalLM(folder)
             policy.configure_model()
-            examine(policy, {}, HFRollout(), 1.0)
+            examine(policy, {}, HFRollout(), 1.0, GapCheck())
         except ConfigurationError as error:
             said = str(error).removeprefix("model.policy.name_or_path: ")
             return Outcome(path="refused", reason=_without_figures(said.partition(";")[0])), None
