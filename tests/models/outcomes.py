@@ -56,9 +56,9 @@ adapter, precision and device, on every rank:
 
 Where a check fails the next slower path is taken, and one line says so and what it costs; where a
 row alone is wrong the model is refused. `self_check.json` in the run's folder has all figures. It
-takes ten seconds at most: what would not be over by then, as long as the last forwards took, is left
-out, which is said. An engine that starts and gets the weights for it, as it would for the first
-batch, is not counted. `model.policy.self_check: false` turns it off.
+takes ten seconds at most: what would not be over by then, by how long the last forwards took, is
+left out, which is said. An engine that starts and gets the weights for it, as it would for the
+first batch, is not counted. `model.policy.self_check: false` turns it off.
 
 ## Every architecture
 
