@@ -4,9 +4,10 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 (responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "Episode",
     "Judged",
     "Message",
+    "Moment",
     "Part",
     "Prompt",
     "Responses",
@@ -113,6 +115,15 @@ class Sampling:
         return replace(self, seed=stable_hash(resolved(self.seed), step))
 
 
+class Moment(NamedTuple):
+    """How far training had come."""
+
+    step: int
+    """Optimizer steps taken."""
+    batch: int
+    """Batches from which one was taken, at least."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Responses(_ToDevice):
     """Q x G responses, as the token ids that stand after their prompts.
@@ -153,6 +164,8 @@ class Responses(_ToDevice):
     token; layers is 0 if it says none."""
     episodes: tuple[tuple[Episode, ...], ...]
     """[Q][G] what was said turn by turn; without parts where the response is all."""
+    drawn_at: tuple[Moment, ...] = ()
+    """Of each of `labels`, when those were the policy's weights; empty: they still are."""
 
     @classmethod
     def of_one_turn(
@@ -202,6 +215,21 @@ class Responses(_ToDevice):
         """Label of the newest weights that were sampled from."""
         return self.labels[-1]
 
+    def version_of(self, q: int, g: int) -> str:
+        """Label of the newest weights that a response was sampled from."""
+        drew = self.versions[q, g][self.sampled[q, g]].tolist()
+        return self.labels[max(drew)] if drew else self.version
+
+    def ages(self, now: Moment) -> Tensor:
+        """[Q, G, L, 2] int32: optimizer steps, and batches with one, between the weights that drew
+        a token and those of `now`; 0 where nothing was sampled.
+        """
+        if not self.drawn_at:
+            return self.versions.new_zeros((*self.versions.shape, 2))
+        old = [[now.step - at.step, now.batch - at.batch] for at in self.drawn_at]
+        table = self.versions.new_tensor(old)
+        return table[self.versions.long()] * self.sampled[..., None]
+
     def __getitem__(self, questions: Sequence[int]) -> "Responses":
         """Some questions, in the order given."""
         index = list(questions)
@@ -219,7 +247,14 @@ class Responses(_ToDevice):
         Tables are as wide as the longest response of those that have questions.
         """
         every = [self, *(other.to(self.ids.device) for other in others)]
+        known = {
+            label: at
+            for each in every
+            for label, at in zip(each.labels, each.drawn_at, strict=False)
+        }
+        newest = max(known.values(), default=Moment(0, 0))
         labels = tuple(dict.fromkeys(label for each in every for label in each.labels))
+        labels = tuple(sorted(labels, key=lambda label: known.get(label, newest)))
         width = max((each.ids.shape[2] for each in every if each.prompts), default=0)
 
         def joined(name: str) -> Tensor:
@@ -240,6 +275,7 @@ class Responses(_ToDevice):
             texts=tuple(texts for each in every for texts in each.texts),
             episodes=tuple(group for each in every for group in each.episodes),
             labels=labels,
+            drawn_at=tuple(known.get(label, newest) for label in labels) if known else (),
             **dict[str, Any]({name: joined(name) for name in _tensors(self)}),
         )
 
@@ -300,6 +336,25 @@ class Judged(_ToDevice):
         return self.responses.ended
 
     @property
+    def turn_rewards(self) -> Tensor:
+        """[Q, G, T] float64: what each turn earned, T the most turns of a response; nan: it has no
+        such turn. The last one earns what its verdict has not given to earlier ones.
+        """
+        responses = self.responses
+        counts = torch.where(responses.present, responses.turns + 1, 1).amax(-1).tolist()
+        most = max((count for group in counts for count in group), default=1)
+        table = []
+        for q, group in enumerate(counts):
+            for g, count in enumerate(group):
+                verdict, row = self.verdicts[q][g], [0.0] * count
+                for turn, earned in enumerate(responses.episodes[q][g].rewards):
+                    row[min(turn, count - 1)] += earned
+                row[-1] += verdict.reward - verdict.earned
+                table.append(row + [math.nan] * (most - count))
+        rewards = torch.tensor(table, dtype=torch.float64, device=self.rewards.device)
+        return rewards.view(*self.rewards.shape, most)
+
+    @property
     def pass_rates(self) -> Tensor:
         """[Q] float64: share of successes among a question's responses, p = k / G."""
         return self.successes.double().mean(-1)
@@ -324,6 +379,30 @@ class Judged(_ToDevice):
             verdicts=tuple(row for each in (self, *others) for row in each.verdicts),
             rewards=torch.cat([self.rewards, *(each.rewards.to(device) for each in others)]),
             successes=torch.cat([self.successes, *(each.successes.to(device) for each in others)]),
+        )
+
+    def alone(self, rows: Sequence[int], prompts: Sequence[Prompt]) -> "Judged":
+        """Some responses, each as the only one to a question of its own, [N, 1, L].
+
+        Args:
+            rows: their numbers q * G + g, in the order wanted.
+            prompts: what each is a response to.
+        """
+        group, index = self.rewards.shape[1], list(rows)
+        places = [divmod(row, group) for row in index]
+        responses = self.responses
+        return replace(
+            self,
+            responses=replace(
+                responses,
+                prompts=tuple(prompts),
+                texts=tuple((responses.texts[q][g],) for q, g in places),
+                episodes=tuple((responses.episodes[q][g],) for q, g in places),
+                **{n: t.flatten(0, 1)[index][:, None] for n, t in _tensors(responses).items()},
+            ),
+            verdicts=tuple((self.verdicts[q][g],) for q, g in places),
+            rewards=self.rewards.flatten()[index][:, None],
+            successes=self.successes.flatten()[index][:, None],
         )
 
     def best_first(self, question: int) -> list[int]:

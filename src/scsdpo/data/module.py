@@ -108,6 +108,10 @@ class TaskDataModule(LightningDataModule):
         """Validation questions that are among the first ones of training; known after `setup`."""
         self.answered: Collection[tuple[str, int]] = ()
         """Questions that prediction leaves out: key, and which copy of it."""
+        self.ahead = 0
+        """Batches of training questions that are looked at before their turn."""
+        self.upcoming: tuple[tuple[Prompt, ...], ...] = ()
+        """Those that come after the training batch that was handed over last, in order."""
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
@@ -179,6 +183,19 @@ class TaskDataModule(LightningDataModule):
                 parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
         return ConcatDataset(parts)
 
+    def some(self, count: int, name: str) -> list[Prompt]:
+        """Training questions in a random order that `name` fixes, as many of each source.
+
+        Args:
+            count: at most so many.
+            name: of what they are asked for.
+        """
+        share = -(-count // len(self.train_sources))
+        chosen: list[Prompt] = []
+        for number, source in enumerate(self.train_sources):
+            chosen += islice(source.shuffled(stable_hash(name, number)), share)
+        return chosen[:count]
+
     def train_dataloader(self) -> DataLoader[Prompt]:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
         if self.trainer is not None and cast(Any, self.trainer).overfit_batches:
@@ -192,6 +209,7 @@ class TaskDataModule(LightningDataModule):
             num_replicas=ranks,
             rank=rank,
         )
+        sampler.ahead = self.ahead
         return QuestionLoader(
             self.train_set,
             batch_size=self.questions_per_batch // ranks,
@@ -257,6 +275,8 @@ class TaskDataModule(LightningDataModule):
         self, batch: PromptBatch, device: torch.device, dataloader_idx: int
     ) -> tuple[Prompt, ...]:
         """The questions; they hold no tensors."""
+        if batch.draws:
+            self.upcoming = tuple(each.prompts for each in batch.upcoming)
         return batch.prompts
 
     def _ranks(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from scsdpo import interrupt
@@ -18,12 +19,13 @@ from scsdpo.checkpoints import (
     count_batches,
     fit_weights,
     take_back,
+    under_way,
     write_whole_files,
 )
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import AbortVote
+from scsdpo.distributed import AbortVote, place
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -37,7 +39,8 @@ from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
-from scsdpo.teacher import NoTeacher, Teacher, contexts_of
+from scsdpo.teacher import External, NoTeacher, Teacher, contexts_of
+from scsdpo.training.ahead import Ahead, DrawnAhead, check_ahead
 from scsdpo.training.balancing import balance_ranks, split
 from scsdpo.training.collector import Collector
 from scsdpo.training.evaluation import Evaluation, EvaluationFiles, GatheredWeights
@@ -53,8 +56,10 @@ from scsdpo.training.run_checks import (
 from scsdpo.training.self_check import check_model
 from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
+from scsdpo.training.teacher_gain import Telling, shown_by, told_against_alone
 from scsdpo.training.trace import BatchTrace, trace_update
-from scsdpo.types import Judged, Prompt, Responses, Sampling
+from scsdpo.training.warmup import Warmup, WarmupStage
+from scsdpo.types import Judged, Moment, Prompt, Responses, Sampling
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
@@ -93,6 +98,9 @@ class PolicyOptimizer(L.LightningModule):
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
+        ahead: how many batches are drawn before their turn to be learned from.
+        warmup: supervised steps before, in which the policy learns to use what its teacher is told,
+            and the check that it can.
 
     Raises:
         ConfigurationError: if the strategies do not fit together.
@@ -125,6 +133,8 @@ class PolicyOptimizer(L.LightningModule):
         updates_per_rollout: int = 1,
         success_threshold: float = 1.0,
         limits: Limits = Limits(),
+        ahead: Ahead = Ahead(),
+        warmup: Warmup = Warmup(),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -136,6 +146,7 @@ class PolicyOptimizer(L.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
         self.success_threshold, self.limits = success_threshold, limits
+        self.ahead, self.drawn_ahead = ahead, DrawnAhead(ahead)
         strategies = Strategies(
             teacher=teacher,
             reference=reference,
@@ -147,6 +158,8 @@ class PolicyOptimizer(L.LightningModule):
             selection=selection,
         )
         strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
+        if warmup.steps:
+            warmup.check_teachers(teacher, reference)
         for slot, each in (("teacher", teacher), ("reference", reference)):
             with blamed_on(f"model.{slot}"):
                 each.check(policy)
@@ -162,6 +175,12 @@ class PolicyOptimizer(L.LightningModule):
         self.timer = self.steps.update.timer
         self.collector = Collector(rollout, verification, success_threshold, self.timer)
         self.evaluation = Evaluation(self.collector)
+        self.teacher_check = warmup.check
+        self.warmup: WarmupStage | None = None
+        if warmup.steps:
+            self.warmup = WarmupStage(
+                warmup, teacher=teacher, reference=reference, limits=limits, timer=self.timer
+            )
         self.weightings = strategies.weightings()
         self.memory = memory(self, strategies.remembering())
         self._configured = False
@@ -197,6 +216,9 @@ class PolicyOptimizer(L.LightningModule):
         """
         write_whole_files(self.trainer, resumes=stage == "fit")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit":
+            overfits = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+            check_ahead(self.ahead, data, overfits, self.steps.update.importance)
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
             if stage == "fit":
@@ -250,10 +272,11 @@ class PolicyOptimizer(L.LightningModule):
         """From here on a signal asks the run to stop, and does not end it."""
         interrupt.begin_run(AbortVote.of_ranks())
         teachers = {"teacher": self.teacher, "reference": self.reference}
-        check_model(self, self.policy, teachers, self.rollout, self.sampling)
+        check_model(self, self.policy, teachers, self.rollout, self.sampling, self.steps.gap)
 
     def on_train_start(self) -> None:
         """The state before the first batch can be saved from now on."""
+        self.drawn_ahead.begin(self.trainer.global_step)
         self.safe_point.keep(self)
 
     def on_train_batch_start(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
@@ -275,7 +298,9 @@ class PolicyOptimizer(L.LightningModule):
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""
         self.batches += 1
-        judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
+        if self._warms_up(prompts):
+            return
+        judged = self.judge(self.drawn(prompts))
         interrupt.meet()
         prepared = [self.prepare(chosen) for chosen in self.selection.select(judged)]
         shares = [balance_ranks(each, self.advantage, self.teacher) for each in prepared]
@@ -287,9 +312,76 @@ class PolicyOptimizer(L.LightningModule):
             self.steps.learn(self, self.policy, batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
 
+    def _warms_up(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether the batch was one of the warm-up; before the first other one, whether the policy
+        can use what its teacher is told.
+        """
+        telling: Telling | None = None
+        if self.warmup is not None and not self.warmup.over:
+            asked = self._asked(self.warmup.settings.questions, prompts)
+            if self.warmup.goes_on(self, self, asked):
+                self.warmup.step(self, self, prompts)
+                log_figures(self, "train", phase_metrics(self.timer, self.device))
+                return True
+            telling = self.warmup.last
+        elif int(self.batches) == 1:
+            telling = self._teacher_gain(prompts)
+        if telling is not None and self._taught_alone():
+            self.teacher_check.judge(telling)
+        return False
+
+    def _taught_alone(self) -> bool:
+        """Whether all credit is the teacher's, whose weights are the policy's."""
+        own = self.teacher.exists and not isinstance(self.teacher, External)
+        return own and self.advantage.needs_teacher and not self.advantage.needs_group
+
+    def _teacher_gain(self, prompts: Sequence[Prompt]) -> Telling | None:
+        """Told against alone, if that matters and the run is long enough for it."""
+        shown = shown_by(self.teacher.context)
+        if shown is None or not self._taught_alone() or self.policy.name_or_path == "tiny":
+            return None
+        batches = self.trainer.estimated_stepping_batches / self.updates_per_rollout
+        planned = batches * len(prompts) * place()[1]
+        if not (count := self.teacher_check.affordable(planned, shown)):
+            return None
+        room = self.collector.prompt_room(self.sampling)
+        asked = self._asked(count, prompts)
+        telling = told_against_alone(self, shown, asked, "teacher-check", room)
+        self.timer.take()  # what measuring took belongs to no step
+        log_figures(self, "check", telling.figures())
+        rank_zero_info(f"before the first step: {telling}")
+        return telling
+
+    def _asked(self, count: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Training questions of this rank to measure, the same ones each time.
+
+        Args:
+            count: at least one a rank.
+            prompts: of the batch, which are asked where the data are not a `TaskDataModule`'s.
+        """
+        rank, ranks = place()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TaskDataModule):
+            return [*prompts[: -(-count // ranks)]]
+        chat, most = self.policy.chat, data.max_prompt_tokens
+        every = [rendered(prompt, chat) for prompt in data.some(max(count, ranks), "teacher gain")]
+        short = [prompt for prompt in every if len(prompt.ids) <= most]
+        return short[rank::ranks] or [*prompts[:1]]
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is finished, and the state after it can be saved."""
+        self.drawn_ahead.finish(self.trainer.global_step)
         self.safe_point.keep(self)
+
+    def drawn(self, prompts: Sequence[Prompt]) -> Responses:
+        """Responses to the batch whose turn it is, drawn now or before."""
+        if not self.ahead.batches:
+            return self.sample(prompts, self.sampling.at(int(self.batches)))
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        step = self.trainer.global_step
+        due = self.drawn_ahead.responses(self, prompts, data.upcoming, step)
+        log_figures(self, "train", {"asked_again": self.drawn_ahead.asked_again})
+        return due.to(self.device)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
@@ -303,6 +395,7 @@ class PolicyOptimizer(L.LightningModule):
         """Contexts, weights and plan: everything before the first forward. Changes nothing."""
         contexts = contexts_of(self.teacher, self.reference, self.policy.chat, judged)
         available = self.teacher.available(contexts).to(judged.rewards.device)
+        old = judged.responses.drawn_at  # of batches that were drawn at once there is none
         return Batch.of(
             judged,
             self.advantage.planned(judged, available.view_as(judged.successes)),
@@ -310,6 +403,7 @@ class PolicyOptimizer(L.LightningModule):
             contexts,
             split(len(judged.rewards), self.updates_per_rollout),
             self.advantage.objective_name,
+            self.drawn_ahead.now(self.trainer.global_step) if old else Moment(0, 0),
         )
 
     def observe(self, judged: Judged) -> None:
@@ -412,6 +506,9 @@ class PolicyOptimizer(L.LightningModule):
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
             )
         self.safe_point.into(checkpoint, self)
+        if self.ahead.batches and self.trainer.state.fn == "fit":
+            begun, step = under_way(self.trainer), self.trainer.global_step
+            checkpoint["ahead"] = self.drawn_ahead.saved(step, under_way=begun)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""
@@ -421,6 +518,8 @@ class PolicyOptimizer(L.LightningModule):
         if self.policy_only:
             return
         self.safe_point.validated = checkpoint.get("validated", -1)
+        if self.ahead.batches and "ahead" in checkpoint:
+            self.drawn_ahead.load(checkpoint["ahead"])
 
         def renewed() -> tuple[torch.optim.Optimizer, Any]:
             optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
