@@ -83,7 +83,7 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
 
 @torch.no_grad()
 def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
-    """Every weight of the model without its adapters."""
+    """Every weight of the model without its adapters, in plain numbers."""
     model = policy.language_model
     reshard(model)
     plain = (
@@ -218,7 +218,7 @@ def share_kept(layers: Sequence[LoraLayer], dtype: torch.dtype) -> float | None:
     """
     changed = kept = 0
     for layer in layers:
-        merged, weight = merged_layer(layer).weight, layer.get_base_layer().weight
+        merged, weight = merged_layer(layer).weight, whole_weight(layer.get_base_layer().weight)
         changed += int((merged != weight).sum())
         kept += int((merged.to(dtype) != weight.to(dtype)).sum())
     return kept / changed if changed else None
