@@ -52,8 +52,8 @@ class HFRollout(DialogueRollout):
             single response and its prompt may exceed it. Must be >= 1.
         max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
         merged: sample from a copy of the weights that LoRA adapts, its factors merged into them,
-            where half of the free memory holds it. `false`: factors run beside their layers, slower,
-            and nothing is copied.
+            where half of the free memory holds it. `false`: nothing is copied, and factors run
+            beside their layers, slower.
         note_experts: keep to which experts each token was sent, 2 layers k bytes a token, so that
             `train/experts_differ` shows the share that the trainer sends to others. A model
             without experts, and one that draws with transformers' own cache, has none to note.
