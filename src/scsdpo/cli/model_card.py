@@ -84,7 +84,9 @@ def model_card(saved: Saved, *, adapter: bool) -> str:
 
 
 def _adapter(base: str, quantization: Any) -> str:
-    given = quantization if isinstance(quantization, dict) else {"class_path": str(quantization)}
+    given: Any = quantization
+    if not isinstance(quantization, dict):
+        given = {"class_path": str(quantization)}
     if given["class_path"].rpartition(".")[2] != "NF4":
         return _ADAPTER.format(base=base, bits="")
     bits = _BITS.format(double=given.get("init_args", {}).get("double_quant", True))

@@ -5,7 +5,6 @@ export see the numbers that the layers multiply with.
 """
 
 import importlib.util
-import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -93,8 +92,6 @@ class NF4(Quantization):
             )
 
     def loading(self, dtype: torch.dtype) -> dict[str, Any]:
-        # On some CPUs its import says that a kernel is missing, which is not used here.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
