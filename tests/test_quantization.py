@@ -23,7 +23,7 @@ from scsdpo.policy.quantization import (
     scales_of,
 )
 from scsdpo.policy.row_path import RowPath
-from scsdpo.rollout import HFRollout
+from scsdpo.rollout import Colocated, HFRollout
 from scsdpo.rollout.hf import merged
 from scsdpo.rollout.weights.hashing import digest
 from scsdpo.rollout.weights.stream import base_weights, merged_weights, share_kept
@@ -212,6 +212,12 @@ def test_the_base_goes_over_once_and_the_adapter_alone_each_time(qwen3):
     assert send(policy, sink, "3", supported=None) == [("3", count)]
 
 
+def test_an_engine_in_the_process_is_given_room_for_plain_weights(qwen3):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=4, seed=0))
+    policy.configure_model()
+    assert Colocated()._bytes(make(qwen3)) == Colocated()._bytes(policy)
+
+
 def test_bases_with_other_scales_alone_are_told_apart(tmp_path):
     """Twice the matrices have the same 4 bits."""
     digests = []
@@ -268,6 +274,23 @@ def test_tokens_are_drawn_with_the_trainers_probabilities(room, qwen3, monkeypat
             said = logits.log_softmax(-1).gather(-1, ids[0, len(prompt.ids) :, None])[:, 0]
             found = drawn.policy_logprobs[q, g, :n]
             torch.testing.assert_close(found.float(), said, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["qwen3_5", "qwen3_next", "lfm2", "olmo3"])
+def test_other_layers_and_experts_beside_linear_ones_in_4_bits(folder, request):
+    """Convolutions and fused experts stay plain, and so do the names and parts of checkpoints."""
+    folder = request.getfixturevalue(folder)
+    policy = make(folder)
+    findings, _, _ = self_check.examine(policy, {}, HFRollout(), 1.0)
+    assert findings and all(not finding.fault for finding in findings)
+    plain = CausalLM(str(folder), adapter=Lora(r=4, seed=0))
+    plain.configure_model()
+    for view in (merged_weights, base_weights):
+        expected, found = (
+            {name: value.shape for name, value in view(each, torch.float32)}
+            for each in (plain, policy)
+        )
+        assert found == expected
 
 
 def test_the_self_check_finds_rows_and_sampler_right(qwen3):

@@ -82,6 +82,9 @@ def _own(setup: Setup) -> list[_Change]:
         room = setup.sampler.max_tokens // 4
         words = f"model.rollout.init_args.max_tokens={room}"
         found.append(_Change(words=words, apply=lambda s: _with_cache(s, room)))
+    if setup.sampler.merges and not setup.counted.whole:
+        words = "model.rollout.init_args.merged=false"
+        found.append(_Change(words=words, apply=_apart))
     for second in setup.seconds:
         if second.kind == "external" and not second.stored.on_host and setup.devices.kind == "cuda":
             words = f"model.{second.slot}.on_host=true"
@@ -110,6 +113,10 @@ def _hosted(second: SecondWeights, setup: Setup) -> Setup:
 
 def _with_cache(setup: Setup, tokens: int) -> Setup:
     return replace(setup, sampler=replace(setup.sampler, max_tokens=tokens))
+
+
+def _apart(setup: Setup) -> Setup:
+    return replace(setup, sampler=replace(setup.sampler, merges=False))
 
 
 def on_ranks(setup: Setup, ranks: int, *, sharded: bool) -> Setup:

@@ -217,8 +217,10 @@ def setup_of(
     measured = Measured()
     if not shapes.is_plain:
         measured = measured_layers(config, shapes, policy.adapter, dtype, autocast=autocast)
-    with blamed_on("model.policy.name_or_path"):
-        quantization = quantization_of(config, policy.quantization)
+    quantization = policy.quantization
+    if "policy" in names:  # what its own config.json says is not known yet
+        with blamed_on("model.policy.name_or_path"):
+            quantization = quantization_of(config, quantization)
     refuse_full(policy.adapter, quantization)
     if devices.sharded and not isinstance(quantization, Unquantized):
         raise ConfigurationError(IN_SHARDS)

@@ -156,16 +156,14 @@ def plain_weight(weight: Tensor) -> Tensor:
     return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, state)
 
 
-def plain_size(layer: nn.Module) -> int:
-    """Bytes of the weight of a linear layer in plain numbers."""
-    weight: Any = layer.weight
+def plain_elements(weight: Tensor) -> int:
+    """Elements of a weight in plain numbers."""
     state = scales_of(weight)
-    return weight.nbytes if state is None else state.shape.numel() * state.dtype.itemsize
+    return weight.numel() if state is None else state.shape.numel()
 
 
-def plain_dtype(layer: nn.Module) -> torch.dtype:
-    """Dtype of the weight of a linear layer in plain numbers."""
-    weight: Any = layer.weight
+def plain_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of a weight in plain numbers."""
     state = scales_of(weight)
     return weight.dtype if state is None else state.dtype
 

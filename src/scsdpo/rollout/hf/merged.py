@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.adapter import STUDENT, merged_layer
-from scsdpo.policy.quantization import is_quantized, plain_dtype, plain_size
+from scsdpo.policy.quantization import is_quantized, plain_dtype, plain_elements
 
 
 @contextmanager
@@ -24,20 +24,20 @@ def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
     with plain LoRA factors (DoRA), the adapted layers run as they are: the same numbers, slower.
     """
     adapted = [
-        (parent, name, layer)
+        (parent, name, layer, layer.get_base_layer().weight)
         for parent in model.modules()
         for name, layer in parent.named_children()
         if isinstance(layer, LoraLayer) and _is_plain(layer)
     ]
-    size = sum(plain_size(layer.get_base_layer()) for _, _, layer in adapted)
+    size = sum(plain_elements(w) * plain_dtype(w).itemsize for _, _, _, w in adapted)
     if 2 * size > _free_bytes(model.device):
         adapted = []
-    for parent, name, layer in adapted:
-        setattr(parent, name, merged_layer(layer).to(plain_dtype(layer.get_base_layer())))
+    for parent, name, layer, weight in adapted:
+        setattr(parent, name, merged_layer(layer).to(plain_dtype(weight)))
     try:
         yield
     finally:
-        for parent, name, layer in adapted:
+        for parent, name, layer, _ in adapted:
             setattr(parent, name, layer)
 
 
