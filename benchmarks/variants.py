@@ -36,6 +36,16 @@ def rate(lr: str) -> str:
 COOLER = "--model.sampling.temperature=0.6"
 FROZEN = "--model.teacher=Frozen"
 ADAPTER = "--model.policy.adapter"
+GOLD = (
+    "--model.warmup.examples="
+    "{class_path: GoldAnswers, init_args: {response: 'The answer is {answer}.'}}"
+)
+WARM = (
+    "--model.warmup.steps=30",
+    GOLD,
+    "--trainer.max_steps=60",
+    "--trainer.val_check_interval=30",
+)
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 """As configs/smollm2-lora.yaml."""
 VARIANTS = {
@@ -52,6 +62,10 @@ VARIANTS = {
     ),
     "sc-sdpo-lr5e-6": Variant("sc-sdpo", (rate("5e-6"),)),
     "sc-sdpo-overlong": Variant("sc-sdpo", ("--model.token_weighting=Overlong",)),
+    "warm-sc-sdpo": Variant("sc-sdpo", WARM),
+    "warm-grpo": Variant("grpo", WARM),
+    "warm-trusted-hybrid": Variant("trusted-hybrid", WARM),
+    "warm-only": Variant("sc-sdpo", (*WARM, "--model.warmup.steps=60")),
     "hybrid-50": hybrid(0.5),
     "hybrid-99": hybrid(0.99),
     "lora-5e-4": Variant(
@@ -65,7 +79,8 @@ VARIANTS = {
 }
 """t06: sampled at temperature .6. frozen, trust: another teacher, shown the same. gold: the
 teacher is shown the data's answer. self: a lone success is shown to itself. overlong: nothing is
-learned from responses cut off at 40."""
+learned from responses cut off at 40. warm: 30 supervised steps before as many of the method
+(`model.warmup`), with the data's answers; warm-only: 60 of them."""
 
 
 def find(method: str) -> Variant:

@@ -111,6 +111,9 @@ class TablePolicy(nn.Module):
     def sampling_mode(self):
         return nullcontext(self)
 
+    def in_force(self, weights):
+        return nullcontext(self)
+
     def _hidden(self, table, rows):
         places = [
             state(prompt, previous)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -89,6 +90,23 @@ def printed(scsdpo, capsys, *args):
     capsys.readouterr()
     assert scsdpo("fit", *args, "--print_config") in (0, None)
     return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda p: p.stem)
+def test_a_configuration_for_gpus_has_a_fused_optimizer_and_a_large_model_is_checkpointed(base):
+    config = yaml.safe_load(base.read_text())
+    model = config["model"]
+    if config["trainer"].get("precision") != "bf16-mixed":
+        return  # for a CPU, too
+    optimizer = model["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    weight = torch.nn.Parameter(torch.ones(3))
+    made = torch.optim.AdamW([weight], **optimizer["init_args"])
+    weight.grad = torch.ones(3)
+    made.step()
+    assert made.defaults["fused"] is True and (weight < 1).all()
+    billions = float(re.search(r"-([\d.]+)B", model["policy"]["name_or_path"])[1])
+    assert billions < 4 or model["policy"]["gradient_checkpointing"] is True
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)

@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
 
-from scsdpo.policy import CausalLM
+from batches import ALL, METHODS, parts
+from scsdpo.policy import CausalLM, FullFineTune, Lora
+from scsdpo.policy.runner import SharedPrompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -46,3 +50,33 @@ def test_a_layer_takes_at_most_650_kernels_and_a_call_for_each_level(qwen3, task
 def test_calls_do_not_grow_with_the_questions(qwen3, task):
     few, many = (counted(qwen3, task, questions, 1) for questions in (3, 8))
     assert few.calls == many.calls
+
+
+@pytest.mark.parametrize("adapter", [FullFineTune(), Lora(r=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["sc-sdpo", "hybrid+anchor+entropy"])
+def test_a_model_goes_into_eval_mode_and_back_once_a_teachers_turn(
+    adapter, method, qwen3, monkeypatch
+):
+    """Each way is a walk over all modules, however many forwards of prompts the turn has."""
+    policy = CausalLM(str(qwen3), adapter=adapter)
+    policy.configure_model()
+    advantage, rest = METHODS[method]()
+    batch, update = parts(policy, advantage, **rest)
+    walks, turns, forwards = [], [], []
+
+    def note(kind, name, notes, of):
+        plain = getattr(kind, name)
+        noting = lambda self, *args: (notes.append(of(self)), plain(self, *args))[1]  # noqa: E731
+        monkeypatch.setattr(kind, name, noting)
+
+    note(torch.nn.Module, "train", walks, lambda module: isinstance(module, Qwen3ForCausalLM))
+    note(SharedPrompts, "run", turns, lambda runner: runner._within is not policy)
+    note(CausalLM, "run", forwards, lambda _: True)
+    micro_batches = 0
+    for output, _ in update.losses(policy, batch, ALL, 1):
+        output.loss.backward()
+        micro_batches += 1
+    assert micro_batches > 2 and len(forwards) > sum(turns) >= micro_batches
+    assert sum(walks) == 2 * sum(turns)
+    models = [m for m in (*policy.modules(), *update.teacher.modules()) if m is not policy]
+    assert all(m.training for m in models)

@@ -6,7 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
 
@@ -14,7 +20,8 @@ import models
 from batches import METHODS, double_policy, parts
 from batches import gradient as step_gradient
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import CausalLM, Lora
+from scsdpo.policy import CausalLM, Lora, Rows
+from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.row_path import RowPath
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span, delta_rule_one
@@ -124,6 +131,32 @@ def test_a_step_is_that_of_rows_apart_and_its_teacher_follows(qwen3_5, method, e
         assert (grads[name] - grad).abs().max() <= 1e-9 * scale, name
 
 
+def test_packed_rows_take_no_more_memory_than_rows_apart(tmp_path):
+    """Of the default budget of CPU in small: packed rows fill it, and of rows apart one fits."""
+    wide = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    sizes = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    config = Qwen3_5TextConfig(
+        **models._common(tie=True, vocab=models.TOKENS) | models._DELTA | wide | heads | sizes
+    )
+    policy = CausalLM(
+        str(models._save(tmp_path, Qwen3_5ForCausalLM, config, dtype=torch.float32, seed=0))
+    )
+    policy.configure_model()
+    ids = torch.randint(3, 250, (8, 32))
+    every = torch.ones_like(ids).bool()
+    prompt = tuple(torch.randint(3, 250, (125,)).tolist())
+    rows = Rows(prompts=[prompt] * 8, ids=ids, present=every, sampled=every, pad_id=0)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def peak(kind):
+        runner = kind(policy, rows, range(8), 256)
+        return peak_bytes(lambda: learn(runner, rows), torch.device("cpu"))
+
+    assert peak(SharedPrompts) < 0.95 * peak(SeparateRows)
+
+
 TREE = (
     Span(0, 70, above=None),
     Span(70, 1, above=0),
@@ -169,7 +202,7 @@ def test_the_delta_rule_of_a_tree_is_that_of_each_path_token_by_token(way, monke
     inputs = inputs._replace(decay=-inputs.decay.exp(), rate=inputs.rate.sigmoid())
     states = SegmentStates(TREE, ENDS, torch.device("cpu"))
     monkeypatch.setattr("scsdpo.policy.segment_states.import_module", lambda _: Kernel)
-    mixed, ends = getattr(states, way)(inputs, lambda: before, True)
+    mixed, ends = getattr(states, way)(inputs, before, True)
     found, wanted = [], []
     for number, (earlier, places, length) in enumerate(paths()):
         q, k, v, g, b = (x[None, places] for x in inputs)

@@ -351,6 +351,15 @@ def test_products_of_bf16_are_kept_in_float32_where_a_device_can(monkeypatch):
         library._destroy()
 
 
+@pytest.mark.parametrize(
+    ("memory_gib", "table_gib"), [(141, 1), (128, 1), (80, 80 / 128), (24, 0.25)]
+)
+def test_a_chunk_on_cuda_has_a_gibibyte_or_its_share_of_a_smaller_device(memory_gib, table_gib):
+    vocabulary = 151936
+    rows = kernel.chunk_rows(vocabulary, "cuda", memory_gib * 2**30)
+    assert rows * 4 * vocabulary <= table_gib * 2**30 < (rows + 1) * 4 * vocabulary
+
+
 def test_a_forbidden_token_adds_nothing_to_the_entropy_and_a_spoiled_one_shows():
     z = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0]])
     entropy = TokenLogits(z).entropy()

@@ -11,14 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import check
 import real
 import real_report
-import teacher_warmup
 import variants
 
 from real_rows import row
 from scsdpo.cli.compare import job
 from scsdpo.comparison import DONE
-from scsdpo.lab import Arithmetic
-from scsdpo.policy import CausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +29,16 @@ FROZEN = {TEACHER: "scsdpo.teacher.Frozen", **SHOWN}
 LR = ("optimizer", "init_args", "lr")
 PARTS = ("advantage", "init_args", "parts")
 ADAPTER = ("policy", "init_args", "adapter")
+WARM = {
+    ("warmup", "steps"): 30,
+    ("warmup", "examples", "class_path"): "scsdpo.training.warmup.GoldAnswers",
+    ("warmup", "examples", "init_args", "response"): "The answer is {answer}.",
+}
 CHANGED = {
+    "warm-sc-sdpo": WARM | {TEACHER: "scsdpo.teacher.EMA"},
+    "warm-grpo": WARM | {("advantage", "class_path"): "scsdpo.advantage.GroupRelative"},
+    "warm-trusted-hybrid": WARM,
+    "warm-only": WARM | {("warmup", "steps"): 60},
     "sc-sdpo-t06": COOLER | {TEACHER: "scsdpo.teacher.EMA"},
     "sc-sdpo-t06-frozen": COOLER | FROZEN,
     "sc-sdpo-topp": {("sampling", "top_p"): 0.9, ("sampling", "temperature"): 1.0},
@@ -254,21 +260,3 @@ def test_pairs_of_another_policy_are_its_methods_and_variants():
     assert pair.change == variants.words("sc-sdpo-t06") and pair.length == ()
     assert "--model.policy.name_or_path=/some/where/smol" in check.asked(pair, 8)
     assert set(check.CHANGES) < set(known)
-
-
-# ------------------------------------------------------------------ warm-up
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_warm_up_learns_the_response_and_not_the_prompt(plain):
-    policy = CausalLM("tiny")
-    question = Arithmetic("train")[0]
-    said = f"The answer is {question.answer}."
-    ids, labels = teacher_warmup.example(policy, question, plain)
-    length = int((labels == -100).sum())
-    assert (labels[:length] == -100).all() and (labels[length:] == ids[length:]).all()
-    response = policy.chat.tokenizer.decode(ids[length:-1])
-    assert response == said and ids[-1] in policy.chat.eos_ids
-    prompt = policy.chat.tokenizer.decode(ids[:length])
-    assert (said in prompt) == (not plain)
-    assert (ids[:length].tolist() == list(policy.chat.render(question.messages))) == plain

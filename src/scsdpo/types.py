@@ -326,6 +326,30 @@ class Judged(_ToDevice):
             successes=torch.cat([self.successes, *(each.successes.to(device) for each in others)]),
         )
 
+    def alone(self, rows: Sequence[int], prompts: Sequence[Prompt]) -> "Judged":
+        """Some responses, each as the only one to a question of its own, [N, 1, L].
+
+        Args:
+            rows: their numbers q * G + g, in the order wanted.
+            prompts: what each is a response to.
+        """
+        group, index = self.rewards.shape[1], list(rows)
+        places = [divmod(row, group) for row in index]
+        responses = self.responses
+        return replace(
+            self,
+            responses=replace(
+                responses,
+                prompts=tuple(prompts),
+                texts=tuple((responses.texts[q][g],) for q, g in places),
+                episodes=tuple((responses.episodes[q][g],) for q, g in places),
+                **{n: t.flatten(0, 1)[index][:, None] for n, t in _tensors(responses).items()},
+            ),
+            verdicts=tuple((self.verdicts[q][g],) for q, g in places),
+            rewards=self.rewards.flatten()[index][:, None],
+            successes=self.successes.flatten()[index][:, None],
+        )
+
     def best_first(self, question: int) -> list[int]:
         """The successes of a question: the highest reward first, of equals the first in order."""
         rewards = self.rewards[question].tolist()

@@ -23,8 +23,8 @@ import runs  # noqa: F401 - its sources go by `runs.Toys`
 import scsdpo.cli.lightning_cli  # noqa: F401 - before the forks
 from scsdpo.__main__ import main as command
 from scsdpo.checkpoints import Checkpoint
-from scsdpo.rollout import HFRollout
 from scsdpo.training import OptimizerSteps, PolicyOptimizer
+from scsdpo.training.collector import Collector
 from scsdpo.verifiers import VerifierPool
 
 _MOMENT = 0.03
@@ -84,7 +84,7 @@ def acting_at(acts):
 
 def mark_phases(path):
     marked(PolicyOptimizer, "configure_model", "start", path)
-    marked(HFRollout, "sample", "sampling", path)
+    marked(Collector, "sample", "sampling", path)  # of batches, not of the self-check
     marked(VerifierPool, "verify", "verifying", path)
     marked(OptimizerSteps, "learn", "update", path)
     marked(PolicyOptimizer, "on_validation_epoch_start", "validation", path)

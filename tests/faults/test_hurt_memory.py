@@ -44,7 +44,7 @@ class Scarce:
 
 def fitted(folder, root, *, error=CPU, at=(), **settings):
     """A run in float64, and its policy's and teacher's weights."""
-    policy = CausalLM(str(folder))
+    policy = CausalLM(str(folder), self_check=False)  # whose forwards are not counted
     policy.configure_model()
     model = module(folder, policy.double(), **settings)
     scarce = Scarce(policy, error, at)
@@ -126,6 +126,14 @@ def test_memory_that_runs_out_in_the_optimizer_stops_the_run_and_saves_no_half(q
 def test_another_error_of_the_same_type_is_not_taken_for_memory(qwen3, tmp_path):
     with pytest.raises(RuntimeError, match="shapes"):
         fitted(qwen3, tmp_path, error=RuntimeError("shapes cannot be multiplied"), at=(2,))
+
+
+def test_memory_that_does_not_suffice_for_the_self_check_is_said_in_one_line(qwen3, tmp_path):
+    policy = CausalLM(str(qwen3))
+    policy.configure_model()
+    Scarce(policy, CPU, at=(1,))
+    with pytest.raises(TrainingStopped, match=r"out of memory in the self-check.* Lora"):
+        trainer(tmp_path).fit(module(qwen3, policy), data())
 
 
 def test_sampling_is_done_again_with_fewer_rows_in_flight(qwen3, tmp_path, monkeypatch):

@@ -12,13 +12,14 @@ from torch import Tensor
 from scsdpo.analysis.directions import Directions, directions
 from scsdpo.analysis.looking import Looking
 from scsdpo.analysis.teacher_distance import distances
-from scsdpo.analysis.telling import Telling, tellings
+from scsdpo.analysis.telling import tellings
 from scsdpo.analysis.told import told
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.statistics import Estimate, score_interval
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Judged, Prompt, Verdict, stable_hash
+from scsdpo.training.teacher_gain import Telling
+from scsdpo.types import Judged, Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,7 @@ def measure(
     Raises:
         ConfigurationError: if there are fewer than two questions.
     """
-    share = -(-questions // len(data.train_sources))
-    chosen: list[Prompt] = []
-    for number, source in enumerate(data.train_sources):
-        order = source.shuffled(stable_hash("scsdpo.check", number))
-        chosen += [prompt for prompt, _ in zip(order, range(share), strict=False)]
-    chosen = chosen[:questions]
+    chosen = data.some(questions, "scsdpo.check")
     data.val_sources = [told(chosen)]
     data.val_questions_per_batch = len(chosen)
     check = _Check(model, with_directions)

@@ -1,43 +1,19 @@
 """What a teacher is told before training, and how much better it answers then."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-from scsdpo.statistics import Estimate, paired_interval, score_interval
-from scsdpo.teacher import (
-    Context,
-    Feedback,
-    GoldSolution,
-    RememberedDemonstration,
-    SiblingDemonstration,
-)
+from scsdpo.teacher import Feedback, GoldSolution, SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
-from scsdpo.types import Judged, Prompt, TeacherContexts
-
-Shown = SiblingDemonstration | GoldSolution
-"""Contexts of which another question's demonstration can take the place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Telling:
-    """One way of telling the teacher something: accuracy of responses drawn after its prompt."""
-
-    without: Estimate
-    """The policy's own accuracy on the same questions, in responses drawn anew: those that are
-    shown were chosen for a success."""
-    told: Estimate
-    gain: Estimate
-    """Paired by question."""
-    beyond_another: Estimate | None = None
-    """Of `configured`: told minus that told of another question, paired by question."""
-
-
-class Asked(NamedTuple):
-    """A question, and what is read in its place; empty: there is nothing to tell."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
+from scsdpo.training.teacher_gain import (
+    Asked,
+    Telling,
+    demonstration,
+    gain_over,
+    pass_rates,
+    shown_by,
+)
+from scsdpo.types import Judged, TeacherContexts
 
 
 def tellings(
@@ -59,11 +35,11 @@ def tellings(
     ways = {"configured": configured, "another": another, **_others(model, halves)}
     ways = {name: asked for name, asked in ways.items() if len(asked) > 1}
     prompts = {one.prompt.key: one.prompt for asked in ways.values() for one in asked}
-    own = _rates(model, "own", [Asked(prompt, prompt.ids) for prompt in prompts.values()])
-    told = {name: _rates(model, name, asked) for name, asked in ways.items()}
-    found = {name: _telling(rates, own) for name, rates in told.items()}
+    own = pass_rates(model, "own", [Asked(prompt, prompt.ids) for prompt in prompts.values()])
+    told = {name: pass_rates(model, name, asked) for name, asked in ways.items()}
+    found = {name: Telling.of(rates, own) for name, rates in told.items()}
     if "another" in found:
-        beyond = _gain(told["configured"], told["another"])
+        beyond = gain_over(told["another"], told["configured"])
         found["configured"] = replace(found["configured"], beyond_another=beyond)
     return found
 
@@ -96,55 +72,18 @@ def _swapped(
     model: PolicyOptimizer, halves: Sequence[Judged], configured: Sequence[Asked]
 ) -> list[Asked]:
     """Each question that is shown a demonstration, with the next one's."""
-    shown_by = _shown_by(model.teacher.context)
-    if shown_by is None:
+    words = shown_by(model.teacher.context)
+    if words is None:
         return []
     told = {one.prompt.key for one in configured}
     shown = [
         (prompt, text)
         for judged in halves
         for q, prompt in enumerate(judged.prompts)
-        if prompt.key in told and (text := _demonstration(shown_by, q, judged))
+        if prompt.key in told and (text := demonstration(words, q, judged))
     ]
     return [
         Asked(prompt, ids)
         for (prompt, _), (_, text) in zip(shown, shown[1:] + shown[:1], strict=True)
-        if (ids := shown_by.show(model.policy.chat, prompt, text))
+        if (ids := words.show(model.policy.chat, prompt, text))
     ]
-
-
-def _shown_by(context: Context) -> Shown | None:
-    if isinstance(context, RememberedDemonstration):
-        return context.demonstration
-    return context if isinstance(context, SiblingDemonstration | GoldSolution) else None
-
-
-def _demonstration(shown_by: Shown, question: int, judged: Judged) -> str:
-    if isinstance(shown_by, GoldSolution):
-        return judged.prompts[question].answer
-    return shown_by.demonstration(question, -1, judged)  # to none of them
-
-
-def _rates(model: PolicyOptimizer, name: str, asked: Sequence[Asked]) -> dict[str, float]:
-    """Pass rate of each question, by its key."""
-    prompts = [  # keys of their own, for draws of their own
-        replace(one.prompt, key=f"{name}/{one.prompt.key}", ids=one.ids) for one in asked
-    ]
-    if not prompts:
-        return {}
-    rates = model.judge(model.sample(prompts, model.sampling.at(0))).pass_rates.tolist()
-    return {one.prompt.key: rate for one, rate in zip(asked, rates, strict=True)}
-
-
-def _telling(told: dict[str, float], own: dict[str, float]) -> Telling:
-    return Telling(
-        without=score_interval([own[key] for key in told]),
-        told=score_interval([*told.values()]),
-        gain=_gain(told, own),
-    )
-
-
-def _gain(told: dict[str, float], without: dict[str, float]) -> Estimate:
-    """Of the questions that have both."""
-    both = [key for key in told if key in without]
-    return paired_interval([without[key] for key in both], [told[key] for key in both])

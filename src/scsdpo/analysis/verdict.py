@@ -111,7 +111,10 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}; {gain.n} questions)"
     )
     better = " or ".join(_used(found)) or "more"
-    remedy = f"tell it {better}, or rely on rewards: {HYBRID}"
+    remedy = (
+        f"tell it {better}, teach the policy to use it before (model.warmup.steps), or rely on "
+        f"rewards: {HYBRID}"
+    )
     if gain.low > 0:
         yield Remark(level="good", text=text)
     elif gain.high < 0:

@@ -179,6 +179,19 @@ class TaskDataModule(LightningDataModule):
                 parts.append(Rendered(head, source.name, chat, self.max_prompt_tokens))
         return ConcatDataset(parts)
 
+    def some(self, count: int, name: str) -> list[Prompt]:
+        """Training questions in a random order that `name` fixes, as many of each source.
+
+        Args:
+            count: at most so many.
+            name: of what they are asked for.
+        """
+        share = -(-count // len(self.train_sources))
+        chosen: list[Prompt] = []
+        for number, source in enumerate(self.train_sources):
+            chosen += islice(source.shuffled(stable_hash(name, number)), share)
+        return chosen[:count]
+
     def train_dataloader(self) -> DataLoader[Prompt]:
         """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
         if self.trainer is not None and cast(Any, self.trainer).overfit_batches:

@@ -120,6 +120,7 @@ class CausalLM(nn.Module):
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
         self._held: list[PreTrainedModel] = []
+        self._in_force: tuple[Weights, PreTrainedModel] | None = None
         self.register_state_dict_post_hook(_drop_unsaved)
 
     def configure_model(self, *, to_shard: bool = False) -> None:
@@ -336,9 +337,27 @@ class CausalLM(nn.Module):
             part.weight = nn.Parameter(part.weight.detach().to(narrow), requires_grad=False)
         return plain
 
+    @contextmanager
+    def in_force(self, weights: Weights) -> Iterator[PreTrainedModel]:
+        """The model with another set of weights, for inference; no other may run meanwhile.
+
+        Each way is a walk over all modules. Forwards that follow one another share it: inside,
+        `run` with these weights switches nothing.
+        """
+        if self._in_force and self._in_force[0] is weights:
+            yield self._in_force[1]
+            return
+        assert self._in_force is None, "another set of weights is in force"
+        with weights.active(self.wrapped) as model, _inference(model):
+            self._in_force = weights, model
+            try:
+                yield model
+            finally:
+                self._in_force = None
+
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
-        with weights.active(self.wrapped) as model, _inference(model):
+        with self.in_force(weights) as model:
             return inside(self._ready(model) if weights.stored.is_plain else model, work)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:

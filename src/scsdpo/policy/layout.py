@@ -5,7 +5,7 @@ ran before.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -96,8 +96,8 @@ class PackedSegments(AttentionLayout):
         return mixed[None]
 
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
-        before = partial(self._starts_of, layer, 1)
         flat = DeltaInputs(*(x[0] for x in inputs))
+        before = self._starts_of(layer, 1)
         mixed, ends = self._spans.delta_rule(flat, before, ends=self._keeps)
         if self._kept is not None:
             self._kept.states[layer] += (ends,)

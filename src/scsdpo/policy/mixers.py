@@ -2,19 +2,21 @@
 
 transformers gives them no interface as it gives attention, so the classes of these layers are
 subclassed in place: called with a `layout` they convolve and recur by that, with their own weights
-and adapters, and without one they do what they did.
+and adapters, and without one they do what they did. What such a layer makes between its projections
+is large and quickly made: the backward makes it again, and only what the projections gave is kept.
 
     Qwen3.5, Qwen3-Next   short convolution, then the gated delta rule
     LFM2                  a gated short convolution
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -51,7 +53,13 @@ class _GatedDeltaNet(nn.Module):
     ) -> Any:
         if layout is None:
             return super().forward(hidden_states, *args, **others)
-        mixed, gate, rate, decay = self._projected(hidden_states)
+        mixed = _computed_again(partial(self._mixed, layout), *self._projected(hidden_states))
+        return self.out_proj(mixed)
+
+    def _mixed(
+        self, layout: AttentionLayout, mixed: Tensor, gate: Tensor, rate: Tensor, decay: Tensor
+    ) -> Tensor:
+        """[B, s, H e] of what `_projected` gives."""
         mixed = _convolve(layout, self.layer_idx, mixed, self.conv1d)
         query, key, value = ACT2FN[self.activation](mixed).split(
             [self.key_dim, self.key_dim, self.value_dim], -1
@@ -61,9 +69,10 @@ class _GatedDeltaNet(nn.Module):
         query, key = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (query, key))
         value = value.unflatten(-1, (-1, self.head_v_dim))
         inputs = DeltaInputs(query, key, value, decay, rate.sigmoid())
-        mixed = _delta_rule(layout, self.layer_idx, inputs)
-        mixed = self.norm(mixed.flatten(0, -2), gate.reshape(-1, self.head_v_dim))
-        return self.out_proj(mixed.view(*hidden_states.shape[:-1], -1))
+        mixed = layout.delta_rule(self.layer_idx, inputs)
+        rows, width = mixed.shape[:2], mixed.shape[-1]
+        mixed = self.norm(mixed.reshape(-1, width), gate.reshape(-1, width))
+        return mixed.view(*rows, -1)
 
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is convolved [B, s, C], gate [B, s, H e], rate and decay [B, s, H], raw."""
@@ -97,9 +106,12 @@ class _ShortConv(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, seq_idx: Any = None, **others: Any) -> Any:
         if seq_idx is None or isinstance(seq_idx, Tensor):
             return super().forward(hidden_states, *args, seq_idx=seq_idx, **others)
-        before, after, mixed = self.in_proj(hidden_states).chunk(3, -1)
-        mixed = _convolve(seq_idx, self.layer_idx, before * mixed, self.conv)
-        return self.out_proj(after * mixed)
+        mixed = _computed_again(partial(self._mixed, seq_idx), self.in_proj(hidden_states))
+        return self.out_proj(mixed)
+
+    def _mixed(self, layout: AttentionLayout, projected: Tensor) -> Tensor:
+        before, after, mixed = projected.chunk(3, -1)
+        return after * _convolve(layout, self.layer_idx, before * mixed, self.conv)
 
 
 class _HandsOn(nn.Module):
@@ -156,6 +168,13 @@ def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @torch.compiler.disable  # as attention: each forward has a layout of its own
+def _computed_again(work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`work(*inputs)`, which runs again in the backward: only `inputs` are kept for it."""
+    if not torch.is_grad_enabled():  # as for every token that is drawn
+        return work(*inputs)
+    return checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def _convolve(layout: AttentionLayout, layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
     if not isinstance(conv, nn.Conv1d):  # transformers too reads the weight, past any factors
         raise ConfigurationError(
@@ -163,8 +182,3 @@ def _convolve(layout: AttentionLayout, layer: int, inputs: Tensor, conv: nn.Conv
             "effect: leave it out of target_modules"
         )
     return layout.convolve(layer, inputs, conv.weight[:, 0], conv.bias)
-
-
-@torch.compiler.disable
-def _delta_rule(layout: AttentionLayout, layer: int, inputs: DeltaInputs) -> Tensor:
-    return layout.delta_rule(layer, inputs)

@@ -9,7 +9,7 @@ Shapes: N tokens, S segments, E segments above that ran in an earlier forward, C
 width of the convolution, H heads, d size of a key, e of a value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
-from torch.utils.checkpoint import checkpoint
 
 from scsdpo.policy.transfer import upload
 
@@ -134,18 +133,17 @@ class SegmentStates:
     def delta_rule(
         self,
         inputs: DeltaInputs,
-        before: Callable[[], Tensor | None],
+        before: Tensor | None,
         *,
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
         """o_t = M_t^T q_t, M_t = e^(g_t) M_(t-1) + b_t k_t (v_t - e^(g_t) M_(t-1)^T k_t)^T
 
-        with k and q of length 1, and q divided by sqrt(d). The backward computes it again: what is
-        kept meanwhile is its arguments.
+        with k and q of length 1, and q divided by sqrt(d).
 
         Args:
             inputs: [N, ...].
-            before: gives [E, H, d, e], M after the segments above that ran before; None if E = 0.
+            before: [E, H, d, e], M after the segments above that ran before; None if E = 0.
             ends: whether M after each segment is wanted.
 
         Returns:
@@ -155,12 +153,12 @@ class SegmentStates:
             Yang et al. 2024, arXiv:2412.06464, eq. (10); by chunks as in their section 3.3.
         """
         work = self._delta_rule_by_levels if _has_fla(self.device) else self._delta_rule
-        return checkpoint(work, inputs, before, ends, use_reentrant=False, preserve_rng_state=False)
+        return work(inputs, before, ends)
 
     def _delta_rule(
         self,
         inputs: DeltaInputs,
-        before: Callable[[], Tensor | None],
+        before: Tensor | None,
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
         query, key, value, decay, rate = inputs
@@ -192,8 +190,8 @@ class SegmentStates:
             keys = (keys * (total[..., -1:] - total).exp()[..., None]).mT
             kept = total[..., -1].exp()[..., None, None]
             states = torch.zeros(1, heads, size, width, dtype=wide, device=self.device)
-            if (started := before()) is not None:
-                states = torch.cat([states, started.to(wide)])
+            if before is not None:
+                states = torch.cat([states, before.to(wide)])
             outputs, lasts = [], [states[:0]]
             for step in chunks.steps:
                 here, states = step.chunks, states.index_select(0, step.starts)
@@ -210,7 +208,7 @@ class SegmentStates:
     def _delta_rule_by_levels(
         self,
         inputs: DeltaInputs,
-        before: Callable[[], Tensor | None],
+        before: Tensor | None,
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
         """The same with the kernel of flash-linear-attention, level by level of the tree."""
@@ -219,8 +217,7 @@ class SegmentStates:
         heads, size, width = value.shape[1], key.shape[2], value.shape[2]
         query, key = (x.repeat_interleave(heads // key.shape[1], 1) for x in (query, key))
         first = torch.zeros(1, heads, size, width, dtype=torch.float32, device=self.device)
-        started = before()
-        states = first if started is None else torch.cat([first, started.float()])
+        states = first if before is None else torch.cat([first, before.float()])
         result = torch.zeros_like(value)
         for level in self._levels:
             q, k, v, g, beta = (x[None, level.places] for x in (query, key, value, decay, rate))

@@ -75,6 +75,14 @@ class Teacher(nn.Module, ABC):
     def after_step(self, policy: CausalLM) -> None:
         """Follow the student; called once after each optimizer step that was taken."""
 
+    @declared
+    def can_begin_anew(self) -> bool:
+        """Whether `begin_anew` makes its weights those of the policy, for good."""
+        return True
+
+    def begin_anew(self, policy: CausalLM) -> None:
+        """Be the policy as it is now; called once, at the end of a warm-up."""
+
 
 class NoTeacher(Teacher):
     """There is none: for advantages made from rewards alone, and for an unused reference."""

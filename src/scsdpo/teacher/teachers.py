@@ -56,6 +56,10 @@ class Frozen(Teacher):
         if self.weights is None:
             self.weights = policy.adapter.initial(policy.wrapped, self.stored)
 
+    @property
+    def can_begin_anew(self) -> bool:
+        return False
+
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
@@ -117,6 +121,10 @@ class External(Teacher):
             with blamed_on(f"model.{slot}"), self._named():
                 self.weights = policy.adapter.other(policy.wrapped, self.source)
 
+    @property
+    def can_begin_anew(self) -> bool:
+        return False
+
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
@@ -171,6 +179,9 @@ class EMA(Teacher):
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
+    def begin_anew(self, policy: CausalLM) -> None:
+        _configured(self, self.weights).follow(policy.wrapped, 1.0)
+
     def after_step(self, policy: CausalLM) -> None:
         _configured(self, self.weights).follow(policy.wrapped, self.rate)
 
@@ -218,6 +229,9 @@ class Restart(Teacher):
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights),)
 
+    def begin_anew(self, policy: CausalLM) -> None:
+        _configured(self, self.weights).follow(policy.wrapped, 1.0)
+
     def after_step(self, policy: CausalLM) -> None:
         self.taken += 1
         if self.taken % self.every == 0:
@@ -261,6 +275,10 @@ class TrustRegion(Teacher):
     def configure(self, policy: CausalLM, slot: str) -> None:
         if self.weights is None:
             self.weights = policy.adapter.initial(policy.wrapped, self.stored)
+
+    @property
+    def can_begin_anew(self) -> bool:
+        return False
 
     def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (_configured(self, self.weights), policy.adapter.current())

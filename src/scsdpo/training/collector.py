@@ -1,5 +1,6 @@
 """Sampling responses and judging them: the same in training, evaluation and analysis."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -83,14 +84,19 @@ class Collector:
         Raises:
             ConfigurationError: then.
         """
-        needed, room = prompt_tokens + sampling.max_new_tokens, self.rollout.max_length()
-        if room is not None and needed > room:
+        room = self.rollout.max_length()
+        if room is not None and prompt_tokens > self.prompt_room(sampling):
             raise ConfigurationError(
                 f"model.rollout has room for {room} tokens of a prompt and its response, and "
                 f"data.max_prompt_tokens ({prompt_tokens}) and model.{key}.max_new_tokens "
-                f"({sampling.max_new_tokens}) are {needed}: raise "
+                f"({sampling.max_new_tokens}) are {prompt_tokens + sampling.max_new_tokens}: raise "
                 "model.rollout.init_args.engine.init_args.max_model_len, or lower one of them"
             )
+
+    def prompt_room(self, sampling: Sampling) -> float:
+        """Tokens that a prompt may have, so that the longest response has room behind it."""
+        room = self.rollout.max_length()
+        return math.inf if room is None else room - sampling.max_new_tokens
 
     def judge(self, responses: Responses, split: Literal["train", "val", "test"]) -> Judged:
         """Verdicts of each prompt's verifier; those that failed are logged.

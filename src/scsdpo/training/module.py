@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from scsdpo import interrupt
@@ -23,7 +24,7 @@ from scsdpo.checkpoints import (
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import AbortVote
+from scsdpo.distributed import AbortVote, place
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -37,7 +38,7 @@ from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
-from scsdpo.teacher import NoTeacher, Teacher, contexts_of
+from scsdpo.teacher import External, NoTeacher, Teacher, contexts_of
 from scsdpo.training.balancing import balance_ranks, split
 from scsdpo.training.collector import Collector
 from scsdpo.training.evaluation import Evaluation, EvaluationFiles, GatheredWeights
@@ -53,7 +54,9 @@ from scsdpo.training.run_checks import (
 from scsdpo.training.self_check import check_model
 from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
+from scsdpo.training.teacher_gain import Telling, shown_by, told_against_alone
 from scsdpo.training.trace import BatchTrace, trace_update
+from scsdpo.training.warmup import Warmup, WarmupStage
 from scsdpo.types import Judged, Prompt, Responses, Sampling
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
@@ -93,6 +96,8 @@ class PolicyOptimizer(L.LightningModule):
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
+        warmup: supervised steps before, in which the policy learns to use what its teacher is told,
+            and the check that it can.
 
     Raises:
         ConfigurationError: if the strategies do not fit together.
@@ -125,6 +130,7 @@ class PolicyOptimizer(L.LightningModule):
         updates_per_rollout: int = 1,
         success_threshold: float = 1.0,
         limits: Limits = Limits(),
+        warmup: Warmup = Warmup(),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -147,6 +153,8 @@ class PolicyOptimizer(L.LightningModule):
             selection=selection,
         )
         strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
+        if warmup.steps:
+            warmup.check_teachers(teacher, reference)
         for slot, each in (("teacher", teacher), ("reference", reference)):
             with blamed_on(f"model.{slot}"):
                 each.check(policy)
@@ -162,6 +170,12 @@ class PolicyOptimizer(L.LightningModule):
         self.timer = self.steps.update.timer
         self.collector = Collector(rollout, verification, success_threshold, self.timer)
         self.evaluation = Evaluation(self.collector)
+        self.teacher_check = warmup.check
+        self.warmup: WarmupStage | None = None
+        if warmup.steps:
+            self.warmup = WarmupStage(
+                warmup, teacher=teacher, reference=reference, limits=limits, timer=self.timer
+            )
         self.weightings = strategies.weightings()
         self.memory = memory(self, strategies.remembering())
         self._configured = False
@@ -275,6 +289,8 @@ class PolicyOptimizer(L.LightningModule):
     def training_step(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
         """One batch of questions: sample, judge, select, prepare, learn."""
         self.batches += 1
+        if self._warms_up(prompts):
+            return
         judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
         interrupt.meet()
         prepared = [self.prepare(chosen) for chosen in self.selection.select(judged)]
@@ -286,6 +302,61 @@ class PolicyOptimizer(L.LightningModule):
             show_batch(self, batch)
             self.steps.learn(self, self.policy, batch)
         log_figures(self, "train", phase_metrics(self.timer, self.device))
+
+    def _warms_up(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether the batch was one of the warm-up; before the first other one, whether the policy
+        can use what its teacher is told.
+        """
+        telling: Telling | None = None
+        if self.warmup is not None and not self.warmup.over:
+            asked = self._asked(self.warmup.settings.questions, prompts)
+            if self.warmup.goes_on(self, self, asked):
+                self.warmup.step(self, self, prompts)
+                log_figures(self, "train", phase_metrics(self.timer, self.device))
+                return True
+            telling = self.warmup.last
+        elif int(self.batches) == 1:
+            telling = self._teacher_gain(prompts)
+        if telling is not None and self._taught_alone():
+            self.teacher_check.judge(telling)
+        return False
+
+    def _taught_alone(self) -> bool:
+        """Whether all credit is the teacher's, whose weights are the policy's."""
+        own = self.teacher.exists and not isinstance(self.teacher, External)
+        return own and self.advantage.needs_teacher and not self.advantage.needs_group
+
+    def _teacher_gain(self, prompts: Sequence[Prompt]) -> Telling | None:
+        """Told against alone, if that matters and the run is long enough for it."""
+        shown = shown_by(self.teacher.context)
+        if shown is None or not self._taught_alone() or self.policy.name_or_path == "tiny":
+            return None
+        batches = self.trainer.estimated_stepping_batches / self.updates_per_rollout
+        planned = batches * len(prompts) * place()[1]
+        if not (count := self.teacher_check.affordable(planned, shown)):
+            return None
+        room = self.collector.prompt_room(self.sampling)
+        asked = self._asked(count, prompts)
+        telling = told_against_alone(self, shown, asked, "teacher-check", room)
+        log_figures(self, "check", telling.figures())
+        rank_zero_info(f"before the first step: {telling}")
+        return telling
+
+    def _asked(self, count: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Training questions of this rank to measure, the same ones each time.
+
+        Args:
+            count: at least one a rank.
+            prompts: of the batch, which are asked where the data are not a `TaskDataModule`'s.
+        """
+        rank, ranks = place()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TaskDataModule):
+            return [*prompts[: -(-count // ranks)]]
+        chat, most = self.policy.chat, data.max_prompt_tokens
+        every = [rendered(prompt, chat) for prompt in data.some(max(count, ranks), "teacher gain")]
+        short = [prompt for prompt in every if len(prompt.ids) <= most]
+        return short[rank::ranks] or [*prompts[:1]]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is finished, and the state after it can be saved."""

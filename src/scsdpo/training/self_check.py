@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.distributed import all_gather, all_max
-from scsdpo.errors import ConfigurationError, first_line
+from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.io.files import write_whole
 from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Rows, Weights
@@ -42,7 +42,7 @@ from scsdpo.policy.tree import SHORTEST_SHARED
 from scsdpo.records import Outage, run_folder
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import Teacher
-from scsdpo.training.budget import is_out_of_memory
+from scsdpo.training.budget import OutOfMemory, is_out_of_memory, noticed
 from scsdpo.training.step import without_all_reduce
 from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
@@ -115,13 +115,24 @@ def check_model(
 
     Raises:
         ConfigurationError: if the model is wrong by every path.
+        TrainingStopped: if it does not fit into memory.
     """
     if not policy.self_check:
         return
     trainer = host.trainer
     started = policy.known
-    with trainer.strategy.precision_plugin.forward_context(), without_all_reduce(trainer):
-        findings, left_out, seconds = examine(policy, teachers, rollout, sampling.temperature)
+    try:
+        with (
+            trainer.strategy.precision_plugin.forward_context(),
+            without_all_reduce(trainer),
+            noticed(),
+        ):
+            findings, left_out, seconds = examine(policy, teachers, rollout, sampling.temperature)
+    except OutOfMemory as error:
+        raise TrainingStopped(
+            f"out of memory in the self-check, whose four rows have less than 50 tokens ({error}): "
+            "use model.policy.adapter Lora, a smaller model or more devices"
+        ) from None
     name = type(policy.language_model).__name__
     if policy.known.path is not RowPath.SHARED:
         rank_zero_info(

@@ -163,6 +163,8 @@ class OptimizerSteps(nn.Module):
         limits: of a step's gradient and memory, and of steps that achieve nothing.
         gap: how far sampler and trainer may disagree.
         objective_name: what the mean objective is called in the log.
+        prefix: of its figures in the log.
+        counts: whether strategies that remember count its steps (`Stateful.after_step`).
     """
 
     skipped: Tensor
@@ -173,9 +175,17 @@ class OptimizerSteps(nn.Module):
     """Batches in a row without anything to learn from."""
 
     def __init__(
-        self, update: "Update", *, limits: Limits, gap: GapCheck, objective_name: str
+        self,
+        update: "Update",
+        *,
+        limits: Limits,
+        gap: GapCheck,
+        objective_name: str,
+        prefix: str = "train",
+        counts: bool = True,
     ) -> None:
         super().__init__()
+        self.prefix, self.counts = prefix, counts
         self.update, self.limits, self.gap = update, limits, gap
         self.objective_name = objective_name
         self.memory = Budget("tokens of a micro-batch", REMEDY, together=True)
@@ -258,7 +268,7 @@ class OptimizerSteps(nn.Module):
             "trained_rollouts": 0 if nothing else active,
             "trained_tokens": 0 if nothing else tokens,
         }
-        log_figures(host, "train", figures | seen | gap | counts)
+        log_figures(host, self.prefix, figures | seen | gap | counts)
         self.gap.judge(gap)
         optimizer = host.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -339,7 +349,7 @@ class OptimizerSteps(nn.Module):
                 self._broken = f"model.lr_scheduler: {name}: {first_line(error)}"
         self.update.teacher.after_step(policy)
         self.update.reference.after_step(policy)
-        for part in host.modules():
+        for part in host.modules() if self.counts else ():
             if isinstance(part, Stateful):
                 part.after_step()
         self.under_way = False
@@ -348,7 +358,7 @@ class OptimizerSteps(nn.Module):
         """Count a step that has nothing to learn from; say it after a while, then stop."""
         self.skipped += 1
         self.idle += 1
-        log_figures(host, "train", {"skipped": float(self.skipped)})
+        log_figures(host, self.prefix, {"skipped": float(self.skipped)})
         if self.idle == IDLE_WARNING:
             responses = batch.judged.responses
             mean = float(responses.policy_logprobs[responses.sampled].double().mean())
@@ -358,7 +368,7 @@ class OptimizerSteps(nn.Module):
                 f"{-math.log(policy.vocabulary):.2f})"
             )
         if self.idle >= self.limits.max_idle_batches:
-            rate = float(host.trainer.callback_metrics["train/pass_rate"])
+            rate = float(host.trainer.callback_metrics[f"{self.prefix}/pass_rate"])
             raise TrainingStopped(
                 f"{int(self.idle)} batches in a row had nothing to learn from (pass rate "
                 f"{rate:.2f}): {REMEDIES[reason]}"
@@ -371,7 +381,7 @@ class OptimizerSteps(nn.Module):
         self.bad += 1
         self.skipped += 1
         rank_zero_warn(f"step skipped, not finite: {why}")
-        log_figures(host, "train", {"skipped": float(self.skipped)})
+        log_figures(host, self.prefix, {"skipped": float(self.skipped)})
         if self.bad >= self.limits.max_bad_steps:
             raise TrainingStopped(
                 f"{int(self.bad)} steps in a row were not finite (last: {why}); the weights "
@@ -612,6 +622,7 @@ class Forwards:
         """With a gradient; each micro-batch once."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
+        self._own = policy.adapter.current()
         self._measured: Runner | None = None
         self._pairs = self._paired()
 
@@ -737,7 +748,7 @@ class Forwards:
                 pair.runner = self._runner(pair.slots[0], reading, pair.weights)
             reads = pair.reads[micro].tolist()
             some = [row for row, read in zip(micro, reads, strict=True) if read]
-            with self.timer("teacher"):
+            with self.timer("teacher"), self.policy.in_force(pair.weights):
                 hidden, head = pair.runner.run(some, self.with_head(_both))
                 pair.runner.done(some)
             pair.made[number] = (self._placed(number, hidden, some), head) if some else None
@@ -830,10 +841,10 @@ class Forwards:
     def _current(self, micro: list[int]) -> LogitsOf:
         """The current policy on a micro-batch, without gradient; each micro-batch once."""
         if self._measured is None:
-            current = self.policy.adapter.current()
-            self._measured = self._runner("student", self.running, current)
-        hidden, head = self._measured.run(micro, self.with_head(_both))
-        self._measured.done(micro)
+            self._measured = self._runner("student", self.running, self._own)
+        with self.policy.in_force(self._own):
+            hidden, head = self._measured.run(micro, self.with_head(_both))
+            self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def _target(self, output: TeacherOutput, student: Callable[[], LogitsOf]) -> LogitsOf:

@@ -71,7 +71,7 @@ class Prefill(AttentionLayout):
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
         flat = DeltaInputs(*(x.flatten(0, 1) for x in inputs))
         spans = self._spans(inputs.value.shape[1])
-        mixed, ends = spans.delta_rule(flat, lambda: None, ends=True)
+        mixed, ends = spans.delta_rule(flat, None, ends=True)
         self.cache.states.keep(layer, 1, ends)
         return mixed.view_as(inputs.value)
 
