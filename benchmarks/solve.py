@@ -37,6 +37,8 @@ import scsdpo
 from scsdpo.cli.solve import solve
 from scsdpo.data.rendered import rendered
 from scsdpo.lab import LabTasks
+from scsdpo.report.attempts import discovery_panel
+from scsdpo.report.paper import save
 from scsdpo.statistics import score_difference, score_interval
 from scsdpo.teacher import contexts_of
 from scsdpo.types import stable_hash
@@ -188,6 +190,12 @@ def solving(model, prompt, args, seed):
     return found.attempts if found.solved else None
 
 
+LABELS = {
+    "solve": "scsdpo solve",
+    "frozen": "frozen, best of k",
+    "turns": "frozen, feedback",
+    "dialogue": "frozen, dialogue",
+}
 ARMS = {"solve": solving, "frozen": frozen, "turns": turns, "dialogue": dialogue}
 
 
@@ -199,13 +207,16 @@ def shares(rows, arm, k):
     return [sum(found) / len(found) for found in by_key.values()]
 
 
+def discovered(rows, arm, ks):
+    """The curve of an arm's discovery@k, with intervals over questions."""
+    found = [(k, score_interval(shares(rows, arm, k))) for k in ks]
+    return [[k, each.value, each.low, each.high] for k, each in found]
+
+
 def figures(rows, args):
     """Curves of discovery@k by arm, and differences at powers of two, with their intervals."""
     ks = range(args.group, args.attempts + 1, args.group)
-    curves = {}
-    for arm in args.arms:
-        found = [(k, score_interval(shares(rows, arm, k))) for k in ks]
-        curves[arm] = [[k, each.value, each.low, each.high] for k, each in found]
+    curves = {arm: discovered(rows, arm, ks) for arm in args.arms}
     gains = {}
     for arm in (arm for arm in args.arms if arm != "solve" and "solve" in args.arms):
         gains[arm] = []
@@ -230,11 +241,12 @@ def main():
     add("--lr", type=float, default=1e-4)
     add("--rate", type=float, default=0.01, help="of the teacher's moving average")
     add("--option", action="append", default=[], help="of `scsdpo fit`, for the arm that learns")
+    add("--pictures", type=Path, help="folder for discovery.svg and discovery.png")
     add("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     args = parser.parse_args()
     if args.probe % 50 or args.attempts % args.group:
         parser.error("--probe must be a multiple of 50, and --attempts one of --group")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "questions")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "questions", "pictures")}
     kept = args.out.with_suffix(".jsonl")
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if lines and lines[0] != {"settings": settings}:
@@ -277,6 +289,11 @@ def main():
         "gain of solve": gains,
     }
     args.out.write_text(json.dumps(record) + "\n")
+    if args.pictures:
+        ks = range(1, args.attempts + 1)
+        labels = {LABELS[arm]: discovered(rows, arm, ks) for arm in args.arms}
+        note = f"{len(hard[: args.questions])} questions; bars are 95 % intervals over questions."
+        save([discovery_panel(labels, note)], args.pictures)
     powers = [k for k, *_ in next(iter(gains.values()), [])]
     for arm, curve in curves.items():
         cells = (
