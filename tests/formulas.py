@@ -5,7 +5,7 @@ import math
 import torch
 
 import scsdpo.lab  # noqa: F401
-from table_policy import OTHER, SUCCESSES, G, Q, TablePolicy, judged, state
+from table_policy import OTHER, SUCCESSES, G, Q, TablePolicy, state
 
 INF = math.inf
 
@@ -14,10 +14,13 @@ PACED = (0.5, 0.25, 1.0, 0.75)
 
 
 class Case:
-    """One batch: `table` is the student's, with a gradient; `behind` the teacher's weights."""
+    """One batch: `table` is the student's, with a gradient; `behind` the teacher's weights.
 
-    def __init__(self, model, *, live=False):
-        self.judged = judged()
+    Of a response the tokens count that the policy drew: `t` is a number among these.
+    """
+
+    def __init__(self, model, batch, *, live=False):
+        self.judged = batch
         self.rollouts = self.judged.responses
         self.chat, self.tau = model.policy.chat, self.rollouts.temperature
         self.table = model.policy.table.detach().clone().requires_grad_()
@@ -34,11 +37,15 @@ class Case:
     def length(self, q, g):
         return int(self.rollouts.sampled[q, g].sum())
 
+    def place(self, q, g, t):
+        return int(self.rollouts.sampled[q, g].nonzero()[t, 0])
+
     def y(self, q, g, t):
-        return int(self.rollouts.ids[q, g, t])
+        return int(self.rollouts.ids[q, g, self.place(q, g, t)])
 
     def _log_probs(self, table, prompt, q, g, t):
-        previous = self.y(q, g, t - 1) if t else -1
+        place = self.place(q, g, t)
+        previous = int(self.rollouts.ids[q, g, place - 1]) if place else -1
         return (table[state(prompt, previous)] / self.tau).log_softmax(-1)
 
     def log_s(self, q, g, t):
@@ -62,7 +69,26 @@ class Case:
     def cap(self, q, g, t):
         """min(S / S_rollout, 2), detached."""
         log_s = self.log_s(q, g, t)[self.y(q, g, t)].detach()
-        return min(math.exp(log_s - self.rollouts.sampling_logprobs[q, g, t]), 2.0)
+        drawn = self.rollouts.sampling_logprobs[q, g, self.place(q, g, t)]
+        return min(math.exp(log_s - drawn), 2.0)
+
+    def said(self, q, g):
+        """What others are told of a response: of an episode all of it."""
+        if self.turns(q, g) == 1:
+            return f"response {q} {g}"
+        return f"call {q} {g}\n\n[tool f]\nan answer\n[/tool]\n\nresponse {q} {g}"
+
+    def turn(self, q, g, t):
+        return int(self.rollouts.turns[q, g, self.place(q, g, t)])
+
+    def turns(self, q, g):
+        return self.turn(q, g, self.length(q, g) - 1) + 1
+
+    def to_go(self, q, g, k):
+        """What turn k and the later ones of a response earned: `with_a_tool` says how much."""
+        first = (q + 2 * g) / 16 if self.turns(q, g) == 2 else 0.0
+        last = float(self.right(q, g)) - first * (q % 2)
+        return last + first * (k == 0)
 
 
 def solution(text):
@@ -72,7 +98,7 @@ def solution(text):
 def sibling(case, q, g):
     """SDPO's demonstration: the first other success; '' if there is none."""
     others = [h for h in range(SUCCESSES[q]) if h != g]
-    return solution(f"response {q} {others[0]}") if others else ""
+    return solution(case.said(q, others[0])) if others else ""
 
 
 def gold(case, q, g):
@@ -136,6 +162,22 @@ def grpo(case, q, g):
         return 0.0
     std = math.sqrt(sum((float(case.right(q, h)) - p) ** 2 for h in range(G)) / (G - 1))
     return (float(case.right(q, g)) - p) / (std + 1e-6)
+
+
+def turn_grpo(case):
+    """Each turn's return to go, standardised among the rollouts of the group that have it."""
+    terms = {}
+    for q, g in case.rows():
+        for t in range(case.length(q, g)):
+            k = case.turn(q, g, t)
+            returns = {h: case.to_go(q, h, k) for h in range(G) if case.turns(q, h) > k}
+            mean = sum(returns.values()) / len(returns)
+            squares = sum((each - mean) ** 2 for each in returns.values())
+            if squares:
+                std = math.sqrt(squares / (len(returns) - 1))
+                a = (returns[g] - mean) / (std + 1e-6)
+                terms[q, g, t] = case.cap(q, g, t) * pg(lambda *_, a=a: a)(case, q, g, t, "")
+    return token_mean_all(case, terms)
 
 
 def centred(case, q, g):
@@ -311,8 +353,8 @@ def block(*lines):
 def remembered_attempts(case, q, g):
     """PMD: the last 5 right and 3 wrong ones of the question, but not the rollout itself."""
     kept = [*range(SUCCESSES[q])][-5:] + [*range(SUCCESSES[q], G)][-3:]
-    right = [f"response {q} {h}" for h in kept if case.right(q, h) and h != g]
-    wrong = [f"response {q} {h}\nwrong {q} {h}" for h in kept if not case.right(q, h) and h != g]
+    right = [case.said(q, h) for h in kept if case.right(q, h) and h != g]
+    wrong = [f"{case.said(q, h)}\nwrong {q} {h}" for h in kept if not case.right(q, h) and h != g]
     told = block("\nAttempts that were right:", *right) if right else ""
     return told + (block("\nAttempts that were wrong:", *wrong) if wrong else "")
 
@@ -324,7 +366,7 @@ def another_attempt(case, q, g):
     if not good or g != good[0]:
         return ""
     kind, other = ("wrong", bad[0]) if bad else ("right", good[1])
-    return block(f"\nAttempts that were {kind}:", f"response {q} {other}")
+    return block(f"\nAttempts that were {kind}:", case.said(q, other))
 
 
 def ad_opsd(case):
@@ -461,7 +503,7 @@ def rlcsd(case):
         for t in range(case.length(q, g)):
             y, shift = case.y(q, g, t), 0.0
             if a and told and wrong:
-                others = [case.log_t(q, g, t, solution(f"response {q} {h}"))[y] for h in wrong]
+                others = [case.log_t(q, g, t, solution(case.said(q, h)))[y] for h in wrong]
                 e = case.log_t(q, g, t, told)[y] - sum(others) / len(others)
                 shift = 0.5 * math.tanh(float(e))
                 shift = shift if abs(shift) > 0.1 else 0.0

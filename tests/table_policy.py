@@ -2,7 +2,7 @@
 
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from kernel_inputs import identity_head
 from scsdpo.policy import TINY_FOLDER
 from scsdpo.policy.weights import Weights
-from scsdpo.types import Judged, Prompt, Responses, Verdict
+from scsdpo.types import Episode, Judged, Part, Prompt, Responses, Verdict
 from scsdpo.verifiers import ExactMatch
 
 V, STATES = 6, 11
@@ -186,3 +186,57 @@ def judged(seed=0, temperature=0.8):
         for row in zip(rewards.tolist(), said, strict=True)
     )
     return Judged(responses=responses, verdicts=verdicts, rewards=rewards, successes=rewards > 0.5)
+
+
+TOOL = (2, 4)
+"""Places of the tokens that the tool wrote, of the responses that are long enough."""
+
+
+def _said(text, call, reward):
+    return (
+        Part(role="assistant", text=call),
+        Part(role="tool", text="an answer", name="f", reward=reward),
+        Part(role="assistant", text=text),
+    )
+
+
+def with_a_tool(batch, places=TOOL):
+    """The same responses, of which some tokens were written by a tool between two turns.
+
+    The first turn of response g to question q earns (q + 2 g) / 16; of odd questions that is a part
+    of the verdict's reward, of even ones it stands beside it.
+    """
+    responses, (start, end) = batch.responses, places
+    column = torch.arange(responses.ids.shape[-1])
+    long = responses.extents > end
+    by_tool = (column >= start) & (column < end) & long[..., None]
+    sampled = responses.present & ~by_tool
+    unknown = torch.full_like(responses.policy_logprobs, torch.nan)
+    episodes, verdicts = [], []
+    for q, group in enumerate(long.tolist()):
+        earned = [(q + 2 * g) / 16 * played for g, played in enumerate(group)]
+        episodes.append(
+            tuple(
+                Episode(parts=_said(text, f"call {q} {g}", reward) if long[q, g] else ())
+                for g, (text, reward) in enumerate(zip(responses.texts[q], earned, strict=True))
+            )
+        )
+        verdicts.append(
+            tuple(
+                replace(verdict, earned=reward * (q % 2))
+                for verdict, reward in zip(batch.verdicts[q], earned, strict=True)
+            )
+        )
+    return replace(
+        batch,
+        verdicts=tuple(verdicts),
+        responses=replace(
+            responses,
+            sampled=sampled,
+            turns=((column >= end) & long[..., None]).int(),
+            episodes=tuple(episodes),
+            # Nobody drew them: what stands there must not be read.
+            policy_logprobs=torch.where(sampled, responses.policy_logprobs, unknown),
+            sampling_logprobs=torch.where(sampled, responses.sampling_logprobs, unknown),
+        ),
+    )

@@ -25,6 +25,7 @@ from scsdpo.advantage import (
     SelfDistillation,
     Target,
     Trusted,
+    TurnRelative,
     Unscaled,
     Weighted,
 )
@@ -70,6 +71,8 @@ COMPOSITES = {
     (SelfDistillation, "target"): lambda child: SelfDistillation(target=child),
     (GroupRelative, "modulator"): lambda child: GroupRelative(modulator=child),
     (GroupRelative, "level"): lambda child: GroupRelative(level=child),
+    (TurnRelative, "modulator"): lambda child: TurnRelative(modulator=child),
+    (TurnRelative, "level"): lambda child: TurnRelative(level=child),
     (Trusted, "advantage"): lambda child: Trusted(advantage=child),
     (Product, "factors"): lambda child: Product(factors=(Uniform(), child)),
 }
@@ -77,6 +80,7 @@ COMPOSITES = {
 
 OF_THEIR_OWN = {
     (GroupRelative, "needs_group"),
+    (TurnRelative, "needs_group"),
     (Trusted, "needs_group"),
     (Trusted, "needs_teacher"),
 }

@@ -219,14 +219,17 @@ def test_an_environment_of_skyrl_plays_as_it_is():
     prompt = asked(world, "", wanted="5")
     state = world.begin(prompt)
     assert [m["role"] for m in world.opening(prompt, state)] == ["system", "user"]
-    assert said(world.step(prompt, state, "4")) == ["Try again."]
+    answer = world.step(prompt, state, "4")
+    assert said(answer) == ["Try again."] and answer.reward == 0.1
     verdict = world.step(prompt, state, "5")
     assert verdict.reward == pytest.approx(0.1 + 0.6) and verdict.answer == "5"
+    assert verdict.earned == 0.1  # the last turn's is the rest
     world.close(state)
     assert state.world.closed
     state = world.begin(prompt)
     world.step(prompt, state, "4")
-    assert world.finish(prompt, state, "", "no room").reward == pytest.approx(0.1)
+    verdict = world.finish(prompt, state, "", "no room")
+    assert verdict.reward == verdict.earned == 0.1
 
 
 def test_the_whole_response_is_shown_to_worlds_that_read_tags():

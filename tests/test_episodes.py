@@ -66,7 +66,7 @@ def test_an_episode_goes_turn_by_turn_to_its_verdict(pool, workers):
         ("assistant", "a"), ("user", "1 steps"), ("assistant", "b"), ("user", "2 steps"),
         ("assistant", "c"),
     ]  # fmt: skip
-    assert records[0].turns == 3
+    assert records[0].turns == 3 and records[0].rewards == (0.5, 0.5, 0.0)
     assert records[0].feedback == "On turn 1: step 1\nOn turn 2: step 2\nIt is over."
     assert records[0].transcript(str.upper) == (
         "A\n\n[user]\n1 steps\n[/user]\n\nB\n\n[user]\n2 steps\n[/user]\n\nC"
@@ -154,7 +154,7 @@ def test_what_an_episode_has_started_ends_with_it_and_not_before(pool, tmp_path)
     assert not Path(f"/proc/{child}").exists()
 
 
-@pytest.mark.parametrize("what", ["text", "role", "empty", "nan"])
+@pytest.mark.parametrize("what", ["text", "role", "empty", "nan", "earned", "reward"])
 def test_nonsense_is_an_error_of_the_environment(pool, what):
     verdicts, _, _ = played(pool, [prompt(worlds.Returns())], [[what]])
     assert verdicts[0].reward == 0.0 and verdicts[0].error.startswith("Returns returned ")

@@ -57,12 +57,13 @@ from formulas import (
     srpo,
     token_mean_active,
     trusted_hybrid,
+    turn_grpo,
 )
 from scsdpo.cli.config_types import arguments
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Sampling
 from scsdpo.weighting.frozen import FORMAT, fingerprint
-from table_policy import G, TablePolicy, judged
+from table_policy import G, TablePolicy, judged, with_a_tool
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 INF = math.inf
@@ -155,14 +156,18 @@ BY_HAND = {
     "grpo-agree": lambda c: policy_gradient(c, grpo, tell=sibling, modulation=agreement),
     "trusted-hybrid": trusted_hybrid,
     "sdpo-all-wrong": all_wrong,
+    "turn-grpo": turn_grpo,
 }
 
 
-def one_step(model):
+BATCHES = {"one turn": judged, "episodes": lambda: with_a_tool(judged(), (1, 2))}
+
+
+def one_step(model, batch):
     """Loss and gradient of the table, through the package."""
     if hasattr(model.selection, "questions"):
         model.selection.questions = 2
-    (chosen,) = model.selection.select(judged())
+    (chosen,) = model.selection.select(batch)
     batch = model.prepare(chosen)
     rows = list(range(len(chosen.prompts) * G))
     model.policy.zero_grad()
@@ -177,13 +182,15 @@ def test_every_method_file_is_checked_by_hand():
     assert set(BY_HAND) == {path.stem for path in METHODS.glob("*.yaml")}
 
 
+@pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_step_equals_the_papers_formula(name, tmp_path):
-    model = module(name, tmp_path)
-    case = Case(model, live=name in LIVE)
+def test_a_step_equals_the_papers_formula(name, kind, tmp_path):
+    """In episodes over the tokens that the policy drew, as if the tool's were part of a prompt."""
+    model, batch = module(name, tmp_path), BATCHES[kind]()
+    case = Case(model, batch, live=name in LIVE)
     expected = BY_HAND[name](case)
     (gradient,) = torch.autograd.grad(expected, case.table)
-    loss, ours = one_step(model)
+    loss, ours = one_step(model, batch)
     assert gradient.abs().max() > 1e-7
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-13)
@@ -194,10 +201,10 @@ def test_the_gate_opens_where_the_gain_is_above_the_threshold(threshold, trusted
     file = yaml.safe_load((METHODS / "trusted-hybrid.yaml").read_text())["model"]["advantage"]
     file["init_args"]["parts"][1]["advantage"]["init_args"]["threshold"] = threshold
     model = module("trusted-hybrid", tmp_path, advantage=file)
-    case = Case(model)
+    case = Case(model, judged())
     assert (gain(case, 0) > threshold) == trusted
     expected = trusted_hybrid(case, threshold)
     (gradient,) = torch.autograd.grad(expected, case.table)
-    loss, ours = one_step(model)
+    loss, ours = one_step(model, judged())
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-13)

@@ -240,6 +240,20 @@ def test_rhythm_opens_at_the_one_token_where_the_teacher_settles_and_the_student
     assert gate.argmax() == 3 and gate[0] == gate[1] == gate[5] == 0
 
 
+def test_windows_of_rhythm_hold_tokens_that_were_drawn():
+    """What a tool wrote between them has no place, and no entropy that is read."""
+    whole = rhythm_tables((12, 12, 12))
+    places = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 12, 13, 14, 15, 16]] * 3)
+    spread = rhythm_tables((20, 20, 20))
+    spread.mask.zero_().scatter_(1, places, True)
+    for name in ("student_entropy", "teacher_entropy"):
+        getattr(spread, name).fill_(9.0).scatter_(1, places, getattr(whole, name))
+    for window in (1, 3):
+        ours = Rhythm(window=window).gate(spread)
+        expected = torch.zeros_like(ours).scatter(1, places, Rhythm(window=window).gate(whole))
+        assert torch.equal(ours, expected) and (ours > 0).any()
+
+
 def test_equal_entropies_leave_the_gate_of_rhythm_shut():
     signals = rhythm_tables((9, 4))
     signals.teacher_entropy.copy_(signals.student_entropy)

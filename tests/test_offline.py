@@ -99,7 +99,7 @@ def test_the_four_measures_are_those_of_plain_loops(monkeypatch):
         policy.table[:, 0] += 1
     monkeypatch.setattr(model, "judge", lambda _: given)
     rows = teacher_distance.measure_batch(model, given.prompts, Sampling(n=G))
-    case, expected = Case(model), []
+    case, expected = Case(model, judged()), []
     for q, g in case.rows():
         told = sibling(case, q, g)
         if not told:

@@ -91,7 +91,7 @@ def step(**strategies):
     with torch.no_grad():
         noise = torch.randn(policy.table.shape, generator=torch.Generator().manual_seed(1))
         policy.table += 0.3 * noise.double()
-    return one_step(model)
+    return one_step(model, judged())
 
 
 def assert_equal(first, second, tolerance=1e-12):
@@ -225,8 +225,8 @@ def test_limits_of_one_part_are_another(claim):
 
 def test_sc_sdpo_of_power_to_zero_drops_degenerate_questions(tmp_path):
     near = {"class_path": "PassRate", "init_args": {"power": 1e-12}}
-    limit = one_step(method("sdpo-drop-degenerate", tmp_path))
-    assert_equal(one_step(method("sc-sdpo", tmp_path, weighting=near)), limit, 1e-10)
+    limit = one_step(method("sdpo-drop-degenerate", tmp_path), judged())
+    assert_equal(one_step(method("sc-sdpo", tmp_path, weighting=near), judged()), limit, 1e-10)
 
 
 @pytest.mark.parametrize(("share", "other"), [(1.0, "grpo-no-norm"), (0.0, "sdpo")])

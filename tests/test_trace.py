@@ -36,8 +36,8 @@ class Drawn(Rollout):
 class TokenCase(Case):
     """With logits [V] of its own, divided by the temperature, at every token."""
 
-    def __init__(self, model, *, live):
-        super().__init__(model, live=live)
+    def __init__(self, model, batch, *, live):
+        super().__init__(model, batch, live=live)
         self.z = {}
 
     def log_s(self, q, g, t):
@@ -88,7 +88,7 @@ def assert_recorded(model, trace):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tmp_path):
     model, trace, table = traced(name, tmp_path)
-    case = TokenCase(model, live=name in LIVE)
+    case = TokenCase(model, judged(), live=name in LIVE)
     expected = BY_HAND[name](case)
     gradients = torch.autograd.grad(expected, list(case.z.values()), allow_unused=True)
     by_token = torch.zeros_like(table)
@@ -112,7 +112,7 @@ def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tm
 def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
     """credit = scale * token weight * importance * c(y), c(y) = -d jsd / d z(y)."""
     model, trace, _ = traced(name, tmp_path)
-    batch, case = trace.batch, TokenCase(model, live=False)
+    batch, case = trace.batch, TokenCase(model, judged(), live=False)
     rows = (batch.active & batch.plan.needs_teacher.flatten()).nonzero()[:, 0].tolist()
     taught, length = batch.plan.needs_teacher.flatten(), batch.sampled.shape[1]
     record = TokenTrace(rows, taught, length=length, candidates=V)
@@ -139,7 +139,7 @@ def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
 
 def test_a_trace_shows_log_probs_of_both_sides_where_they_were_computed(tmp_path):
     model, trace, _ = traced("sc-sdpo", tmp_path)
-    case = Case(model)
+    case = Case(model, judged())
     read = ~trace.teacher_logprob.isnan()
     assert torch.equal(read, ~trace.credit.isnan())
     for q, g, t in read.nonzero().tolist():

@@ -27,33 +27,9 @@ from scsdpo.reduction import SequenceMean, TokenMean
 from scsdpo.rollout import HFRollout
 from scsdpo.teacher import EMA, NoTeacher, contexts_of
 from scsdpo.training import Update
-from scsdpo.types import Judged, Sampling
+from scsdpo.types import Sampling
 from scsdpo.weighting import Uniform, UniformTokens
-from table_policy import G, Q, TablePolicy, judged, state
-
-TOOL = (2, 4)
-"""Places of the tokens that the tool wrote, of the responses that are long enough."""
-
-
-def with_a_tool(batch: Judged) -> Judged:
-    """The same responses, of which some tokens were written by a tool between two turns."""
-    responses = batch.responses
-    places = torch.arange(responses.ids.shape[-1])
-    by_tool = (places >= TOOL[0]) & (places < TOOL[1]) & (responses.extents > TOOL[1])[..., None]
-    sampled = responses.present & ~by_tool
-    turns = (places >= TOOL[1]).int().expand_as(responses.turns)
-    unknown = torch.full_like(responses.policy_logprobs, torch.nan)
-    return replace(
-        batch,
-        responses=replace(
-            responses,
-            sampled=sampled,
-            turns=turns,
-            # Nobody drew them: what stands there must not be read.
-            policy_logprobs=torch.where(sampled, responses.policy_logprobs, unknown),
-            sampling_logprobs=torch.where(sampled, responses.sampling_logprobs, unknown),
-        ),
-    )
+from table_policy import G, Q, TablePolicy, judged, state, with_a_tool
 
 
 def prepared(policy, advantage, teacher, batch):

@@ -30,7 +30,8 @@ class Counting(Environment):
             (Path(self.folder) / f"{prompt.key}-{state['steps']}-{os.getpid()}").touch()
         if state["steps"] == self.turns:
             return Verdict(reward=1.0, answer=response, feedback="It is over.")
-        return Observation.said(f"{state['steps']} steps", feedback=f"step {state['steps']}")
+        feedback = f"step {state['steps']}"
+        return Observation.said(f"{state['steps']} steps", feedback=feedback, reward=0.5)
 
     def misbehave(self, prompt, state, response):
         pass
@@ -73,6 +74,8 @@ class Returns(Counting):
             "role": Observation(messages=({"role": "assistant", "content": "I"},)),
             "empty": Observation(messages=()),
             "nan": Verdict(reward=float("nan")),
+            "earned": Verdict(reward=1.0, earned=float("inf")),
+            "reward": Observation.said("a", reward=float("nan")),
             "long": Observation.said("x" * 100_000),
         }[response]
 

@@ -78,11 +78,15 @@ class Observation:
     feedback: str = ""
     """What was wrong with the response, in words that the teacher may be shown and the policy does
     not see; empty: nothing to say."""
+    reward: float = 0.0
+    """What the turn earned, for credit by turn (`TurnRelative`). The reward of the episode is its
+    verdict's alone, whatever its turns earned."""
 
     @classmethod
-    def said(cls, text: str, *, feedback: str = "") -> "Observation":
+    def said(cls, text: str, *, feedback: str = "", reward: float = 0.0) -> "Observation":
         """One turn of the user's."""
-        return cls(messages=({"role": "user", "content": text},), feedback=feedback)
+        said = {"role": "user", "content": text}
+        return cls(messages=(said,), feedback=feedback, reward=reward)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +100,8 @@ class Part:
     """The tool that answered."""
     feedback: str = ""
     """On the response before it: `Observation.feedback`."""
+    reward: float = 0.0
+    """That the response before it earned: `Observation.reward`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +117,17 @@ class Episode:
     def turns(self) -> int:
         """Responses of the policy."""
         return sum(part.role == "assistant" for part in self.parts) or 1
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """What each turn earned by its observation; the verdict's reward is not among them."""
+        earned: list[float] = []
+        for part in self.parts:
+            if part.role == "assistant":
+                earned.append(0.0)
+            else:
+                earned[-1] += part.reward
+        return tuple(earned)
 
     def transcript(self, change: Callable[[str], str] = str) -> str:
         """All of it as one text.
@@ -152,6 +169,10 @@ class Verdict:
     """What is wrong, in words that the teacher may be shown; empty: nothing to say."""
     error: str = ""
     """Why the verifier itself failed; counted and logged, never a silent zero."""
+    earned: float = 0.0
+    """How much of `reward` the observations of earlier turns have given already
+    (`Observation.reward`). Credit by turn gives the last turn the rest: all of it where turns earn
+    something beside the episode's reward, and nothing but its own share where that is their sum."""
 
 
 def _behind_thinking(act: Callable[..., Any], place: int) -> Any:

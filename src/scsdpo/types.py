@@ -4,6 +4,7 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 (responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -298,6 +299,25 @@ class Judged(_ToDevice):
     def ended(self) -> Tensor:
         """[Q, G] bool: the response ended by itself, not by the length cap."""
         return self.responses.ended
+
+    @property
+    def turn_rewards(self) -> Tensor:
+        """[Q, G, T] float64: what each turn earned, T the most turns of a response; nan: it has no
+        such turn. The last one earns what its verdict has not given to earlier ones.
+        """
+        responses = self.responses
+        counts = torch.where(responses.present, responses.turns + 1, 1).amax(-1).tolist()
+        most = max((count for group in counts for count in group), default=1)
+        table = []
+        for q, group in enumerate(counts):
+            for g, count in enumerate(group):
+                verdict, row = self.verdicts[q][g], [0.0] * count
+                for turn, earned in enumerate(responses.episodes[q][g].rewards):
+                    row[min(turn, count - 1)] += earned
+                row[-1] += verdict.reward - verdict.earned
+                table.append(row + [math.nan] * (most - count))
+        rewards = torch.tensor(table, dtype=torch.float64, device=self.rewards.device)
+        return rewards.view(*self.rewards.shape, most)
 
     @property
     def pass_rates(self) -> Tensor:

@@ -22,6 +22,7 @@ from scsdpo.policy import CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import External, Frozen, NoTeacher, PlainPrompt, Restart, TrustRegion
 from scsdpo.training import Limits, PolicyOptimizer
+from scsdpo.training.warmup import Warmup
 from scsdpo.types import Sampling
 from scsdpo.weighting import TeacherEntropy, Uniform
 
@@ -124,6 +125,12 @@ CONFIGURATIONS = {
         sampling=Sampling(n=2, max_new_tokens=2),
     ),
     "clipped": lambda: method("sc-sdpo", limits=Limits(max_grad_norm=0.01, max_tokens=60)),
+    "warm-up adamw": lambda: method(
+        "sc-sdpo", warmup=Warmup(steps=3, questions=4, measure_every=2), optimizer=ADAMW
+    ),
+    "warm-up, lora": lambda: method(
+        "sc-sdpo", warmup=Warmup(steps=2, questions=4), policy={"adapter": Lora(r=4)}
+    ),
     "measured room": lambda: method("sc-sdpo", limits=Limits(max_tokens="auto")),
 }
 

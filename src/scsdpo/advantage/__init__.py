@@ -25,6 +25,7 @@ from scsdpo.advantage.group_relative import (
     Scale,
     SequenceLevel,
     TokenLevel,
+    TurnRelative,
     Unscaled,
 )
 from scsdpo.advantage.modulator import (
@@ -120,6 +121,7 @@ __all__ = [
     "TokenLevel",
     "TopK",
     "Trusted",
+    "TurnRelative",
     "Unmodulated",
     "Unscaled",
     "Warmup",

@@ -1,4 +1,8 @@
-"""Sequence-level advantages from a group's rewards, under the PPO clip: the GRPO family."""
+"""Advantages from a group's rewards, by episode and by turn, under the PPO clip: the GRPO family.
+
+Baselines and scales compare along the last axis, G. In tables by turn, nan stands where a rollout
+has no such turn: it is compared with nobody, and nobody with it.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from torch import Tensor
 from scsdpo.advantage._base import Advantage, Plan, chosen
 from scsdpo.advantage.modulator import Modulator, Unmodulated
 from scsdpo.distributed import all_sum
+from scsdpo.errors import ConfigurationError
 from scsdpo.loss import (
     Chunk,
     Credit,
@@ -26,7 +31,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def centre(self, rewards: Tensor) -> Tensor:
-        """R - baseline, [Q, G] -> [Q, G]."""
+        """R - baseline, [..., G] -> [..., G]; nan stays nan."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,24 @@ class GroupMean(Baseline):
     """r_i - mean_j r_j."""
 
     def centre(self, rewards: Tensor) -> Tensor:
-        return rewards - rewards.mean(-1, keepdim=True)
+        return rewards - rewards.nanmean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class LeaveOneOut(Baseline):
     """r_i - mean_{j != i} r_j = G / (G - 1) (r_i - mean_j r_j); needs G > 1.
 
+    By turn G is the number of rollouts that have the turn. One that alone has it keeps its return:
+    with the baseline 0 there the gradient is unbiased (`TurnRelative`).
+
     Source:
         Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
 
     def centre(self, rewards: Tensor) -> Tensor:
-        group = rewards.shape[-1]
-        return (rewards - rewards.mean(-1, keepdim=True)) * group / (group - 1)
+        group = _counted(rewards)
+        centred = (rewards - rewards.nanmean(-1, keepdim=True)) * group / (group - 1)
+        return torch.where(group > 1, centred, rewards)
 
 
 class Scale(ABC):
@@ -55,7 +64,9 @@ class Scale(ABC):
 
     @abstractmethod
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        """[Q, G] centred rewards -> [Q, G] advantages; a group without spread gives exactly 0."""
+        """[..., G] centred rewards -> [..., G] advantages, of a group without spread exactly 0;
+        nan stays nan.
+        """
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,9 @@ class GroupStd(Scale):
             raise ValueError(f"`GroupStd(eps=...)` must be >= 0, got {self.eps}")
 
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        if rewards.shape[-1] <= self.ddof:
-            return torch.zeros_like(centred)
-        std = rewards.std(-1, correction=self.ddof, keepdim=True)
-        return torch.where(_spread(rewards), centred / (std + self.eps), 0.0)
+        squares = (rewards - rewards.nanmean(-1, keepdim=True)).square().nansum(-1, keepdim=True)
+        std = (squares / (_counted(rewards) - self.ddof)).sqrt()
+        return _where_spread(rewards, centred / (std + self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,33 +131,39 @@ class BatchStd(Scale):
             raise ValueError(f"`BatchStd(eps=...)` must be >= 0, got {self.eps}")
 
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        sums = all_sum(
-            torch.stack(
-                [centred.square().sum(), centred.sum(), centred.new_tensor(centred.numel())]
-            )
-        )
-        variance = sums[0] / sums[2] - (sums[1] / sums[2]).square()
-        std = variance.clamp(min=0).sqrt()
-        return torch.where(_spread(rewards), centred / (std + self.eps), 0.0)
+        sums = [centred.square().nansum(), centred.nansum(), _counted(centred).sum().to(centred)]
+        squares, total, count = all_sum(torch.stack(sums))
+        std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        return _where_spread(rewards, centred / (std + self.eps))
 
 
 @dataclass(frozen=True)
 class GroupPassRate(Scale):
     """A = (r - p) / p with p the group's mean reward: hard questions weigh more.
 
-    sum_i |A_i| = 2 G (1 - p) for binary rewards; p = 0 gives 0.
+    sum_i |A_i| = 2 G (1 - p) for binary rewards; p <= 0 gives 0.
 
     Source:
         MaxRL, as stated in arXiv:2605.27765.
     """
 
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        return torch.where(_spread(rewards), centred / rewards.mean(-1, keepdim=True), 0.0)
+        rate = rewards.nanmean(-1, keepdim=True)
+        return _where_spread(rewards, torch.where(rate > 0, centred / rate, 0 * centred))
 
 
-def _spread(rewards: Tensor) -> Tensor:
-    """[Q, 1] bool: the group's rewards differ. Their std is not asked: it may round above 0."""
-    return (rewards != rewards[:, :1]).any(-1, keepdim=True)
+def _counted(rewards: Tensor) -> Tensor:
+    """[..., 1] int64: how many of a group are compared."""
+    return (~rewards.isnan()).sum(-1, keepdim=True)
+
+
+def _where_spread(rewards: Tensor, advantages: Tensor) -> Tensor:
+    """The advantages, and 0 where the group's rewards are equal. Their std is not asked: it may
+    round above 0.
+    """
+    highest = rewards.nan_to_num(-torch.inf).amax(-1, keepdim=True)
+    lowest = rewards.nan_to_num(torch.inf).amin(-1, keepdim=True)
+    return torch.where((highest > lowest) | rewards.isnan(), advantages, 0.0)
 
 
 class RatioLevel(NeedsSignals, ABC):
@@ -263,15 +279,20 @@ class GroupRelative(Advantage):
         return (*self.level.derivations, *self.modulator.derivations)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """A [Q, G] float64."""
+        """A [..., G] float64 of rewards [..., G]."""
         wide = rewards.double()
         return self.scale.divide(self.baseline.centre(wide), wide)
 
+    def of_tokens(self, judged: Judged) -> Tensor:
+        """A [Q, G, L] float64 of each token."""
+        return self.advantages(judged.rewards)[..., None].expand(judged.responses.ids.shape)
+
     def plan(self, judged: Judged, available: Tensor) -> Plan:
-        advantages = self.advantages(judged.rewards)
-        asked = available & (advantages != 0) & self.needs_teacher
+        advantages = self.of_tokens(judged)
+        active = (advantages != 0).any(-1)
+        asked = available & active & self.needs_teacher
         return Plan(
-            active=advantages != 0,
+            active=active,
             needs_teacher=asked,
             credit=partial(self._credit, advantages.flatten(), asked.flatten(), chosen(asked)),
         )
@@ -280,13 +301,84 @@ class GroupRelative(Advantage):
         self, advantages: Tensor, asked: Tensor, taught: frozenset[int], chunk: Chunk
     ) -> Credit:
         log_ratio = self.level.log_ratio(chunk)
-        advantage = advantages[chunk.rollout].to(log_ratio.dtype)
+        advantage = chunk.at(advantages)
         if not taught.isdisjoint(chunk.rollouts):
             factor = self.modulator.factor(chunk, advantage)
-            advantage = torch.where(asked[chunk.rollout], factor * advantage, advantage)
+            modulated = asked[chunk.rollout] & (advantage != 0)  # of 0 a factor may be undefined
+            advantage = torch.where(modulated, factor * advantage, advantage)
         ratio = log_ratio.exp()
         plain = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
         credit = torch.where(plain <= clipped, plain, 0.0)
         objective = -torch.minimum(plain, clipped)
         return SparseCredit.at_sampled(chunk, credit, objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnRelative(GroupRelative):
+    """Clipped policy gradient by turn. Turn k of rollout i has A_{i,k} of the returns R_{i,k}
+
+        R_{i,k} = sum_{s >= k} discount^(s - k) r_{i,s}
+
+    of the group's rollouts that have a turn k, by `baseline` and `scale` as in `GroupRelative`. So
+    a turn gets no credit for what earlier ones earned, and is compared with turns as far into their
+    episodes. r_{i,s} is what `Environment.step` gave turn s, `Observation.reward`; the last turn
+    earns its verdict's reward, less what that has given to earlier turns (`Verdict.earned`). Where
+    no turn but the last earns anything and discount = 1, R is the episode's reward in each turn.
+    With one turn a rollout it is `GroupRelative`.
+
+    With `LeaveOneOut`, `Unscaled` and discount = 1 the gradient, summed over tokens, is that of the
+    expected sum of turn rewards, unbiased. `GroupMean` shrinks turn k's share of it by the
+    expectation of m / (m + 1), m the other rollouts that have the turn; one that alone has it gets
+    nothing.
+
+    Args:
+        baseline: as in `GroupRelative`.
+        scale: as in `GroupRelative`; `BatchStd` is over all turns of the batch.
+        clip_low: as in `GroupRelative`.
+        clip_high: as in `GroupRelative`.
+        level: as in `GroupRelative`.
+        modulator: as in `GroupRelative`; its factor is on the turn's A.
+        discount: of a reward that comes a turn later, in [0, 1]; 0 keeps each turn's own.
+
+    Shapes:
+        `Judged.turn_rewards` [Q, G, T] -> A [Q, G, T].
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Source:
+        The policy gradient with returns to go. Turn rewards, discounted and standardised within a
+        group: Ding et al. 2025 (GTPO), arXiv:2511.14846; Zeng et al. 2025 (MT-GRPO),
+        arXiv:2505.11821, adds a turn's standardised reward to the outcome's. Groups by number of
+        turn are our reading.
+    """
+
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"`TurnRelative(discount=...)` must be in [0, 1], got {self.discount}")
+
+    def returns(self, judged: Judged) -> Tensor:
+        """R [Q, G, T] float64; nan: the response has no such turn."""
+        rewards = judged.turn_rewards
+        later = torch.zeros_like(rewards[..., 0])
+        columns = []
+        for reward in rewards.unbind(-1)[::-1]:
+            later = reward.nan_to_num(0.0) + self.discount * later
+            columns.append(torch.where(reward.isnan(), torch.nan, later))
+        return torch.stack(columns[::-1], dim=-1)
+
+    def of_tokens(self, judged: Judged) -> Tensor:
+        returns = self.returns(judged)
+        by_turn = self.advantages(returns.mT).mT
+        if bool((by_turn.isnan() & ~returns.isnan()).any()):
+            raise ConfigurationError(
+                f"`TurnRelative`: {type(self.baseline).__name__} and {type(self.scale).__name__} "
+                "give nan for a turn that a rollout has: where another one of the group has no "
+                "such turn its return is nan, and must be left out (`torch.nanmean`)"
+            )
+        # Padding has the number of some turn or other; no token there is learned from.
+        return by_turn.nan_to_num(0.0).gather(-1, judged.responses.turns.long())

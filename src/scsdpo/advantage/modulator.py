@@ -260,10 +260,12 @@ class Rhythm(Surprise):
         return (self.gate,)
 
     def gate(self, signals: Signals) -> Tensor:
-        """[R, L] in [0, 1]; 0 outside responses."""
-        mask = signals.mask
-        student = torch.where(mask, signals.student_entropy, 0.0)
-        teacher = torch.where(mask, signals.teacher_entropy, 0.0)
+        """[R, L] in [0, 1]; 0 where the policy drew no token."""
+        # Of an episode the tokens that were drawn come first, so that windows hold no others.
+        order = signals.mask.logical_not().int().argsort(dim=-1, stable=True)
+        mask = signals.mask.gather(-1, order)
+        student = torch.where(mask, signals.student_entropy.gather(-1, order), 0.0)
+        teacher = torch.where(mask, signals.teacher_entropy.gather(-1, order), 0.0)
         wider = self._drop(teacher, mask) - self._drop(student, mask)
         anchor = wider.clamp(min=0) * (student - teacher).clamp(min=0)
         centred = torch.where(mask, anchor - _row_mean(anchor, mask), 0.0)
@@ -271,7 +273,8 @@ class Rhythm(Surprise):
         z = torch.where(std > 1e-12, centred / std, 0.0)  # less is rounding
         raised = 1 + self.gain * 2 * (torch.sigmoid(self.steepness * z) - 0.5).clamp(min=0)
         relative = (raised / _row_mean(raised, mask)).clamp(max=self.highest)
-        return torch.where(mask, ((relative - 1) / (self.highest - 1)).clamp(min=0), 0.0)
+        gate = torch.where(mask, ((relative - 1) / (self.highest - 1)).clamp(min=0), 0.0)
+        return torch.zeros_like(gate).scatter(-1, order, gate)
 
     def _drop(self, entropy: Tensor, mask: Tensor) -> Tensor:
         """[R, L]: how far the mean entropy after a token is below that before it; >= 0."""

@@ -24,7 +24,8 @@ class SkyRLEnvironment(Environment):
     """An environment of skyrl-gym's shape: `init`, `step(action)` and `close`.
 
     `init(messages)` gives the turns that the policy is asked; `step(response)` gives
-    `observations`, `reward` and `done`. An episode's reward is the sum of its steps'.
+    `observations`, `reward` and `done`. An episode's reward is the sum of its steps', and
+    each turn earns its step's.
 
     Args:
         factory: makes an environment, as `module:function` or `module:Class`; for those of the
@@ -69,15 +70,18 @@ class SkyRLEnvironment(Environment):
     def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
         """What `step` returned; with `done`, or nothing observed, the verdict."""
         output = state.world.step(response)
-        state.reward += float(output.get("reward") or 0.0)
+        before, reward = state.reward, float(output.get("reward") or 0.0)
+        state.reward += reward
         observed = tuple(_turn(message) for message in output.get("observations") or ())
         if output.get("done") or not observed:
-            return Verdict(reward=state.reward, answer=response.strip() or None)
-        return Observation(messages=observed)
+            answer = response.strip() or None
+            return Verdict(reward=state.reward, answer=answer, earned=before)
+        return Observation(messages=observed, reward=reward)
 
     def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
         """The reward so far."""
-        return Verdict(reward=state.reward, feedback=f"The episode did not end: {why}.")
+        said = f"The episode did not end: {why}."
+        return Verdict(reward=state.reward, feedback=said, earned=state.reward)
 
     def close(self, state: _Played) -> None:
         """As the environment does."""

@@ -40,6 +40,8 @@ class TurnRecord(TypedDict):
     """Of the tool that answered; '': none."""
     feedback: str
     """The environment's words on the response before it; '': none."""
+    reward: Number
+    """That the response before it earned, for credit by turn."""
 
 
 class RolloutRecord(Place):

@@ -213,7 +213,7 @@ class SiblingDemonstration(Reprompt):
             lengths = judged.lengths[question].tolist()
             best.sort(key=lambda g: (-rewards[g], lengths[g]))
         for g in best:
-            text = _shown(judged, question, g, strip_thinking=self.strip_thinking)
+            text = as_told(judged, question, g, strip_thinking=self.strip_thinking)
             if text.strip():
                 yield g, text
 
@@ -237,7 +237,7 @@ class Feedback(Reprompt):
     """
 
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
-        return PrivilegedInfo(feedback=_own_feedback(question, rollout, judged))
+        return PrivilegedInfo(feedback=own_feedback(question, rollout, judged))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +296,7 @@ class DemonstrationOrFeedback(SiblingDemonstration):
         if demonstration and not self.both:
             return PrivilegedInfo(demonstration=demonstration)
         return PrivilegedInfo(
-            demonstration=demonstration, feedback=_own_feedback(question, rollout, judged)
+            demonstration=demonstration, feedback=own_feedback(question, rollout, judged)
         )
 
 
@@ -370,7 +370,7 @@ class FailedSibling(Reprompt):
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         wrong = (~judged.successes[question]).nonzero()[:, 0].tolist()
         shown = [
-            _shown(judged, question, g, strip_thinking=self.strip_thinking)
+            as_told(judged, question, g, strip_thinking=self.strip_thinking)
             for g in wrong
             if g != rollout
         ]
@@ -411,13 +411,13 @@ class ShortestSuccess(_Rewritten):
             return PrivilegedInfo()
         others = [g for g in range(len(lengths)) if g != taught]
         for other in sorted(others, key=lambda g: (g in right, lengths[g])):
-            shown = _shown(judged, question, other, strip_thinking=self.strip_thinking)
+            shown = as_told(judged, question, other, strip_thinking=self.strip_thinking)
             if shown.strip():
                 return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
         return PrivilegedInfo()
 
 
-def _shown(judged: Judged, question: int, rollout: int, *, strip_thinking: bool) -> str:
+def as_told(judged: Judged, question: int, rollout: int, *, strip_thinking: bool) -> str:
     """A response as it is told: an episode whole, with what its environment answered."""
     opened = judged.prompts[question].thinking
 
@@ -428,7 +428,7 @@ def _shown(judged: Judged, question: int, rollout: int, *, strip_thinking: bool)
     return episode.transcript(said) if episode.parts else said(judged.texts[question][rollout])
 
 
-def _own_feedback(question: int, rollout: int, judged: Judged) -> str:
+def own_feedback(question: int, rollout: int, judged: Judged) -> str:
     """On a failure; of an episode turn by turn, and on the whole."""
     if judged.successes[question, rollout]:
         return ""

@@ -11,11 +11,13 @@ from scsdpo.teacher.context import (
     Context,
     PrivilegedInfo,
     SiblingDemonstration,
+    as_told,
     fit,
+    own_feedback,
 )
 from scsdpo.teacher.templates import ATTEMPTS, Templates
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Judged, Prompt, TeacherContexts
+from scsdpo.types import Judged, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
@@ -45,22 +47,22 @@ class RememberedDemonstration(Context, Stateful):
             raise ValueError(f"`RememberedDemonstration(size=...)` must be >= 1, got {size}")
         self.demonstration, self.size = demonstration, size
         self.kept: dict[str, list[tuple[float, str]]] = {}
-        """By question: rewards and responses, the one to show last."""
+        """By question: rewards, and what of the responses is shown; the one to show last."""
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         table = list(self.demonstration.render(chat, judged).ids)
         for q, prompt in enumerate(judged.prompts):
             if prompt.key in self.kept and not any(self.demonstration.demonstrations(q, judged)):
-                text = self.demonstration.shown(prompt, self.kept[prompt.key][-1][1])
+                text = self.kept[prompt.key][-1][1]
                 table[q] = (self.demonstration.show(chat, prompt, text),) * len(table[q])
         return TeacherContexts(ids=tuple(table))
 
     def observe(self, judged: Judged) -> None:
         rewards = judged.rewards.tolist()
         good = [
-            (prompt.copy, prompt.key, rewards[q][g], judged.texts[q][g])
+            (prompt.copy, prompt.key, rewards[q][g], text)
             for q, prompt in enumerate(judged.prompts)
-            for g, _ in sorted(self.demonstration.demonstrations(q, judged))
+            for g, text in sorted(self.demonstration.demonstrations(q, judged))
         ]
         # Copies of a question in their order, whichever rank has which.
         for _, key, reward, text in sorted(all_gather(good), key=itemgetter(0)):
@@ -69,14 +71,18 @@ class RememberedDemonstration(Context, Stateful):
             self.kept[key] = ranked[-self.size :]
 
     def remembered(self) -> dict[str, Any]:
-        return {"kept": self.kept}
+        return {"shown": self.kept}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
-        self.kept = {
-            # Before rewards were kept, each was that of a success.
-            key: [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
-            for key, responses in remembered["kept"].items()
-        }
+        if "shown" in remembered:
+            self.kept = dict(remembered["shown"])
+            return
+        # Earlier checkpoints have whole responses; the first ones no rewards: all were successes.
+        for key, responses in remembered["kept"].items():
+            pairs = [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
+            if self.demonstration.strip_thinking:
+                pairs = [(reward, without_thinking(text)) for reward, text in pairs]
+            self.kept[key] = pairs
 
 
 class AttemptMemory(Context, Stateful):
@@ -129,11 +135,11 @@ class AttemptMemory(Context, Stateful):
         right, wrong = self._after(judged, table)
 
         def told(key: str, own: str) -> PrivilegedInfo:
-            shown = [
+            good, bad = (
                 "\n\n".join(entry for entry in kept.get(key, []) if entry != own)
                 for kept in (right, wrong)
-            ]
-            return PrivilegedInfo(demonstration=shown[0], feedback=shown[1])
+            )
+            return PrivilegedInfo(demonstration=good, feedback=bad)
 
         return TeacherContexts(
             ids=tuple(
@@ -153,20 +159,9 @@ class AttemptMemory(Context, Stateful):
     def _attempts(self, judged: Judged) -> list[list[tuple[str, bool, str]]]:
         """[Q][G]: the question's key, whether the attempt was right, and its entry."""
         return [
-            [
-                (
-                    prompt.key,
-                    bool(right),
-                    self._entry(prompt, text, "" if right else verdict.feedback),
-                )
-                for text, verdict, right in zip(texts, verdicts, successes, strict=True)
-            ]
-            for prompt, texts, verdicts, successes in zip(
-                judged.prompts,
-                judged.texts,
-                judged.verdicts,
-                judged.successes.tolist(),
-                strict=True,
+            [(prompt.key, right, self._entry(q, g, judged)) for g, right in enumerate(successes)]
+            for q, (prompt, successes) in enumerate(
+                zip(judged.prompts, judged.successes.tolist(), strict=True)
             )
         ]
 
@@ -191,9 +186,10 @@ class AttemptMemory(Context, Stateful):
             kept[key] = [*others, entry][max(len(others) + 1 - size, 0) :]
         return right, wrong
 
-    def _entry(self, prompt: Prompt, text: str, feedback: str) -> str:
-        shown = without_thinking(prompt.thinking + text) if self.strip_thinking else text
-        return f"{shown}\n{feedback}" if feedback.strip() else shown
+    def _entry(self, question: int, rollout: int, judged: Judged) -> str:
+        text = as_told(judged, question, rollout, strip_thinking=self.strip_thinking)
+        feedback = own_feedback(question, rollout, judged)
+        return f"{text}\n{feedback}" if feedback.strip() else text
 
     def remembered(self) -> dict[str, Any]:
         return {"right": self.right, "wrong": self.wrong}

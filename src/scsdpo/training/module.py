@@ -338,6 +338,7 @@ class PolicyOptimizer(L.LightningModule):
         room = self.collector.prompt_room(self.sampling)
         asked = self._asked(count, prompts)
         telling = told_against_alone(self, shown, asked, "teacher-check", room)
+        self.timer.take()  # what measuring took belongs to no step
         log_figures(self, "check", telling.figures())
         rank_zero_info(f"before the first step: {telling}")
         return telling

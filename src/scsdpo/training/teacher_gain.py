@@ -1,5 +1,6 @@
 """Told against alone: how much better a policy answers when it reads what its teacher would."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -68,10 +69,11 @@ class Telling:
         )
 
     def figures(self) -> dict[str, float]:
-        """For the log."""
+        """For the log; those that are known."""
         gain = self.gain
         shown = {"told": self.told.value, "alone": self.without.value, "gain": gain.value}
-        return {**shown, "gain_low": gain.low, "gain_high": gain.high, "gain_questions": gain.n}
+        every = {**shown, "gain_low": gain.low, "gain_high": gain.high, "gain_questions": gain.n}
+        return {name: value for name, value in every.items() if math.isfinite(value)}
 
     def __str__(self) -> str:
         gain = self.gain

@@ -270,6 +270,7 @@ class WarmupStage(nn.Module):
             room = model.collector.prompt_room(model.sampling)
             telling = told_against_alone(model, self.context, asked, f"{NAME}/{taken}", room)
             self.last = telling
+            model.timer.take()  # what measuring took belongs to no step
             log_figures(host, NAME, telling.figures())
             rank_zero_info(f"warm-up, after {taken} of {settings.steps} steps: {telling}")
             last = last or telling.gain.low > settings.enough

@@ -199,11 +199,12 @@ class Episodes:
             elif row.parts:  # and not an opening
                 row.past.append(row.response)
                 row.seen.append(digest(answer.messages))
-                feedback = itertools.chain([answer.feedback], itertools.repeat(""))
-                row.parts += [
-                    Part(role=m["role"], text=m["content"], name=m.get("name", ""), feedback=said)
-                    for m, said in zip(answer.messages, feedback, strict=False)
+                said = [
+                    Part(role=m["role"], text=m["content"], name=m.get("name", ""))
+                    for m in answer.messages
                 ]
+                said[0] = replace(said[0], feedback=answer.feedback, reward=answer.reward)
+                row.parts += said
         return taken
 
     def _pump(self, seconds: float) -> None:
@@ -313,10 +314,10 @@ class Episodes:
             self._again(job)
             return
         answer: Observation | Verdict
-        if "reward" in fields:
+        if "answer" in fields:
             answer = Verdict(**fields)
         else:
-            answer = Observation(messages=tuple(fields["messages"]), feedback=fields["feedback"])
+            answer = Observation(**(fields | {"messages": tuple(fields["messages"])}))
         row.seconds += took
         most = self.pool.settings.episode_deadline
         if row.seconds > most and isinstance(answer, Observation):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from scsdpo.prompt import Environment, Message, Observation, Prompt, Verdict
 from scsdpo.verifiers.guard import children, end_children
 from scsdpo.verifiers.text import capped, valid
-from scsdpo.verifiers.verify import attempted, tidy_verdict
+from scsdpo.verifiers.verify import attempted, is_number, tidy_verdict
 
 MAX_MESSAGES = 16
 """Most with which an environment answers one response."""
@@ -145,6 +145,8 @@ class Stage:
             result = Observation(messages=result.messages)
         if not isinstance(result, Observation) or not isinstance(result.feedback, str):
             return None
+        if not is_number(result.reward):
+            return None
         messages = list(result.messages)
         if not messages or (len(messages) > MAX_MESSAGES and not opens):
             return None
@@ -163,6 +165,7 @@ class Stage:
                 for message in messages
             ),
             feedback=capped(result.feedback, self.max_feedback),
+            reward=float(result.reward),
         )
 
 

@@ -135,7 +135,13 @@ def tidy_verdict(verdict: object, max_feedback: int) -> Verdict | None:
         answer=None if verdict.answer is None else capped_distinct(verdict.answer, MAX_ANSWER),
         feedback=capped(verdict.feedback, max_feedback),
         error=capped(verdict.error, MAX_ERROR),
+        earned=float(verdict.earned),
     )
+
+
+def is_number(thing: object) -> bool:
+    """Whether it can be a reward."""
+    return isinstance(thing, int | float) and math.isfinite(thing)
 
 
 def _shown(thing: object) -> str:
@@ -148,8 +154,8 @@ def _shown(thing: object) -> str:
 
 def _is_sound(verdict: Verdict) -> bool:
     return (
-        isinstance(verdict.reward, int | float)
-        and math.isfinite(verdict.reward)
+        is_number(verdict.reward)
+        and is_number(verdict.earned)
         and isinstance(verdict.answer, str | None)
         and isinstance(verdict.feedback, str)
         and isinstance(verdict.error, str)

@@ -130,9 +130,11 @@ class Horizon(TokenWeighting):
         local = torch.where(signals.mask, signals.objective, 0.0)
         mean = local.sum(-1, keepdim=True) / signals.mask.sum(-1, keepdim=True).clamp(min=1)
         gates = torch.sigmoid(-self.sharpness * (local - mean))
-        weights = torch.ones_like(local)
-        for t in range(1, local.shape[1]):
-            weights[:, t] += gates[:, t - 1] * weights[:, t - 1]
+        weights, before = torch.ones_like(local), torch.zeros_like(local[:, 0])
+        for t in range(local.shape[1]):
+            weights[:, t] += before
+            # Between two turns stand tokens that the policy did not draw: they have no place.
+            before = torch.where(signals.mask[:, t], gates[:, t] * weights[:, t], before)
         return torch.where(distilled, weights, 1.0)
 
 
