@@ -63,7 +63,7 @@ def discovery(firsts: Sequence[int | None], ks: Sequence[int]) -> Curve:
 
 
 def discovery_panel(curves: Mapping[str, Curve], note: str) -> Panel:
-    """Curves of discovery@k by label, with intervals at the last k and at powers of two from an eighth of it on.
+    """Curves of discovery@k by label; intervals at the last k, and at powers of two before it.
 
     Args:
         curves: over the same k, ascending.
