@@ -4,6 +4,7 @@ from scsdpo.metrics.gap import GapCheck
 from scsdpo.metrics.groups import MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
+    age_metrics,
     log_figures,
     phase_metrics,
     rollout_metrics,
@@ -15,6 +16,7 @@ __all__ = [
     "MajAtK",
     "MeanAtK",
     "PhaseTimer",
+    "age_metrics",
     "log_figures",
     "phase_metrics",
     "rollout_metrics",
