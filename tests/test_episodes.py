@@ -88,7 +88,8 @@ def test_what_one_episode_does_costs_no_other(pool, deed, why, tmp_path):
     bad = worlds.Bad(folder=str(tmp_path))
     says = [["a", deed, "c"], *[FINE] * 4]
     verdicts, seen, _ = played(pool, [prompt(bad)], says, n=5)
-    assert verdicts[0] == Verdict(reward=0.0, error=why) and seen[0] == ["1 steps"]
+    late = "time" if deed == "hang" else ""
+    assert verdicts[0] == Verdict(reward=0.0, error=why, stopped=late) and seen[0] == ["1 steps"]
     assert all(map(is_fine, verdicts[1:], seen[1:]))
 
 
@@ -133,6 +134,7 @@ def test_a_whole_episode_has_a_deadline_too(tmp_path):
     assert verdicts[0].error == "Slow: no end within 0.3 s of all its turns" or (
         "no answer within" in verdicts[0].error
     )
+    assert verdicts[0].stopped == "time"
 
 
 def test_what_an_episode_has_started_ends_with_it_and_not_before(pool, tmp_path):
@@ -154,7 +156,10 @@ def test_what_an_episode_has_started_ends_with_it_and_not_before(pool, tmp_path)
     assert not Path(f"/proc/{child}").exists()
 
 
-@pytest.mark.parametrize("what", ["text", "role", "empty", "nan", "earned", "reward"])
+@pytest.mark.parametrize(
+    "what",
+    ["text", "role", "empty", "nan", "earned", "reward", "calls", "stopped"],
+)
 def test_nonsense_is_an_error_of_the_environment(pool, what):
     verdicts, _, _ = played(pool, [prompt(worlds.Returns())], [[what]])
     assert verdicts[0].reward == 0.0 and verdicts[0].error.startswith("Returns returned ")

@@ -4,6 +4,8 @@ from scsdpo.metrics.gap import GapCheck
 from scsdpo.metrics.groups import MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
+    SHOWN_TURNS,
+    episode_metrics,
     log_figures,
     phase_metrics,
     rollout_metrics,
@@ -11,10 +13,12 @@ from scsdpo.metrics.training import (
 )
 
 __all__ = [
+    "SHOWN_TURNS",
     "GapCheck",
     "MajAtK",
     "MeanAtK",
     "PhaseTimer",
+    "episode_metrics",
     "log_figures",
     "phase_metrics",
     "rollout_metrics",

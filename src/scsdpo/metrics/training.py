@@ -15,6 +15,8 @@ from scsdpo.types import Judged
 
 PHASES = ("rollout", "verify", "teacher", "student", "step")
 """Of a training step, in order; their tokens and seconds are logged."""
+SHOWN_TURNS = 8
+"""Of an episode, whose rewards and lengths are logged turn by turn."""
 
 
 def log_figures(
@@ -67,6 +69,52 @@ def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
         "effective_questions": weight**2 / square if square > 0 else 0.0,
         "verifier_errors": failed,
     }
+
+
+def episode_metrics(judged: Judged) -> dict[str, float]:
+    """Of the batch's episodes over all ranks; empty if there are none.
+
+    `turns`, `calls` and `observation_tokens` are means over episodes, `failed_calls` is a share of
+    calls, `out_of_turns` and `out_of_time` are shares of episodes (`Verdict.stopped`). For each of
+    the first `SHOWN_TURNS` turns, means over the episodes that have it: `turn_K/reward`, what it
+    earned, and `turn_K/length`, tokens that the policy drew in it. K counts from 1.
+    """
+    responses = judged.responses
+    turn_rewards, last = judged.turn_rewards.tolist(), judged.turn_rewards.shape[-1]
+    lengths = [(responses.sampled & (responses.turns == k)).sum(-1) for k in range(last)]
+    turn_lengths = torch.stack(lengths, dim=-1).tolist()
+    observed = (responses.extents - responses.lengths).tolist()
+    sums, by_turn = [0.0] * 7, [[0.0] * 3 for _ in range(SHOWN_TURNS)]
+    for q, group in enumerate(responses.episodes):
+        for g, episode in enumerate(group):
+            if not episode.parts:
+                continue
+            stopped = judged.verdicts[q][g].stopped
+            calls = [sum(part.calls for part in episode.parts)]
+            calls.append(sum(part.failed for part in episode.parts))
+            found = [1, episode.turns, *calls, observed[q][g], stopped == "turns"]
+            found.append(stopped == "time")
+            sums = [total + one for total, one in zip(sums, found, strict=True)]
+            here = zip(turn_rewards[q][g], turn_lengths[q][g], strict=True)
+            for row, (reward, length) in zip(by_turn, here, strict=False):
+                if not math.isnan(reward):
+                    row[:] = row[0] + 1, row[1] + reward, row[2] + length
+    totals = all_sum(torch.tensor([*sums, *(x for row in by_turn for x in row)]).double())
+    (episodes, turns, called, failed, tokens, no_turns, no_time), rows = (
+        totals[:7].tolist(),
+        totals[7:].view(SHOWN_TURNS, 3).tolist(),
+    )
+    if not episodes:
+        return {}
+    figures = {"turns": turns / episodes, "calls": called / episodes}
+    if called:
+        figures["failed_calls"] = failed / called
+    figures["observation_tokens"] = tokens / episodes
+    figures |= {"out_of_turns": no_turns / episodes, "out_of_time": no_time / episodes}
+    for k, (count, reward, length) in enumerate(rows, start=1):
+        if count:
+            figures |= {f"turn_{k}/reward": reward / count, f"turn_{k}/length": length / count}
+    return figures
 
 
 def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
