@@ -136,6 +136,7 @@ const fold = (title, text, open) =>
 function part({ role, text, name, feedback, reward }, turn, children = [text]) {
   const world = role !== "assistant";
   const who = world ? `${role}${name ? ` ${name}` : ""}` : "policy";
+  const beside = [reward && `reward of the turn ${short(reward)}`, feedback && `feedback: ${feedback}`];
   return make(
     "div",
     { class: world ? "part world" : "part" },
@@ -143,8 +144,7 @@ function part({ role, text, name, feedback, reward }, turn, children = [text]) {
       "small",
       {},
       make("b", {}, who),
-      reward ? ` · reward of the turn ${short(reward)}` : null,
-      feedback ? ` · feedback: ${feedback}` : null,
+      beside.filter(Boolean).join(" · "),
       world ? null : make("output", { "data-turn": turn }),
     ),
     children,
