@@ -1,12 +1,15 @@
 """Episodes in the processes that judge: nothing that one does costs another anything."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import worlds
+from scsdpo import interrupt
 from scsdpo.prompt import Observation, Prompt, Verdict
 from scsdpo.verifiers import Episodes, ExactMatch, Verification, VerifierPool
 from scsdpo.verifiers import episodes as module
@@ -207,6 +210,27 @@ def test_a_forgotten_episode_begins_anew(pool):
             episodes.submit(0, text)
             ((_, answer),) = episodes.answers(wait=True)
         assert answer.reward == 1.0 and episodes.record(0).turns == 3
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_an_episode(tmp_path):
+    """An environment that hangs has a minute; the signal comes after half a second."""
+    pool = VerifierPool(Verification(workers=1, turn_deadline=60.0))
+    interrupt.reset()
+    interrupt.begin_run(None)
+    try:
+        with (
+            pytest.raises(interrupt.Interrupted),
+            Episodes(pool, [prompt(worlds.Bad(folder=str(tmp_path)))], 1) as episodes,
+        ):
+            episodes.open()
+            interrupt.open_window()
+            episodes.submit(0, "hang")
+            threading.Timer(0.5, interrupt.ask, [signal.SIGTERM]).start()
+            start = time.monotonic()
+            episodes.answers(wait=True)
+    finally:
+        interrupt.reset()
+    assert time.monotonic() - start < 20 and not pool.workers
 
 
 def test_the_training_process_keeps_no_process_of_a_pool_that_was_left(tmp_path):

@@ -28,13 +28,7 @@ from scsdpo.distributed import AbortVote, place
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
-from scsdpo.metrics import (
-    GapCheck,
-    episode_metrics,
-    log_figures,
-    phase_metrics,
-    rollout_metrics,
-)
+from scsdpo.metrics import GapCheck, log_figures, phase_metrics, rollout_metrics
 from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import leave_out_of_ddp
@@ -303,7 +297,6 @@ class PolicyOptimizer(L.LightningModule):
         shares = [balance_ranks(each, self.advantage, self.teacher) for each in prepared]
         weights = torch.cat([judged.rewards[:0].double(), *(batch.weights for batch in shares)])
         log_figures(self, "train", rollout_metrics(judged, weights), shown="pass_rate")
-        log_figures(self, "train", episode_metrics(judged))
         for batch in shares:
             self.observe(batch.judged)
             show_batch(self, batch)
