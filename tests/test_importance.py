@@ -150,6 +150,97 @@ def test_in_later_updates_the_samplers_weight_stays_and_the_ratio_moves(importan
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, expected)))
 
 
+def learned(steps, rate=1.0):
+    """The policies of a run of exact policy gradient: the first, and after each of its steps."""
+    tables = [logits(0)]
+    for _ in range(steps):
+        z = tables[-1].clone().requires_grad_()
+        tables.append((z - rate * true_gradient(z)).detach())
+    return tables
+
+
+def drew(policies, ages):
+    """[LENGTH, V]: position t is drawn by the weights of `ages[t]` steps before the last."""
+    return torch.stack([policies[-1 - age][t] for t, age in enumerate(ages)])
+
+
+AGES = [(1, 1), (2, 2), (4, 4), (4, 1), (2, 0)]
+"""Of the first and of the second token; those that differ: weights changed within responses."""
+
+
+def relative_bias(z, mu, importance):
+    """|E[gradient] - on-policy gradient| / |on-policy gradient|, exactly."""
+    ours = expected_gradient(z, mu, POLICY_GRADIENT, importance, sampler=mu)
+    own = z.detach()
+    exact = expected_gradient(z, own, POLICY_GRADIENT, NoImportance(), sampler=own)
+    return float((ours - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("ages", AGES)
+def test_with_the_exact_sequence_ratio_old_samples_give_the_on_policy_gradient(ages):
+    """sum_y mu(y) w(y) g(y) = sum_y S(y) g(y), where w = S / mu, whichever weights drew a token."""
+    policies = learned(4)
+    z, mu = policies[-1].clone().requires_grad_(), drew(policies, ages)
+    assert relative_bias(z, mu, SequenceImportance(cap=float("inf"))) < 1e-12
+    assert relative_bias(z, mu, NoImportance()) > 0.02
+
+
+def test_what_truncation_costs_is_bias_that_grows_with_age_and_falls_with_the_cap():
+    """The figures of docs/ahead.md, at ages 1, 2, 4 of a policy that learns fast."""
+    policies = learned(4)
+    z = policies[-1].clone().requires_grad_()
+    ages = [drew(policies, (age, age)) for age in (1, 2, 4)]
+    measured = {
+        SequenceImportance: [
+            [0.1731, 0.3160, 0.5235],
+            [0.0000, 0.1007, 0.3663],
+            [0.0000, 0.0029, 0.2054],
+            [0.0000, 0.0000, 0.0137],
+        ],
+        SamplerImportance: [
+            [0.1685, 0.3022, 0.4914],
+            [0.0773, 0.1612, 0.3897],
+            [0.0773, 0.1448, 0.2901],
+            [0.0773, 0.1448, 0.2538],
+        ],
+    }
+    for kind, table in measured.items():
+        ours = torch.tensor(
+            [[relative_bias(z, mu, kind(cap=cap)) for mu in ages] for cap in (1.0, 1.25, 1.5, 2.0)]
+        )
+        torch.testing.assert_close(ours, torch.tensor(table), atol=6e-5, rtol=0)
+        assert (ours.diff(dim=0) <= 1e-6).all() and (ours.diff(dim=1) >= -1e-6).all()
+    none = torch.tensor([relative_bias(z, mu, NoImportance()) for mu in ages])
+    torch.testing.assert_close(none, torch.tensor([0.1803, 0.3233, 0.5241]), atol=6e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ages", AGES)
+@pytest.mark.parametrize("reward", [1.0, 0.0])
+@pytest.mark.parametrize("y", [(1, 2), (0, 0), (2, 1)])
+def test_group_relative_with_sampler_importance_is_decoupled_ppo(ages, reward, y):
+    """-sum_t min(S_old / S_behaviour, cap) min(u A, clip(u, 1 - eps, 1 + eps) A), u = S / S_old.
+
+    `old` is the policy before the batch's first update, behaviour the weights that drew the token.
+    """
+    policies = learned(4)
+    old, mu = policies[-1], drew(policies, ages)
+    z = (old + 2 * (logits(5) - logits(6))).requires_grad_()  # later updates on the batch
+    low, high, cap = 0.2, 0.28, 1.3
+    advantage = GroupRelative(
+        baseline=LeaveOneOut(), scale=Unscaled(), clip_low=low, clip_high=high
+    )
+    rewards = torch.tensor([[reward, 1 - reward]])
+    importance = SamplerImportance(cap=cap)
+    loss = one_response(z, y, advantage, importance, sampler=mu, old=old, rewards=rewards)
+    at = torch.tensor(y)[:, None]
+    now, before, drawn = (x.log_softmax(-1).gather(-1, at)[:, 0] for x in (z, old, mu))
+    weight, ratio, a = (before - drawn).exp().clamp(max=cap), (now - before).exp(), 2 * reward - 1
+    inner = torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    expected = -(weight * inner).sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, expected)))
+
+
 @pytest.mark.parametrize("reward", [1.0, 0.0])
 def test_a_sequence_ratio_is_gspos_gradient(reward):
     """-min(s A, clip(s) A), s = (S(y) / S_old(y)) ** (1 / T), under SequenceMean."""

@@ -79,7 +79,7 @@ def test_every_name_that_a_benchmark_imports_exists():
                 assert all(hasattr(module, alias.name) for alias in node.names), path
 
 
-def test_the_module_takes_at_most_20_arguments_and_its_step_reads_in_14_lines():
-    assert len(inspect.signature(PolicyOptimizer).parameters) <= 20
+def test_the_module_takes_at_most_21_arguments_and_its_step_reads_in_14_lines():
+    assert len(inspect.signature(PolicyOptimizer).parameters) <= 21
     body = inspect.getsource(PolicyOptimizer.training_step).splitlines()
     assert len(body) - 2 <= 14  # but for its first line and its docstring

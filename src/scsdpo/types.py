@@ -7,7 +7,7 @@ Shape suffixes: Q questions in the batch, G rollouts a question, L the longest r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "Episode",
     "Judged",
     "Message",
+    "Moment",
     "Part",
     "Prompt",
     "Responses",
@@ -114,6 +115,15 @@ class Sampling:
         return replace(self, seed=stable_hash(resolved(self.seed), step))
 
 
+class Moment(NamedTuple):
+    """How far training had come."""
+
+    step: int
+    """Optimizer steps taken."""
+    batch: int
+    """Batches from which one was taken, at least."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Responses(_ToDevice):
     """Q x G responses, as the token ids that stand after their prompts.
@@ -154,6 +164,8 @@ class Responses(_ToDevice):
     token; layers is 0 if it says none."""
     episodes: tuple[tuple[Episode, ...], ...]
     """[Q][G] what was said turn by turn; without parts where the response is all."""
+    drawn_at: tuple[Moment, ...] = ()
+    """Of each of `labels`, when those were the policy's weights; empty: they still are."""
 
     @classmethod
     def of_one_turn(
@@ -203,6 +215,21 @@ class Responses(_ToDevice):
         """Label of the newest weights that were sampled from."""
         return self.labels[-1]
 
+    def version_of(self, q: int, g: int) -> str:
+        """Label of the newest weights that a response was sampled from."""
+        drew = self.versions[q, g][self.sampled[q, g]].tolist()
+        return self.labels[max(drew)] if drew else self.version
+
+    def ages(self, now: Moment) -> Tensor:
+        """[Q, G, L, 2] int32: optimizer steps, and batches with one, between the weights that drew
+        a token and those of `now`; 0 where nothing was sampled.
+        """
+        if not self.drawn_at:
+            return self.versions.new_zeros((*self.versions.shape, 2))
+        old = [[now.step - at.step, now.batch - at.batch] for at in self.drawn_at]
+        table = self.versions.new_tensor(old)
+        return table[self.versions.long()] * self.sampled[..., None]
+
     def __getitem__(self, questions: Sequence[int]) -> "Responses":
         """Some questions, in the order given."""
         index = list(questions)
@@ -220,7 +247,14 @@ class Responses(_ToDevice):
         Tables are as wide as the longest response of those that have questions.
         """
         every = [self, *(other.to(self.ids.device) for other in others)]
+        known = {
+            label: at
+            for each in every
+            for label, at in zip(each.labels, each.drawn_at, strict=False)
+        }
+        newest = max(known.values(), default=Moment(0, 0))
         labels = tuple(dict.fromkeys(label for each in every for label in each.labels))
+        labels = tuple(sorted(labels, key=lambda label: known.get(label, newest)))
         width = max((each.ids.shape[2] for each in every if each.prompts), default=0)
 
         def joined(name: str) -> Tensor:
@@ -241,6 +275,7 @@ class Responses(_ToDevice):
             texts=tuple(texts for each in every for texts in each.texts),
             episodes=tuple(group for each in every for group in each.episodes),
             labels=labels,
+            drawn_at=tuple(known.get(label, newest) for label in labels) if known else (),
             **dict[str, Any]({name: joined(name) for name in _tensors(self)}),
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Plan
-from scsdpo.types import Judged, TeacherContexts
+from scsdpo.types import Judged, Moment, TeacherContexts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +28,8 @@ class Batch:
     """What the advantage calls its objective."""
     old_logprobs: Tensor
     """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
+    now: Moment = Moment(0, 0)
+    """When that policy's weights were the newest; told by batches that may be of older weights."""
 
     @classmethod
     def of(
@@ -38,6 +40,7 @@ class Batch:
         contexts: Mapping[str, TeacherContexts],
         questions: tuple[int, ...],
         objective_name: str = "objective",
+        now: Moment = Moment(0, 0),
     ) -> "Batch":
         """A batch before its first update."""
         unknown = torch.full_like(judged.responses.policy_logprobs, torch.nan, dtype=torch.float64)
@@ -49,6 +52,7 @@ class Batch:
             questions=questions,
             objective_name=objective_name,
             old_logprobs=unknown.flatten(0, 1),
+            now=now,
         )
 
     @property
@@ -77,6 +81,11 @@ class Batch:
     def sampled(self) -> Tensor:
         """[R, L] bool: the policy drew this token; the others are read and never learned from."""
         return self.judged.responses.sampled.flatten(0, 1)
+
+    @property
+    def ages(self) -> Tensor:
+        """[R, L, 2] int32: how old each token is, as in `Responses.ages`."""
+        return self.judged.responses.ages(self.now).flatten(0, 1)
 
     @property
     def active(self) -> Tensor:

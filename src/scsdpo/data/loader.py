@@ -1,7 +1,7 @@
 """The order in which questions are asked, and their batches."""
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, cast
@@ -54,19 +54,25 @@ class EpochSampler(DistributedSampler):
         """`ShuffledSource.mark` after those; '' before any."""
         self.origin, self.base = 0, [0] * len(weights)
         """Draws that were asked, and numbers of the sources, when the schedule began."""
+        self.ahead = 0
+        """Batches of the next epoch that are drawn after those of this one, to be looked at."""
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[tuple[Draws, int]]:
+    @property
+    def batches_left(self) -> int:
+        """Batches that this epoch still has."""
         batches = (self.epoch_size - self.asked % self.epoch_size) // self.batch_size
         # Only a run that was resumed with other batches has a rest that does not fill any.
-        batches = batches or self.epoch_size // self.batch_size
+        return batches or self.epoch_size // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Draws, int]]:
         draws = (
             (source, self.base[source] + number)
             for source, number in interleave(self.weights, self.asked - self.origin)
         )
-        for _ in range(batches):
+        for _ in range(self.batches_left + self.ahead):
             batch = tuple(islice(draws, self.batch_size))
             for place in range(self.rank, self.batch_size, self.num_replicas):
                 yield batch, place
@@ -154,10 +160,15 @@ class QuestionLoader(DataLoader):
 
     def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
         sampler = cast(EpochSampler, self.sampler)
-        for batch in super().__iter__():
+        left, batches = sampler.batches_left, super().__iter__()
+        looked: deque[PromptBatch] = deque()
+        for _ in range(left):
+            looked.extend(islice(batches, sampler.ahead + 1 - len(looked)))
+            batch = looked.popleft()
             if batch.fault:
                 raise batch.fault
             sampler.took(batch)
+            batch.upcoming = tuple(looked)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class TaskDataModule(LightningDataModule):
         """Validation questions that are among the first ones of training; known after `setup`."""
         self.answered: Collection[tuple[str, int]] = ()
         """Questions that prediction leaves out: key, and which copy of it."""
+        self.ahead = 0
+        """Batches of training questions that are looked at before their turn."""
+        self.upcoming: tuple[tuple[Prompt, ...], ...] = ()
+        """Those that come after the training batch that was handed over last, in order."""
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
@@ -205,6 +209,7 @@ class TaskDataModule(LightningDataModule):
             num_replicas=ranks,
             rank=rank,
         )
+        sampler.ahead = self.ahead
         return QuestionLoader(
             self.train_set,
             batch_size=self.questions_per_batch // ranks,
@@ -270,6 +275,8 @@ class TaskDataModule(LightningDataModule):
         self, batch: PromptBatch, device: torch.device, dataloader_idx: int
     ) -> tuple[Prompt, ...]:
         """The questions; they hold no tensors."""
+        if batch.draws:
+            self.upcoming = tuple(each.prompts for each in batch.upcoming)
         return batch.prompts
 
     def _ranks(self) -> tuple[int, int]:

@@ -195,6 +195,8 @@ class PromptBatch:
         self.fault = prompts if isinstance(prompts, ConfigurationError) else None
         self.prompts = () if isinstance(prompts, ConfigurationError) else tuple(prompts)
         self.draws, self.marks = draws, marks or {}
+        self.upcoming: tuple[PromptBatch, ...] = ()
+        """The batches that come next, as far as they were looked at."""
 
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self.prompts)

@@ -87,6 +87,11 @@ class SamplerImportance(_Truncated):
     sampler and trainer apart (another engine, another dtype, top-k, stale weights) and stays the
     same in later updates, whose own ratio S / S_old the PPO clip takes care of.
 
+    Where batches are drawn ahead, S_rollout is that of the weights that drew the token, which may
+    differ from token to token, and with `GroupRelative` this is decoupled PPO:
+
+        loss_t = -min(S_old / S_rollout, cap) min(u A, clip(u, 1 - eps, 1 + eps) A),  u = S / S_old
+
     Args:
         cap: largest weight. Must be > 0.
 
@@ -95,6 +100,9 @@ class SamplerImportance(_Truncated):
 
     Source:
         Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+        Decoupled PPO: Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025 (AReaL),
+        arXiv:2505.24298. Differs from AReaL's code, which drops tokens whose weight is above its
+        cap where here the weight is cut to it.
     """
 
     def weigh(self, chunk: Chunk) -> Tensor:
@@ -107,11 +115,11 @@ class SamplerImportance(_Truncated):
 class SequenceImportance(_Truncated):
     """The same for whole responses. w = min(prod_t S_old(y_t) / S_rollout(y_t), cap), detached.
 
-    Unbiased for the sequence's distribution where the cap does not bind; needs a measuring pass in
-    a batch's first update.
+    Unbiased for the sequence's distribution where the cap does not bind, also where older weights
+    drew some or all of its tokens; needs a measuring pass in a batch's first update.
 
     Args:
-        cap: largest weight. Must be > 0.
+        cap: largest weight. Must be > 0; inf: none.
 
     Raises:
         ValueError: if `cap` <= 0.

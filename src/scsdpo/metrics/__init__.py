@@ -5,6 +5,7 @@ from scsdpo.metrics.groups import MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
     SHOWN_TURNS,
+    age_metrics,
     episode_metrics,
     log_figures,
     phase_metrics,
@@ -18,6 +19,7 @@ __all__ = [
     "MajAtK",
     "MeanAtK",
     "PhaseTimer",
+    "age_metrics",
     "episode_metrics",
     "log_figures",
     "phase_metrics",

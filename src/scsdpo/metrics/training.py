@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import lightning as L
 import torch
@@ -168,3 +169,55 @@ def token_metrics(
     if not count:
         return {}
     return {n: value / count for n, value in zip(names, total, strict=False)} | shares
+
+
+class _Sampled(Protocol):
+    @property
+    def logprob(self) -> Tensor:
+        """[N] the sampler's log-probs."""
+
+    @property
+    def age(self) -> Tensor:
+        """[N, 2] optimizer steps and batches."""
+
+
+def age_metrics(outputs: Iterable[tuple[LossOutput, _Sampled]]) -> dict[str, float]:
+    """How old the tokens are that were trained on, all ranks; empty if there were none.
+
+    With w the importance weights that were used and r = S(y) / S_sampler(y), over the n tokens,
+
+        importance_ess = (sum w)^2 / (n sum w^2),   ratio_ess = (sum r)^2 / (n sum r^2),
+
+    the effective sample size as a share: 1 where all weights agree. `logprob_drift` is the mean of
+    |log r| over the tokens that other weights drew, nats.
+
+    Args:
+        outputs: per micro-batch the kernel's output, and what the sampler said.
+    """
+    sums, most = torch.zeros(10, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for output, sampled in outputs:
+        age, w = sampled.age.double(), output.importance.double()
+        drift = output.logprob.double() - sampled.logprob.double()
+        known = ~drift.isnan()
+        drift, old = drift.where(known, 0.0), age[:, 0] > 0
+        r = drift.exp().where(known, 0.0)
+        columns = (
+            *(torch.ones_like(w), age[:, 0], age[:, 1], old.double()),
+            *(w, w.square(), r, r.square(), drift.abs() * old, (known & old).double()),
+        )
+        sums = sums.to(w.device) + torch.stack([column.sum() for column in columns])
+        most = torch.maximum(most.to(w.device), torch.cat([age, age.new_zeros(1, 2)]).amax(0))
+    n, steps, batches, old_n, w, w2, r, r2, drift_sum, drifted = all_sum(sums).tolist()
+    oldest = all_max(most).tolist()
+    if not n:
+        return {}
+    return {
+        "age_steps": steps / n,
+        "age_steps_max": oldest[0],
+        "age_batches": batches / n,
+        "age_batches_max": oldest[1],
+        "other_versions": old_n / n,
+        **({"importance_ess": w**2 / (n * w2)} if w2 else {}),
+        **({"ratio_ess": r**2 / (n * r2)} if r2 else {}),
+        **({"logprob_drift": drift_sum / drifted} if drifted else {}),
+    }

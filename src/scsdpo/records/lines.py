@@ -43,6 +43,7 @@ def rollout_record(
     prompt, verdict = judged.prompts[q], judged.verdicts[q][g]
     told = batch.teacher.ids[q][g] if batch else ()
     active = batch.active.view_as(judged.successes) if batch else judged.successes & False
+    oldest = judged.responses[[q]].ages(batch.now)[0, g].tolist() if batch else []
     return RolloutRecord(
         **_place(judged, q, g, where),
         category=prompt.category,
@@ -63,7 +64,9 @@ def rollout_record(
         weight=float(batch.weights[q, g]) if batch else 1.0,
         active=bool(active[q, g]),
         teacher_prompt="".join(chat.pieces(told)) if told else None,
-        version=judged.responses.version,
+        version=judged.responses.version_of(q, g),
+        age_steps=max((steps for steps, _ in oldest), default=0),
+        age_batches=max((batches for _, batches in oldest), default=0),
         traced=traced,
     )
 
@@ -95,6 +98,8 @@ def token_record(
         "ids": ids,
         "text": chat.pieces(ids),
         "turn": responses.turns[q, g][here].tolist(),
+        "version": [responses.labels[i] for i in responses.versions[q, g][here].tolist()],
+        "age": responses.ages(batch.now)[q, g][here][:, 0].tolist(),
         "sampler_logprob": _numbers(sampled),
         "gap": _numbers(old - sampled),
         **{name: _numbers(column) for name, column in given.items()},

@@ -85,7 +85,12 @@ class RolloutRecord(Place):
     teacher_prompt: str | None
     """What the teacher read before the response, as rendered; None: there was no teacher."""
     version: str
-    """The weights that it was sampled from."""
+    """The weights that it was sampled from; the newest, if there were several."""
+    age_steps: int
+    """Optimizer steps between the weights that drew its oldest token and those that learn from it.
+    """
+    age_batches: int
+    """The same in batches from which a step was taken."""
     traced: bool
     """Whether its tokens are in `tokens/`."""
 
@@ -127,6 +132,10 @@ class TokenRecord(Place):
     """log S(y)."""
     teacher_logprob: list[Number]
     """log T(y)."""
+    version: list[str]
+    """Label of the weights that drew the token."""
+    age: list[int]
+    """Optimizer steps between the weights that drew it and those that learn from it."""
     sampler_logprob: list[Number]
     """The sampler's log S(y), of the whole distribution; null: not known."""
     gap: list[Number]

@@ -11,6 +11,37 @@ from scsdpo.types import Prompt, Responses, Sampling
 from scsdpo.verifiers import Episodes
 
 
+class Drawing(ABC):
+    """Responses that were asked for, and may still be drawn while the trainer does other things."""
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether `responses` waits for nothing."""
+
+    @abstractmethod
+    def responses(self) -> Responses:
+        """Wait for them; whatever has failed meanwhile is raised here."""
+
+
+class Drawn(Drawing):
+    """Responses that are there.
+
+    Args:
+        responses: these.
+    """
+
+    def __init__(self, responses: Responses) -> None:
+        self._responses = responses
+
+    @property
+    def is_done(self) -> bool:
+        return True
+
+    def responses(self) -> Responses:
+        return self._responses
+
+
 class Rollout(ABC):
     """Which responses do we learn from?
 
@@ -62,6 +93,15 @@ class Rollout(ABC):
         """
 
     @declared
+    def can_be_asked(self) -> bool:
+        """Whether `sample` takes any ids as a prompt.
+
+        The self-check then asks for a few tokens before the first step, and compares what the
+        engine says of them with what the trainer does.
+        """
+        return False
+
+    @declared
     def plays_episodes(self) -> bool:
         """Whether it has `play`."""
         return False
@@ -86,6 +126,24 @@ class Rollout(ABC):
             ConfigurationError: if this engine cannot.
         """
         raise ConfigurationError(one_turn(self))
+
+    @declared
+    def draws_behind(self) -> bool:
+        """Whether `begin` returns before the responses are drawn."""
+        return False
+
+    def begin(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+        """As `sample`, of an engine that draws while the trainer learns (`model.ahead`).
+
+        Each token is drawn with the weights of this moment, or with those of a later `begin`;
+        `labels` say which. Several drawings may be under way, and `sample` answers beside them.
+
+        Args:
+            policy: as it is now.
+            prompts: the questions, each of one turn.
+            sampling: how often, and how.
+        """
+        return Drawn(self.sample(policy, prompts, sampling))
 
     def hold_weights(
         self, policy: CausalLM, *, barrier: bool = True

@@ -1,14 +1,14 @@
 """DAPO's dynamic sampling: collect informative groups until they make a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from scsdpo.distributed import all_gather, place
 from scsdpo.seeds import run_seed
 from scsdpo.selection._base import Selection
-from scsdpo.state import Stateful
-from scsdpo.types import Episode, Judged, Part, Prompt, Responses, Verdict, stable_hash
+from scsdpo.state import Stateful, plain, restored
+from scsdpo.types import Judged, Prompt, Verdict, stable_hash
 from scsdpo.verifiers import Verifier
 
 
@@ -102,10 +102,8 @@ def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     """A group as tensors and primitives."""
     (prompt,), (verdicts,) = group.prompts, group.verdicts
     told = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
-    responses = {f.name: getattr(group.responses, f.name) for f in fields(group.responses)}
-    responses["episodes"] = [[asdict(each) for each in row] for row in group.responses.episodes]
     return (
-        responses | {"prompts": told},
+        plain(group.responses) | {"prompts": told},
         {
             "verdicts": [asdict(verdict) for verdict in verdicts],
             "rewards": group.rewards,
@@ -114,25 +112,10 @@ def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _episode(parts: Sequence[dict[str, Any]] = (), verdict: Any = None) -> Episode:
-    return Episode(
-        parts=tuple(Part(**part) for part in parts), verdict=verdict and Verdict(**verdict)
-    )
-
-
 def _restored(responses: dict[str, Any], verdicts: dict[str, Any]) -> Judged:
-    prompts = (Prompt(verifier=_Spent(), **responses["prompts"]),)
-    if "mask" in responses:  # a checkpoint of 0.1
-        old = responses | {"prompts": prompts}
-        old |= {"sampled": old.pop("mask"), "ended": old.pop("finished")}
-        restored = Responses.of_one_turn(**old)
-    else:
-        # A checkpoint without them is of responses of one turn.
-        kept = responses.get("episodes") or [[{} for _ in row] for row in responses["texts"]]
-        episodes = tuple(tuple(_episode(**each) for each in row) for row in kept)
-        restored = Responses(**(responses | {"prompts": prompts, "episodes": episodes}))
+    prompt = Prompt(verifier=_Spent(), **responses["prompts"])
     return Judged(
-        responses=restored,
+        responses=restored({k: v for k, v in responses.items() if k != "prompts"}, (prompt,)),
         verdicts=(tuple(Verdict(**verdict) for verdict in verdicts["verdicts"]),),
         rewards=verdicts["rewards"],
         successes=verdicts["successes"],

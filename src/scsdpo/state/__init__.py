@@ -1,6 +1,7 @@
 """State: what is remembered over steps, and what changes with them."""
 
 from scsdpo.state.pass_rates import DecayedBeta, Instant, MovingAverage, PassRates
+from scsdpo.state.plain import plain, restored
 from scsdpo.state.schedule import Constant, Ramp, Schedule
 from scsdpo.state.stateful import Stateful, all_remembered, memory, nested_state, remember_all
 
@@ -16,5 +17,7 @@ __all__ = [
     "all_remembered",
     "memory",
     "nested_state",
+    "plain",
     "remember_all",
+    "restored",
 ]

@@ -61,6 +61,7 @@ def balance_ranks(home: Batch, advantage: Advantage, teacher: Teacher) -> Batch:
         contexts,
         tuple(sizes),
         home.objective_name,
+        home.now,
     )
 
 

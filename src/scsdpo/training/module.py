@@ -19,6 +19,7 @@ from scsdpo.checkpoints import (
     count_batches,
     fit_weights,
     take_back,
+    under_way,
     write_whole_files,
 )
 from scsdpo.data import TaskDataModule
@@ -39,6 +40,7 @@ from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
 from scsdpo.teacher import External, NoTeacher, Teacher, contexts_of
+from scsdpo.training.ahead import Ahead, DrawnAhead, check_ahead
 from scsdpo.training.balancing import balance_ranks, split
 from scsdpo.training.collector import Collector
 from scsdpo.training.evaluation import Evaluation, EvaluationFiles, GatheredWeights
@@ -57,7 +59,7 @@ from scsdpo.training.strategies import Strategies
 from scsdpo.training.teacher_gain import Telling, shown_by, told_against_alone
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.training.warmup import Warmup, WarmupStage
-from scsdpo.types import Judged, Prompt, Responses, Sampling
+from scsdpo.types import Judged, Moment, Prompt, Responses, Sampling
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 
@@ -96,6 +98,7 @@ class PolicyOptimizer(L.LightningModule):
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
+        ahead: how many batches are drawn before their turn to be learned from.
         warmup: supervised steps before, in which the policy learns to use what its teacher is told,
             and the check that it can.
 
@@ -130,6 +133,7 @@ class PolicyOptimizer(L.LightningModule):
         updates_per_rollout: int = 1,
         success_threshold: float = 1.0,
         limits: Limits = Limits(),
+        ahead: Ahead = Ahead(),
         warmup: Warmup = Warmup(),
     ) -> None:
         super().__init__()
@@ -142,6 +146,7 @@ class PolicyOptimizer(L.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.updates_per_rollout = updates_per_rollout
         self.success_threshold, self.limits = success_threshold, limits
+        self.ahead, self.drawn_ahead = ahead, DrawnAhead(ahead)
         strategies = Strategies(
             teacher=teacher,
             reference=reference,
@@ -211,6 +216,9 @@ class PolicyOptimizer(L.LightningModule):
         """
         write_whole_files(self.trainer, resumes=stage == "fit")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit":
+            overfits = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+            check_ahead(self.ahead, data, overfits, self.steps.update.importance)
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
             if stage == "fit":
@@ -264,10 +272,11 @@ class PolicyOptimizer(L.LightningModule):
         """From here on a signal asks the run to stop, and does not end it."""
         interrupt.begin_run(AbortVote.of_ranks())
         teachers = {"teacher": self.teacher, "reference": self.reference}
-        check_model(self, self.policy, teachers, self.rollout, self.sampling)
+        check_model(self, self.policy, teachers, self.rollout, self.sampling, self.steps.gap)
 
     def on_train_start(self) -> None:
         """The state before the first batch can be saved from now on."""
+        self.drawn_ahead.begin(self.trainer.global_step)
         self.safe_point.keep(self)
 
     def on_train_batch_start(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
@@ -291,7 +300,7 @@ class PolicyOptimizer(L.LightningModule):
         self.batches += 1
         if self._warms_up(prompts):
             return
-        judged = self.judge(self.sample(prompts, self.sampling.at(int(self.batches))))
+        judged = self.judge(self.drawn(prompts))
         interrupt.meet()
         prepared = [self.prepare(chosen) for chosen in self.selection.select(judged)]
         shares = [balance_ranks(each, self.advantage, self.teacher) for each in prepared]
@@ -361,7 +370,18 @@ class PolicyOptimizer(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is finished, and the state after it can be saved."""
+        self.drawn_ahead.finish(self.trainer.global_step)
         self.safe_point.keep(self)
+
+    def drawn(self, prompts: Sequence[Prompt]) -> Responses:
+        """Responses to the batch whose turn it is, drawn now or before."""
+        if not self.ahead.batches:
+            return self.sample(prompts, self.sampling.at(int(self.batches)))
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        step = self.trainer.global_step
+        due = self.drawn_ahead.responses(self, prompts, data.upcoming, step)
+        log_figures(self, "train", {"asked_again": self.drawn_ahead.asked_again})
+        return due.to(self.device)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
@@ -375,6 +395,7 @@ class PolicyOptimizer(L.LightningModule):
         """Contexts, weights and plan: everything before the first forward. Changes nothing."""
         contexts = contexts_of(self.teacher, self.reference, self.policy.chat, judged)
         available = self.teacher.available(contexts).to(judged.rewards.device)
+        old = judged.responses.drawn_at  # of batches that were drawn at once there is none
         return Batch.of(
             judged,
             self.advantage.planned(judged, available.view_as(judged.successes)),
@@ -382,6 +403,7 @@ class PolicyOptimizer(L.LightningModule):
             contexts,
             split(len(judged.rewards), self.updates_per_rollout),
             self.advantage.objective_name,
+            self.drawn_ahead.now(self.trainer.global_step) if old else Moment(0, 0),
         )
 
     def observe(self, judged: Judged) -> None:
@@ -484,6 +506,9 @@ class PolicyOptimizer(L.LightningModule):
                 f"{fault or 'an optimizer step was broken off'}; nothing is saved"
             )
         self.safe_point.into(checkpoint, self)
+        if self.ahead.batches and self.trainer.state.fn == "fit":
+            begun, step = under_way(self.trainer), self.trainer.global_step
+            checkpoint["ahead"] = self.drawn_ahead.saved(step, under_way=begun)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""
@@ -493,6 +518,8 @@ class PolicyOptimizer(L.LightningModule):
         if self.policy_only:
             return
         self.safe_point.validated = checkpoint.get("validated", -1)
+        if self.ahead.batches and "ahead" in checkpoint:
+            self.drawn_ahead.load(checkpoint["ahead"])
 
         def renewed() -> tuple[torch.optim.Optimizer, Any]:
             optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])

@@ -59,6 +59,8 @@ _TRAIN = (
     *("pass_rate", "solve_none", "solve_all", "informative", "medium", "central", "reward"),
     *("response_length", "truncated", "effective_questions", "verifier_errors", "loss"),
     *("gradient_norm", "entropy", "importance_capped", "logprob_gap", "logprob_gap_max"),
+    *("age_steps", "age_steps_max", "age_batches", "age_batches_max", "other_versions"),
+    *("logprob_drift", "importance_ess", "ratio_ess", "asked_again"),
     *("logprob_gap_share", "trained_rollouts", "trained_tokens", "skipped", "memory"),
     *(f"seconds/{phase}" for phase in PHASES),
     *(f"tokens/{phase}" for phase in ("rollout", "teacher", "student")),

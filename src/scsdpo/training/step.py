@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -43,7 +43,7 @@ from scsdpo.loss import (
     credit_loss,
     unobserved,
 )
-from scsdpo.metrics import GapCheck, PhaseTimer, log_figures, token_metrics
+from scsdpo.metrics import GapCheck, PhaseTimer, age_metrics, log_figures, token_metrics
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.adapter import WideHead
 from scsdpo.policy.experts import balance_loss, differ, per_token
@@ -126,6 +126,22 @@ class Limits:
     def token_budget(self, policy: CausalLM) -> int:
         """Tokens at a time, as memory is now."""
         return policy.token_budget() if self.max_tokens == "auto" else self.max_tokens
+
+
+class Sampled(NamedTuple):
+    """What is known of a micro-batch's N tokens since they were sampled."""
+
+    logprob: Tensor
+    """[N] the sampler's log S(y), of the whole distribution; nan: not known."""
+    age: Tensor
+    """[N, 2] int32: `Batch.ages`."""
+
+    @property
+    def of_present_weights(self) -> Tensor:
+        """[N] `logprob` where the weights before the batch's first update drew the token, else nan:
+        what the trainer's own is to agree with.
+        """
+        return self.logprob.where(self.age[:, 0] == 0, torch.nan)
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
@@ -257,10 +273,12 @@ class OptimizerSteps(nn.Module):
             nothing = finite and figures["gradient_norm"] == 0 and all_zero(gradients)
         # Later steps on a batch: the sampler's weights are those before the first of them.
         if first:
-            gap = self.gap.measure([(output.logprob, sampler) for output, sampler in outputs])
+            pairs = [(output.logprob, sampled.of_present_weights) for output, sampled in outputs]
         else:
             sampled = batch.judged.responses.policy_logprobs.flatten(0, 1)
-            gap = self.gap.measure([(batch.old_logprobs[index], sampled[index])])
+            present = sampled.where(batch.ages[..., 0] == 0, torch.nan)
+            pairs = [(batch.old_logprobs[index], present[index])]
+        gap = self.gap.measure(pairs)
         seen = token_metrics(
             [output for output, _ in outputs], self.objective_name, update.importance.most
         )
@@ -268,7 +286,8 @@ class OptimizerSteps(nn.Module):
             "trained_rollouts": 0 if nothing else active,
             "trained_tokens": 0 if nothing else tokens,
         }
-        log_figures(host, self.prefix, figures | seen | gap | counts)
+        ages = age_metrics(outputs) if batch.judged.responses.drawn_at else {}
+        log_figures(host, self.prefix, figures | seen | gap | ages | counts)
         self.gap.judge(gap)
         optimizer = host.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -296,9 +315,9 @@ class OptimizerSteps(nn.Module):
         batch: Batch,
         rows: Sequence[int],
         max_tokens: int,
-    ) -> tuple[Tensor, list[tuple[LossOutput, Tensor]]]:
+    ) -> tuple[Tensor, list[tuple[LossOutput, Sampled]]]:
         """Backward of all micro-batches: the loss here, and of each micro-batch the kernel's output
-        and the sampler's log-probs. Nothing of an attempt that memory did not suffice for is left.
+        and what the sampler said. Nothing of an attempt that memory did not suffice for is left.
         """
         for parameter in trained_parameters(policy):
             parameter.grad = None
@@ -448,9 +467,9 @@ class Update:
 
     def losses(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
-    ) -> Iterator[tuple[LossOutput, Tensor]]:
-        """Per micro-batch of the active ones among `rows`, its share of the step's loss and the
-        sampler's log-probs [N]. The caller runs backward on each before asking for the next. There
+    ) -> Iterator[tuple[LossOutput, Sampled]]:
+        """Per micro-batch of the active ones among `rows`, its share of the step's loss and what
+        the sampler said. The caller runs backward on each before asking for the next. There
         is none where every token of all ranks weighs 0.
 
         Args:
@@ -483,7 +502,7 @@ class Update:
         if not bool(all_max(weighed.any().double())):
             return
 
-        sampler = batch.judged.responses.policy_logprobs.flatten(0, 1)
+        sampler, ages = batch.judged.responses.policy_logprobs.flatten(0, 1), batch.ages
         gradient = HeadGradient(len(forwards.micro_batches))
         self.timer.count("student", forwards.tokens("student", forwards.running))
         for number, micro in enumerate(forwards.micro_batches):
@@ -504,7 +523,9 @@ class Update:
                 temperature=forwards.temperature,
                 observe=self.observe,
             )
-            of_sampler = forwards.of_tokens(number, sampler)
+            of_sampler = Sampled(
+                logprob=forwards.of_tokens(number, sampler), age=forwards.of_tokens(number, ages)
+            )
             forwards.forget(number)
             credit = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
             loss = partial(forwards.with_experts, number, credit)

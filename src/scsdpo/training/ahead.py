@@ -1,0 +1,248 @@
+"""Sampling ahead: batches are drawn before their turn to be learned from."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from scsdpo.data import TaskDataModule
+from scsdpo.distributed import all_gather, all_max, place
+from scsdpo.errors import ConfigurationError
+from scsdpo.loss import Importance, NoImportance
+from scsdpo.state import plain, restored
+from scsdpo.types import Moment, Prompt, Responses, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
+class Ahead:
+    """How many batches are drawn before their turn to be learned from.
+
+    With k batches, the responses to the k batches after the one that is learned from are drawn
+    already, or are being drawn: each with the weights of the moment at which it was asked for. So
+    at most k batches that moved the weights, and at most k `updates_per_rollout` optimizer steps,
+    lie between the weights that drew a token and those that learn from it. Only sampling is early:
+    verdicts, contexts, selection, weights and all that strategies remember are made when a batch is
+    learned from, with what is known then. An episode of several turns is played while it is
+    sampled, and brings its environment's verdict along.
+
+    The host holds at most k batches of responses that wait. They are in checkpoints.
+
+    Args:
+        batches: k. 0: each batch is drawn when it is learned from, by the weights that learn.
+
+    Raises:
+        ValueError: if `batches` < 0.
+    """
+
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batches < 0:
+            raise ValueError(f"`Ahead(batches=...)` must be >= 0, got {self.batches}")
+
+
+class Host(Protocol):
+    """What sampling ahead asks of the `PolicyOptimizer`."""
+
+    batches: torch.Tensor
+    sampling: Sampling
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
+        """Responses of the policy as it is now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Queue:
+    """Its state between two batches; never changed."""
+
+    moved: int = 0
+    """Batches from which an optimizer step was taken."""
+    asked_again: int = 0
+    """Batches that were drawn and could not be learned from."""
+    waiting: Mapping[int, Responses]
+    """By number of the batch, this rank's share, on the host."""
+    stored: Mapping[int, Mapping[str, Any]]
+    """The same of a checkpoint and of all ranks, until their questions are known."""
+
+    @property
+    def known(self) -> Set[int]:
+        """Numbers of the batches, the same on all ranks."""
+        return self.waiting.keys() | self.stored.keys()
+
+
+class DrawnAhead:
+    """The batches that wait for their turn.
+
+    Every rank has its share of each of them, and all ranks ask in step.
+
+    Args:
+        ahead: how many may wait.
+    """
+
+    def __init__(self, ahead: Ahead) -> None:
+        self.most = ahead.batches
+        self._queue = self._finished = _Queue(waiting={}, stored={})
+        """The second as it was after the last finished batch."""
+        self._step = 0
+        """Optimizer steps at its end."""
+
+    @property
+    def asked_again(self) -> int:
+        """Batches so far that were drawn and asked again, for they could not be learned from."""
+        return self._queue.asked_again
+
+    def now(self, step: int) -> Moment:
+        """The present one, after so many optimizer steps."""
+        return Moment(step, self._queue.moved)
+
+    def responses(
+        self,
+        host: Host,
+        prompts: Sequence[Prompt],
+        upcoming: Sequence[Sequence[Prompt]],
+        step: int,
+    ) -> Responses:
+        """The responses to the batch whose turn it is; those to later ones are asked for.
+
+        Args:
+            host: samples, and counts batches.
+            prompts: this rank's questions of the batch.
+            upcoming: those of the batches that come next, in order.
+            step: optimizer steps taken.
+        """
+        now, number = self.now(step), int(host.batches)
+        asked = dict(enumerate((prompts, *upcoming[: self.most]), number))
+        usable = self._usable(asked, host.sampling, now)
+        waiting: dict[int, Responses] = {}
+        for each, questions in asked.items():
+            waiting[each] = usable.get(each) or self._draw(host, each, questions, now)
+        due = waiting.pop(number)
+        again = self.asked_again + len(self._queue.known & asked.keys() - usable.keys())
+        self._queue = replace(self._queue, waiting=waiting, stored={}, asked_again=again)
+        return due
+
+    def _draw(self, host: Host, number: int, prompts: Sequence[Prompt], now: Moment) -> Responses:
+        drawn = host.sample(prompts, host.sampling.at(number)).to("cpu")
+        return replace(drawn, drawn_at=(now,) * len(drawn.labels))
+
+    def _usable(
+        self, asked: Mapping[int, Sequence[Prompt]], sampling: Sampling, now: Moment
+    ) -> dict[int, Responses]:
+        """By number, what waits and answers the questions that are `asked`, on all ranks."""
+        rank, ranks = place()
+        found: dict[int, Responses | None] = {}
+        for number in sorted(self._queue.known & asked.keys()):
+            if number in self._queue.stored:
+                stored = self._queue.stored[number]
+                found[number] = _share(stored, asked[number], slice(rank, None, ranks))
+            else:
+                found[number] = self._queue.waiting[number]
+        unfit = [
+            responses is None
+            or responses.ids.shape[1] != sampling.n
+            or responses.temperature != sampling.temperature
+            or any(now.batch - at.batch > self.most for at in responses.drawn_at)
+            for responses in found.values()
+        ]
+        anywhere = all_max(torch.tensor(unfit, dtype=torch.float32)).tolist() if unfit else []
+        pairs = zip(found.items(), anywhere, strict=True)
+        return {number: each for (number, each), wrong in pairs if each is not None and not wrong}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def begin(self, step: int) -> None:
+        """Training begins or goes on, after so many optimizer steps."""
+        self._step = step
+
+    def finish(self, step: int) -> None:
+        """A batch is finished, after so many optimizer steps in all."""
+        self._queue = self._finished = self._settled(step)
+        self._step = step
+
+    def _settled(self, step: int) -> _Queue:
+        return replace(self._queue, moved=self._queue.moved + (step > self._step))
+
+    def saved(self, step: int, *, under_way: bool) -> dict[str, Any]:
+        """What waits, of all ranks, in tensors and primitives; a collective.
+
+        Args:
+            step: optimizer steps taken.
+            under_way: a batch was begun and is not finished: what was before it.
+        """
+        queue = self._finished if under_way else self._settled(step)
+        shares = all_gather([queue.waiting])
+        batches = dict(queue.stored) | {
+            number: _whole([share[number] for share in shares]) for number in queue.waiting
+        }
+        return {"moved": queue.moved, "asked_again": queue.asked_again, "batches": batches}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Go on with what `saved` gave."""
+        self._queue = self._finished = _Queue(
+            moved=saved["moved"],
+            asked_again=saved["asked_again"],
+            waiting={},
+            stored=saved["batches"],
+        )
+
+
+def _whole(shares: Sequence[Responses]) -> dict[str, Any]:
+    """A batch of which rank r of R has the questions r, r + R, ..."""
+    ranks, together = len(shares), shares[0].cat(shares[1:])
+    starts = list(accumulate((len(share.prompts) for share in shares), initial=0))
+    order = [starts[p % ranks] + p // ranks for p in range(starts[-1])]
+    batch = together[order]
+    questions = [
+        {"key": p.key, "copy": p.copy, "messages": p.messages, "ids": p.ids} for p in batch.prompts
+    ]
+    return {"questions": questions, "responses": plain(batch)}
+
+
+def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) -> Responses | None:
+    """Some questions of a batch; None if they are not these."""
+    everyone = stored["questions"]
+    questions = everyone[mine]
+    if [(q["key"], q["copy"]) for q in questions] != [(p.key, p.copy) for p in prompts]:
+        return None
+    batch = restored(stored["responses"], (prompts[0],) * len(everyone))
+    opened = tuple(
+        replace(prompt, messages=tuple(q["messages"]), ids=tuple(q["ids"]))
+        for prompt, q in zip(prompts, questions, strict=True)
+    )
+    return replace(batch[range(len(everyone))[mine]], prompts=opened)
+
+
+def check_ahead(ahead: Ahead, data: object, overfits: bool, importance: Importance) -> None:
+    """Refuse runs of which the next batches cannot be known; say what is not corrected.
+
+    Args:
+        ahead: as configured.
+        data: the run's data module.
+        overfits: whether the same batches are asked again and again.
+        importance: of the run.
+
+    Raises:
+        ConfigurationError: naming the key and the remedy.
+    """
+    if not ahead.batches:
+        return
+    if not isinstance(data, TaskDataModule):
+        raise ConfigurationError(
+            f"model.ahead.batches: {ahead.batches} asks for batches before their turn, which "
+            f"scsdpo.data.TaskDataModule knows and {type(data).__name__} does not: use that, or "
+            "set model.ahead.batches to 0"
+        )
+    if overfits:
+        raise ConfigurationError(
+            "trainer.overfit_batches: the same batches are asked anew and anew, and none is known "
+            "before its turn: set model.ahead.batches to 0"
+        )
+    if isinstance(importance, NoImportance):
+        rank_zero_info(
+            f"model.ahead.batches: {ahead.batches}, and nothing corrects for tokens that older "
+            "weights drew: model.importance is NoImportance (docs/ahead.md)"
+        )
+    data.ahead = ahead.batches
