@@ -21,6 +21,7 @@ from scsdpo.advantage import (
     Routed,
     TurnRelative,
 )
+from scsdpo.policy import NF4, CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
@@ -64,6 +65,10 @@ METHODS = {
 }
 
 
+POLICIES = {"qlora": {"adapter": Lora(r=2), "quantization": NF4()}}
+"""Others than a full fine-tune."""
+METHODS["qlora"] = {}
+
 QUESTIONS = {
     "episodes": {"train": Toys(16, Echo(words=1)), "val": Toys(6, Echo(words=1))},
     "metrics": {
@@ -84,6 +89,7 @@ def main() -> None:
     folder, world, out, method, root = sys.argv[1:]
     model = module(
         Path(folder),
+        CausalLM(folder, self_check=False, **POLICIES.get(method, {})),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         limits=Limits(max_tokens=60),
         # Two rollouts a question: ranks often have different numbers of rows to run, or none.

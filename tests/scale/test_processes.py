@@ -40,7 +40,7 @@ def one(qwen3, tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "world"),
     [
-        *(("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2")),
+        *(("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("qlora", "2")),
         *(("episodes", "2"), ("episodes", "2s")),
     ],
 )
