@@ -108,9 +108,9 @@ def plain_log_probs(policy, drawn):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("folder", ["qwen3", "olmo3", "qwen3_5", "lfm2"])
+@pytest.mark.parametrize("folder", ["qwen3", "olmo3", "qwen3_5", "lfm2", "gpt_oss"])
 def test_log_probs_are_those_of_the_whole_sequence(folder, request, turns):
-    """OLMo's window of 8 tokens is a ring that turns and answers outgrow."""
+    """OLMo's and gpt-oss' window of 8 tokens is a ring that turns and answers outgrow."""
     policy = load(request.getfixturevalue(folder))
     prompts = [
         asked(policy, worlds.Echo(), "a"),

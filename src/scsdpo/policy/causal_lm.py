@@ -27,6 +27,7 @@ from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.adapter import Adapter, FullFineTune
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.experts import routers
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
@@ -368,7 +369,7 @@ class CausalLM(nn.Module):
             if not self._compiled:
                 self._graphs_before = compiled_graphs()
             self._compiled.add(model)
-            for layer in model.get_decoder().layers:
+            for layer in decoder_of(model).layers:
                 layer.compile(dynamic=True)
         elif compiled_graphs() == self._graphs_before:
             self._graphs_before = -1  # said once
