@@ -74,8 +74,8 @@ class CausalLM(nn.Module):
     Raises:
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
-            from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
-            its logits behind the head.
+            from `configure_model`, if the checkpoint lacks weights, or if the architecture changes
+            its logits behind the head by more than a constant.
     """
 
     def __init__(
