@@ -17,7 +17,12 @@ class Drawing(ABC):
     @property
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether `responses` waits for nothing."""
+        """Whether all of them are there."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Of the weights that were the newest when they were asked for."""
 
     @abstractmethod
     def responses(self) -> Responses:
@@ -37,6 +42,10 @@ class Drawn(Drawing):
     @property
     def is_done(self) -> bool:
         return True
+
+    @property
+    def label(self) -> str:
+        return self._responses.version
 
     def responses(self) -> Responses:
         return self._responses

@@ -35,7 +35,7 @@ from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile, Recorder, guard
 from scsdpo.reduction import Reduction, SequenceMean
-from scsdpo.rollout import HFRollout, Rollout
+from scsdpo.rollout import Drawing, HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
 from scsdpo.teacher import NoTeacher, Teacher, contexts_of
@@ -311,6 +311,14 @@ class PolicyOptimizer(L.LightningModule):
         log_figures(self, "train", {"asked_again": self.drawn_ahead.asked_again})
         return due.to(self.device)
 
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+        """Ask the policy as it is now, and wait for its responses only if that must be."""
+        return self.collector.begin(self, self.policy, prompts, sampling)
+
+    def finish(self, drawing: Drawing) -> Responses:
+        """The responses that were asked for."""
+        return self.collector.finish(self, drawing)
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
         return self.collector.sample(self, self.policy, prompts, sampling)
@@ -436,7 +444,7 @@ class PolicyOptimizer(L.LightningModule):
         self.safe_point.into(checkpoint, self)
         if self.ahead.batches and self.trainer.state.fn == "fit":
             begun, step = under_way(self.trainer), self.trainer.global_step
-            checkpoint["ahead"] = self.drawn_ahead.saved(step, under_way=begun)
+            checkpoint["ahead"] = self.drawn_ahead.saved(self, step, under_way=begun)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""

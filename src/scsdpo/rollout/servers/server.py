@@ -152,6 +152,18 @@ class Server:
             said = "did not reset its prefix cache; is someone else sampling from it?"
             raise Unreachable(said) from error
 
+    async def pause(self, timeout: float) -> None:
+        """Let it end the responses that it draws, and keep what is asked meanwhile for later.
+
+        Args:
+            timeout: seconds until it has ended them.
+        """
+        await self._call("/pause?mode=wait", {}, timeout=timeout)
+
+    async def resume(self) -> None:
+        """Let it go on; one that was not paused does so anyway."""
+        await self._call("/resume", {}, timeout=SHORT)
+
     async def world_size(self) -> int:
         """Its workers."""
         return int((await self._call("/get_world_size", timeout=SHORT))["world_size"])
@@ -256,9 +268,13 @@ def _message(text: str) -> str:
 
 def _answer(choice: dict[str, Any]) -> Answer:
     content = choice["logprobs"]["content"] if choice["token_ids"] else ()
+    spans = choice["weight_versions"] or ()
     return Answer(
         ids=choice["token_ids"],
         logprobs=[token["logprob"] for token in content],
         finish_reason=choice["finish_reason"],
-        versions=frozenset(span["version"] for span in choice["weight_versions"] or ()),
+        versions=frozenset(span["version"] for span in spans),
+        by_token=tuple(
+            span["version"] for span in spans for _ in range(span["start"], span["end"])
+        ),
     )

@@ -54,6 +54,10 @@ class WatchedServer:
     there: bool = False
     """It answered when it was looked at last, whatever weights it has."""
     underway: set[asyncio.Task[None]] = field(default_factory=set)
+    draws_behind: bool = False
+    """It may be drawing when it gets other weights: of any rank, for batches whose turn comes."""
+    _brought: bool = False
+    """Weights were brought to it at least once."""
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _silent: float | None = None
     """Since when it is silent, or waits for rank 0."""
@@ -127,9 +131,15 @@ class WatchedServer:
         self.described = await self.server.describe()
         self.loading = True
         try:
+            if self.draws_behind:
+                await self.server.pause(self.timeout)
             await self.bring(self.server)
         finally:
             self.loading = False
+            if self.draws_behind or not self._brought:  # a run that was killed may have paused it
+                with suppress(Unreachable):
+                    await self.server.resume()
+        self._brought = True
         self.described = await self.server.describe()  # another adapter is there
 
     def _doubt(self, error: Unreachable) -> None:
