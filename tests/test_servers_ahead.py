@@ -6,13 +6,14 @@ import time
 import pytest
 import torch
 
-from canned_vllm import GENERATE, Paced, error, serving
+from canned_vllm import GENERATE, Paced, error, ready, serving
 from runs import Toys, data, trainer
 from scsdpo import interrupt
 from scsdpo.errors import TrainingStopped
 from scsdpo.metrics import GapCheck
 from scsdpo.rollout import Download, Servers, VLLMRollout
 from test_ahead import Watch, learner
+from test_servers import AtOnce
 
 LOOSE = GapCheck(warn=float("inf"), stop=float("inf"))
 """What canned servers say of log-probs is made up."""
@@ -52,8 +53,9 @@ class Learning(Watch):
 
 def fitted(folder, path, batches, urls, steps, callbacks=(), patience=20.0, model=None, **more):
     torch.manual_seed(0)
-    rollout = VLLMRollout(Servers(urls, Download(), patience=patience, timeout=20.0))
-    model = model or learner(folder, batches, rollout=rollout, gap=LOOSE)
+    if model is None:
+        rollout = VLLMRollout(Servers(urls, Download(), patience=patience, timeout=20.0))
+        model = learner(folder, batches, rollout=rollout, gap=LOOSE)
     settings = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     given = {name: more.pop(name) for name in list(more) if name in ("limit_val_batches",)}
     given |= {name: more.pop(name) for name in list(more) if name == "val_check_interval"}
@@ -182,6 +184,29 @@ def test_a_validation_is_of_the_newest_weights_while_others_are_being_drawn(
     assert len(of_val) == 2 and of_val == [(label,) for label in labels]
     assert all(first == last for *_, first, last in paced.drew)
     assert learning.figures == {} and watch.figures[4]["age_batches"] == 1
+
+
+def test_weights_that_the_last_server_lost_are_published_again_when_the_batch_is_due(
+    qwen3, tmp_path, server
+):
+    """It is restarted while it draws a later batch, and gets weights only when all do."""
+    paced, learning = Paced(server, 0.05), Learning(0.3)
+
+    def restart(handler):
+        if len(paced.drew) == 6 and paced.label != "default":  # amid the second batch
+            server.answers |= ready("default")
+            return error(500, "going down")
+        return paced.generate(handler)
+
+    server.before[GENERATE] = restart
+    delivery = AtOnce()
+    delivery.at_once = True
+    rollout = VLLMRollout(Servers([server.url], delivery, patience=20.0, timeout=20.0))
+    model = learner(qwen3, 1, rollout=rollout, gap=LOOSE)
+    fitted(qwen3, tmp_path, 1, [], 4, [learning], model=model)
+    assert delivery.published == 5  # of four weights, one twice
+    assert [learning.figures[n]["age_batches_max"] for n in (1, 2, 3, 4)][2:] == [1, 1]
+    assert all(first == last for *_, first, last in paced.drew)
 
 
 def test_a_server_that_a_killed_run_left_paused_is_resumed(qwen3, tmp_path, server):

@@ -292,8 +292,10 @@ class _Asked(Asked):
 
     @property
     def ended(self) -> bool:
-        """Whether its requests are answered, or will not be."""
-        return self._run.done()
+        """Whether its requests are answered, or will not be; only weights may be missing."""
+        if not self._run.done() or self._run.cancelled():
+            return self._run.cancelled()
+        return not isinstance(self._run.exception(), Stranded)
 
     @property
     def is_done(self) -> bool:
