@@ -126,10 +126,14 @@ class Paced:
         for path, act in (
             (GENERATE, self.generate),
             ("/pause?mode=wait", self.pause),
+            ("/pause?mode=keep", self.freeze),
             ("/resume", self.resume),
         ):
             server.before[path] = act
-        server.answers["/pause?mode=wait"] = (200, {"status": "paused"})
+        for path in ("/pause?mode=wait", "/pause?mode=keep"):
+            server.answers[path] = (200, {"status": "paused"})
+        path = "/reset_prefix_cache"
+        server.answers[f"{path}?reset_running_requests=true"] = server.answers[path]
 
     @property
     def label(self):
@@ -139,6 +143,10 @@ class Paced:
         with self.changed:
             self.paused = True
             self.changed.wait_for(lambda: not self.active, 30)
+
+    def freeze(self, handler):
+        with self.changed:
+            self.paused = True
 
     def resume(self, handler):
         with self.changed:
@@ -151,6 +159,8 @@ class Paced:
             self.active += 1
         begin, first = time.monotonic(), self.label
         time.sleep(self.seconds)
+        with self.changed:
+            self.changed.wait_for(lambda: not (self.paused and self.label != first), 30)
         last = self.label
         parameters = json.loads(handler.body)["sampling_params"]
         draw, most = random.Random(parameters["seed"]), parameters["max_tokens"]

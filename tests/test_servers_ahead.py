@@ -9,9 +9,10 @@ import torch
 from canned_vllm import GENERATE, Paced, error, ready, serving
 from runs import Toys, data, trainer
 from scsdpo import interrupt
-from scsdpo.errors import TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.metrics import GapCheck
 from scsdpo.rollout import Download, Servers, VLLMRollout
+from scsdpo.training import Ahead
 from test_ahead import Watch, learner
 from test_servers import AtOnce
 
@@ -97,6 +98,31 @@ def test_a_slow_server_draws_several_batches_none_of_them_older_than_the_bound(
         assert int(batch.ages[..., 1].max()) <= min(number - 1, 2)
     assert max(figures["age_batches_max"] for figures in learning.figures.values()) > 0
     assert learning.figures[6]["asked_again"] == 0
+
+
+def test_weights_may_change_amid_responses_whose_tokens_say_which_drew_them(
+    qwen3, tmp_path, server, other
+):
+    quick, slow, learning = Paced(server, 0.02), Paced(other, 0.3), Learning(0.05)
+    urls, ahead = [server.url, other.url], Ahead(batches=2, within_responses=True)
+    rollout = VLLMRollout(Servers(urls, Download(), patience=20.0, timeout=20.0))
+    model = learner(qwen3, 2, rollout=rollout, gap=LOOSE, ahead=ahead)
+    fitted(qwen3, tmp_path, 2, urls, 5, [learning], model=model)
+    assert any(first != last for *_, first, last in slow.drew) and quick.drew
+    mixed = [b for b in learning.learned.values() if (b.ages.diff(dim=1)[..., 0] < 0).any()]
+    for batch in mixed:
+        ages, sampled = batch.ages[..., 1], batch.sampled
+        assert sampled.all() and (ages.diff(dim=1) <= 0).all()  # later tokens are younger
+        assert int(ages.max()) <= 2
+    assert mixed
+    assert not any(path == "/pause?mode=wait" for path, _ in other.asked)
+
+
+def test_weights_that_change_amid_responses_need_servers(qwen3, tmp_path):
+    for batches in (0, 1):
+        model = learner(qwen3, batches, ahead=Ahead(batches=batches, within_responses=True))
+        with pytest.raises(ConfigurationError, match=r"within_responses: .* only where servers"):
+            trainer(tmp_path).fit(model, data())
 
 
 def test_what_a_server_that_dies_has_begun_another_does(qwen3, tmp_path, server, other):

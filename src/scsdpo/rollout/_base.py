@@ -132,7 +132,14 @@ class Rollout(ABC):
         """Whether `begin` returns before the responses are drawn."""
         return False
 
-    def begin(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+    def begin(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool = False,
+    ) -> Drawing:
         """As `sample`, of an engine that draws while the trainer learns (`model.ahead`).
 
         Each token is drawn with the weights of this moment, or with those of a later `begin`;
@@ -142,6 +149,7 @@ class Rollout(ABC):
             policy: as it is now.
             prompts: the questions, each of one turn.
             sampling: how often, and how.
+            within: whether weights may change amid a response. False: each is of one version.
         """
         return Drawn(self.sample(policy, prompts, sampling))
 

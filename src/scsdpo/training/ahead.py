@@ -13,7 +13,7 @@ from scsdpo.data import TaskDataModule
 from scsdpo.distributed import all_gather, all_max, place
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import Importance, NoImportance
-from scsdpo.rollout import Drawing, Drawn
+from scsdpo.rollout import Drawing, Drawn, Rollout
 from scsdpo.state import plain, restored
 from scsdpo.types import Moment, Prompt, Responses, Sampling
 
@@ -34,12 +34,15 @@ class Ahead:
 
     Args:
         batches: k. 0: each batch is drawn when it is learned from, by the weights that learn.
+        within_responses: whether servers get newer weights amid the responses that they draw, whose
+            further tokens are then of those; False: they end them first.
 
     Raises:
         ValueError: if `batches` < 0.
     """
 
     batches: int = 0
+    within_responses: bool = False
 
     def __post_init__(self) -> None:
         if self.batches < 0:
@@ -283,11 +286,14 @@ def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) ->
     return replace(batch[range(len(everyone))[mine]], prompts=opened)
 
 
-def check_ahead(ahead: Ahead, data: object, overfits: bool, importance: Importance) -> None:
+def check_ahead(
+    ahead: Ahead, rollout: Rollout, data: object, overfits: bool, importance: Importance
+) -> None:
     """Refuse runs of which the next batches cannot be known; say what is not corrected.
 
     Args:
         ahead: as configured.
+        rollout: of the run.
         data: the run's data module.
         overfits: whether the same batches are asked again and again.
         importance: of the run.
@@ -295,6 +301,12 @@ def check_ahead(ahead: Ahead, data: object, overfits: bool, importance: Importan
     Raises:
         ConfigurationError: naming the key and the remedy.
     """
+    if ahead.within_responses and not (ahead.batches and rollout.draws_behind):
+        raise ConfigurationError(
+            "model.ahead.within_responses: weights change amid responses only where servers draw "
+            "them while the policy learns: set model.ahead.batches above 0 and model.rollout to "
+            "VLLMRollout with Servers, or within_responses to false"
+        )
     if not ahead.batches:
         return
     if not isinstance(data, TaskDataModule):

@@ -73,7 +73,13 @@ class Collector:
         return responses
 
     def begin(
-        self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
+        self,
+        module: nn.Module,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool,
     ) -> Drawing:
         """Ask for responses, and wait for them only where they cannot be drawn beside the trainer:
         in this process, and episodes of several turns, whose environments answer meanwhile.
@@ -83,11 +89,12 @@ class Collector:
             policy: answers, as it is now.
             prompts: the questions.
             sampling: how often, and how.
+            within: whether weights may change amid a response.
         """
         if not self.rollout.draws_behind or any(prompt.has_turns for prompt in prompts):
             return Drawn(self.sample(module, policy, prompts, sampling))
         with self.timer("rollout"), self.rollout.hold_weights(policy):
-            return self.rollout.begin(policy, prompts, sampling)
+            return self.rollout.begin(policy, prompts, sampling, within=within)
 
     def finish(self, module: nn.Module, drawing: Drawing) -> Responses:
         """Wait for what was asked for.

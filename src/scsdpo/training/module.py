@@ -204,7 +204,7 @@ class PolicyOptimizer(L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit":
             overfits = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
-            check_ahead(self.ahead, data, overfits, self.steps.update.importance)
+            check_ahead(self.ahead, self.rollout, data, overfits, self.steps.update.importance)
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
             if stage == "fit":
@@ -313,7 +313,8 @@ class PolicyOptimizer(L.LightningModule):
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
         """Ask the policy as it is now, and wait for its responses only if that must be."""
-        return self.collector.begin(self, self.policy, prompts, sampling)
+        within = self.ahead.within_responses
+        return self.collector.begin(self, self.policy, prompts, sampling, within=within)
 
     def finish(self, drawing: Drawing) -> Responses:
         """The responses that were asked for."""

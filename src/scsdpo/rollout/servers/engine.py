@@ -109,11 +109,11 @@ class Servers(Engine):
     def answers_behind(self) -> bool:
         return True
 
-    def begin(self, requests: Sequence[Request], version: str) -> Asked:
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
         loop = self._loop
         assert loop is not None and version == self._version, "inside `hold_weights` alone"
         for watched in self._watched:
-            watched.draws_behind = True
+            watched.draws_behind, watched.within = True, within
         queue = self._queue(
             requests,
             version,

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -56,6 +56,8 @@ class WatchedServer:
     underway: set[asyncio.Task[None]] = field(default_factory=set)
     draws_behind: bool = False
     """It may be drawing when it gets other weights: of any rank, for batches whose turn comes."""
+    within: bool = False
+    """Its responses then go on with those; False: it ends them first."""
     _brought: bool = False
     """Weights were brought to it at least once."""
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -131,9 +133,12 @@ class WatchedServer:
         self.described = await self.server.describe()
         self.loading = True
         try:
+            # Requests that name an adapter cannot go on with another one.
+            freezes = self.within and not self.described["adapter"]
+            server = replace(self.server, freezes=freezes)
             if self.draws_behind:
-                await self.server.pause(self.timeout)
-            await self.bring(self.server)
+                await server.pause(self.timeout)
+            await self.bring(server)
         finally:
             self.loading = False
             if self.draws_behind or not self._brought:  # a run that was killed may have paused it

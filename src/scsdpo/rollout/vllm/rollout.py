@@ -152,7 +152,7 @@ class Engine(ABC):
         """Whether it has `begin`."""
         return False
 
-    def begin(self, requests: Sequence[Request], version: str) -> Asked:
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
         """Ask, and do not wait. Inside `hold_weights`.
 
         Each token of the answers is of the weights `version`, or of some that came later.
@@ -160,6 +160,7 @@ class Engine(ABC):
         Args:
             requests: what is asked for.
             version: label of the weights that are held.
+            within: whether weights may change amid a response.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -219,7 +220,14 @@ class VLLMRollout(DialogueRollout):
     def draws_behind(self) -> bool:
         return self.engine.answers_behind
 
-    def begin(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+    def begin(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool = False,
+    ) -> Drawing:
         dialogue = Dialogue(prompts, sampling, policy.chat)
         requests = _requests(policy, dialogue, sampling)
         if not self._version:
@@ -231,7 +239,7 @@ class VLLMRollout(DialogueRollout):
                 dialogue=dialogue,
                 sampling=sampling,
                 version=self._version,
-                asked=self.engine.begin(requests, self._version),
+                asked=self.engine.begin(requests, self._version, within=within),
             )
 
     def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
