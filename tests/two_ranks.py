@@ -17,7 +17,7 @@ from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
 from scsdpo.selection import InformativePool
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
-from scsdpo.training import Limits
+from scsdpo.training import Ahead, Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import RatePower, TeacherEntropy, Uniform
 
@@ -28,6 +28,7 @@ METHODS = {
         "teacher": NoTeacher(),
         "weighting": Uniform(),
     },
+    "ahead": {"token_weighting": TeacherEntropy(), "ahead": Ahead(batches=2)},
     "metrics": {"token_weighting": TeacherEntropy()},
     # A pool over all ranks, and pass rates that every rank remembers.
     "memory": {

@@ -38,7 +38,8 @@ def one(qwen3, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "world"), [("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2")]
+    ("method", "world"),
+    [("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("ahead", "2")],
 )
 def test_two_processes_train_as_one(one, qwen3, tmp_path, method, world):
     one, steps, logged = one(method)

@@ -1,0 +1,249 @@
+"""Servers draw the next batches while one is learned from: what overlaps, and what fails."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from canned_vllm import GENERATE, Paced, error, ready, serving
+from runs import Toys, data, trainer
+from scsdpo import interrupt
+from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.metrics import GapCheck
+from scsdpo.rollout import Download, Servers, VLLMRollout
+from scsdpo.training import Ahead
+from test_ahead import Watch, learner
+from test_servers import AtOnce
+
+LOOSE = GapCheck(warn=float("inf"), stop=float("inf"))
+"""What canned servers say of log-probs is made up."""
+
+
+@pytest.fixture(autouse=True)
+def trusting(monkeypatch):
+    """Canned servers load nothing."""
+    monkeypatch.setattr("scsdpo.rollout.servers.server.refusal", lambda *_: "")
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def other():
+    with serving() as server:
+        yield server
+
+
+class Learning(Watch):
+    """Each batch takes a while longer to learn from, and it is noted when."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__()
+        self.seconds, self.spans = seconds, []
+
+    def on_batch(self, trainer, module, batch):
+        super().on_batch(trainer, module, batch)
+        begin = time.monotonic()
+        time.sleep(self.seconds)
+        self.spans.append((begin, time.monotonic()))
+
+
+def fitted(folder, path, batches, urls, steps, callbacks=(), patience=20.0, model=None, **more):
+    torch.manual_seed(0)
+    if model is None:
+        rollout = VLLMRollout(Servers(urls, Download(), patience=patience, timeout=20.0))
+        model = learner(folder, batches, rollout=rollout, gap=LOOSE)
+    settings = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    given = {name: more.pop(name) for name in list(more) if name in ("limit_val_batches",)}
+    given |= {name: more.pop(name) for name in list(more) if name == "val_check_interval"}
+    run = trainer(path, callbacks=list(callbacks), **(settings | given))
+    run.fit(model, data(Toys(24)), **more)
+    return run
+
+
+def overlap(one, others):
+    """Seconds of an interval that lie in others."""
+    return sum(max(0.0, min(one[1], o[1]) - max(one[0], o[0])) for o in others)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_servers_draw_while_the_trainer_learns_if_it_is_ahead(qwen3, tmp_path, server, batches):
+    paced, learning = Paced(server, 0.2), Learning(0.2)
+    fitted(qwen3, tmp_path, batches, [server.url], 3, [learning])
+    begins = sorted({round(begin, 1): (begin, end) for begin, end, *_ in paced.drew}.values())
+    shared = [overlap(span, begins) for span in learning.spans]
+    if batches:
+        assert min(shared) > 0.1
+    else:
+        assert max(shared) == 0.0
+    ages = [learning.figures[n].get("age_batches") for n in (1, 2, 3)]
+    assert ages == ([0, 1, 1] if batches else [None] * 3)
+    assert all(first == last for *_, first, last in paced.drew)
+
+
+def test_a_slow_server_draws_several_batches_none_of_them_older_than_the_bound(
+    qwen3, tmp_path, server, other
+):
+    """It holds requests of one batch while others come; weights wait until it has ended them."""
+    quick, slow, learning = Paced(server, 0.02), Paced(other, 0.4), Learning()
+    fitted(qwen3, tmp_path, 2, [server.url, other.url], 6, [learning])
+    assert slow.drew and quick.drew
+    assert all(first == last for *_, first, last in [*slow.drew, *quick.drew])
+    for number, batch in learning.learned.items():
+        assert learning.figures[number]["age_batches_max"] <= 2
+        assert int(batch.ages[..., 1].max()) <= min(number - 1, 2)
+    assert max(figures["age_batches_max"] for figures in learning.figures.values()) > 0
+    assert learning.figures[6]["asked_again"] == 0
+
+
+def test_weights_may_change_amid_responses_whose_tokens_say_which_drew_them(
+    qwen3, tmp_path, server, other
+):
+    quick, slow, learning = Paced(server, 0.02), Paced(other, 0.3), Learning(0.05)
+    urls, ahead = [server.url, other.url], Ahead(batches=2, within_responses=True)
+    rollout = VLLMRollout(Servers(urls, Download(), patience=20.0, timeout=20.0))
+    model = learner(qwen3, 2, rollout=rollout, gap=LOOSE, ahead=ahead)
+    fitted(qwen3, tmp_path, 2, urls, 5, [learning], model=model)
+    assert any(first != last for *_, first, last in slow.drew) and quick.drew
+    mixed = [b for b in learning.learned.values() if (b.ages.diff(dim=1)[..., 0] < 0).any()]
+    for batch in mixed:
+        ages, sampled = batch.ages[..., 1], batch.sampled
+        assert sampled.all() and (ages.diff(dim=1) <= 0).all()  # later tokens are younger
+        assert int(ages.max()) <= 2
+    assert mixed
+    assert not any(path == "/pause?mode=wait" for path, _ in other.asked)
+
+
+def test_weights_that_change_amid_responses_need_servers(qwen3, tmp_path):
+    for batches in (0, 1):
+        model = learner(qwen3, batches, ahead=Ahead(batches=batches, within_responses=True))
+        with pytest.raises(ConfigurationError, match=r"within_responses: .* only where servers"):
+            trainer(tmp_path).fit(model, data())
+
+
+def test_what_a_server_that_dies_has_begun_another_does(qwen3, tmp_path, server, other):
+    """It answers a few requests, then none."""
+    Paced(server, 0.05)
+    dying = Paced(other, 0.05)
+
+    def die(handler):
+        return error(500, "died") if len(dying.drew) > 3 else dying.generate(handler)
+
+    other.before[GENERATE] = die
+    learning = Learning()
+    fitted(qwen3, tmp_path, 1, [server.url, other.url], 5, [learning])
+    assert len(dying.drew) >= 3
+    assert [learning.figures[n]["age_batches"] for n in range(1, 6)] == [0, 1, 1, 1, 1]
+
+
+def test_a_run_whose_servers_are_all_gone_stops_and_keeps_what_is_drawn(qwen3, tmp_path, server):
+    paced, gone = Paced(server, 0.05), threading.Event()
+    server.before[GENERATE] = lambda handler: (
+        error(500, "gone") if gone.is_set() else paced.generate(handler)
+    )
+
+    class Leave(Learning):
+        def on_batch(self, trainer, module, batch):
+            super().on_batch(trainer, module, batch)
+            if int(module.batches) == 3:
+                time.sleep(0.3)  # batch 4 is drawn
+                gone.set()
+
+        def on_exception(self, trainer, module, exception):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    with pytest.raises(TrainingStopped, match="no vLLM server is of use"):
+        fitted(qwen3, tmp_path, 1, [server.url], 9, [Leave()], patience=0.5)
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert saved["global_step"] == 4  # batch 4 was learned from, and 5 never came
+    assert saved["ahead"]["batches"] == {} and saved["ahead"]["asked_again"] == 1
+
+
+def test_questions_in_flight_at_a_stop_are_asked_again_and_counted(qwen3, tmp_path, server):
+    paced = Paced(server, 0.05)
+
+    class Stop(Learning):
+        def on_batch(self, trainer, module, batch):
+            super().on_batch(trainer, module, batch)
+            if int(module.batches) == 2:
+                paced.seconds = 1.5  # batch 3 was drawn in time, 4 will not be
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if int(module.batches) == 3:
+                threading.Timer(0.3, interrupt.ask, [15]).start()
+
+        def on_exception(self, trainer, module, exception):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    start = time.monotonic()
+    with pytest.raises(interrupt.Interrupted):
+        fitted(qwen3, tmp_path, 1, [server.url], 9, [Stop()])
+    assert time.monotonic() - start < 15
+    interrupt.reset()
+    paced.seconds = 0.05
+    learning = Learning()
+    fitted(*(qwen3, tmp_path, 1, [server.url], 5, [learning]), ckpt_path=tmp_path / "x.ckpt")
+    assert min(learning.learned) == 4 and learning.figures[4]["asked_again"] == 1
+    assert [learning.figures[n]["age_batches"] for n in (4, 5)] == [0, 1]
+
+
+def test_a_validation_is_of_the_newest_weights_while_others_are_being_drawn(
+    qwen3, tmp_path, server
+):
+    paced, learning = Paced(server, 0.1), Learning()
+    labels, of_val = [], []
+
+    class Validation(Learning):
+        def on_rollouts(self, trainer, module, judged):
+            if judged.split == "val":
+                of_val.append(judged.responses.labels)
+                labels.append(module.rollout.versions.of(module.policy))
+
+    watch = Validation()
+    fitted(
+        *(qwen3, tmp_path, 1, [server.url], 4, [watch]), limit_val_batches=1, val_check_interval=2
+    )
+    assert len(of_val) == 2 and of_val == [(label,) for label in labels]
+    assert all(first == last for *_, first, last in paced.drew)
+    assert learning.figures == {} and watch.figures[4]["age_batches"] == 1
+
+
+def test_weights_that_the_last_server_lost_are_published_again_when_the_batch_is_due(
+    qwen3, tmp_path, server
+):
+    """It is restarted while it draws a later batch, and gets weights only when all do."""
+    paced, learning = Paced(server, 0.05), Learning(0.3)
+
+    def restart(handler):
+        if len(paced.drew) == 6 and paced.label != "default":  # amid the second batch
+            server.answers |= ready("default")
+            return error(500, "going down")
+        return paced.generate(handler)
+
+    server.before[GENERATE] = restart
+    delivery = AtOnce()
+    delivery.at_once = True
+    rollout = VLLMRollout(Servers([server.url], delivery, patience=20.0, timeout=20.0))
+    model = learner(qwen3, 1, rollout=rollout, gap=LOOSE)
+    fitted(qwen3, tmp_path, 1, [], 4, [learning], model=model)
+    assert delivery.published == 5  # of four weights, one twice
+    assert [learning.figures[n]["age_batches_max"] for n in (1, 2, 3, 4)][2:] == [1, 1]
+    assert all(first == last for *_, first, last in paced.drew)
+
+
+def test_a_server_that_a_killed_run_left_paused_is_resumed(qwen3, tmp_path, server):
+    paced = Paced(server, 0.02)
+    paced.paused = True
+    fitted(qwen3, tmp_path, 0, [server.url], 1)
+    assert paced.drew and not paced.paused
+
+
+def test_without_it_servers_are_never_paused(qwen3, tmp_path, server):
+    Paced(server, 0.02)
+    fitted(qwen3, tmp_path, 0, [server.url], 2)
+    asked = [path for path, _ in server.asked]
+    assert not any("pause" in path for path in asked) and asked.count("/resume") == 1
