@@ -27,6 +27,7 @@ from scsdpo.weighting import Uniform
 
 STOP = tuple("aeiou0123456789")
 """A random model says one of these soon, so that its turns end."""
+TWICE = {"updates_per_rollout": 2}
 GRPO = {"advantage": GroupRelative(), "teacher": NoTeacher()}
 
 
@@ -134,12 +135,13 @@ def halves(folder, path, settings, *, steps, **world):
     return run(steps), run(steps, ckpt_path=path / "half.ckpt")
 
 
-@pytest.mark.parametrize("case", ["plain", "pool"])
-def test_a_resumed_run_is_the_same_to_the_bit(qwen3, tmp_path, case):
-    settings = {
-        "plain": lambda: {"updates_per_rollout": 2},
-        "pool": lambda: GRPO | {"selection": InformativePool(questions=3, max_batches=2)},
-    }[case]
+def test_a_resumed_run_is_the_same_to_the_bit(qwen3, tmp_path):
+    """With a pool that waits for groups, and several updates a batch."""
+
+    def settings():
+        pool = InformativePool(questions=3, max_batches=2)
+        return GRPO | {"selection": pool, "importance": SamplerImportance()} | TWICE
+
     (whole, seen), (resumed, again) = halves(qwen3, tmp_path, settings, steps=6)
     states = [dict(run.lightning_module.state_dict()) for run in (resumed, whole)]
     assert_same(*states, "state")
@@ -200,7 +202,7 @@ def test_a_batch_that_is_given_up_is_asked_again_with_what_waited(qwen3, tmp_pat
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()), "state")
 
 
-def test_what_is_older_than_the_bound_or_of_another_sampling_is_asked_again_and_counted(
+def test_what_is_too_old_or_answers_other_questions_or_sampling_is_asked_again_and_counted(
     qwen3, tmp_path
 ):
     fit(learner(qwen3, 3), tmp_path, 4).save_checkpoint(tmp_path / "old.ckpt")
@@ -213,18 +215,14 @@ def test_what_is_older_than_the_bound_or_of_another_sampling_is_asked_again_and_
     other = learner(qwen3, 3, sampling=Sampling(n=2, max_new_tokens=5))
     fit(other, tmp_path, 5, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")
     assert watch.figures[5]["asked_again"] == 3 and watch.figures[5]["age_batches_max"] == 0
-
-
-def test_questions_that_have_changed_are_asked_again(qwen3, tmp_path):
-    fit(learner(qwen3, 1), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    watch = Watch()
+    watch, questions = Watch(), data(Toys(13))  # in another order
     fit(
-        *(learner(qwen3, 1), tmp_path, 3),
-        questions=data(Toys(13)),
+        *(learner(qwen3, 3), tmp_path, 5),
+        questions=questions,
         callbacks=[watch],
         ckpt_path=tmp_path / "old.ckpt",
     )
-    assert watch.figures[3]["asked_again"] == 1
+    assert watch.figures[5]["asked_again"] == 3
 
 
 def test_groups_that_a_pool_holds_back_stay_within_the_bound(qwen3, tmp_path):
