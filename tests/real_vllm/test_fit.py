@@ -192,8 +192,8 @@ def test_the_bound_on_age_holds_under_a_slow_a_killed_server_a_stop_and_a_resume
     """One server is stopped for a while, killed and started again; the run is ended by SIGTERM."""
     command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
     files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
-    quiet = ("--model.gap.warn=.inf", f"--model.gap.stop={limit}")
-    words = [*map(str, (*command, *files, *SHORT, *AHEAD, *quiet, urls(two_servers)))]
+    own = (*SHORT, *AHEAD, *stop_above(limit), urls(two_servers))
+    words = [*map(str, (*command, *files, *own))]
     victim = two_servers[1]
 
     def wait(run, batch):
