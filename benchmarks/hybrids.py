@@ -7,7 +7,9 @@ Random Qwen3.5 weights, three layers of four with linear attention, a small voca
 loss weighs little), one forward and backward of all rows. Both ways run in processes of their own,
 alternating, with the same number of threads. Prints one JSON line a run, then the medians over the
 rounds of the ratios apart / packed: of seconds, of the processor's seconds (which another's work on
-the machine changes less), and of the peak memory above the loaded model and its gradients.
+the machine changes less), and of the peak memory above the loaded model and its gradients. Then the
+same of the bytes that tensors hold at the peak, with one question: without what the host's
+allocator loses between tables of many sizes.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from scsdpo.policy import Rows
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 
 
@@ -83,6 +86,10 @@ def one(args: argparse.Namespace) -> dict:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     kind = {"packed": SharedPrompts, "apart": SeparateRows}[args.one]
+    if args.held:
+        runner = kind(lambda work: work(model), rows, range(args.rollouts), args.budget)
+        held = peak_bytes(lambda: update(model, runner, rows), model.device)
+        return {"way": args.one, "held_mib": held / 2**20}
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for chosen in ([0], list(range(len(rows.ids)))):
         runner = kind(lambda work: work(model), rows, chosen, args.budget)
@@ -92,6 +99,28 @@ def one(args: argparse.Namespace) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     figures = {"seconds": seconds, "cpu_seconds": cpu, "mib": peak // 1024}
     return {"way": args.one, **figures, "loss": value}
+
+
+def both(*words: str) -> dict[str, dict]:
+    """What `one` says each way, in processes of their own."""
+    runs = {}
+    for way in ("packed", "apart"):
+        command = [sys.executable, "-W", "ignore", *sys.argv, *words, "--one", way]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        runs[way] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(runs[way]), flush=True)
+    return runs
+
+
+def ratios(rounds: list[dict[str, dict]], *figures: str) -> None:
+    """Print the medians of apart / packed."""
+    found = {
+        f"{figure}_ratio": statistics.median(
+            runs["apart"][figure] / runs["packed"][figure] for runs in rounds
+        )
+        for figure in figures
+    }
+    print(json.dumps({name: round(value, 2) for name, value in found.items()}))
 
 
 def main() -> None:
@@ -105,21 +134,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--one", choices=["packed", "apart"], help=argparse.SUPPRESS)
+    parser.add_argument("--held", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(args)))
         return
-    ratios: dict[str, list[float]] = {"seconds": [], "cpu_seconds": [], "mib": []}
-    for _ in range(args.rounds):
-        runs = {}
-        for way in ("packed", "apart"):
-            command = [sys.executable, "-W", "ignore", *sys.argv, "--one", way]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            runs[way] = json.loads(done.stdout.splitlines()[-1])
-            print(json.dumps(runs[way]), flush=True)
-        for figure, values in ratios.items():
-            values.append(runs["apart"][figure] / runs["packed"][figure])
-    print(json.dumps({f"{k}_ratio": round(statistics.median(v), 2) for k, v in ratios.items()}))
+    ratios([both() for _ in range(args.rounds)], "seconds", "cpu_seconds", "mib")
+    ratios([both("--held", "--questions", "1")], "held_mib")
 
 
 if __name__ == "__main__":

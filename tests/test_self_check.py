@@ -1,7 +1,11 @@
 """The check before the first step: what it finds wrong, and what a run does then."""
 
 import json
+import math
+import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +22,11 @@ from transformers import (
 import models
 import runs
 from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.row_path import RowPath
-from scsdpo.rollout import HFRollout
+from scsdpo.rollout import Colocated, HFRollout, VLLMRollout
+from scsdpo.rollout.vllm.rollout import Answer
 from scsdpo.teacher import EMA, Frozen
 from scsdpo.training.self_check import examine
 from test_row_path import FAMILIES, SIZE
@@ -51,7 +57,7 @@ def check(policy, teacher=None, rollout=None):
     teachers = {} if teacher is None else {"teacher": teacher}
     for each in teachers.values():
         each.configure(policy, "teacher")
-    return examine(policy, teachers, rollout or HFRollout(), 1.0)[0]
+    return examine(policy, teachers, rollout or HFRollout(), 1.0, GapCheck())[0]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +167,107 @@ def test_a_sampler_that_reads_a_wrong_cache_samples_without_one(tmp_path, monkey
     assert [f.path for f in findings] == [RowPath.PADDED.value, RowPath.ALONE.value]
     assert findings[0].fault and not findings[1].fault
     assert policy.known.path is RowPath.PADDED and policy.known.sampled is RowPath.ALONE
+
+
+class SlowClock:
+    """A second passes in each forward of the decoder, and at no other time."""
+
+    def __init__(self, policy, monkeypatch, seconds=1.0):
+        self.now = 0.0
+        decoder = policy.language_model.get_decoder()
+        decoder.register_forward_hook(lambda *_: setattr(self, "now", self.now + seconds))
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left_out"),
+    [
+        (0.1, []),
+        (0.4, ["gradient", "sampler"]),
+        (0.8, ["student, each row alone", "gradient", "teacher, each row alone", "sampler"]),
+        (4.0, ["student", "teacher", "sampler"]),
+    ],
+)
+def test_what_would_not_be_over_within_ten_seconds_is_left_out(
+    qwen3, monkeypatch, seconds, left_out
+):
+    policy, teacher = policy_of(qwen3), EMA()
+    clock = SlowClock(policy, monkeypatch, seconds)
+    teacher.configure(policy, "teacher")  # a copy, as slow
+    teachers = {"teacher": teacher}
+    findings, missed, took = examine(policy, teachers, HFRollout(), 1.0, GapCheck())
+    assert missed == left_out and not any(finding.fault for finding in findings)
+    assert took == pytest.approx(clock.now) and took <= 10
+
+
+def other_engine(monkeypatch, says):
+    """`VLLMRollout` on an engine that draws token 5 everywhere, and `says` its log-prob."""
+    engine = Colocated()
+
+    def generate(policy, requests, version):
+        answers = [
+            Answer(
+                ids=[5] * request.parameters["max_tokens"],
+                logprobs=says(policy, request),
+                finish_reason="length",
+                versions=frozenset({version}),
+            )
+            for request in requests
+        ]
+        return [[answer, answer] for answer in answers]
+
+    monkeypatch.setattr(engine, "generate", generate)
+    monkeypatch.setattr(engine, "hold_weights", lambda *_, **__: nullcontext())
+    return VLLMRollout(engine)
+
+
+def plain_logprobs(policy, request, off=0.0):
+    drawn = [5] * request.parameters["max_tokens"]
+    ids = torch.tensor([[*request.ids, *drawn]])
+    with torch.no_grad():
+        logits = policy.language_model(ids).logits[0, len(request.ids) - 1 : -1]
+    return (logits.log_softmax(-1)[:, 5] + off).tolist()
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1])
+def test_another_engine_is_asked_for_a_few_tokens(qwen3, monkeypatch, off):
+    rollout = other_engine(monkeypatch, partial(plain_logprobs, off=off))
+    found = check(policy_of(qwen3), rollout=rollout)[-1]
+    assert (found.weights, found.path) == ("sampler", "VLLMRollout")
+    assert found.apart == pytest.approx(off, abs=1e-5) and not found.fault
+
+
+def test_an_engine_with_other_weights_is_refused_before_the_first_step(qwen3, monkeypatch):
+    rollout = other_engine(monkeypatch, partial(plain_logprobs, off=1.0))
+    message = (
+        r"model\.rollout: VLLMRollout and the trainer differ by 1 nats a token on made-up rows"
+    )
+    module = runs.module(qwen3, policy_of(qwen3), rollout=rollout)
+    trainer = runs.trainer(qwen3, max_steps=1, limit_val_batches=0, logger=False)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.fit(module, runs.data())
+    assert trainer.global_step == 0
+    gap = GapCheck(stop=math.inf)
+    assert not examine(policy_of(qwen3), {}, rollout, 1.0, gap)[0][-1].fault
+
+
+def test_an_engine_that_starts_slowly_costs_no_other_check(qwen3, monkeypatch):
+    rollout = other_engine(monkeypatch, plain_logprobs)
+    policy = policy_of(qwen3)
+    clock = SlowClock(policy, monkeypatch, 0.01)
+    engine = rollout.engine
+    monkeypatch.setattr(
+        engine, "hold_weights", lambda *_, **__: nullcontext(setattr(clock, "now", clock.now + 60))
+    )
+    _, missed, took = examine(policy, {}, rollout, 1.0, GapCheck())
+    assert not missed and took < 1
+
+
+def test_an_engine_without_room_for_the_rows_is_not_asked(qwen3):
+    rollout = VLLMRollout(Colocated(max_model_len=40))
+    findings, missed, _ = examine(policy_of(qwen3), {}, rollout, 1.0, GapCheck())
+    assert missed == ["sampler (it has room for 40 tokens)"]
+    assert {finding.weights for finding in findings} == {"student"}
 
 
 def test_what_was_found_is_in_the_runs_records_and_the_key_turns_it_off(tmp_path, capsys):

@@ -10,6 +10,7 @@ from transformers import logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
 from scsdpo.training.self_check import examine, made_up_rows
@@ -49,13 +50,15 @@ adapter, precision and device, on every rank:
 2. Hidden states, and one gradient, are those of each row alone: within 1e-3, and 0.15 where weights
    are bfloat16.
 3. No token sees those after it, and the head is all that makes logits of hidden states.
-4. `HFRollout`'s log-probabilities of a few drawn tokens are the trainer's: 1e-3 nats a token, and
-   0.2 for bfloat16. Of vLLM the first batch tells, before its step (`model.gap`).
+4. The sampler's log-probabilities of a few drawn tokens are the trainer's: of `HFRollout` within
+   1e-3 nats a token, and 0.2 for bfloat16; of vLLM, in process and on servers, within
+   `model.gap.stop` for half of them. A rollout of your own is asked if it says `can_be_asked`.
 
 Where a check fails the next slower path is taken, and one line says so and what it costs; where a
-row alone is wrong the model is refused. `self_check.json` in the run's folder has all figures. What
-is not begun within five seconds is left out, which is said. `model.policy.self_check: false` turns
-it off.
+row alone is wrong the model is refused. `self_check.json` in the run's folder has all figures. It
+takes ten seconds at most: what would not be over by then, by how long the last forwards took, is
+left out, which is said. An engine that starts and gets the weights for it, as it would for the
+first batch, is not counted. `model.policy.self_check: false` turns it off.
 
 ## Every architecture
 
@@ -83,7 +86,7 @@ def outcome(name: str, policy: CausalLM | None = None) -> tuple[Outcome, CausalL
         try:
             policy = CausalLM(folder)
             policy.configure_model()
-            examine(policy, {}, HFRollout(), 1.0)
+            examine(policy, {}, HFRollout(), 1.0, GapCheck())
         except ConfigurationError as error:
             said = str(error).removeprefix("model.policy.name_or_path: ")
             return Outcome(path="refused", reason=_without_figures(said.partition(";")[0])), None

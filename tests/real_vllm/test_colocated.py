@@ -11,9 +11,11 @@ from policies import MAKERS, check_parity, gaps, move, prompt, short_and_long
 
 from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.metrics import GapCheck
 from scsdpo.rollout import Colocated, VLLMRollout, WeightReceiver
 from scsdpo.rollout.weights.stream import merged_weights
 from scsdpo.rollout.weights.versions import Versions
+from scsdpo.training.self_check import examine
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -47,6 +49,22 @@ def test_sampled_log_probs_are_the_trainers(case, temperature):
     assert int(rollouts.sampled.sum()) > 100
     check_parity(case.policy, rollouts)
     assert torch.equal(rollouts.sampling_logprobs, rollouts.policy_logprobs)
+
+
+def test_the_self_check_asks_it_and_finds_old_weights(case, monkeypatch):
+    def asked():
+        return examine(case.policy, {}, case.rollout, 1.0, GapCheck(warn=0.01, stop=0.01))
+
+    (*_, found), left_out, _ = asked()
+    assert (found.path, found.fault, left_out) == ("VLLMRollout", "", [])
+    assert found.apart < 1e-3
+    move(case.policy, 3)
+    with monkeypatch.context() as stuck:
+        stuck.setattr(case.engine, "_synchronize", lambda *_: None)
+        stuck.setattr(Versions, "of", lambda *_: case.engine._version)
+        with pytest.raises(ConfigurationError, match=r"VLLMRollout and the trainer differ by"):
+            asked()
+    assert not asked()[0][-1].fault
 
 
 def test_prompt_log_probs_are_the_trainers(case):

@@ -14,8 +14,10 @@ from servers import KEY, wait_for
 from precision import allowed
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.lab import LabTasks
+from scsdpo.metrics import GapCheck
 from scsdpo.rollout import Download, Servers, SharedFolder, VLLMRollout
 from scsdpo.rollout.servers.server import Server
+from scsdpo.training.self_check import examine
 from scsdpo.types import Prompt, Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=48, seed=3)
@@ -49,6 +51,13 @@ def post(server, path, body):
     request = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
+
+
+def test_the_self_check_asks_them(two_servers, policy, delivery):
+    engine = rollout(two_servers, delivery)
+    (*_, found), left_out, _ = examine(policy, {}, engine, 1.0, GapCheck())
+    assert (found.path, found.fault, left_out) == ("VLLMRollout", "", [])
+    assert found.apart < 1e-3
 
 
 def test_weights_reach_every_server_before_each_sampling(two_servers, policy, prompts, delivery):

@@ -3,7 +3,7 @@
 transformers gives them no interface as it gives attention, so the classes of these layers are
 subclassed in place: called with a `layout` they convolve and recur by that, with their own weights
 and adapters, and without one they do what they did. What such a layer makes between its projections
-is large and quickly made: the backward makes it again, and only what the projections gave is kept.
+is large and quickly made: the backward makes it again, and what is kept is what the first gave.
 
     Qwen3.5, Qwen3-Next   short convolution, then the gated delta rule
     LFM2                  a gated short convolution
@@ -53,13 +53,12 @@ class _GatedDeltaNet(nn.Module):
     ) -> Any:
         if layout is None:
             return super().forward(hidden_states, *args, **others)
-        mixed = _computed_again(partial(self._mixed, layout), *self._projected(hidden_states))
-        return self.out_proj(mixed)
+        return _computed_again(partial(self._mixed, layout), *self._projected(hidden_states))
 
     def _mixed(
         self, layout: AttentionLayout, mixed: Tensor, gate: Tensor, rate: Tensor, decay: Tensor
     ) -> Tensor:
-        """[B, s, H e] of what `_projected` gives."""
+        """The layer's output [B, s, D] from what `_projected` gives."""
         mixed = _convolve(layout, self.layer_idx, mixed, self.conv1d)
         query, key, value = ACT2FN[self.activation](mixed).split(
             [self.key_dim, self.key_dim, self.value_dim], -1
@@ -72,7 +71,7 @@ class _GatedDeltaNet(nn.Module):
         mixed = layout.delta_rule(self.layer_idx, inputs)
         rows, width = mixed.shape[:2], mixed.shape[-1]
         mixed = self.norm(mixed.reshape(-1, width), gate.reshape(-1, width))
-        return mixed.view(*rows, -1)
+        return self.out_proj(mixed.view(*rows, -1))
 
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is convolved [B, s, C], gate [B, s, H e], rate and decay [B, s, H], raw."""
@@ -106,12 +105,12 @@ class _ShortConv(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, seq_idx: Any = None, **others: Any) -> Any:
         if seq_idx is None or isinstance(seq_idx, Tensor):
             return super().forward(hidden_states, *args, seq_idx=seq_idx, **others)
-        mixed = _computed_again(partial(self._mixed, seq_idx), self.in_proj(hidden_states))
-        return self.out_proj(mixed)
+        return _computed_again(partial(self._mixed, seq_idx), self.in_proj(hidden_states))
 
     def _mixed(self, layout: AttentionLayout, projected: Tensor) -> Tensor:
         before, after, mixed = projected.chunk(3, -1)
-        return after * _convolve(layout, self.layer_idx, before * mixed, self.conv)
+        mixed = _convolve(layout, self.layer_idx, before * mixed, self.conv)
+        return self.out_proj(after * mixed)
 
 
 class _HandsOn(nn.Module):
@@ -169,10 +168,14 @@ def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
 
 @torch.compiler.disable  # as attention: each forward has a layout of its own
 def _computed_again(work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`work(*inputs)`, which runs again in the backward: only `inputs` are kept for it."""
+    """`work(*inputs)`, which runs again in the backward: only `inputs` are kept for it.
+
+    The second run stops where it has all that the backward needs: before the product of the last
+    projection, unless that has factors.
+    """
     if not torch.is_grad_enabled():  # as for every token that is drawn
         return work(*inputs)
-    return checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(work, *inputs, use_reentrant=False)  # factors may have dropout
 
 
 def _convolve(layout: AttentionLayout, layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:

@@ -102,6 +102,15 @@ class Rollout(ABC):
         """
 
     @declared
+    def can_be_asked(self) -> bool:
+        """Whether `sample` takes any ids as a prompt.
+
+        The self-check then asks for a few tokens before the first step, and compares what the
+        engine says of them with what the trainer does.
+        """
+        return False
+
+    @declared
     def plays_episodes(self) -> bool:
         """Whether it has `play`."""
         return False

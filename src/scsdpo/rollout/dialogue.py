@@ -145,6 +145,10 @@ class DialogueRollout(Rollout):
         return self.draw(policy, Dialogue(prompts, sampling, policy.chat), sampling)
 
     @property
+    def can_be_asked(self) -> bool:
+        return True
+
+    @property
     def plays_episodes(self) -> bool:
         return True
 

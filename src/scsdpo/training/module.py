@@ -272,7 +272,7 @@ class PolicyOptimizer(L.LightningModule):
         """From here on a signal asks the run to stop, and does not end it."""
         interrupt.begin_run(AbortVote.of_ranks())
         teachers = {"teacher": self.teacher, "reference": self.reference}
-        check_model(self, self.policy, teachers, self.rollout, self.sampling)
+        check_model(self, self.policy, teachers, self.rollout, self.sampling, self.steps.gap)
 
     def on_train_start(self) -> None:
         """The state before the first batch can be saved from now on."""
