@@ -32,6 +32,27 @@ def test_what_a_server_that_dies_has_begun_another_does(qwen3, tmp_path, server,
     assert [learning.figures[n]["age_batches"] for n in range(1, 6)] == [0, 1, 1, 1, 1]
 
 
+def test_servers_that_are_gone_while_nobody_waits_for_them_end_no_run(qwen3, tmp_path, server):
+    """Longer than `patience`, and back when the batch is due."""
+    paced, back = Paced(server, 0.05), threading.Event()
+
+    def answer(handler):
+        gone = len(paced.drew) >= 4 and not back.is_set()  # from the second batch on
+        return error(500, "gone") if gone else paced.generate(handler)
+
+    class Return(Learning):
+        def on_batch(self, trainer, module, batch):
+            super().on_batch(trainer, module, batch)
+            if not back.is_set():
+                time.sleep(3.0)
+                back.set()
+
+    server.before[GENERATE] = answer
+    watch = Return()
+    fitted(qwen3, tmp_path, 1, [server.url], 3, [watch], patience=0.5)
+    assert [watch.figures[n]["age_batches"] for n in (1, 2, 3)] == [0, 1, 1]
+
+
 def test_a_run_whose_servers_are_all_gone_stops_and_keeps_what_is_drawn(qwen3, tmp_path, server):
     paced, gone = Paced(server, 0.05), threading.Event()
     server.before[GENERATE] = lambda handler: (

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import torch
 
 from scsdpo.distributed import place
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.servers.delivery import Delivery, Download, ServerSink
@@ -189,7 +189,7 @@ class Servers(Engine):
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
         """Make these the weights that servers get, unless they are; all ranks under shards."""
         self._together = is_sharded(policy)
-        self._behind = [each for each in self._behind if not each.ended]
+        self._behind = [each for each in self._behind if not each.is_done]
         if not self._behind:
             self._published.clear()
         if self._published[-1:] != [version]:  # before any server may answer with them
@@ -291,17 +291,14 @@ class _Asked(Asked):
         self._run = loop.start(queue.run())
 
     @property
-    def ended(self) -> bool:
-        """Whether its requests are answered, or will not be; only weights may be missing."""
-        if not self._run.done() or self._run.cancelled():
-            return self._run.cancelled()
-        return not isinstance(self._run.exception(), Stranded)
-
-    @property
     def is_done(self) -> bool:
         return self._run.done() and not self._run.cancelled() and not self._run.exception()
 
     def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
+        if self._run.done() and isinstance(self._run.exception(), TrainingStopped):
+            # Nobody waited for it, and servers may be well by now.
+            self.queue.forgive()
+            self._run = self._loop.start(self.queue.run())
         while True:
             with suppress(Stranded):
                 return self._loop.result(self._run)

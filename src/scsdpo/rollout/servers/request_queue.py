@@ -118,6 +118,10 @@ class RequestQueue:
             await asyncio.gather(*left, return_exceptions=True)
         return [self._answers[q] for q in range(len(self.requests))]
 
+    def forgive(self) -> None:
+        """Let `run` have patience again."""
+        self._idle, self._failing = 0.0, None
+
     @property
     def waits(self) -> bool:
         """Whether it runs, and has requests that no server has taken."""
