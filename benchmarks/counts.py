@@ -5,7 +5,9 @@
 A model with Qwen3's layers and few channels runs one SDPO update under bf16 autocast, once with one
 layer and once with two: the difference is a layer's. FlashAttention's two operators are emulated
 (`flash_on_cpu.py`), and everything that is not a view counts as a kernel. Counts do not depend on
-channels, heads or vocabulary. Prints one JSON line.
+channels, heads or vocabulary; chunks of logits have as many tokens as those of 151,936 entries on a
+GPU of 141 GiB. A decoding step of `HFRollout` is counted in the same way, with CPU's products.
+Prints one JSON line.
 """
 
 import argparse
@@ -17,16 +19,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from flash_on_cpu import emulated_flash
 from torch.utils._python_dispatch import TorchDispatchMode
-from work_order import Order, Ours, make_model
+from work_order import Order, Ours, load_prompts, make_model
 
+from scsdpo.loss import kernel
 from scsdpo.policy import CausalLM, segment_attention
-from scsdpo.policy.partial_attention import Blocks, Flash
+from scsdpo.policy.partial_attention import Blocks, Flash, PartialAttention, Runs
+from scsdpo.rollout import HFRollout
+from scsdpo.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE_VOCABULARY, GPU_BYTES = 151936, 141 * 2**30
 WITHOUT_KERNEL = {
     f"aten::{name}"
     for name in (
@@ -74,17 +81,23 @@ class _Count(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Attention of segments runs in FlashAttention wherever a GPU's would."""
-    chosen = segment_attention.kernel
-    segment_attention.kernel = lambda query, runs: (
-        Flash() if runs.causal or runs.window is None else Blocks()
-    )
-    try:
-        with emulated_flash():
-            yield
-    finally:
-        segment_attention.kernel = chosen
+def as_on_a_gpu(vocabulary: int) -> Iterator[None]:
+    """Attention of segments runs in FlashAttention wherever a GPU's would, and chunks of logits
+    have as many rows as there.
+    """
+    rows = kernel.chunk_rows(LARGE_VOCABULARY, "cuda", GPU_BYTES)
+    block = kernel.BLOCK_BYTES["cuda"] // (4 * LARGE_VOCABULARY)
+    with (
+        emulated_flash(),
+        patch.object(segment_attention, "kernel", _as_flash),
+        patch.dict(kernel.CHUNK_BYTES, cpu=4 * vocabulary * rows),
+        patch.dict(kernel.BLOCK_BYTES, cpu=4 * vocabulary * block),
+    ):
+        yield
+
+
+def _as_flash(query: torch.Tensor, runs: Runs) -> PartialAttention:
+    return Flash() if runs.causal or runs.window is None else Blocks()
 
 
 def count(policy: CausalLM, task: Path, order: Order) -> Counted:
@@ -92,12 +105,28 @@ def count(policy: CausalLM, task: Path, order: Order) -> Counted:
     ours = Ours(policy, task, order, 1)
     rollouts = ours.rollouts(0)
     counted = Counted(calls=Counter(), shapes=set())
-    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning
-    with as_on_a_gpu(), autocast, _Count(counted):
+    with as_on_a_gpu(policy.vocabulary), _autocast(), _Count(counted):
         for loss in ours.losses(rollouts):
             loss.backward()
             counted.micro_batches += 1
     return counted
+
+
+def count_decoding(policy: CausalLM, task: Path, order: Order) -> float:
+    """Kernels of a decoding step of `HFRollout`, a mean of 8 steps behind the first two."""
+    prompts = load_prompts(policy, task, order, order.questions)
+
+    def kernels(tokens: int) -> int:
+        counted = Counted(calls=Counter(), shapes=set())
+        with _autocast(), _Count(counted):
+            HFRollout().sample(policy, prompts, Sampling(n=order.rollouts, max_new_tokens=tokens))
+        return counted.kernels
+
+    return (kernels(10) - kernels(2)) / 8
+
+
+def _autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning
 
 
 def without_layers(policy: CausalLM, layers: int) -> CausalLM:
@@ -130,12 +159,13 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(order, args.shared, Path(folder))
-        counts = []
+        counts, steps = [], []
         for layers in (1, 2):
             policy = CausalLM(str(model))
             policy.configure_model()
             task = args.shared / "data" / order.task
             counts.append(count(without_layers(policy, layers), task, order))
+            steps.append(count_decoding(policy, task, order))
     one, two = counts
     line = {
         "micro_batches": one.micro_batches,
@@ -143,6 +173,8 @@ def main() -> None:
         "kernels_beside": 2 * one.kernels - two.kernels,
         "attention_calls_a_layer": dict(one.calls),
         "attention_shapes": len(one.shapes),
+        "decoding_kernels_a_layer": round(steps[1] - steps[0]),
+        "decoding_kernels_beside": round(2 * steps[0] - steps[1]),
     }
     print(json.dumps(line), flush=True)
 

@@ -2,7 +2,6 @@
 
     python benchmarks/step.py [--orders A A2 B C E] [--order JSON] [--trl PYTHON] [--repeats 3]
     python benchmarks/step.py --growth [rollouts prompt_tokens tokens budget vocabulary]
-    python benchmarks/step.py --gpu
 
 Both systems run in processes of their own, alternating, with the same number of threads. Prints
 one JSON line a run and, per order, the ratios TRL / ours of update seconds (medians) and of peak
@@ -10,8 +9,8 @@ memory above the resident model and libraries. `--order` takes one more order, e
 '{"questions": 5, "rollouts": 6, "tokens": 200}' (fields of `work_order.Order`).
 `share_of_products` is the part of our update's time that its matrix products would take at the
 machine's own rate (a 2,048-square product) if each distinct token ran once. `--growth` prints how
-our update's time and memory grow along one size at a time. `--gpu` runs Qwen3-0.6B's and Qwen3-8B's
-shapes (`benchmarks/gpu.py`), if there is a GPU.
+our update's time and memory grow along one size at a time. Everything runs on the CPU;
+`benchmarks/gpu.py` measures on a GPU.
 """
 
 import argparse
@@ -24,7 +23,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from work_order import ORDERS, Order, make_model, run_ours
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +102,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each system, alternating")
     parser.add_argument("--order", type=json.loads, help="fields of one more order")
     parser.add_argument("--growth", nargs="*", choices=list(SWEEPS), help="along which sizes; all")
-    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -112,14 +109,8 @@ def main() -> None:
         order = Order(**json.loads(settings))
         print(json.dumps(run_ours(order, Path(model), Path(task), int(repeats))))
         return
-    if not torch.cuda.is_available():
-        print("no GPU: CPU part only", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        if args.gpu and torch.cuda.is_available():
-            from gpu import run_shapes
-
-            run_shapes(args.shared, Path(folder), args.repeats)
-        elif args.growth is not None:
+        if args.growth is not None:
             growth(args, Path(folder))
         else:
             orders = {name: ORDERS[name] for name in args.orders}

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -208,20 +209,42 @@ def run_ours(order: Order, model: Path, task: Path, repeats: int) -> dict:
     }
 
 
-def minimal_flops(policy: CausalLM, batch: Batch) -> float:
-    """Of an update's matrix products if each distinct token runs once: forward and backward (twice
-    as much) for the student, forward for the teacher.
+def minimal_flops(policy: CausalLM, batch: Batch, *, as_trained: bool = False) -> float:
+    """Of an update's matrix products if each distinct token runs once: forward and backward for the
+    student, forward for the teacher. A product with a weight that is trained has two in the
+    backward, one with a frozen weight has one; a factor of LoRA counts as nothing.
+
+    Args:
+        policy: whose shapes, and which weights are trained.
+        batch: rows without credit are not run.
+        as_trained: count frozen weights as if they were trained, 6 N a token.
     """
-    teacher = [ids for group in batch.teacher.ids for ids in group]
-    taught = batch.active & batch.plan.needs_teacher.flatten()
-    return 3 * forward_flops(policy, batch, batch.student_prompts(), batch.active) + forward_flops(
-        policy, batch, teacher, taught
-    )
+    layers = policy.language_model.get_decoder().layers
+    head = policy.language_model.get_output_embeddings()
+    student = forward_flops(policy, batch, batch.student_prompts(), batch.active)
+    whole = as_trained or all(p.requires_grad for p in layers.parameters())
+    total = (3 if whole else 2) * student.layers + 3 * student.attention
+    total += (3 if as_trained or head.weight.requires_grad else 2) * student.head
+    if "teacher" in batch.contexts:
+        prompts = [ids for group in batch.teacher.ids for ids in group]
+        taught = batch.active & batch.plan.needs_teacher.flatten()
+        total += sum(forward_flops(policy, batch, prompts, taught))
+    return total
+
+
+class Flops(NamedTuple):
+    """Of a forward, by what the products are with."""
+
+    layers: float
+    """Weights of the layers."""
+    attention: float
+    """Keys and values."""
+    head: float
 
 
 def forward_flops(
     policy: CausalLM, batch: Batch, prompts: list[tuple[int, ...]], rows: torch.Tensor
-) -> float:
+) -> Flops:
     """Of the chosen rows: linear layers, attention to what is seen, and the head on responses."""
     model, chosen = policy.language_model, rows.nonzero()[:, 0].tolist()
     config, layers = model.config, model.get_decoder().layers
@@ -231,10 +254,15 @@ def forward_flops(
     runs = [(len(s.ids), s.position) for root in roots for s in root.walk()]
     runs += [(lengths[row] - 1, len(prompts[row])) for row in chosen]
     seen = sum(n * start + n * (n + 1) / 2 for n, start in runs)
-    weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+    # A weight in 4 bits is packed: its shape says nothing.
+    weights = sum(
+        part.in_features * part.out_features
+        for name, part in layers.named_modules()
+        if isinstance(part, torch.nn.Linear) and "lora_" not in name
+    )
     width = config.num_attention_heads * config.head_dim * len(layers)
     head = policy.vocabulary * config.hidden_size * sum(lengths[row] for row in chosen)
-    return 2 * weights * sum(n for n, _ in runs) + 4 * width * seen + 2 * head
+    return Flops(2 * weights * sum(n for n, _ in runs), 4 * width * seen, 2 * head)
 
 
 def gemm_rate(dtype: torch.dtype, device: str) -> float:

@@ -17,7 +17,7 @@ from scsdpo.__main__ import main
 from scsdpo.callbacks import Report
 from scsdpo.errors import ConfigurationError
 from scsdpo.records import SCHEMA_VERSION
-from scsdpo.report import panels, read_runs, render, svg
+from scsdpo.report import attempts, panels, read_runs, render, svg
 from scsdpo.report.configs import differences
 from scsdpo.report.curves import line_panel, slug, window_panel
 from scsdpo.report.evaluations import Evaluation, difference, solved_difference
@@ -28,6 +28,7 @@ from scsdpo.report.responses import SCHEMA, embed
 from scsdpo.report.summary import summarize
 from scsdpo.report.teacher import Distance, measured, too_few
 from scsdpo.report.teacher import panels as distance_panels
+from scsdpo.statistics import score_interval
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,52 @@ def test_nothing_wrong_is_not_said_beside_a_figure_that_fell(folders):
         words = summarize([run]).words
         assert (quiet in words) is said
         assert any("that mean@4 fell is no figure of theirs" in each for each in words) is not said
+
+
+def solve_run(folder, successes, answers):
+    folder.mkdir()
+    write_lines(folder / "metrics.jsonl", [{"batch": 1, "step": 0, "time": 0.0, "train/reward": 0}])
+    rows = zip(successes, answers, strict=True)
+    lines = [{"attempt": i, "success": s, "answer": a} for i, (s, a) in enumerate(rows, start=1)]
+    write_lines(folder / "attempts.jsonl", lines)
+    return str(folder)
+
+
+def test_attempts_at_a_question_become_discovery_curves(tmp_path):
+    a = solve_run(tmp_path / "a", [False, False, True], ["1", "1", "2"])
+    b = solve_run(tmp_path / "b", [False] * 6, ["1", None, "2", "3", "3", "4"])
+    c = solve_run(tmp_path / "c", [True], ["7"])
+    discovered, answers = attempts.panels(read_runs([a, b, c]))
+    dots, line = discovered.layers
+    # c is solved by its first attempt, a by its third, b never in six.
+    assert line.x == [1, 2, 3, 4, 5, 6] and line.y == pytest.approx(
+        [100 * s / 3 for s in (1, 1, 2, 2, 2, 2)]
+    )
+    assert [round(x) for x in dots.x] == [1, 2, 4, 6]
+    low, high = score_interval([1.0, 0.0, 0.0]).low, score_interval([1.0, 0.0, 0.0]).high
+    assert (dots.low[0], dots.high[0]) == pytest.approx((100 * low, 100 * high))
+    assert [layer.y for layer in answers.layers] == [[1, 1, 2], [1, 1, 2, 3, 3, 4], [1]]
+    # Of one run there is no share, and a run that trained has no attempts.
+    (alone,) = attempts.panels(read_runs([b]))
+    assert alone.name == "answers"
+    page = render(read_runs([a, b]))
+    assert 'data-panel="discovery"' in page and "Attempts at a question" in page
+
+
+def test_a_run_that_trained_has_no_attempts(runs, page):
+    assert attempts.panels(runs) == [] and "Attempts at a question" not in page
+
+
+def test_nothing_is_said_of_more_attempts_than_an_unsolved_run_has_made(tmp_path):
+    a = solve_run(tmp_path / "a", [False] * 20 + [True], ["1"] * 21)
+    b = solve_run(tmp_path / "b", [False] * 8, ["1"] * 8)
+    discovered, _ = attempts.panels(read_runs([a, b]))
+    assert discovered.layers[1].x == list(range(1, 9)) and set(discovered.layers[1].y) == {0}
+
+
+def test_discovery_counts_up_to_k():
+    curve = attempts.discovery([1, 4, None, 9], [1, 3, 4, 8, 9])
+    assert [(k, share) for k, share, *_ in curve] == [
+        (1, 0.25), (3, 0.25), (4, 0.5), (8, 0.5), (9, 0.75)
+    ]  # fmt: skip
+    assert all(low <= share <= high for _, share, low, high in curve)

@@ -2,6 +2,7 @@
 """Every shipped file over every other, and a step of every method: `make test-configs`."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -103,3 +104,36 @@ def test_qwen3_runs_unchanged_on_real_biology_with_a_local_model(tmp_path, scsdp
     )
     assert code in (0, None)
     assert list(tmp_path.glob("runs/qwen3/*/checkpoints/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("base", "devices"),
+    [("qwen3-lora", ["--gpus=1"]), ("qwen3", ["--gpus=8"]), ("olmo3", ["--gpus=8"])],
+)
+def test_the_seconds_that_a_file_gives_to_decoding_are_those_of_plan(base, devices, scsdpo, capsys):
+    text = (CONFIGS / f"{base}.yaml").read_text()
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    seconds = r"([\d.]+) \(([\d.]+)\) of (?:a batch's )?([\d.]+) \(([\d.]+)\)"
+    said = [re.search(f"{name} (?:samples )?for {seconds}", head) for name in ("HFRollout", "vLLM")]
+    more = float(re.search(r"takes ([\d.]+) GiB more", head)[1])
+    words = [f"--config={CONFIGS / base}.yaml", *devices, "--memory=80"]
+    words += ["--prompt-tokens=200", "--teacher-tokens=600"]
+    if devices != ["--gpus=1"]:
+        words.append(f"--config={CONFIGS / 'scale' / 'fsdp-8.yaml'}")
+    vllm = f"--config={CONFIGS / 'rollouts' / 'vllm-colocate.yaml'}"
+    for given, rollout in zip(said, ([], [vllm]), strict=True):
+        found = []
+        for tokens in (300, 2048):
+            capsys.readouterr()
+            assert scsdpo("plan", *words, *rollout, f"--response-tokens={tokens}") in (0, None)
+            out = capsys.readouterr().out
+            found.append([_last(out, row) for row in ("sampling", "step")])
+        (sampling, step), (of_long, step_of_long) = found
+        assert [float(x) for x in given.groups()] == [sampling, of_long, step, step_of_long]
+    assert _last(out, "vLLM, awake", column=1) == pytest.approx(more, abs=0.051)
+
+
+def _last(out, row, column=-1):
+    """A number of the table's row of that name."""
+    line = [line for line in out.splitlines() if re.match(rf"\W*{row}\b.*\d", line)][-1]
+    return float([part for part in re.split(r"\s{2,}|│", line) if part.strip()][column])

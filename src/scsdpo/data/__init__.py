@@ -1,6 +1,7 @@
 """Data: where questions come from, and how they reach the training loop."""
 
 from scsdpo.data._base import Source, Stream
+from scsdpo.data.bfcl import BFCL
 from scsdpo.data.module import TaskDataModule
 from scsdpo.data.prompts import PromptList, make_prompt
 from scsdpo.data.reasoning_gym import ReasoningGym
@@ -9,6 +10,7 @@ from scsdpo.data.sciknoweval import SciKnowEval
 from scsdpo.data.shuffled import PromptBatch
 
 __all__ = [
+    "BFCL",
     "Math",
     "PromptBatch",
     "PromptList",

@@ -1,11 +1,13 @@
 """Environments of several turns: tools, and worlds that were written for other libraries."""
 
+from scsdpo.environments.bfcl import BFCLEpisode
 from scsdpo.environments.skyrl import SkyRLEnvironment
 from scsdpo.environments.tools import Tools
 from scsdpo.environments.trl import TRLEnvironment
 from scsdpo.prompt import Environment, Observation, Verdict
 
 __all__ = [
+    "BFCLEpisode",
     "Environment",
     "Observation",
     "SkyRLEnvironment",

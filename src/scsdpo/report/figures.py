@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from scsdpo.report import validations
+from scsdpo.report import attempts, validations
 from scsdpo.report.curves import line_panel, over_batches, slug, stack_panels, window_panel
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run
@@ -54,6 +54,17 @@ def validation(runs: Sequence[Run]) -> Section:
         short="Validation",
         lead="On the validation questions; bars are 95 % intervals over questions.",
         panels=validations.panels(runs),
+    )
+
+
+def attempted(runs: Sequence[Run]) -> Section:
+    """Attempts of `scsdpo solve`."""
+    return Section(
+        name="attempts",
+        title="Attempts at a question",
+        short="Attempts",
+        lead="Of scsdpo solve: how soon it was solved, and whether attempts still differ.",
+        panels=attempts.panels(runs),
     )
 
 
@@ -200,7 +211,7 @@ def cost(runs: Sequence[Run]) -> Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """In the order of the page, without empty ones."""
-    makers = (validation, learning, difficulty, teacher, trust, cost)
+    makers = (validation, attempted, learning, difficulty, teacher, trust, cost)
     made = [make(runs) for make in makers]
     made.append(others(runs, {panel.name for section in made for panel in section.panels}))
     taken: set[str] = set()

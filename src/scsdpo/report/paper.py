@@ -14,6 +14,8 @@ from scsdpo.report.panels import Area, Dots, Layer, Line, Panel, Stairs
 
 SIZE = (3.4, 2.4)
 """Inches: a column of a paper."""
+LETTERS = 60
+"""Of a legend, side by side."""
 STYLE = {
     "font.size": 8,
     "legend.fontsize": 7,
@@ -59,8 +61,17 @@ def _figure(panel: Panel) -> Figure:
         ax.set_ylim(bottom=min(panel.floor, ax.get_ylim()[0]) if ax.dataLim.y0 < 0 else panel.floor)
     if panel.ceiling is not None:
         ax.set_ylim(top=panel.ceiling)
-    if len(ax.get_legend_handles_labels()[1]) > 1:
-        figure.legend(loc="outside upper center", ncols=3, handlelength=1.4, columnspacing=1)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        named = dict(zip(labels, handles, strict=True))  # a line and its dots have one name
+        figure.legend(
+            named.values(),
+            named.keys(),
+            loc="outside upper center",
+            ncols=max(1, min(3, LETTERS // (max(map(len, named)) + 5))),
+            handlelength=1.4,
+            columnspacing=1,
+        )
     return figure
 
 

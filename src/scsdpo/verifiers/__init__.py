@@ -2,6 +2,7 @@
 
 from scsdpo.prompt import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer
+from scsdpo.verifiers.bfcl import BFCLCalls, BFCLRelevance
 from scsdpo.verifiers.episodes import Episodes
 from scsdpo.verifiers.function import Callable
 from scsdpo.verifiers.maths import MathAnswer
@@ -14,6 +15,8 @@ from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import Failures, verify_all
 
 __all__ = [
+    "BFCLCalls",
+    "BFCLRelevance",
     "Callable",
     "Episodes",
     "ExactMatch",

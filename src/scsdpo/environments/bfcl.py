@@ -1,0 +1,329 @@
+"""The Berkeley Function Calling Leaderboard: its files, its eight stateful APIs and its check."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from scsdpo.environments.calling import Role, answered
+from scsdpo.prompt import Environment, Message, Observation, Prompt, Tool, Verdict
+
+MULTI_TURN = (
+    "multi_turn_base",
+    "multi_turn_miss_func",
+    "multi_turn_miss_param",
+    "multi_turn_long_context",
+)
+"""Categories of several turns, each with 200 tasks."""
+SINGLE_TURN = (
+    "simple_python",
+    "simple_java",
+    "simple_javascript",
+    "multiple",
+    "parallel",
+    "parallel_multiple",
+    "irrelevance",
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "live_irrelevance",
+    "live_relevance",
+)
+"""Categories of one response."""
+INSTALL = "pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0"
+_MISSING = "`BFCL` needs the package bfcl-eval ({error}): " + INSTALL + ", or choose another source"
+_numbers = count()
+
+
+# --- the files of the package ---------------------------------------------------------------------
+
+
+def entries(category: str) -> Iterator[dict[str, Any]]:
+    """The tasks of a category in the package's order, each with its `function`s.
+
+    A task of several turns has `turns`, the user's messages of each, and `ground_truth`, the calls
+    of each; `added` has the functions that are offered from a later turn on, by its number. Another
+    one has `question`, and `ground_truth` where the package gives one.
+
+    Raises:
+        ImportError: if the package is not there, with what installs it.
+    """
+    data = Path(_package("").__file__).parent / "data"
+    gold = _lines(data / "possible_answer" / f"BFCL_v4_{category}.json")
+    answers = {entry["id"]: entry["ground_truth"] for entry in gold}
+    for entry in _lines(data / f"BFCL_v4_{category}.json"):
+        if entry["id"] in answers:
+            entry["ground_truth"] = answers[entry["id"]]
+        yield _with_turns(entry, data) if category in MULTI_TURN else entry
+
+
+def _with_turns(entry: dict[str, Any], data: Path) -> dict[str, Any]:
+    files = _package("constants.executable_backend_config").MULTI_TURN_FUNC_DOC_FILE_MAPPING
+    words = _package("constants.default_prompts")
+    documents = [
+        document
+        for api in entry["involved_classes"]
+        for document in _lines(data / "multi_turn_func_doc" / files[api])
+    ]
+    later = {
+        int(turn): [document for document in documents if document["name"] in names]
+        for turn, names in entry.get("missed_function", {}).items()
+    }
+    held = {document["name"] for added in later.values() for document in added}
+    turns = [list(turn) for turn in entry["question"]]
+    for number, added in later.items():
+        # The sequence of an episode is never rendered again: as to BFCL's models without a
+        # field for functions, the user shows the new ones.
+        said = words.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
+        turns[number] = [{"role": "user", "content": said.format(functions=json.dumps(added))}]
+    return {
+        **entry,
+        "function": [document for document in documents if document["name"] not in held],
+        "turns": turns,
+        "added": {number: [tool_of(one) for one in added] for number, added in later.items()},
+    }
+
+
+@lru_cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _text(path).splitlines()]
+
+
+def tool_of(document: Mapping[str, Any]) -> Tool:
+    """A function as chat templates take it; BFCL's words for types become those of JSON schema."""
+    function = {name: document[name] for name in ("name", "description")}
+    return {
+        "type": "function",
+        "function": {**function, "parameters": _schema(document["parameters"])},
+    }
+
+
+def _schema(described: Mapping[str, Any]) -> dict[str, Any]:
+    names = _package("constants.type_mappings").GORILLA_TO_OPENAPI
+    schema = dict(described)
+    if "type" in schema:
+        kind = str(schema["type"])
+        schema["type"] = names.get(kind) or names.get(kind.lower(), "string")
+    if isinstance(schema.get("properties"), Mapping):
+        schema["properties"] = {key: _schema(one) for key, one in schema["properties"].items()}
+    if isinstance(schema.get("items"), Mapping):
+        schema["items"] = _schema(schema["items"])
+    return schema
+
+
+def _package(module: str) -> Any:
+    """A module of bfcl-eval; none that is read here imports what --no-deps leaves out."""
+    try:
+        return importlib.import_module(f"bfcl_eval.{module}".rstrip("."))
+    except ImportError as error:
+        raise ImportError(_MISSING.format(error=error)) from error
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Played:
+    owner: str
+    """Begins the names under which the package keeps the objects of this episode."""
+    steps: int = 0
+    """Responses to the user's last message that called something."""
+    called: list[list[list[str]]] = field(default_factory=lambda: [[]])
+    """By the user's message and by response, the calls as BFCL writes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFCLEpisode(Environment):
+    """The user's messages one after the other, over BFCL's stateful Python APIs.
+
+    A response that calls functions is answered by the APIs; one that calls nothing ends the turn,
+    and the user says the next message. After each turn the episode is judged by the package's own
+    check: every object must be in the state that the gold calls lead to, and what the gold calls
+    gave must have been given. Where that fails the episode is wrong whatever follows, and it ends
+    there with reward 0; behind the last turn it ends with reward 1.
+
+    Calls are read as `Tools` reads them. All functions of the task can be called, also one that is
+    offered in a later turn only: the package runs these too, and one of its gold answers calls one.
+
+    Args:
+        reveal: the feedback on a wrong turn says which calls would have been right.
+        max_steps: responses to one message of the user's that call something; one more ends the
+            episode with reward 0.
+        role: of the messages in which the APIs answer; `user` for chat templates without tools'
+            turns.
+        strip_thinking: read only what stands behind the thinking; calls in it are drafts.
+
+    Raises:
+        ValueError: if `max_steps` < 1.
+
+    Source:
+        Patil et al. 2025, "The Berkeley Function Calling Leaderboard", and its package bfcl-eval
+        2026.3.23. Differs: a call that cannot be read is answered by a message and does not end the
+        turn.
+    """
+
+    reveal: bool = False
+    max_steps: int = 20
+    role: Role = "tool"
+    strip_thinking: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"`BFCLEpisode(max_steps=...)` must be >= 1, got {self.max_steps}")
+
+    def prepare(self) -> None:
+        """Import the APIs and the check."""
+        _check()
+        for module in _package("constants.executable_backend_config").CLASS_FILE_PATH_MAPPING:
+            if not module.startswith(("Memory", "WebSearch")):  # which are no part of `MULTI_TURN`
+                _api(module)
+
+    def check(self, prompt: Prompt) -> None:
+        """Whether the row is that of a task of several turns."""
+        missing = {"id", "turns", "involved_classes", "ground_truth"} - set(prompt.row)
+        if missing:
+            raise ValueError(
+                f"`BFCLEpisode` reads {min(missing)!r} of a task of several turns; take its "
+                "questions from the source `BFCL`"
+            )
+
+    def roles(self, prompt: Prompt) -> tuple[str, ...]:
+        """The APIs', and the user's."""
+        return tuple(dict.fromkeys((self.role, "user")))
+
+    def begin(self, prompt: Prompt) -> _Played:
+        """Objects are made by the first call."""
+        return _Played(owner=f"scsdpo{next(_numbers)}")
+
+    def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
+        """What the APIs answer; of a response that calls nothing, the user's next message."""
+        later = chain.from_iterable(prompt.row["added"].values())
+        asked = replace(prompt, tools=(*prompt.tools, *later))
+        names = [tool["function"]["name"] for tool in asked.tools]
+        calls: list[str] = []
+        functions = {name: partial(self._call, prompt, state, calls, name) for name in names}
+        observed = answered(functions, asked, response, self.role)
+        if observed is None:
+            return self._end_of_turn(prompt, state)
+        if calls:
+            state.called[-1].append(calls)
+        state.steps += 1
+        if state.steps > self.max_steps:
+            return self._wrong(state, f"More than {self.max_steps} responses to a message.")
+        return observed
+
+    def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
+        """In the last turn the verdict on what was called; before it nothing is complete."""
+        if len(state.called) < len(prompt.row["turns"]):
+            return super().finish(prompt, state, response, why)
+        ended = self._end_of_turn(prompt, state)
+        assert isinstance(ended, Verdict)
+        return ended
+
+    def close(self, state: _Played) -> None:
+        """Let the package forget the objects of the episode."""
+        _forget(state.owner)
+
+    def _call(
+        self, prompt: Prompt, state: _Played, calls: list[str], name: str, /, **arguments: Any
+    ) -> str:
+        if not all(key.isidentifier() for key in arguments):
+            raise ValueError(f"`{name}` takes no argument of this name")
+        given = ", ".join(f"{key}={_literal(value)}" for key, value in arguments.items())
+        calls.append(f"{name}({given})")
+        return _run(calls[-1], prompt.row, state.owner)
+
+    def _end_of_turn(self, prompt: Prompt, state: _Played) -> Observation | Verdict:
+        turn, row = len(state.called) - 1, prompt.row
+        found = judged(row, state.called)
+        if not found["valid"]:
+            right = "; ".join(row["ground_truth"][turn]) or "none"
+            hint = f" Right would have been: {right}." if self.reveal else ""
+            return self._wrong(state, f"Message {turn + 1} of the user's: {_why(found)}{hint}")
+        if turn + 1 == len(row["turns"]):
+            return Verdict(reward=1.0, answer=json.dumps(state.called))
+        state.called.append([])
+        state.steps = 0
+        messages: Sequence[Message] = row["turns"][turn + 1]
+        return Observation(messages=tuple(messages))
+
+    def _wrong(self, state: _Played, feedback: str) -> Verdict:
+        return Verdict(reward=0.0, answer=json.dumps(state.called), feedback=feedback)
+
+
+def judged(row: Mapping[str, Any], called: Sequence[Sequence[Sequence[str]]]) -> dict[str, Any]:
+    """What BFCL's check says of the first turns of a task: `valid`, and why not.
+
+    Args:
+        row: of the task, as `entries` gives it.
+        called: of each turn, of each response that called something, the calls.
+    """
+    owner = f"scsdpo{next(_numbers)}"
+    try:
+        found: dict[str, Any] = _check().multi_turn_checker(
+            called, row["ground_truth"][: len(called)], dict(row), "", owner
+        )
+    finally:
+        _forget(owner)
+    return found
+
+
+def _why(found: Mapping[str, Any]) -> str:
+    kind = found["error_type"].rpartition(":")[2]
+    if kind == "empty_turn_model_response":
+        return "Nothing was called, and something should have been."
+    if kind == "execution_response_mismatch":
+        return "A call that was needed is not there, or has other arguments."
+    # Which of the objects, and what of it: what should be there is not said.
+    names = ", ".join(f"`{name}`" for name in found["details"]["differences"])
+    return f"After the calls {names} is not as it was asked for."
+
+
+def _run(call: str, row: Mapping[str, Any], owner: str) -> str:
+    """What the package gives for a call on the objects of `owner`, made at the first one."""
+    (result,), _ = _utils().execute_multi_turn_func_call(
+        [call],
+        row.get("initial_config", {}),
+        row["involved_classes"],
+        owner,
+        row["id"],
+        long_context="long_context" in row["id"],
+    )
+    return str(result)
+
+
+def _literal(value: Any) -> str:
+    """A JSON value in Python. The package puts the name of an object before each known name with a
+    bracket behind it, in texts too; so texts have no bracket as such.
+    """
+    return repr(value).replace("(", "\\x28")
+
+
+def _check() -> Any:
+    return _package("eval_checker.multi_turn_eval.multi_turn_checker")
+
+
+def _utils() -> Any:
+    return _package("eval_checker.multi_turn_eval.multi_turn_utils")
+
+
+def _forget(owner: str) -> None:
+    """Objects are global to a module of the package, under names that begin with their owner's."""
+    held = vars(_utils())
+    for name in [name for name in held if name.startswith(f"{owner}_")]:
+        del held[name]
+
+
+def _api(name: str) -> Callable[[], Any]:
+    path = _package("constants.executable_backend_config").CLASS_FILE_PATH_MAPPING[name]
+    api: Callable[[], Any] = getattr(_package(path.removeprefix("bfcl_eval.")), name)
+    return api
