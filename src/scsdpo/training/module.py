@@ -98,7 +98,7 @@ class PolicyOptimizer(L.LightningModule):
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
-        ahead: how many batches are drawn before their turn to be learned from.
+        ahead: batches that are drawn before their turn.
         warmup: supervised steps before, in which the policy learns to use what its teacher is told,
             and the check that it can.
 
