@@ -28,11 +28,16 @@ def task(tmp_path):
     return path
 
 
-def counted(folder, task, questions, layers, budget=10**6):
+def loaded(folder, layers):
     policy = CausalLM(str(folder))
     policy.configure_model()
-    order = Order(questions=questions, rollouts=8, tokens=6, budget=budget)
-    return counts.count(counts.without_layers(policy, layers), task, order)
+    return counts.without_layers(policy, layers)
+
+
+def counted(folder, task, questions, layers, **order):
+    """Of responses of 6 tokens each, unless `order` says otherwise; in one micro-batch."""
+    settings = {"questions": questions, "rollouts": 8, "tokens": 6, "budget": 10**6} | order
+    return counts.count(loaded(folder, layers), task, Order(**settings))
 
 
 def test_a_layer_takes_at_most_650_kernels_and_a_call_for_each_level(qwen3, task):
@@ -50,6 +55,20 @@ def test_a_layer_takes_at_most_650_kernels_and_a_call_for_each_level(qwen3, task
 def test_calls_do_not_grow_with_the_questions(qwen3, task):
     few, many = (counted(qwen3, task, questions, 1) for questions in (3, 8))
     assert few.calls == many.calls
+
+
+def test_shapes_are_few_whatever_the_lengths_of_256_responses(qwen3, task):
+    """The order of work of the 8B configurations, with shorter responses."""
+    found = counted(qwen3, task, 32, 1, tokens=24, natural=True, mean=5)
+    assert found.micro_batches == 1
+    assert len(found.shapes) <= sum(found.calls.values()) <= 16 + 5
+    assert len(found.shapes) <= 16
+
+
+def test_a_decoding_step_takes_at_most_90_kernels_a_layer(qwen3, task):
+    order = Order(questions=4, rollouts=4)
+    one, two = (counts.count_decoding(loaded(qwen3, n), task, order) for n in (1, 2))
+    assert 40 < two - one <= 90
 
 
 @pytest.mark.parametrize("adapter", [FullFineTune(), Lora(r=2)], ids=["full", "lora"])
