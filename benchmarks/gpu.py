@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -415,42 +415,71 @@ def made_up_module(part: Part, policy: CausalLM) -> tuple[PolicyOptimizer, TaskD
 # ------------------------------------------------------------------------------------ the update
 
 
-@dataclass
-class Watch:
-    """Measures each `OptimizerSteps.learn`, which is the update of one batch.
+Say = Callable[[dict[str, Any]], None]
+"""Takes a line as soon as it is measured."""
+
+
+class Watch(L.Callback):
+    """Measures each `OptimizerSteps.learn`, which is the update of one batch, and then the rollout.
 
     Args:
+        part: what is measured.
         device: cpu or cuda.
         steps: how many there will be: the first warms up, the last is profiled.
+        say: takes the lines.
     """
 
-    device: str
-    steps: int
-    seconds: list[float] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-    profile: Profile | None = None
-    micro_batches: int = 0
+    def __init__(self, part: Part, device: str, steps: int, say: Say) -> None:
+        self.part, self.device, self.steps, self.say = part, device, steps, say
+        self.seconds: list[float] = []
+        self.figures: dict[str, Any] = {}
+        self.micro_batches = 0
+
+    def on_before_backward(self, *args: Any) -> None:
+        """Of a micro-batch."""
+        self.micro_batches += 1
 
     def learn(self, plain: Callable[..., None], host: Any, policy: CausalLM, batch: Batch) -> None:
         """In the place of `OptimizerSteps.learn`, bound to its object."""
-        step = len(self.seconds)
+        step, work = len(self.seconds), partial(plain, host, policy, batch)
+        self.micro_batches = 0
         if step == 1:
             reset_peak(self.device)
-        work, before = partial(plain, host, policy, batch), self.micro_batches
         if step == self.steps - 1:
             self.figures["peak_gib"] = peak_gib(self.device)
-            self.profile = profiled(work, self.device)
+            watched = profiled(work, self.device)
+            self.figures |= asdict(watched) if watched else {}
+            self.figures |= operations(policy, batch)
+            return
         start = now()
-        if step < self.steps - 1:
-            work()
+        work()
         self.seconds.append(now() - start)
-        self.micro_batches -= before
-        self.figures |= operations(policy, batch)
 
-    @property
-    def update_seconds(self) -> float:
-        """A median, without the first and the last one."""
-        return statistics.median(self.seconds[1:-1])
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Optimizer and teacher are still there, as beside any rollout."""
+        if len(self.seconds) != self.steps - 1:
+            raise RuntimeError(f"{len(self.seconds)} of {self.steps - 1} updates ran")
+        self.say({"measured": "update", **self._update()})
+        if self.part.sampled:
+            line = measure_rollout(self.part, pl_module.policy, self.device)
+            self.say({"measured": "rollout", **line})
+
+    def _update(self) -> dict[str, Any]:
+        seconds, figures = statistics.median(self.seconds[1:]), self.figures
+        useful, as_trained = (
+            figures[key] * 1e12 / seconds for key in ("useful_tflop", "as_trained_tflop")
+        )
+        return {
+            "update_s": seconds,
+            "all_s": [round(s, 4) for s in self.seconds],
+            "trained_tokens_per_s": figures["trained_tokens"] / seconds,
+            "useful_tflops_s": useful / 1e12,
+            "of_790": useful / MEASURED,
+            "of_989": useful / SHEET,
+            "of_989_as_trained": as_trained / SHEET,
+            "micro_batches": self.micro_batches,
+            **figures,
+        }
 
 
 def operations(policy: CausalLM, batch: Batch) -> dict[str, Any]:
@@ -466,24 +495,18 @@ def operations(policy: CausalLM, batch: Batch) -> dict[str, Any]:
     }
 
 
-def measure_update(part: Part, policy: Any, device: str, repeats: int, folder: Path) -> dict:
-    """Train for a warm-up, `repeats` steps, and one that is profiled."""
-    watch = Watch(device, repeats + 2)
-
-    class Count(L.Callback):
-        def on_before_backward(self, *args: Any) -> None:
-            watch.micro_batches += 1
-
+def train(part: Part, policy: CausalLM, watch: Watch, folder: Path) -> None:
+    """As `scsdpo fit` does."""
     module, data = made_up_module(part, policy)
     trainer = L.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
+        accelerator="gpu" if watch.device == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed",
         max_steps=watch.steps,
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        callbacks=[Count()],
+        callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -492,33 +515,17 @@ def measure_update(part: Part, policy: Any, device: str, repeats: int, folder: P
     )
     plain = OptimizerSteps.learn
 
-    def learn(self: Any, *args: Any) -> None:
+    def learn(self: OptimizerSteps, *args: Any) -> None:
         watch.learn(partial(plain, self), *args)
 
     with patch.object(OptimizerSteps, "learn", learn):
         trainer.fit(module, data)
-    if len(watch.seconds) != watch.steps:
-        raise RuntimeError(f"{len(watch.seconds)} of {watch.steps} updates ran")
-    seconds, figures = watch.update_seconds, watch.figures
-    useful, as_trained = (figures[k] * 1e12 / seconds for k in ("useful_tflop", "as_trained_tflop"))
-    return {
-        "update_s": seconds,
-        "all_s": [round(s, 4) for s in watch.seconds[:-1]],
-        "trained_tokens_per_s": figures["trained_tokens"] / seconds,
-        "useful_tflops_s": useful / 1e12,
-        "of_790": useful / MEASURED,
-        "of_989": useful / SHEET,
-        "of_989_as_trained": as_trained / SHEET,
-        "micro_batches": watch.micro_batches,
-        **figures,
-        **(asdict(watch.profile) if watch.profile else {}),
-    }
 
 
 # ----------------------------------------------------------------------------------- the rollout
 
 
-def measure_rollout(part: Part, policy: Any, device: str) -> dict[str, Any]:
+def measure_rollout(part: Part, policy: CausalLM, device: str) -> dict[str, Any]:
     """`HFRollout`, as a step samples: all responses in flight, of equal length."""
     asked = [Questions(part.prompt_words)[i] for i in range(part.questions)]
     prompts = [replace(each, ids=policy.chat.render(each.messages)) for each in asked]
@@ -534,32 +541,30 @@ def measure_rollout(part: Part, policy: Any, device: str) -> dict[str, Any]:
     start = now()
     drawn = int(sample(part.sampled).sampled.sum())
     seconds, peak = now() - start, peak_gib(device)
-    watched = profiled(lambda: sample(8), device)
+    few, more = (profiled(partial(sample, tokens), device) for tokens in (4, 12))
     return {
         "rollout_s": seconds,
         "rollout_rows": rows,
         "rollout_tokens_per_s": drawn / seconds,
         "ms_a_step": seconds / part.sampled * 1e3,
         "peak_gib": peak,
-        **(
-            {"busy": watched.busy, "kernels_a_step": watched.kernels / 8, "waits": watched.waits}
-            if watched
-            else {}
-        ),
+        "busy": more and more.busy,
+        "kernels_a_step": more and few and (more.kernels - few.kernels) / 8,
+        "waits_a_step": more and few and (more.waits - few.waits) / 8,
     }
 
 
 # ------------------------------------------------------------------------------------- the parts
 
 
-def measure(name: str, device: str, repeats: int, *, is_tiny: bool) -> Iterator[dict[str, Any]]:
-    """The lines of one part, as they are measured."""
+def measure(name: str, device: str, repeats: int, say: Say, *, is_tiny: bool) -> None:
+    """One part."""
     part = tiny(PARTS[name]) if is_tiny else PARTS[name]
     if not part.size:
-        yield {**versions(device), **ceilings(device)}
+        say({**versions(device), **ceilings(device)})
         return
     if missing := lacks(part):
-        yield {"skipped": missing}
+        say({"skipped": missing})
         return
     shape = SHAPES[part.size]
     if is_tiny:
@@ -568,9 +573,7 @@ def measure(name: str, device: str, repeats: int, *, is_tiny: bool) -> Iterator[
         path = Path(folder)
         (path / "model").mkdir()
         policy = make_policy(part, shape, path / "model")
-        yield {"measured": "update", **measure_update(part, policy, device, repeats, path)}
-        if part.sampled:
-            yield {"measured": "rollout", **measure_rollout(part, policy.to(device), device)}
+        train(part, policy, Watch(part, device, repeats + 2, say), path)
 
 
 def versions(device: str) -> dict[str, str]:
@@ -696,8 +699,8 @@ def main(words: list[str] | None = None) -> None:
     if args.one:
         out = sys.stdout
         with redirect_stdout(sys.stderr):  # a run's own lines
-            for line in measure(args.one, args.device, args.repeats, is_tiny=args.tiny):
-                print(json.dumps(line), file=out, flush=True)
+            say = lambda line: print(json.dumps(line), file=out, flush=True)  # noqa: E731
+            measure(args.one, args.device, args.repeats, say, is_tiny=args.tiny)
         return
     own = [sys.executable, "-W", "ignore", __file__, f"--device={args.device}"]
     own += [f"--repeats={args.repeats}", *(["--tiny"] if args.tiny else [])]

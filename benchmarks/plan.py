@@ -26,6 +26,8 @@ CASES = {
     "lora, checkpointing": {"lora": True, "checkpointing": True},
     "qwen3, full": {"shapes": "qwen3"},
     "qwen3, lora": {"shapes": "qwen3", "lora": True},
+    "qwen3-0.6b, 4 bits": {"shapes": "qwen3-0.6b", "lora": True, "nf4": True, "merged": False},
+    "qwen3-0.6b, 4 bits, merged": {"shapes": "qwen3-0.6b", "lora": True, "nf4": True},
     "full, two ranks": {"ranks": 2},
     "full, two ranks, checkpointing": {"ranks": 2, "checkpointing": True},
 }
@@ -67,6 +69,17 @@ SHAPES = {
         "intermediate_size": 1536,
         "vocab_size": 65536,
         "tie_word_embeddings": False,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
     },
 }
 _RANK = "SCSDPO_PLAN_CASE"
@@ -115,7 +128,8 @@ class PhasePeaks:
 def build(model: Path, case: dict):
     """The module of a case, its weights not loaded."""
     from scsdpo.advantage import Blend, ReferenceAnchor, SelfDistillation, Weighted
-    from scsdpo.policy import CausalLM, FullFineTune, Lora
+    from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora, Unquantized
+    from scsdpo.rollout import HFRollout
     from scsdpo.teacher import EMA, Frozen, NoTeacher, PlainPrompt
     from scsdpo.training import Limits, PolicyOptimizer
     from scsdpo.types import Sampling
@@ -130,11 +144,13 @@ def build(model: Path, case: dict):
         CausalLM(
             str(model),
             adapter=Lora(r=16) if case.get("lora") else FullFineTune(),
+            quantization=NF4() if case.get("nf4") else Unquantized(),
             gradient_checkpointing=case.get("checkpointing", False),
         ),
         advantage,
         EMA(context=PlainPrompt()),
         reference=reference,
+        rollout=HFRollout(merged=case.get("merged", True)),
         sampling=sampling,
         val_sampling=sampling,
         limits=Limits(max_tokens=case.get("budget", 512)),

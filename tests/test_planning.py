@@ -38,11 +38,11 @@ from scsdpo.planning.advice import _combined, _own
 from scsdpo.planning.architecture import shapes
 from scsdpo.planning.layer_probe import measured_layers
 from scsdpo.planning.memory import PHASES
-from scsdpo.planning.setup import GIB, Sampler, with_lora
+from scsdpo.planning.setup import GIB, Sampler, with_lora, with_nf4
 from scsdpo.planning.speed import Rates
-from scsdpo.policy import CausalLM, FullFineTune, Lora
+from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora
 from scsdpo.policy.budget import memory_line
-from scsdpo.rollout import Colocated, VLLMRollout
+from scsdpo.rollout import Colocated, HFRollout, VLLMRollout
 from scsdpo.teacher import EMA, Frozen, Live, NoTeacher, Restart, TrustRegion
 from test_configs import CONFIGS, scsdpo  # noqa: F401 - a fixture
 
@@ -125,6 +125,54 @@ def test_parts_of_lora(qwen3):
     assert frozen.parts.teacher == 0
 
 
+def test_parts_of_a_base_in_4_bits(qwen3):
+    """Matrices of layers are packed, all else is bf16; one matrix at a time is made plain."""
+    policy = CausalLM(str(qwen3), adapter=Lora(r=4), quantization=NF4())
+    setup = planned(qwen3, policy)
+    parts, factors = memory_of(setup).parts, 2 * 4 * SIDES
+    packed = int((0.5 + (1 + 4 / 256) / 64) * 2 * MATRICES)
+    assert parts.weights == 2 * (TIED - 2 * MATRICES) + packed + 4 * factors
+    assert (parts.gradients, parts.teacher, parts.optimizer) == (4 * factors,) * 2 + (8 * factors,)
+    assert parts.dequantized == 2 * 64 * 128 and parts.sampling_weights == 2 * 2 * MATRICES
+    single = CausalLM(str(qwen3), adapter=Lora(r=4), quantization=NF4(double_quant=False))
+    more = memory_of(planned(qwen3, single)).parts.weights - parts.weights
+    assert more == pytest.approx((4 - 1 - 4 / 256) / 64 * 2 * MATRICES, abs=1)
+    apart = planned(qwen3, policy, rollout=HFRollout(merged=False))
+    assert memory_of(apart).parts.sampling_weights == 0
+    assert memory_of(apart).phases["sampling"] >= memory_of(apart).parts.dequantized
+
+
+def test_a_base_in_4_bits_is_not_planned_in_shards_nor_trained_whole(qwen3):
+    policy = CausalLM(str(qwen3), adapter=Lora(r=4), quantization=NF4())
+    shards = Devices(memory=GIB, process=0, ranks=2, sharded=True)
+    with pytest.raises(ConfigurationError, match=r"model\.policy\.quantization: .* use DDP"):
+        planned(qwen3, policy, devices=shards)
+    setup = planned(qwen3, policy)
+    tight = setup.on(memory=memory_of(setup).peak // 2)
+    assert "FullySharded" not in getattr(advice(tight), "words", "")
+    assert not any(split.setup.devices.sharded for split in splits(setup, 4, Rates()))
+
+
+def test_4_bits_are_the_last_change_that_is_advised(qwen3):
+    """On memory that all other changes together do not fit, for one question, on one device."""
+
+    def least(setup):
+        peaks = []
+        for changes in _combined(_own(setup)):
+            changed = setup
+            for change in changes:
+                changed = change.apply(changed)
+            peaks.append(memory_of(changed).peak)
+        return min(peaks)
+
+    policy = CausalLM(str(qwen3), adapter=Lora(r=1, target_modules=["q_proj"]))
+    setup = replace(planned(qwen3, policy), questions=1, max_tokens=1)
+    tight = setup.on(memory=int(least(with_nf4(setup)) / 0.95) + 1)
+    assert least(setup) > 0.95 * tight.devices.memory
+    found = advice(tight)
+    assert found is not None and "quantization=NF4" in found.words
+
+
 @pytest.mark.parametrize(
     ("teacher", "kind", "trunks"),
     [
@@ -175,6 +223,7 @@ LINES = {
     "full, checkpointing": ({"gradient_checkpointing": True}, True),
     "lora, float32": ({"adapter": Lora(r=4)}, False),
     "lora, autocast": ({"adapter": Lora(r=4), "dtype": "bfloat16"}, True),
+    "4 bits, float32": ({"adapter": Lora(r=4), "quantization": NF4()}, False),
 }
 
 
@@ -182,6 +231,8 @@ LINES = {
 def test_a_layer_keeps_as_much_as_its_forward_was_seen_to(case, tmp_path):
     """The slope of two measured lines (`memory_line`) that differ by two layers."""
     settings, autocast = LINES[case]
+    if "quantization" in settings:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes: pip install -e '.[dev]'")
     slopes = []
     for layers in (3, 5):
         policy = CausalLM(str(_folder(tmp_path / str(layers), layers)), **settings)
@@ -307,6 +358,28 @@ def test_configurations_fit_the_devices_that_their_heads_name(pair, scsdpo, caps
     memory = f"--memory={CLAIMS[pair]}"
     assert scsdpo("plan", "--config", base, "--config", scale, memory) in (0, None)
     assert "\nFits: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "most"),
+    [
+        ("qwen3-qlora-24gb", "Qwen/Qwen3-8B", 22),
+        ("qwen3-qlora-24gb", "Qwen/Qwen3-4B", 15),
+        ("qwen3-0.6b", "Qwen/Qwen3-0.6B", 22),
+    ],
+)
+def test_configurations_for_one_small_gpu_stay_below_what_their_heads_say(
+    config,
+    model,
+    most,
+    scsdpo,  # noqa: F811
+    capsys,
+):
+    """GB, rollouts included, whatever the device has."""
+    own = ["--config", CONFIGS / f"{config}.yaml", f"--model.policy.name_or_path={model}"]
+    assert scsdpo("plan", *own, "--memory=24") in (0, None)
+    (peak,) = re.findall(r"Fits: the peak, ([\d.]+) GiB", capsys.readouterr().out)
+    assert float(peak) * GIB < most * 1e9
 
 
 def test_qwen3_4b_with_lora_fits_24_gib_by_one_change(scsdpo, capsys):  # noqa: F811

@@ -595,6 +595,18 @@ def test_transformers_names_routers_and_conversions(tmp_path):
     assert own_transformers.conversions_at_load(loaded)
 
 
+def test_how_packed_weights_were_put_together_is_forgotten(qwen3, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes: pip install -e '.[dev]'")
+    from scsdpo.policy import NF4
+
+    settings = NF4().loading(torch.float32)
+    AutoModelForCausalLM.from_pretrained(qwen3, **settings).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert own_transformers.conversions_at_load(model)
+    own_transformers.drop_conversions_of_quantizer(model)
+    assert own_transformers.conversions_at_load(model) == []
+
+
 def test_configurations_name_a_class_by_the_path_that_is_given():
     from jsonargparse._util import get_import_path
 

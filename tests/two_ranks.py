@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
 from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
+from scsdpo.policy import NF4, CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
@@ -48,6 +49,10 @@ METHODS = {
 }
 
 
+POLICIES = {"qlora": {"adapter": Lora(r=2), "quantization": NF4()}}
+"""Others than a full fine-tune."""
+METHODS["qlora"] = {}
+
 QUESTIONS = {
     "metrics": {
         "train": Toys(18),
@@ -67,6 +72,7 @@ def main() -> None:
     folder, world, out, method, root = sys.argv[1:]
     model = module(
         Path(folder),
+        CausalLM(folder, self_check=False, **POLICIES.get(method, {})),
         # Two rollouts a question: ranks often have different numbers of rows to run, or none.
         sampling=Sampling(n=2, max_new_tokens=6),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),

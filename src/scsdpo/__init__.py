@@ -5,6 +5,7 @@ The names below are what a first script needs. Each is imported when it is first
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from scsdpo.types import Sampling as Sampling
     from scsdpo.weighting import PassRate as PassRate
     from scsdpo.weighting import Uniform as Uniform
+
+# Where bitsandbytes is installed, peft imports it, and on some CPUs that says that a kernel is
+# missing, which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 HOMES = {
     "advantage": ("Blend", "GroupRelative", "Routed", "SelfDistillation"),

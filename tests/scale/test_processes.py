@@ -39,7 +39,10 @@ def one(qwen3, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "world"),
-    [("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("ahead", "2")],
+    [
+        *(("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2")),
+        *(("ahead", "2"), ("qlora", "2")),
+    ],
 )
 def test_two_processes_train_as_one(one, qwen3, tmp_path, method, world):
     one, steps, logged = one(method)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -14,8 +15,16 @@ from scsdpo.checkpoints import Saved
 from scsdpo.cli.model_card import model_card
 from scsdpo.cli.options import OptionParser, check_new_folder
 from scsdpo.errors import ConfigurationError, blamed_on
-from scsdpo.policy import CausalLM, Lora
-from scsdpo.policy.adapter import STUDENT, adapted_ends, is_tied, untie
+from scsdpo.policy import CausalLM, Lora, Unquantized
+from scsdpo.policy.adapter import (
+    STUDENT,
+    adapted_ends,
+    adapted_layers,
+    is_tied,
+    merged_layer,
+    untie,
+)
+from scsdpo.policy.quantization import make_plain
 
 
 def options() -> argparse.ArgumentParser:
@@ -55,8 +64,9 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
             and its optimizer's states are not read.
         out: folder that does not exist or is empty.
         adapter: write LoRA factors only, for `PeftModel.from_pretrained`; without it they are
-            merged into the base in float32, and then rounded to `dtype`. Where embedding and head
-            were one table and one of them is adapted, the folder has two.
+            merged into the base in float32, and then rounded to `dtype`. A base in 4 bits is
+            written in plain numbers. Where embedding and head were one table and one of them is
+            adapted, the folder has two.
         dtype: of the written weights; `auto` is that of the checkpoint that training started
             from. Factors stay float32.
 
@@ -67,6 +77,14 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     with blamed_on("--ckpt"):
         saved = Saved.read(ckpt)
     policy = make_policy(saved)
+    if not isinstance(policy.quantization, Unquantized):
+        rank_zero_info(
+            "export: the adapter was trained beside a base in 4 bits, and belongs on such a base "
+            "(see the folder's README.md)"
+            if adapter
+            else "export: the base is in 4 bits; what is written is what its layers multiply with "
+            "(dequantised), the adapter merged into it, and not the checkpoint's own weights"
+        )
     if adapter and not isinstance(policy.adapter, Lora):
         raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
     load_weights(policy, saved)
@@ -138,14 +156,14 @@ def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:
 
 
 def _merged(policy: CausalLM) -> PreTrainedModel:
-    """The policy without adapters; its own model is not to be used any more."""
-    if not isinstance(policy.wrapped, PeftModel):
-        return policy.language_model
-    if is_tied(policy.language_model) and adapted_ends(policy.language_model):
-        untie(policy.language_model)
-    merged = policy.wrapped.merge_and_unload(safe_merge=True)
-    assert isinstance(merged, PreTrainedModel)
-    return merged
+    """The policy without adapters, all plain; its own model is not to be used any more."""
+    model = policy.language_model
+    if is_tied(model) and adapted_ends(model):
+        untie(model)
+    for name, adapted in adapted_layers(model).items():
+        model.set_submodule(name, merged_layer(adapted))
+    make_plain(model)
+    return model
 
 
 def _save_adapter(model: nn.Module, out: Path) -> None:

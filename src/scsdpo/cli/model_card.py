@@ -47,9 +47,15 @@ _ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = AutoModelForCausalLM.from_pretrained({base!r}{bits})
 model = PeftModel.from_pretrained(base, "this/folder")
 tokenizer = AutoTokenizer.from_pretrained("this/folder")"""
+
+
+_BITS = """, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double}
+)"""
+"""The base that an adapter was trained beside was in 4 bits."""
 
 
 def model_card(saved: Saved, *, adapter: bool) -> str:
@@ -60,7 +66,7 @@ def model_card(saved: Saved, *, adapter: bool) -> str:
     front["pipeline_tag"] = "text-generation"
     if "/" in base and not Path(base).exists():  # a name on the hub
         front["base_model"] = base
-    use = _ADAPTER.format(base=base) if adapter else _MERGED
+    use = _adapter(base, arguments.get("quantization")) if adapter else _MERGED
     if template := arguments.get("chat_template_kwargs"):
         spelled = {key: repr(value) for key, value in template.items()}
         if TODAY in template:  # templates call it
@@ -75,6 +81,17 @@ def model_card(saved: Saved, *, adapter: bool) -> str:
         use=use,
         config=yaml.safe_dump({"model": saved.model}, sort_keys=False),
     )
+
+
+def _adapter(base: str, quantization: Any) -> str:
+    given: Any = quantization
+    if not isinstance(quantization, dict):
+        given = {"class_path": str(quantization)}
+    if given["class_path"].rpartition(".")[2] != "NF4":
+        return _ADAPTER.format(base=base, bits="")
+    bits = _BITS.format(double=given.get("init_args", {}).get("double_quant", True))
+    use = _ADAPTER.format(base=base, bits=bits)
+    return use.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
 
 
 def _strategies(model: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import TINY_FOLDER
+from scsdpo.policy import TINY_FOLDER, Quantization, Unquantized
 from scsdpo.policy.adapter import Adapter, adapted_layers
 from scsdpo.policy.names import is_factor
 
@@ -200,6 +201,12 @@ class Counted:
     """Of the frozen, those with factors beside them: sampling merges them into a copy."""
     rank_tables: int
     """Entries that factors leave behind for the backward, a token and layer."""
+    quantized: int = 0
+    """Of the frozen, those that are kept in 4 bits."""
+    packed: float = 0.0
+    """Bytes of each of these."""
+    widest: int = 0
+    """Of these, in the largest matrix: one at a time is made plain."""
 
     @property
     def whole(self) -> bool:
@@ -207,9 +214,12 @@ class Counted:
         return self.frozen == 0
 
     @staticmethod
-    def of(model: PreTrainedModel, adapter: Adapter) -> "Counted":
+    def of(
+        model: PreTrainedModel, adapter: Adapter, quantization: Quantization = Unquantized()
+    ) -> "Counted":
         """Puts `adapter` on `model`, which is on `meta`."""
         layers = len(model.get_decoder().layers)
+        matrices = matrices_in_4_bits(model, quantization)
         wrapped = adapter.wrap(model)
         trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         total = sum(p.numel() for p in wrapped.parameters())
@@ -226,6 +236,9 @@ class Counted:
             trained=trained,
             adapted=sum(beside.values()),
             rank_tables=ranks // layers,
+            quantized=sum(matrices),
+            packed=quantization.bytes_each(torch.float32) if matrices else 0.0,
+            widest=max(matrices, default=0),
         )
 
     @staticmethod
@@ -241,6 +254,15 @@ class Counted:
             adapted=shapes.multiplied,
             rank_tables=7 * rank,
         )
+
+
+def matrices_in_4_bits(model: PreTrainedModel, quantization: Quantization) -> list[int]:
+    """Elements of each matrix of `model` that is kept in 4 bits: of linear layers but the head."""
+    if isinstance(quantization, Unquantized):
+        return []
+    head = model.get_output_embeddings()
+    layers = (part for part in model.modules() if type(part) is nn.Linear and part is not head)
+    return [layer.weight.numel() for layer in layers]
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -58,6 +58,8 @@ class Parts:
     """bf16 copies of float32 weights that the backward reads."""
     activations: int = 0
     """At the budget of a micro-batch, its prompts' among them."""
+    dequantized: int = 0
+    """The matrix at work, made plain from 4 bits."""
     kept: int = 0
     """Activations and casts of the prompts alone, which wait for their responses."""
     prompts: int = 0
@@ -89,11 +91,12 @@ class Parts:
 RESIDENT = ("process", "weights", "optimizer", "teacher", "reference", "buckets", "vllm")
 """There through the whole step."""
 PHASES = {
-    "sampling": (*RESIDENT, "sampling_weights", "cache", "drawing"),
+    "sampling": (*RESIDENT, "sampling_weights", "dequantized", "cache", "drawing"),
     "teacher": (
         *RESIDENT,
         "gradients_meanwhile",
         "gathered",
+        "dequantized",
         "kept",
         "prompts",
         "heads",
@@ -104,6 +107,7 @@ PHASES = {
         "gradients_meanwhile",
         "gathered",
         "casts",
+        "dequantized",
         "activations",
         "prompts",
         "heads",
@@ -158,6 +162,7 @@ def memory_of(setup: Setup) -> Memory:
             gradients_meanwhile=gradients if is_later else 0,
             gathered=gathered_bytes(setup),
             casts=GRAPHS * casts_bytes(setup),
+            dequantized=setup.base * setup.counted.widest,
             activations=waiting + (second if is_later else first),
             kept=waiting + casts_bytes(setup) if batch.count > 1 else 0,
             prompts=2 * FLOAT32 * len(setup.shapes.windows) * setup.shapes.keys * batch.kept,
@@ -209,7 +214,7 @@ def _engine(setup: Setup) -> int:
 
 def _resident(setup: Setup) -> dict[str, int]:
     counted, devices = setup.counted, setup.devices
-    weights = setup.base * counted.frozen + FLOAT32 * counted.trained
+    weights = setup.frozen_bytes + FLOAT32 * counted.trained
     many = devices.ranks > 1 and not devices.sharded and devices.kind == "cuda"
     sampler = setup.sampler
     engine = _engine(setup)
@@ -235,7 +240,7 @@ def _second_bytes(setup: Setup, second: SecondWeights) -> int:
     if not copied or second.kind == "none" or (second.stored.on_host and _has_host(setup)):
         return 0
     if second.kind == "external":
-        return second.width * second.shapes.parameters
+        return second.width * second.shapes.parameters - second.saved
     return getattr(torch, second.stored.dtype).itemsize * setup.counted.trained
 
 
@@ -370,7 +375,7 @@ def _sampling_weights(setup: Setup) -> int:
         whole = setup.narrow * (shapes.multiplied + shapes.table)  # linear layers, cast once
         fits = 2 * whole <= setup.devices.memory - sum(_resident(setup).values())
         whole = whole if fits else 0
-    merged = setup.base * counted.adapted
+    merged = setup.base * counted.adapted if sampler.merges else 0
     free = setup.devices.memory - sum(_resident(setup).values())
     return whole + (merged if 2 * merged <= free else 0)
 

@@ -10,10 +10,18 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from scsdpo.errors import ConfigurationError
-from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton
+from scsdpo.errors import ConfigurationError, blamed_on
+from scsdpo.planning.architecture import (
+    Architecture,
+    Counted,
+    matrices_in_4_bits,
+    read_config,
+    skeleton,
+)
 from scsdpo.planning.layer_probe import Measured, measured_layers
-from scsdpo.policy import CausalLM, OtherModel, Stored
+from scsdpo.policy import NF4, CausalLM, OtherModel, Stored, Unquantized
+from scsdpo.policy.adapter import refuse_full
+from scsdpo.policy.quantization import IN_SHARDS, quantization_of
 from scsdpo.policy.weights import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
 
@@ -65,6 +73,8 @@ class SecondWeights:
     """Bytes of an element of another model."""
     stored: Stored = Stored()
     """How its copy of the weights is kept."""
+    saved: int = 0
+    """Bytes that another model in 4 bits takes less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,8 @@ class Sampler:
     max_tokens: int = 0
     """Room for keys and values of `hf`."""
     max_rows: int = 0
+    merges: bool = False
+    """Whether `hf` samples from a merged copy of what LoRA adapts, if it has room."""
     cache_bytes: int = 0
     """Keys and values of a colocated vLLM."""
     weight_bytes: int = BFLOAT16
@@ -102,7 +114,7 @@ class Setup:
     shapes: Architecture
     counted: Counted
     base: int
-    """Bytes of a frozen element; what is trained is float32."""
+    """Bytes of a frozen element that is not in 4 bits; what is trained is float32."""
     autocast: bool
     """Products in bf16 from float32 weights."""
     checkpointing: bool
@@ -144,6 +156,13 @@ class Setup:
     def wide(self) -> int:
         """Bytes of an element of the residual stream: the embedding's."""
         return FLOAT32 if self.counted.whole else self.base
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the frozen base."""
+        counted = self.counted
+        packed = int(counted.packed * counted.quantized)
+        return self.base * (counted.frozen - counted.quantized) + packed
 
     @property
     def shards(self) -> int:
@@ -198,10 +217,17 @@ def setup_of(
     measured = Measured()
     if not shapes.is_plain:
         measured = measured_layers(config, shapes, policy.adapter, dtype, autocast=autocast)
+    quantization = policy.quantization
+    if "policy" in names:  # what its own config.json says is not known yet
+        with blamed_on("model.policy.name_or_path"):
+            quantization = quantization_of(config, quantization)
+    refuse_full(policy.adapter, quantization)
+    if devices.sharded and not isinstance(quantization, Unquantized):
+        raise ConfigurationError(IN_SHARDS)
     in_flight = max(questions * module.sampling.n, validation * module.val_sampling.n)
     return Setup(
         shapes=shapes,
-        counted=Counted.of(model, policy.adapter),
+        counted=Counted.of(model, policy.adapter, quantization),
         base=dtype.itemsize,
         autocast=autocast,
         checkpointing=policy.gradient_checkpointing,
@@ -245,10 +271,15 @@ class _Own(Weights):
     """Stands for a second set of weights."""
 
     def __init__(
-        self, shapes: Architecture, *, another: bool = False, width: int = FLOAT32
+        self,
+        shapes: Architecture,
+        *,
+        another: bool = False,
+        width: int = FLOAT32,
+        saved: int = 0,
     ) -> None:
         super().__init__()
-        self.shapes, self.another, self.width = shapes, another, width
+        self.shapes, self.another, self.width, self.saved = shapes, another, width, saved
 
     def active(self, model: nn.Module) -> Any:
         raise NotImplementedError
@@ -280,7 +311,12 @@ class _Noted:
         self.kind, self.stored = "external", Stored(on_host=source.on_host)
         config = read_config(self._name or source.name_or_path, key=f"{self._key}.name_or_path")
         width = source.loaded_dtype(self._device == "cuda").itemsize
-        return _Own(Architecture.of(skeleton(config)), another=True, width=width)
+        with blamed_on(self._key):
+            quantization = quantization_of(config, Unquantized())
+        model = skeleton(config)
+        matrices = sum(matrices_in_4_bits(model, quantization))
+        saved = int((width - quantization.bytes_each(torch.float32)) * matrices)
+        return _Own(Architecture.of(model), another=True, width=width, saved=saved)
 
 
 def _seconds(
@@ -307,6 +343,7 @@ def _seconds(
                 another=own.another,
                 width=own.width,
                 stored=noted.stored,
+                saved=own.saved,
             )
         )
     return tuple(found)
@@ -333,7 +370,12 @@ def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> Optimiz
 
 def _sampler(rollout: Rollout, kind: str) -> Sampler:
     if isinstance(rollout, HFRollout):
-        return Sampler(kind="hf", max_tokens=rollout.max_tokens, max_rows=rollout.max_rows)
+        return Sampler(
+            kind="hf",
+            max_tokens=rollout.max_tokens,
+            max_rows=rollout.max_rows,
+            merges=rollout.merged,
+        )
     engine = rollout.engine if isinstance(rollout, VLLMRollout) else None
     if not isinstance(engine, Colocated):
         return Sampler(kind="remote")
@@ -353,3 +395,15 @@ def with_lora(setup: Setup, rank: int = 32) -> Setup:
     counted = Counted.all_linear(setup.shapes, rank)
     base = BFLOAT16 if setup.devices.kind == "cuda" else FLOAT32
     return replace(setup, counted=counted, base=base)
+
+
+def with_nf4(setup: Setup) -> Setup:
+    """The same with the matrices of every layer in 4 bits; of layers that are plain."""
+    shapes = setup.shapes
+    counted = replace(
+        setup.counted,
+        quantized=shapes.multiplied,
+        packed=NF4().bytes_each(torch.float32),
+        widest=shapes.hidden * max(shapes.intermediate, shapes.queries),
+    )
+    return replace(setup, counted=counted)

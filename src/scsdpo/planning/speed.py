@@ -91,9 +91,15 @@ def _trunk(setup: Setup, shapes: Architecture, tokens: float, before: int) -> fl
 
 
 def _weight_bytes(setup: Setup) -> float:
-    """Read for one forward; autocast reads float32, writes bf16 and reads that."""
-    each = FLOAT32 + 2 * setup.narrow if setup.autocast and setup.counted.whole else setup.base
-    return float(each * setup.shapes.parameters)
+    """Read for one forward; autocast reads float32, writes bf16 and reads that.
+
+    A matrix in 4 bits is read, written plain, and read again.
+    """
+    if setup.autocast and setup.counted.whole:
+        return float((FLOAT32 + 2 * setup.narrow) * setup.shapes.parameters)
+    counted = setup.counted
+    in_4_bits = (counted.packed + 2 * setup.base) * counted.quantized
+    return in_4_bits + setup.base * (setup.shapes.parameters - counted.quantized)
 
 
 def _bytes_read(setup: Setup, second: SecondWeights) -> float:
@@ -135,11 +141,10 @@ def _sampling(setup: Setup, memory: Memory, tokens: float, prompts: float) -> Wo
     rows = max(min(sampler.max_rows or tokens, room, setup.responses * setup.updates), 1)
     steps = max(tokens / rows, setup.lengths.response)
     width = setup.narrow if sampler.kind == "hf" else sampler.weight_bytes
-    per_step = (
-        _weight_bytes(setup)
-        if sampler.kind == "hf"
-        else width * shapes.parameters / sampler.sharing
-    )
+    per_step = width * shapes.parameters / sampler.sharing
+    if sampler.kind == "hf":
+        merged = setup.counted.quantized and memory.parts.sampling_weights
+        per_step = setup.base * shapes.parameters if merged else _weight_bytes(setup)
     cache = width * tokens * shapes.cached(setup.lengths.prompt + setup.lengths.response // 2)
     flops = (
         _trunk(setup, shapes, tokens + prompts, setup.lengths.prompt) + 2.0 * shapes.table * tokens

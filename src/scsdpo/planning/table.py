@@ -21,6 +21,7 @@ _WORDS = {
     "gradients": "gradients",
     "gathered": "layers made whole (shards)",
     "casts": "bf16 copies for the backward",
+    "dequantized": "a matrix made plain from 4 bits",
     "activations": "activations at the budget",
     "kept": "prompts that wait for responses",
     "prompts": "gradients to prompts' keys and values",
@@ -45,6 +46,8 @@ def described(setup: Setup) -> str:
     trained = (
         "all trained" if setup.counted.whole else f"{setup.counted.trained / 1e6:.1f}M trained"
     )
+    if setup.counted.quantized:
+        trained += f" beside {setup.counted.quantized / 1e9:.2f}B in 4 bits"
     how = (
         "one device"
         if devices.ranks == 1

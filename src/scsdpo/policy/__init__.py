@@ -5,12 +5,14 @@ from scsdpo.policy.causal_lm import CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.location import TINY_FOLDER
 from scsdpo.policy.other_model import OtherModel
+from scsdpo.policy.quantization import NF4, Quantization, Unquantized
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner
 from scsdpo.policy.stored import Stored
 from scsdpo.policy.weights import Weights
 
 __all__ = [
+    "NF4",
     "TINY_FOLDER",
     "Adapter",
     "CausalLM",
@@ -18,8 +20,10 @@ __all__ = [
     "FullFineTune",
     "Lora",
     "OtherModel",
+    "Quantization",
     "Rows",
     "Runner",
     "Stored",
+    "Unquantized",
     "Weights",
 ]

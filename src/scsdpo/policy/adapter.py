@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.policy.other_model import OtherModel, OtherWeights
+from scsdpo.policy.quantization import Quantization, Unquantized, is_quantized, plain_layer
 from scsdpo.policy.sharding import local, own_rows, reshard, whole_weight
 from scsdpo.policy.stored import Stored, mix
 from scsdpo.policy.weights import Weights, Whole
@@ -67,10 +68,13 @@ def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def merged_layer(layer: LoraLayer) -> nn.Module:
     """The plain layer that does what `layer` does with the student's adapter; a copy.
 
-    Its weights are W + scale B A in float32, or in W's dtype if that is wider. Under shards they
-    are whole, and every rank must ask.
+    Its weights are W + scale B A in float32, or in W's dtype if that is wider; W in 4 bits is made
+    plain. Under shards they are whole, and every rank must ask.
     """
-    alone: Any = copy.deepcopy(layer)  # a LoraLayer is a mixin of modules
+    base = layer.get_base_layer()
+    quantized = is_quantized(base)
+    # A LoraLayer is a mixin of modules. The copy has the plain base in its place.
+    alone: Any = copy.deepcopy(layer, {id(base): plain_layer(base)} if quantized else {})
     for module in alone.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = whole_weight(parameter)
@@ -80,7 +84,9 @@ def merged_layer(layer: LoraLayer) -> nn.Module:
         return alone.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=[STUDENT]
         )
-    alone.merge(adapter_names=[STUDENT])
+    # The merge of peft's layers around 4 bits would quantise the sum once more.
+    merge = Linear.merge if quantized else type(alone).merge
+    merge(alone, adapter_names=[STUDENT])
     return alone.get_base_layer()
 
 
@@ -209,6 +215,19 @@ class FullFineTune(Adapter):
 
     def is_saved(self, key: str) -> bool:
         return True
+
+
+def refuse_full(adapter: Adapter, quantization: Quantization) -> None:
+    """Weights in 4 bits have no gradient: what is trained lies beside them.
+
+    Raises:
+        ConfigurationError: if all weights are to be trained, and the base is in 4 bits.
+    """
+    if isinstance(adapter, FullFineTune) and not isinstance(quantization, Unquantized):
+        raise ConfigurationError(
+            "model.policy.adapter: FullFineTune cannot train weights in 4 bits: set it to Lora, or "
+            "model.policy.quantization to Unquantized and name a checkpoint that is not in 4 bits"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

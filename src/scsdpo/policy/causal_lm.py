@@ -24,12 +24,13 @@ from transformers import (
 
 from scsdpo.distributed import all_max
 from scsdpo.errors import ConfigurationError, blamed_on
-from scsdpo.policy.adapter import Adapter, FullFineTune
+from scsdpo.policy.adapter import Adapter, FullFineTune, refuse_full
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.experts import routers
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
+from scsdpo.policy.quantization import Quantization, Unquantized, quantization_of
 from scsdpo.policy.row_path import KnownPath, RowPath, known_path
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
@@ -54,6 +55,8 @@ class CausalLM(nn.Module):
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`,
             where the architecture allows it (docs/models.md).
         adapter: `FullFineTune()` or `Lora(...)`.
+        quantization: how the frozen base of a `Lora` is kept: `Unquantized()`, or `NF4()` in 4 bits
+            (QLoRA). A checkpoint that is in 4 bits already stays as it is.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
         gathered_dtype: under shards, in which dtype a layer's weights are gathered to run it.
             `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
@@ -73,6 +76,7 @@ class CausalLM(nn.Module):
     Raises:
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
+            if a full fine-tune is to train weights in 4 bits;
             from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
             its logits behind the head.
     """
@@ -83,6 +87,7 @@ class CausalLM(nn.Module):
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         attn_implementation: str = "sdpa",
         adapter: Adapter = FullFineTune(),
+        quantization: Quantization = Unquantized(),
         gradient_checkpointing: bool = False,
         gathered_dtype: Literal["auto", "bfloat16"] = "auto",
         compile_layers: bool = False,
@@ -115,8 +120,12 @@ class CausalLM(nn.Module):
             raise ValueError(f"`CausalLM(name_or_path={name_or_path!r})`: {error}") from error
         self.chat = _load_chat(self._path, name_or_path, chat_template_kwargs or {})
         with blamed_on("model.policy.name_or_path"):
-            self.known = known_path(AutoConfig.from_pretrained(self._path), attn_implementation)
-        """How rows run, from the architecture alone; the self-check may find more."""
+            config = AutoConfig.from_pretrained(self._path)
+            self.known = known_path(config, attn_implementation)
+            """How rows run, from the architecture alone; the self-check may find more."""
+            self.quantization = quantization_of(config, quantization)
+            """How matrices are kept: as asked, or as the checkpoint has them."""
+        refuse_full(adapter, self.quantization)
         self.model: nn.Module | None = None
         self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
         self._held: list[PreTrainedModel] = []
@@ -133,7 +142,13 @@ class CausalLM(nn.Module):
             return
         dtype = self.loaded_dtype(torch.cuda.is_available())
         with blamed_on("model.policy.name_or_path"):
-            loaded = load_model(self._path, dtype=dtype, known=self.known, on_meta=to_shard)
+            loaded = load_model(
+                self._path,
+                dtype=dtype,
+                known=self.known,
+                quantization=self.quantization,
+                on_meta=to_shard,
+            )
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
                 f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "

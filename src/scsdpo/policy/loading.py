@@ -1,16 +1,25 @@
 """A causal language model with the weights of its checkpoint."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from scsdpo.errors import ConfigurationError
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.quantization import IN_SHARDS, Quantization, Unquantized, settle
 from scsdpo.policy.row_path import KnownPath, RowPath
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, known: KnownPath, on_meta: bool
+    path: str,
+    *,
+    dtype: torch.dtype,
+    known: KnownPath,
+    quantization: Quantization,
+    on_meta: bool,
 ) -> PreTrainedModel:
     """In eval mode; where prompts are shared it accepts layouts.
 
@@ -18,18 +27,27 @@ def load_model(
         path: local folder or hub name.
         dtype: of the weights.
         known: how its rows run.
+        quantization: how its matrices are kept (`quantization_of`).
         on_meta: without values.
 
     Raises:
+        ConfigurationError: if weights in 4 bits are to lie in shards, or cannot be in 4 bits.
         ValueError: if the checkpoint lacks some of the model's weights, which would stay random;
             if the architecture rescales its logits behind the head.
     """
-    settings = {"dtype": dtype, "attn_implementation": known.implementation}
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": known.implementation}
+    config = AutoConfig.from_pretrained(path)
+    plain = isinstance(quantization, Unquantized)
+    quantization.check()
     if on_meta:
+        if not plain:
+            raise ConfigurationError(IN_SHARDS)
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(path)
             model = AutoModelForCausalLM.from_config(config, **settings).eval()
     else:
+        settings |= quantization.loading(dtype)
+        if hasattr(config, "quantization_config"):  # the checkpoint says itself what it holds
+            settings.pop("quantization_config")
         model, found = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, **settings
         )
@@ -40,6 +58,8 @@ def load_model(
                 "would draw at random: take a checkpoint of the architecture that its config.json "
                 "names"
             )
+    if not plain:
+        settle(model, dtype)
     _refuse_rescaled_logits(model)
     if known.path is RowPath.SHARED:
         use_layouts(model)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
+from scsdpo.policy.quantization import Quantization, Unquantized, quantization_of
 from scsdpo.policy.row_path import KnownPath, known_path
 from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.stored import Stored
@@ -59,6 +60,21 @@ class OtherModel:
         """
         return known_path(AutoConfig.from_pretrained(self.path), self.attn_implementation)
 
+    def quantization(self) -> Quantization:
+        """How its matrices are kept.
+
+        Raises:
+            ValueError: if they are quantised in a way that is not known, or are in 4 bits and are
+                to lie on the host, whence they would be cast.
+        """
+        found = quantization_of(AutoConfig.from_pretrained(self.path), Unquantized())
+        if self.on_host and not isinstance(found, Unquantized):
+            raise ValueError(
+                f"{self.path} is in 4 bits, and cannot lie on the host (on_host): set on_host to "
+                "false"
+            )
+        return found
+
     def check_vocabulary(self, chat: Chat) -> None:
         """Compare the tokens with the policy's, id by id, before any weight is loaded.
 
@@ -104,7 +120,13 @@ class OtherWeights(Whole):
     def __init__(self, source: OtherModel, *, on_meta: bool) -> None:
         dtype, known = source.loaded_dtype(torch.cuda.is_available()), source.known()
         with torch.device("cpu"):  # `on_host` stays there
-            model = load_model(source.path, dtype=dtype, known=known, on_meta=on_meta)
+            model = load_model(
+                source.path,
+                dtype=dtype,
+                known=known,
+                quantization=source.quantization(),
+                on_meta=on_meta,
+            )
         # As the policy's: Lightning warns of what is not; each forward sets it to eval mode.
         super().__init__(model.train(), Stored(on_host=source.on_host), saved=False)
         self.source, self._dtype, self._known = source, dtype, known

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.quantization import plain_weight
 from scsdpo.private.lightning import trainer_of
 from scsdpo.private.transformers import fill_anew
 
@@ -130,11 +131,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """All of a weight, without gradient; rounded to `dtype` if there is one, and then gathered.
+    """All of a weight in plain numbers, without gradient; rounded to `dtype`, and then gathered.
 
     Under shards every rank must ask.
+
+    Args:
+        weight: a parameter, in 4 bits or not.
+        dtype: None: nothing is rounded.
     """
-    value = weight.detach() if dtype is None else weight.detach().to(dtype)
+    value = plain_weight(weight)
+    value = value if dtype is None else value.to(dtype)
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -48,3 +48,17 @@ def conversions_at_load(model: PreTrainedModel) -> Sequence[Any] | None:
     The public function for a class gives the conversions of its newest format.
     """
     return getattr(model, "_weight_conversions", None)
+
+
+def drop_conversions_of_quantizer(model: PreTrainedModel) -> None:
+    """Leave out of these how packed weights were put together, for plain ones are handed on.
+
+    transformers would undo them in saving, and cannot; no public function sets the conversions.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+    model._weight_conversions = [
+        each
+        for each in conversions_at_load(model) or ()
+        if not any(isinstance(step, Bnb4bitDeserialize) for step in each.operations)
+    ]

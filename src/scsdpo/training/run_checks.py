@@ -42,6 +42,8 @@ from scsdpo.checkpoints import Checkpoint
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError, first_line
 from scsdpo.metrics.training import PHASES
+from scsdpo.policy import Unquantized
+from scsdpo.policy.quantization import IN_SHARDS
 
 T = TypeVar("T")
 
@@ -118,6 +120,11 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
             f"trainer.strategy: {type(strategy).__name__} is not known here: use auto, ddp, or "
             "scsdpo.checkpoints.FullySharded for weights in shards (configs/scale)"
         )
+    module.policy.quantization.check()
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(
+        module.policy.quantization, Unquantized
+    ):
+        raise ConfigurationError(IN_SHARDS)
     for callback in _callbacks(trainer):
         name = type(callback).__name__
         if isinstance(callback, _NEED_AUTOMATIC):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from scsdpo.policy.adapter import STUDENT, merged_layer
+from scsdpo.policy.quantization import is_quantized, plain_dtype, plain_elements
 
 
 @contextmanager
@@ -17,31 +18,32 @@ def merged_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Run plain layers of W + scale B A in the place of `model`'s LoRA layers.
 
     One matrix product takes the place of three. W + scale B A is summed in float32 and rounded to
-    W's dtype; the policy's own weights are not touched. The copy takes the memory of the weights
-    that are adapted, from entry to exit. Where that is more than half of what is free, and for
-    layers that are not plain linear ones with plain LoRA factors (quantised, DoRA), the adapted
-    layers run as they are: the same numbers, slower.
+    W's dtype, for W in 4 bits the one that it is multiplied in; the policy's own weights are not
+    touched. The copy takes the memory of the weights that are adapted, in plain numbers, from entry
+    to exit. Where that is more than half of what is free, and for layers that are not linear ones
+    with plain LoRA factors (DoRA), the adapted layers run as they are: the same numbers, slower.
     """
     adapted = [
-        (parent, name, layer)
+        (parent, name, layer, layer.get_base_layer().weight)
         for parent in model.modules()
         for name, layer in parent.named_children()
         if isinstance(layer, LoraLayer) and _is_plain(layer)
     ]
-    size = sum(layer.get_base_layer().weight.nbytes for _, _, layer in adapted)
+    size = sum(plain_elements(w) * plain_dtype(w).itemsize for _, _, _, w in adapted)
     if 2 * size > _free_bytes(model.device):
         adapted = []
-    for parent, name, layer in adapted:
-        setattr(parent, name, merged_layer(layer).to(layer.get_base_layer().weight.dtype))
+    for parent, name, layer, weight in adapted:
+        setattr(parent, name, merged_layer(layer).to(plain_dtype(weight)))
     try:
         yield
     finally:
-        for parent, name, layer in adapted:
+        for parent, name, layer, _ in adapted:
             setattr(parent, name, layer)
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    linear = type(layer.get_base_layer()) is nn.Linear
+    base = layer.get_base_layer()
+    linear = type(base) is nn.Linear or is_quantized(base)
     return linear and STUDENT in layer.lora_A and STUDENT not in layer.lora_variant
 
 

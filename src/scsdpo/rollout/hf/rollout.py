@@ -1,7 +1,7 @@
 """Rollouts in process: the transformers model itself, on CPU or GPU."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -44,13 +44,16 @@ class HFRollout(DialogueRollout):
     architectures (docs/models.md) draw with transformers' own cache, rows with prompts
     of one length together, each prompt run once a response. Sharded weights are gathered once, to a
     copy that every rank has while it samples. LoRA
-    factors are merged into a copy of the weights that they adapt, while sampling, if there is
-    memory for it.
+    factors are merged into a copy of the weights that they adapt (`merged`), while sampling; of a
+    base in 4 bits the copy is plain.
 
     Args:
         max_tokens: room for keys and values, in tokens, padding and room to grow included; a
             single response and its prompt may exceed it. Must be >= 1.
         max_rows: most responses in flight, for the logits are [max_rows, V]. Must be >= 1.
+        merged: sample from a copy of the weights that LoRA adapts, its factors merged into them,
+            where half of the free memory holds it. `false`: nothing is copied, and factors run
+            beside their layers, slower.
         note_experts: keep to which experts each token was sent, 2 layers k bytes a token, so that
             `train/experts_differ` shows the share that the trainer sends to others. A model
             without experts, and one that draws with transformers' own cache, has none to note.
@@ -63,6 +66,7 @@ class HFRollout(DialogueRollout):
 
     max_tokens: int = 131072
     max_rows: int = 512
+    merged: bool = True
     note_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class HFRollout(DialogueRollout):
         path = policy.known.of_sampler(longest)
         with policy.sampling_mode() as model:
             buffer = ResponseBuffer(dialogue, sampling, policy.chat, model.device)
-            with merged_adapters(model):
+            with merged_adapters(model) if self.merged else nullcontext():
                 if path is RowPath.SHARED:
                     self._share(model, groups, buffer)
                 else:

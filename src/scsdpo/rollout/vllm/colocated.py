@@ -15,6 +15,7 @@ from scsdpo import interrupt
 from scsdpo.distributed import share_errors
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.policy import CausalLM
+from scsdpo.policy.quantization import plain_elements
 from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
 from scsdpo.rollout.vllm.rollout import (
     Answer,
@@ -238,7 +239,7 @@ class Colocated(Engine):
 
     def _bytes(self, policy: CausalLM) -> int:
         """Bytes of its weights, its keys and values, and to work with, on a rank."""
-        elements = sum(p.numel() for p in policy.language_model.parameters())
+        elements = sum(plain_elements(p) for p in policy.language_model.parameters())
         weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
         return int(weights + self.kv_cache_gib * _GIB) + _WORK
 

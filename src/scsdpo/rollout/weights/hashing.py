@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scsdpo.distributed import all_gather
+from scsdpo.policy.quantization import scale_tensors
 from scsdpo.policy.sharding import is_sharded, local, reshard
 
 
@@ -78,6 +79,8 @@ def digest(
 ) -> str:
     """`StreamHash` of a model's parameters: 16 digits that tell these weights from any others.
 
+    Of weights in 4 bits, of the packed bytes and their scales.
+
     It is the same on every rank, after a restart, and in every process and on every device that
     holds these weights. Shards are not gathered: each rank hashes its own.
 
@@ -89,9 +92,12 @@ def digest(
     reshard(policy)
     stream = StreamHash()
     for name, parameter in policy.named_parameters():
-        if among(name):
-            value = local(parameter).reshape(-1)
-            stream.add(name, value if most is None else value[:: max(value.numel() // most, 1)])
+        if not among(name):
+            continue
+        for part, value in (("", local(parameter)), *scale_tensors(parameter)):
+            flat = value.reshape(-1)
+            step = 1 if most is None else max(flat.numel() // most, 1)
+            stream.add(name + part, flat[::step])
     own = stream.hexdigest()
     return _hex(all_gather([own])) if is_sharded(policy) else own
 

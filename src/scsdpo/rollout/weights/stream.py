@@ -16,7 +16,7 @@ to the rounding of the weights that they are added to.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
 
 @torch.no_grad()
 def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
-    """Every weight of the model without its adapters."""
+    """Every weight of the model without its adapters, in plain numbers."""
     model = policy.language_model
     reshard(model)
     plain = (
@@ -218,9 +218,11 @@ def share_kept(layers: Sequence[LoraLayer], dtype: torch.dtype) -> float | None:
     """
     changed = kept = 0
     for layer in layers:
-        merged, weight = merged_layer(layer).weight, layer.get_base_layer().weight
-        changed += int((merged != weight).sum())
-        kept += int((merged.to(dtype) != weight.to(dtype)).sum())
+        base: Any = layer.get_base_layer()
+        merged: Any = merged_layer(layer)
+        new, old = merged.weight, whole_weight(base.weight)
+        changed += int((new != old).sum())
+        kept += int((new.to(dtype) != old.to(dtype)).sum())
     return kept / changed if changed else None
 
 
