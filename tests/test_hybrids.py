@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+import batches
 import models
 from batches import METHODS, double_policy, parts
 from batches import gradient as step_gradient
@@ -25,6 +26,7 @@ from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.row_path import RowPath
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span, delta_rule_one
+from table_policy import with_a_tool
 from test_shared_prompts import gradient, learn, nested, perturbed
 
 PROJECTIONS = r".*\.(in_proj\w*|out_proj)"
@@ -112,9 +114,17 @@ def test_what_other_rows_say_moves_a_row_by_nothing(name, request):
     assert all(torch.equal(before[row], after[row]) for row in every if row != changed)
 
 
+@pytest.mark.parametrize("kind", ["one turn", "episodes"])
 @pytest.mark.parametrize("method", ["sc-sdpo", "grpo"])
-def test_a_step_is_that_of_rows_apart_and_its_teacher_follows(qwen3_5, method, exact, monkeypatch):
-    """SC-SDPO's teacher is an average that reads demonstrations: a copy of the model."""
+def test_a_step_is_that_of_rows_apart_and_its_teacher_follows(
+    qwen3_5, method, kind, exact, monkeypatch
+):
+    """SC-SDPO's teacher is an average that reads demonstrations: a copy of the model. In an episode
+    states go on through what a tool said.
+    """
+    if kind == "episodes":
+        plain = batches.judged
+        monkeypatch.setattr(batches, "judged", lambda policy: with_a_tool(plain(policy)))
     policy = exact_policy(qwen3_5)
     advantage, settings = METHODS[method]()
     batch, update = parts(policy, advantage, **settings)

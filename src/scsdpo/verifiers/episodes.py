@@ -203,7 +203,13 @@ class Episodes:
                     Part(role=m["role"], text=m["content"], name=m.get("name", ""))
                     for m in answer.messages
                 ]
-                said[0] = replace(said[0], feedback=answer.feedback, reward=answer.reward)
+                said[0] = replace(
+                    said[0],
+                    feedback=answer.feedback,
+                    reward=answer.reward,
+                    calls=answer.calls,
+                    failed=answer.failed,
+                )
                 row.parts += said
         return taken
 
@@ -322,7 +328,7 @@ class Episodes:
         most = self.pool.settings.episode_deadline
         if row.seconds > most and isinstance(answer, Observation):
             self._remove(worker)
-            answer = failed(f"{_name(row)}: no end within {most:g} s of all its turns")
+            answer = _late(f"{_name(row)}: no end within {most:g} s of all its turns")
         self._answers.append((row, answer))
         if isinstance(answer, Verdict):
             row.worker = None
@@ -355,7 +361,8 @@ class Episodes:
             if not prepared or (not hung and job.row.losses == 1):
                 self._again(job)  # perhaps somebody else has killed it
             else:
-                self._answers.append((job.row, failed(f"{_name(job.row)}: {why}")))
+                lost = _late if hung else failed
+                self._answers.append((job.row, lost(f"{_name(job.row)}: {why}")))
 
     def _remove(self, worker: Worker, *, why: str = "") -> None:
         for row in self._rows:
@@ -364,6 +371,10 @@ class Episodes:
         if worker in self._own:
             self._own.remove(worker)
         self.pool.remove(worker, why=why)
+
+
+def _late(why: str) -> Verdict:
+    return replace(failed(why), stopped="time")
 
 
 def _name(row: _Row) -> str:
