@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from study import QUESTIONS, ROOT, job, refuse_failures, run_and_read, start_policy
 
 from scsdpo.io.files import write_whole
-from scsdpo.statistics import mean_interval, paired_interval
+from scsdpo.statistics import mean_interval
 
 METHODS = ("grpo", "sc-sdpo", "srpo", "sdpo-hybrid")
 
@@ -89,8 +89,8 @@ def table(rows: Sequence[dict]) -> str:
         mine = [of[method, age, seed]["mean@16"] for seed in seeds]
         here = mean_interval(mine)
         both = [seed for seed in seeds if (method, 0, seed) in of]
-        pairs = [[of[method, a, seed]["mean@16"] for seed in both] for a in (age, 0)]
-        apart = paired_interval(*pairs) if age and len(both) > 1 else None
+        more = [of[method, age, s]["mean@16"] - of[method, 0, s]["mean@16"] for s in both]
+        apart = mean_interval(more) if age and len(both) > 1 else None
         told = f"{apart.value:+.3f} ({apart.low:+.3f} .. {apart.high:+.3f})" if apart else ""
         means = []
         for name in ("logprob_drift", "ratio_ess"):

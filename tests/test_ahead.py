@@ -21,6 +21,7 @@ from scsdpo.rollout.weights.hashing import digest
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import EMA, NoTeacher, PlainPrompt
 from scsdpo.training import Ahead
+from scsdpo.training.ahead import _share, _whole
 from scsdpo.types import Moment, Prompt, Responses, Sampling
 from scsdpo.verifiers import ExactMatch, Verification
 from scsdpo.weighting import Uniform
@@ -289,6 +290,40 @@ def test_ages_are_by_token_and_survive_batches_that_are_put_together():
     assert both.ages(now)[:, 0, :, 0].tolist() == [[2, 4, 4], [6, 6, 2]]
     assert [both.version_of(q, 0) for q in (0, 1)] == ["c", "c"]
     assert mixed([0, 0, 0], (), ("",)).ages(now).sum() == 0
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (2, 3), (3, 2)])
+def test_what_waits_is_shared_out_anew_over_another_number_of_ranks(ranks):
+    before, after = ranks
+    rows = [mixed([q, 0, 1], (Moment(1, q), Moment(3, 3)), ("a", "b"))[[0]] for q in (0, 1) * 3]
+    for q, row in enumerate(rows):
+        prompt = replace(row.prompts[0], key=f"{q}", ids=(q,))
+        rows[q] = replace(row, prompts=(prompt,), ids=row.ids + q, drawn_at=rows[0].drawn_at)
+    shares = [rows[rank].cat(rows[rank + before :: before]) for rank in range(before)]
+    stored = _whole(shares)
+    for rank in range(after):
+        mine = slice(rank, None, after)
+        prompts = tuple(replace(row.prompts[0], ids=()) for row in rows[mine])
+        share = _share(stored, prompts, mine)
+        assert [prompt.ids for prompt in share.prompts] == [(q,) for q in range(6)[mine]]
+        assert share.ids[:, 0, 0].tolist() == list(range(6)[mine])
+        expected = [[int(each) for each in row.versions[0, 0]] for row in rows[mine]]
+        assert share.versions[:, 0].tolist() == expected
+        assert share.drawn_at == rows[0].drawn_at and share.labels == ("a", "b")
+    assert _share(stored, prompts[::-1], mine) is None or len(prompts) == 1
+
+
+def test_a_module_that_is_fitted_again_with_other_data_learns_from_those(qwen3, tmp_path):
+    model, watch = learner(qwen3, 1), Watch()
+    fit(model, tmp_path, 1)
+    torch.manual_seed(0)
+    fit(model, tmp_path, 2, questions=data(Toys(13)), callbacks=[watch])
+    own = Watch()
+    fit(learner(qwen3, 0), tmp_path, 2, questions=data(Toys(13)), callbacks=[own])
+    assert [watch.learned[n].judged.keys for n in (2, 3)] == [
+        own.learned[n].judged.keys for n in (1, 2)
+    ]
+    assert watch.figures[2]["asked_again"] == 1
 
 
 def test_upcoming_batches_are_those_that_come_also_over_the_end_of_an_epoch(qwen3):

@@ -67,11 +67,14 @@ class _Waiting:
 
     Args:
         drawing: its responses, or those that are on their way.
+        asked: key and copy of each of this rank's questions.
         moments: by label, when weights were the newest: of all that may draw it.
     """
 
-    def __init__(self, drawing: Drawing, moments: Mapping[str, Moment]) -> None:
-        self._drawing, self._moments = drawing, moments
+    def __init__(
+        self, drawing: Drawing, asked: Sequence[tuple[str, int]], moments: Mapping[str, Moment]
+    ) -> None:
+        self._drawing, self._moments, self.asked = drawing, moments, asked
         self._responses: Responses | None = None
 
     @property
@@ -96,7 +99,7 @@ class _Waiting:
     @classmethod
     def of(cls, responses: Responses) -> "_Waiting":
         """Responses of a checkpoint."""
-        waiting = cls(Drawn(responses), {})
+        waiting = cls(Drawn(responses), _questions(responses.prompts), {})
         waiting._responses = responses
         return waiting
 
@@ -181,7 +184,7 @@ class DrawnAhead:
         for label in [label for label, at in self._moments.items() if at.batch < least]:
             del self._moments[label]
         self._moments[drawing.label] = now
-        return _Waiting(drawing, self._moments)
+        return _Waiting(drawing, _questions(prompts), self._moments)
 
     def _usable(
         self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
@@ -196,6 +199,8 @@ class DrawnAhead:
                 stored = self._queue.stored[number]
                 share = _share(stored, asked[number], slice(rank, None, ranks))
                 each = None if share is None else _Waiting.of(share)
+            if each is not None and each.asked != _questions(asked[number]):
+                each = None  # fitted before, with other data
             found[number] = each
             if each is None or not each.is_done:  # what is on its way was asked for as it should be
                 unfit.append(each is None)
@@ -214,6 +219,10 @@ class DrawnAhead:
 
     def begin(self, step: int) -> None:
         """Training begins or goes on, after so many optimizer steps."""
+        drawn = {number: each for number, each in self._queue.waiting.items() if each.is_done}
+        lost = len(self._queue.waiting) - len(drawn)  # with the connections of an earlier fit
+        again = self.asked_again + lost
+        self._queue = self._finished = replace(self._queue, waiting=drawn, asked_again=again)
         self._step = step
 
     def finish(self, step: int) -> None:
@@ -260,6 +269,10 @@ class DrawnAhead:
         )
 
 
+def _questions(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+    return [(prompt.key, prompt.copy) for prompt in prompts]
+
+
 def _whole(shares: Sequence[Responses]) -> dict[str, Any]:
     """A batch of which rank r of R has the questions r, r + R, ..."""
     ranks, together = len(shares), shares[0].cat(shares[1:])
@@ -276,7 +289,7 @@ def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) ->
     """Some questions of a batch; None if they are not these."""
     everyone = stored["questions"]
     questions = everyone[mine]
-    if [(q["key"], q["copy"]) for q in questions] != [(p.key, p.copy) for p in prompts]:
+    if [(q["key"], q["copy"]) for q in questions] != _questions(prompts):
         return None
     batch = restored(stored["responses"], (prompts[0],) * len(everyone))
     opened = tuple(

@@ -527,7 +527,7 @@ class PolicyOptimizer(L.LightningModule):
         if self.policy_only:
             return
         self.safe_point.validated = checkpoint.get("validated", -1)
-        if self.ahead.batches and "ahead" in checkpoint:
+        if "ahead" in checkpoint:  # also where nothing is drawn ahead any more: pools have ages
             self.drawn_ahead.load(checkpoint["ahead"])
 
         def renewed() -> tuple[torch.optim.Optimizer, Any]:

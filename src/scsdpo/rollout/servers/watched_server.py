@@ -118,7 +118,12 @@ class WatchedServer:
             self.there = True
             if label != wanted:
                 self.ready, self.described = False, None
-                await self._get(label)
+                try:
+                    await self._get(label)
+                except Unreachable:
+                    if self.draws_behind and wanted != self.wanted:
+                        return  # the files went: newer weights are being published
+                    raise
                 label = await self.server.version()
         if self.described is None:
             self.described = await self.server.describe()
