@@ -76,6 +76,17 @@ def test_an_episode_goes_turn_by_turn_to_its_verdict(pool, workers):
     )
 
 
+def test_environments_that_answer_at_once_are_all_heard_at_once(pool, monkeypatch):
+    """Two processes have twenty responses, one each at a time; the caller asks once."""
+    monkeypatch.setattr(module, "SOON", 5.0)
+    for wait in (True, False):
+        with Episodes(pool, [prompt(worlds.Counting(turns=1))] * 2, 10) as episodes:
+            episodes.open()
+            for row in range(20):
+                episodes.submit(row, "a")
+            assert sorted(row for row, _ in episodes.answers(wait=wait)) == list(range(20))
+
+
 @pytest.mark.parametrize(
     ("deed", "why"),
     [

@@ -49,7 +49,7 @@ class CausalLM(nn.Module):
     was checked.
 
     Args:
-        name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
+        name_or_path: hub name or local folder; `tiny` and `tiny-tools` ship with the package.
         dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
             bfloat16 on GPU and float32 on CPU.
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`,

@@ -20,6 +20,10 @@ from scsdpo.verifiers.verify import NoRoom, failed, prepare_all
 
 MAX_OWN_PROCESSES = 16
 """Of environments that do not replay; further episodes of these wait before their first turn."""
+SOON = 0.005
+"""Seconds that a caller waits for the next answer. A process answers one response at a time: those
+of environments that answer at once come one after the other, and without a wait each would cost the
+caller, who draws from all rows alike, a step of its own."""
 _REBUILDING = 3.0
 """To rebuild an episode may take so many times as long as its turns took."""
 
@@ -152,12 +156,17 @@ class Episodes:
     def answers(self, *, wait: bool) -> list[tuple[int, Observation | Verdict]]:
         """What was answered since the last call, by row; a verdict ends the episode.
 
+        Environments that answer within `SOON` are heard until none does any more.
+
         Args:
             wait: for at least one, if any is due.
         """
         self._pump(0.0)
-        while wait and not self._answers and (self._todo or self._jobs):
-            self._pump(LOOK_SECONDS)
+        while self._todo or self._jobs:
+            heard = len(self._answers)
+            self._pump(LOOK_SECONDS if wait and not heard else SOON)
+            if len(self._answers) == heard and (heard or not wait):
+                break
         place = {id(row): number for number, row in enumerate(self._rows)}
         return [(place[id(row)], answer) for row, answer in self._taken()]
 
@@ -216,6 +225,7 @@ class Episodes:
     def _pump(self, seconds: float) -> None:
         """Send what can be sent, and attend to what comes within so many seconds."""
         waiting, self._todo = self._todo, deque()
+        before = len(self._answers)
         for job in waiting:
             if job.turn.act != "drop" and job.turn.episode != job.row.number:
                 continue  # it was forgotten meanwhile
@@ -225,7 +235,7 @@ class Episodes:
                 self._todo.append(job)
         interrupt.check()
         busy = [worker for worker in self._workers() if not worker.idle]
-        if not busy or self._answers:
+        if not busy or len(self._answers) > before:
             seconds = 0.0
         first = min((worker.time_left.left for worker in busy), default=0.0)
         heard = wait([worker.out for worker in busy], max(0.0, min(seconds, max(first, 0.001))))
