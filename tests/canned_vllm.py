@@ -121,6 +121,8 @@ class Paced:
         follow(server)
         self.server, self.seconds = server, seconds
         self.changed, self.active, self.paused = threading.Condition(), 0, False
+        self.held, self.frozen = False, threading.Event()
+        self.draw = lambda _: time.sleep(self.seconds)
         self.drew = []
         """(begin, end, label at the begin, label at the end) of each request."""
         for path, act in (
@@ -146,11 +148,12 @@ class Paced:
 
     def freeze(self, handler):
         with self.changed:
-            self.paused = True
+            self.paused = self.held = True
+        self.frozen.set()
 
     def resume(self, handler):
         with self.changed:
-            self.paused = False
+            self.paused = self.held = False
             self.changed.notify_all()
 
     def generate(self, handler):
@@ -158,9 +161,9 @@ class Paced:
             self.changed.wait_for(lambda: not self.paused, 30)
             self.active += 1
         begin, first = time.monotonic(), self.label
-        time.sleep(self.seconds)
+        self.draw(handler)
         with self.changed:
-            self.changed.wait_for(lambda: not (self.paused and self.label != first), 30)
+            self.changed.wait_for(lambda: not self.held, 30)
         last = self.label
         parameters = json.loads(handler.body)["sampling_params"]
         draw, most = random.Random(parameters["seed"]), parameters["max_tokens"]

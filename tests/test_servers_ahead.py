@@ -1,6 +1,8 @@
 """Servers draw the next batches while one is learned from: what overlaps, and what fails."""
 
+import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -101,19 +103,32 @@ def test_a_slow_server_draws_several_batches_none_of_them_older_than_the_bound(
 def test_weights_may_change_amid_responses_whose_tokens_say_which_drew_them(
     qwen3, tmp_path, server, other
 ):
-    quick, slow, learning = Paced(server, 0.02), Paced(other, 0.3), Learning(0.05)
+    """The third batch is asked for in the first step, and drawn until the second publishes."""
+    both, third = [Paced(server, 0.02), Paced(other, 0.02)], set()
+
+    class Noting(Learning):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if not third:
+                third.update(prompt.ids for prompt in trainer.datamodule.upcoming[1])
+
+    def draw(paced, handler):
+        if tuple(json.loads(handler.body)["token_ids"]) in third:
+            paced.frozen.clear()  # at its first weights it may be paused, with nothing to draw
+            paced.frozen.wait(10)
+
+    for paced in both:
+        paced.draw = partial(draw, paced)
+    learning = Noting()
     urls, ahead = [server.url, other.url], Ahead(batches=2, within_responses=True)
     rollout = VLLMRollout(Servers(urls, Download(), patience=20.0, timeout=20.0))
     model = learner(qwen3, 2, rollout=rollout, gap=LOOSE, ahead=ahead)
-    fitted(qwen3, tmp_path, 2, urls, 5, [learning], model=model)
-    assert any(first != last for *_, first, last in slow.drew) and quick.drew
-    mixed = [b for b in learning.learned.values() if (b.ages.diff(dim=1)[..., 0] < 0).any()]
-    for batch in mixed:
-        ages, sampled = batch.ages[..., 1], batch.sampled
-        assert sampled.all() and (ages.diff(dim=1) <= 0).all()  # later tokens are younger
-        assert int(ages.max()) <= 2
-    assert mixed
-    assert not any(path == "/pause?mode=wait" for path, _ in other.asked)
+    fitted(qwen3, tmp_path, 2, urls, 3, [learning], model=model)
+    batch = learning.learned[3]
+    ages = batch.ages[..., 1]
+    assert batch.sampled.all() and (ages.diff(dim=1) <= 0).all()  # later tokens are younger
+    assert ages.unique(dim=0).tolist() == [[2, 2, 1, 1, 1]]
+    assert learning.figures[3]["age_batches"] == pytest.approx(7 / 5)
+    assert not any("mode=wait" in path for each in (server, other) for path, _ in each.asked)
 
 
 def test_weights_that_change_amid_responses_need_servers(qwen3, tmp_path):
