@@ -33,6 +33,7 @@ from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
 from test_lora_adapter import Noting as NotingSink
 from test_lora_adapter import layers, send
+from test_planning import planned
 from test_shared_prompts import learn, nested
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes: pip install -e '.[dev]'")
@@ -324,18 +325,18 @@ def fit(model, tmp_path, steps, **kwargs):
 
 @pytest.fixture(scope="module")
 def whole(qwen3, tmp_path_factory):
-    """A run of four steps, its module and its checkpoint."""
+    """A run of three steps, its module and its checkpoint."""
     folder = tmp_path_factory.mktemp("whole")
     model = fresh(qwen3)
-    fit(model, folder, 4).save_checkpoint(folder / "four.ckpt")
-    return model, folder / "four.ckpt"
+    fit(model, folder, 3).save_checkpoint(folder / "three.ckpt")
+    return model, folder / "three.ckpt"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, qwen3, tmp_path):
     model, _ = whole
-    fit(fresh(qwen3), tmp_path, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(fresh(qwen3), tmp_path, 1).save_checkpoint(tmp_path / "half.ckpt")
     resumed = fresh(qwen3)
-    fit(resumed, tmp_path, 4, ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, 3, ckpt_path=tmp_path / "half.ckpt")
     mine, theirs = resumed.state_dict(), model.state_dict()
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
@@ -399,6 +400,8 @@ def test_a_folder_in_4_bits_is_the_same_policy(stored, qwen3_untied, tmp_path):
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
     assert digest(made) == digest(read)
+    counted = [planned(f, p).counted for f, p in ((stored, read), (qwen3_untied, made))]
+    assert counted[0].quantized == counted[1].quantized > 0
 
 
 @pytest.mark.parametrize(
