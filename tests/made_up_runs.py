@@ -20,9 +20,12 @@ VALIDATE_EVERY = 20
 
 
 def made_up_run(
-    folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE, trace_every=10
+    folder: Path, *, batches=200, seed=0, alarm=False, text=HOSTILE, trace_every=10, turns=False
 ) -> Path:
-    """A run of so many batches: 16 questions, of which 2 are written with 8 responses each."""
+    """A run of so many batches: 16 questions, of which 2 are written with 8 responses each.
+
+    With `turns` each response is an episode of two turns, between which a tool says `text`.
+    """
     draw = random.Random(seed)
     for name in ("rollouts", "tokens"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -31,13 +34,15 @@ def made_up_run(
     for batch in range(1, batches + 1):
         share = batch / batches
         lines.append(
-            {"batch": batch, "step": batch, "time": 1e9 + 2 * batch} | figures(draw, share)
+            {"batch": batch, "step": batch, "time": 1e9 + 2 * batch}
+            | figures(draw, share)
+            | (figures_of_turns(share) if turns else {})
         )
         traced = (batch - 1) % trace_every == 0
-        responses(folder, draw, "train", batch, share, traced=traced, text=text)
+        responses(folder, draw, "train", batch, share, traced=traced, text=text, turns=turns)
         if batch % VALIDATE_EVERY == 0:
             lines[-1] |= evaluation(folder, draw, batch, share)
-            responses(folder, draw, "val", batch, share, traced=False, text=text)
+            responses(folder, draw, "val", batch, share, traced=False, text=text, turns=turns)
     write_lines(folder / "metrics.jsonl", lines)
     if alarm:
         write_lines(folder / "health.jsonl", [warning(batches)])
@@ -78,6 +83,16 @@ def figures(draw, share):
     return {f"train/{name}": value for name, value in found.items()}
 
 
+def figures_of_turns(share):
+    found = {
+        "turns": 2.0, "calls": 1 + share, "failed_calls": 0.2 * (1 - share),
+        "observation_tokens": 12.0, "out_of_turns": 0.125, "out_of_time": 0.0,
+        "turn_1/reward": 0.25, "turn_2/reward": share - 0.25, "turn_1/length": 20.0,
+        "turn_2/length": 30 - 8 * share,
+    }  # fmt: skip
+    return {f"train/{name}": value for name, value in found.items()}
+
+
 def evaluation(folder, draw, batch, share, questions=40):
     """A validation, its file and what is logged of it: mean@4 over four levels."""
     rows = []
@@ -107,7 +122,7 @@ def estimates(rows):
     return {name: asdict(estimate) for name, estimate in found.items()}
 
 
-def responses(folder, draw, split, batch, share, *, traced, text):
+def responses(folder, draw, split, batch, share, *, traced, text, turns):
     lines, tokens = [], []
     for q in range(2):
         key = f"lab/{batch}/{q}" if split == "train" else f"lab/val/{q}"
@@ -119,9 +134,12 @@ def responses(folder, draw, split, batch, share, *, traced, text):
             }  # fmt: skip
             own = traced and sample < 2
             line, pieces = response(draw, place, right, own, text)
-            lines.append(line)
+            played = {"turns": episode(pieces, text), "stopped": "turns" if sample == 2 else ""}
+            lines.append(line | (played if turns else {"turns": [], "stopped": ""}))
             if own:
-                tokens.append(trace(draw, place, pieces))
+                second = len(pieces) // 2 if turns else len(pieces)
+                turn = [int(i >= second) for i in range(len(pieces))]
+                tokens.append(trace(draw, place, pieces) | {"turn": turn})
     name = f"{split}_{batch:06}.jsonl"
     write_lines(folder / "rollouts" / name, lines)
     if tokens:
@@ -145,6 +163,20 @@ def response(draw, place, right, traced, text):
         "version": "0123abcd", "traced": traced,
     }  # fmt: skip
     return line, pieces
+
+
+def episode(pieces, text):
+    """What was said in two turns; the tool's answer earns something, and has feedback."""
+    first, second = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 : -1]
+    said = {"role": "assistant", "name": "", "feedback": "", "reward": 0.0}
+    said |= {"calls": 0, "failed": 0}
+    tool = said | {"role": "tool", "name": "look_up", "feedback": f"too late {text}"}
+    tool |= {"reward": 0.25, "calls": 1}
+    return [
+        said | {"text": "".join(first)},
+        tool | {"text": f"3 results {text}"},
+        said | {"text": "".join(second)},
+    ]
 
 
 def trace(draw, place, pieces):

@@ -1,6 +1,7 @@
 """Where texts meet the tokenizer: only the chat template writes control tokens."""
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 
@@ -277,6 +278,16 @@ def test_a_conversation_is_extended_by_the_ids_that_the_template_gives_it(name):
     ids = chat.continuation(said[2:])
     assert whole[-len(ids) :] == ids and ids[0] == end
     assert controls(chat, ids) == controls(chat, chat.continuation([said[2] | {"content": "x"}]))
+
+
+def test_a_tool_that_spells_a_control_token_changes_nothing_behind_the_turn():
+    tokenizer = deepcopy(chats()["tiny"].tokenizer)
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}" + tokenizer.chat_template
+    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    function = {"name": "f", "description": "Says <|end|>.", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    assert "Says <|end|>." in chat.tokenizer.decode(chat.render([TOOL | {"role": "user"}], tools))
+    assert chat.continuation([TOOL], tools) == chat.continuation([TOOL])
 
 
 def test_thinking_that_a_template_drops_does_not_change_what_follows():

@@ -77,8 +77,18 @@ def test_parallel_calls_are_answered_in_their_order(tools):
 )
 def test_what_cannot_be_called_is_told_to_the_policy(tools, response, words):
     prompt = asked(tools)
-    (text,) = said(tools.step(prompt, tools.begin(prompt), response))
+    observed = tools.step(prompt, tools.begin(prompt), response)
+    (text,) = said(observed)
     assert text.startswith("Error: ") and words in text
+    assert observed.calls == observed.failed == (17 if "17" in words else 1)
+
+
+def test_calls_are_counted_and_those_that_failed(tools):
+    prompt = asked(tools)
+    calls = call("add", a=1, b=1) + call("lookup", city="Rome") + call("lookup", city="Oslo")
+    observed = tools.step(prompt, tools.begin(prompt), calls)
+    assert (observed.calls, observed.failed) == (3, 1)
+    assert [text[:7] for text in said(observed)] == ["2", "Error: ", '{"degre']
 
 
 def test_an_answer_in_json_is_no_broken_call():
@@ -107,7 +117,16 @@ def test_the_last_turn_is_judged_as_answer(tools):
     state = tools.begin(prompt)
     answers = [tools.step(prompt, state, call("add", a=1, b=1)) for _ in range(4)]
     assert [type(a) for a in answers] == [Observation] * 3 + [Verdict]
-    assert answers[-1].reward == 0.0
+    assert answers[-1].reward == 0.0 and answers[-1].stopped == "turns"
+    for last, stopped in (("\\boxed{5}", ""), ("<tool_call>{", "turns")):
+        state = tools.begin(prompt)
+        for text in (call("add", a=1, b=1),) * 3:
+            tools.step(prompt, state, text)
+        assert tools.step(prompt, state, last).stopped == stopped
+    vault = TRLEnvironment(factory="worlds:Vault", max_turns=1)
+    prompt = asked(vault, "", secret=7)
+    assert vault.step(prompt, vault.begin(prompt), call("listen")).stopped == "turns"
+    assert vault.step(prompt, vault.begin(prompt), "Done.").stopped == ""
 
 
 def test_tools_may_answer_as_the_user():

@@ -8,14 +8,29 @@ import torch
 
 import worlds
 from runs import Toys, assert_same, data, module, trainer
-from scsdpo.advantage import GroupRelative
+from scsdpo.advantage import (
+    BatchStd,
+    Blend,
+    GroupRelative,
+    SelfDistillation,
+    TurnRelative,
+    Weighted,
+)
 from scsdpo.callbacks import RunRecords
 from scsdpo.data.rendered import rendered
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import HFRollout
+from scsdpo.selection import InformativePool
 from scsdpo.selection import pool as kept
-from scsdpo.teacher import EMA, DemonstrationOrFeedback, NoTeacher, SiblingDemonstration
+from scsdpo.state import all_remembered
+from scsdpo.teacher import (
+    EMA,
+    AttemptMemory,
+    DemonstrationOrFeedback,
+    NoTeacher,
+    SiblingDemonstration,
+)
 from scsdpo.types import Episode, Part, Sampling, Verdict
 from scsdpo.verifiers import Verification
 from scsdpo.weighting import Uniform
@@ -37,11 +52,11 @@ def learner(folder, **settings):
     return module(folder, CausalLM(str(folder)), **(defaults | settings))
 
 
-def fit(model, folder, steps, *, world=WORLD, **more):
+def fit(model, folder, steps, *, world=WORLD, questions=2, **more):
     torch.manual_seed(0)
     limits = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     run = trainer(folder, callbacks=more.pop("callbacks", []), **limits)
-    run.fit(model, data(train=Toys(verifier=world), questions_per_batch=2), **more)
+    run.fit(model, data(train=Toys(verifier=world), questions_per_batch=questions), **more)
     return run
 
 
@@ -69,8 +84,41 @@ def test_a_run_learns_from_episodes_and_a_resumed_one_is_the_same(qwen3, tmp_pat
     assert any("[user]\n" in each and "[/user]" in each for each in told)
     (file,) = tmp_path.rglob("tokens/train_000001.jsonl")
     for line in map(json.loads, file.read_text().splitlines()):
+        assert set(line["turn"]) == {0, 1} and line["turn"] == sorted(line["turn"])
         (own,) = [e for e in lines if (e["key"], e["sample"]) == (line["key"], line["sample"])]
         assert len(line["ids"]) == own["n_tokens"] == len(line["credit"])
+
+
+def strategies_that_remember():
+    """Turn credit and distillation, from attempts that are kept, over a pool of groups."""
+    both = (
+        Weighted(advantage=TurnRelative(scale=BatchStd())),
+        Weighted(advantage=SelfDistillation(), weight=0.5),
+    )
+    return {
+        "advantage": Blend(parts=both),
+        "teacher": EMA(context=AttemptMemory()),
+        "weighting": Uniform(),
+        "selection": InformativePool(questions=2, max_batches=2),
+        "updates_per_rollout": 2,
+    }
+
+
+def test_what_strategies_remember_of_episodes_is_the_same_after_a_resume(qwen3, tmp_path):
+    whole, half, resumed = (learner(qwen3, **strategies_that_remember()) for _ in range(3))
+    world = worlds.Echo(turns=2, words=1)
+    limits = {"world": world, "questions": 4}
+    fit(whole, tmp_path, 4, **limits)
+    fit(half, tmp_path, 2, **limits).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, 4, ckpt_path=tmp_path / "half.ckpt", **limits)
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()), "state")
+    states = all_remembered(whole)
+    assert_same(all_remembered(resumed), states, "remembered")
+    (memory,) = (value for value in states.values() if "right" in value)
+    told = [
+        text for side in ("right", "wrong") for texts in memory[side].values() for text in texts
+    ]
+    assert any("[user]\n" in text for text in told)
 
 
 def test_a_pool_of_groups_keeps_their_episodes_over_a_restart(qwen3, tmp_path):

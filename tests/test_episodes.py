@@ -1,12 +1,15 @@
 """Episodes in the processes that judge: nothing that one does costs another anything."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import worlds
+from scsdpo import interrupt
 from scsdpo.prompt import Observation, Prompt, Verdict
 from scsdpo.verifiers import Episodes, ExactMatch, Verification, VerifierPool
 from scsdpo.verifiers import episodes as module
@@ -73,6 +76,17 @@ def test_an_episode_goes_turn_by_turn_to_its_verdict(pool, workers):
     )
 
 
+def test_environments_that_answer_at_once_are_all_heard_at_once(pool, monkeypatch):
+    """Two processes have twenty responses, one each at a time; the caller asks once."""
+    monkeypatch.setattr(module, "SOON", 5.0)
+    for wait in (True, False):
+        with Episodes(pool, [prompt(worlds.Counting(turns=1))] * 2, 10) as episodes:
+            episodes.open()
+            for row in range(20):
+                episodes.submit(row, "a")
+            assert sorted(row for row, _ in episodes.answers(wait=wait)) == list(range(20))
+
+
 @pytest.mark.parametrize(
     ("deed", "why"),
     [
@@ -88,7 +102,8 @@ def test_what_one_episode_does_costs_no_other(pool, deed, why, tmp_path):
     bad = worlds.Bad(folder=str(tmp_path))
     says = [["a", deed, "c"], *[FINE] * 4]
     verdicts, seen, _ = played(pool, [prompt(bad)], says, n=5)
-    assert verdicts[0] == Verdict(reward=0.0, error=why) and seen[0] == ["1 steps"]
+    late = "time" if deed == "hang" else ""
+    assert verdicts[0] == Verdict(reward=0.0, error=why, stopped=late) and seen[0] == ["1 steps"]
     assert all(map(is_fine, verdicts[1:], seen[1:]))
 
 
@@ -133,6 +148,7 @@ def test_a_whole_episode_has_a_deadline_too(tmp_path):
     assert verdicts[0].error == "Slow: no end within 0.3 s of all its turns" or (
         "no answer within" in verdicts[0].error
     )
+    assert verdicts[0].stopped == "time"
 
 
 def test_what_an_episode_has_started_ends_with_it_and_not_before(pool, tmp_path):
@@ -154,7 +170,10 @@ def test_what_an_episode_has_started_ends_with_it_and_not_before(pool, tmp_path)
     assert not Path(f"/proc/{child}").exists()
 
 
-@pytest.mark.parametrize("what", ["text", "role", "empty", "nan", "earned", "reward"])
+@pytest.mark.parametrize(
+    "what",
+    ["text", "role", "empty", "nan", "earned", "reward", "calls", "stopped"],
+)
 def test_nonsense_is_an_error_of_the_environment(pool, what):
     verdicts, _, _ = played(pool, [prompt(worlds.Returns())], [[what]])
     assert verdicts[0].reward == 0.0 and verdicts[0].error.startswith("Returns returned ")
@@ -202,6 +221,27 @@ def test_a_forgotten_episode_begins_anew(pool):
             episodes.submit(0, text)
             ((_, answer),) = episodes.answers(wait=True)
         assert answer.reward == 1.0 and episodes.record(0).turns == 3
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_an_episode(tmp_path):
+    """An environment that hangs has a minute; the signal comes after half a second."""
+    pool = VerifierPool(Verification(workers=1, turn_deadline=60.0))
+    interrupt.reset()
+    interrupt.begin_run(None)
+    try:
+        with (
+            pytest.raises(interrupt.Interrupted),
+            Episodes(pool, [prompt(worlds.Bad(folder=str(tmp_path)))], 1) as episodes,
+        ):
+            episodes.open()
+            interrupt.open_window()
+            episodes.submit(0, "hang")
+            threading.Timer(0.5, interrupt.ask, [signal.SIGTERM]).start()
+            start = time.monotonic()
+            episodes.answers(wait=True)
+    finally:
+        interrupt.reset()
+    assert time.monotonic() - start < 20 and not pool.workers
 
 
 def test_the_training_process_keeps_no_process_of_a_pool_that_was_left(tmp_path):

@@ -16,15 +16,17 @@ from transformers import (
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+import batches
 import models
 from batches import METHODS, double_policy, parts
 from batches import gradient as step_gradient
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import CausalLM, Lora, Rows
+from scsdpo.policy import CausalLM, Lora, Rows, segment_states
 from scsdpo.policy.budget import peak_bytes
 from scsdpo.policy.row_path import RowPath
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span, delta_rule_one
+from table_policy import with_a_tool
 from test_shared_prompts import gradient, learn, nested, perturbed
 
 PROJECTIONS = r".*\.(in_proj\w*|out_proj)"
@@ -112,9 +114,17 @@ def test_what_other_rows_say_moves_a_row_by_nothing(name, request):
     assert all(torch.equal(before[row], after[row]) for row in every if row != changed)
 
 
+@pytest.mark.parametrize("kind", ["one turn", "episodes"])
 @pytest.mark.parametrize("method", ["sc-sdpo", "grpo"])
-def test_a_step_is_that_of_rows_apart_and_its_teacher_follows(qwen3_5, method, exact, monkeypatch):
-    """SC-SDPO's teacher is an average that reads demonstrations: a copy of the model."""
+def test_a_step_is_that_of_rows_apart_and_its_teacher_follows(
+    qwen3_5, method, kind, exact, monkeypatch
+):
+    """SC-SDPO's teacher is an average that reads demonstrations: a copy of the model. In an episode
+    states go on through what a tool said.
+    """
+    if kind == "episodes":
+        plain = batches.judged
+        monkeypatch.setattr(batches, "judged", lambda policy: with_a_tool(plain(policy)))
     policy = exact_policy(qwen3_5)
     advantage, settings = METHODS[method]()
     batch, update = parts(policy, advantage, **settings)
@@ -239,11 +249,38 @@ class Kernel:
         return torch.cat([out for out, _ in made], 1), torch.cat([state for _, state in made])
 
 
+class Convolution:
+    """causal-conv1d's contract of `causal_conv1d_fn(x, weight, bias)`, and whether it was called.
+
+    Rows [B, C, n] with channels contiguous must have strides in eights; an output stands at the
+    last of its inputs, and before the first of them are zeros.
+    """
+
+    calls = 0
+
+    @classmethod
+    def causal_conv1d_fn(cls, x, weight, bias=None):
+        cls.calls += 1
+        channels, width = weight.shape
+        assert x.dim() == 3 and x.shape[1] == channels and 2 <= width <= 4
+        assert bias is None or (bias.shape == (channels,) and bias.stride(-1) == 1)
+        assert x.stride(1) == 1 and x.stride(2) % 8 == x.stride(0) % 8 == 0
+        assert x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+        made = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=width - 1, groups=8)
+        return made[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("width", [1, 3, 4])
-def test_the_convolution_of_a_tree_is_that_of_each_path(width):
+def test_the_convolution_of_a_tree_is_that_of_each_path(width, kernel, monkeypatch):
+    """With a stand-in for the kernel that CUDA would run, too."""
+    if kernel:
+        monkeypatch.setattr(segment_states, "_has", lambda package, _: package == "causal_conv1d")
+        monkeypatch.setattr(segment_states, "import_module", lambda _: Convolution)
+        monkeypatch.setattr(Convolution, "calls", 0)
     torch.manual_seed(0)
-    inputs, weight, bias = drawn(ENDS, 6), drawn(6, width), drawn(6)
-    before = drawn(2, width - 1, 6)
+    inputs, weight, bias = drawn(ENDS, 8), drawn(8, width), drawn(8)
+    before = drawn(2, width - 1, 8)
     states = SegmentStates(TREE, ENDS, torch.device("cpu"))
     mixed, ends = states.convolve(inputs, weight, bias, before)
     found, wanted = [], []
@@ -262,6 +299,7 @@ def test_the_convolution_of_a_tree_is_that_of_each_path(width):
     ]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+    assert not kernel or Convolution.calls == (width > 1)
 
 
 def test_a_token_after_another_is_a_row():

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from scsdpo.lab import LEVELS, LabTasks
 from scsdpo.lab.evaluate import accuracy, respond, well_formed
-from scsdpo.lab.pretrain import RECORD, Mixture, examples, lab_tokenizer, pretrain
-from scsdpo.lab.warmup import Example, batches, build_policy, response_loss, save, warm_up
+from scsdpo.lab.pretrain import Mixture, examples, lab_tokenizer, pretrain
+from scsdpo.lab.warmup import RECORD, Example, batches, build_policy, response_loss, save, warm_up
 from scsdpo.policy import TINY_FOLDER, CausalLM, Chat
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import Sampling, stable_hash

@@ -1,6 +1,7 @@
 """The training log, and what the callbacks show and write."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ from kernel_inputs import of_rewards
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
 from scsdpo.callbacks.no_steps import why_none
-from scsdpo.metrics import rollout_metrics
+from scsdpo.metrics import episode_metrics, rollout_metrics
+from scsdpo.types import Episode, Part
 from scsdpo.weighting import PassRate, Uniform
 from streams import Counting
 
@@ -44,6 +46,40 @@ def test_medium_questions_have_an_eighth_to_seven_eighths_and_central_ones_a_qua
     result = judged(successes, lengths, finished=lengths > 0)
     logged = rollout_metrics(result, Uniform().weigh(result))
     assert logged["medium"] == pytest.approx(7 / 9) and logged["central"] == pytest.approx(5 / 9)
+
+
+def test_figures_of_episodes_have_their_closed_form():
+    """Rollouts 0 and 1 of one question; rollout 2 is a response of one turn.
+
+    Tokens by rollout: 2 drawn, 3 of a tool, 1 drawn; 4 drawn; 5 drawn.
+    """
+    mask = torch.tensor([[[1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]]).bool()
+    zeros = torch.zeros(mask.shape)
+    tables = {"sampling_logprobs": zeros, "policy_logprobs": zeros, "ids": zeros.long()}
+    batch = of_rewards(torch.tensor([[1.0, 0.0, 1.0]]), sampled=mask, **tables)
+    said, tool = Part(role="assistant", text=""), Part(role="tool", text="")
+    answered = replace(tool, reward=0.25, calls=3, failed=1)
+    episodes = (Episode(parts=(said, answered, tool, said)), Episode(parts=(said,)), Episode())
+    ended, late, plain = batch.verdicts[0]
+    batch = replace(
+        batch,
+        verdicts=((replace(ended, stopped="turns"), replace(late, stopped="time"), plain),),
+        responses=replace(
+            batch.responses,
+            present=mask | (torch.arange(6) < torch.tensor([[6, 4, 5]])[..., None]),
+            turns=torch.tensor([[[0, 0, 0, 0, 0, 1]] + [[0] * 6] * 2], dtype=torch.int32),
+            episodes=(episodes,),
+        ),
+    )
+    assert episode_metrics(batch) == {
+        "turns": 1.5, "calls": 1.5, "failed_calls": 1 / 3, "observation_tokens": 1.5,
+        "out_of_turns": 0.5, "out_of_time": 0.5,
+        "turn_1/reward": 0.125, "turn_1/length": 3.0,  # (.25 + 0) / 2, (2 + 4) / 2
+        "turn_2/reward": 1.0, "turn_2/length": 1.0,
+    }  # fmt: skip
+    assert episode_metrics(of_rewards(torch.ones(2, 2))) == {}
+    no_calls = replace(batch.responses, episodes=((Episode(parts=(said,)),) * 3,))
+    assert "failed_calls" not in episode_metrics(replace(batch, responses=no_calls))
 
 
 def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):

@@ -294,6 +294,32 @@ def test_nothing_wrong_is_not_said_beside_a_figure_that_fell(folders):
         assert any("that mean@4 fell is no figure of theirs" in each for each in words) is not said
 
 
+def test_figures_of_turns_have_a_section_with_a_line_a_turn(tmp_path):
+    folders = [
+        str(made_up_run(tmp_path / f"m{i}", batches=21, seed=i, turns=i < 2)) for i in range(3)
+    ]
+    shown = {panel.name: panel for panel in panels(read_runs(folders))}
+    assert {"turns", "calls", "failed-calls", "observation-tokens", "out-of-turns"} <= set(shown)
+    assert {"turn-reward-0", "turn-reward-1", "turn-length-0", "turn-length-1"} <= set(shown)
+    assert "turn-reward-2" not in shown and "turn-1-reward" not in shown
+    rewards = shown["turn-reward-0"]
+    assert [layer.label for layer in rewards.layers] == ["turn 1", "turn 2"]
+    assert rewards.layers[0].y[0] == 0.25 and rewards.floor is None
+    assert shown["failed-calls"].layers[0].y[0] == pytest.approx(20 * (1 - 1 / 21))
+    alone = {panel.name for panel in panels(read_runs(folders[:1]))}
+    assert {"turn-reward", "turn-length"} <= alone
+
+
+def test_episodes_of_runs_before_they_were_recorded_are_responses(tmp_path):
+    folder = made_up_run(tmp_path / "run", batches=1)
+    for path in (folder / "rollouts").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(
+            path, [{k: v for k, v in x.items() if k not in ("turns", "stopped")} for x in lines]
+        )
+    assert embed(read_runs([str(folder)]), 10**7).responses == 16
+
+
 def solve_run(folder, successes, answers):
     folder.mkdir()
     write_lines(folder / "metrics.jsonl", [{"batch": 1, "step": 0, "time": 0.0, "train/reward": 0}])

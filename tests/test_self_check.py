@@ -17,6 +17,10 @@ from transformers import (
     CohereForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
 )
 
 import models
@@ -24,6 +28,7 @@ import runs
 from scsdpo.errors import ConfigurationError
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Lora
+from scsdpo.policy.decoder import _SCALES
 from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout import Colocated, HFRollout, VLLMRollout
 from scsdpo.rollout.vllm.rollout import Answer
@@ -147,8 +152,23 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path):
         check(policy)
 
 
-def test_logits_that_are_scaled_behind_the_head_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("scsdpo.policy.loading._RESCALED", ())
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (CohereForCausalLM, CohereConfig(**SIZE, logit_scale=0.5)),
+        (GraniteForCausalLM, GraniteConfig(**SIZE, logits_scaling=8.0)),
+        (HyperCLOVAXForCausalLM, HyperCLOVAXConfig(**SIZE, logits_scaling=0.5)),
+    ],
+    ids=["cohere", "granite", "hyperclovax"],
+)
+def test_a_constant_behind_the_head_is_that_of_the_class(tmp_path, kind, config):
+    policy = made(tmp_path, kind, config)
+    assert not any(finding.fault for finding in check(policy))
+    assert policy.known.path is policy.known.sampled is RowPath.SHARED
+
+
+def test_logits_that_are_scaled_otherwise_behind_the_head_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(_SCALES, "CohereForCausalLM", lambda config: 1.0)
     policy = made(tmp_path, CohereForCausalLM, CohereConfig(**SIZE, logit_scale=0.5))
     with pytest.raises(ConfigurationError, match="CohereForCausalLM makes its logits of hidden"):
         check(policy)

@@ -13,6 +13,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from batches import double_policy, exact_norm
 from scsdpo.policy import CausalLM, Lora, Rows, runner, segment_attention, tree
 from scsdpo.policy.budget import peak_bytes
+from scsdpo.policy.layout import PackedSegments
 from scsdpo.policy.partial_attention import Blocks, Flash, Fused, Runs
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 
@@ -347,3 +348,35 @@ def test_a_query_that_sees_no_key_has_no_weight():
     of = runs([2], [9], window=2, gap=1)
     out, lse = Blocks().forward(*states([2], [9]), of)
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("window", [None, 12], ids=["full", "window"])
+def test_a_sink_is_one_more_key_and_narrow_values_are_those_of_wide_ones(window):
+    """Of a tree of three segments, in float64, against the whole table of scores of each path."""
+    root = tree.Segment(draw(torch.Generator(), 20))
+    below = [tree.Segment(draw(torch.Generator(), n), (root,)) for n in (7, 9)]
+    layout = PackedSegments([root, *below], {}, torch.device("cpu"), keep=False)
+    torch.manual_seed(0)
+    query, key, value, sinks = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((1, 4, 36, 8), (1, 2, 36, 8), (1, 2, 36, 5), (4,))
+    )
+    inputs = query, key, value, sinks
+    found = layout.attend(0, *inputs[:3], window=window, sinks=sinks)[0]
+    wanted = torch.empty_like(found)
+    for segment in (root, *below):
+        places = [p for each in segment.line for p in range(36)[layout.span(each)]]
+        n = len(places)
+        scores = query[0][:, places] @ key[0].repeat_interleave(2, 0)[:, places].mT
+        seen = torch.ones(n, n).tril().bool()
+        if window:
+            seen &= torch.ones(n, n).triu(1 - window).bool()
+        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], -1)
+        mixed = scores.softmax(-1)[..., :-1] @ value[0].repeat_interleave(2, 0)[:, places]
+        wanted[layout.span(segment)] = mixed.transpose(0, 1)[-len(segment.ids) :]
+    torch.testing.assert_close(found, wanted)
+    told = torch.randn_like(found)
+    grads = [torch.autograd.grad(x, inputs, told, retain_graph=True) for x in (found, wanted)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)

@@ -93,6 +93,7 @@ def test_a_run_is_one_of_scsdpo_compare_and_any_yaml_is_a_method(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.touch()
     args = study.parsed(["--methods", "sdpo", str(mine), "--out", str(tmp_path)])
+    args.start = tmp_path / "start"
     setting = {"batches": 2, "val_size": 4, "val_every": 1, "val_seed": 0}
     todo = study.jobs(args, tmp_path, [("sdpo", 1e-4), (str(mine), 1e-4)], range(2), **setting)
     assert [cell[2] for cell in todo.values()] == [0, 0, 1, 1]
@@ -117,24 +118,34 @@ def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "methods", "baselines"),
+    ("page", "name", "runs", "baselines"),
     [
-        ("lr-3e-5", 7, ["sdpo", "sdpo-drop-degenerate"]),
-        ("lr-1e-4", 7, ["sdpo", "sdpo-drop-degenerate"]),
-        ("distilled-part", 4, ["sdpo-hybrid", "srpo"]),
+        ("study", "lr-3e-5", 35, ["sdpo", "sdpo-drop-degenerate"]),
+        ("study", "lr-1e-4", 35, ["sdpo", "sdpo-drop-degenerate"]),
+        ("study", "distilled-part", 20, ["sdpo-hybrid", "srpo"]),
     ],
 )
-def test_the_tables_of_the_page_are_those_of_its_numbers(name, methods, baselines):
-    page = (DOCS / "study.md").read_text()
+def test_the_tables_of_the_page_are_those_of_its_numbers(page, name, runs, baselines):
+    text = (DOCS / f"{page}.md").read_text()
     record = json.loads((DOCS / "study" / f"{name}.json").read_text())
-    assert len(record["runs"]) == methods * 5
+    assert len(record["runs"]) == runs
     again = study_report.differences(record["runs"])
     assert record["differences"] == [pytest.approx(row) for row in again]
-    if methods == 7:
+    if name.startswith("lr-"):
         record["grid"] = json.loads((DOCS / "study" / "grid.json").read_text())
     start, *tables = study_report.markdown(record, baselines)
-    assert " ".join(start.split()) in " ".join(page.split())
-    assert all(table in page for table in tables)
+    assert " ".join(start.split()) in " ".join(text.split())
+    assert all(table in text for table in tables)
+
+
+def test_the_store_is_a_base_whose_start_is_the_policy_that_ships(tmp_path, capsys):
+    short = ["--batches", "40", "--val-every", "40"]
+    args = study.parsed(["--base", "tiny-tools", "--lrs", "3e-4", *short])
+    assert study.configuration(args.base).is_file()
+    assert (study.start_policy(tmp_path, args.base) / "config.json").is_file()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):  # a grid of runs that are longer than those of the study
+        study.parsed(["--lrs", "3e-4", "1e-4", *short])
 
 
 def test_an_unknown_method_is_refused_with_the_choices(capsys):

@@ -13,7 +13,7 @@ from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.types import Verdict
 from scsdpo.verifiers import Verification, Verifier
 from table_policy import SUCCESSES, G, Q, V, judged, state
-from test_methods import BY_HAND, LIVE, Case, module
+from test_methods import BATCHES, BY_HAND, LIVE, Case, module
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class AsJudged(Verifier):
 
 
 class Drawn(Rollout):
-    """The rollouts of `table_policy.judged`, whatever is asked."""
+    """The rollouts of a batch, whatever is asked."""
+
+    def __init__(self, batch):
+        self.batch = batch
 
     def sample(self, policy, prompts, sampling):
-        return replace(judged().responses, prompts=tuple(prompts))
+        return replace(self.batch.responses, prompts=tuple(prompts))
 
 
 class TokenCase(Case):
@@ -42,7 +45,8 @@ class TokenCase(Case):
 
     def log_s(self, q, g, t):
         if (q, g, t) not in self.z:
-            previous = self.y(q, g, t - 1) if t else -1
+            place = self.place(q, g, t)
+            previous = int(self.rollouts.ids[q, g, place - 1]) if place else -1
             row = self.table[state(self.rollouts.prompts[q].ids, previous)] / self.tau
             self.z[q, g, t] = row.detach().requires_grad_()
         return self.z[q, g, t].log_softmax(-1)
@@ -52,10 +56,10 @@ def questions_of(batch):
     return [replace(prompt, verifier=AsJudged()) for prompt in batch.prompts]
 
 
-def traced(name, tmp_path):
+def traced(name, tmp_path, batch):
     """(trace, -d loss / d z [Q, G, L, V] as an observer saw it)."""
     model = module(name, tmp_path, verification={"workers": 0})
-    model.collector.rollout = Drawn()
+    model.collector.rollout = Drawn(batch)
     width = judged().responses.sampled.shape[-1]
     questions = 2 if name == "dapo" else Q  # the informative ones, 0 and 3
     table = torch.zeros(questions * G * width, V, dtype=torch.float64)
@@ -85,16 +89,21 @@ def assert_recorded(model, trace):
         assert bool((kept["credit"][kept["token_weight"] * kept["importance"] == 0] == 0).all())
 
 
-@pytest.mark.parametrize("name", BY_HAND)
-def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tmp_path):
-    model, trace, table = traced(name, tmp_path)
-    case = TokenCase(model, judged(), live=name in LIVE)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "one turn") for name in BY_HAND), ("sdpo", "episodes"), ("dash", "episodes")],
+)
+def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, kind, tmp_path):
+    batch = BATCHES[kind]()
+    model, trace, table = traced(name, tmp_path, batch)
+    case = TokenCase(model, batch, live=name in LIVE)
     expected = BY_HAND[name](case)
     gradients = torch.autograd.grad(expected, list(case.z.values()), allow_unused=True)
     by_token = torch.zeros_like(table)
     for (q, g, t), gradient in zip(case.z, gradients, strict=True):
         if gradient is not None:
-            by_token[{3: 1}.get(q, q) if name == "dapo" else q, g, t] = -gradient
+            place = case.place(q, g, t)
+            by_token[{3: 1}.get(q, q) if name == "dapo" else q, g, place] = -gradient
     assert by_token.abs().max() > 1e-7
     assert trace.loss == pytest.approx(expected.item(), rel=1e-10)
     torch.testing.assert_close(table, by_token, rtol=1e-10, atol=1e-13)
@@ -111,7 +120,7 @@ def test_the_credit_of_every_token_is_minus_autograd_of_the_logged_loss(name, tm
 @pytest.mark.parametrize("name", ["sc-sdpo", "srpo"])
 def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
     """credit = scale * token weight * importance * c(y), c(y) = -d jsd / d z(y)."""
-    model, trace, _ = traced(name, tmp_path)
+    model, trace, _ = traced(name, tmp_path, judged())
     batch, case = trace.batch, TokenCase(model, judged(), live=False)
     rows = (batch.active & batch.plan.needs_teacher.flatten()).nonzero()[:, 0].tolist()
     taught, length = batch.plan.needs_teacher.flatten(), batch.sampled.shape[1]
@@ -138,7 +147,7 @@ def test_the_recorded_factors_multiply_to_the_credit(name, tmp_path):
 
 
 def test_a_trace_shows_log_probs_of_both_sides_where_they_were_computed(tmp_path):
-    model, trace, _ = traced("sc-sdpo", tmp_path)
+    model, trace, _ = traced("sc-sdpo", tmp_path, judged())
     case = Case(model, judged())
     read = ~trace.teacher_logprob.isnan()
     assert torch.equal(read, ~trace.credit.isnan())

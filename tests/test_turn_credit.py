@@ -39,7 +39,7 @@ from scsdpo.weighting import UniformTokens
 from table_policy import TablePolicy, V, judged, state, with_a_tool
 
 TAU, MOST_TURNS = 0.8, 3
-ENDS = {0: (0, 1, 2), 1: (0, 1, 2, 5), 2: range(V)}
+ENDS = {0: (0, 1, 2, 5), 1: (0, 1, 2, 5), 2: range(V)}
 """Tokens that end the episode in a turn."""
 
 
@@ -215,7 +215,7 @@ def test_all_episodes_have_a_chance_and_some_of_each_length():
     policy, prompt = policy_and_prompt()
     total = sum(probability(policy.table.detach(), prompt, e) for e in EPISODES)
     assert float(total) == pytest.approx(1.0, abs=1e-12)
-    assert {len(e.said) for e in EPISODES} == {1, 2, 3} and len(EPISODES) == 51
+    assert {len(e.said) for e in EPISODES} == {1, 2, 3} and len(EPISODES) == 36
 
 
 def test_credit_by_episode_is_the_gradient_of_the_expected_reward():

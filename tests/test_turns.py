@@ -14,13 +14,17 @@ from batches import METHODS, double_policy, exact_norm, parts
 from batches import judged as judged_of
 from scsdpo.advantage import (
     Batch,
+    BatchStd,
     Divergence,
     Full,
     GroupRelative,
+    LeaveOneOut,
     SelfDistillation,
+    SequenceLevel,
+    TurnRelative,
     Unscaled,
 )
-from scsdpo.loss import NoImportance, Signals
+from scsdpo.loss import NoImportance, SequenceImportance, Signals
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import SeparateRows, SharedPrompts
 from scsdpo.reduction import SequenceMean, TokenMean
@@ -170,7 +174,16 @@ def test_an_episodes_gradient_does_not_depend_on_micro_batches(qwen3, monkeypatc
         assert (grads[name] - grad).abs().max() <= 1e-10 * scale, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+EPISODES = METHODS | {
+    "turn-rloo": lambda: (TurnRelative(baseline=LeaveOneOut(), scale=Unscaled()), {}),
+    "turn-grpo, by sequence": lambda: (
+        TurnRelative(scale=BatchStd(), level=SequenceLevel(), discount=0.9),
+        {"importance": SequenceImportance()},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", EPISODES)
 def test_every_method_learns_from_episodes_whatever_the_split(qwen3, monkeypatch, method):
     """And with prefixes shared, or apart; log-probs of what a tool wrote are unknown."""
     from transformers.models.qwen3 import modeling_qwen3
@@ -178,23 +191,56 @@ def test_every_method_learns_from_episodes_whatever_the_split(qwen3, monkeypatch
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
     monkeypatch.setattr(batches, "judged", lambda policy: with_a_tool(judged_of(policy)))
 
-    def gradient(budget, *, shared=True):
+    def gradient(budget, *, shared=True, order=range(batches.Q)):
         policy = double_policy(qwen3)
         if not shared:
             monkeypatch.setattr(type(policy), "share_prefixes", False)
-        advantage, settings = METHODS[method]()
-        batch, update = parts(policy, advantage, **settings)
+        advantage, settings = EPISODES[method]()
+        batch, update = parts(policy, advantage, chosen=order, **settings)
         loss, grads, _ = batches.gradient(policy, batch, update, budget=budget)
         return loss, grads
 
     loss, expected = gradient(1)
     scale = max(grad.abs().max() for grad in expected.values())
     assert 0 < scale < float("inf")
-    for budget, shared in ((40, True), (10**6, True), (10**6, False)):
-        other, grads = gradient(budget, shared=shared)
+    for budget, settings in (
+        (40, {}),
+        (10**6, {}),
+        (10**6, {"shared": False}),
+        (10**6, {"order": (2, 0, 3, 1)}),
+    ):
+        other, grads = gradient(budget, **settings)
         assert other == pytest.approx(loss, rel=1e-10)
         for name, grad in expected.items():
-            assert (grads[name] - grad).abs().max() <= 1e-10 * scale, (budget, shared, name)
+            assert (grads[name] - grad).abs().max() <= 1e-10 * scale, (budget, settings, name)
+
+
+def test_a_teacher_reads_what_a_tool_said_and_neither_learns_to_say_it(qwen3, monkeypatch):
+    """Another answer changes what student and teacher say behind it, and nothing before it."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
+    policy = double_policy(qwen3)
+    plain = with_a_tool(judged_of(policy))
+    by_tool = plain.responses.present & ~plain.responses.sampled
+    other_ids = torch.where(by_tool, (plain.responses.ids + 7) % 250, plain.responses.ids)
+    other = replace(plain, responses=replace(plain.responses, ids=other_ids))
+    tables = []
+    for batch in (plain, other):
+        teacher = EMA()
+        teacher.configure(policy, "teacher")
+        ready = prepared(policy, SelfDistillation(), teacher, batch)
+        forwards = update_of(SelfDistillation(), teacher, SequenceMean())._forwards(
+            policy, ready, range(len(ready.ids)), 10**6
+        )
+        tables.append(forwards.tables({"student_logprob", "teacher_logprob"}))
+    here = tables[0].teacher_logprob != 0
+    assert not (here & by_tool.flatten(0, 1)).any() and here.any()
+    behind = (plain.responses.turns > 0).flatten(0, 1) & here
+    assert behind.sum() > 5 and (here & ~behind).sum() > 5
+    for name in ("student_logprob", "teacher_logprob"):
+        gap = (getattr(tables[0], name) - getattr(tables[1], name)).abs()
+        assert (gap[behind] > 1e-6).all() and (gap[here & ~behind] < 1e-12).all(), name
 
 
 def test_slices_and_joins_keep_every_table_and_number_versions_anew(policy):

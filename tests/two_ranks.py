@@ -13,21 +13,39 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from runs import Toys, data, module, trainer
-from scsdpo.advantage import BatchStd, GroupRelative, RateWithin, Route, Routed
+from scsdpo.advantage import (
+    BatchStd,
+    GroupRelative,
+    RateWithin,
+    Route,
+    Routed,
+    TurnRelative,
+)
 from scsdpo.policy import NF4, CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
-from scsdpo.training import Limits
+from scsdpo.training import Ahead, Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import RatePower, TeacherEntropy, Uniform
+from worlds import Echo
 
+EPISODE = Sampling(n=2, max_new_tokens=120, stop=tuple("aeiou0123456789"))
 METHODS = {
     "sc-sdpo": {"token_weighting": TeacherEntropy()},
     "grpo": {
         "advantage": GroupRelative(scale=BatchStd()),
         "teacher": NoTeacher(),
         "weighting": Uniform(),
+    },
+    "ahead": {"token_weighting": TeacherEntropy(), "ahead": Ahead(batches=2)},
+    # Episodes of several turns, whose turns are compared over the batch.
+    "episodes": {
+        "advantage": TurnRelative(scale=BatchStd()),
+        "teacher": NoTeacher(),
+        "weighting": Uniform(),
+        "sampling": EPISODE,
+        "val_sampling": EPISODE,
     },
     "metrics": {"token_weighting": TeacherEntropy()},
     # A pool over all ranks, and pass rates that every rank remembers.
@@ -53,12 +71,13 @@ POLICIES = {"qlora": {"adapter": Lora(r=2), "quantization": NF4()}}
 METHODS["qlora"] = {}
 
 QUESTIONS = {
+    "episodes": {"train": Toys(16, Echo(words=1)), "val": Toys(6, Echo(words=1))},
     "metrics": {
         "train": Toys(18),
         "val": Toys(7),
         "questions_per_batch": 6,
         "val_questions_per_batch": 6,
-    }
+    },
 }
 """A number that 1, 2 and 3 ranks divide, and one for validation that 2 and 3 do not."""
 
@@ -72,11 +91,10 @@ def main() -> None:
     model = module(
         Path(folder),
         CausalLM(folder, self_check=False, **POLICIES.get(method, {})),
-        # Two rollouts a question: ranks often have different numbers of rows to run, or none.
-        sampling=Sampling(n=2, max_new_tokens=6),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         limits=Limits(max_tokens=60),
-        **METHODS[method],
+        # Two rollouts a question: ranks often have different numbers of rows to run, or none.
+        **{"sampling": Sampling(n=2, max_new_tokens=6)} | METHODS[method],
     )
     number = int(world.rstrip("s"))
     strategy = "auto" if number == 1 else "ddp"

@@ -76,6 +76,8 @@ class Returns(Counting):
             "nan": Verdict(reward=float("nan")),
             "earned": Verdict(reward=1.0, earned=float("inf")),
             "reward": Observation.said("a", reward=float("nan")),
+            "calls": Observation(messages=({"role": "user", "content": "a"},), calls=-1),
+            "stopped": Verdict(reward=1.0, stopped="words"),
             "long": Observation.said("x" * 100_000),
         }[response]
 

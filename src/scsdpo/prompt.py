@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from scsdpo.thinking import behind_thinking
 
@@ -81,6 +81,10 @@ class Observation:
     reward: float = 0.0
     """What the turn earned, for credit by turn (`TurnRelative`). The reward of the episode is its
     verdict's alone, whatever its turns earned."""
+    calls: int = 0
+    """Calls of tools in the response, for figures."""
+    failed: int = 0
+    """How many of them could not be read or made, or raised."""
 
     @classmethod
     def said(cls, text: str, *, feedback: str = "", reward: float = 0.0) -> "Observation":
@@ -102,6 +106,10 @@ class Part:
     """On the response before it: `Observation.feedback`."""
     reward: float = 0.0
     """That the response before it earned: `Observation.reward`."""
+    calls: int = 0
+    """In the response before it: `Observation.calls`."""
+    failed: int = 0
+    """Of these calls: `Observation.failed`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +181,9 @@ class Verdict:
     """How much of `reward` the observations of earlier turns have given already
     (`Observation.reward`). Credit by turn gives the last turn the rest: all of it where turns earn
     something beside the episode's reward, and nothing but its own share where that is their sum."""
+    stopped: Literal["", "turns", "time"] = ""
+    """What ran out before the policy had done, if anything: the turns that the environment gives,
+    or the time of a turn or of the episode."""
 
 
 def _behind_thinking(act: Callable[..., Any], place: int) -> Any:

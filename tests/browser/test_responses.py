@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+from made_up_runs import made_up_run
+from scsdpo.report import read_runs, write
+
 RIGHT, WRONG = "✓", "\u00d7"
 
 
@@ -186,3 +189,61 @@ def test_an_address_leads_to_a_response(opened):
     again = opened(place=place)
     assert opened_response(again) == opened_response(page)
     assert again.evaluate("location.hash") == place
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """A page of a run of episodes, and its folder."""
+    base = tmp_path_factory.mktemp("episodes")
+    run = made_up_run(base / "run", batches=21, turns=True)
+    write(read_runs([str(run)]), base / "report.html")
+    return base / "report.html", run
+
+
+def test_a_traced_episode_shows_who_said_what_and_the_credit_of_each_turn(opened, episodes):
+    path, run = episodes
+    page = opened(path)
+    trace = traced(page, run)
+    parts = page.locator("#response .tokens .part")
+    assert [w.inner_text() for w in parts.locator("small b").all()] == [
+        "policy", "tool look_up", "policy",
+    ]  # fmt: skip
+    for k, place in ((0, 0), (1, 2)):
+        own = [i for i, turn in enumerate(trace["turn"]) if turn == k]
+        shown = (
+            parts.nth(place).locator("span").evaluate_all("(all) => all.map((s) => s.dataset.i)")
+        )
+        assert list(map(int, shown)) == own
+        label, number = parts.nth(place).locator("output").inner_text().rsplit(" ", 1)
+        total = sum(trace["credit"][i] for i in own)
+        assert label == "credit" and float(number) == pytest.approx(total, rel=6e-3)
+    # The tool's answer is text, and no token of it can be looked at.
+    world = parts.nth(1)
+    assert "reward of the turn 0.25" in world.inner_text() and "too late" in world.inner_text()
+    assert "3 results </script><img" in world.inner_text()
+    assert not world.locator("span, img, output").count()
+    page.locator('.signals button[data-signal="entropy"]').click()
+    mean = [trace["entropy"][i] for i, turn in enumerate(trace["turn"]) if turn == 1]
+    said = parts.nth(2).locator("output").inner_text()
+    assert said.endswith(" a token")
+    assert float(said.split()[-3]) == pytest.approx(sum(mean) / len(mean), rel=6e-3)
+    page.locator(".tokens").focus()
+    page.keyboard.press("End")  # keys go on through all turns
+    assert page.locator("#inspector small").inner_text().startswith(f"token {len(trace['ids'])} of")
+
+
+def test_an_episode_without_a_trace_shows_its_parts(opened, episodes):
+    path, run = episodes
+    page = opened(path)
+    page.locator("#questions .question.open .pip").nth(7).click()
+    page.wait_for_selector('#response h3:has-text("response 8 of 8")')
+    batch, sample, _ = opened_response(page)
+    key = page.locator("#questions .question.open p").get_attribute("title")
+    (line,) = (
+        x for x in records(run, "rollouts", batch) if (x["key"], x["sample"]) == (key, sample)
+    )
+    parts = page.locator("#response .plain .part").all_inner_texts()
+    assert len(parts) == len(line["turns"]) == 3
+    for shown, turn in zip(parts, line["turns"], strict=True):
+        assert turn["text"].strip()[:12].split()[0] in shown
+    assert not page.locator("#response .plain img").count()

@@ -31,6 +31,33 @@ def test_a_signal_in_any_phase_loses_no_finished_batch(
     same_end(tmp_path, undisturbed)
 
 
+EPISODES = [
+    "--model.sampling={n: 2, max_new_tokens: 90, stop: [a, e, i, o, u, '0', '1', '2', '3']}",
+    "--data.train.verifier=worlds.Echo",
+    "--data.train.verifier.turns=2",
+    "--model.advantage.class_path=TurnRelative",
+    "--model.teacher=NoTeacher",
+    "--model.weighting=Uniform",
+]
+
+
+@pytest.mark.parametrize(("phase", "name"), [("sampling", "TERM"), ("update", "INT")])
+def test_a_signal_in_an_episode_loses_no_finished_batch(phase, name, commands, tmp_path):
+    signum, code = SIGNALS[name]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert commands.run(whole, *EPISODES) == 0, (whole / "err").read_text()
+    process = commands.begin(broken, *EPISODES, "--checkpoint.every_minutes=0")
+    wait_for(broken, phase, times=3)
+    send(process, signum)
+    assert commands.end() == code
+    error = (broken / "err").read_text()
+    assert "Traceback" not in error
+    assert commands.run(broken, *EPISODES, "--ckpt_path", str(last(broken))) == 0, error
+    # Which episodes are drawn together depends on when their world answers: to rounding, so do the
+    # sampler's log-probs, which this method does not read.
+    same_end(broken, whole, rounded="train/logprob_gap")
+
+
 def test_a_second_interrupt_ends_at_once(commands, tmp_path):
     signum, code = SIGNALS["INT"]
     process = commands.begin(tmp_path, "--checkpoint.every_minutes=0")

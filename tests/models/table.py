@@ -56,7 +56,10 @@ OVERRIDES: dict[str, dict] = {
         "moe_topk": 2,
     },
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": _LINEAR,
+    "granitemoehybrid": {**_LINEAR, "logits_scaling": 2.0},
+    **{key: {"logits_scaling": 2.0} for key in ("granite", "granitemoe", "granite_swa")},
+    **{key: {"logits_scaling": 2.0} for key in ("granitemoe_swa", "granitemoeshared")},
+    "hyperclovax": {"logits_scaling": 2.0},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -76,7 +79,7 @@ OVERRIDES: dict[str, dict] = {
         "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "gpt_neo": {
         "num_layers": 2,
         "num_heads": 2,

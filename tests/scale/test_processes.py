@@ -39,7 +39,10 @@ def one(qwen3, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "world"),
-    [("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("qlora", "2")],
+    [
+        *(("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("qlora", "2")),
+        *(("episodes", "2"), ("episodes", "2s"), ("ahead", "2")),
+    ],
 )
 def test_two_processes_train_as_one(one, qwen3, tmp_path, method, world):
     one, steps, logged = one(method)
@@ -50,7 +53,10 @@ def test_two_processes_train_as_one(one, qwen3, tmp_path, method, world):
             assert remembered(two[name]) == remembered(value), name
             continue
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for name in ("train/loss", "train/pass_rate", "train/gradient_norm", "val/mean@2", "val/maj@2"):
+    turns = {name for name in logged if "turn" in name}
+    assert bool(turns) == (method == "episodes")
+    figures = ("train/loss", "train/pass_rate", "train/gradient_norm", "val/mean@2", "val/maj@2")
+    for name in (*figures, *turns):
         assert logged_two[name] == pytest.approx(logged[name], rel=1e-3, abs=1e-5), name
 
 

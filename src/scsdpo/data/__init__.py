@@ -8,6 +8,7 @@ from scsdpo.data.reasoning_gym import ReasoningGym
 from scsdpo.data.records import Math, Records, ToolUse
 from scsdpo.data.sciknoweval import SciKnowEval
 from scsdpo.data.shuffled import PromptBatch
+from scsdpo.data.tau2 import Tau2
 
 __all__ = [
     "BFCL",
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "Stream",
     "TaskDataModule",
+    "Tau2",
     "ToolUse",
     "make_prompt",
 ]

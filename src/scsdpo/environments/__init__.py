@@ -2,6 +2,7 @@
 
 from scsdpo.environments.bfcl import BFCLEpisode
 from scsdpo.environments.skyrl import SkyRLEnvironment
+from scsdpo.environments.tau2 import Tau2Episode
 from scsdpo.environments.tools import Tools
 from scsdpo.environments.trl import TRLEnvironment
 from scsdpo.prompt import Environment, Observation, Verdict
@@ -12,6 +13,7 @@ __all__ = [
     "Observation",
     "SkyRLEnvironment",
     "TRLEnvironment",
+    "Tau2Episode",
     "Tools",
     "Verdict",
 ]

@@ -59,19 +59,43 @@ def answered(
     except NoCall:
         return None
     except MalformedCall as error:
-        # JSON or a list without tags around it may be an answer: it is a call if it names a tool.
-        if not any(name in response for name in functions) and "<" not in response:
+        if not _may_call(functions, response):
             return None
-        return Observation(messages=(_message(role, "", f"Error: {error}"),), feedback=str(error))
+        said = _message(role, "", f"Error: {error}")
+        return Observation(messages=(said,), feedback=str(error), calls=1, failed=1)
     if len(calls) > MAX_MESSAGES:
         text = f"Error: at most {MAX_MESSAGES} calls at a time, and these are {len(calls)}."
-        return Observation(messages=(_message(role, calls[0].tool, text),), feedback=text)
-    results = [_result(functions, prompt, call) for call in calls]
-    return Observation(
-        messages=tuple(
-            _message(role, call.tool, text) for call, text in zip(calls, results, strict=True)
-        )
-    )
+        said, count = _message(role, calls[0].tool, text), len(calls)
+        return Observation(messages=(said,), feedback=text, calls=count, failed=count)
+    messages, failed = [], 0
+    for call in calls:
+        try:
+            text = _result(functions, prompt, call)
+        except _Failed as fault:
+            text, failed = f"Error: {fault}", failed + 1
+        messages.append(_message(role, call.tool, text))
+    return Observation(messages=tuple(messages), calls=len(calls), failed=failed)
+
+
+def calls_something(
+    functions: Mapping[str, Callable[..., Any]], prompt: Prompt, response: str
+) -> bool:
+    """Whether a response would be `answered`."""
+    try:
+        return bool(calls_of(prompt, response))
+    except NoCall:
+        return False
+    except MalformedCall:
+        return _may_call(functions, response)
+
+
+def _may_call(functions: Mapping[str, Callable[..., Any]], malformed: str) -> bool:
+    """JSON or a list without tags around it may be an answer: it is a call if it names a tool."""
+    return any(name in malformed for name in functions) or "<" in malformed
+
+
+class _Failed(Exception):
+    """A call that could not be made, or raised."""
 
 
 def _message(role: Role, tool: str, text: str) -> Message:
@@ -83,9 +107,9 @@ def _message(role: Role, tool: str, text: str) -> Message:
 def _result(functions: Mapping[str, Callable[..., Any]], prompt: Prompt, call: Call) -> str:
     function = functions.get(call.tool)
     if function is None:
-        return f"Error: there is no tool `{call.tool}`; there are {', '.join(functions)}."
+        raise _Failed(f"there is no tool `{call.tool}`; there are {', '.join(functions)}.")
     if not isinstance(call.arguments, dict):
-        return f"Error: the arguments of `{call.tool}` must be a JSON object with their names."
+        raise _Failed(f"the arguments of `{call.tool}` must be a JSON object with their names.")
     given = {
         key: _meant(prompt, call, key, value) if key in call.texts else value
         for key, value in call.arguments.items()
@@ -93,11 +117,11 @@ def _result(functions: Mapping[str, Callable[..., Any]], prompt: Prompt, call: C
     try:
         inspect.signature(function).bind(**given)
     except TypeError as error:
-        return f"Error: `{call.tool}`: {error}."
+        raise _Failed(f"`{call.tool}`: {error}.") from error
     try:
         result = settled(function(**given))
     except Exception as error:
-        return f"Error: {type(error).__name__}: {error}"
+        raise _Failed(f"{type(error).__name__}: {error}") from error
     return result if isinstance(result, str) else json.dumps(result, default=str)
 
 

@@ -1,11 +1,11 @@
 """Plain functions as tools."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from scsdpo.environments.calling import Role, answered, schema_of
+from scsdpo.environments.calling import Role, answered, calls_something, schema_of
 from scsdpo.prompt import Environment, Observation, Prompt, Tool, Verdict, Verifier
 from scsdpo.verifiers.function import imported
 
@@ -92,11 +92,11 @@ class Tools(Environment):
     def step(self, prompt: Prompt, state: _Turns, response: str) -> Observation | Verdict:
         """What the tools answer; of a response that calls none, the verdict."""
         state.taken += 1
+        functions, verify = self._functions(), self.verifier.verify
         if state.taken < self.max_turns:
-            observed = answered(self._functions(), prompt, response, self.role)
-            if observed:
-                return observed
-        return self.verifier.verify(prompt, response)
+            return answered(functions, prompt, response, self.role) or verify(prompt, response)
+        goes_on = calls_something(functions, prompt, response)
+        return replace(verify(prompt, response), stopped="turns" if goes_on else "")
 
     def finish(self, prompt: Prompt, state: _Turns, response: str, why: str) -> Verdict:
         """The verdict on the last response."""

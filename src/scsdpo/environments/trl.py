@@ -2,12 +2,19 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MethodType
 from typing import Any
 
-from scsdpo.environments.calling import Role, accepted, answered, schema_of, settled
+from scsdpo.environments.calling import (
+    Role,
+    accepted,
+    answered,
+    calls_something,
+    schema_of,
+    settled,
+)
 from scsdpo.prompt import Environment, Message, Observation, Prompt, Tool, Verdict
 from scsdpo.verifiers.function import imported
 
@@ -115,11 +122,11 @@ class TRLEnvironment(Environment):
         """What the tools answer; of a response that calls none, the verdict."""
         state.turns += 1
         state.last = response
+        tools = _tools(state.world)
         if state.turns < self.max_turns:
-            observed = answered(_tools(state.world), prompt, response, self.role)
-            if observed:
-                return observed
-        return self._verdict(prompt, state)
+            return answered(tools, prompt, response, self.role) or self._verdict(prompt, state)
+        goes_on = calls_something(tools, prompt, response)
+        return replace(self._verdict(prompt, state), stopped="turns" if goes_on else "")
 
     def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
         """The reward of what was done so far."""

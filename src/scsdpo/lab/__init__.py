@@ -3,7 +3,8 @@
 from scsdpo.lab.arithmetic import Arithmetic
 from scsdpo.lab.question import LEVELS, Question
 from scsdpo.lab.science import Science
+from scsdpo.lab.store import StoreTasks
 from scsdpo.lab.tasks import LabTasks
 from scsdpo.lab.toolcall import ToolRequest
 
-__all__ = ["LEVELS", "Arithmetic", "LabTasks", "Question", "Science", "ToolRequest"]
+__all__ = ["LEVELS", "Arithmetic", "LabTasks", "Question", "Science", "StoreTasks", "ToolRequest"]

@@ -1,6 +1,6 @@
 """What a warmed-up policy and its in-context teacher can do, by sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from scsdpo.data.rendered import rendered
@@ -26,13 +26,23 @@ def respond(
     return responses, verify_all(asked, responses.texts)
 
 
-def accuracy(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
-    """Mean reward: over all, by `Prompt.category`, and by shape of question."""
-    strata: dict[str, list[float]] = {"all": []}
+def level_and_shape(prompt: Prompt) -> tuple[str, ...]:
+    """The strata of a question of `LabTasks`."""
+    return prompt.category, prompt.key.split("/")[2]
+
+
+def accuracy(
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Sequence[Verdict]],
+    *,
+    strata: Callable[[Prompt], Sequence[str]] = level_and_shape,
+) -> dict[str, float]:
+    """Mean reward: over `all`, and of each stratum."""
+    found: dict[str, list[float]] = {"all": []}
     for prompt, group in zip(prompts, verdicts, strict=True):
-        for name in ("all", prompt.category, prompt.key.split("/")[2]):
-            strata.setdefault(name, []).extend(verdict.reward for verdict in group)
-    return {name: _mean(rewards) for name, rewards in sorted(strata.items())}
+        for name in ("all", *strata(prompt)):
+            found.setdefault(name, []).extend(verdict.reward for verdict in group)
+    return {name: _mean(rewards) for name, rewards in sorted(found.items())}
 
 
 def well_formed(responses: Responses, verdicts: Sequence[Sequence[Verdict]]) -> float:

@@ -13,10 +13,6 @@ that the teacher keeps its head on what a student wrote.
 """
 
 import argparse
-import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,13 +21,12 @@ from pathlib import Path
 from random import Random
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from scsdpo.lab import LabTasks, Question
 from scsdpo.lab.evaluate import measure
-from scsdpo.lab.warmup import Example, build_policy, save, train_tokenizer, warm_up
-from scsdpo.policy import TINY_FOLDER, CausalLM, Chat
+from scsdpo.lab.warmup import Example, build_policy, train, train_tokenizer, write_record
+from scsdpo.policy import TINY_FOLDER, CausalLM
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import stable_hash
 
@@ -47,7 +42,6 @@ PHRASES = (
     "Please reason step by step.",
 )
 """Strings of the formats and of the teacher's template, each one token."""
-RECORD = "record.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,14 +154,7 @@ def pretrain(
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
-    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
-    losses = []
-    for loss in warm_up(model, chat, examples(mixture, seed), steps=steps, lr=lr):
-        losses.append(loss)
-        if len(losses) % 50 == 0:
-            print(f"step {len(losses)}/{steps}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
-    save(model, tokenizer, out)
-    return losses
+    return train(model, tokenizer, examples(mixture, seed), out, steps=steps, lr=lr)
 
 
 def main() -> None:
@@ -191,24 +178,15 @@ def main() -> None:
     )
     seconds = time.monotonic() - begin
     policy = CausalLM(str(args.out))
-    record = {
-        "command": shlex.join(["python", "-m", "scsdpo.lab.pretrain", *sys.argv[1:]]),
-        "seed": args.seed,
-        "steps": args.steps,
-        "wall_seconds": round(seconds),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "last_losses": sum(losses[-50:]) / len(losses[-50:]),
-        "accuracy": measure(policy, questions=args.questions),
-    }
-    record["parameters"] = policy.language_model.num_parameters()
-    text = json.dumps(record, indent=2)
-    (args.out / RECORD).write_text(text + "\n")
-    print(text)
+    write_record(
+        args.out,
+        "scsdpo.lab.pretrain",
+        losses,
+        seed=args.seed,
+        seconds=seconds,
+        accuracy=measure(policy, questions=args.questions),
+        parameters=policy.language_model.num_parameters(),
+    )
 
 
 if __name__ == "__main__":

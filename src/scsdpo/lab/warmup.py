@@ -1,12 +1,17 @@
 """A supervised warm-up: a small policy with a tokenizer of its own, from (messages, response)."""
 
+import json
 import math
+import platform
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,12 +26,24 @@ from transformers import (
 from scsdpo.policy.chat import Chat
 from scsdpo.types import Message
 
+RECORD = "record.json"
+"""In the folder of a policy: how it was made."""
 EOS, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A turn of an episode, behind the first one."""
+
+    observed: Sequence[Message]
+    """What the world answers to the response before it; read and not learned."""
+    response: str
+    is_learned: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +56,18 @@ class Example:
     """What to say next; learned, end-of-sequence included."""
     prefix: str = ""
     """A start of the response that is read and not learned."""
+    is_learned: bool = True
+    """False: the response is read only, for the turns behind it."""
+    turns: Sequence[Turn] = ()
+    """What follows in an episode."""
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, phrases: Sequence[str] = ()
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    phrases: Sequence[str] = (),
+    roles: Sequence[str] = ROLES,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which a digit is always a token of its own.
 
@@ -52,6 +77,7 @@ def train_tokenizer(
         texts: what to learn the merges from.
         vocab_size: tokens in all; at least 261 for the bytes and the special tokens, and phrases.
         phrases: strings that become one token wherever they occur, e.g. of a template.
+        roles: headers of turns, as the chat template writes them.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,7 +89,7 @@ def train_tokenizer(
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(phrases),
-        special_tokens=[PAD, EOS, *ROLES],
+        special_tokens=[PAD, EOS, *roles],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -73,7 +99,7 @@ def train_tokenizer(
         tokenizer_object=bpe,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=list(ROLES),
+        additional_special_tokens=list(roles),
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -107,6 +133,67 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """A Hugging Face folder: safetensors, configuration, tokenizer, chat template."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterator[Example],
+    folder: Path,
+    *,
+    steps: int,
+    lr: float = 3e-3,
+) -> list[float]:
+    """`warm_up`, with a line every 50 steps, and `save`; the losses, one a step."""
+    chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    losses: list[float] = []
+    for loss in warm_up(model, chat, examples, steps=steps, lr=lr):
+        losses.append(loss)
+        if len(losses) % 50 == 0:
+            print(f"step {len(losses)}/{steps}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+    save(model, tokenizer, folder)
+    return losses
+
+
+def write_record(
+    folder: Path,
+    module: str,
+    losses: Sequence[float],
+    *,
+    seed: int,
+    seconds: float,
+    **found: object,
+) -> None:
+    """Write, and print, how a policy was made and what it can do: `RECORD` in its folder.
+
+    Args:
+        folder: of the policy.
+        module: that was run, with the arguments of this process but for the folder.
+        losses: one a step.
+        seed: of its weights and examples.
+        seconds: that the steps took.
+        found: further figures.
+    """
+    words = [*sys.argv[1:]]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    record = {
+        "command": shlex.join(["python", "-m", module, *words]),
+        "seed": seed,
+        "steps": len(losses),
+        "wall_seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "last_losses": sum(losses[-50:]) / max(len(losses[-50:]), 1),
+        **found,
+    }
+    text = json.dumps(record, indent=2)
+    (folder / RECORD).write_text(text + "\n")
+    print(text)
 
 
 def warm_up(
@@ -184,17 +271,30 @@ def batches(
             yield _pad(pool[starts[i] : starts[i] + batch_size], chat.pad_id)
 
 
-def _tokenize(chat: Chat, example: Example) -> tuple[list[int], int]:
-    """Ids of the whole conversation, and how many of them at the end are learned."""
-    target = [*chat.encode(example.response), chat.eos_ids[0]]
-    return [*chat.render(example.messages), *chat.encode(example.prefix), *target], len(target)
+def _tokenize(chat: Chat, example: Example) -> tuple[list[int], list[bool]]:
+    """Ids of the whole conversation, as a rollout has them, and which of them are learned."""
+    ids = [*chat.render(example.messages), *chat.encode(example.prefix)]
+    learned = [False] * len(ids)
+
+    def say(response: str, *, is_learned: bool) -> None:
+        said = [*chat.encode(response), chat.eos_ids[0]]
+        ids.extend(said)
+        learned.extend([is_learned] * len(said))
+
+    say(example.response, is_learned=example.is_learned)
+    for turn in example.turns:
+        between = chat.continuation(turn.observed)[1:]  # behind the end that was said
+        ids.extend(between)
+        learned.extend([False] * len(between))
+        say(turn.response, is_learned=turn.is_learned)
+    return ids, learned
 
 
-def _pad(rows: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[tuple[list[int], list[bool]]], pad_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad_id)
     learned = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, (row, targets) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        learned[i, len(row) - targets : len(row)] = True
+        learned[i, : len(row)] = torch.tensor(targets)
     return ids, learned

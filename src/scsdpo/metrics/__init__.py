@@ -4,7 +4,9 @@ from scsdpo.metrics.gap import GapCheck
 from scsdpo.metrics.groups import MajAtK, MeanAtK
 from scsdpo.metrics.phases import PhaseTimer
 from scsdpo.metrics.training import (
+    SHOWN_TURNS,
     age_metrics,
+    episode_metrics,
     log_figures,
     phase_metrics,
     rollout_metrics,
@@ -12,11 +14,13 @@ from scsdpo.metrics.training import (
 )
 
 __all__ = [
+    "SHOWN_TURNS",
     "GapCheck",
     "MajAtK",
     "MeanAtK",
     "PhaseTimer",
     "age_metrics",
+    "episode_metrics",
     "log_figures",
     "phase_metrics",
     "rollout_metrics",

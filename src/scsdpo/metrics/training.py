@@ -16,6 +16,8 @@ from scsdpo.types import Judged
 
 PHASES = ("rollout", "verify", "teacher", "student", "step")
 """Of a training step, in order; their tokens and seconds are logged."""
+SHOWN_TURNS = 8
+"""Of an episode, whose rewards and lengths are logged turn by turn."""
 
 
 def log_figures(
@@ -40,6 +42,8 @@ def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
 
     `effective_questions` is the effective sample size of the question weights,
     (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
+
+    Those of episodes (`episode_metrics`) follow.
     """
     p = judged.pass_rates
     of_questions = {
@@ -67,7 +71,59 @@ def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
         **{name: shares[name] / count for name in of_rollouts},
         "effective_questions": weight**2 / square if square > 0 else 0.0,
         "verifier_errors": failed,
+        **episode_metrics(judged),
     }
+
+
+def episode_metrics(judged: Judged) -> dict[str, float]:
+    """Of the batch's episodes over all ranks; empty if there are none.
+
+    `turns`, `calls` and `observation_tokens` are means over episodes, `failed_calls` is a share of
+    calls, `out_of_turns` and `out_of_time` are shares of episodes (`Verdict.stopped`). For each of
+    the first `SHOWN_TURNS` turns, means over the episodes that have it: `turn_K/reward`, what it
+    earned, and `turn_K/length`, tokens that the policy drew in it. K counts from 1.
+    """
+    responses, sums = judged.responses, torch.zeros(7 + 3 * SHOWN_TURNS, dtype=torch.float64)
+    played = [
+        (q, g, episode)
+        for q, group in enumerate(responses.episodes)
+        for g, episode in enumerate(group)
+        if episode.parts
+    ]
+    if played:
+        rewards = judged.turn_rewards
+        lengths = torch.stack(
+            [
+                (responses.sampled & (responses.turns == k)).sum(-1)
+                for k in range(rewards.shape[-1])
+            ],
+            dim=-1,
+        )
+        observed = (responses.extents - responses.lengths).tolist()
+        for q, g, episode in played:
+            stopped = judged.verdicts[q][g].stopped
+            found = [1, episode.turns, sum(part.calls for part in episode.parts)]
+            found += [sum(part.failed for part in episode.parts), observed[q][g]]
+            sums[:7] += torch.tensor([*found, stopped == "turns", stopped == "time"])
+        rows = torch.tensor([(q, g) for q, g, _ in played], device=rewards.device).T
+        here = rewards[*rows], lengths[*rows].double()
+        has = ~here[0].isnan()
+        by_turn = [has.double(), here[0].nan_to_num(0.0), torch.where(has, here[1], 0.0)]
+        table = torch.stack([each.sum(0) for each in by_turn], dim=-1)[:SHOWN_TURNS].cpu()
+        sums[7 : 7 + table.numel()] += table.flatten()
+    totals = all_sum(sums)
+    episodes, turns, called, failed, tokens, no_turns, no_time = totals[:7].tolist()
+    if not episodes:
+        return {}
+    figures = {"turns": turns / episodes, "calls": called / episodes}
+    if called:
+        figures["failed_calls"] = failed / called
+    figures["observation_tokens"] = tokens / episodes
+    figures |= {"out_of_turns": no_turns / episodes, "out_of_time": no_time / episodes}
+    for k, (count, reward, length) in enumerate(totals[7:].view(-1, 3).tolist(), start=1):
+        if count:
+            figures |= {f"turn_{k}/reward": reward / count, f"turn_{k}/length": length / count}
+    return figures
 
 
 def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.policy import TINY_FOLDER, Quantization, Unquantized
+from scsdpo.policy import SHIPPED, Quantization, Unquantized
 from scsdpo.policy.adapter import Adapter, adapted_layers
 from scsdpo.policy.names import is_factor
 
@@ -287,8 +287,7 @@ def read_config(
     Raises:
         ConfigurationError: if it is nowhere on this machine, naming the remedy.
     """
-    if name_or_path == "tiny":
-        name_or_path = str(TINY_FOLDER)
+    name_or_path = str(SHIPPED.get(name_or_path, name_or_path))
     if architecture is not None:
         return _load("--architecture", architecture)
     if Path(name_or_path).exists():

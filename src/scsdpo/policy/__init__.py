@@ -3,7 +3,7 @@
 from scsdpo.policy.adapter import Adapter, FullFineTune, Lora
 from scsdpo.policy.causal_lm import CausalLM
 from scsdpo.policy.chat import Chat
-from scsdpo.policy.location import TINY_FOLDER
+from scsdpo.policy.location import SHIPPED, TINY_FOLDER, TINY_TOOLS_FOLDER
 from scsdpo.policy.other_model import OtherModel
 from scsdpo.policy.quantization import NF4, Quantization, Unquantized
 from scsdpo.policy.rows import Rows
@@ -13,7 +13,9 @@ from scsdpo.policy.weights import Weights
 
 __all__ = [
     "NF4",
+    "SHIPPED",
     "TINY_FOLDER",
+    "TINY_TOOLS_FOLDER",
     "Adapter",
     "CausalLM",
     "Chat",

@@ -60,19 +60,51 @@ def _attend(
     **others: Any,  # what every model sends along: dropout, position_ids, ...
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls."""
-    if softcap is not None or s_aux is not None or others.get("position_bias") is not None:
+    if softcap is not None or others.get("position_bias") is not None:
         raise NotImplementedError(
-            "shared prefixes need plain softmax attention; this model has soft-capped scores, "
-            "attention sinks or position biases: set model.policy.attn_implementation to eager"
+            "shared prefixes need plain softmax attention; this model has soft-capped scores or "
+            "position biases: set model.policy.attn_implementation to eager"
         )
+    if layout is None and s_aux is not None:
+        mixed = attend_beside_sinks(query * scaling, key, value, attention_mask, s_aux)
+        return mixed.transpose(1, 2).contiguous(), None
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )
     index = module.layer_idx
     assert isinstance(index, int)
-    mixed = layout.attend(index, query * scaling, key, value, window=sliding_window)
+    mixed = layout.attend(index, query * scaling, key, value, window=sliding_window, sinks=s_aux)
     return mixed.contiguous(), None
+
+
+def attend_beside_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
+) -> Tensor:
+    """Attention of a batch of rows with sinks, which are a key of their own with the value zero.
+
+    Args:
+        query: [B, H, n, d], scaled.
+        key: [B, K, t, d], K a divisor of H.
+        value: [B, K, t, e].
+        mask: bool [B or 1, 1, n, t], what is seen; None: of n = t, as far as itself, and of one
+            query everything.
+        sinks: [H] scores.
+
+    Returns:
+        [B, H, n, e].
+    """
+    rows, heads, count, _ = query.shape
+    if mask is None:
+        mask = query.new_ones(count, key.shape[2], dtype=torch.bool)
+        mask = mask.tril() if count > 1 else mask
+    bias = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    bias = bias.expand(rows, heads, count, -1)
+    of_sinks = sinks.to(bias.dtype)[:, None, None].expand(rows, -1, count, 1)
+    key, value = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, torch.cat([bias, of_sinks], -1), scale=1.0, enable_gqa=True
+    )
 
 
 AttentionInterface.register(_NAME, _attend)

@@ -27,6 +27,7 @@ from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.adapter import Adapter, FullFineTune, refuse_full
 from scsdpo.policy.budget import memory_line
 from scsdpo.policy.chat import Chat
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.experts import routers
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
@@ -49,7 +50,7 @@ class CausalLM(nn.Module):
     was checked.
 
     Args:
-        name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
+        name_or_path: hub name or local folder; `tiny` and `tiny-tools` ship with the package.
         dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
             bfloat16 on GPU and float32 on CPU.
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`,
@@ -77,8 +78,8 @@ class CausalLM(nn.Module):
         ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
             and has left no copy here; if there is no chat template or no end-of-sequence token;
             if a full fine-tune is to train weights in 4 bits;
-            from `configure_model`, if the checkpoint lacks weights, or if the architecture rescales
-            its logits behind the head.
+            from `configure_model`, if the checkpoint lacks weights, or if the architecture changes
+            its logits behind the head by more than a constant.
     """
 
     def __init__(
@@ -383,7 +384,7 @@ class CausalLM(nn.Module):
             if not self._compiled:
                 self._graphs_before = compiled_graphs()
             self._compiled.add(model)
-            for layer in model.get_decoder().layers:
+            for layer in decoder_of(model).layers:
                 layer.compile(dynamic=True)
         elif compiled_graphs() == self._graphs_before:
             self._graphs_before = -1  # said once

@@ -145,15 +145,18 @@ class Chat:
         """
         shape = tuple((message["role"], message.get("name", "")) for message in messages)
         form, cut, end = self._joint(shape, tools)
-        broken = self._each_broken([*form, *_answers(messages, form)], tools)
-        text: str = self._filled(self.tokenizer, broken, opened=True, tokenize=False)
+        # What stands before the cut, tools too, stays as it was when the cut was found.
+        said, _ = self._each_broken(_answers(messages, form), ())
+        text: str = self._filled(
+            self.tokenizer, [[*form, *said], list(tools)], opened=True, tokenize=False
+        )
         token = self.tokenizer.convert_ids_to_tokens(end)
         # From the end on, which is a token of its own: what stands before it changes no id.
-        said = token + text[cut:]
-        if _BREAK in text:
-            ids = list(self._unbroken(self._breaking.encode(said, add_special_tokens=False)))
+        behind = token + text[cut:]
+        if _BREAK in behind:
+            ids = list(self._unbroken(self._breaking.encode(behind, add_special_tokens=False)))
         else:
-            ids = self.tokenizer.encode(said, add_special_tokens=False)
+            ids = self.tokenizer.encode(behind, add_special_tokens=False)
         assert ids[0] == end, "the end of a turn is a token"
         return tuple(ids)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.policy.decoder import decoder_of, logit_scale
 from scsdpo.private.transformers import recorders
 
 
@@ -38,13 +39,16 @@ def recorded(chosen: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def final_states(model: PreTrainedModel, chosen: Sequence[nn.Module], **inputs: Any) -> Tensor:
-    """Final hidden states of the decoder; behind each, the logits of the routers `chosen`.
+    """Final hidden states of the decoder, of which the head alone makes logits; behind each, the
+    logits of the routers `chosen`.
 
     Shapes:
         [B, s, D + layers E], so that whatever picks states picks their logits too.
     """
     with recorded(chosen) as seen:
-        hidden: Tensor = model.get_decoder()(**inputs).last_hidden_state
+        hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
+    if (scale := logit_scale(model)) != 1:
+        hidden = hidden * scale
     if not chosen:
         return hidden
     logits = [each.view(*hidden.shape[:2], -1).to(hidden.dtype) for each in seen]

@@ -10,7 +10,7 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scsdpo.policy.layout_contract import AttentionLayout
 from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
@@ -77,7 +77,14 @@ class PackedSegments(AttentionLayout):
         self._kept = Kept({}, {}) if keep else None
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         kind = query.device.type
         if torch.is_autocast_enabled(kind):
@@ -85,9 +92,14 @@ class PackedSegments(AttentionLayout):
             query, key, value = (x.to(narrow) for x in (query, key, value))
         # Not `x[0]`, whose backward fills a table with zeros.
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        # Kernels take values as wide as keys; of narrower ones the rest is zero.
+        width = value.shape[-1]
+        if width < key.shape[-1]:
+            value = nn.functional.pad(value, (0, key.shape[-1] - width))
         if self._kept is not None:
             self._kept.attention[layer] = key, value
-        return self._attention.attend(query, key, value, layer=layer, window=window)[None]
+        mixed = self._attention.attend(query, key, value, layer=layer, window=window, sinks=sinks)
+        return mixed[None, ..., :width]
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         mixed, ends = self._spans.convolve(inputs[0], weight, bias, self._starts_of(layer, 0))

@@ -12,7 +12,14 @@ class AttentionLayout(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention of one layer; `query` comes scaled.
 
@@ -20,11 +27,13 @@ class AttentionLayout(ABC):
             layer: its index.
             query: [B, H, s, d].
             key: [B, K, s, d], K a divisor of H.
-            value: as `key`.
+            value: [B, K, s, e].
             window: a token sees so many positions, itself included; None: all before it.
+            sinks: [H] scores of a key that every token sees beside the others, and whose value is
+                zero; None: there is none.
 
         Returns:
-            [B, s, H, d].
+            [B, s, H, e].
         """
 
     @abstractmethod

@@ -7,10 +7,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.decoder import is_scale_known
 from scsdpo.policy.quantization import IN_SHARDS, Quantization, Unquantized, settle
 from scsdpo.policy.row_path import KnownPath, RowPath
 
-_RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+_CAPPED = ("final_logit_softcapping",)
+_SCALED = ("logit_scale", "logits_scaling", "output_multiplier")
 
 
 def load_model(
@@ -68,7 +70,7 @@ def load_model(
 
 def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
     settings = model.config.get_text_config().to_dict()
-    for name in _RESCALED:
+    for name in _CAPPED if is_scale_known(model) else (*_CAPPED, *_SCALED):
         if settings.get(name) not in (None, 1, 1.0):
             raise ValueError(
                 f"{type(model).__name__} changes its logits behind the head "

@@ -14,10 +14,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-TINY = "tiny"
-"""Name of the policy that ships with the package."""
+TINY, TINY_TOOLS = "tiny", "tiny-tools"
+"""Names of the policies that ship with the package: for questions of one turn, and for tools."""
 TINY_FOLDER = Path(__file__).parent / TINY
 """Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
+TINY_TOOLS_FOLDER = Path(__file__).parent / TINY_TOOLS
+"""As `TINY_FOLDER` (`scsdpo.lab.pretrain_store`)."""
+SHIPPED = {TINY: TINY_FOLDER, TINY_TOOLS: TINY_TOOLS_FOLDER}
 SECONDS = 5.0
 """For the hub to answer, before a copy on this machine is looked for."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -32,13 +35,13 @@ def located(name_or_path: str) -> str:
     this machine.
 
     Args:
-        name_or_path: of `model.policy`, or of another model; `tiny` is the one that ships.
+        name_or_path: of `model.policy`, or of another model; `tiny` and `tiny-tools` ship.
 
     Raises:
         ValueError: in one line, with what is missing or what to do.
     """
-    if name_or_path == TINY:
-        return str(TINY_FOLDER)
+    if name_or_path in SHIPPED:
+        return str(SHIPPED[name_or_path])
     path = Path(name_or_path)
     if path.exists():
         check_folder(path)

@@ -24,6 +24,16 @@ class RowPath(Enum):
 
 SHARED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose tokens meet in softmax attention only."""
+SINKS = frozenset(
+    {
+        "GptOssForCausalLM",
+        "GraniteMoeSWAForCausalLM",
+        "GraniteSWAForCausalLM",
+        "MiMoV2FlashForCausalLM",
+    }
+)
+"""Models whose attention is softmax beside a sink, for which transformers has no sdpa and layouts
+do."""
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest row of a forward."""
 _UNLIMITED = sys.maxsize
@@ -129,6 +139,8 @@ def _implementation(
         return asked, f"model.policy.attn_implementation is {asked}"
     if settings.get("attn_logit_softcapping"):
         return "eager", "attention scores are soft-capped"
+    if kind.__name__ in SINKS:
+        return "eager", ""
     if not has_sdpa(kind):
         return "eager", f"{kind.__name__} has no sdpa attention"
     return asked, ""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.experts import final_states
 from scsdpo.policy.transfer import upload
 
@@ -73,7 +74,7 @@ def separate_rows(model: PreTrainedModel, rows: Rows, routers: Sequence[nn.Modul
     Behind them what `routers` say of their places (`final_states`).
     """
     rows = rows.to(model.device)
-    device, decoder = rows.ids.device, model.get_decoder()
+    device, decoder = rows.ids.device, decoder_of(model)
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
     # A response's last token predicts nothing and is left out.
     lengths = (rows.present.sum(-1) - 1).clamp(min=0)

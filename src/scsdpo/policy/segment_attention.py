@@ -2,6 +2,9 @@
 
 One call of a kernel for all segments' own tokens, and one for each level of the tree above them.
 
+An attention sink is one more set of keys, of one key with the value zero: it enters when all others
+are merged, and the backward of every set takes the output and log-normaliser of all of them.
+
 What ran in an earlier forward is there as keys and values. The gradients that are sent back to
 them do not go through autograd, which would sum them in their dtype: they add up beside.
 """
@@ -117,10 +120,17 @@ class SegmentAttention:
         self._calls_of: dict[int | None, list[_Call]] = {}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """Queries [N, H, d], keys and values [N, K, d] -> [N, H, d], with a gradient."""
-        return _Attend.apply(query, key, value, self, layer, window)
+        """Queries [N, H, d], keys and values [N, K, d], sinks [H] -> [N, H, d], with gradients."""
+        return _Attend.apply(query, key, value, sinks, self, layer, window)
 
     def _calls(self, window: int | None) -> list[_Call]:
         """The first is of segments to themselves; a key lies in one of the others at most."""
@@ -138,17 +148,23 @@ class SegmentAttention:
             self._calls_of[window] = [plan.call(sent) for plan in plans]
         return self._calls_of[window]
 
-    def forward(self, states: Three, layer: int, window: int | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, states: Three, layer: int, window: int | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Queries [N, H, d], keys and values [N, K, d] -> output [N, H, d] and lse [H, N]."""
         query = states[0]
         own, *above = self._calls(window)
         out, lse = kernel(query, own.runs).forward(*states, own.runs)
-        if above:
+        if above or sinks is not None:
             out = out.to(lse.dtype)
         for call in above:
             inputs = _take(query, call.queries), *_keys(call, states, layer)
             made = kernel(query, call.runs).forward(*inputs, call.runs)
             _merge(out, lse, call.queries, *made)
+        if sinks is not None:
+            score = sinks.to(lse.dtype)[:, None]
+            out = out * torch.sigmoid(lse - score).T[..., None]
+            lse = torch.logaddexp(lse, score)
         return out.to(query.dtype), lse
 
     def backward(
@@ -323,20 +339,26 @@ class _Attend(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         attention: SegmentAttention,
         layer: int,
         window: int | None,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = attention.forward((query, key, value), layer, window)
-        ctx.save_for_backward(query, key, value, out, lse)
+            out, lse = attention.forward((query, key, value), layer, window, sinks)
+        ctx.save_for_backward(query, key, value, out, lse, sinks)
         ctx.attention, ctx.layer, ctx.window = attention, layer, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *states, out, lse = ctx.saved_tensors
+        *states, out, lse, sinks = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             made = ctx.attention.backward(grad, states, (out, lse), ctx.layer, ctx.window)
-        return (*made, None, None, None)
+            of_sinks = None
+            if ctx.needs_input_grad[3]:  # as any score's: p (g v - <g, o>), v = 0
+                weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
+                share = (grad.to(lse.dtype) * out).sum(-1)
+                of_sinks = -(weights * share.T).sum(-1).to(sinks.dtype)
+        return (*made, of_sinks, None, None, None)

@@ -152,7 +152,7 @@ class SegmentStates:
         Source:
             Yang et al. 2024, arXiv:2412.06464, eq. (10); by chunks as in their section 3.3.
         """
-        work = self._delta_rule_by_levels if _has_fla(self.device) else self._delta_rule
+        work = self._delta_rule_by_levels if _has("fla", self.device) else self._delta_rule
         return work(inputs, before, ends)
 
     def _delta_rule(
@@ -422,13 +422,16 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _has_fla(device: torch.device) -> bool:
-    return device.type == "cuda" and _installed("fla")
+def _has(package: str, device: torch.device) -> bool:
+    """Whether there are kernels of `package` for `device`."""
+    return device.type == "cuda" and _installed(package)
 
 
 def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[1, C, n] -> [1, C, n - k + 1], each output from its k inputs."""
-    if rows.device.type == "cuda" and _installed("causal_conv1d"):
+    """[1, C, n] -> [1, C, n - k + 1], each output from its k inputs; channels are contiguous."""
+    channels, width = weight.shape
+    # The kernel knows these widths, and of this layout channels in eights.
+    if _has("causal_conv1d", rows.device) and 2 <= width <= 4 and channels % 8 == 0:
         kernel = import_module("causal_conv1d").causal_conv1d_fn
-        return kernel(rows, weight, bias)[..., weight.shape[1] - 1 :]
+        return kernel(rows, weight, bias)[..., width - 1 :]
     return conv1d(rows, weight[:, None], bias, groups=len(weight))

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scsdpo.errors import ConfigurationError
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.quantization import plain_weight
 from scsdpo.private.lightning import trainer_of
 from scsdpo.private.transformers import fill_anew
@@ -95,7 +96,7 @@ def shard(
     offload = host if on_host else OffloadPolicy()
     # Keys and values that come out are views; nothing is written into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for part in (*model.get_decoder().layers, model):
+    for part in (*decoder_of(model).layers, model):
         unit = fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # what gloo and NCCL both know

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scsdpo.policy.decoder import decoder_of
+
 _PIECE = 2**22
 """Elements that are rounded at a time: random bits take 8 bytes each."""
 
@@ -111,7 +113,7 @@ class OffloadHooks:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layers = model.get_decoder().layers
+        layers = decoder_of(model).layers
         inner = {id(p) for layer in layers for p in layer.parameters()}
         self._rest = [p for p in model.parameters() if id(p) not in inner]
         self._to: tuple[torch.device, torch.dtype] | None = None

@@ -42,6 +42,10 @@ class TurnRecord(TypedDict):
     """The environment's words on the response before it; '': none."""
     reward: Number
     """That the response before it earned, for credit by turn."""
+    calls: int
+    """Of tools in the response before it."""
+    failed: int
+    """How many of these could not be read or made, or raised."""
 
 
 class RolloutRecord(Place):
@@ -64,6 +68,8 @@ class RolloutRecord(Place):
     """The verifier's words on what is wrong."""
     error: str
     """Why the verifier itself failed; '': it did not."""
+    stopped: Literal["", "turns", "time"]
+    """Of an episode, what of its environment's ran out before the policy had done; '': nothing."""
     finish_reason: Literal["stop", "length"]
     """Ended by an end of sequence or a stop string, or by the cap on its length."""
     n_tokens: int
@@ -112,6 +118,8 @@ class TokenRecord(Place):
     text: list[str]
     """Pieces of the response, special tokens included. Where several tokens make one character, the
     last of them has it and the others have ''."""
+    turn: list[int]
+    """Number, from 0, of the turn of an episode to which the token belongs."""
     credit: list[Number]
     """> 0: the step makes the sampled token more likely."""
     magnitude: list[Number]

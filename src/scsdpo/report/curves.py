@@ -87,6 +87,43 @@ def _lines(tone: str, label: str, x: Sequence[float], y: Sequence[float | None])
     ]
 
 
+def several_panels(
+    runs: Sequence[Run], names: dict[str, str], name: str, title: str, note: str
+) -> list[Panel]:
+    """A panel a run: several figures as running means, each with a label.
+
+    Args:
+        runs: each has a panel of its own, none where the run lacks the figures.
+        names: of the figures, with labels.
+        name: of the panel.
+        title: of the panel.
+        note: of the panel.
+    """
+    panels = []
+    for i, run in enumerate(runs):
+        layers: list[Layer] = []
+        for k, (figure, label) in enumerate(names.items()):
+            x, y = run.curve(figure)
+            if x:
+                layers.append(_lines(run_tone(k), label, x, y)[-1])
+        if layers:
+            several = len(runs) > 1
+            values = [v for layer in layers if isinstance(layer, Line) for v in layer.y if v]
+            panels.append(
+                Panel(
+                    name=f"{name}-{i}" if several else name,
+                    title=f"{title}: {run.name}" if several else title,
+                    note=note,
+                    x_label=over_batches(runs),
+                    layers=layers,
+                    floor=0.0 if min(values, default=0) >= 0 else None,
+                    steps=True,
+                    run=i,
+                )
+            )
+    return panels
+
+
 def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
     """Means of a share over windows of batches, in percent, into the layers of `panel`.
 

@@ -1,10 +1,18 @@
 """What a report shows, section by section."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from scsdpo.report import attempts, validations
-from scsdpo.report.curves import line_panel, over_batches, slug, stack_panels, window_panel
+from scsdpo.report.curves import (
+    line_panel,
+    over_batches,
+    several_panels,
+    slug,
+    stack_panels,
+    window_panel,
+)
 from scsdpo.report.panels import Panel
 from scsdpo.report.reading import Run
 from scsdpo.report.teacher import distances, too_few
@@ -144,6 +152,33 @@ def difficulty(runs: Sequence[Run]) -> Section:
     )
 
 
+def episodes(runs: Sequence[Run]) -> Section:
+    """Runs whose responses have several turns."""
+    shown = (
+        ("turns", "Turns an episode", "Responses of the policy.", 1),
+        ("calls", "Calls an episode", "Of tools.", 1),
+        ("failed_calls", "Calls that failed, %", "Not read, not made, or raised.", 100),
+        ("observation_tokens", "Tokens of the world an episode", "Read, and not learned from.", 1),
+        ("out_of_turns", "Episodes out of turns, %", "The environment gave no further one.", 100),
+        ("out_of_time", "Episodes out of time, %", "A deadline came first.", 100),
+    )
+    panels = [line_panel(runs, name, title, note, scale=k) for name, title, note, k in shown]
+    turns = range(1, 9)
+    for what, title, note in (
+        ("reward", "Reward of each turn", "Mean over the episodes that have the turn."),
+        ("length", "Tokens of each turn", "Drawn by the policy, of the episodes that have it."),
+    ):
+        names = {f"turn_{k}/{what}": f"turn {k}" for k in turns}
+        panels += several_panels(runs, names, f"turn-{what}", title, note)
+    return Section(
+        name="episodes",
+        title="Episodes",
+        short="Episodes",
+        lead="What the policy and its environments did in several turns.",
+        panels=[panel for panel in panels if panel],
+    )
+
+
 def trust(runs: Sequence[Run]) -> Section:
     """Whether the numbers can be believed."""
     shown = (
@@ -155,6 +190,12 @@ def trust(runs: Sequence[Run]) -> Section:
          "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
         ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
         ("importance_capped", "Importance weights at their cap", "Share of trained tokens."),
+        ("age_steps", "Age of what is learned from, optimizer steps",
+         "Mean over trained tokens, of batches that are drawn ahead."),
+        ("logprob_drift", "Drift since older weights drew a token, nats",
+         "Mean |log S - log S(sampler)| of these tokens."),
+        ("importance_ess", "Effective sample size of the importance weights",
+         "As a share of the trained tokens, of batches that are drawn ahead."),
         ("experts_differ", "Sent to other experts than by the sampler", "Share of trained tokens."),
         ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
     )  # fmt: skip
@@ -205,7 +246,10 @@ def cost(runs: Sequence[Run]) -> Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """In the order of the page, without empty ones."""
-    makers = (validation, attempted, learning, difficulty, teacher, trust, cost)
+    makers = (
+        *(validation, attempted, learning, difficulty),
+        *(episodes, teacher, trust, cost),
+    )
     made = [make(runs) for make in makers]
     made.append(others(runs, {panel.name for section in made for panel in section.panels}))
     taken: set[str] = set()
@@ -233,7 +277,11 @@ def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
     """Figures that nobody here knows: those of a user's own callbacks."""
     names = dict.fromkeys(name for run in runs for name in run.names("train/"))
     left = [
-        name for name in names if slug(name) not in shown and name not in NO_PANEL | PHASES.keys()
+        name
+        for name in names
+        if slug(name) not in shown
+        and name not in NO_PANEL | PHASES.keys()
+        and not re.fullmatch(r"turn_\d+/(reward|length)", name)
     ]
     found = [line_panel(runs, name, name, f"train/{name}") for name in left]
     return Section(

@@ -128,7 +128,8 @@ def _questions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         question = {name: line[name] for name in shared} | {"responses": []}
         question = questions.setdefault(line["key"], question)
-        question["responses"].append({name: line[name] for name in own})
+        played = {"turns": line.get("turns", []), "stopped": line.get("stopped", "")}  # not in 0.1
+        question["responses"].append({name: line[name] for name in own} | played)
     return list(questions.values())
 
 

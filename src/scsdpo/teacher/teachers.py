@@ -73,7 +73,7 @@ class External(Teacher):
     and is not in checkpoints. Two slots of the same model share one copy of its weights.
 
     Args:
-        name_or_path: hub name or local folder; `tiny` is the policy shipped with the package.
+        name_or_path: hub name or local folder; `tiny` and `tiny-tools` ship with the package.
         context: the privileged information; by default it knows more by being another model.
         dtype: of its weights, kept and run. `auto`: bfloat16 on GPU, float32 on CPU.
         on_host: keep them in memory of the host, pinned where there is a GPU. They come to the

@@ -41,7 +41,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as PlateauWithoutMonitor
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError, first_line
-from scsdpo.metrics.training import PHASES
+from scsdpo.metrics.training import PHASES, SHOWN_TURNS
 from scsdpo.policy import Unquantized
 from scsdpo.policy.quantization import IN_SHARDS
 
@@ -66,6 +66,8 @@ _TRAIN = (
     *("logprob_gap_share", "trained_rollouts", "trained_tokens", "skipped", "memory"),
     *(f"seconds/{phase}" for phase in PHASES),
     *(f"tokens/{phase}" for phase in ("rollout", "teacher", "student")),
+    *("turns", "calls", "failed_calls", "observation_tokens", "out_of_turns", "out_of_time"),
+    *(f"turn_{k}/{what}" for k in range(1, SHOWN_TURNS + 1) for what in ("reward", "length")),
 )
 """Of a training step, beside the mean objective under its name."""
 _MOST_STEPS = 100_000

@@ -20,6 +20,10 @@ from scsdpo.verifiers.verify import NoRoom, failed, prepare_all
 
 MAX_OWN_PROCESSES = 16
 """Of environments that do not replay; further episodes of these wait before their first turn."""
+SOON = 0.005
+"""Seconds that a caller waits for the next answer. A process answers one response at a time: those
+of environments that answer at once come one after the other, and without a wait each would cost the
+caller, who draws from all rows alike, a step of its own."""
 _REBUILDING = 3.0
 """To rebuild an episode may take so many times as long as its turns took."""
 
@@ -152,12 +156,17 @@ class Episodes:
     def answers(self, *, wait: bool) -> list[tuple[int, Observation | Verdict]]:
         """What was answered since the last call, by row; a verdict ends the episode.
 
+        Environments that answer within `SOON` are heard until none does any more.
+
         Args:
             wait: for at least one, if any is due.
         """
         self._pump(0.0)
-        while wait and not self._answers and (self._todo or self._jobs):
-            self._pump(LOOK_SECONDS)
+        while self._todo or self._jobs:
+            heard = len(self._answers)
+            self._pump(LOOK_SECONDS if wait and not heard else SOON)
+            if len(self._answers) == heard and (heard or not wait):
+                break
         place = {id(row): number for number, row in enumerate(self._rows)}
         return [(place[id(row)], answer) for row, answer in self._taken()]
 
@@ -203,13 +212,20 @@ class Episodes:
                     Part(role=m["role"], text=m["content"], name=m.get("name", ""))
                     for m in answer.messages
                 ]
-                said[0] = replace(said[0], feedback=answer.feedback, reward=answer.reward)
+                said[0] = replace(
+                    said[0],
+                    feedback=answer.feedback,
+                    reward=answer.reward,
+                    calls=answer.calls,
+                    failed=answer.failed,
+                )
                 row.parts += said
         return taken
 
     def _pump(self, seconds: float) -> None:
         """Send what can be sent, and attend to what comes within so many seconds."""
         waiting, self._todo = self._todo, deque()
+        before = len(self._answers)
         for job in waiting:
             if job.turn.act != "drop" and job.turn.episode != job.row.number:
                 continue  # it was forgotten meanwhile
@@ -219,7 +235,7 @@ class Episodes:
                 self._todo.append(job)
         interrupt.check()
         busy = [worker for worker in self._workers() if not worker.idle]
-        if not busy or self._answers:
+        if not busy or len(self._answers) > before:
             seconds = 0.0
         first = min((worker.time_left.left for worker in busy), default=0.0)
         heard = wait([worker.out for worker in busy], max(0.0, min(seconds, max(first, 0.001))))
@@ -322,7 +338,7 @@ class Episodes:
         most = self.pool.settings.episode_deadline
         if row.seconds > most and isinstance(answer, Observation):
             self._remove(worker)
-            answer = failed(f"{_name(row)}: no end within {most:g} s of all its turns")
+            answer = _late(f"{_name(row)}: no end within {most:g} s of all its turns")
         self._answers.append((row, answer))
         if isinstance(answer, Verdict):
             row.worker = None
@@ -355,7 +371,8 @@ class Episodes:
             if not prepared or (not hung and job.row.losses == 1):
                 self._again(job)  # perhaps somebody else has killed it
             else:
-                self._answers.append((job.row, failed(f"{_name(job.row)}: {why}")))
+                lost = _late if hung else failed
+                self._answers.append((job.row, lost(f"{_name(job.row)}: {why}")))
 
     def _remove(self, worker: Worker, *, why: str = "") -> None:
         for row in self._rows:
@@ -364,6 +381,10 @@ class Episodes:
         if worker in self._own:
             self._own.remove(worker)
         self.pool.remove(worker, why=why)
+
+
+def _late(why: str) -> Verdict:
+    return replace(failed(why), stopped="time")
 
 
 def _name(row: _Row) -> str:

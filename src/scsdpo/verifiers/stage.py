@@ -145,7 +145,8 @@ class Stage:
             result = Observation(messages=result.messages)
         if not isinstance(result, Observation) or not isinstance(result.feedback, str):
             return None
-        if not is_number(result.reward):
+        counts = (result.calls, result.failed)
+        if not is_number(result.reward) or not all(isinstance(n, int) and n >= 0 for n in counts):
             return None
         messages = list(result.messages)
         if not messages or (len(messages) > MAX_MESSAGES and not opens):
@@ -166,6 +167,8 @@ class Stage:
             ),
             feedback=capped(result.feedback, self.max_feedback),
             reward=float(result.reward),
+            calls=result.calls,
+            failed=result.failed,
         )
 
 

@@ -136,6 +136,7 @@ def tidy_verdict(verdict: object, max_feedback: int) -> Verdict | None:
         feedback=capped(verdict.feedback, max_feedback),
         error=capped(verdict.error, MAX_ERROR),
         earned=float(verdict.earned),
+        stopped=verdict.stopped,
     )
 
 
@@ -156,6 +157,7 @@ def _is_sound(verdict: Verdict) -> bool:
     return (
         is_number(verdict.reward)
         and is_number(verdict.earned)
+        and verdict.stopped in ("", "turns", "time")
         and isinstance(verdict.answer, str | None)
         and isinstance(verdict.feedback, str)
         and isinstance(verdict.error, str)

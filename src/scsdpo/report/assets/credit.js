@@ -51,6 +51,7 @@ const SIGNALS = [
   ["importance", "importance", (t, i) => t.importance[i], false, "importance weight of the token"],
   ["token_weight", "token weight", (t, i) => t.token_weight[i], false, "weight of the token"],
 ];
+const ADDED = ["credit", "magnitude"]; // parts of the step's gradient: a turn has their sum
 let signal = "credit";
 let map = null; // what is shown: { trace, spans, at, pinned }
 
@@ -64,6 +65,8 @@ function showResponse(question, response, trace) {
     ["weight", here.split === "train" ? short(response.weight) : null],
     ["pass rate", `${short(question.pass_rate)} of ${question.samples} responses`],
     ["tokens", `${response.n_tokens}${response.finish_reason === "length" ? ", truncated" : ""}`],
+    ["turns", response.turns.filter((t) => t.role === "assistant").length || null],
+    ["ran out of", response.stopped],
     ["got credit", here.split === "train" ? (response.active ? "yes" : "no") : null],
   ];
   const read =
@@ -107,9 +110,11 @@ function showResponse(question, response, trace) {
         : null,
       response.feedback ? make("p", { class: "note" }, `Feedback: ${response.feedback}`) : null,
       ...(trace
-        ? creditMap(trace, read)
+        ? creditMap(trace, read, response.turns)
         : [
-            make("div", { class: "plain" }, response.output || "(empty)"),
+            response.turns.length
+              ? make("div", { class: "plain" }, response.turns.map((one) => part(one)))
+              : make("div", { class: "plain" }, response.output || "(empty)"),
             make(
               "p",
               { class: "note" },
@@ -127,9 +132,42 @@ function showResponse(question, response, trace) {
 const fold = (title, text, open) =>
   make("details", { open }, make("summary", {}, title), make("pre", {}, text));
 
+/** What one side said in a turn of an episode, with who it was; more of it may follow. */
+function part({ role, text, name, feedback, reward }, turn, children = [text]) {
+  const world = role !== "assistant";
+  const who = world ? `${role}${name ? ` ${name}` : ""}` : "policy";
+  const beside = [reward && `reward of the turn ${short(reward)}`, feedback && `feedback: ${feedback}`];
+  return make(
+    "div",
+    { class: world ? "part world" : "part" },
+    make(
+      "small",
+      {},
+      make("b", {}, who),
+      beside.filter(Boolean).join(" · "),
+      world ? null : make("output", { "data-turn": turn }),
+    ),
+    children,
+  );
+}
+
+/** The parts of an episode, in which tokens stand for what the policy said. */
+function playedOut(turns, trace, spans) {
+  let turn = -1;
+  return turns.map((one) => {
+    if (one.role !== "assistant") return part(one, turn);
+    turn += 1;
+    return part(
+      one,
+      turn,
+      spans.filter((_, i) => trace.turn[i] === turn),
+    );
+  });
+}
+
 const known = (trace, value) => trace.ids.some((_, i) => value(trace, i) != null);
 
-function creditMap(trace, read) {
+function creditMap(trace, read, turns) {
   const chosen = SIGNALS.filter(([, , value]) => known(trace, value));
   if (!chosen.some(([name]) => name === signal)) signal = chosen[0]?.[0] ?? "credit";
   const spans = trace.text.map((text, i) => make("span", { "data-i": i }, visible(text)));
@@ -141,7 +179,7 @@ function creditMap(trace, read) {
       role: "application",
       "aria-label": "Tokens; arrow keys move, n and N jump to the next large one, Enter pins",
     },
-    spans,
+    trace.turn && turns.length ? playedOut(turns, trace, spans) : spans,
   );
   tokens.addEventListener(
     "pointerover",
@@ -206,6 +244,12 @@ function paint() {
   document
     .querySelectorAll(".signals button")
     .forEach((b) => b.setAttribute("aria-pressed", b.dataset.signal === signal));
+  for (const output of document.querySelectorAll(".part output")) {
+    const own = values.filter((v, i) => v != null && trace.turn[i] === Number(output.dataset.turn));
+    const total = own.reduce((sum, v) => sum + v, 0);
+    const said = ADDED.includes(signal) ? short(total) : `${short(total / own.length)} a token`;
+    output.textContent = own.length ? `${label} ${said}` : "";
+  }
   byId("scale").className = `scale${signed ? "" : " single"}`;
   byId("scale").replaceChildren(
     make("span", {}, signed ? short(-top) : "0"),

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scsdpo.policy.attention import use_layouts
+from scsdpo.policy.attention import attend_beside_sinks, use_layouts
 from scsdpo.policy.layout_contract import AttentionLayout
+from scsdpo.policy.segment_attention import Own, SegmentAttention
 from scsdpo.policy.segment_states import (
     DeltaInputs,
     SegmentStates,
@@ -47,12 +48,22 @@ class Prefill(AttentionLayout):
         self.slots = slice(first, first + len(lengths))
         self.lengths = lengths
         self._segments: SegmentStates | None = None
+        self._attention: SegmentAttention | None = None
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         self._keep(self.cache.layer(layer, key, value, window).prompts, key, value)
         tokens = key.shape[2]
+        if sinks is not None:
+            return self._beside_sinks(query, key, value, layer, window, sinks)
         mask = None
         if window is not None and window < tokens:
             ones = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device)
@@ -60,6 +71,25 @@ class Prefill(AttentionLayout):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
         ).transpose(1, 2)
+
+    def _beside_sinks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: int,
+        window: int | None,
+        sinks: Tensor,
+    ) -> Tensor:
+        """By the update's attention, which needs no table of scores for sinks."""
+        rows, tokens = len(query), query.shape[2]
+        if self._attention is None:
+            places = (slice(row * tokens, (row + 1) * tokens) for row in range(rows))
+            own = [Own(tokens=each, position=0) for each in places]
+            self._attention = SegmentAttention(own, [], query.device)
+        flat = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        mixed = self._attention.attend(*flat, layer=layer, window=window, sinks=sinks)
+        return mixed.unflatten(0, (rows, tokens))
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         mixed, ends = self._spans(inputs.shape[1]).convolve(
@@ -162,12 +192,19 @@ class Decode(AttentionLayout):
         self._hidden: dict[int | None, list[Tensor]] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             kept = self.cache.layer(layer, key, value, window)
             query = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[-1])
-            return self._attend(kept, query, key.to(value.dtype), value, window)
+            return self._attend(kept, query, key.to(value.dtype), value, window, sinks)
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         states, fresh = self.cache.states.rows[layer], self.cache.states.fresh
@@ -182,7 +219,13 @@ class Decode(AttentionLayout):
         return delta_rule_one(flat, self.cache.states.rows[layer][1])[:, None]
 
     def _attend(
-        self, layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, window: int | None
+        self,
+        layer: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         to_prompts = self._scores(query, layer.prompts)
         to_own, mixed = [], []
@@ -195,10 +238,13 @@ class Decode(AttentionLayout):
             own = (slice(len(bucket.slots)), slice(None), slice(tokens))
             scores = _product(query[rows], table.keys[own].mT)
             scores = torch.cat([to_prompts[rows], scores], -1).masked_fill_(hides, -torch.inf)
+            prompts, width = to_prompts.shape[-1], scores.shape[-1]
+            if sinks is not None:
+                of_sinks = sinks.to(scores.dtype).view(*scores.shape[1:3], 1)
+                scores = torch.cat([scores, of_sinks.expand(len(scores), -1, -1, 1)], -1)
             weights = scores.softmax(-1).to(value.dtype)
-            prompts = to_prompts.shape[-1]
             to_own.append(weights[..., :prompts])
-            mixed.append(_product(weights[..., prompts:], table.values[own]))
+            mixed.append(_product(weights[..., prompts:width], table.values[own]))
         result = _cat(mixed)
         self._add_values(result, _cat(to_own), layer.prompts)
         return result.view(len(query), 1, -1, result.shape[-1]).to(value.dtype)
@@ -281,7 +327,14 @@ class Extend(AttentionLayout):
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             kept = self.cache.layer(layer, key, value, window)
@@ -292,9 +345,13 @@ class Extend(AttentionLayout):
                 [prompts.values[self.prompt_of], own.values[self.slots], value], dim=2
             )
             widths = (prompts.keys.shape[2], own.keys.shape[2], key.shape[2])
-            mixed = nn.functional.scaled_dot_product_attention(
-                query, keys, values, self._mask(window, widths), scale=1.0, enable_gqa=True
-            )
+            mask = self._mask(window, widths)
+            if sinks is not None:
+                mixed = attend_beside_sinks(query, keys, values, mask, sinks)
+            else:
+                mixed = nn.functional.scaled_dot_product_attention(
+                    query, keys, values, mask, scale=1.0, enable_gqa=True
+                )
             self._keep(own, key, value)
             return mixed.transpose(1, 2)
 

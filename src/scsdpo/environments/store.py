@@ -1,0 +1,158 @@
+"""A store that is worked by calls: small, exact, and with rules that nobody is told."""
+
+from dataclasses import dataclass, field, replace
+
+from scsdpo.environments.calling import answered
+from scsdpo.prompt import Environment, Observation, Prompt, Verdict
+
+GOODS = (
+    *("beads", "books", "cups", "drums"),
+    *("figs", "hats", "keys", "lamps"),
+    *("nuts", "pens", "rugs", "toys"),
+)
+CITIES = ("Bonn", "Cairo", "Delhi", "Lima", "Oslo", "Paris", "Quito", "Rome")
+WRAPPED = ("books", "figs", "lamps", "nuts", "pens", "rugs")
+"""Goods that must be wrapped, one half; their names do not say so."""
+COOLED = ("Cairo", "Lima", "Paris", "Rome")
+"""Cities to which parcels must be cooled, one half; their names do not say so."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Parcel:
+    """What stands in the store, and what was done with it. Its methods are the tools."""
+
+    stock: dict[str, int]
+    taken: dict[str, int] = field(default_factory=dict)
+    is_wrapped: bool = False
+    is_cooled: bool = False
+    city: str = ""
+    """Where it was sent; empty: it was not."""
+    turns: int = 0
+
+    def count(self, good: str) -> str:
+        """How many are there."""
+        return str(self.stock.get(good, 0))
+
+    def take(self, good: str, number: int) -> str:
+        """Put pieces into the parcel."""
+        self._open()
+        if type(number) is not int or not 1 <= number <= self.stock.get(good, 0):
+            raise ValueError("there are not so many")
+        self.stock[good] -= number
+        self.taken[good] = self.taken.get(good, 0) + number
+        return "ok"
+
+    def wrap(self) -> str:
+        """Wrap what is in the parcel."""
+        self._filled()
+        self.is_wrapped = True
+        return "ok"
+
+    def cool(self) -> str:
+        """Cool what is in the parcel."""
+        self._filled()
+        self.is_cooled = True
+        return "ok"
+
+    def send(self, city: str) -> str:
+        """Send the parcel."""
+        self._filled()
+        self.city = str(city)
+        return "ok"
+
+    def _open(self) -> None:
+        if self.city:
+            raise ValueError("the parcel is gone")
+
+    def _filled(self) -> None:
+        self._open()
+        if not self.taken:
+            raise ValueError("the parcel is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(Environment):
+    """Sends parcels of which a certain number is to stay, in three to five calls.
+
+    `Send figs to Oslo, keep 2.` is right iff all figs but 2 are sent to Oslo, wrapped if figs must
+    be wrapped, and not if not, cooled if what goes to Oslo must be cooled, and not if not. How many
+    figs there are is read by `count` only. Which goods must be wrapped, and where it must be
+    cooled, are rules of the store: no request and no answer of a tool tells of them, only the
+    verdict does, and feedback, which the policy does not read. The episode ends with the parcel
+    sent, or with a response that calls nothing, or with turn `max_turns`.
+
+    The row has `good`, `city`, `keep`, and `stock`, how many there are.
+
+    Args:
+        wrapped: goods that must be wrapped.
+        cooled: cities to which it must be cooled.
+        max_turns: responses of an episode.
+
+    Raises:
+        ValueError: if `max_turns` < 1.
+    """
+
+    wrapped: tuple[str, ...] = WRAPPED
+    cooled: tuple[str, ...] = COOLED
+    max_turns: int = 6
+
+    def __post_init__(self) -> None:
+        if self.max_turns < 1:
+            raise ValueError(f"`Store(max_turns=...)` must be >= 1, got {self.max_turns}")
+
+    def roles(self, prompt: Prompt) -> tuple[str, ...]:
+        """Its tools answer. They are not offered in the prompt: there is nothing to choose from."""
+        return ("tool",)
+
+    def begin(self, prompt: Prompt) -> Parcel:
+        """An empty parcel, and the stock of the row."""
+        return Parcel(stock={prompt.row["good"]: prompt.row["stock"]})
+
+    def step(self, prompt: Prompt, state: Parcel, response: str) -> Observation | Verdict:
+        """What the tools answer; with the parcel sent, the verdict."""
+        state.turns += 1
+        before = dict(state.taken)
+        tools = (state.count, state.take, state.wrap, state.cool, state.send)
+        observed = answered({tool.__name__: tool for tool in tools}, prompt, response, "tool")
+        if state.city or observed is None or state.turns == self.max_turns:
+            return self._verdict(prompt, state)
+        if state.taken == before:
+            return observed
+        return replace(observed, feedback=_of_number(prompt, state))
+
+    def finish(self, prompt: Prompt, state: Parcel, response: str, why: str) -> Verdict:
+        """The verdict on what was done so far."""
+        return self._verdict(prompt, state)
+
+    def _verdict(self, prompt: Prompt, state: Parcel) -> Verdict:
+        if not state.city:
+            return Verdict(reward=0.0, feedback="Nothing was sent.")
+        good, city = prompt.row["good"], prompt.row["city"]
+        wrong = (
+            "" if state.city == city else f"The parcel was to go to {city}.",
+            _of_care(f"What holds {good}", "wrapped", good in self.wrapped, state.is_wrapped),
+            _of_care(f"What goes to {city}", "cooled", city in self.cooled, state.is_cooled),
+        )
+        taken = ", ".join(f"{number} {name}" for name, number in sorted(state.taken.items()))
+        care = " wrapped" * state.is_wrapped + " cooled" * state.is_cooled
+        return Verdict(
+            reward=float(not any(wrong) and not _of_number(prompt, state)),
+            answer=f"{taken}{care} to {state.city}",
+            feedback=" ".join(filter(None, wrong)),
+        )
+
+
+def _of_number(prompt: Prompt, parcel: Parcel) -> str:
+    """What is wrong with the number that was taken; empty: nothing."""
+    good, stock = prompt.row["good"], prompt.row["stock"]
+    wanted = stock - prompt.row["keep"]
+    if parcel.taken == {good: wanted}:
+        return ""
+    return f"There were {stock}, so {wanted} had to be taken."
+
+
+def _of_care(what: str, how: str, needed: bool, done: bool) -> str:
+    """What is wrong with one of the two cares; empty: nothing."""
+    if needed == done:
+        return ""
+    return f"{what} must {'' if needed else 'not '}be {how}."
