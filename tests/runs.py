@@ -10,10 +10,10 @@ from coins import Always, Coin
 from scsdpo.advantage import SelfDistillation, TopK
 from scsdpo.data import Source, TaskDataModule
 from scsdpo.policy import CausalLM
+from scsdpo.prompt import Environment
 from scsdpo.teacher import EMA, NoTeacher
 from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Prompt, Sampling
-from scsdpo.verifiers import Verifier
 from scsdpo.weighting import PassRate, Uniform
 
 __all__ = ["Always", "Coin", "Toys", "data", "module", "strategies", "trainer", "weights"]
@@ -26,7 +26,7 @@ def strategies(chat):
 
 
 class Toys(Source):
-    def __init__(self, size: int = 12, verifier: Verifier = Coin()):
+    def __init__(self, size: int = 12, verifier: Environment = Coin()):
         self.size, self.verifier = size, verifier
 
     def __len__(self):

@@ -21,12 +21,14 @@ from scsdpo.rollout.weights.hashing import digest
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import EMA, NoTeacher, PlainPrompt
 from scsdpo.training import Ahead
+from scsdpo.training.ahead import _share, _whole
 from scsdpo.types import Moment, Prompt, Responses, Sampling
 from scsdpo.verifiers import ExactMatch, Verification
 from scsdpo.weighting import Uniform
 
 STOP = tuple("aeiou0123456789")
 """A random model says one of these soon, so that its turns end."""
+TWICE = {"updates_per_rollout": 2}
 GRPO = {"advantage": GroupRelative(), "teacher": NoTeacher()}
 
 
@@ -134,12 +136,13 @@ def halves(folder, path, settings, *, steps, **world):
     return run(steps), run(steps, ckpt_path=path / "half.ckpt")
 
 
-@pytest.mark.parametrize("case", ["plain", "pool"])
-def test_a_resumed_run_is_the_same_to_the_bit(qwen3, tmp_path, case):
-    settings = {
-        "plain": lambda: {"updates_per_rollout": 2},
-        "pool": lambda: GRPO | {"selection": InformativePool(questions=3, max_batches=2)},
-    }[case]
+def test_a_resumed_run_is_the_same_to_the_bit(qwen3, tmp_path):
+    """With a pool that waits for groups, and several updates a batch."""
+
+    def settings():
+        pool = InformativePool(questions=3, max_batches=2)
+        return GRPO | {"selection": pool, "importance": SamplerImportance()} | TWICE
+
     (whole, seen), (resumed, again) = halves(qwen3, tmp_path, settings, steps=6)
     states = [dict(run.lightning_module.state_dict()) for run in (resumed, whole)]
     assert_same(*states, "state")
@@ -200,7 +203,7 @@ def test_a_batch_that_is_given_up_is_asked_again_with_what_waited(qwen3, tmp_pat
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()), "state")
 
 
-def test_what_is_older_than_the_bound_or_of_another_sampling_is_asked_again_and_counted(
+def test_what_is_too_old_or_answers_other_questions_or_sampling_is_asked_again_and_counted(
     qwen3, tmp_path
 ):
     fit(learner(qwen3, 3), tmp_path, 4).save_checkpoint(tmp_path / "old.ckpt")
@@ -213,18 +216,14 @@ def test_what_is_older_than_the_bound_or_of_another_sampling_is_asked_again_and_
     other = learner(qwen3, 3, sampling=Sampling(n=2, max_new_tokens=5))
     fit(other, tmp_path, 5, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")
     assert watch.figures[5]["asked_again"] == 3 and watch.figures[5]["age_batches_max"] == 0
-
-
-def test_questions_that_have_changed_are_asked_again(qwen3, tmp_path):
-    fit(learner(qwen3, 1), tmp_path, 2).save_checkpoint(tmp_path / "old.ckpt")
-    watch = Watch()
+    watch, questions = Watch(), data(Toys(13))  # in another order
     fit(
-        *(learner(qwen3, 1), tmp_path, 3),
-        questions=data(Toys(13)),
+        *(learner(qwen3, 3), tmp_path, 5),
+        questions=questions,
         callbacks=[watch],
         ckpt_path=tmp_path / "old.ckpt",
     )
-    assert watch.figures[3]["asked_again"] == 1
+    assert watch.figures[5]["asked_again"] == 3
 
 
 def test_groups_that_a_pool_holds_back_stay_within_the_bound(qwen3, tmp_path):
@@ -291,6 +290,40 @@ def test_ages_are_by_token_and_survive_batches_that_are_put_together():
     assert both.ages(now)[:, 0, :, 0].tolist() == [[2, 4, 4], [6, 6, 2]]
     assert [both.version_of(q, 0) for q in (0, 1)] == ["c", "c"]
     assert mixed([0, 0, 0], (), ("",)).ages(now).sum() == 0
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (2, 3), (3, 2)])
+def test_what_waits_is_shared_out_anew_over_another_number_of_ranks(ranks):
+    before, after = ranks
+    rows = [mixed([q, 0, 1], (Moment(1, q), Moment(3, 3)), ("a", "b"))[[0]] for q in (0, 1) * 3]
+    for q, row in enumerate(rows):
+        prompt = replace(row.prompts[0], key=f"{q}", ids=(q,))
+        rows[q] = replace(row, prompts=(prompt,), ids=row.ids + q, drawn_at=rows[0].drawn_at)
+    shares = [rows[rank].cat(rows[rank + before :: before]) for rank in range(before)]
+    stored = _whole(shares)
+    for rank in range(after):
+        mine = slice(rank, None, after)
+        prompts = tuple(replace(row.prompts[0], ids=()) for row in rows[mine])
+        share = _share(stored, prompts, mine)
+        assert [prompt.ids for prompt in share.prompts] == [(q,) for q in range(6)[mine]]
+        assert share.ids[:, 0, 0].tolist() == list(range(6)[mine])
+        expected = [[int(each) for each in row.versions[0, 0]] for row in rows[mine]]
+        assert share.versions[:, 0].tolist() == expected
+        assert share.drawn_at == rows[0].drawn_at and share.labels == ("a", "b")
+    assert _share(stored, prompts[::-1], mine) is None or len(prompts) == 1
+
+
+def test_a_module_that_is_fitted_again_with_other_data_learns_from_those(qwen3, tmp_path):
+    model, watch = learner(qwen3, 1), Watch()
+    fit(model, tmp_path, 1)
+    torch.manual_seed(0)
+    fit(model, tmp_path, 2, questions=data(Toys(13)), callbacks=[watch])
+    own = Watch()
+    fit(learner(qwen3, 0), tmp_path, 2, questions=data(Toys(13)), callbacks=[own])
+    assert [watch.learned[n].judged.keys for n in (2, 3)] == [
+        own.learned[n].judged.keys for n in (1, 2)
+    ]
+    assert watch.figures[2]["asked_again"] == 1
 
 
 def test_upcoming_batches_are_those_that_come_also_over_the_end_of_an_epoch(qwen3):

@@ -25,7 +25,7 @@ from scsdpo.policy import NF4, CausalLM, Lora
 from scsdpo.selection import InformativePool
 from scsdpo.state import DecayedBeta, all_remembered
 from scsdpo.teacher import NoTeacher
-from scsdpo.training import Limits
+from scsdpo.training import Ahead, Limits
 from scsdpo.types import Sampling
 from scsdpo.weighting import RatePower, TeacherEntropy, Uniform
 from worlds import Echo
@@ -38,6 +38,7 @@ METHODS = {
         "teacher": NoTeacher(),
         "weighting": Uniform(),
     },
+    "ahead": {"token_weighting": TeacherEntropy(), "ahead": Ahead(batches=2)},
     # Episodes of several turns, whose turns are compared over the batch.
     "episodes": {
         "advantage": TurnRelative(scale=BatchStd()),

@@ -53,7 +53,9 @@ def test_a_signal_in_an_episode_loses_no_finished_batch(phase, name, commands, t
     error = (broken / "err").read_text()
     assert "Traceback" not in error
     assert commands.run(broken, *EPISODES, "--ckpt_path", str(last(broken))) == 0, error
-    same_end(broken, whole)
+    # Which episodes are drawn together depends on when their world answers: to rounding, so do the
+    # sampler's log-probs, which this method does not read.
+    same_end(broken, whole, rounded="train/logprob_gap")
 
 
 def test_a_second_interrupt_ends_at_once(commands, tmp_path):

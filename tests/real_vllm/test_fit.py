@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,65 @@ def test_the_run_ends_with_one_line_that_names_the_servers_when_all_are_gone(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("scsdpo: error: no vLLM server is of use since 3")
     assert f"({victim.url}: /collective_rpc: " in last
+
+
+AHEAD = (
+    "--model.ahead.batches=2",
+    "--trainer.limit_train_batches=10",
+    "--checkpoint.save_last=true",
+    "--trainer.limit_val_batches=0",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.default_root_dir=run",
+    "--trainer.logger=false",
+)
+
+
+def figures(folder):
+    (path,) = folder.rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["batch"]: line for line in lines if "train/age_batches_max" in line}
+
+
+def test_the_bound_on_age_holds_under_a_slow_a_killed_server_a_stop_and_a_resume(
+    tmp_path, limit, two_servers
+):
+    """One server is stopped for a while, killed and started again; the run is ended by SIGTERM."""
+    command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
+    files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
+    own = (*SHORT, *AHEAD, *stop_above(limit), urls(two_servers))
+    words = [*map(str, (*command, *files, *own))]
+    victim = two_servers[1]
+
+    def wait(run, batch):
+        deadline = time.monotonic() + 300
+        while not any(tmp_path.rglob("metrics.jsonl")) or max(figures(tmp_path), default=0) < batch:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with (tmp_path / "output.txt").open("w") as output:
+        run = subprocess.Popen(words, cwd=tmp_path, stdout=output, stderr=output)
+        try:
+            wait(run, 1)
+            victim.signal(signal.SIGSTOP)
+            wait(run, 2)
+            victim.signal(signal.SIGCONT)
+            wait(run, 3)
+            victim.kill()
+            wait(run, 4)
+            run.terminate()
+            assert run.wait(120) == 143, (tmp_path / "output.txt").read_text()[-3000:]
+        finally:
+            run.kill()
+            victim.kill()
+            victim.start()
+            victim.wait()
+    (last,) = tmp_path.rglob("last.ckpt")
+    done = subprocess.run(
+        [*words, f"--ckpt_path={last}"], cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = figures(tmp_path)
+    assert sorted(seen) == list(range(1, 11))
+    assert all(each["train/age_batches_max"] <= 2 for each in seen.values())
+    assert seen[1]["train/logprob_gap"] < limit
+    assert seen[10]["train/age_batches"] > 0 and seen[10]["train/logprob_drift"] < 1

@@ -1,8 +1,10 @@
 """vLLM servers over HTTP: parity, and what happens when one is dead, stalled or half-updated."""
 
 import asyncio
+import copy
 import json
 import signal
+import time
 import urllib.error
 import urllib.request
 
@@ -73,6 +75,32 @@ def test_weights_reach_every_server_before_each_sampling(two_servers, policy, pr
         stale = gaps(policy, rollouts)
         assert all(gap.mean() > 1e-3 for gap in stale)
     assert len(set(seen)) == 3
+    engine.close()
+
+
+def test_each_token_is_of_the_weights_that_are_said_to_have_drawn_it_also_within_a_response(
+    two_servers, policy, prompts
+):
+    """Responses are frozen while weights change, and go on with keys and values made anew."""
+    engine = rollout(two_servers, Download())
+    drawings, states = [], {}
+    sampling = Sampling(n=4, max_new_tokens=300, temperature=2.0, seed=3)
+    for step in range(4):
+        drawings.append(engine.begin(policy, prompts[:3], sampling.at(step), within=True))
+        states[drawings[-1].label] = copy.deepcopy(policy.state_dict())
+        time.sleep(0.3)
+        move(policy, step, 0.002)
+    mixed = 0
+    for drawing in drawings:
+        responses = drawing.responses()
+        drew, sampled = responses.versions, responses.sampled
+        mixed += int(((drew != drew[..., :1]) & sampled).any(-1).sum())
+        for number, label in enumerate(responses.labels):
+            policy.load_state_dict(states[label])
+            own = [each[here] == number for each, here in zip(drew, sampled, strict=True)]
+            apart = torch.cat([g[o] for g, o in zip(gaps(policy, responses), own, strict=True)])
+            assert not len(apart) or float(apart.max()) < allowed(policy, responses)
+    assert mixed > 0
     engine.close()
 
 

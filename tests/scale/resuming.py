@@ -14,12 +14,14 @@ from runs import Toys, data, module, trainer
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.policy import CausalLM, Stored
 from scsdpo.teacher import EMA
+from scsdpo.training import Ahead
 from scsdpo.types import Sampling
 from two_ranks import METHODS
 
 HALF = Stored(dtype="bfloat16", on_host=True)
 CASES = {
     "memory": lambda: METHODS["memory"] | {"optimizer": ADAMW},
+    "ahead": lambda: method("sc-sdpo", optimizer=ADAMW, ahead=Ahead(batches=2)),
     "ema": lambda: method("sc-sdpo", optimizer=ADAMW),
     "restart": lambda: CONFIGURATIONS["restart"]() | {"optimizer": ADAMW},
     "lora": CONFIGURATIONS["lora adamw"],

@@ -41,7 +41,7 @@ def one(qwen3, tmp_path_factory):
     ("method", "world"),
     [
         *(("sc-sdpo", "2"), ("sc-sdpo", "2s"), ("grpo", "2"), ("memory", "2"), ("qlora", "2")),
-        *(("episodes", "2"), ("episodes", "2s")),
+        *(("episodes", "2"), ("episodes", "2s"), ("ahead", "2")),
     ],
 )
 def test_two_processes_train_as_one(one, qwen3, tmp_path, method, world):

@@ -190,6 +190,12 @@ def trust(runs: Sequence[Run]) -> Section:
          "Mean |log S(trainer) - log S(sampler)|; zero but for rounding."),
         ("logprob_gap_max", "Largest gap of a token, nats", "Of each batch."),
         ("importance_capped", "Importance weights at their cap", "Share of trained tokens."),
+        ("age_steps", "Age of what is learned from, optimizer steps",
+         "Mean over trained tokens, of batches that are drawn ahead."),
+        ("logprob_drift", "Drift since older weights drew a token, nats",
+         "Mean |log S - log S(sampler)| of these tokens."),
+        ("importance_ess", "Effective sample size of the importance weights",
+         "As a share of the trained tokens, of batches that are drawn ahead."),
         ("experts_differ", "Sent to other experts than by the sampler", "Share of trained tokens."),
         ("verifier_errors", "Verifier errors", "Verdicts of a batch whose verifier failed."),
     )  # fmt: skip

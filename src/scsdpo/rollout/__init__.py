@@ -1,6 +1,6 @@
 """Rollout: which responses do we learn from?"""
 
-from scsdpo.rollout._base import Rollout
+from scsdpo.rollout._base import Drawing, Drawn, Rollout
 from scsdpo.rollout.hf.rollout import HFRollout
 from scsdpo.rollout.servers.delivery import Delivery, Download, SharedFolder
 from scsdpo.rollout.servers.engine import Servers
@@ -14,6 +14,8 @@ __all__ = [
     "Colocated",
     "Delivery",
     "Download",
+    "Drawing",
+    "Drawn",
     "Engine",
     "HFRollout",
     "Nccl",

@@ -17,7 +17,12 @@ class Drawing(ABC):
     @property
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether `responses` waits for nothing."""
+        """Whether all of them are there."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Of the weights that were the newest when they were asked for."""
 
     @abstractmethod
     def responses(self) -> Responses:
@@ -37,6 +42,10 @@ class Drawn(Drawing):
     @property
     def is_done(self) -> bool:
         return True
+
+    @property
+    def label(self) -> str:
+        return self._responses.version
 
     def responses(self) -> Responses:
         return self._responses
@@ -132,7 +141,14 @@ class Rollout(ABC):
         """Whether `begin` returns before the responses are drawn."""
         return False
 
-    def begin(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+    def begin(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool = False,
+    ) -> Drawing:
         """As `sample`, of an engine that draws while the trainer learns (`model.ahead`).
 
         Each token is drawn with the weights of this moment, or with those of a later `begin`;
@@ -142,6 +158,7 @@ class Rollout(ABC):
             policy: as it is now.
             prompts: the questions, each of one turn.
             sampling: how often, and how.
+            within: whether weights may change amid a response. False: each is of one version.
         """
         return Drawn(self.sample(policy, prompts, sampling))
 

@@ -1,6 +1,7 @@
 """Sampling ahead: batches are drawn before their turn to be learned from."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
@@ -10,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.data import TaskDataModule
 from scsdpo.distributed import all_gather, all_max, place
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import Importance, NoImportance
+from scsdpo.rollout import Drawing, Drawn, Rollout
 from scsdpo.state import plain, restored
 from scsdpo.types import Moment, Prompt, Responses, Sampling
 
@@ -32,12 +34,15 @@ class Ahead:
 
     Args:
         batches: k. 0: each batch is drawn when it is learned from, by the weights that learn.
+        within_responses: whether servers get newer weights amid the responses that they draw, whose
+            further tokens are then of those; False: they end them first.
 
     Raises:
         ValueError: if `batches` < 0.
     """
 
     batches: int = 0
+    within_responses: bool = False
 
     def __post_init__(self) -> None:
         if self.batches < 0:
@@ -50,8 +55,53 @@ class Host(Protocol):
     batches: torch.Tensor
     sampling: Sampling
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        """Responses of the policy as it is now."""
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+        """Ask the policy as it is now."""
+
+    def finish(self, drawing: Drawing) -> Responses:
+        """Wait for the responses."""
+
+
+class _Waiting:
+    """A batch that was asked for, and may be drawn by now.
+
+    Args:
+        drawing: its responses, or those that are on their way.
+        asked: key and copy of each of this rank's questions.
+        moments: by label, when weights were the newest: of all that may draw it.
+    """
+
+    def __init__(
+        self, drawing: Drawing, asked: Sequence[tuple[str, int]], moments: Mapping[str, Moment]
+    ) -> None:
+        self._drawing, self._moments, self.asked = drawing, moments, asked
+        self._responses: Responses | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._responses is not None or self._drawing.is_done
+
+    def responses(self, finish: Callable[[Drawing], Responses], now: Moment) -> Responses:
+        """Wait for them; on the host, and with the moments of the weights that drew them.
+
+        Args:
+            finish: `Host.finish`.
+            now: the moment of weights that are newer than all that batches were asked for with:
+                those of a validation since the last step.
+        """
+        if self._responses is None:
+            drawn = finish(self._drawing).to("cpu")
+            drawn_at = tuple(self._moments.get(label, now) for label in drawn.labels)
+            self._responses = replace(drawn, drawn_at=drawn_at).cat([])  # labels by age
+            self._drawing, self._moments = Drawn(self._responses), {}
+        return self._responses
+
+    @classmethod
+    def of(cls, responses: Responses) -> "_Waiting":
+        """Responses of a checkpoint."""
+        waiting = cls(Drawn(responses), _questions(responses.prompts), {})
+        waiting._responses = responses
+        return waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +112,7 @@ class _Queue:
     """Batches from which an optimizer step was taken."""
     asked_again: int = 0
     """Batches that were drawn and could not be learned from."""
-    waiting: Mapping[int, Responses]
+    waiting: Mapping[int, _Waiting]
     """By number of the batch, this rank's share, on the host."""
     stored: Mapping[int, Mapping[str, Any]]
     """The same of a checkpoint and of all ranks, until their questions are known."""
@@ -88,6 +138,8 @@ class DrawnAhead:
         """The second as it was after the last finished batch."""
         self._step = 0
         """Optimizer steps at its end."""
+        self._moments: dict[str, Moment] = {}
+        """By label, when weights were the newest: of those that may still be drawing."""
 
     @property
     def asked_again(self) -> int:
@@ -115,38 +167,50 @@ class DrawnAhead:
         """
         now, number = self.now(step), int(host.batches)
         asked = dict(enumerate((prompts, *upcoming[: self.most]), number))
-        usable = self._usable(asked, host.sampling, now)
-        waiting: dict[int, Responses] = {}
+        if number in self._queue.waiting:  # before servers get other weights
+            self._queue.waiting[number].responses(host.finish, now)
+        usable = self._usable(asked, host, now)
+        waiting: dict[int, _Waiting] = {}
         for each, questions in asked.items():
-            waiting[each] = usable.get(each) or self._draw(host, each, questions, now)
+            waiting[each] = usable.get(each) or self._ask(host, each, questions, now)
         due = waiting.pop(number)
         again = self.asked_again + len(self._queue.known & asked.keys() - usable.keys())
         self._queue = replace(self._queue, waiting=waiting, stored={}, asked_again=again)
-        return due
+        return due.responses(host.finish, now)
 
-    def _draw(self, host: Host, number: int, prompts: Sequence[Prompt], now: Moment) -> Responses:
-        drawn = host.sample(prompts, host.sampling.at(number)).to("cpu")
-        return replace(drawn, drawn_at=(now,) * len(drawn.labels))
+    def _ask(self, host: Host, number: int, prompts: Sequence[Prompt], now: Moment) -> _Waiting:
+        drawing = host.begin(prompts, host.sampling.at(number))
+        least = now.batch - self.most
+        for label in [label for label, at in self._moments.items() if at.batch < least]:
+            del self._moments[label]
+        self._moments[drawing.label] = now
+        return _Waiting(drawing, _questions(prompts), self._moments)
 
     def _usable(
-        self, asked: Mapping[int, Sequence[Prompt]], sampling: Sampling, now: Moment
-    ) -> dict[int, Responses]:
+        self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
+    ) -> dict[int, _Waiting]:
         """By number, what waits and answers the questions that are `asked`, on all ranks."""
         rank, ranks = place()
-        found: dict[int, Responses | None] = {}
+        found: dict[int, _Waiting | None] = {}
+        unfit = []
         for number in sorted(self._queue.known & asked.keys()):
+            each = self._queue.waiting.get(number)
             if number in self._queue.stored:
                 stored = self._queue.stored[number]
-                found[number] = _share(stored, asked[number], slice(rank, None, ranks))
-            else:
-                found[number] = self._queue.waiting[number]
-        unfit = [
-            responses is None
-            or responses.ids.shape[1] != sampling.n
-            or responses.temperature != sampling.temperature
-            or any(now.batch - at.batch > self.most for at in responses.drawn_at)
-            for responses in found.values()
-        ]
+                share = _share(stored, asked[number], slice(rank, None, ranks))
+                each = None if share is None else _Waiting.of(share)
+            if each is not None and each.asked != _questions(asked[number]):
+                each = None  # fitted before, with other data
+            found[number] = each
+            if each is None or not each.is_done:  # what is on its way was asked for as it should be
+                unfit.append(each is None)
+                continue
+            responses = each.responses(host.finish, now)
+            unfit.append(
+                responses.ids.shape[1] != host.sampling.n
+                or responses.temperature != host.sampling.temperature
+                or any(now.batch - at.batch > self.most for at in responses.drawn_at)
+            )
         anywhere = all_max(torch.tensor(unfit, dtype=torch.float32)).tolist() if unfit else []
         pairs = zip(found.items(), anywhere, strict=True)
         return {number: each for (number, each), wrong in pairs if each is not None and not wrong}
@@ -155,6 +219,10 @@ class DrawnAhead:
 
     def begin(self, step: int) -> None:
         """Training begins or goes on, after so many optimizer steps."""
+        drawn = {number: each for number, each in self._queue.waiting.items() if each.is_done}
+        lost = len(self._queue.waiting) - len(drawn)  # with the connections of an earlier fit
+        again = self.asked_again + lost
+        self._queue = self._finished = replace(self._queue, waiting=drawn, asked_again=again)
         self._step = step
 
     def finish(self, step: int) -> None:
@@ -165,19 +233,31 @@ class DrawnAhead:
     def _settled(self, step: int) -> _Queue:
         return replace(self._queue, moved=self._queue.moved + (step > self._step))
 
-    def saved(self, step: int, *, under_way: bool) -> dict[str, Any]:
+    def saved(self, host: Host, step: int, *, under_way: bool) -> dict[str, Any]:
         """What waits, of all ranks, in tensors and primitives; a collective.
 
+        What is still being drawn on any rank will be asked again, and is counted as that.
+
         Args:
+            host: knows how to take what is drawn.
             step: optimizer steps taken.
             under_way: a batch was begun and is not finished: what was before it.
         """
         queue = self._finished if under_way else self._settled(step)
-        shares = all_gather([queue.waiting])
+        now = Moment(step, queue.moved)
+        own: dict[int, Responses] = {}
+        for number, waiting in queue.waiting.items():
+            if waiting.is_done:
+                with suppress(TrainingStopped):  # said when its turn comes
+                    own[number] = waiting.responses(host.finish, now)
+        shares = all_gather([own])
         batches = dict(queue.stored) | {
-            number: _whole([share[number] for share in shares]) for number in queue.waiting
+            number: _whole([share[number] for share in shares])
+            for number in queue.waiting
+            if all(number in share for share in shares)
         }
-        return {"moved": queue.moved, "asked_again": queue.asked_again, "batches": batches}
+        again = queue.asked_again + len(queue.known) - len(batches)
+        return {"moved": queue.moved, "asked_again": again, "batches": batches}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Go on with what `saved` gave."""
@@ -187,6 +267,10 @@ class DrawnAhead:
             waiting={},
             stored=saved["batches"],
         )
+
+
+def _questions(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+    return [(prompt.key, prompt.copy) for prompt in prompts]
 
 
 def _whole(shares: Sequence[Responses]) -> dict[str, Any]:
@@ -205,7 +289,7 @@ def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) ->
     """Some questions of a batch; None if they are not these."""
     everyone = stored["questions"]
     questions = everyone[mine]
-    if [(q["key"], q["copy"]) for q in questions] != [(p.key, p.copy) for p in prompts]:
+    if [(q["key"], q["copy"]) for q in questions] != _questions(prompts):
         return None
     batch = restored(stored["responses"], (prompts[0],) * len(everyone))
     opened = tuple(
@@ -215,11 +299,14 @@ def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) ->
     return replace(batch[range(len(everyone))[mine]], prompts=opened)
 
 
-def check_ahead(ahead: Ahead, data: object, overfits: bool, importance: Importance) -> None:
+def check_ahead(
+    ahead: Ahead, rollout: Rollout, data: object, overfits: bool, importance: Importance
+) -> None:
     """Refuse runs of which the next batches cannot be known; say what is not corrected.
 
     Args:
         ahead: as configured.
+        rollout: of the run.
         data: the run's data module.
         overfits: whether the same batches are asked again and again.
         importance: of the run.
@@ -227,6 +314,12 @@ def check_ahead(ahead: Ahead, data: object, overfits: bool, importance: Importan
     Raises:
         ConfigurationError: naming the key and the remedy.
     """
+    if ahead.within_responses and not (ahead.batches and rollout.draws_behind):
+        raise ConfigurationError(
+            "model.ahead.within_responses: weights change amid responses only where servers draw "
+            "them while the policy learns: set model.ahead.batches above 0 and model.rollout to "
+            "VLLMRollout with Servers, or within_responses to false"
+        )
     if not ahead.batches:
         return
     if not isinstance(data, TaskDataModule):

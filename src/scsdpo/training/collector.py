@@ -11,7 +11,7 @@ from torch import nn
 from scsdpo.errors import ConfigurationError
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM
-from scsdpo.rollout import Rollout
+from scsdpo.rollout import Drawing, Drawn, Rollout
 from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
 from scsdpo.training.finite import check_sampled
 from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
@@ -69,6 +69,48 @@ class Collector:
             least = most if self.rollout.with_max_rows(1) is self.rollout else 1
             with self.rollout.hold_weights(policy):  # ranks need not try equally often
                 responses = self.room.run(attempt, most=most, extent=lambda: (least, most))
+            check_sampled(responses, module)
+        self.timer.count("rollout", int(responses.lengths.sum()))
+        return responses
+
+    def begin(
+        self,
+        module: nn.Module,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool,
+    ) -> Drawing:
+        """Ask for responses, and wait for them only where they cannot be drawn beside the trainer:
+        in this process, and episodes of several turns, whose environments answer meanwhile.
+
+        Args:
+            module: as for `sample`.
+            policy: answers, as it is now.
+            prompts: the questions.
+            sampling: how often, and how.
+            within: whether weights may change amid a response.
+        """
+        if not self.rollout.draws_behind or any(prompt.has_turns for prompt in prompts):
+            return Drawn(self.sample(module, policy, prompts, sampling))
+        with self.timer("rollout"), self.rollout.hold_weights(policy):
+            return self.rollout.begin(policy, prompts, sampling, within=within)
+
+    def finish(self, module: nn.Module, drawing: Drawing) -> Responses:
+        """Wait for what was asked for.
+
+        Args:
+            module: as for `sample`.
+            drawing: from `begin`.
+
+        Raises:
+            TrainingStopped: if logits are not finite, or the sampler is of no use.
+        """
+        if isinstance(drawing, Drawn):
+            return drawing.responses()
+        with self.timer("rollout"):
+            responses = drawing.responses()
             check_sampled(responses, module)
         self.timer.count("rollout", int(responses.lengths.sum()))
         return responses

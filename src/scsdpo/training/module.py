@@ -36,7 +36,7 @@ from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
 from scsdpo.records import MetricsFile, Recorder, guard
 from scsdpo.reduction import Reduction, SequenceMean
-from scsdpo.rollout import HFRollout, Rollout
+from scsdpo.rollout import Drawing, HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
 from scsdpo.state import Stateful, memory
 from scsdpo.teacher import External, NoTeacher, Teacher, contexts_of
@@ -98,7 +98,7 @@ class PolicyOptimizer(L.LightningModule):
         success_threshold: reward from which a rollout counts as a success. Of successes with
             different rewards the best is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when to give up.
-        ahead: how many batches are drawn before their turn to be learned from.
+        ahead: batches that are drawn before their turn.
         warmup: supervised steps before, in which the policy learns to use what its teacher is told,
             and the check that it can.
 
@@ -218,7 +218,7 @@ class PolicyOptimizer(L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit":
             overfits = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
-            check_ahead(self.ahead, data, overfits, self.steps.update.importance)
+            check_ahead(self.ahead, self.rollout, data, overfits, self.steps.update.importance)
         if isinstance(data, TaskDataModule):
             most = data.max_prompt_tokens
             if stage == "fit":
@@ -383,6 +383,15 @@ class PolicyOptimizer(L.LightningModule):
         log_figures(self, "train", {"asked_again": self.drawn_ahead.asked_again})
         return due.to(self.device)
 
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+        """Ask the policy as it is now, and wait for its responses only if that must be."""
+        within = self.ahead.within_responses
+        return self.collector.begin(self, self.policy, prompts, sampling, within=within)
+
+    def finish(self, drawing: Drawing) -> Responses:
+        """The responses that were asked for."""
+        return self.collector.finish(self, drawing)
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
         """Responses of the policy as it is now."""
         return self.collector.sample(self, self.policy, prompts, sampling)
@@ -508,7 +517,7 @@ class PolicyOptimizer(L.LightningModule):
         self.safe_point.into(checkpoint, self)
         if self.ahead.batches and self.trainer.state.fn == "fit":
             begun, step = under_way(self.trainer), self.trainer.global_step
-            checkpoint["ahead"] = self.drawn_ahead.saved(step, under_way=begun)
+            checkpoint["ahead"] = self.drawn_ahead.saved(self, step, under_way=begun)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse one of another model, and of another method unless that change was said."""
@@ -518,7 +527,7 @@ class PolicyOptimizer(L.LightningModule):
         if self.policy_only:
             return
         self.safe_point.validated = checkpoint.get("validated", -1)
-        if self.ahead.batches and "ahead" in checkpoint:
+        if "ahead" in checkpoint:  # also where nothing is drawn ahead any more: pools have ages
             self.drawn_ahead.load(checkpoint["ahead"])
 
         def renewed() -> tuple[torch.optim.Optimizer, Any]:

@@ -32,6 +32,8 @@ class Delivery(ABC):
 
     due = False
     """Servers need another `publish`, though the weights are the same."""
+    at_once = False
+    """`publish` itself changes the weights of servers; else `bring` does."""
 
     @abstractmethod
     def publish(

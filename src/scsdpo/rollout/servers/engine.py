@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import torch
 
 from scsdpo.distributed import place
-from scsdpo.errors import ConfigurationError
+from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.servers.delivery import Delivery, Download, ServerSink
@@ -20,7 +20,7 @@ from scsdpo.rollout.servers.request_queue import RequestQueue, Stranded, agreed_
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.vllm.rollout import Answer, Engine, Request
+from scsdpo.rollout.vllm.rollout import Answer, Asked, Engine, Request
 from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
@@ -88,25 +88,59 @@ class Servers(Engine):
         self._loop: EventLoop | None = None
         self._changed = asyncio.Event()
         self._watched: list[WatchedServer] = []
+        self._published: list[str] = []
+        """Labels of the weights that servers got, oldest first; those that requests wait for."""
+        self._behind: list[_Asked] = []
+        """Requests that are answered while the trainer does other things, in their order."""
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
         loop = self._loop or self._start()
-        queue = RequestQueue(
-            requests,
-            version,
-            self._watched,
-            patience=self.patience,
-            timeout=self.timeout,
-            changed=self._changed,
-        )
+        queue = self._queue(requests, version)
         if version != self._version:
             self._publish(loop, policy, version)
         while True:
             with suppress(Stranded):
                 return loop.run(queue.run())
             self._publish(loop, policy, version)
+
+    @property
+    def answers_behind(self) -> bool:
+        return True
+
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
+        loop = self._loop
+        assert loop is not None and version == self._version, "inside `hold_weights` alone"
+        for watched in self._watched:
+            watched.draws_behind, watched.within = True, within
+        queue = self._queue(
+            requests,
+            version,
+            published=self._published,
+            before=[each.queue for each in self._behind],
+        )
+        self._behind.append(_Asked(queue, loop))
+        return self._behind[-1]
+
+    def _queue(
+        self,
+        requests: Sequence[Request],
+        version: str,
+        *,
+        published: Sequence[str] = (),
+        before: Sequence[RequestQueue] = (),
+    ) -> RequestQueue:
+        return RequestQueue(
+            requests,
+            version,
+            self._watched,
+            published=published,
+            before=before,
+            patience=self.patience,
+            timeout=self.timeout,
+            changed=self._changed,
+        )
 
     @contextmanager
     def hold_weights(
@@ -121,6 +155,7 @@ class Servers(Engine):
             self._loop.close()
             self._loop = None
         self._version, self._sink = "", None
+        self._published, self._behind = [], []
         self.delivery.close()
         self._helper.close()
 
@@ -154,6 +189,11 @@ class Servers(Engine):
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
         """Make these the weights that servers get, unless they are; all ranks under shards."""
         self._together = is_sharded(policy)
+        self._behind = [each for each in self._behind if not each.is_done]
+        if not self._behind:
+            self._published.clear()
+        if self._published[-1:] != [version]:  # before any server may answer with them
+            self._published.append(version)
         leads = place()[0] == 0
         with closing(WeightStream(policy, self.adapter, led=True)) as stream:
             if leads and (version != self._version or self.delivery.due):
@@ -167,6 +207,36 @@ class Servers(Engine):
         assert self._sink is not None
         dtype, described = loop.run(self._known())
         self._sink.servers = [each.server for each in self._watched if each.there]
+        if self.delivery.at_once and any(each.draws_behind for each in self._watched):
+            with self._paused(loop):
+                self._deliver(stream, version, dtype, described)
+        else:
+            self._deliver(stream, version, dtype, described)
+
+    @contextmanager
+    def _paused(self, loop: EventLoop) -> Iterator[None]:
+        """Servers end what they draw before their weights change."""
+        assert self._sink is not None
+        servers = self._sink.servers
+
+        async def every(act: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
+            # One that fails is found out by what follows.
+            await asyncio.gather(*map(act, servers), return_exceptions=True)
+
+        loop.run(every(lambda server: server.pause(self.timeout)))
+        try:
+            yield
+        finally:
+            loop.start(every(Server.resume)).result()
+
+    def _deliver(
+        self,
+        stream: WeightStream,
+        version: str,
+        dtype: torch.dtype,
+        described: dict[Server, dict[str, Any]],
+    ) -> None:
+        assert self._sink is not None
         supported = None if stream.rank is None else self._adaptable(stream.rank, described)
         self._sink.send(stream, version, dtype, supported)
 
@@ -206,6 +276,34 @@ class Servers(Engine):
             with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE):
                     await self._changed.wait()
+
+
+class _Asked(Asked):
+    """A queue that runs in the event loop.
+
+    Args:
+        queue: of the requests.
+        loop: where it runs.
+    """
+
+    def __init__(self, queue: RequestQueue, loop: EventLoop) -> None:
+        self.queue, self._loop = queue, loop
+        self._run = loop.start(queue.run())
+
+    @property
+    def is_done(self) -> bool:
+        return self._run.done() and not self._run.cancelled() and not self._run.exception()
+
+    def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
+        if self._run.done() and isinstance(self._run.exception(), TrainingStopped):
+            # Nobody waited for it, and servers may be well by now.
+            self.queue.forgive()
+            self._run = self._loop.start(self.queue.run())
+        while True:
+            with suppress(Stranded):
+                return self._loop.result(self._run)
+            publish()
+            self._run = self._loop.start(self.queue.run())
 
 
 def _is_http(url: str) -> bool:

@@ -26,11 +26,15 @@ class EventLoop:
         """Run `work` and return its result; a run that is asked to stop does not wait for it."""
         future = self.start(work)
         try:
-            while wait([future], _LOOK).not_done:
-                interrupt.check()
-            return future.result()
+            return self.result(future)
         finally:
             future.cancel()
+
+    def result(self, future: Future[T]) -> T:
+        """What was started, once it is done; a run that is asked to stop does not wait for it."""
+        while wait([future], _LOOK).not_done:
+            interrupt.check()
+        return future.result()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Let `work` run until it ends or the loop is closed; from any thread."""

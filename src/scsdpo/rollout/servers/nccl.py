@@ -52,6 +52,8 @@ class Nccl(Delivery):
         TrainingStopped: from `publish`, if no transfer comes to its end.
     """
 
+    at_once = True
+
     def __init__(
         self, host: str = "127.0.0.1", timeout: float = 60.0, buffer_gib: float = 1.0
     ) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -55,6 +55,9 @@ class RequestQueue:
     Args:
         requests: in the order of the answers.
         version: label of the weights that they must be answered with.
+        published: labels of all weights so far, while others come: those after `version` will do
+            as well. Empty: it alone will do.
+        before: queues whose requests go first, those that are still there.
         servers: all that there are, well or not.
         patience: seconds without any server of use before the run stops.
         timeout: seconds for one request.
@@ -67,17 +70,23 @@ class RequestQueue:
         version: str,
         servers: Sequence[WatchedServer],
         *,
+        published: Sequence[str] = (),
+        before: Sequence["RequestQueue"] = (),
         patience: float,
         timeout: float,
         changed: asyncio.Event,
     ) -> None:
         self.requests, self.version, self.servers = requests, version, servers
+        self.published, self.before = published, before
+        self._tasks: dict[WatchedServer, set[asyncio.Task[None]]] = defaultdict(set)
+        """Those of this queue, by server."""
         self.patience, self.timeout, self.changed = patience, timeout, changed
         self._todo = deque(range(len(requests)))
         self._answers: dict[int, list[Answer]] = {}
         self._refusal: Exception | None = None
         self._idle = 0.0
         """Seconds without an answer in which no server had anything to do for us."""
+        self._runs = False
         self._failing: float | None = None
         """The first failure since the last answer."""
 
@@ -89,7 +98,7 @@ class RequestQueue:
             ConfigurationError: at once, if a server cannot do what is asked for.
             TrainingStopped: if no server is of use.
         """
-        last = time.monotonic()
+        last, self._runs = time.monotonic(), True
         try:
             while len(self._answers) < len(self.requests):
                 self._hand_out()
@@ -102,14 +111,32 @@ class RequestQueue:
                 self._judge(now, 0.0 if busy else now - last)
                 last = now
         finally:
-            left = [task for server in self.servers for task in server.underway]
+            self._runs = False
+            left = [task for tasks in self._tasks.values() for task in tasks]
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
         return [self._answers[q] for q in range(len(self.requests))]
 
+    def forgive(self) -> None:
+        """Let `run` have patience again."""
+        self._idle, self._failing = 0.0, None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it runs, and has requests that no server has taken."""
+        return self._runs and bool(self._todo)
+
+    @property
+    def accepted(self) -> Sequence[str]:
+        """Labels of the weights that may answer."""
+        versions = [*self.published]
+        if self.version not in versions:
+            return [self.version]
+        return versions[versions.index(self.version) :]
+
     def _hand_out(self) -> None:
-        while self._todo:
+        while self._todo and not any(each.waits for each in self.before):
             free = [each for each in self.servers if each.ready and self._room(each) > 0]
             if not free:
                 return
@@ -118,6 +145,7 @@ class RequestQueue:
             assert server.described is not None
             task = asyncio.create_task(self._ask(server, q, server.described))
             server.underway.add(task)
+            self._tasks[server].add(task)
             task.add_done_callback(partial(self._ended, server, q))
 
     def _room(self, server: WatchedServer) -> int:
@@ -126,7 +154,10 @@ class RequestQueue:
         holds = _FILLED * server.described["max_num_seqs"] // self.requests[0].parameters["n"]
         left = len(self.requests) - len(self._answers)
         sharers = sum(each.ready or not each.problem for each in self.servers)
-        return min(max(1, holds), math.ceil(left / sharers)) - len(server.underway)
+        return min(
+            max(1, holds) - len(server.underway),
+            math.ceil(left / sharers) - len(self._tasks[server]),
+        )
 
     async def _ask(self, server: WatchedServer, q: int, seen: dict[str, Any]) -> None:
         remedy = f"start the server {server.server.url} with a larger --max-model-len"
@@ -134,7 +165,7 @@ class RequestQueue:
             check_length([self.requests[q]], seen["max_model_len"], remedy)
             answers = await server.server.generate(self.requests[q], self.timeout, seen["adapter"])
             for answer in answers:
-                if why := answer.fault(self.version):
+                if why := answer.fault(*self.accepted):
                     raise Unreachable(why)
             server.answered()
             self._answers[q] = answers
@@ -146,6 +177,7 @@ class RequestQueue:
 
     def _ended(self, server: WatchedServer, q: int, task: asyncio.Task[None]) -> None:
         server.underway.discard(task)
+        self._tasks[server].discard(task)
         if q not in self._answers:
             self._todo.appendleft(q)
         self.changed.set()

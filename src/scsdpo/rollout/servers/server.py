@@ -60,10 +60,13 @@ class Server:
     Args:
         url: e.g. `http://host:8000`.
         key: environment variable with the server's key; none is sent if it is not set.
+        freezes: whether a pause freezes the responses that it draws, which go on behind it with
+            the weights that are there then.
     """
 
     url: str
     key: str = KEY_VARIABLE
+    freezes: bool = False
 
     async def version(self) -> str:
         """Label of the weights that it says it has."""
@@ -142,15 +145,32 @@ class Server:
     async def forget(self) -> None:
         """Empty its prefix cache.
 
-        Requests that nobody waits for any more may hold a part of it for a while.
+        Requests that nobody waits for any more may hold a part of it for a while. Frozen ones let
+        go of theirs, and all their keys and values are made anew by the weights that go on.
         """
+        frozen = "?reset_running_requests=true" if self.freezes else ""
+        path = f"/reset_prefix_cache{frozen}"
         try:
             async with asyncio.timeout(SHORT):
-                while not (await self._call("/reset_prefix_cache", {}, timeout=SHORT))["success"]:
+                while not (await self._call(path, {}, timeout=SHORT))["success"]:
                     await asyncio.sleep(_PAUSE)
         except TimeoutError as error:
             said = "did not reset its prefix cache; is someone else sampling from it?"
             raise Unreachable(said) from error
+
+    async def pause(self, timeout: float) -> None:
+        """Let it end the responses that it draws, or freeze them, and keep what is asked meanwhile
+        for later.
+
+        Args:
+            timeout: seconds until it has ended them.
+        """
+        mode = "keep" if self.freezes else "wait"
+        await self._call(f"/pause?mode={mode}", {}, timeout=timeout)
+
+    async def resume(self) -> None:
+        """Let it go on; one that was not paused does so anyway."""
+        await self._call("/resume", {}, timeout=SHORT)
 
     async def world_size(self) -> int:
         """Its workers."""
@@ -256,9 +276,13 @@ def _message(text: str) -> str:
 
 def _answer(choice: dict[str, Any]) -> Answer:
     content = choice["logprobs"]["content"] if choice["token_ids"] else ()
+    spans = choice["weight_versions"] or ()
     return Answer(
         ids=choice["token_ids"],
         logprobs=[token["logprob"] for token in content],
         finish_reason=choice["finish_reason"],
-        versions=frozenset(span["version"] for span in choice["weight_versions"] or ()),
+        versions=frozenset(span["version"] for span in spans),
+        by_token=tuple(
+            span["version"] for span in spans for _ in range(span["start"], span["end"])
+        ),
     )

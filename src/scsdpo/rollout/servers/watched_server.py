@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -54,6 +54,12 @@ class WatchedServer:
     there: bool = False
     """It answered when it was looked at last, whatever weights it has."""
     underway: set[asyncio.Task[None]] = field(default_factory=set)
+    draws_behind: bool = False
+    """It may be drawing when it gets other weights: of any rank, for batches whose turn comes."""
+    within: bool = False
+    """Its responses then go on with those; False: it ends them first."""
+    _brought: bool = False
+    """Weights were brought to it at least once."""
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _silent: float | None = None
     """Since when it is silent, or waits for rank 0."""
@@ -112,7 +118,12 @@ class WatchedServer:
             self.there = True
             if label != wanted:
                 self.ready, self.described = False, None
-                await self._get(label)
+                try:
+                    await self._get(label)
+                except Unreachable:
+                    if self.draws_behind and wanted != self.wanted:
+                        return  # the files went: newer weights are being published
+                    raise
                 label = await self.server.version()
         if self.described is None:
             self.described = await self.server.describe()
@@ -127,9 +138,18 @@ class WatchedServer:
         self.described = await self.server.describe()
         self.loading = True
         try:
-            await self.bring(self.server)
+            # Requests that name an adapter cannot go on with another one.
+            freezes = self.within and not self.described["adapter"]
+            server = replace(self.server, freezes=freezes)
+            if self.draws_behind:
+                await server.pause(self.timeout)
+            await self.bring(server)
         finally:
             self.loading = False
+            if self.draws_behind or not self._brought:  # a run that was killed may have paused it
+                with suppress(Unreachable):
+                    await self.server.resume()
+        self._brought = True
         self.described = await self.server.describe()  # another adapter is there
 
     def _doubt(self, error: Unreachable) -> None:

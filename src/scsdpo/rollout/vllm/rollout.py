@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scsdpo.contracts import declared
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
+from scsdpo.rollout._base import Drawing
 from scsdpo.rollout.dialogue import Dialogue, DialogueRollout
 from scsdpo.rollout.weights.versions import Versions
 from scsdpo.seeds import resolved
@@ -85,17 +87,42 @@ class Answer:
     """`stop`: an id or a string ended it; `length`: the cap; anything else: it was not finished."""
     versions: frozenset[str]
     """Labels of the weights that its tokens were drawn with; more than one: they changed midway."""
+    by_token: tuple[str, ...] = ()
+    """The label of each token, where they changed midway."""
 
-    def fault(self, version: str) -> str:
-        """Why it must not be learned from as a response of the weights `version`; '' if it may."""
+    def fault(self, *versions: str) -> str:
+        """Why it must not be learned from as one of these weights' responses; '' if it may."""
         if self.finish_reason not in ("stop", "length"):
             return f"gave a response that was not finished (finish reason {self.finish_reason})"
         if not self.ids:
             return "gave an empty response"
-        if self.versions != {version}:
-            others = ", ".join(sorted(self.versions - {version})) or "without a label"
-            return f"sampled from weights {others}, not {version}"
+        if not self.versions or not self.versions <= {*versions}:
+            others = ", ".join(sorted(self.versions - {*versions})) or "without a label"
+            return f"sampled from weights {others}, not {' or '.join(versions)}"
+        if len(self.versions) > 1 and len(self.by_token) != len(self.ids):
+            return "does not say which weights drew which token"
         return ""
+
+
+class Asked(ABC):
+    """Requests that an engine answers while the trainer does other things."""
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether all answers are there."""
+
+    @abstractmethod
+    def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
+        """Wait for the answers [Q][G].
+
+        Args:
+            publish: brings the policy's present weights, if the engine has lost all it had.
+
+        Raises:
+            ConfigurationError: as `Engine.generate`.
+            TrainingStopped: as `Engine.generate`.
+        """
 
 
 class Engine(ABC):
@@ -119,6 +146,23 @@ class Engine(ABC):
             ConfigurationError: if the engine cannot do what is asked for, naming the key.
             TrainingStopped: if it does not answer in time, naming it.
         """
+
+    @declared
+    def answers_behind(self) -> bool:
+        """Whether it has `begin`."""
+        return False
+
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
+        """Ask, and do not wait. Inside `hold_weights`.
+
+        Each token of the answers is of the weights `version`, or of some that came later.
+
+        Args:
+            requests: what is asked for.
+            version: label of the weights that are held.
+            within: whether weights may change amid a response.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     def hold_weights(
         self, policy: CausalLM, version: str, *, barrier: bool = True
@@ -172,11 +216,34 @@ class VLLMRollout(DialogueRollout):
         self._version = ""
         """Label of the weights that are held; '': none are."""
 
+    @property
+    def draws_behind(self) -> bool:
+        return self.engine.answers_behind
+
+    def begin(
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        within: bool = False,
+    ) -> Drawing:
+        dialogue = Dialogue(prompts, sampling, policy.chat)
+        requests = _requests(policy, dialogue, sampling)
+        if not self._version:
+            self.engine.check(requests)
+        with self.hold_weights(policy):
+            return _Drawing(
+                rollout=self,
+                policy=policy,
+                dialogue=dialogue,
+                sampling=sampling,
+                version=self._version,
+                asked=self.engine.begin(requests, self._version, within=within),
+            )
+
     def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
-        for prompt in dialogue.prompts:
-            if not prompt.ids:
-                raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
-        requests = [Request.of(prompt, sampling, policy) for prompt in dialogue.prompts]
+        requests = _requests(policy, dialogue, sampling)
         if not self._version:
             self.engine.check(requests)
         with self.hold_weights(policy), _plain(policy):
@@ -230,6 +297,45 @@ class VLLMRollout(DialogueRollout):
         self.engine.close()
 
 
+def _requests(policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> list[Request]:
+    for prompt in dialogue.prompts:
+        if not prompt.ids:
+            raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
+    return [Request.of(prompt, sampling, policy) for prompt in dialogue.prompts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing(Drawing):
+    """Responses that an engine draws beside the trainer."""
+
+    rollout: VLLMRollout
+    policy: CausalLM
+    dialogue: Dialogue
+    sampling: Sampling
+    version: str
+    asked: Asked
+
+    @property
+    def is_done(self) -> bool:
+        return self.asked.is_done
+
+    @property
+    def label(self) -> str:
+        return self.version
+
+    def responses(self) -> Responses:
+        rows = []
+        for group in self.asked.answers(self._publish):
+            for answer in group:
+                rows.append(_Row())
+                rows[-1].draw(answer)
+        return _responses(self.policy, self.dialogue, self.sampling, rows, self.version)
+
+    def _publish(self) -> None:
+        with self.rollout.hold_weights(self.policy):
+            pass
+
+
 def _plain(policy: CausalLM) -> AbstractContextManager[object]:
     """Without autocast: vLLM's arithmetic would be that of the trainer's precision."""
     return torch.autocast(policy.language_model.device.type, enabled=False)
@@ -243,17 +349,22 @@ class _Row:
         self.logprobs: list[float] = []
         self.sampled: list[bool] = []
         self.turns: list[int] = []
+        self.versions: list[str] = []
+        """The label of each token; of one that was not sampled, of the one before it."""
         self.turn = 0
         self.ended = False
 
     def draw(self, answer: Answer) -> None:
         """The policy said something."""
         self._add(answer.ids, answer.logprobs, sampled=True)
+        several = len(answer.versions) > 1
+        self.versions += answer.by_token if several else [*answer.versions] * len(answer.ids)
         self.ended = answer.finish_reason == "stop"
 
     def read(self, ids: Sequence[int]) -> None:
         """An environment answered; the next turn begins."""
         self._add(ids, [0.0] * len(ids), sampled=False)
+        self.versions += self.versions[-1:] * len(ids)
         self.turn += 1
 
     def _add(self, ids: Sequence[int], logprobs: Sequence[float], *, sampled: bool) -> None:
@@ -284,6 +395,7 @@ def _responses(
     texts = [dialogue.text(number, row.ids) for number, row in enumerate(rows)]
     records = [dialogue.record(number) for number in range(len(rows))]
     places = range(0, len(rows), n)
+    labels = tuple({version: None} | dict.fromkeys(label for row in rows for label in row.versions))
     responses = Responses.of_one_turn(
         prompts=dialogue.prompts,
         ids=table([row.ids for row in rows], policy.chat.pad_id, torch.int64),
@@ -293,10 +405,13 @@ def _responses(
         ended=torch.tensor(ended, dtype=torch.bool, device=device).view(shape[:2]),
         texts=tuple(tuple(texts[i : i + n]) for i in places),
         temperature=sampling.temperature,
-        version=version,
     )
+    number = {label: float(place) for place, label in enumerate(labels)}
+    drew = [[number[label] for label in row.versions] for row in rows]
     return replace(
         responses,
+        labels=labels,
+        versions=table(drew, 0, torch.int32),
         present=table([[True] * len(row.ids) for row in rows], False, torch.bool),
         turns=table([row.turns for row in rows], 0, torch.int32),
         episodes=tuple(tuple(records[i : i + n]) for i in places),
