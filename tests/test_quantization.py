@@ -15,6 +15,7 @@ from models import qwen3_folder
 from runs import data, module, trainer
 from scsdpo.cli.export import export
 from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import GapCheck
 from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora, OtherModel, Unquantized
 from scsdpo.policy.quantization import (
     plain_layer,
@@ -33,6 +34,7 @@ from scsdpo.types import Prompt, Sampling
 from scsdpo.verifiers import ExactMatch
 from test_lora_adapter import Noting as NotingSink
 from test_lora_adapter import layers, send
+from test_planning import planned
 from test_shared_prompts import learn, nested
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes: pip install -e '.[dev]'")
@@ -281,7 +283,7 @@ def test_other_layers_and_experts_beside_linear_ones_in_4_bits(folder, request):
     """Convolutions and fused experts stay plain, and so do the names and parts of checkpoints."""
     folder = request.getfixturevalue(folder)
     policy = make(folder)
-    findings, _, _ = self_check.examine(policy, {}, HFRollout(), 1.0)
+    findings, _, _ = self_check.examine(policy, {}, HFRollout(), 1.0, GapCheck())
     assert findings and all(not finding.fault for finding in findings)
     plain = CausalLM(str(folder), adapter=Lora(r=4, seed=0))
     plain.configure_model()
@@ -297,7 +299,9 @@ def test_the_self_check_finds_rows_and_sampler_right(qwen3):
     policy = make(qwen3)
     average = EMA(context=PlainPrompt())
     average.configure(policy, "teacher")
-    findings, left_out, _ = self_check.examine(policy, {"teacher": average}, HFRollout(), 1.0)
+    findings, left_out, _ = self_check.examine(
+        policy, {"teacher": average}, HFRollout(), 1.0, GapCheck()
+    )
     assert {(f.weights, f.path, f.fault) for f in findings if f.path == RowPath.SHARED.value} >= {
         ("student", RowPath.SHARED.value, ""),
         ("teacher", RowPath.SHARED.value, ""),
@@ -324,18 +328,18 @@ def fit(model, tmp_path, steps, **kwargs):
 
 @pytest.fixture(scope="module")
 def whole(qwen3, tmp_path_factory):
-    """A run of four steps, its module and its checkpoint."""
+    """A run of three steps, its module and its checkpoint."""
     folder = tmp_path_factory.mktemp("whole")
     model = fresh(qwen3)
-    fit(model, folder, 4).save_checkpoint(folder / "four.ckpt")
-    return model, folder / "four.ckpt"
+    fit(model, folder, 3).save_checkpoint(folder / "three.ckpt")
+    return model, folder / "three.ckpt"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, qwen3, tmp_path):
     model, _ = whole
-    fit(fresh(qwen3), tmp_path, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(fresh(qwen3), tmp_path, 1).save_checkpoint(tmp_path / "half.ckpt")
     resumed = fresh(qwen3)
-    fit(resumed, tmp_path, 4, ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, 3, ckpt_path=tmp_path / "half.ckpt")
     mine, theirs = resumed.state_dict(), model.state_dict()
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
@@ -399,6 +403,8 @@ def test_a_folder_in_4_bits_is_the_same_policy(stored, qwen3_untied, tmp_path):
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
     assert digest(made) == digest(read)
+    counted = [planned(f, p).counted for f, p in ((stored, read), (qwen3_untied, made))]
+    assert counted[0].quantized == counted[1].quantized > 0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def folders(tmp_path_factory):
     qwen3_5_folder(root / "qwen3_5")
     lfm2_folder(root / "lfm2")
     expert_folder(root / "experts", "qwen3_moe")
+    expert_folder(root / "gpt_oss", "gpt_oss")
     return root
 
 

@@ -25,6 +25,7 @@ POLICIES = {
     "linear attention": ("qwen3_5", {}, 1e-5),
     "linear attention, checkpointed": ("qwen3_5", {"gradient_checkpointing": True}, 1e-5),
     "convolution": ("lfm2", {}, 1e-5),
+    "sinks": ("gpt_oss", {}, 1e-5),
 }
 """Folder, settings, and how near gradients are, relative to the largest."""
 BUDGETS = (20, 10**6)
@@ -39,6 +40,7 @@ def main(folders: str, out: str) -> None:
         policy = CausalLM(f"{folders}/{folder}", dtype="float64", **settings)
         policy.configure_model(to_shard=True)
         policy.fill_shards(mesh, [])
+        policy.language_model.set_experts_implementation("eager")  # grouped ones know no float64
         for split, first in SPLITS.items():
             mine = first if dist.get_rank() == 0 else [r for r in EVERY if r not in first]
             for budget in BUDGETS:

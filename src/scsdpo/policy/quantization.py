@@ -220,6 +220,11 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             "in 4 bits: set it to Unquantized"
         )
     drop_conversions_of_quantizer(model)
+    # On CPU the other weights are views of the checkpoint's mapped file, whose pages, those of the
+    # packed matrices too, would stay in memory with them.
+    for parameter in model.parameters():
+        if scales_of(parameter) is None and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def make_plain(model: PreTrainedModel) -> None:
