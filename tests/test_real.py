@@ -31,7 +31,7 @@ PARTS = ("advantage", "init_args", "parts")
 ADAPTER = ("policy", "init_args", "adapter")
 WARM = {
     ("warmup", "steps"): 30,
-    ("warmup", "examples", "class_path"): "scsdpo.training.warmup.GoldAnswers",
+    ("warmup", "examples", "class_path"): "scsdpo.training.GoldAnswers",
     ("warmup", "examples", "init_args", "response"): "The answer is {answer}.",
 }
 CHANGED = {
