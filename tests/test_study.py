@@ -123,7 +123,7 @@ def test_the_report_is_tables_numbers_and_plots(tmp_path, capsys):
         ("study", "lr-3e-5", 35, ["sdpo", "sdpo-drop-degenerate"]),
         ("study", "lr-1e-4", 35, ["sdpo", "sdpo-drop-degenerate"]),
         ("study", "distilled-part", 20, ["sdpo-hybrid", "srpo"]),
-        ("study-tools", "store", 8, ["sdpo", "grpo"]),
+        ("study-tools", "store", 12, ["sdpo", "grpo"]),
     ],
 )
 def test_the_tables_of_the_page_are_those_of_its_numbers(page, name, runs, baselines):
