@@ -55,7 +55,9 @@ def one_response(z, y, advantage, importance, *, sampler, old=None, rewards, tea
         torch.full((2, LENGTH), torch.nan) if old is None else logprobs(old).expand(2, -1),
     )
     signals.student_logprob.copy_(logprobs(z.detach()))
-    plan = advantage.plan(of_rewards(rewards), torch.ones(1, 2, dtype=torch.bool))
+    table = {"ids": ids.expand(1, 2, -1), "sampled": mask[None]}
+    table |= dict.fromkeys(("sampling_logprobs", "policy_logprobs"), torch.zeros(1, 2, LENGTH))
+    plan = advantage.plan(of_rewards(rewards, **table), torch.ones(1, 2, dtype=torch.bool))
     for make in (*advantage.derivations, *importance.derivations):
         signals.derive(make)
     batch = Tokens(

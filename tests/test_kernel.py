@@ -96,8 +96,9 @@ def test_divergences_equal_autograd_in_any_chunking(
     value = divergence(alpha, *supported(z_s, z_t, **view))
     expected = (scale * factor * value).sum()
 
-    torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(output.objective, value.detach(), rtol=1e-10, atol=1e-12)
+    # The mass of a tail is 1 - that of the others: of a tail of 1e-7 nine digits are known.
+    torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(output.objective, value.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(output.logprob, logprob.detach(), rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(
         gradients(output.loss, head, student), gradients(expected, head, student), strict=True

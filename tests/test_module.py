@@ -397,7 +397,7 @@ def test_validation_draws_the_same_responses_each_time(qwen3, tmp_path):
 def test_predict_gives_a_record_per_response(qwen3, tmp_path):
     (batch,) = trainer(tmp_path).predict(module(qwen3), data())
     assert len(batch) == 4 * 2
-    of_verdict = {"reward", "answer", "feedback", "error"}
+    of_verdict = {"reward", "answer", "feedback", "error", "earned", "stopped"}
     of_prompt = {"key", "category", "question", "gold"}
     of_response = {"sample", "response", "n_tokens", "finished"}
     assert of_verdict | of_prompt | of_response == set(batch[0])
