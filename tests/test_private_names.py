@@ -615,6 +615,20 @@ def test_configurations_name_a_class_by_the_path_that_is_given():
     assert get_import_path(kind) == "home.of.Kind"
 
 
+def test_a_short_name_is_torchs_where_bitsandbytes_has_it_too():
+    import bitsandbytes
+    from jsonargparse._typehints import resolve_class_path_by_name
+
+    import scsdpo.cli.parser  # noqa: F401 - which says so
+
+    assert issubclass(bitsandbytes.optim.AdamW, torch.optim.Optimizer)
+    for name in ("AdamW", "SGD"):
+        path = resolve_class_path_by_name(torch.optim.Optimizer, name)
+        assert path == f"torch.optim.{name}"
+    own = resolve_class_path_by_name(torch.optim.Optimizer, "AdamW8bit")
+    assert own == "bitsandbytes.optim.AdamW8bit"
+
+
 def test_the_options_of_a_parser_are_listed_in_order():
     parser = LightningArgumentParser()
     parser.add_argument("--thing", type=int)

@@ -14,7 +14,7 @@ from scsdpo.cli.config_errors import explain
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
 from scsdpo.health import Health
-from scsdpo.private.jsonargparse import spell_as
+from scsdpo.private.jsonargparse import spell_as, yields_names
 from scsdpo.training import PolicyOptimizer
 
 SECTIONS: dict[str, type] = {
@@ -33,6 +33,9 @@ SECTIONS: dict[str, type] = {
 for _home, _names in scsdpo.HOMES.items():
     for _name in _names if not _home.startswith("cli.") else ():
         spell_as(getattr(scsdpo, _name), f"scsdpo.{_home}.{_name}")
+
+# Where bitsandbytes is installed peft imports it, and its AdamW and SGD are optimizers too.
+yields_names("bitsandbytes")
 
 
 class Parser(LightningArgumentParser):
