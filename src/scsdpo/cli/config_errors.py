@@ -19,7 +19,7 @@ from scsdpo.errors import first_line
 Sections = Mapping[str, type]
 
 _OTHER_KEYS = {"config": str, "seed_everything": bool | int, "ckpt_path": str, "print_config": str}
-_MANY = 12
+_MANY = 16
 """Longer lists of choices are not shown."""
 
 _REMOVED = {

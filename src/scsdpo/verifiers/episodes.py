@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -156,16 +157,20 @@ class Episodes:
     def answers(self, *, wait: bool) -> list[tuple[int, Observation | Verdict]]:
         """What was answered since the last call, by row; a verdict ends the episode.
 
-        Environments that answer within `SOON` are heard until none does any more.
+        Environments are heard until none has answered for `SOON`.
 
         Args:
             wait: for at least one, if any is due.
         """
         self._pump(0.0)
+        until = time.monotonic() + SOON
         while self._todo or self._jobs:
             heard = len(self._answers)
-            self._pump(LOOK_SECONDS if wait and not heard else SOON)
-            if len(self._answers) == heard and (heard or not wait):
+            left = until - time.monotonic()
+            self._pump(LOOK_SECONDS if wait and not heard else max(left, 0.0))
+            if len(self._answers) > heard:
+                until = time.monotonic() + SOON
+            elif left <= 0 and (heard or not wait):
                 break
         place = {id(row): number for number, row in enumerate(self._rows)}
         return [(place[id(row)], answer) for row, answer in self._taken()]
