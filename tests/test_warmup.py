@@ -171,7 +171,7 @@ def test_the_stage_ends_early_when_the_gain_is_enough(qwen3, tmp_path, monkeypat
     )
     flat = Estimate(value=0.5, low=0.4, high=0.6, n=8)
     monkeypatch.setattr(
-        "scsdpo.training.warmup.told_against_alone",
+        "scsdpo.training.module.told_against_alone",
         lambda *_: Telling(without=flat, told=flat, gain=next(gain)),
     )
     model = module(qwen3, warmup=Warmup(steps=9, enough=0.3, measure_every=1))

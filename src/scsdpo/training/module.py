@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -56,7 +57,7 @@ from scsdpo.training.run_checks import (
 from scsdpo.training.self_check import check_model
 from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
-from scsdpo.training.teacher_gain import Telling, shown_by, told_against_alone
+from scsdpo.training.teacher_gain import Shown, Telling, shown_by, told_against_alone
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.training.warmup import Warmup, WarmupStage
 from scsdpo.types import Judged, Moment, Prompt, Responses, Sampling
@@ -318,9 +319,9 @@ class PolicyOptimizer(L.LightningModule):
         """
         telling: Telling | None = None
         if self.warmup is not None and not self.warmup.over:
-            asked = self._asked(self.warmup.settings.questions, prompts)
-            if self.warmup.goes_on(self, self, asked):
-                self.warmup.step(self, self, prompts)
+            shown, count = self.warmup.context, self.warmup.settings.questions
+            if self.warmup.goes_on(self, partial(self._told, shown, count, prompts)):
+                self.warmup.step(self, prompts)
                 log_figures(self, "train", phase_metrics(self.timer, self.device))
                 return True
             telling = self.warmup.last
@@ -344,12 +345,25 @@ class PolicyOptimizer(L.LightningModule):
         planned = batches * len(prompts) * place()[1]
         if not (count := self.teacher_check.affordable(planned, shown)):
             return None
+        return self._told(shown, count, prompts, "check", "before the first step")
+
+    def _told(
+        self, shown: Shown, count: int, prompts: Sequence[Prompt], name: str, said: str
+    ) -> Telling:
+        """Told against alone on training questions, logged and said.
+
+        Args:
+            shown: tells it.
+            count: of questions, over all ranks.
+            prompts: of the batch.
+            name: of this asking; what stands before a slash is the prefix of its figures.
+            said: when it is.
+        """
         room = self.collector.prompt_room(self.sampling)
-        asked = self._asked(count, prompts)
-        telling = told_against_alone(self, shown, asked, "teacher-check", room)
+        telling = told_against_alone(self, shown, self._asked(count, prompts), name, room)
         self.timer.take()  # what measuring took belongs to no step
-        log_figures(self, "check", telling.figures())
-        rank_zero_info(f"before the first step: {telling}")
+        log_figures(self, name.partition("/")[0], telling.figures())
+        rank_zero_info(f"{said}: {telling}")
         return telling
 
     def _asked(self, count: int, prompts: Sequence[Prompt]) -> list[Prompt]:

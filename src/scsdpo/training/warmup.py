@@ -6,14 +6,12 @@ the teacher's prompt with a demonstration in it: supervised, by the same update 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import lightning as L
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from scsdpo import interrupt
@@ -22,7 +20,6 @@ from scsdpo.distributed import all_sum
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, NoImportance, SparseCredit
 from scsdpo.metrics import GapCheck, PhaseTimer, log_figures
-from scsdpo.policy import CausalLM
 from scsdpo.policy.chat import Chat
 from scsdpo.reduction import SequenceMean
 from scsdpo.teacher import GoldSolution, NoTeacher, Teacher
@@ -33,7 +30,6 @@ from scsdpo.training.teacher_gain import (
     TeacherCheck,
     Telling,
     shown_by,
-    told_against_alone,
 )
 from scsdpo.types import Judged, Prompt, Responses, TeacherContexts, Verdict
 from scsdpo.weighting import UniformTokens
@@ -254,42 +250,39 @@ class WarmupStage(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("over", torch.zeros((), dtype=torch.bool))
 
-    def goes_on(self, host: L.LightningModule, model: Any, asked: Sequence[Prompt]) -> bool:
+    def goes_on(self, host: Any, measure: Callable[[str, str], Telling]) -> bool:
         """Whether the next batch is one of the warm-up; measures where that is due.
 
         Args:
-            host: of a Trainer that fits.
-            model: the same, as one that answers.
-            asked: this rank's questions to measure.
+            host: the `PolicyOptimizer`, of a Trainer that fits.
+            measure: told against alone, by the name of the asking and what is said of it.
         """
-        if self.over:
-            return False
         taken, settings = int(self.taken), self.settings
         last = taken >= settings.steps
         if last or taken % settings.measure_every == 0:
-            room = model.collector.prompt_room(model.sampling)
-            telling = told_against_alone(model, self.context, asked, f"{NAME}/{taken}", room)
-            self.last = telling
-            model.timer.take()  # what measuring took belongs to no step
-            log_figures(host, NAME, telling.figures())
-            rank_zero_info(f"warm-up, after {taken} of {settings.steps} steps: {telling}")
-            last = last or telling.gain.low > settings.enough
+            said = f"warm-up, after {taken} of {settings.steps} steps"
+            self.last = measure(f"{NAME}/{taken}", said)
+            last = last or self.last.gain.low > settings.enough
         if last:
-            self._end(host, model.policy)
+            self._end(host)
         return not last
 
-    def _end(self, host: L.LightningModule, policy: CausalLM) -> None:
+    def _end(self, host: Any) -> None:
         for teacher in self._teachers:
-            teacher.begin_anew(policy)
-        optimizer: Any = host.optimizers()
-        optimizer.state.clear()  # moments of gradients of another loss
+            teacher.begin_anew(host.policy)
+        host.optimizers().state.clear()  # moments of gradients of another loss
         self.over.fill_(True)
 
-    def step(self, host: L.LightningModule, model: Any, prompts: Sequence[Prompt]) -> None:
-        """Learn from examples of a batch's questions; a batch without any takes no step."""
-        judged = self.settings.examples.responses(model, prompts)
+    def step(self, host: Any, prompts: Sequence[Prompt]) -> None:
+        """Learn from examples of a batch's questions; a batch without any takes no step.
+
+        Args:
+            host: the `PolicyOptimizer`, of a Trainer that fits.
+            prompts: this rank's questions, with their ids.
+        """
+        judged = self.settings.examples.responses(host, prompts)
         interrupt.meet()
-        batch = self.batch(model.policy.chat, judged)
+        batch = self.batch(host.policy.chat, judged)
         rates = judged.pass_rates
         known = [
             rates.sum(),
@@ -300,7 +293,7 @@ class WarmupStage(nn.Module):
         figures = {"examples": examples, "pass_rate": right / max(questions, 1)}
         log_figures(host, NAME, figures)
         skipped = int(self.steps.skipped)
-        self.steps.learn(host, model.policy, batch)
+        self.steps.learn(host, host.policy, batch)
         self.taken += int(self.steps.skipped) == skipped
 
     def batch(self, chat: Chat, judged: Judged) -> Batch:
