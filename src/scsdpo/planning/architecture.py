@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import SHIPPED, Quantization, Unquantized
 from scsdpo.policy.adapter import Adapter, adapted_layers
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.names import is_factor
 
 _SHIPPED = Path(__file__).parent / "architectures.json"
@@ -119,7 +120,7 @@ class Architecture:
                 configuration lacks a size.
         """
         config = model.config.get_text_config()
-        layers = model.get_decoder().layers
+        layers = decoder_of(model).layers
         settings = config.to_dict()
         needed = ("num_attention_heads", "intermediate_size", "hidden_size")
         missing = [name for name in needed if name not in settings]
@@ -218,7 +219,7 @@ class Counted:
         model: PreTrainedModel, adapter: Adapter, quantization: Quantization = Unquantized()
     ) -> "Counted":
         """Puts `adapter` on `model`, which is on `meta`."""
-        layers = len(model.get_decoder().layers)
+        layers = len(decoder_of(model).layers)
         matrices = matrices_in_4_bits(model, quantization)
         wrapped = adapter.wrap(model)
         trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)

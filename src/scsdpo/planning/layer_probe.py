@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from scsdpo.planning.architecture import Architecture
 from scsdpo.policy import Lora
 from scsdpo.policy.adapter import Adapter
 from scsdpo.policy.budget import memory_line
+from scsdpo.policy.decoder import decoder_of
 
 _WIDTHS = (
     "hidden_size",
@@ -99,8 +99,7 @@ def _slope(
 
     def run(tokens: int) -> Tensor:
         ids = torch.arange(tokens)[None] % 256
-        decoder: Callable[..., object] = model.get_decoder()
-        made: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+        made: Tensor = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         return made
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):

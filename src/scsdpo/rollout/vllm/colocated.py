@@ -15,6 +15,7 @@ from scsdpo import interrupt
 from scsdpo.distributed import share_errors
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.policy import CausalLM
+from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.quantization import plain_elements
 from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
 from scsdpo.rollout.vllm.rollout import (
@@ -188,7 +189,7 @@ class Colocated(Engine):
             self._queue = TensorParallelQueue(get_tp_group().cpu_group, self._refuse, self._answers)
 
     def _class_kept(self, policy: CausalLM) -> AbstractContextManager[None]:
-        return class_kept(type(policy.language_model.get_decoder()), self.enforce_eager)
+        return class_kept(type(decoder_of(policy.language_model)), self.enforce_eager)
 
     def _check(self, policy: CausalLM) -> None:
         """Refuse settings that cannot work, before anything is begun."""
