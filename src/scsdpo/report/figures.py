@@ -152,6 +152,10 @@ def difficulty(runs: Sequence[Run]) -> Section:
     )
 
 
+_TURN = re.compile(r"turn_(\d+)/(reward|length)")
+"""A figure of the turn of that number."""
+
+
 def episodes(runs: Sequence[Run]) -> Section:
     """Runs whose responses have several turns."""
     shown = (
@@ -163,13 +167,14 @@ def episodes(runs: Sequence[Run]) -> Section:
         ("out_of_time", "Episodes out of time, %", "A deadline came first.", 100),
     )
     panels = [line_panel(runs, name, title, note, scale=k) for name, title, note, k in shown]
-    turns = range(1, 9)
+    names = {name for run in runs for name in run.names("train/")}
+    turns = sorted({int(found[1]) for name in names if (found := _TURN.fullmatch(name))})
     for what, title, note in (
         ("reward", "Reward of each turn", "Mean over the episodes that have the turn."),
         ("length", "Tokens of each turn", "Drawn by the policy, of the episodes that have it."),
     ):
-        names = {f"turn_{k}/{what}": f"turn {k}" for k in turns}
-        panels += several_panels(runs, names, f"turn-{what}", title, note)
+        labels = {f"turn_{k}/{what}": f"turn {k}" for k in turns}
+        panels += several_panels(runs, labels, f"turn-{what}", title, note)
     return Section(
         name="episodes",
         title="Episodes",
@@ -281,7 +286,7 @@ def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
         for name in names
         if slug(name) not in shown
         and name not in NO_PANEL | PHASES.keys()
-        and not re.fullmatch(r"turn_\d+/(reward|length)", name)
+        and not _TURN.fullmatch(name)
     ]
     found = [line_panel(runs, name, name, f"train/{name}") for name in left]
     return Section(
