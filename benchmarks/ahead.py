@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from study import QUESTIONS, ROOT, job, refuse_failures, run_and_read, start_policy
 
 from scsdpo.io.files import write_whole
+from scsdpo.policy.location import TINY
 from scsdpo.statistics import mean_interval
 
 METHODS = ("grpo", "sc-sdpo", "srpo", "sdpo-hybrid")
@@ -42,11 +43,12 @@ def cells(args: argparse.Namespace) -> list[tuple[str, int]]:
 def study(args: argparse.Namespace) -> None:
     """Run what is missing, and write the tables."""
     args.out = args.out.resolve()
-    start_policy(args.out)
+    args.base = TINY
+    args.start = start_policy(args.out, args.base)
     rows: list[dict] = []
     todo: dict = {}
-    for method, age in cells(args):
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):
+        for method, age in cells(args):
             keys = {
                 "data.train.size": args.batches * QUESTIONS,
                 "data.val.seed": 0,
