@@ -83,9 +83,9 @@ def shift_of(
 
         mean over tokens of (r - 1 - log r), r = S'(y) / S(y): an estimate of KL(S || S') >= 0
 
-    S' is the policy after a step on one half's gradient, by a new optimizer at its own rate, without
-    the schedule's factor; y are the tokens that S drew for the other half. Both ways, one mean. The
-    weights are put back. It grows with the square of the rate, as long as it is small.
+    S' is the policy after one step on the gradient of one half, by a new optimizer at its own rate
+    (a schedule's factor is left out); y are the tokens that S drew for the other half. One mean of
+    both ways. The weights are put back. It grows with the square of the rate while it is small.
 
     Args:
         model: configured.
