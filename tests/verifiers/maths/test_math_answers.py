@@ -1,8 +1,8 @@
 r"""MathAnswer on a table of answers that are right or nearly right, on mutated gold answers, on
 hostile ones, and on the tables of math-verify where a checkout of it is present.
 
-The table is made by tests/make_math_pairs.py. MATH_VERIFY is a checkout of math-verify; there its
-tables are asked too.
+The table is made by make_math_pairs.py. MATH_VERIFY is a checkout of math-verify; there its tables
+are asked too.
 """
 
 import ast
@@ -14,9 +14,9 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import make_math_pairs
 import pytest
 
-import make_math_pairs
 from scsdpo.prompt import Prompt
 from scsdpo.verifiers import MathAnswer, Verification, VerifierPool
 from scsdpo.verifiers.maths import final_answer
