@@ -295,6 +295,12 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"taught": 0.0, "told": {}}, "mind", "no response has a teacher"),
         ({"told": {}}, "mind", "only one question has a teacher"),
         (
+            {"directions": pointing(0.1, 0.2, shift=0.18)},
+            "mind",
+            "the learning rate is large for this policy: one step at 2e-05 moves it by 0.18 nats a "
+            "token (at most 0.02)",
+        ),
+        (
             {"directions": pointing(-0.2, -0.1)},
             "stop",
             "the first step points away from the reward: cosine -0.150 (-0.200 to -0.100; 8 "
@@ -424,3 +430,9 @@ def test_without_a_gradient_there_is_no_shift():
     flat = [replace(half, rewards=torch.zeros_like(half.rewards)) for half in halves]
     found = directions(model, flat)
     assert math.isnan(found.shift) and math.isnan(found.lr)
+
+
+def test_a_rate_that_is_too_large_is_translated_into_one_that_is_not():
+    found = Readiness(answers=answers(), directions=pointing(0.1, 0.2, shift=0.12))
+    (remark,) = [r for r in verdict(found) if "learning rate" in r.text]
+    assert "model.optimizer.init_args.lr to about 3e-06" in remark.remedy  # 2e-5 sqrt(.003 / .12)
