@@ -49,7 +49,13 @@ def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]
         found: what was measured.
         limits: from where on a figure is in the way.
     """
-    remarks = [*_answers(found, limits), *_taught(found), *_teacher(found), *_step(found), *_shift(found, limits)]
+    remarks = [
+        *_answers(found, limits),
+        *_taught(found),
+        *_teacher(found),
+        *_step(found),
+        *_shift(found, limits),
+    ]
     order: tuple[Level, ...] = ("stop", "mind", "good")
     return sorted(remarks, key=lambda remark: order.index(remark.level))
 
