@@ -2,9 +2,11 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from scsdpo import lab
 from scsdpo.lab import LEVELS, Arithmetic, LabTasks
 from scsdpo.lab.tasks import SHAPES
 
@@ -143,3 +145,12 @@ def test_mistakes_in_arithmetic_are_told():
     for settings in ({"split": "test"}, {"most": 1}, {"operations": ()}, {"operations": ["root"]}):
         with pytest.raises(ValueError, match=r"`Arithmetic\("):
             Arithmetic(**{"split": "train", **settings})
+
+
+def test_the_package_holds_the_tasks_and_not_the_making_of_the_shipped_policies():
+    """benchmarks/ makes them: no module of the lab imports what trains a model."""
+    modules = [path.read_text() for path in Path(lab.__file__).parent.glob("*.py")]
+    assert len(modules) > 5
+    imports = re.findall(r"^(?:import|from) ([\w.]+)", "\n".join(modules), re.MULTILINE)
+    assert "random" in imports
+    assert not {name.split(".")[0] for name in imports} & {"torch", "transformers", "tokenizers"}

@@ -1,17 +1,31 @@
 import json
 import random
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from pretrain import Mixture, examples, lab_tokenizer, pretrain
+from supervised import (
+    RECORD,
+    Example,
+    accuracy,
+    batches,
+    build_policy,
+    respond,
+    response_loss,
+    save,
+    warm_up,
+    well_formed,
+)
+
 from scsdpo.lab import LEVELS, LabTasks
-from scsdpo.lab.evaluate import accuracy, respond, well_formed
-from scsdpo.lab.pretrain import Mixture, examples, lab_tokenizer, pretrain
-from scsdpo.lab.warmup import RECORD, Example, batches, build_policy, response_loss, save, warm_up
 from scsdpo.policy import TINY_FOLDER, CausalLM, Chat
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import Sampling, stable_hash
@@ -202,7 +216,7 @@ def test_the_shipped_folder_is_small_and_loads_as_any_checkpoint():
 
 def test_the_record_names_how_the_weights_were_made():
     record = json.loads((TINY_FOLDER / RECORD).read_text())
-    assert record["command"].startswith("python -m scsdpo.lab.pretrain")
+    assert record["command"].startswith("python benchmarks/pretrain.py")
     assert {"seed", "steps", "wall_seconds", "versions", "parameters"} <= set(record)
     for figures in (record["accuracy"]["bare"], record["accuracy"]["bare_sharp"]):
         levels = [figures[f"level{level}"] for level in LEVELS]

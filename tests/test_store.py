@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 from itertools import islice, product
 from math import sqrt
@@ -10,26 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from scsdpo.environments.store import CITIES, COOLED, GOODS, WRAPPED, Store
-from scsdpo.lab import StoreTasks
-from scsdpo.lab.pretrain_store import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from pretrain_store import (
     TRAIN_SAMPLING,
     Mixture,
-    examples,
-    respond,
-    store_tokenizer,
-)
-from scsdpo.lab.store import (
-    KEPT,
-    STOCKS,
     Script,
     best_script,
+    examples,
     play,
+    respond,
     right_script,
     score,
     scripts,
+    store_tokenizer,
 )
-from scsdpo.lab.warmup import RECORD, Example, Turn, batches
+from supervised import RECORD, Example, Turn, batches
+
+from scsdpo.environments.store import CITIES, COOLED, GOODS, WRAPPED, Store
+from scsdpo.lab import StoreTasks
+from scsdpo.lab.store import KEPT, STOCKS
 from scsdpo.policy import SHIPPED, TINY_TOOLS_FOLDER, CausalLM, Chat
 from scsdpo.rollout import HFRollout
 from scsdpo.types import Prompt
@@ -290,7 +290,7 @@ def test_the_shipped_folder_is_small_and_says_how_it_was_made():
     assert SHIPPED["tiny-tools"] == TINY_TOOLS_FOLDER
     assert sum(file.stat().st_size for file in TINY_TOOLS_FOLDER.iterdir()) < 3e6
     record = json.loads((TINY_TOOLS_FOLDER / RECORD).read_text())
-    assert record["command"].startswith("python -m scsdpo.lab.pretrain_store")
+    assert record["command"].startswith("python benchmarks/pretrain_store.py")
     assert record["parameters"] < 1e6 and record["steps"] > 0
 
 

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 TINY, TINY_TOOLS = "tiny", "tiny-tools"
 """Names of the policies that ship with the package: for single-turn questions, and for tools."""
 TINY_FOLDER = Path(__file__).parent / TINY
-"""Weights and tokenizer of `tiny`, and how it was pretrained (`scsdpo.lab.pretrain`)."""
+"""Folder of `tiny`: weights, tokenizer, and the record of how `benchmarks/pretrain.py` made it."""
 TINY_TOOLS_FOLDER = Path(__file__).parent / TINY_TOOLS
-"""Weights and tokenizer of `tiny-tools`, pretrained by `scsdpo.lab.pretrain_store`."""
+"""Folder of `tiny-tools`, which `benchmarks/pretrain_store.py` made."""
 SHIPPED = {TINY: TINY_FOLDER, TINY_TOOLS: TINY_TOOLS_FOLDER}
 SECONDS = 5.0
 """Seconds to wait for the hub before the cache is used."""

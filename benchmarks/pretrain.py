@@ -1,4 +1,4 @@
-"""Make the tiny policy: `python -m scsdpo.lab.pretrain`.
+"""Make the tiny policy: `python benchmarks/pretrain.py`.
 
 A supervised warm-up on the lab's training questions, in two kinds of example:
 
@@ -14,22 +14,34 @@ that the teacher keeps its head on what a student wrote.
 
 import argparse
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from random import Random
 
 import torch
+from supervised import (
+    Example,
+    accuracy,
+    build_policy,
+    respond,
+    train,
+    train_tokenizer,
+    well_formed,
+    write_record,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from scsdpo.lab import LabTasks, Question
-from scsdpo.lab.evaluate import measure
-from scsdpo.lab.warmup import Example, build_policy, train, train_tokenizer, write_record
 from scsdpo.policy import TINY_FOLDER, CausalLM
 from scsdpo.teacher.templates import Templates
-from scsdpo.types import stable_hash
+from scsdpo.types import Prompt, Sampling, stable_hash
 
+MAX_NEW_TOKENS = 64
+"""Enough for every right response to a lab question, end-of-sequence included."""
+TRAIN_SAMPLING = Sampling(n=4, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
+VAL_SAMPLING = Sampling(n=16, temperature=0.6, top_p=0.95, max_new_tokens=MAX_NEW_TOKENS)
 PHRASES = (
     "<reasoning>",
     "</reasoning>\n<answer>",
@@ -157,6 +169,45 @@ def pretrain(
     return train(model, tokenizer, examples(mixture, seed), out, steps=steps, lr=lr)
 
 
+def measure(policy: CausalLM, *, questions: int = 400, seed: int = 0) -> dict[str, object]:
+    """The figures of a pretraining record, on held-out questions.
+
+    `bare` and `bare_sharp`: the policy by itself, at the temperatures of training and validation.
+    `teacher`: shown the gold response; `teacher_by_sibling`: shown a right response of its own,
+    where one of the four bare ones was right. Both at temperature 1.
+    """
+    tasks = LabTasks("val", seed=seed)
+    prompts = [tasks[i] for i in range(questions)]
+    policy.configure_model()
+    _, sharp = respond(policy, prompts, VAL_SAMPLING)
+    rollouts, bare = respond(policy, prompts, TRAIN_SAMPLING)
+    gold = [tasks.question(i).response(wording=i % 2) for i in range(questions)]
+    siblings = [
+        next((t for t, v in zip(texts, group, strict=True) if v.reward == 1), "")
+        for texts, group in zip(rollouts.texts, bare, strict=True)
+    ]
+    return {
+        "questions": questions,
+        "bare": accuracy(prompts, bare),
+        "bare_sharp": accuracy(prompts, sharp),
+        "well_formed": well_formed(rollouts, bare),
+        "teacher": _shown(policy, prompts, gold),
+        "teacher_by_sibling": _shown(policy, prompts, siblings),
+    }
+
+
+def _shown(
+    policy: CausalLM, prompts: Sequence[Prompt], demonstrations: Sequence[str]
+) -> dict[str, float]:
+    """Accuracy of the policy shown `demonstrations`; prompts with an empty one are left out."""
+    told = [
+        replace(p, messages=tuple(Templates().fill(p.messages, demonstration=text)))
+        for p, text in zip(prompts, demonstrations, strict=True)
+        if text
+    ]
+    return accuracy(told, respond(policy, told, replace(TRAIN_SAMPLING, n=1))[1])
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -180,7 +231,7 @@ def main() -> None:
     policy = CausalLM(str(args.out))
     write_record(
         args.out,
-        "scsdpo.lab.pretrain",
+        "benchmarks/pretrain.py",
         losses,
         seed=args.seed,
         seconds=seconds,

@@ -1,11 +1,14 @@
-"""A supervised warm-up: a small policy with a tokenizer of its own, from (messages, response)."""
+"""Train a small policy with its own tokenizer on (messages, response), and measure what it can do.
+
+`pretrain.py`, `pretrain_store.py` and `warm_start.py` use it.
+"""
 
 import json
 import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +26,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from scsdpo.policy.chat import Chat
-from scsdpo.types import Message
+from scsdpo.data.rendered import rendered
+from scsdpo.policy import CausalLM, Chat
+from scsdpo.rollout import HFRollout
+from scsdpo.types import Message, Prompt, Responses, Sampling, Verdict
+from scsdpo.verifiers import verify_all
 
 RECORD = "record.json"
 """In the folder of a policy: how it was made."""
@@ -298,3 +304,42 @@ def _pad(rows: Sequence[tuple[list[int], list[bool]]], pad_id: int) -> tuple[Ten
         ids[i, : len(row)] = torch.tensor(row)
         learned[i, : len(row)] = torch.tensor(targets)
     return ids, learned
+
+
+def respond(
+    policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
+) -> tuple[Responses, tuple[tuple[Verdict, ...], ...]]:
+    """Responses and verdicts [Q][n]; prompts are rendered where they were not yet."""
+    asked = [p if p.ids else rendered(p, policy.chat) for p in prompts]
+    responses = HFRollout().sample(policy, asked, sampling)
+    return responses, verify_all(asked, responses.texts)
+
+
+def level_and_shape(prompt: Prompt) -> tuple[str, ...]:
+    """The strata of a question of `LabTasks`."""
+    return prompt.category, prompt.key.split("/")[2]
+
+
+def accuracy(
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Sequence[Verdict]],
+    *,
+    strata: Callable[[Prompt], Sequence[str]] = level_and_shape,
+) -> dict[str, float]:
+    """Mean reward: over `all`, and of each stratum."""
+    found: dict[str, list[float]] = {"all": []}
+    for prompt, group in zip(prompts, verdicts, strict=True):
+        for name in ("all", *strata(prompt)):
+            found.setdefault(name, []).extend(verdict.reward for verdict in group)
+    return {name: _mean(rewards) for name, rewards in sorted(found.items())}
+
+
+def well_formed(responses: Responses, verdicts: Sequence[Sequence[Verdict]]) -> float:
+    """Share of responses that ended by themselves and hold an answer, right or wrong."""
+    ended = responses.ended.flatten().tolist()
+    held = [verdict.answer is not None for group in verdicts for verdict in group]
+    return _mean([float(a and b) for a, b in zip(ended, held, strict=True)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)

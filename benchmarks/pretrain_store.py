@@ -1,6 +1,6 @@
-"""Make the tiny policy that works a store: `python -m scsdpo.lab.pretrain_store`.
+"""Make the tiny policy that works a store: `python benchmarks/pretrain_store.py`.
 
-As `scsdpo.lab.pretrain`, a supervised warm-up on training requests, in two kinds of example. In
+As in `pretrain.py`, a supervised warm-up on training requests, in two kinds of example. In
 both the rules of the store are drawn anew for each example, so that nothing learned here says which
 goods must be wrapped or where it must be cooled.
 
@@ -13,30 +13,34 @@ goods must be wrapped or where it must be cooled.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice, pairwise
+from itertools import count, islice, pairwise, product
 from pathlib import Path
 from random import Random
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config
-
-from scsdpo.data.rendered import rendered
-from scsdpo.environments.store import CITIES, GOODS, Store
-from scsdpo.lab.evaluate import accuracy
-from scsdpo.lab.store import Script, StoreTasks, play, right_script
-from scsdpo.lab.warmup import (
+from supervised import (
     ROLES,
     Example,
     Turn,
+    accuracy,
     build_policy,
     train,
     train_tokenizer,
     write_record,
 )
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from scsdpo.data.rendered import rendered
+from scsdpo.environments.store import CITIES, GOODS, Store
+from scsdpo.lab import StoreTasks
 from scsdpo.policy import TINY_TOOLS_FOLDER, CausalLM
+from scsdpo.prompt import Episode, Part
 from scsdpo.rollout import HFRollout
 from scsdpo.teacher.templates import Templates
 from scsdpo.types import Prompt, Sampling, Verdict, stable_hash
@@ -61,6 +65,87 @@ PHRASES = (
     "Error: ValueError: ",
 )
 """Strings of calls, of transcripts and of the teacher's template, each one token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """How one works a request: count, take, perhaps wrap, perhaps cool, send."""
+
+    counts: bool = True
+    taken: int | Literal["counted", "counted less kept"] = "counted less kept"
+    """How many; a number that is fixed beforehand, or one that follows from what was counted."""
+    wraps: bool
+    cools: bool
+
+    def calls(self, row: Mapping[str, Any]) -> list[str]:
+        """The responses, a call each."""
+        taken: dict[Any, int] = {
+            "counted": row["stock"],
+            "counted less kept": row["stock"] - row["keep"],
+        }
+        calls = [
+            [self.counts, "count", {"good": row["good"]}],
+            [True, "take", {"good": row["good"], "number": taken.get(self.taken, self.taken)}],
+            [self.wraps, "wrap", {}],
+            [self.cools, "cool", {}],
+            [True, "send", {"city": row["city"]}],
+        ]
+        return [
+            f"Action: {tool}\nAction Input: {json.dumps(arguments)}"
+            for is_made, tool, arguments in calls
+            if is_made
+        ]
+
+
+def right_script(prompt: Prompt) -> Script:
+    """The script that is right for a request: it knows the rules of its store."""
+    store = prompt.verifier
+    assert isinstance(store, Store)
+    return Script(
+        wraps=prompt.row["good"] in store.wrapped, cools=prompt.row["city"] in store.cooled
+    )
+
+
+def play(prompt: Prompt, responses: Sequence[str]) -> Episode:
+    """The episode in which these responses are given, up to its end or theirs."""
+    store = prompt.verifier
+    state, parts = store.begin(prompt), []
+    for response in responses:
+        parts.append(Part(role="assistant", text=response))
+        answer = store.step(prompt, state, response)
+        if isinstance(answer, Verdict):
+            return Episode(parts=tuple(parts), verdict=answer)
+        said = [
+            Part(role=each["role"], text=each["content"], name=each.get("name", ""))
+            for each in answer.messages
+        ]
+        parts += [replace(said[0], feedback=answer.feedback), *said[1:]]
+    return Episode(parts=tuple(parts))
+
+
+def scripts() -> Iterator[Script]:
+    """Every script that does not learn.
+
+    The rules of a store are arbitrary, and nothing in an episode tells of them before its end. Who
+    has not learned them cannot tell one good or city from another: whether to wrap and to cool is
+    the same for all. The number is free: with or without counting, what is counted, that less what
+    is to stay, or any number from 1 to 9.
+    """
+    numbers: list[Any] = ["counted", "counted less kept", *range(1, 10)]
+    for taken, counts, wraps, cools in product(numbers, *3 * [(False, True)]):
+        if counts or isinstance(taken, int):
+            yield Script(counts=counts, taken=taken, wraps=wraps, cools=cools)
+
+
+def score(script: Script, prompts: Sequence[Prompt]) -> float:
+    """Mean reward of a script, by playing it."""
+    verdicts = [play(prompt, script.calls(prompt.row)).verdict for prompt in prompts]
+    return fmean(verdict.reward if verdict else 0.0 for verdict in verdicts)
+
+
+def best_script(prompts: Sequence[Prompt]) -> tuple[Script, float]:
+    """The best of `scripts`, and its mean reward."""
+    return max(((each, score(each, prompts)) for each in scripts()), key=lambda pair: pair[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +340,7 @@ def main() -> None:
     policy = CausalLM(str(args.out))
     write_record(
         args.out,
-        "scsdpo.lab.pretrain_store",
+        "benchmarks/pretrain_store.py",
         losses,
         seed=args.seed,
         seconds=seconds,
