@@ -169,7 +169,7 @@ def test_only_rows_up_to_the_original_length_share_a_forward():
     ("config", "reason"),
     [
         (FAMILIES["lfm2"][1], ""),
-        (OlmoHybridConfig(), "layers of linear_attention"),
+        (OlmoHybridConfig(), "layers of type linear_attention"),
         (StableLmConfig(), "does not attend through"),
         (MptConfig(), "has no sdpa attention"),
         (LlamaConfig(), ""),
