@@ -192,5 +192,5 @@ def test_a_model_that_sees_what_comes_after_is_refused():
 
 
 def test_an_architecture_without_a_causal_model_is_refused():
-    with pytest.raises(ValueError, match="no causal language model .* distilbert"):
+    with pytest.raises(ValueError, match=r"no causal language model .* distilbert"):
         known_path(DistilBertConfig(), "sdpa")
