@@ -93,8 +93,22 @@ COMMAND_LINE = {
     "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` is what a "
     "run writes down: questions are read by `data.train: Records`",
     "--model.weighting=TopK": "model.weighting: TopK is not a known Weighting",
-    "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is not a "
-    "known Weighting",
+    "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is a class, "
+    "but not a subclass of Weighting",
+    "--model.weighting=scsdpo.types.stable_hash": "model.weighting: scsdpo.types.stable_hash is "
+    "not a class but a function",
+    "--model.sampling.num_generations=4": "model.sampling.num_generations: no such key; TRL's "
+    "num_generations is here model.sampling.n (docs/words.md)",
+    "--max_completion_length=4": "max_completion_length: no such key; TRL's max_completion_length "
+    "is here model.sampling.max_new_tokens (docs/words.md)",
+    "--model.warmup_steps=4": "model.warmup_steps: no such key; TRL's warmup_steps is here "
+    "model.lr_scheduler, such as LinearLR (docs/words.md)",
+    "--actor_rollout_ref.actor.ppo_epochs=2": "actor_rollout_ref.actor.ppo_epochs: no such key; "
+    "verl's ppo_epochs has no counterpart: no rollout is learned from twice (docs/words.md)",
+    "--trainer.strategy=fsdp": "trainer.strategy: FSDPStrategy is not supported: use auto, ddp, or "
+    "scsdpo.checkpoints.FullySharded for sharded weights (configs/scale)",
+    "--trainer.devices=2 --trainer.strategy=ddp --data.questions_per_batch=7": "data."
+    "questions_per_batch: must be a multiple of the 2 ranks, got 7: set it to 6 or 8",
     "--model.weighting=Weighting": "model.weighting: Weighting is abstract",
     "--model.weighting=PassRate --model.weighting.power=high": "model.weighting.power: must be "
     "float, got high",
@@ -102,13 +116,11 @@ COMMAND_LINE = {
     "`PassRate(power=...)` must be >= 0, got -1.0",
     "--model.weighting.help=PassRte": "model.weighting.help: PassRte is not a known Weighting; "
     "did you mean `PassRate`?",
-    "--model.weigting=PassRate": "model.weigting: PolicyOptimizer has no such argument; did you "
-    "mean `weighting`?",
+    "--model.weigting=PassRate": "model.weigting: no such key; did you mean `model.weighting`?",
     "--weighting=PassRate": "weighting: no such key; did you mean `model.weighting`?",
     "--modl.weighting=PassRate": "modl.weighting: no such key; did you mean `model`?",
     "--ckpt_pth=x": "ckpt_pth: no such key; did you mean `ckpt_path`?",
-    "--trainer.max_step=3": "trainer.max_step: Trainer has no such argument; did you mean "
-    "`max_steps`?",
+    "--trainer.max_step=3": "trainer.max_step: no such key; did you mean `trainer.max_steps`?",
     "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "word": "word: what is this? Options are written --key=value",
@@ -134,7 +146,7 @@ COMMAND_LINE = {
     "differentiable, fused)",
     "--model.lr_scheduler=StepLR": "model.lr_scheduler.step_size: not set, and StepLR needs it",
     "--model.teacher=NoTeacher": "model.advantage: SelfDistillation needs a teacher, but "
-    "model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion",
+    "model.teacher is NoTeacher: choose one, such as EMA (--model.teacher.help)",
     "--trainer.devices=x": "trainer: `devices` selected with `CPUAccelerator` should be an int "
     "> 0.",
     "--trainer.callbacks+=Foo": "trainer.callbacks: Foo is not a known Callback",
@@ -156,8 +168,7 @@ FILES = {
     "model: {weighting: {class_path: PassRate, power: 1}}": "model.weighting: the arguments of a "
     "class stand under `init_args:`, beside `class_path:`",
     "model: {weighting: 3}": "model.weighting: 3 is not a known Weighting",
-    "model: {weigting: PassRate}": "model.weigting: PolicyOptimizer has no such argument; did you "
-    "mean `weighting`?",
+    "model: {weigting: PassRate}": "model.weigting: no such key; did you mean `model.weighting`?",
     "model: {sampling: {m: 1}}": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "model: {sampling: null}": "model.sampling: must be Sampling, got null",
@@ -460,14 +471,42 @@ def test_what_a_replaced_class_leaves_behind_is_said(scsdpo, tmp_path):
         "model:\n  teacher: {class_path: Frozen, init_args: {context: {class_path: Feedback}}}\n"
         "  lr_scheduler: {class_path: PolynomialLR}"
     )
-    said = "kept from an earlier file, where another class stood: "
     idle = ["--trainer.limit_train_batches=0"]
     over = scsdpo("fit", "--config=a.yaml", "--config=b.yaml", *idle)[2]
-    assert f"{said}model.teacher.context.max_tokens, model.lr_scheduler.total_iters\n" in over
+    assert (
+        "model.teacher.context.max_tokens: still 77, which a.yaml sets for SiblingDemonstration; "
+        "model.teacher.context is now Feedback. Set model.teacher.context.max_tokens too if that "
+        "is not meant\n"
+    ) in over
+    assert "model.lr_scheduler.total_iters: still 9, which a.yaml sets for LinearLR; " in over
     swapped = scsdpo("fit", "--config=a.yaml", "--model.teacher=Frozen", *idle)[2]
-    assert f"{said}model.teacher.context\n" in swapped
+    assert (
+        "model.teacher.context: still SiblingDemonstration, which a.yaml sets for EMA; " in swapped
+    )
     (tmp_path / "c.yaml").write_text("model: {teacher: {init_args: {rate: 0.2}}}")
-    assert said not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+    assert ": still " not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+
+
+def test_a_mistake_that_a_leftover_makes_names_the_value_and_its_file(scsdpo, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "lab.yaml").write_text(
+        "data: {val: {class_path: LabTasks, init_args: {split: val}}}"
+    )
+    args = ["--data.val=Records", "--data.val.path=rows.jsonl", "--data.val.verifier=MathAnswer"]
+    code, _, said = scsdpo("fit", "--config=lab.yaml", *args)
+    line = said.strip().splitlines()[-1]
+    assert code == 2
+    assert "a single file has no splits, and `split` is 'val': set `split` to `train`" in line
+    assert line.endswith(
+        "(data.val.split: still 'val', which lab.yaml sets for LabTasks; data.val is now Records. "
+        "Set data.val.split too if that is not meant)"
+    )
+
+
+def test_a_policy_that_is_not_there_is_said_before_anything_else(scsdpo):
+    for name in ("./nothere", "some/where/nothere"):
+        line = refused(scsdpo("validate", f"--policy={name}"))
+        assert line == f"--policy: {name} is not a run or checkpoint, and there is no such folder"
 
 
 @pytest.mark.parametrize("name", ["kind", "self_", "cls", "config", "name", "type", "key", "args"])

@@ -340,7 +340,11 @@ def test_whoever_goes_on_after_an_error_meets_it_again(chat, tmp_path):
 @pytest.mark.parametrize(
     ("train", "val", "said"),
     [
-        (Toys(12), Toys(4), ["data.val: 4 of 4 questions, such as toy/0, are in data.train too: "]),
+        (
+            Toys(12),
+            Toys(4),
+            ["data.val: 4 of 4 questions are in data.train too, for example toy/0: "],
+        ),
         (Counting(), Counting(size=4), ["data.val: 4 of 4 questions, such as counting/"]),
         (Toys(12), Counting(size=4), []),
         ([Toys(2), Golds("1")], [Golds("1", "2")], ["data.val: 1 of 2 questions, such as x/"]),

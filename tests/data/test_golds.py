@@ -207,7 +207,7 @@ def test_of_a_stream_of_ones_own_they_are_left_out_as_they_come(caplog):
     data.set_up_for(strategies(chat))
     asked = [data.train_set[0, number].answer for number in range(6)]
     assert asked == ["7"] * 6 and [prompt.answer for prompt in data.val_prompts()] == ["7"]
-    assert "flow: 1 of 1 prompts left out, since no response could be right, " in caplog.text
+    assert "flow: 1 of 1 prompts left out because of their gold answers, " in caplog.text
     assert all(f"flow: {n} of" in caplog.text for n in (1, 2)) and "3 of" not in caplog.text
     with pytest.raises(ConfigurationError, match=r"data.train: all 2 prompts of 'flow' were left"):
         TaskDataModule(Flow("8", "8"), [], questions_per_batch=1).set_up_for(strategies(chat))

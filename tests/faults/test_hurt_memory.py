@@ -68,7 +68,9 @@ def test_a_step_that_ran_out_of_memory_is_done_again_with_half_the_budget(
     # Plain descent: AdamW divides gradients of 1e-17 by themselves.
     steps = {"optimizer": partial(torch.optim.SGD, lr=0.1), "limits": Limits(max_tokens=60)}
     expected, clean, whole = fitted(qwen3, tmp_path / "clean", **steps)
-    with pytest.warns(UserWarning, match=r"out of memory .* done again with 30 tokens of a micro"):
+    with pytest.warns(
+        UserWarning, match=r"out of memory .* trying again with 30 tokens of a micro"
+    ):
         got, run, scarce = fitted(qwen3, tmp_path / "hurt", error=error, at=(2,), **steps)
     assert scarce.calls > whole.calls  # smaller micro-batches
     assert run.global_step == clean.global_step == 3
@@ -92,7 +94,9 @@ def test_twice_at_the_least_the_run_stops_with_the_remedy_and_keeps_the_state(qw
     second = Scarce(model.policy, CPU, at=range(30, 99))  # a batch has at most 16 rollouts
     with (
         pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(TrainingStopped, match=r"twice at the least .* model\.limits\.max_tokens"),
+        pytest.raises(
+            TrainingStopped, match=r"at the smallest budget too .* model\.limits\.max_tokens"
+        ),
     ):
         run.fit(model, data())
     assert second.calls == 31

@@ -535,7 +535,7 @@ def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp
     plans = [line for line in said if line.startswith("plan: ")]
     assert len(plans) == 3
     assert "weights 0.00" in plans[1] and "peak of sampling" in plans[1]
-    assert "the first step took" in plans[2] and "planned for its lengths" in plans[2]
+    assert "the first step took" in plans[2] and "predicted for its lengths" in plans[2]
     prompt, response = map(
         int, re.search(r"\((\d+) tokens a prompt, (\d+) a resp", plans[2]).groups()
     )

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from scsdpo.checkpoints import Saved, checkpoint_in
 from scsdpo.cli.lightning_cli import CLI, run_cli
-from scsdpo.cli.options import new_file, own_parser
+from scsdpo.cli.options import check_policy, new_file, own_parser
 from scsdpo.errors import blamed_on
 from scsdpo.evaluation import Result, figures, result_table
 from scsdpo.io.console import Terminal
@@ -119,6 +119,7 @@ class Chosen:
                 self.saved = Saved.read(path)
             self.args = [*self._config(self.saved.config), *self.args, f"--ckpt_path={path}"]
         elif policy is not None:
+            check_policy("--policy", policy)
             # What the policy would learn from has to be something.
             first = ["--model.advantage=GroupRelative"]
             self.args = [*first, *self.args, f"--model.policy.name_or_path={policy}"]

@@ -25,8 +25,9 @@ def replaced_rate(args: Sequence[str], now: object) -> str:
     if before == after:
         return ""
     return (
-        f"model.optimizer.lr is {after:g}, of {above}, and not {before:g}, of {below}: the rate of "
-        f"a method's paper is of the paper's model; --model.optimizer.lr={before:g} puts it back"
+        f"warning: model.optimizer.lr: {after:g} of {above} replaces {before:g} of {below}; a "
+        "method file has the rate for its paper's model. "
+        f"--model.optimizer.lr={before:g} keeps the other"
     )
 
 

@@ -58,8 +58,8 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
         first = min(unmet)
         others = f" (and {len(unmet) - 1} more like it)" if len(unmet) > 1 else ""
         raise ValueError(
-            f"{where(first)}: {unmet[first]}; no response could be right: mend the answer, or "
-            f"remove the row{others}"
+            f"{where(first)}: {unmet[first]}. Correct this row's answer or tests, or remove the "
+            f"row{others}"
         ) from unmet[first]
 
 
@@ -102,7 +102,7 @@ def within_reach(
 @rank_zero_only
 def _warn_unmet(*said: object) -> None:
     _log.warning(
-        "%s: %d of %d prompts left out, since no response could be right, the last because %s",
+        "%s: %d of %d prompts left out because of their gold answers, the last because %s",
         *said,
     )
 

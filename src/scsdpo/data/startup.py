@@ -143,7 +143,7 @@ def _check_source(module: Any, source: Source) -> None:
     header = _header(chat, prompt, source.name)
     if prompt.has_turns:
         _check_turns(module, prompt)
-    found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
+    found = [f"the chat template begins responses after {header!r}; they {_end(chat, prompt)}"]
     found += [f"padding is {_shown(chat, chat.pad_id)}"]
     if module.teacher.exists:
         found.append(_teacher(module, rendered(prompt, chat), source.name))
@@ -205,8 +205,8 @@ def warn_twice(where: str, keys: Sequence[str], meaning: str) -> None:
     (key, times), *_ = Counter(keys).most_common(1) or [("", 0)]
     if times > 1:
         _log.warning(
-            "%s: %d of %d questions are copies of others, such as %s, which is there %d times: "
-            "each copy is answered apart and %s; leave them out if they are not meant",
+            "%s: %d of %d questions are duplicates; %s, for example, is there %d times. Each copy "
+            "%s: leave duplicates out if they are not meant",
             *(where, len(keys) - len(set(keys)), len(keys), key, times, meaning),
         )
 
@@ -230,8 +230,8 @@ def warn_shared(train: Collection[str], val: Sequence[str]) -> int:
 def _log_shared(both: Sequence[str], of: int) -> None:
     if both:
         _log.warning(
-            "data.val: %d of %d questions, such as %s, are in data.train too: what is measured on "
-            "them is not held out",
+            "data.val: %d of %d questions are in data.train too, for example %s: accuracy on them "
+            "is not held out",
             *(len(both), of, both[0]),
         )
 
@@ -332,7 +332,10 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
             f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
             ", so that it would judge other words than were said; render them with `chat.render`"
         )
-    return f"the teacher's prompt has {len(ids) - len(prompt.ids)} tokens more, and the same end"
+    return (
+        f"the teacher's prompt is {len(ids) - len(prompt.ids)} tokens longer than the policy's and "
+        "ends like it, as it must"
+    )
 
 
 def _ids(chat: Chat, text: str) -> list[int]:
@@ -343,4 +346,4 @@ def _ids(chat: Chat, text: str) -> list[int]:
 def _shown(chat: Chat, token: int) -> str:
     if token >= len(chat.tokenizer):
         return f"id {token}"
-    return f"{chat.tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+    return f"{chat.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"

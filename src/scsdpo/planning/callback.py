@@ -79,9 +79,9 @@ class MemoryPlan(RolloutCallback):
         seen = replace(setup, lengths=self.lengths)
         took = _took(setup, pl_module.device)
         rank_zero_info(
-            f"plan: the first step took {gib(took)} GiB on rank 0; planned for its lengths "
-            f"({seen.lengths.prompt} tokens a prompt, {seen.lengths.response} a response) "
-            f"{gib(memory_of(seen).peak)}, for the longest {gib(memory_of(setup).peak)}"
+            f"plan: the first step took {gib(took)} GiB on rank 0; {gib(memory_of(seen).peak)} was "
+            f"predicted for its lengths ({seen.lengths.prompt} tokens a prompt, "
+            f"{seen.lengths.response} a response), {gib(memory_of(setup).peak)} for the longest"
         )
 
 

@@ -137,7 +137,9 @@ class Budget:
             least, useful = extent()
             at_least = here and budget <= least
             if self._anywhere(at_least and tried_least):
-                raise TrainingStopped(f"out of memory twice at the least ({said}): {self.remedy}")
+                raise TrainingStopped(
+                    f"out of memory at the smallest budget too ({said}): {self.remedy}"
+                )
             tried_least = at_least
             if here:
                 self._halve(min(budget, max(useful, least)), least, said)
@@ -148,7 +150,7 @@ class Budget:
     def _halve(self, used: int, least: int, said: str) -> None:
         self._cap, self._calm = max(used // 2, least), 0
         warnings.warn(
-            f"out of memory ({said}): done again with {self._cap} {self.what} instead of {used}",
+            f"out of memory ({said}): trying again with {self._cap} {self.what} instead of {used}",
             stacklevel=2,
         )
 

@@ -197,6 +197,7 @@ class PolicyOptimizer(L.LightningModule):
 
         Here too its loggers lose the right to end it, before they open their files.
         """
+        self.rollout.check_installed()
         for logger in self.trainer.loggers:
             guard(logger)
         if self.trainer.state.fn == "fit":

@@ -174,7 +174,10 @@ def check_model(
             f"prompt runs {sampling.n} times a step, once a response, and not once"
         )
     if left_out:
-        rank_zero_info(f"self-check: not checked within {SECONDS:.0f} s: {', '.join(left_out)}")
+        rank_zero_info(
+            f"self-check: {', '.join(left_out)} not checked, for lack of time (limit "
+            f"{SECONDS:.0f} s). Training goes on; a slow or busy machine is the usual cause"
+        )
     said = {
         "model": name,
         "expected": started.path.value,
@@ -567,7 +570,7 @@ def _ask(
     if found.fault:
         raise ConfigurationError(
             f"model.rollout: {found.fault} on made-up rows, more than model.gap.stop={gap.stop:g}: "
-            "the sampler has other weights or computes otherwise; compare its dtype and its "
+            "the sampler uses other weights or other numerics; compare its dtype and its "
             "log-prob settings with the trainer's (docs/vllm.md)"
         )
     return [found]

@@ -80,10 +80,10 @@ class Strategies:
             )
         if updates_per_rollout > 1 and self.advantage.has_ratio and self.importance.of_current:
             raise ConfigurationError(
-                f"model.importance: {type(self.importance).__name__} counts the ratio to the "
-                f"policy before the first of {updates_per_rollout} updates, which "
-                f"model.advantage ({type(self.advantage).__name__}) counts already: set "
-                "model.importance to SamplerImportance, or model.updates_per_rollout to 1"
+                "model.importance: set it to SamplerImportance, or model.updates_per_rollout to 1: "
+                f"with {updates_per_rollout} updates {type(self.importance).__name__} and "
+                f"model.advantage ({type(self.advantage).__name__}) would both multiply by the "
+                "ratio of the policy to the one that sampled"
             )
 
     def _check_teachers(self) -> None:
@@ -92,12 +92,12 @@ class Strategies:
         if entropy and not self.teacher.exists:
             raise ConfigurationError(
                 f"model.token_weighting: {type(self.token_weighting).__name__} reads the teacher, "
-                "but model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion"
+                "but model.teacher is NoTeacher: choose one, such as EMA (--model.teacher.help)"
             )
         if self.advantage.needs_teacher and not self.teacher.exists:
             raise ConfigurationError(
                 f"model.advantage: {advantage} needs a teacher, but model.teacher is NoTeacher: "
-                "choose EMA, Frozen, Live or TrustRegion"
+                "choose one, such as EMA (--model.teacher.help)"
             )
         parts, wanted = len(self.teacher.context.named), self.advantage.contexts
         if "others" in self.token_weighting.needs:
@@ -110,7 +110,7 @@ class Strategies:
             )
         if self.teacher.exists and not (self.advantage.needs_teacher or entropy):
             raise ConfigurationError(
-                f"model.teacher: {type(self.teacher).__name__} is never asked, because "
+                f"model.teacher: {type(self.teacher).__name__} is not used, because "
                 f"model.advantage is {advantage}: set model.teacher to NoTeacher"
             )
         if self.advantage.needs_reference and not self.reference.exists:
@@ -120,7 +120,7 @@ class Strategies:
             )
         if self.reference.exists and not self.advantage.needs_reference:
             raise ConfigurationError(
-                f"model.reference: {type(self.reference).__name__} is never asked, because "
+                f"model.reference: {type(self.reference).__name__} is not used, because "
                 f"model.advantage is {advantage}: set model.reference to NoTeacher, or Blend the "
                 "advantage with a ReferenceAnchor"
             )

@@ -167,9 +167,9 @@ class Warmup:
         for slot, each in (("teacher", teacher), ("reference", reference)):
             if each.exists and not each.can_begin_anew:
                 raise ConfigurationError(
-                    f"model.warmup: model.{slot} is {type(each).__name__}, whose weights are not "
-                    "those of the policy after the warm-up: choose EMA (rate 0: it stays as the "
-                    "policy was then), Restart or Live"
+                    f"model.warmup: model.{slot} must be reset to the policy after the warm-up, "
+                    f"and {type(each).__name__} keeps its own weights: choose EMA (with rate 0 it "
+                    "stays as the policy was then), Restart or Live"
                 )
         if not teacher.exists or shown_by(teacher.context) is None:
             raise ConfigurationError(

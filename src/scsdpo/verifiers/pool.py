@@ -128,8 +128,8 @@ class VerifierPool:
             self._portable[kind] = _can_travel(prompt)
             if not self._portable[kind]:
                 _log.warning(
-                    "%s judges in the training process, without a deadline: its class must stand "
-                    "in a module of its own to be sent to another process",
+                    "%s judges in the training process, without a time limit: move the class into "
+                    "a module that can be imported, so that other processes can run it",
                     kind.__name__,
                 )
         return self._portable[kind]

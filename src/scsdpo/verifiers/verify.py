@@ -211,7 +211,7 @@ class Failures:
             most_failed = len(failed) > len(judged) / 2 and len(judged) >= ENOUGH
             if most_failed or self._in_a_row[kind] >= ENOUGH:
                 raise TrainingStopped(
-                    f"the verifier {kind} does not judge: {said}. Mend it, or what it was given; a "
-                    "failed verdict is no wrong answer, and nothing right is learned from it"
+                    f"the verifier {kind} fails too often: {said}. Correct the verifier or its "
+                    "data, then go on with --ckpt_path last"
                 )
             _log.warning("%s", said)

@@ -176,6 +176,9 @@ class Engine(ABC):
     def generate_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
         """`Rollout.sample_nothing`: answer no request of this rank's, in step with the others."""
 
+    def check_installed(self) -> None:  # noqa: B027 - servers have their own
+        """`Rollout.check_installed`."""
+
     def max_length(self) -> int | None:
         """`Rollout.max_length`: tokens of a prompt and its response together; None: no limit."""
         return None
@@ -289,6 +292,9 @@ class VLLMRollout(DialogueRollout):
 
     def sample_nothing(self) -> None:
         self.engine.generate_nothing()
+
+    def check_installed(self) -> None:
+        self.engine.check_installed()
 
     def max_length(self) -> int | None:
         return self.engine.max_length()
