@@ -49,8 +49,8 @@ class Canned(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Canned)
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), Canned)
         self.answers, self.before, self.asked = {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -59,8 +59,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def serving():
-    server = Server()
+def serving(port=0):
+    server = Server(port)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
