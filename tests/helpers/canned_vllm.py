@@ -122,6 +122,8 @@ class Paced:
         self.server, self.seconds = server, seconds
         self.changed, self.active, self.paused = threading.Condition(), 0, False
         self.held, self.frozen = False, threading.Event()
+        self.longest = 10**9
+        """Tokens after which a response ends by itself."""
         self.draw = lambda _: time.sleep(self.seconds)
         self.drew = []
         """(begin, end, label at the begin, label at the end) of each request."""
@@ -167,6 +169,8 @@ class Paced:
         last = self.label
         parameters = json.loads(handler.body)["sampling_params"]
         draw, most = random.Random(parameters["seed"]), parameters["max_tokens"]
+        ended = most > self.longest
+        most = min(most, self.longest)
         choices = []
         for index in range(parameters["n"]):
             ids = [draw.randint(3, 250) for _ in range(most)]
@@ -176,7 +180,7 @@ class Paced:
             choices.append(
                 {
                     "index": index,
-                    "finish_reason": "length",
+                    "finish_reason": "stop" if ended else "length",
                     "token_ids": ids,
                     "logprobs": {"content": content},
                     "weight_versions": [*spans, {"version": last, "start": half, "end": most}],

@@ -170,14 +170,14 @@ class DrawnAhead:
         asked = dict(enumerate((prompts, *upcoming[: self.most]), number))
         if number in self._queue.waiting:  # before servers get other weights
             self._queue.waiting[number].responses(host.finish, now)
-        interrupt.meet()  # a rank that gives the batch up while it waits leaves none in a collective
+        interrupt.meet()  # who gives the batch up while it waits leaves nobody in a collective
         usable = self._usable(asked, host, now)
         interrupt.open_window()
         waiting: dict[int, _Waiting] = {}
         for each, questions in asked.items():
             waiting[each] = usable.get(each) or self._ask(host, each, questions, now)
         due = waiting.pop(number)
-        again = self.asked_again + len(self._queue.known & asked.keys() - usable.keys())
+        again = self.asked_again + len(self._queue.known - usable.keys())
         self._queue = replace(self._queue, waiting=waiting, stored={}, asked_again=again)
         return due.responses(host.finish, now)
 
