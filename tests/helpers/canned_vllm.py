@@ -48,6 +48,7 @@ class Canned(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of 5 a busy machine refuses some
 
     def __init__(self, port=0):
         super().__init__(("127.0.0.1", port), Canned)
