@@ -112,8 +112,8 @@ COMMAND_LINE = {
     "--model.weighting=Weighting": "model.weighting: Weighting is abstract",
     "--model.weighting=PassRate --model.weighting.power=high": "model.weighting.power: must be "
     "float, got high",
-    "--model.weighting=PassRate --model.weighting.power=-1": "model.weighting: "
-    "`PassRate(power=...)` must be >= 0, got -1.0",
+    "--model.weighting=PassRate --model.weighting.power=-1": "model.weighting.power: "
+    "must be >= 0, got -1.0",
     "--model.weighting.help=PassRte": "model.weighting.help: PassRte is not a known Weighting; "
     "did you mean `PassRate`?",
     "--model.weigting=PassRate": "model.weigting: no such key; did you mean `model.weighting`?",
@@ -126,7 +126,7 @@ COMMAND_LINE = {
     "word": "word: what is this? Options are written --key=value",
     "--model.sampling.n=many": "model.sampling.n: must be int, got many",
     "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
-    "--model.val_sampling.n=0": "model.val_sampling: `Sampling(n=...)` must be >= 1, got 0",
+    "--model.val_sampling.n=0": "model.val_sampling.n: must be >= 1, got 0",
     "--model.updates_per_rollout=1.5": "model.updates_per_rollout: must be int, got 1.5",
     "--seed_everything=x": "seed_everything: must be bool or int, got x",
     "--model.policy.dtype=fp16": "model.policy.dtype: must be one of auto, float32, bfloat16, "
@@ -136,7 +136,7 @@ COMMAND_LINE = {
     "argument; did you mean `support`? (it takes: divergence, support, target)",
     "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
     "you mean `TopK`?",
-    "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
+    "--model.advantage.support.k=0": "model.advantage.support.k: must be >= 1, got 0",
     "--model.reduction=TokenSum": "model.reduction.constant: not set, and TokenSum needs it",
     "--model.optimizer=AdamX": "model.optimizer: AdamX is not a known Optimizer; did you mean "
     "`Adam`?",
@@ -188,13 +188,13 @@ FILES = {
     "data: {train: [{class_path: LabTasks, init_args: {split: tran}}]}": "data.train.split: must "
     "be one of train, val, got tran",
     "data: {train: [runs.Toys, {class_path: LabTasks, init_args: {split: train, size: 0}}]}": ""
-    "data.train[1]: `LabTasks(size=...)` must be >= 1, got 0",
+    "data.train[1].size: must be >= 1, got 0",
     "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
     "init_args: {templates: {trun: x}}}}}}": "model.teacher.context.templates.trun: Templates has "
     "no such argument; did you mean `turn`? (it takes: turn, solution, feedback)",
     "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
-    "init_args: {templates: {turn: x}}}}}}": "model.teacher.context.templates: "
-    "`Templates(turn=...)` must contain {prompt}",
+    "init_args: {templates: {turn: x}}}}}}": "model.teacher.context.templates.turn: "
+    "must contain {prompt}",
     "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: -5}}]}": ""
     "trainer.callbacks[0]: Invalid value for save_top_k=-5. Must be >= -1",
     "model:\n  weighting: [PassRate\n  teacher: }": "wrong.yaml, line 3: not YAML: expected ',' "
