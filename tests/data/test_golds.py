@@ -143,7 +143,9 @@ def test_a_gold_answer_that_no_response_can_give_is_refused_by_its_row(
     right = next(good for one, asks, good in WITHIN_REACH if type(one) is type(verifier))[0]
     for gold in golds:
         path = rows_of(tmp_path, question, [right, gold])
-        with pytest.raises(ValueError, match=r"rows.jsonl, line 2.* answer .*mend") as caught:
+        with pytest.raises(
+            ValueError, match=r"rows.jsonl, line 2.* answer .*correct this row"
+        ) as caught:
             len(Records(path, verifier))
         assert "\n" not in str(caught.value)
         with caplog.at_level(logging.WARNING):

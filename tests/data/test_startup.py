@@ -81,8 +81,8 @@ CLOSED = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{%
 @pytest.mark.parametrize(
     ("settings", "source", "message"),
     [
-        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(2\), but .*"
-         r"'<\|endoftext\|>' \(0\): add it to `eos_token_id` in generation_config.json"),
+        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(id 2\), but .*"
+         r"'<\|endoftext\|>' \(id 0\): add it to `eos_token_id` in generation_config.json"),
         ({"template": NO_SYSTEM}, WithSystem(), "refuses the first prompt of 'asked', with the "
          "turns system, user: System role not supported"),
         ({"template": DEAF}, WithSystem(), "leaves out what the system says in the first prompt"),
@@ -150,7 +150,7 @@ def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():
     template = CHATML.replace("<|im_end|>", " \n<|im_end|>")
-    with pytest.raises(ValueError, match=r"ends the assistant's turn with '<\|im_end\|>' \(2\)"):
+    with pytest.raises(ValueError, match=r"ends the assistant's turn with '<\|im_end\|>' \(id 2\)"):
         check_start(module(template=template, eos_ids=(0,)), [Toys()])
     check_start(module(template=template), [Toys()])
 
@@ -171,7 +171,7 @@ def test_an_added_token_without_a_row_is_read_as_text(special, caplog):
     with caplog.at_level(logging.INFO):
         check_start(around(chat), [Toys()])
     (line,) = [line for line in caplog.messages if "rows" in line]
-    assert f"has {TOKENS} rows, and none for '<extra>' ({TOKENS}): texts that spell" in line
+    assert f"has {TOKENS} rows, and none for '<extra>' (id {TOKENS}): texts that spell" in line
     assert "`resize_token_embeddings`" in line
     ids = chat.render([{"role": "user", "content": "a<extra>b"}])
     assert max(ids) < TOKENS and "a<extra>b" in chat.tokenizer.decode(ids)
@@ -189,7 +189,7 @@ def test_a_template_s_token_without_a_row_is_refused():
     chat = added(special=True)
     chat.tokenizer.chat_template = CHATML + "<extra>"
     with pytest.raises(
-        ValueError, match=rf"template of .* writes '<extra>' \({TOKENS}\), for which"
+        ValueError, match=rf"template of .* writes '<extra>' \(id {TOKENS}\), for which"
     ):
         check_start(around(chat), [Toys()])
 

@@ -112,14 +112,15 @@ class Chosen:
     def __init__(self, policy: str | None, rest: Sequence[str]) -> None:
         self.policy, self.args = policy, [*rest]
         self.saved: Saved | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="scsdpo-")
         path = checkpoint_in(Path(policy)) if policy else None
+        if policy is not None and path is None:
+            check_policy("--policy", policy)
+        self._folder = tempfile.TemporaryDirectory(prefix="scsdpo-")
         if path is not None:
             with blamed_on("--policy"):
                 self.saved = Saved.read(path)
             self.args = [*self._config(self.saved.config), *self.args, f"--ckpt_path={path}"]
         elif policy is not None:
-            check_policy("--policy", policy)
             # What the policy would learn from has to be something.
             first = ["--model.advantage=GroupRelative"]
             self.args = [*first, *self.args, f"--model.policy.name_or_path={policy}"]

@@ -11,7 +11,6 @@ TRL: Mapping[str, str] = {
     "num_generations": "is here model.sampling.n",
     "num_generations_eval": "is here model.val_sampling.n",
     "max_completion_length": "is here model.sampling.max_new_tokens",
-    "max_prompt_length": "is here data.max_prompt_tokens",
     "generation_batch_size": "is here data.questions_per_batch, which counts questions",
     "steps_per_generation": _STEPS,
     "per_device_train_batch_size": f"{_TOKENS}; data.questions_per_batch is the whole batch",
