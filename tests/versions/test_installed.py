@@ -1,4 +1,4 @@
-"""Dependencies in pure Python are as low or as new as pyproject.toml allows: VERSIONS says which."""
+"""Dependencies in pure Python are as low or as new as pyproject.toml allows (VERSIONS)."""
 
 import os
 import tomllib
@@ -50,7 +50,7 @@ def test_the_newest_version_is_at_least_that_of_constraints(dependency):
 
 
 def test_what_is_installed_goes_together():
-    """All that the dependencies ask for, and what these ask for, is there in a version that suits."""
+    """What dependencies ask for, and what that asks for, is there in a version that suits."""
     seen, due, wrong = set(), ["scsdpo"], []
     while due:
         name = due.pop()
