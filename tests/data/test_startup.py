@@ -81,8 +81,8 @@ CLOSED = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{%
 @pytest.mark.parametrize(
     ("settings", "source", "message"),
     [
-        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(id 2\), but .*"
-         r"'<\|endoftext\|>' \(id 0\): add it to `eos_token_id` in generation_config.json"),
+        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(id 2\), but"
+         r" .*'<\|endoftext\|>' \(id 0\): add it to `eos_token_id` in generation_config.json"),
         ({"template": NO_SYSTEM}, WithSystem(), "refuses the first prompt of 'asked', with the "
          "turns system, user: System role not supported"),
         ({"template": DEAF}, WithSystem(), "leaves out what the system says in the first prompt"),
