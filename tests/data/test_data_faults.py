@@ -356,7 +356,7 @@ def test_questions_in_both_train_and_val_are_warned_of_once(chat, train, val, sa
     lines = [line for line in caplog.messages if line.startswith("data.val")]
     assert len(lines) == len(said)
     assert all(map(str.startswith, lines, said))
-    assert all(line.endswith("what is measured on them is not held out") for line in lines)
+    assert all(line.endswith("accuracy on them is not held out") for line in lines)
 
 
 # --- the command ----------------------------------------------------------------------------------
