@@ -33,11 +33,10 @@ from scsdpo.planning import (
     splits,
     work_of,
 )
-from scsdpo.planning.activations import activation_bytes, layer_bytes
 from scsdpo.planning.advice import _combined, _own
 from scsdpo.planning.architecture import shapes
 from scsdpo.planning.layer_probe import measured_layers
-from scsdpo.planning.memory import PHASES
+from scsdpo.planning.memory import PHASES, activation_bytes, layer_bytes
 from scsdpo.planning.setup import GIB, Sampler, with_lora, with_nf4
 from scsdpo.planning.speed import Rates
 from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora
@@ -185,7 +184,7 @@ def test_4_bits_are_the_last_change_that_is_advised(qwen3):
 )
 def test_teachers_are_asked_what_they_keep(qwen3, teacher, kind, trunks):
     (second,) = planned(qwen3, teacher=teacher).seconds
-    assert (second.slot, second.kind, second.trunks) == ("teacher", kind, trunks)
+    assert (second.slot, second.kind, second.forwards) == ("teacher", kind, trunks)
     assert memory_of(planned(qwen3, teacher=teacher)).parts.teacher == 4 * TIED * (kind != "none")
 
 

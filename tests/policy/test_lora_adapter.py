@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.hf.rollout import merged_adapters
 from scsdpo.rollout.weights import files, stream
 from scsdpo.rollout.weights.files import adapter_hash, folder_in_memory, write_adapter
 from scsdpo.rollout.weights.hashing import StreamHash

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo.data import TaskDataModule
-from scsdpo.distributed import all_gather, all_max, place
+from scsdpo.distributed import all_gather, all_max, rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import Importance, NoImportance
 from scsdpo.rollout import Drawing, Drawn, Rollout
@@ -190,7 +190,7 @@ class DrawnAhead:
         self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
     ) -> dict[int, _Waiting]:
         """By number, what waits and answers the questions that are `asked`, on all ranks."""
-        rank, ranks = place()
+        rank, ranks = rank_and_size()
         found: dict[int, _Waiting | None] = {}
         unfit = []
         for number in sorted(self._queue.known & asked.keys()):

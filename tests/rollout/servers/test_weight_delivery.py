@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from scsdpo.rollout import Download, RequireKey, SharedFolder
-from scsdpo.rollout.servers.delivery import _Quiet
-from scsdpo.rollout.servers.run_folder import RunFolder
+from scsdpo.rollout.servers.delivery import RunFolder, _Quiet
 from scsdpo.rollout.servers.server import Unreachable
 from scsdpo.rollout.weights.files import write_weights
 from scsdpo.rollout.weights.hashing import StreamHash
@@ -143,7 +142,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from scsdpo.rollout.servers.delivery import _Quiet
-from scsdpo.rollout.servers.run_folder import RunFolder
+from scsdpo.rollout.servers.delivery import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 (folder.path / "weights").write_bytes(b"16 GB")
 os.kill(os.getpid(), 9)

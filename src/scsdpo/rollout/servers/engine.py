@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from scsdpo.distributed import place
+from scsdpo.distributed import rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
@@ -20,7 +20,7 @@ from scsdpo.rollout.servers.request_queue import RequestQueue, Stranded, agreed_
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.vllm.rollout import Answer, Asked, Engine, Request
+from scsdpo.rollout.vllm.rollout import Answer, Engine, PendingAnswers, Request
 from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
@@ -90,7 +90,7 @@ class Servers(Engine):
         self._watched: list[WatchedServer] = []
         self._published: list[str] = []
         """Labels of the weights that servers got, oldest first; those that requests wait for."""
-        self._behind: list[_Asked] = []
+        self._behind: list[_PendingAnswers] = []
         """Requests that are answered while the trainer does other things, in their order."""
 
     def generate(
@@ -109,7 +109,7 @@ class Servers(Engine):
     def answers_behind(self) -> bool:
         return True
 
-    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> PendingAnswers:
         loop = self._loop
         assert loop is not None and version == self._version, "inside `hold_weights` alone"
         for watched in self._watched:
@@ -120,7 +120,7 @@ class Servers(Engine):
             published=self._published,
             before=[each.queue for each in self._behind],
         )
-        self._behind.append(_Asked(queue, loop))
+        self._behind.append(_PendingAnswers(queue, loop))
         return self._behind[-1]
 
     def _queue(
@@ -166,7 +166,7 @@ class Servers(Engine):
         self._watched = [
             WatchedServer(
                 server=server,
-                bring=self._bring if place()[0] == 0 else None,
+                bring=self._bring if rank_and_size()[0] == 0 else None,
                 patience=self.patience,
                 timeout=self.timeout,
                 changed=self._changed,
@@ -194,7 +194,7 @@ class Servers(Engine):
             self._published.clear()
         if self._published[-1:] != [version]:  # before any server may answer with them
             self._published.append(version)
-        leads = place()[0] == 0
+        leads = rank_and_size()[0] == 0
         with closing(WeightStream(policy, self.adapter, led=True)) as stream:
             if leads and (version != self._version or self.delivery.due):
                 self._version = ""
@@ -278,7 +278,7 @@ class Servers(Engine):
                     await self._changed.wait()
 
 
-class _Asked(Asked):
+class _PendingAnswers(PendingAnswers):
     """A queue that runs in the event loop.
 
     Args:
