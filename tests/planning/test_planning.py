@@ -497,7 +497,7 @@ def test_each_shape_that_ships_is_checked_under_one_of_its_names():
         (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
         (["--gpus=3"], "questions do not divide among 3 devices"),
         (["--memory=0"], "--memory must be > 0"),
-        (["--trainer.strategy=deepspeed"], "plan knows one device, DDP and FullySharded"),
+        (["--trainer.strategy=deepspeed"], "plan supports one device, DDP and FullySharded"),
         (["--gpus=x"], "--gpus: invalid int"),
     ],
 )
@@ -534,9 +534,9 @@ def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp
     plans = [line for line in said if line.startswith("plan: ")]
     assert len(plans) == 3
     assert "weights 0.00" in plans[1] and "peak of sampling" in plans[1]
-    assert "the first step took" in plans[2] and "planned for its lengths" in plans[2]
+    assert "the first step took" in plans[2] and "the plan is" in plans[2]
     prompt, response = map(
-        int, re.search(r"\((\d+) tokens a prompt, (\d+) a resp", plans[2]).groups()
+        int, re.search(r"\((\d+) tokens in a prompt, (\d+) in a resp", plans[2]).groups()
     )
     rendered = CausalLM(str(qwen3)).chat.render(Toys()[0].messages)
     assert abs(prompt - len(rendered)) <= 1 and 1 <= response <= 8

@@ -91,7 +91,7 @@ def test_vllm_gets_the_next_rank_that_it_knows(qwen3, r, rank):
 @pytest.mark.parametrize(
     ("adapter", "key"),
     [
-        (FullFineTune(), r"model\.policy\.adapter is no Lora"),
+        (FullFineTune(), r"model\.policy\.adapter is not a Lora"),
         (Lora(use_dora=True), r"DoRA \(model\.policy\.adapter\.use_dora\)"),
         (Lora(r=513), r"up to 512 \(model\.policy\.adapter\.r is 513\)"),
     ],

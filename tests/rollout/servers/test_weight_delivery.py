@@ -123,7 +123,7 @@ def test_files_stay_while_a_server_reads_them_and_go_when_it_is_done(tmp_path):
     asyncio.run(run())
     assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == ["2"]
     delivery.close()
-    with pytest.raises(Unreachable, match="there are no weights"):
+    with pytest.raises(Unreachable, match="no weights are published"):
         asyncio.run(delivery.bring(Loading(), 1.0))
 
 

@@ -49,7 +49,7 @@ def test_without_vllm_the_remedy_is_named(policy, monkeypatch):
 
 
 def test_sleep_on_cpu_is_refused(policy):
-    with pytest.raises(ConfigurationError, match=r"engine\.sleep: vLLM ignores it on CPU"):
+    with pytest.raises(ConfigurationError, match=r"engine\.sleep: vLLM frees no memory on CPU"):
         sample(policy, Colocated(sleep=True))
 
 

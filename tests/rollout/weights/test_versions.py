@@ -173,7 +173,7 @@ def test_other_or_missing_weights_are_refused():
         {"hash": "y", "missing": []}, "x"
     )
     many = refusal({"hash": "x", "missing": ["a", "b", "c", "d"]}, "x")
-    assert many == "got no complete weights for 4 of its modules (a, b, c, ...)"
+    assert many == "got incomplete weights for 4 of its modules (a, b, c, ...)"
 
 
 def answer(**changed):
