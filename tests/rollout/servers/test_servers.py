@@ -120,7 +120,7 @@ def test_servers_of_different_dtypes_are_refused(policy, canned, other):
 
 def test_nobody_at_the_url_ends_the_run_with_its_name(policy):
     gone = "http://127.0.0.1:9"
-    with pytest.raises(TrainingStopped, match=f"no vLLM server is of use since .* s .{gone}: "):
+    with pytest.raises(TrainingStopped, match=f"no vLLM server could be used for .* s .{gone}: "):
         sample(policy, Servers([gone], Download(), patience=0.2))
 
 
