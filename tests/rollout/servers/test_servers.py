@@ -83,7 +83,7 @@ def sample(policy, engine, questions=1, close=True):
         ),
         (
             {"/collective_rpc": (401, {"error": "Unauthorized"})},
-            "engine.key: .* needs a key, and the environment variable VLLM_API_KEY is not set: set it",
+            "engine.key: .* needs a key, .* variable VLLM_API_KEY is not set: set it",
         ),
     ],
 )
