@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class SeparateRows(Runner):
 
     def __init__(
         self,
-        within: Within,
+        within: Within[Any],
         rows: Rows,
         chosen: Sequence[int],
         budget: int,
@@ -148,7 +148,7 @@ class SharedPrompts(Runner):
 
     def __init__(
         self,
-        within: Within,
+        within: Within[Any],
         rows: Rows,
         chosen: Sequence[int],
         budget: int,

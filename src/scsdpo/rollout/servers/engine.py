@@ -198,8 +198,9 @@ class Servers(Engine):
         """
         self._together = is_sharded(policy)
         self._behind = [each for each in self._behind if not each.is_done]
-        if not self._behind:
-            self._published.clear()
+        needed = self._behind[0].queue.version if self._behind else ""
+        while self._published and self._published[0] != needed:
+            del self._published[0]
         if self._published[-1:] != [version]:  # before a server can answer with them
             self._published.append(version)
         leads = rank_and_size()[0] == 0
