@@ -250,7 +250,7 @@ class DrawnAhead:
         """
         queue = self._finished if under_way else self._settled(step)
         now, batches = Moment(step, queue.moved), dict(queue.stored)
-        if not alone or place()[1] == 1:
+        if not alone or rank_and_size()[1] == 1:
             own: dict[int, Responses] = {}
             for number, waiting in queue.waiting.items():
                 if waiting.is_done:
