@@ -104,7 +104,7 @@ def test_a_server_without_the_engine_is_refused_with_the_flag():
             "/shutdown_weight_transfer_engine": (200, {}),
             "/init_weight_transfer_engine": error(500, said),
         }
-        flag = r"started without --weight-transfer-config '\{\"backend\": \"nccl\"\}'; start it"
+        flag = r"started without --weight-transfer-config '\{\"backend\": \"nccl\"\}': start it"
         with pytest.raises(ConfigurationError, match=flag):
             asyncio.run(Server(server.url).join({}, 5.0))
 

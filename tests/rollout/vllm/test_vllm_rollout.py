@@ -54,7 +54,9 @@ def test_sleep_on_cpu_is_refused(policy):
 
 
 def test_ranks_that_cannot_be_grouped_are_refused(policy, ranks):
-    with pytest.raises(ConfigurationError, match=r"tensor_parallel: 3 must divide .* ranks, 2:"):
+    with pytest.raises(
+        ConfigurationError, match=r"tensor_parallel: 3 does not divide .* ranks, 2:"
+    ):
         sample(policy, Colocated(tensor_parallel=3))
 
 
