@@ -33,9 +33,9 @@ DeepSeek-V3, gpt-oss. The ways:
   prompts runs once.
 * **rows apart, padded**: each response runs after its own copy of the prompt, and the rows of a
   micro-batch are padded to the longest. A prompt then runs G times.
-* **rows apart, one at a time**: a forward for each row, as in plain transformers. Models whose
-  rotary frequencies depend on the length (dynamic, longrope) run rows so that are longer than
-  their original context; their shorter rows share a forward.
+* **rows apart, one at a time**: a forward for each row, as in plain transformers. If a model's
+  rotary frequencies depend on the length (dynamic, longrope), rows that are longer than its
+  original context run alone; shorter rows share a forward.
 * **refused**, before the first step, with the reason.
 * **skipped**: the architecture is not a text model, and was not tried.
 
