@@ -398,7 +398,7 @@ def test_eight_cards_are_dealt_out_between_trainers_and_servers(
     said = " ".join(capsys.readouterr().out.split())
     best = "Fastest that fits: trainer.devices=4 with FullySharded (configs/scale) and 4 servers"
     assert best in said
-    assert "│ 4 (shards) │ 4 │ 1 │" in said and "│ 1 │ 7 │ 1 │" in said
+    assert "│ 4 (sharded) │ 4 │ 1 │" in said and "│ 1 │ 7 │ 1 │" in said
     assert said.count("does not fit") == 2  # one trainer and two
 
 
@@ -494,7 +494,7 @@ def test_each_shape_that_ships_is_checked_under_one_of_its_names():
         (["--model.policy.name_or_path=Qwen/Qwen3-5B"], "did you mean Qwen/Qwen3-8B?"),
         (["--split=1"], "--split must be >= 2, got 1"),
         (["--split=2", "--memory=0.001"], "--split: 2 devices cannot be dealt out"),
-        (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
+        (["--architecture=nowhere"], "--architecture: nowhere has no config.json"),
         (["--gpus=3"], "questions do not divide among 3 devices"),
         (["--memory=0"], "--memory must be > 0"),
         (["--trainer.strategy=deepspeed"], "plan supports one device, DDP and FullySharded"),

@@ -112,7 +112,7 @@ def test_layers_without_adapters_in_vllm_are_refused(qwen3):
         weights, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     with pytest.raises(
-        ConfigurationError, match=r"target_modules: vLLM has no adapters for down_proj, o"
+        ConfigurationError, match=r"target_modules: vLLM does not support adapters for down_proj, o"
     ):
         check_targets(weights, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
 

@@ -69,7 +69,7 @@ class Scheduler:
             held: places that the running responses take.
             prompts: size of the prompts' table.
         """
-        mean = (self._tokens + sum(running) + self.max_new_tokens) / (self._finished + 1)
+        mean = self._mean(running)
         expected = sum(self._expected(drawn, mean) for drawn in running)
         room = self.max_tokens - max(held, expected) - prompts.tokens
         first = self._expected(0, mean)
@@ -107,6 +107,10 @@ class Scheduler:
     def needs_prompt(self, group: Group) -> bool:
         """True if a response of `group` runs or is the next to start."""
         return group.running > 0 or (bool(self.waiting) and self.waiting[0].group is group)
+
+    def _mean(self, running: Sequence[int]) -> float:
+        drawn = self._tokens + sum(running) + self.max_new_tokens
+        return drawn / (self._finished + 1)
 
     def _expected(self, drawn: int, mean: float) -> int:
         longest = max(self.max_new_tokens - 1, 1)  # the last token never runs
