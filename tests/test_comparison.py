@@ -162,12 +162,12 @@ def test_folders_of_seeds_are_methods(scsdpo, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["a.json"], "needs two or more different ones"),
-        (["--configs", "a.yaml", "--seeds=2"], "needs two or more different ones"),
+        (["a.json"], "give two or more different ones"),
+        (["--configs", "a.yaml", "--seeds=2"], "give two or more different ones"),
         (["--configs", "a.yaml", "b/a.yaml"], "names must differ, got a, a"),
         (["--configs", "a.yaml", "b.yaml"], "--configs: a.yaml does not exist"),
         (["a", "b", "--jobs=0"], "--jobs must be >= 1, got 0"),
-        (["a", "b", "--configs", "c", "d"], "either --configs, or what is there already"),
+        (["a", "b", "--configs", "c", "d"], "give either --configs or existing results, not both"),
     ],
 )
 def test_mistakes_are_one_line(args, message, scsdpo):  # noqa: F811

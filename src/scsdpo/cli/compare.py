@@ -1,4 +1,4 @@
-"""`scsdpo compare`: policies question by question, methods seed by seed, and the runs they need."""
+"""`scsdpo compare`: compare policies by question, or methods by seed, and make the runs for it."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ SCHEMA_VERSION = 1
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "compare",
         "Compare policies question by question, the first one with each other: evaluations "
@@ -43,7 +43,7 @@ def options() -> argparse.ArgumentParser:
         "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
         "... are methods, which are compared seed by seed. --configs makes such folders.",
     )
-    parser.add_argument("things", nargs="*", metavar="A B", help="what is compared")
+    parser.add_argument("things", nargs="*", metavar="A B", help="files, runs, names to compare")
     parser.add_argument("--config", action="append", default=[], help="of every evaluation or run")
     parser.add_argument("--configs", nargs="+", default=[], help="a method each, over --config")
     parser.add_argument("--seeds", type=int, default=5, help="runs a method: seeds 0, 1, ...")
@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> None:
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))
     elif any(methods):
-        raise ConfigurationError("compare: folders of seeds go with folders of seeds only")
+        raise ConfigurationError("compare: give folders of seeds only, or none")
     else:
         record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
@@ -87,9 +87,9 @@ def _check(given: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
     many = given.configs or given.things
     if given.configs and given.things:
-        raise ConfigurationError("compare: either --configs, or what is there already")
+        raise ConfigurationError("compare: give either --configs or existing results, not both")
     if len(many) < 2 or len(set(many)) < len(many):
-        raise ConfigurationError(f"compare: needs two or more different ones, got {many}")
+        raise ConfigurationError(f"compare: give two or more different ones, got {many}")
     names = [Path(config).stem for config in given.configs]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"--configs: names must differ, got {', '.join(names)}")
@@ -99,7 +99,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def train(given: argparse.Namespace, rest: Sequence[str], folder: Path) -> list[Path]:
-    """Run what is missing of every method and seed; returns the methods' folders."""
+    """Run every method and seed that is not done yet; returns the methods' folders."""
     methods = {Path(config).stem: Path(config) for config in given.configs}
     jobs = [
         job(folder, name, seed, [*rest, f"--config={config}"])
@@ -128,7 +128,7 @@ def job(folder: Path, name: str, seed: int, words: Sequence[str]) -> Job:
 
 
 def evaluated(thing: str, rest: Sequence[str]) -> Result:
-    """The evaluation that `thing` is or holds, or one that is made now; made once."""
+    """The evaluation in `thing`; if there is none, `scsdpo validate` makes one, once."""
     path = Path(thing)
     if evaluation_in(path) and not rest:
         return read(path)
@@ -209,7 +209,7 @@ def _methods(found: Mapping[str, Mapping[int, Path]]) -> dict[str, Any]:
 
 
 def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
-    """Runs are compared after as many batches, on the same questions."""
+    """Refuse runs whose last validations differ in batches trained or in questions."""
     results = [(f"{n}, seed {s}", r) for n, runs in found.items() for s, r in runs.items()]
     name, first = results[0]
     for other, result in results[1:]:
@@ -226,16 +226,16 @@ def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
 
 
 def totals(result: Result) -> dict[str, float]:
-    """Every score as a mean over all questions."""
+    """Mean of every score over all questions."""
     rows = [question.scores() for question in result.questions]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _say_comparisons(console: Terminal, count: int) -> None:
     console.print(
-        f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
-        "interval; ** also outside the one at which all hold together (Bonferroni). "
-        "Findable: the smallest true difference told from 0 in 4 of 5 such experiments.",
+        f"{count} intervals, of which {0.05 * count:.1f} are expected to miss by chance. * 0 lies "
+        "outside the interval; ** also outside the interval corrected for all of them "
+        "(Bonferroni). Findable: the smallest true difference that 4 of 5 such experiments find.",
         markup=False,
         highlight=False,
     )
