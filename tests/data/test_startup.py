@@ -59,13 +59,13 @@ def test_one_line_says_what_was_found(caplog):
         "toys: responses begin after '<|im_start|>assistant\\n' and end with '<|im_end|>' (2), "
         "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt has "
     )
-    assert line.endswith(" tokens more, and the same end")
+    assert line.endswith(" tokens longer, with the same end")
 
 
 def test_a_teacher_that_has_nothing_to_tell_is_noted(caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(teacher=EMA(context=Feedback(max_tokens=5))), [Toys()])
-    assert caplog.messages[0].endswith("nothing to tell a failure beside a success")
+    assert caplog.messages[0].endswith("no context for a failure beside a success")
 
 
 NO_SYSTEM = CHATML.replace(
@@ -143,7 +143,7 @@ def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
     assert "responses begin after" in caplog.messages[0] and "[/INST]' and" in caplog.messages[0]
-    assert caplog.messages[0].endswith(" tokens more, and the same end")
+    assert caplog.messages[0].endswith(" tokens longer, with the same end")
 
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():
