@@ -1,4 +1,4 @@
-"""How responses are judged."""
+"""Settings of the processes that judge responses."""
 
 from dataclasses import dataclass
 
