@@ -150,5 +150,5 @@ def test_lines_that_a_power_cut_has_torn_are_named_at_resume(commands, undisturb
             file.write(b"\0" * 512 + b"\n")
     assert commands.run(tmp_path, "--ckpt_path=last") == 0, error(tmp_path)
     assert "Traceback" not in error(tmp_path)
-    assert "metrics.jsonl, line 6 is torn, and passed over" in error(tmp_path)
+    assert "metrics.jsonl, line 6 is torn, and skipped" in error(tmp_path)
     same_end(tmp_path, undisturbed)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,33 +12,32 @@ from typing import Any
 from scsdpo.checkpoints import checkpoint_in
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.comparison import (
-    Duel,
     Job,
+    PairedComparison,
     SeedRow,
     answers_table,
     by_seed,
-    duel,
-    duel_table,
-    evaluation_in,
+    compare_questions,
     execute,
-    read,
+    figures_table,
     run_all,
-    seeds_in,
     seeds_table,
 )
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.evaluation import Question, Result
 from scsdpo.io.console import Terminal
 from scsdpo.io.files import write_whole
 from scsdpo.prompt import stable_hash
 
 SCHEMA_VERSION = 1
+_SEED = re.compile(r"seed_?(\d+)")
+_VALIDATION = re.compile(r"val-(\d+)\.json")
 
 
 def options() -> argparse.ArgumentParser:
     """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
-        "compare",
+        "compare_questions",
         "Compare policies question by question, the first one with each other: evaluations "
         "(files of scsdpo validate), runs (their last validation), checkpoints, folders, hub "
         "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
@@ -149,6 +149,37 @@ def evaluated(thing: str, rest: Sequence[str]) -> Result:
     return read(out)
 
 
+def evaluation_in(path: Path) -> Path | None:
+    """`path` itself if it is an evaluation's file, or a run's last validation; None: neither."""
+    if path.is_file() and path.suffix == ".json":
+        return path
+    found = [(int(m[1]), file) for file in (path / "evaluations").glob("val-*.json")
+             if (m := _VALIDATION.fullmatch(file.name))]  # fmt: skip
+    return max(found)[1] if found else None
+
+
+def seeds_in(path: Path) -> dict[int, Path]:
+    """Folders `seed0`, `seed1`, ... of a method by seed; empty if `path` holds none."""
+    if not path.is_dir():
+        return {}
+    matches = ((_SEED.fullmatch(folder.name), folder) for folder in path.iterdir())
+    found = {int(match[1]): folder for match, folder in matches if match and folder.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def read(path: Path) -> Result:
+    """Read the evaluation at `path`.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    with blamed_on("compare"):
+        found = evaluation_in(path)
+        if found is None:
+            raise ValueError(f"{path} holds no evaluation")
+        return Result.read(found)
+
+
 def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
     console = Terminal()
     (first, baseline), *others = found.items()
@@ -158,16 +189,16 @@ def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
             a, b = baseline.about.get(key), result.about.get(key)
             if a != b:
                 console.print(f"note: {key} differs: {a} | {b}", markup=False, highlight=False)
-        compared = duel(baseline, result, names=(first, name))
-        console.print(duel_table((first, name), compared.rows))
+        compared = compare_questions(baseline, result, names=(first, name))
+        console.print(figures_table((first, name), compared.rows))
         if show and (compared.won or compared.lost):
             console.print(answers_table(compared, ("first", "second"), show))
-        duels.append({"a": first, "b": name, **_duel(compared)})
+        duels.append({"a": first, "b": name, **_record(compared)})
     _say_comparisons(console, sum(len(one["rows"]) for one in duels))
     return {"baseline": first, "duels": duels}
 
 
-def _duel(compared: Duel) -> dict[str, Any]:
+def _record(compared: PairedComparison) -> dict[str, Any]:
     def side(question: Question) -> dict[str, Any]:
         kept = ("rewards", "answers", "response")
         return {name: getattr(question, name) for name in kept}

@@ -69,7 +69,7 @@ class MultipleChoice(Verifier):
             False also takes the other spellings of the letter: "a", "(A)", "A.", "A: 0.8", "**A**",
             "Option A", "\boxed{A}"; and, where there is no block, the last box, or a response that
             is nothing but the letter. A text that names several options is none of them.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: all
             of the response, as the published grader does.
 
     Source:
