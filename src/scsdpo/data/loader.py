@@ -16,7 +16,7 @@ from scsdpo.types import Prompt
 _warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler[Any]):
     """A rank's share of the endless `interleave` of draws, cut into epochs of whole batches.
 
     Rank r of R takes draws r, r + R, ..., so the questions of a step are the same for every R. Each
@@ -145,7 +145,7 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-class QuestionLoader(DataLoader):
+class QuestionLoader(DataLoader[Any]):
     """Batches whose position Lightning saves and restores, over an `EpochSampler`.
 
     The position counts the batches that were handed over, not those that workers fetched ahead. A
@@ -184,7 +184,7 @@ class QuestionLoader(DataLoader):
         cast(EpochSampler, self.sampler).go_on(state_dict)
 
 
-class EvaluationSampler(DistributedSampler):
+class EvaluationSampler(DistributedSampler[Any]):
     """A rank's share of questions, each asked once, for any number of ranks.
 
     Rank r of R asks r, r + R, ..., so each step has the same questions as on one rank. If R does
@@ -207,7 +207,7 @@ class EvaluationSampler(DistributedSampler):
         return iter(self.share)
 
 
-class EvaluationLoader(DataLoader):
+class EvaluationLoader(DataLoader[Any]):
     """Batches over an `EvaluationSampler`; all ranks have equally many, the last may be empty."""
 
     def __len__(self) -> int:
