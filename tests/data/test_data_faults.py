@@ -290,7 +290,7 @@ def broken_mixture(tmp_path, limit, workers=0):
 
 LINE = (
     r"^data.train\[1\]: `Records\(path='.*x.jsonl'\)`: .*x.jsonl, line 5 is not JSON \(.*\); fix "
-    r"it, or leave broken rows out with `max_broken_rows`, which is 0$"
+    r"it, or skip broken rows with `max_broken_rows`, which is 0$"
 )
 
 

@@ -57,7 +57,7 @@ def test_one_line_says_what_was_found(caplog):
     (line,) = caplog.messages
     assert line.startswith(
         "toys: responses begin after '<|im_start|>assistant\\n' and end with '<|im_end|>' (2), "
-        "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt has "
+        "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt is "
     )
     assert line.endswith(" tokens longer, with the same end")
 
@@ -255,7 +255,9 @@ DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 def test_a_template_that_writes_the_date_is_warned_of_and_can_be_fixed(caplog):
     check_start(module(template=DATED), [Toys()])
     (line,) = [line for line in caplog.messages if "date" in line]
-    assert "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes it" in line
+    assert (
+        "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes the date" in line
+    )
     caplog.clear()
     for fixed in ("2026-01-31", date(2026, 1, 31)):
         dated = module(template=DATED, strftime_now=fixed)

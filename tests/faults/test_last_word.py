@@ -137,7 +137,7 @@ def test_a_callbacks_odd_state_is_left_out_and_the_run_goes_on_from_there(
 ):
     odd = "--trainer.callbacks+=odd_state.PathKeeper"
     assert commands.run(tmp_path, odd, EVERY, "--trainer.max_steps=4") == 0, error(tmp_path)
-    assert error(tmp_path).count("what the callback PathKeeper keeps cannot be read back") == 1
+    assert error(tmp_path).count("the state of the callback PathKeeper cannot be read back") == 1
     assert commands.run(tmp_path, odd, "--ckpt_path=last") == 0, error(tmp_path)
     same_end(tmp_path, undisturbed)
 

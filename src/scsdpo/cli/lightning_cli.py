@@ -64,7 +64,7 @@ class CLI(OpenCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only the command that was called: building a parser takes most of the start-up."""
+        """The called command alone, because building a parser takes most of the start-up."""
         known = LightningCLI.subcommands()
         return {name: skip for name, skip in known.items() if [name] == sys.argv[1:2]} or known
 

@@ -1,4 +1,4 @@
-"""What an earlier configuration file leaves behind when a later one is laid over it.
+"""Values that an earlier configuration file leaves behind when a later one is laid over it.
 
 jsonargparse carries arguments of the same name over, wherever a class is swapped. A method file
 replaces the learning rate of the base file.

@@ -17,7 +17,7 @@ class SeedRow:
     difference: Estimate
     """b - a, with Student's interval over seeds, t(n - 1); none if all differences are equal."""
     joint: Estimate
-    """The same with the interval corrected for the number of comparisons (Bonferroni)."""
+    """`difference` with the interval corrected for the number of comparisons (Bonferroni)."""
     ahead: int
     """Number of seeds in which b is higher."""
     detectable: float

@@ -221,7 +221,7 @@ class BFCLEpisode(Environment):
         return observed
 
     def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
-        """In the last turn the verdict on the calls; before it the episode is wrong."""
+        """The verdict on the calls in the last turn; before it the episode is wrong."""
         if len(state.called) < len(prompt.row["turns"]):
             return super().finish(prompt, state, response, why)
         ended = self._end_of_turn(prompt, state)

@@ -143,7 +143,7 @@ class Store(Environment):
 
 
 def _of_number(prompt: Prompt, parcel: Parcel) -> str:
-    """What is wrong with the number that was taken; empty: nothing."""
+    """Feedback on the number that was taken; empty: it is right."""
     good, stock = prompt.row["good"], prompt.row["stock"]
     wanted = stock - prompt.row["keep"]
     if parcel.taken == {good: wanted}:

@@ -61,12 +61,12 @@ class Tools(Environment):
 
     @property
     def reads_json(self) -> bool:  # type: ignore[override]
-        """As its verifier does."""
+        """True if its verifier reads JSON."""
         return self.verifier.reads_json
 
     @property
     def needs_answer(self) -> bool:  # type: ignore[override]
-        """As its verifier does."""
+        """True if its verifier needs an answer."""
         return self.verifier.needs_answer
 
     def prepare(self) -> None:

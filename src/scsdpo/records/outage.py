@@ -59,7 +59,7 @@ class Outage:
         except self.errors as error:
             if self._since is None:
                 warnings.warn(
-                    f"{self.what} failed; the run continues and tries again: "
+                    f"{self.what} failed, the run goes on and tries it again: "
                     f"{type(error).__name__}: {first_line(error)}",
                     stacklevel=2,
                 )

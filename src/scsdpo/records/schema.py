@@ -89,7 +89,7 @@ class RolloutRecord(Place):
     age_steps: int
     """Optimizer steps between the weights that drew its oldest token and those trained on it."""
     age_batches: int
-    """The same difference in batches from which a step was taken."""
+    """Age of its oldest token in batches from which a step was taken."""
     traced: bool
     """True if its tokens are in `tokens/`."""
 

@@ -22,7 +22,7 @@ class Evaluation:
     scores: Mapping[str, float]
     """Mean reward of each question, by key."""
     solved: Mapping[str, bool]
-    """By key, True if any response to the question was right."""
+    """True if any response to the question was right, by key."""
 
 
 def read_evaluations(folder: Path) -> dict[int, Evaluation]:

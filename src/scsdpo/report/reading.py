@@ -80,7 +80,7 @@ class Run:
         return [line["batch"] for line in known], [line[f"train/{name}"] for line in known]
 
     def curve(self, name: str) -> Curve:
-        """The same in at most `MOST_POINTS` points."""
+        """A training figure's `figure`, in at most `MOST_POINTS` points."""
         x, y = self.figure(name)
         size = max(1, math.ceil(len(x) / MOST_POINTS))
         starts = range(0, len(x), size)

@@ -519,7 +519,7 @@ class Tests:
                     self._names[name] = self._bound[name] = value
 
     def _instead(self, source: str) -> str:
-        """For a failed `assert left == right`, the actual value of the response's side."""
+        """The actual value of the response's side of a failed `assert left == right`."""
         try:
             last = ast.parse(source).body[-1]
             if isinstance(last, ast.Assert) and isinstance(last.test, ast.Compare):

@@ -119,7 +119,7 @@ def end(started: list[int]) -> list[list[float] | None]:
 
 
 def act(request: dict[str, Any], own: list[int]) -> NoReturn:
-    """In a copy: apply the restrictions, then run the response (three descriptors) or the tests."""
+    """Apply the restrictions in a copy, then run the response (three descriptors) or the tests."""
     try:
         limit(request["cpu_seconds"], request["memory_mb"])
         if request["own_users"]:  # where it may
@@ -222,7 +222,7 @@ kept: list[object] = []
 
 
 def read_only(ruleset: bytes, readable: list[str]) -> None:
-    """By Landlock, let only these files and folders be opened, and only for reading."""
+    """Let Landlock allow opening only these files and folders, and only for reading."""
     handle = check(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     for path in filter(os.path.exists, readable):
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -823,7 +823,7 @@ def _as_set(answer: Answer) -> Answer | None:
 
 
 def spelling(answer: Answer) -> str:
-    """The same text for equal answers, for votes: a number's digits, a set in a fixed order.
+    """A text that is the same for equal answers, for votes: digits of a number, a set in order.
 
     An expression with letters is written as its value at a fixed point.
     """
