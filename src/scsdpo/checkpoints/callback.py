@@ -172,7 +172,10 @@ class Checkpoint(BestStates):
             self._finish(trainer)
             if self._place is not None and not is_remote(self.last_model_path):
                 _hand_over(trainer, self._folder / LAST, exception.signum)
-        elif point.is_whole(trainer) and not _is_sharded(trainer):
+        elif point.is_whole(trainer) and not isinstance(
+            trainer.strategy,
+            FSDPStrategy | ModelParallelStrategy,  # saving shards needs all ranks
+        ):
             self._rescue(trainer)
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
@@ -328,11 +331,6 @@ def _refuse_other_shards(trainer: L.Trainer) -> None:
             f"trainer.strategy: {type(strategy).__name__} has another checkpoint format; use "
             "scsdpo.checkpoints.FullySharded, which takes no mesh sizes"
         )
-
-
-def _is_sharded(trainer: L.Trainer) -> bool:
-    """True if saving needs all ranks."""
-    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 def _on_all_ranks(outage: Outage, write: Callable[[], Any], *, part: bool = False) -> bool:

@@ -238,13 +238,11 @@ class Mixture(Dataset[Prompt]):
                 else:
                     with self.blamed(source):
                         before[self.sources[source].key(number)] += 1
-            return PromptBatch(prompts, draws, self._marks(draws))
+            counts = {source: number + 1 for source, number in draws}
+            marks = {source: self.sources[source].mark(count) for source, count in counts.items()}
+            return PromptBatch(prompts, draws, marks)
         except ConfigurationError as error:
             return PromptBatch(error)
-
-    def _marks(self, draws: Draws) -> dict[int, str]:
-        counts = {source: number + 1 for source, number in draws}
-        return {source: self.sources[source].mark(count) for source, count in counts.items()}
 
     def question_keys(self) -> Iterator[str]:
         """Keys of each source's first prompts."""

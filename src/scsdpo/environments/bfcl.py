@@ -90,12 +90,9 @@ def _with_turns(entry: dict[str, Any], data: Path) -> dict[str, Any]:
 
 
 @lru_cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(path).splitlines()]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def tool_of(document: Mapping[str, Any]) -> Tool:

@@ -121,13 +121,13 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         _check(folder)
     short = distinct_names(folders)
     return [
-        Run(name=name or short[i], folder=folder, lines=_metrics(folder))
+        Run(
+            name=name or short[i],
+            folder=folder,
+            lines=list(whole_lines(folder / "metrics.jsonl", "batch", "step")),
+        )
         for i, (name, folder) in enumerate(named)
     ]
-
-
-def _metrics(folder: Path) -> list[Line]:
-    return list(whole_lines(folder / "metrics.jsonl", "batch", "step"))
 
 
 def _split(given: str) -> tuple[str, Path]:
