@@ -598,12 +598,12 @@ def test_a_conversation_is_asked_turn_by_turn(tmp_path, kind):
 @pytest.mark.parametrize(
     ("turns", "settings", "message"),
     [
-        ([], {}, "must be turns that end with a text of the user; it has n"),
-        (TURNS[:3], {}, "must be turns that end with a text of the user; it ends with the assist"),
-        ([{"role": "user", "content": " "}], {}, "says something"),
+        ([], {}, "must be turns of which the last is the user's and has text; it has n"),
+        (TURNS[:3], {}, "the last is the user's and has text; it ends with the assist"),
+        ([{"role": "user", "content": " "}], {}, "has text"),
         (["hi"], {}, "list of turns with `role` and `content`, got 'hi' as turn 1"),
         ([{"from": "human", "value": "?"}], {}, "list of turns with `role` and `content`"),
-        ([TURNS[1] | {"tool_calls": [{"x": 1}]}], {}, "turn 1 holds 'tool_calls' too"),
+        ([TURNS[1] | {"tool_calls": [{"x": 1}]}], {}, "turn 1 also holds 'tool_calls'"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
             {},

@@ -256,7 +256,9 @@ def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Messag
         turns.append({"role": turn["role"], "content": text})
     if not turns or turns[-1]["role"] != last or not turns[-1]["content"].strip():
         ends = f"ends with the {turns[-1]['role']}'s" if turns else "has none"
-        raise ValueError(f"{where} must be turns that end with a text of the {last}; it {ends}")
+        raise ValueError(
+            f"{where} must be turns of which the last is the {last}'s and has text; it {ends}"
+        )
     return turns
 
 
