@@ -176,6 +176,7 @@ class Checkpoint(BestStates):
             trainer.strategy,
             FSDPStrategy | ModelParallelStrategy,  # saving shards needs all ranks
         ):
+            point.alone = True
             self._rescue(trainer)
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
