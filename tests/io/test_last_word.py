@@ -227,7 +227,7 @@ def test_a_callbacks_state_that_cannot_be_read_back_is_named_and_left_out(tmp_pa
     with pytest.warns(UserWarning) as warned:
         read_back.save(content, tmp_path / "x.ckpt")
     told = [str(each.message) for each in warned]
-    assert [line.split()[3] for line in told] == ["A", "C"] and "PosixPath" in told[0]
+    assert [line.split()[5] for line in told] == ["A", "C"] and "PosixPath" in told[0]
     assert torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"].keys() == {"B"}
 
 
