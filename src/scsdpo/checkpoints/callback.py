@@ -177,7 +177,10 @@ class Checkpoint(BestStates):
             FSDPStrategy | ModelParallelStrategy,  # saving shards needs all ranks
         ):
             point.alone = True
-            self._rescue(trainer)
+            try:
+                self._rescue(trainer)
+            finally:
+                point.alone = False
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
 
