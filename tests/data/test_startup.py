@@ -56,17 +56,16 @@ def test_one_line_says_what_was_found(caplog):
         check_start(module(teacher=EMA(context=Feedback())), [Toys()])
     (line,) = caplog.messages
     assert line.startswith(
-        "toys: the chat template begins responses after '<|im_start|>assistant\\n'; they end with "
-        "'<|im_end|>' (id 2), '<|endoftext|>' (id 0); padding is '<|endoftext|>' (id 0); the "
-        "teacher's prompt is "
+        "toys: responses begin after '<|im_start|>assistant\\n' and end with '<|im_end|>' (2), "
+        "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt is "
     )
-    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
+    assert line.endswith(" tokens longer, with the same end")
 
 
 def test_a_teacher_that_has_nothing_to_tell_is_noted(caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(teacher=EMA(context=Feedback(max_tokens=5))), [Toys()])
-    assert caplog.messages[0].endswith("nothing to tell a failure beside a success")
+    assert caplog.messages[0].endswith("no context for a failure beside a success")
 
 
 NO_SYSTEM = CHATML.replace(
@@ -81,8 +80,8 @@ CLOSED = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{%
 @pytest.mark.parametrize(
     ("settings", "source", "message"),
     [
-        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(id 2\), but"
-         r" .*'<\|endoftext\|>' \(id 0\): add it to `eos_token_id` in generation_config.json"),
+        ({"eos_ids": (0,)}, Toys(), r"ends the assistant's turn with '<\|im_end\|>' \(2\), but .*"
+         r"'<\|endoftext\|>' \(0\): add it to `eos_token_id` in generation_config.json"),
         ({"template": NO_SYSTEM}, WithSystem(), "refuses the first prompt of 'asked', with the "
          "turns system, user: System role not supported"),
         ({"template": DEAF}, WithSystem(), "leaves out what the system says in the first prompt"),
@@ -143,14 +142,13 @@ def test_a_template_that_ends_no_turn_is_taken_as_it_is(caplog):
 def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
-    (line,) = caplog.messages
-    assert "begins responses after" in line and "[/INST]'; they end with" in line
-    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
+    assert "responses begin after" in caplog.messages[0] and "[/INST]' and" in caplog.messages[0]
+    assert caplog.messages[0].endswith(" tokens longer, with the same end")
 
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():
     template = CHATML.replace("<|im_end|>", " \n<|im_end|>")
-    with pytest.raises(ValueError, match=r"ends the assistant's turn with '<\|im_end\|>' \(id 2\)"):
+    with pytest.raises(ValueError, match=r"ends the assistant's turn with '<\|im_end\|>' \(2\)"):
         check_start(module(template=template, eos_ids=(0,)), [Toys()])
     check_start(module(template=template), [Toys()])
 
@@ -171,7 +169,7 @@ def test_an_added_token_without_a_row_is_read_as_text(special, caplog):
     with caplog.at_level(logging.INFO):
         check_start(around(chat), [Toys()])
     (line,) = [line for line in caplog.messages if "rows" in line]
-    assert f"has {TOKENS} rows, and none for '<extra>' (id {TOKENS}): texts that spell" in line
+    assert f"has {TOKENS} rows, and none for '<extra>' ({TOKENS}): texts that spell" in line
     assert "`resize_token_embeddings`" in line
     ids = chat.render([{"role": "user", "content": "a<extra>b"}])
     assert max(ids) < TOKENS and "a<extra>b" in chat.tokenizer.decode(ids)
@@ -189,7 +187,7 @@ def test_a_template_s_token_without_a_row_is_refused():
     chat = added(special=True)
     chat.tokenizer.chat_template = CHATML + "<extra>"
     with pytest.raises(
-        ValueError, match=rf"template of .* writes '<extra>' \(id {TOKENS}\), for which"
+        ValueError, match=rf"template of .* writes '<extra>' \({TOKENS}\), for which"
     ):
         check_start(around(chat), [Toys()])
 
@@ -257,7 +255,9 @@ DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 def test_a_template_that_writes_the_date_is_warned_of_and_can_be_fixed(caplog):
     check_start(module(template=DATED), [Toys()])
     (line,) = [line for line in caplog.messages if "date" in line]
-    assert "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes it" in line
+    assert (
+        "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes the date" in line
+    )
     caplog.clear()
     for fixed in ("2026-01-31", date(2026, 1, 31)):
         dated = module(template=DATED, strftime_now=fixed)
