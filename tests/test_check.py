@@ -14,7 +14,7 @@ from rich.console import Console
 from scsdpo.advantage import GroupRelative, LeaveOneOut, SelfDistillation, Unscaled
 from scsdpo.analysis.directions import Directions, cosine, directions
 from scsdpo.analysis.readiness import Answers, Readiness, _formed, area
-from scsdpo.analysis.telling import Telling, tellings
+from scsdpo.analysis.telling import TeacherGain, tellings
 from scsdpo.analysis.verdict import verdict
 from scsdpo.cli.check import show
 from scsdpo.records.jsonl import finite
@@ -224,7 +224,7 @@ def telling(without, told):
     """Of four times as many questions: three that gain alike tell nothing of the next ones."""
     many = without * 4, told * 4
     rates = (score_interval(each) for each in many)
-    return Telling(without=next(rates), told=next(rates), gain=paired_interval(*many))
+    return TeacherGain(without=next(rates), told=next(rates), gain=paired_interval(*many))
 
 
 def pointing(low, high, n=8):

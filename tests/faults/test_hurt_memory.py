@@ -68,7 +68,9 @@ def test_a_step_that_ran_out_of_memory_is_done_again_with_half_the_budget(
     # Plain descent: AdamW divides gradients of 1e-17 by themselves.
     steps = {"optimizer": partial(torch.optim.SGD, lr=0.1), "limits": Limits(max_tokens=60)}
     expected, clean, whole = fitted(qwen3, tmp_path / "clean", **steps)
-    with pytest.warns(UserWarning, match=r"out of memory .* done again with 30 tokens of a micro"):
+    with pytest.warns(
+        UserWarning, match=r"out of memory .* trying again with 30 tokens of a micro"
+    ):
         got, run, scarce = fitted(qwen3, tmp_path / "hurt", error=error, at=(2,), **steps)
     assert scarce.calls > whole.calls  # smaller micro-batches
     assert run.global_step == clean.global_step == 3

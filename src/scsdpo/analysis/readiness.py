@@ -18,7 +18,7 @@ from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.statistics import Estimate, score_interval
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.teacher_gain import Telling
+from scsdpo.training.teacher_gain import TeacherGain
 from scsdpo.types import Judged, Prompt, Verdict
 
 
@@ -55,7 +55,7 @@ class Readiness:
     preference: float = float("nan")
     """Probability that the teacher's mean log T(y) / S(y) is larger on a right response than on a
     wrong one (the area under the ROC curve; 1/2: it does not tell them apart)."""
-    told: dict[str, Telling] = field(default_factory=dict)
+    told: dict[str, TeacherGain] = field(default_factory=dict)
     """`configured`: what the configured context tells; `another`: another question's
     demonstration in its place, which no teacher should gain from (OP2SD, arXiv:2608.09228), where
     it shows one; `gold`: the data's answer, where there is one; `feedback`: the verifier's on a

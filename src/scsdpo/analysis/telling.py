@@ -6,19 +6,19 @@ from dataclasses import replace
 from scsdpo.teacher import Feedback, GoldSolution, SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
 from scsdpo.training.teacher_gain import (
-    Asked,
-    Telling,
+    PromptAsRead,
+    TeacherGain,
+    demonstrating_context,
     demonstration,
-    gain_over,
+    paired_gain,
     pass_rates,
-    shown_by,
 )
 from scsdpo.types import Judged, TeacherContexts
 
 
 def tellings(
     model: PolicyOptimizer, halves: Sequence[Judged], contexts: Sequence[TeacherContexts]
-) -> dict[str, Telling]:
+) -> dict[str, TeacherGain]:
     """Answer what each way of telling makes of the questions.
 
     Args:
@@ -35,26 +35,28 @@ def tellings(
     ways = {"configured": configured, "another": another, **_others(model, halves)}
     ways = {name: asked for name, asked in ways.items() if len(asked) > 1}
     prompts = {one.prompt.key: one.prompt for asked in ways.values() for one in asked}
-    own = pass_rates(model, "own", [Asked(prompt, prompt.ids) for prompt in prompts.values()])
+    own = pass_rates(
+        model, "own", [PromptAsRead(prompt, prompt.ids) for prompt in prompts.values()]
+    )
     told = {name: pass_rates(model, name, asked) for name, asked in ways.items()}
-    found = {name: Telling.of(rates, own) for name, rates in told.items()}
+    found = {name: TeacherGain.of(rates, own) for name, rates in told.items()}
     if "another" in found:
-        beyond = gain_over(told["another"], told["configured"])
+        beyond = paired_gain(told["another"], told["configured"])
         found["configured"] = replace(found["configured"], beyond_another=beyond)
     return found
 
 
-def _asked(halves: Sequence[Judged], contexts: Iterable[TeacherContexts]) -> list[Asked]:
+def _asked(halves: Sequence[Judged], contexts: Iterable[TeacherContexts]) -> list[PromptAsRead]:
     """Of each question the first prompt of its rollouts' teachers, if any."""
     return [
-        Asked(prompt, ids)
+        PromptAsRead(prompt, ids)
         for judged, table in zip(halves, contexts, strict=True)
         for prompt, group in zip(judged.prompts, table.ids, strict=True)
         if (ids := next((ids for ids in group if ids), ()))
     ]
 
 
-def _others(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, list[Asked]]:
+def _others(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, list[PromptAsRead]]:
     """What could be told and is not."""
     context, chat = model.teacher.context, model.policy.chat
     words: SiblingDemonstration | Feedback | GoldSolution = SiblingDemonstration()
@@ -69,10 +71,10 @@ def _others(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, list[
 
 
 def _swapped(
-    model: PolicyOptimizer, halves: Sequence[Judged], configured: Sequence[Asked]
-) -> list[Asked]:
+    model: PolicyOptimizer, halves: Sequence[Judged], configured: Sequence[PromptAsRead]
+) -> list[PromptAsRead]:
     """Each question that is shown a demonstration, with the next one's."""
-    words = shown_by(model.teacher.context)
+    words = demonstrating_context(model.teacher.context)
     if words is None:
         return []
     told = {one.prompt.key for one in configured}
@@ -83,7 +85,7 @@ def _swapped(
         if prompt.key in told and (text := demonstration(words, q, judged))
     ]
     return [
-        Asked(prompt, ids)
+        PromptAsRead(prompt, ids)
         for (prompt, _), (_, text) in zip(shown, shown[1:] + shown[:1], strict=True)
         if (ids := words.show(model.policy.chat, prompt, text))
     ]
