@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage import Batch
-from scsdpo.loss import Observation, Observer
+from scsdpo.loss import ObservedBlock, Observer
 from scsdpo.policy import CausalLM
 from scsdpo.training.step import Update
 
@@ -65,7 +65,9 @@ def trace_update(
     return BatchTrace(batch=batch, loss=loss, **tables)
 
 
-def _write(tables: dict[str, Tensor], taught: Tensor, observe: Observer, seen: Observation) -> None:
+def _write(
+    tables: dict[str, Tensor], taught: Tensor, observe: Observer, seen: ObservedBlock
+) -> None:
     chunk, credit = seen.chunk, seen.credit
     values = {
         "credit": credit.gather(-1, chunk.ids[:, None])[:, 0],

@@ -169,7 +169,7 @@ class Warmup:
         for slot, each in (("teacher", teacher), ("reference", reference)):
             if each.exists and not each.can_begin_anew:
                 raise ConfigurationError(
-                    f"model.warmup: the weights of model.{slot}, {type(each).__name__}, cannot be "
+                    f"model.warmup: model.{slot} is {type(each).__name__}, whose weights cannot be "
                     "set to the policy's after the warm-up: choose EMA (with rate 0 it stays as "
                     "the policy is then), Restart or Live"
                 )
