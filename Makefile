@@ -55,7 +55,7 @@ test-browser: $(BROWSER)
 
 # Every shipped configuration over every other, a run of every method, and every kind of adapter on every place.
 test-configs: $(INSTALLED)
-	OMP_NUM_THREADS=1 ADAPTERS=all $(BIN)/python -m pytest -n 2 tests/configs tests/test_adapters.py
+	OMP_NUM_THREADS=1 ADAPTERS=all $(BIN)/python -m pytest -n 2 tests/configs tests/policy/test_adapters.py
 
 # Task packages: every task of reasoning-gym that is not denied.
 test-tasks: $(TASKS_INSTALLED)

@@ -105,7 +105,7 @@ def table(rows: Sequence[dict]) -> str:
 
 def clock(args: argparse.Namespace) -> None:
     """Seconds a batch, against a server that answers after a fixed delay."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from canned_vllm import Paced, serving
     from runs import Toys, data, module, trainer
     from scsdpo.callbacks.rollouts import RolloutCallback

@@ -5,7 +5,7 @@
                                [--base tiny]
 
 1. The start: the policy that ships with the package, warmed up further so that it has mastered
-   some of the lab's questions, wavers on some and finds some out of reach (`scsdpo.lab.pretrain`).
+   some of the lab's questions, wavers on some and finds some out of reach (`pretrain.py`).
    With `--base tiny-tools`, where the lab's store is worked in several turns: the policy that ships
    for that, as it is.
 2. `scsdpo rates` on the training questions: its pass rates before training; PACED needs them.
@@ -60,7 +60,8 @@ def start_policy(out: Path, base: str) -> Path:
         return SHIPPED[base]
     folder = out / "start"
     if not (folder / "record.json").exists():
-        words = [sys.executable, "-m", "scsdpo.lab.pretrain", "--out", str(folder), *START]
+        script = Path(__file__).with_name("pretrain.py")
+        words = [sys.executable, str(script), "--out", str(folder), *START]
         execute(words, out / "start.txt")
     return folder
 

@@ -30,11 +30,18 @@ from random import Random
 
 import torch
 import yaml
+from supervised import (
+    Example,
+    build_policy,
+    respond,
+    save,
+    train_tokenizer,
+    warm_up,
+    well_formed,
+)
 from transformers import Qwen3Config
 
 from scsdpo.data import SciKnowEval
-from scsdpo.lab.evaluate import respond, well_formed
-from scsdpo.lab.warmup import Example, build_policy, save, train_tokenizer, warm_up
 from scsdpo.policy import CausalLM, Chat
 from scsdpo.teacher import Templates
 from scsdpo.types import Prompt, Sampling

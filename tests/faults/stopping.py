@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = [str(HERE.parent), str(HERE)]
+SOURCES = [str(HERE.parent / "helpers"), str(HERE)]
 
 ARGUMENTS = [
     "--model.advantage.class_path=SelfDistillation",

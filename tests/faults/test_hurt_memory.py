@@ -187,5 +187,5 @@ def test_ranks_agree_when_one_of_them_runs_out(qwen3, tmp_path):
 
 
 def env():
-    paths = [str(Path(__file__).parents[1]), str(Path(scsdpo.__file__).parents[1])]
+    paths = [str(Path(__file__).parents[1] / "helpers"), str(Path(scsdpo.__file__).parents[1])]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "hurt_ranks.py"
 
 def lost(model, fault, root, **more):
     """Exit code of the first rank, what both said, and when one of them died."""
-    paths = [str(Path(__file__).parents[1]), str(Path(scsdpo.__file__).parents[1])]
+    paths = [str(Path(__file__).parents[1] / "helpers"), str(Path(scsdpo.__file__).parents[1])]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
     command = [sys.executable, str(SCRIPT), str(model), fault, str(root)]
     with (root / "stderr").open("w") as out:

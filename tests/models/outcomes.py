@@ -21,9 +21,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _HEAD = """\
 # Models: which path an architecture takes
 
-Written by `PYTHONPATH=tests .venv/bin/python tests/models/write_page.py`, which runs the self-check
-on a small random model of every causal architecture of transformers; `make test-models` holds it to
-be current.
+Written by `PYTHONPATH=tests/helpers .venv/bin/python tests/models/write_page.py`, which runs the
+self-check on a small random model of every causal architecture of transformers; `make test-models`
+holds it to be current.
 
 How the rows of a step run:
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from ranks import CASES, SECONDS, Case
-from test_fit import CONFIGS, SHORT, stop_above
 
 from models import olmo3_folder, qwen3_folder
 from precision import allowed_in_a_run
+from test_fit import CONFIGS, SHORT, stop_above
 
 HERE = Path(__file__).parent
 FACTORS = [field.name for field in fields(Case) if field.name != "seen"]
@@ -31,7 +31,9 @@ def test_the_cases_cover_every_pair_of_values():
 def torchrun(*arguments, folder):
     """Two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(HERE), str(HERE.parent / "helpers"), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *launcher, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": path},

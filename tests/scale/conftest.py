@@ -31,7 +31,9 @@ def folders(tmp_path_factory):
 def ranks(program, world, *arguments, cwd=None, seconds=1200):
     """Run a program of this folder, or a module, as so many processes, and wait for them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(TESTS / "helpers"), str(TESTS / "policy"), os.environ.get("PYTHONPATH", "")]
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-W", "ignore", *launcher, *program, *map(str, arguments)]
     done = subprocess.run(

@@ -5,13 +5,13 @@ import os
 import pytest
 import torch
 from resuming import CASES
-from test_training import figures
 from transformers import AutoModelForCausalLM
 
 from conftest import HERE, ranks
 from runs import Toys, data, module, trainer
 from scsdpo.checkpoints import Saved, newest, shards
 from scsdpo.cli.export import export
+from test_training import figures
 
 CHAIN = ["fsdp-4", "fsdp-2", "one-1", "fsdp-4"]
 SHORT = ["fsdp-2", "one-1", "fsdp-2"]

@@ -13,8 +13,8 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from batches import METHODS, double_policy, exact_norm, gradient, parts
 
-SCRIPT = Path(__file__).parents[1] / "two_ranks.py"
-SHARE = Path(__file__).parents[1] / "rank_gradient.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "two_ranks.py"
+SHARE = Path(__file__).parents[1] / "helpers" / "rank_gradient.py"
 
 
 def train(folder, world, out, method, root=None):

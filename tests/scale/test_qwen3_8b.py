@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
-from test_training import figures
 from transformers import AutoModelForCausalLM
 
 from conftest import TESTS, ranks
 from models import qwen3_8b_folder
 from scsdpo.checkpoints import Saved, shards
 from scsdpo.cli.export import export
+from test_training import figures
 
 CONFIGS = TESTS.parent / "configs"
 SHARE = os.environ.get("SCALE") == "share"

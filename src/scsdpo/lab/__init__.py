@@ -1,4 +1,4 @@
-"""The embedded default: procedural tasks, and how the policy that ships was made of them."""
+"""Procedural tasks that need no files: the questions of the default runs, and arithmetic."""
 
 from scsdpo.lab.arithmetic import Arithmetic
 from scsdpo.lab.question import LEVELS, Question

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 TINY, TINY_TOOLS = "tiny", "tiny-tools"
 """Names of the policies that ship with the package: for questions of one turn, and for tools."""
 TINY_FOLDER = Path(__file__).parent / TINY
-"""Its weights, tokenizer, and the record of its making (`scsdpo.lab.pretrain`)."""
+"""Folder of `tiny`: weights, tokenizer, and the record of how `benchmarks/pretrain.py` made it."""
 TINY_TOOLS_FOLDER = Path(__file__).parent / TINY_TOOLS
-"""As `TINY_FOLDER` (`scsdpo.lab.pretrain_store`)."""
+"""Folder of `tiny-tools`, which `benchmarks/pretrain_store.py` made."""
 SHIPPED = {TINY: TINY_FOLDER, TINY_TOOLS: TINY_TOOLS_FOLDER}
 SECONDS = 5.0
 """For the hub to answer, before a copy on this machine is looked for."""

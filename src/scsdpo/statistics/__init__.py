@@ -1,7 +1,7 @@
 """Statistics of evaluations and comparisons, with numpy alone.
 
 The unit is the question (its score over k responses), or the seed (a whole run). What the intervals
-cover is simulated in `tests/test_statistics.py`, and stated in docs/evaluation.md.
+cover is simulated in `tests/statistics/test_statistics.py`, and stated in docs/evaluation.md.
 """
 
 from scsdpo.statistics.intervals import (
