@@ -33,7 +33,7 @@ class UniformTokens(TokenWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherEntropy(TokenWeighting):
-    """More weight where the teacher is certain. u_t = exp(-beta H(T_t)) / mean over distilled tokens
+    """More weight on a certain teacher. u_t = exp(-beta H(T_t)) / mean over distilled tokens
 
     The mean is over all distilled tokens of the optimizer step, on all ranks, so that their weights
     average to 1. Tokens without a teacher keep 1. beta = 0 is `UniformTokens`.
@@ -101,8 +101,9 @@ class Position(TokenWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class Horizon(TokenWeighting):
-    """DASH's weights. sum_t A_t = sum_t u_t r_t, A_t = r_t + l_t A_{t+1};   u_t = 1 + l_{t-1} u_{t-1}
+    """DASH's weights. u_t = 1 + l_{t-1} u_{t-1}
 
+    They make sum_t u_t r_t = sum_t A_t, with the returns A_t = r_t + l_t A_{t+1}.
     r_t is the token's objective (its divergence), and l_t = sigmoid(-sharpness (r_t - mean r)), the
     mean over the response; both are detached in u. The weight grows along tokens where student and
     teacher agree, and falls back to about 1 after a token where they do not. u is in [1, t], and is
