@@ -78,7 +78,7 @@ class Observation:
     messages: tuple[Message, ...]
     """Chat turns in the roles `tool` (with a `name`) or `user`; at least one."""
     feedback: str = ""
-    """What was wrong with the response, for the teacher; the policy does not read it. May be
+    """Says what was wrong with the response, for the teacher; the policy does not read it. May be
     empty."""
     reward: float = 0.0
     """Reward of the turn, for credit by turn (`TurnRelative`). The episode's reward is its
@@ -172,11 +172,11 @@ class Verdict:
     """A verifier's judgement of one response."""
 
     reward: float
-    """In [0, 1] for the shipped tasks, where 1 is right."""
+    """The reward; for the shipped tasks it is in [0, 1], where 1 is right."""
     answer: str | None = None
     """The extracted answer in canonical spelling, for majority votes; None: there is none."""
     feedback: str = ""
-    """What is wrong with the response, for the teacher; may be empty."""
+    """Says what is wrong with the response, for the teacher; may be empty."""
     error: str = ""
     """Why the verifier itself failed; it is counted and logged."""
     earned: float = 0.0

@@ -279,7 +279,7 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
             "stop",
             "the teacher's prompt makes it worse",
         ),
-        ({"told": WORSE, "directions": None}, "stop", "the teacher is worse"),
+        ({"told": WORSE, "directions": None}, "stop", "the teacher's prompt makes it worse"),
         (
             {"told": {"configured": telling([0.1, 0.2], [0.1, 0.3])}},
             "mind",
@@ -332,7 +332,10 @@ def test_a_teacher_that_uses_nothing_is_offered_what_it_was_seen_to_use():
     others = {"gold": telling([0.1, 0.2, 0.3], [0.6, 0.7, 0.8]), "feedback": useless}
     found = Readiness(answers=answers(), told={"configured": useless, **others})
     (remark,) = verdict(found)
-    assert "tell it gold solutions (GoldSolution: +50 points), teach the policy" in remark.remedy
+    assert (
+        "show the teacher gold solutions (GoldSolution: +50 points), warm the policy"
+        in remark.remedy
+    )
     assert "Feedback" not in remark.remedy
 
 

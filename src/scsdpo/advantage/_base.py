@@ -30,7 +30,7 @@ class Plan:
     needs_reference: Tensor = NOBODY
     """[Q, G] bool: rollouts whose credit reads the reference; a scalar holds for all rollouts."""
     derivations: tuple[Derivation, ...] = ()
-    """As `Advantage.derivations`, for tables that depend on the batch's verdicts."""
+    """Further `Advantage.derivations`, whose tables depend on the batch's verdicts."""
 
     def __post_init__(self) -> None:
         for name in ("needs_teacher", "needs_reference"):

@@ -72,7 +72,7 @@ class Rule(ABC):
     """
 
     remedy: str
-    """What the user can do."""
+    """Advice to the user."""
 
     @abstractmethod
     def look(self, past: Series) -> Finding | None:

@@ -180,7 +180,7 @@ def token_metrics(
 
 
 class TokenOrigin(NamedTuple):
-    """What the sampler reported of N tokens, and how old they are."""
+    """The sampler's log-probs of N tokens, and the tokens' ages."""
 
     logprob: Tensor
     """[N] the sampler's log S(y), of the whole distribution, nats; nan: not known."""

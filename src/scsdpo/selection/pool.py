@@ -14,7 +14,7 @@ from scsdpo.verifiers import Verifier
 
 @dataclass(frozen=True)
 class _Spent(Verifier):
-    """In place of the verifier of a prompt whose rollouts were judged before a restart."""
+    """Replaces the verifier of a prompt whose rollouts were judged before a restart."""
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         raise RuntimeError(f"{prompt.key} was judged already")
