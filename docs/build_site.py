@@ -50,7 +50,9 @@ def main() -> int:
         (pages / "reference" / f"{room}.md").write_text(text)
     config = yaml.safe_load((DOCS / "site.yml").read_text())
     api = [{f"scsdpo.{room}": f"reference/{room}.md"} for room in ROOMS]
-    config["nav"] = [*_there(config["nav"]), {"Command line": "reference/cli.md"}, {"API": api}]
+    config["nav"] = list(_there(config["nav"]))
+    (reference,) = [entry["Reference"] for entry in config["nav"] if "Reference" in entry]
+    reference += [{"Command line": "reference/cli.md"}, {"Classes": api}]
     handler = config["plugins"][1]["mkdocstrings"]["handlers"]["python"]
     handler["paths"] = [str(DOCS.parent / path) for path in handler["paths"]]
     extensions = handler["options"]["extensions"]

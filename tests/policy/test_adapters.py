@@ -308,11 +308,11 @@ def test_first_values_are_the_seeds_and_change_nothing(folders):
     ("settings", "line"),
     [
         ({"target_modules": ["q_prj"]}, r"model\.policy\.adapter: .*q_prj"),
-        ({"target_modules": ["q_proj", "q_prj"]}, r"target_modules: the .* nothing called q_prj"),
+        ({"target_modules": ["q_proj", "q_prj"]}, r"target_modules: the .* no layer .* q_prj"),
         ({"target_parameters": ["mlp.experts.up"]}, r"model\.policy\.adapter: .*"),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.up"]},
-            r"target_parameters: the model has nothing called mlp\.experts\.up",
+            r"target_parameters: the model has no layer or parameter named mlp\.experts\.up",
         ),
         ({"target_parameters": ["lm_head.weight"]}, r"target_parameters: lm_head is a layer"),
         (
@@ -330,9 +330,9 @@ def test_what_the_model_lacks_or_cannot_have_is_one_line(settings, line, folders
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"target_parameters": ["a"], "use_dora": True}, "has no use_dora"),
-        ({"target_parameters": ["a"], "lora_dropout": 0.5}, "has no lora_dropout"),
-        ({"target_modules": []}, "must name layers"),
+        ({"target_parameters": ["a"], "use_dora": True}, "does not support use_dora"),
+        ({"target_parameters": ["a"], "lora_dropout": 0.5}, "does not support lora_dropout"),
+        ({"target_modules": []}, "are both empty: name layers"),
     ],
 )
 def test_arguments_that_do_not_fit_together_are_refused(settings, line):

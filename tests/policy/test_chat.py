@@ -309,7 +309,7 @@ def test_the_earliest_of_several_ends_is_the_templates_own():
     [
         ("gemma", {"role": "user", "content": "x"}, "with none of <eos>, the ends of responses"),
         ("harmony", TOOL, r"with none of <\|return\|>"),
-        ("mistral", TOOL, "it writes what a tool answers as words of the assistant"),
+        ("mistral", TOOL, "it writes the answer of a tool as text of the assistant"),
     ],
 )
 def test_a_template_that_cannot_go_on_is_refused_with_the_reason(name, message, why):
@@ -324,7 +324,7 @@ def test_a_template_that_cannot_go_on_is_refused_with_the_reason(name, message, 
             "{% for m in messages %}<|im_start|>{{ m.role }}"
             "{% if m.role != 'tool' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
             "<|im_start|>assistant",
-            "it leaves out what they say",
+            "it leaves out their text",
         ),
         (
             "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
@@ -334,7 +334,7 @@ def test_a_template_that_cannot_go_on_is_refused_with_the_reason(name, message, 
         (
             "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
             "{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
-            r"it refuses them \(no tools\)",
+            r"the template raises an error \(no tools\)",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from expert_models import CONFIGS, expert_folder
 from runs import Toys, data, module, trainer
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora, Rows
-from scsdpo.policy.experts import balance_loss, differ, per_token, recorded, routers
+from scsdpo.policy.experts import balance_loss, differ, per_token, recorded_logits, routers
 from scsdpo.policy.shard_loading import as_stored, load_shards
 from scsdpo.rollout import HFRollout
 from scsdpo.rollout.weights.stream import base_weights, merged_weights
@@ -77,7 +77,7 @@ def alone(policy, batch):
     for prompt, ids, present in zip(batch.prompts, batch.ids, batch.present, strict=True):
         n = int(present.sum())
         row = torch.tensor([[*prompt, *ids[:n].tolist()]])
-        with recorded(k) as seen:
+        with recorded_logits(k) as seen:
             logits.append(model(row, use_cache=False).logits[0, len(prompt) - 1 : -1])
         places = slice(len(prompt) - 1, len(prompt) - 1 + n)
         routed.append(torch.stack([each[places] for each in seen], dim=1))

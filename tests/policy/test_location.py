@@ -72,17 +72,23 @@ def test_a_pointer_is_no_weight(folder):
         ({}, "the folder lacks config.json (it holds nothing)"),
         (
             {"adapter_config.json": '{"base_model_name_or_path": "Qwen/Qwen3-8B"}'},
-            "is an adapter without the weights of Qwen/Qwen3-8B: merge the two (peft's "
+            "is an adapter without the weights of Qwen/Qwen3-8B: merge both (peft's "
             "merge_and_unload) and name the result, or name that model",
         ),
-        ({"model-Q4_K_M.gguf": "GGUF"}, "GGUF files cannot be trained; name the folder of"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "GGUF files cannot be trained: name the folder of"),
         ({"config.json": "{"}, "its config.json is not JSON"),
-        ({"config.json": "{}"}, "its config.json names no model_type: it is not a model's"),
+        (
+            {"config.json": "{}"},
+            "its config.json has no model_type: it is not the config of",
+        ),
         (
             {"checkpoints/last.ckpt": "x"},
-            "is a run's: write its policy with `scsdpo export --ckpt ",
+            "is a training checkpoint: write its policy with `scsdpo export --ckpt ",
         ),
-        ({"last.ckpt": "x"}, "is a run's: write its policy with `scsdpo export --ckpt "),
+        (
+            {"last.ckpt": "x"},
+            "is a training checkpoint: write its policy with `scsdpo export --ckpt ",
+        ),
         ({"tiny/version_0/checkpoints/x": "x"}, "the folder lacks config.json (it holds tiny)"),
     ],
 )
@@ -97,7 +103,7 @@ def test_a_folder_of_something_else_says_what_it_is(files, said, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("last.ckpt", "is a run's: write its policy with `scsdpo export --ckpt "),
+        ("last.ckpt", "is a training checkpoint: write its policy with `scsdpo export --ckpt "),
         ("model.gguf", "GGUF files cannot be trained"),
         ("model.safetensors", "is a file; name the folder that holds config.json, tokenizer and"),
     ],
@@ -142,8 +148,8 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (401, "RepoNotFound", "has no such model, or only for those who log in"),
-        (404, "RepoNotFound", "has no such model, or only for those who log in"),
+        (401, "RepoNotFound", "has no such public model: check the name, or log in"),
+        (404, "RepoNotFound", "has no such public model: check the name, or log in"),
         (403, "GatedRepo", "is gated: accept its terms on "),
         (404, "EntryNotFound", "has no config.json on the hub: adapters and GGUF files cannot be"),
         (500, "", "the hub answers with an error ("),
@@ -175,7 +181,7 @@ def test_without_a_network_a_name_is_said_within_seconds(hub, monkeypatch):
     said = wrong(NAME)
     assert time.monotonic() - begun < 5
     assert said.startswith("there is no such folder, the hub cannot be reached (")
-    assert said.endswith("name a folder, or load it once where there is a network")
+    assert said.endswith("name a folder, or download it once while there is a network")
 
 
 def test_without_a_network_the_copy_of_this_machine_is_taken(qwen3, hub, monkeypatch, tmp_path):

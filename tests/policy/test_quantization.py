@@ -428,7 +428,7 @@ def test_a_folder_in_4_bits_is_not_trained_whole_nor_quantised_again(stored, set
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, and only bitsandbytes in 4 bits"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, but only bitsandbytes in 4 bits"),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
             "quantised by bitsandbytes in 8 bits",
@@ -461,7 +461,7 @@ def test_a_full_fine_tune_of_4_bits_is_refused_in_one_line(qwen3):
 def test_shards_of_4_bits_are_refused_before_anything_is_loaded(qwen3):
     policy = CausalLM(str(qwen3), adapter=Lora(), quantization=NF4())
     with pytest.raises(
-        ConfigurationError, match=r"^model\.policy\.quantization: .* shards: use DDP"
+        ConfigurationError, match=r"^model\.policy\.quantization: .* sharded: use DDP"
     ):
         policy.configure_model(to_shard=True)
     assert policy.model is None

@@ -169,7 +169,7 @@ def test_only_rows_up_to_the_original_length_share_a_forward():
     ("config", "reason"),
     [
         (FAMILIES["lfm2"][1], ""),
-        (OlmoHybridConfig(), "layers of linear_attention"),
+        (OlmoHybridConfig(), "layers of type linear_attention"),
         (StableLmConfig(), "does not attend through"),
         (MptConfig(), "has no sdpa attention"),
         (LlamaConfig(), ""),
@@ -187,10 +187,10 @@ def test_eager_attention_that_was_asked_for_runs_rows_apart():
 
 
 def test_a_model_that_sees_what_comes_after_is_refused():
-    with pytest.raises(ValueError, match=r"not causal here \(use_bidirectional_attention"):
+    with pytest.raises(ValueError, match=r"not causal .*\(use_bidirectional_attention"):
         known_path(Gemma3TextConfig(use_bidirectional_attention=True), "sdpa")
 
 
 def test_an_architecture_without_a_causal_model_is_refused():
-    with pytest.raises(ValueError, match="distilbert has no causal language model"):
+    with pytest.raises(ValueError, match=r"no causal language model .* distilbert"):
         known_path(DistilBertConfig(), "sdpa")

@@ -302,7 +302,7 @@ def test_weights_that_are_not_all_there_are_refused(qwen3, larger, tmp_path):
     config |= {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
     (folder / "config.json").write_text(json.dumps(config))
     model = module(qwen3, teacher=External(str(folder)))
-    with pytest.raises(ConfigurationError, match=r"model.teacher: External\(.* weights more"):
+    with pytest.raises(ConfigurationError, match=r"model.teacher: External\(.* more weights"):
         model.configure_model()
 
 

@@ -16,7 +16,7 @@ from scsdpo.types import Prompt
 _log = logging.getLogger(__name__)
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler[Any]):
     """A rank's share of the endless `interleave` of draws, cut into epochs of whole batches.
 
     Rank r of R takes draws r, r + R, ...: the questions of a step are the same for every R. It
@@ -150,7 +150,7 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-class QuestionLoader(DataLoader):
+class QuestionLoader(DataLoader[Any]):
     """Batches whose position Lightning saves and restores, over an `EpochSampler`.
 
     The position counts the batches that were taken, not those that workers fetched ahead. A draw
@@ -189,7 +189,7 @@ class QuestionLoader(DataLoader):
         cast(EpochSampler, self.sampler).go_on(state_dict)
 
 
-class EvaluationSampler(DistributedSampler):
+class EvaluationSampler(DistributedSampler[Any]):
     """A rank's share of questions that are asked once, whatever the number of ranks.
 
     Rank r of R asks r, r + R, ...: each step has the questions that it has on one rank. Where they
@@ -212,7 +212,7 @@ class EvaluationSampler(DistributedSampler):
         return iter(self.share)
 
 
-class EvaluationLoader(DataLoader):
+class EvaluationLoader(DataLoader[Any]):
     """Batches over an `EvaluationSampler`, as many on every rank: the last one may be empty."""
 
     def __len__(self) -> int:

@@ -285,7 +285,7 @@ class SamplerDrift(_OverBatches):
 
     gap: float = 0.02
     remedy = (
-        "the sampler may have other weights, or compute in another precision: docs/scaling.md; "
+        "the sampler may have other weights, or compute in another precision: docs/vllm.md; "
         "SamplerImportance corrects what cannot be helped"
     )
 

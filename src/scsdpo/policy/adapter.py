@@ -1,4 +1,4 @@
-"""What of the policy is trained, and how a second set of weights is kept beside it."""
+"""Which weights of the policy are trained, and how second sets of weights are made beside them."""
 
 import copy
 import math
@@ -32,10 +32,10 @@ STUDENT = "default"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Name in the plain model -> the layer that peft put around it.
+    """Name in the model without adapters -> the layer of peft around it.
 
-    A layer of which several parameters are adapted, such as fused experts, is there once, as the
-    outermost of the layers that peft nests.
+    peft nests several layers around a module with several adapted parameters, such as fused
+    experts. It is listed once, with the outermost of them.
     """
     found: dict[str, LoraLayer] = {}
     for name, part in model.named_modules():
@@ -45,9 +45,9 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Every tensor of one adapter, by layer, kind and name within: A, B, DoRA's magnitudes.
+    """Every tensor of one adapter (A, B, DoRA's magnitudes), by name of layer, kind and parameter.
 
-    They are read off the layers themselves, so that none is missed for its name.
+    They are read from the layers, so that none is missed because of its name.
     """
     found: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
@@ -66,14 +66,14 @@ def factors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged_layer(layer: LoraLayer) -> nn.Module:
-    """The plain layer that does what `layer` does with the student's adapter; a copy.
+    """A copy of `layer` with the student's adapter merged into its weights.
 
-    Its weights are W + scale B A in float32, or in W's dtype if that is wider; W in 4 bits is made
-    plain. Under shards they are whole, and every rank must ask.
+    They are W + scale B A in float32, or in W's dtype if that is wider. W in 4 bits is dequantised.
+    If weights are sharded, this is a collective that gathers them.
     """
     base = layer.get_base_layer()
     quantized = is_quantized(base)
-    # A LoraLayer is a mixin of modules. The copy has the plain base in its place.
+    # The copy gets the dequantised base as its base layer.
     alone: Any = copy.deepcopy(layer, {id(base): plain_layer(base)} if quantized else {})
     for module in alone.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -84,17 +84,17 @@ def merged_layer(layer: LoraLayer) -> nn.Module:
         return alone.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=[STUDENT]
         )
-    # The merge of peft's layers around 4 bits would quantise the sum once more.
+    # The merge of peft's 4-bit layers would quantise the sum again.
     merge = Linear.merge if quantized else type(alone).merge
     merge(alone, adapter_names=[STUDENT])
     return alone.get_base_layer()
 
 
 class WideHead(nn.Linear):
-    """A head of D + r inputs: what an adapted head does with [h, A h].
+    """A head with D + r inputs [h, A h], which equals a head with an adapter.
 
-    Its tensors are made anew in each forward and lead back to the factors. Logits and gradients
-    are those of W h + scale B A h, and nothing of the small product is lost to the rounding of W.
+    Its tensors are made in each forward, from the factors and with their graph. Logits and
+    gradients are those of W h + scale B A h. The rounding of W does not affect the small product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -104,9 +104,9 @@ class WideHead(nn.Linear):
 
 
 def with_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
-    """Hidden states and the head that makes logits of them: z = W h + b.
+    """Hidden states h and a head with z = W h + b, the logits.
 
-    Of a head with an adapter in force, W = [W, scale B] and h = [h, A h].
+    If the head has an active adapter, W = [W, scale B] and h = [h, A h].
 
     Shapes:
         hidden [..., D] -> [..., D] or [..., D + r].
@@ -126,20 +126,20 @@ def with_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, nn.Linear
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and head are one table."""
+    """True if embedding and head share one weight."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = [e.get_base_layer() if isinstance(e, LoraLayer) else e for e in ends]
     return tables[0].weight is tables[1].weight
 
 
 def adapted_ends(model: PreTrainedModel) -> list[str]:
-    """Which of embedding and head have adapters, by name in the plain model."""
+    """Names, in the model without adapters, of embedding and head if they have an adapter."""
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return [name for name, layer in adapted_layers(model).items() if id(layer) in ends]
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the head a table of its own, equal to the embedding's, and say so in the config."""
+    """Give the head its own copy of the embedding's weight, and set the config accordingly."""
     head = model.get_output_embeddings()
     table = head.get_base_layer() if isinstance(head, LoraLayer) else head
     table.weight = nn.Parameter(
@@ -151,25 +151,25 @@ def untie(model: PreTrainedModel) -> None:
 
 
 class Adapter(ABC):
-    """What is trained: everything (`FullFineTune`) or low-rank factors (`Lora`)."""
+    """Which weights are trained: all (`FullFineTune`) or low-rank factors (`Lora`)."""
 
     @abstractmethod
     def dtype(self, device_is_gpu: bool) -> torch.dtype:
-        """Dtype in which the checkpoint is loaded when the configuration says `auto`."""
+        """Dtype in which the checkpoint is loaded if `model.policy.dtype` is `auto`."""
 
     @abstractmethod
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         """The trainable module around a freshly loaded model."""
 
-    def draw(self, model: nn.Module) -> None:  # noqa: B027 - only factors have any
-        """Write the first values of what `wrap` added to the model."""
+    def draw(self, model: nn.Module) -> None:  # noqa: B027 - only `Lora` adds parameters
+        """Initialise the parameters that `wrap` added to the model."""
 
     @abstractmethod
     def language_model(self, model: nn.Module) -> PreTrainedModel:
-        """The transformers model inside a wrapped one, adapters in place."""
+        """The transformers model inside the wrapped one, with its adapters."""
 
     def current(self) -> Weights:
-        """The student's own weights, as they are at each moment."""
+        """The student's own weights, which move with every step."""
         return _Student(self)
 
     @abstractmethod
@@ -186,15 +186,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def is_saved(self, key: str) -> bool:
-        """Whether the wrapped model's parameter `key` belongs into checkpoints."""
+        """True if checkpoints hold the wrapped model's parameter `key`."""
 
 
 @dataclass(frozen=True)
 class FullFineTune(Adapter):
-    """Every parameter is trained, in float32 (under `bf16-mixed` the arithmetic is bf16).
+    """Train every parameter, in float32 (with `bf16-mixed` the arithmetic is bf16).
 
-    A bf16 weight of 0.02 does not move at lr 1e-5 with AdamW, hence the float32 masters. A second
-    set of weights is a whole copy.
+    Weights are float32 because a bf16 weight of 0.02 does not move at lr 1e-5 with AdamW. A second
+    set of weights is a whole copy of the model.
     """
 
     def dtype(self, device_is_gpu: bool) -> torch.dtype:
@@ -218,10 +218,10 @@ class FullFineTune(Adapter):
 
 
 def refuse_full(adapter: Adapter, quantization: Quantization) -> None:
-    """Weights in 4 bits have no gradient: what is trained lies beside them.
+    """Refuse a full fine-tune of weights in 4 bits, which have no gradient.
 
     Raises:
-        ConfigurationError: if all weights are to be trained, and the base is in 4 bits.
+        ConfigurationError: if the base is in 4 bits and `adapter` is `FullFineTune`.
     """
     if isinstance(adapter, FullFineTune) and not isinstance(quantization, Unquantized):
         raise ConfigurationError(
@@ -232,37 +232,37 @@ def refuse_full(adapter: Adapter, quantization: Quantization) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Adapter):
-    """Low-rank factors are trained: W + (alpha / r) B A, B = 0 at the start.
+    """Train low-rank factors: W + (alpha / r) B A, with B = 0 at the start.
 
-    The base stays frozen in the checkpoint's dtype (bf16 on GPU), the factors are float32. Frozen
-    weights are the base with adapters off; a moving teacher is a second pair of factors that
+    The base stays frozen in the checkpoint's dtype (bf16 on GPU); the factors are float32. Frozen
+    weights are the base with adapters off. A moving teacher is a second pair of factors, which
     starts as a copy of the student's. The average of the factors is not the average of their
-    product: EMA under LoRA is this approximation.
+    product: EMA with LoRA is this approximation.
 
-    Embedding and head may be named too. Where they are one table, an adapter of one leaves the
-    other as it is, as in peft: merged, they are two tables.
+    `target_modules` may name the embedding and the head. If they are tied, an adapter of one does
+    not change the other, as in peft; merging unties them.
 
     Args:
         r: rank. Must be >= 1.
         lora_alpha: numerator of the scale.
         lora_dropout: in [0, 1); off for the teacher and while sampling.
         target_modules: names of layers, or `all-linear`: every linear layer but the head. Empty:
-            none, beside `target_parameters`. Where transformers has fused projections that were
-            layers (Qwen3-MoE, OLMoE, Mixtral), peft takes their old names, and `all-linear`, for
+            only `target_parameters` are adapted. transformers has fused some projections that were
+            layers (Qwen3-MoE, OLMoE, Mixtral). peft applies their old names, and `all-linear`, to
             the fused parameters: experts, whose gate and up share factors of rank 2 r, and router.
-        target_parameters: names of parameters that are no layer of their own, such as those of
-            fused experts: `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`. Each expert has
-            factors of rank r. Neither dropout nor DoRA goes with them.
+        target_parameters: names of parameters that are not layers, such as those of fused experts:
+            `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`. Each expert has factors of rank r.
+            They take neither dropout nor DoRA.
         use_rslora: scale by alpha / sqrt(r) instead.
-        use_dora: weight-decomposed variant; of layers other than the head.
-        exclude_modules: names left out of `target_modules`.
+        use_dora: weight-decomposed LoRA; not for the head.
+        exclude_modules: names to leave out of `target_modules`.
         layers_to_transform: indices of the only layers to adapt; empty adapts all.
-        seed: of the factors' first values; `auto`: the run's (`seed_everything`).
+        seed: seed of the factors' first values; `auto`: the run's (`seed_everything`).
 
     Raises:
-        ValueError: if an argument is out of range, or two do not fit together.
-        ConfigurationError: from `wrap`, if the model has no such layer or parameter, or one that
-            no adapter can be put on.
+        ValueError: if an argument is out of range, or two arguments contradict each other.
+        ConfigurationError: from `wrap`, if the model has no such layer or parameter, or it cannot
+            have an adapter.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685; fields are those of `peft.LoraConfig`.
@@ -287,17 +287,17 @@ class Lora(Adapter):
         for name in ("lora_dropout", "use_dora"):
             if self.target_parameters and getattr(self, name):
                 raise ValueError(
-                    f"`Lora(target_parameters=...)` has no {name}, got {getattr(self, name)}: a "
-                    f"parameter is adapted whole, before it is used; leave {name} out"
+                    f"`Lora(target_parameters=...)` does not support {name}, got "
+                    f"{getattr(self, name)}: leave {name} out"
                 )
         if not self.target_modules and not self.target_parameters:
             raise ValueError(
-                "`Lora(target_modules=...)` must name layers, or target_parameters parameters; "
-                "`all-linear` adapts every linear layer"
+                "`Lora(target_modules=...)` and target_parameters are both empty: name layers or "
+                "parameters; `all-linear` adapts every linear layer"
             )
 
     def _config(self) -> LoraConfig:
-        # peft spells "none of them" as None, but for modules beside parameters as [].
+        # peft wants None for an empty list, but [] for no modules beside parameters.
         settings = {name: value if value != [] else None for name, value in asdict(self).items()}
         del settings["seed"]
         if not self.target_modules:
@@ -309,14 +309,14 @@ class Lora(Adapter):
 
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         try:
-            with torch.random.fork_rng(devices=[]), _quiet():  # peft's draw is written over
+            with torch.random.fork_rng(devices=[]), _quiet():  # `draw` replaces peft's values
                 wrapped = get_peft_model(model, self._config(), adapter_name=STUDENT)
         except ValueError as error:
             line = str(error).splitlines()[0]
             if "ParamWrapper" in line:
                 line = (
-                    "parameters of experts and routers take no lora_dropout and no use_dora: set "
-                    "them to 0 and false, or name the layers to adapt in target_modules"
+                    "parameters of experts and routers support neither lora_dropout nor use_dora: "
+                    "set them to 0 and false, or name the layers to adapt in target_modules"
                 )
             raise ConfigurationError(f"model.policy.adapter: {line}") from error
         self._refuse_unmatched(wrapped)
@@ -325,13 +325,13 @@ class Lora(Adapter):
             self.draw(wrapped)
         elif self.use_dora:
             raise ConfigurationError(
-                "model.policy.adapter: Lora(use_dora=true) begins at the norms of whole weights, "
-                "and these are in shards: use DDP, or use_dora false"
+                "model.policy.adapter.use_dora: DoRA needs the norms of whole weights, which are "
+                "sharded: use DDP, or set use_dora to false"
             )
         return wrapped
 
     def _refuse_unmatched(self, wrapped: PeftModel) -> None:
-        """Names that the model does not have; peft passes over them where another one fits."""
+        """Raise for a name that the model does not have; peft ignores it if another name fits."""
         config, layers = wrapped.peft_config[STUDENT], adapted_layers(wrapped.get_base_model())
         modules = {name for name, each in layers.items() if not isinstance(each, ParamWrapper)}
         parameters = {
@@ -347,11 +347,12 @@ class Lora(Adapter):
             for name in names:
                 if not any(each == name or each.endswith(f".{name}") for each in found):
                     raise ConfigurationError(
-                        f"model.policy.adapter.{key}: the model has nothing called {name}"
+                        f"model.policy.adapter.{key}: the model has no layer or parameter named "
+                        f"{name}: correct the name or leave it out"
                     )
 
     def _refuse_ends(self, model: PreTrainedModel) -> None:
-        """What of embedding and head peft would adapt, and the loss or the merge could not read."""
+        """Raise for adapters of embedding or head that the loss or the merge does not support."""
         for name in adapted_ends(model):
             if isinstance(adapted_layers(model)[name], ParamWrapper):
                 raise ConfigurationError(
@@ -360,17 +361,17 @@ class Lora(Adapter):
                 )
         if isinstance(model.get_output_embeddings(), LoraLayer) and self.use_dora:
             raise ConfigurationError(
-                "model.policy.adapter.use_dora: DoRA divides by the norm of each row, and rows of "
-                "a head may be zero, where a vocabulary is padded: leave the head out of "
-                "target_modules, or set use_dora to false"
+                "model.policy.adapter.use_dora: DoRA divides by the norm of each row, which is 0 "
+                "for padded rows of a head: leave the head out of target_modules, or set use_dora "
+                "to false"
             )
 
     @torch.no_grad()
     def draw(self, model: nn.Module) -> None:
-        """A uniform in +-1 / sqrt(its inputs), each layer by its name: the same on any rank.
+        """Draw A uniformly from +-1 / sqrt(number of inputs), and set B to 0.
 
-        An embedding's A, whose columns are tokens, is 0 in the place of B, and B normal, as in
-        peft.
+        The seed includes the layer's name, so that all ranks draw the same. In an embedding, whose
+        A has a column for each token, A is 0 and B is standard normal, as in peft.
         """
         for name, factor in model.named_parameters():
             if ".lora_B." in name or ".lora_embedding_A." in name:
@@ -378,7 +379,7 @@ class Lora(Adapter):
             elif ".lora_A." in name or ".lora_embedding_B." in name:
                 generator = torch.Generator()
                 generator.manual_seed(stable_hash("adapter", resolved(self.seed), name))
-                # Lightning makes modules under a default device, where the generator is not.
+                # Lightning sets a default device; the generator is on the CPU.
                 if ".lora_A." in name:
                     drawn = torch.rand(factor.shape, generator=generator, device="cpu")
                     drawn = drawn.mul_(2).sub_(1).div_(math.sqrt(factor.shape[1]))
@@ -404,7 +405,7 @@ class Lora(Adapter):
         for factor in factors(model, name).values():
             factor.requires_grad_(False)
         moving = _Factors(name)
-        if not on_meta:  # peft draws a fresh A for each adapter
+        if not on_meta:  # peft draws another A for each adapter
             moving.follow(model, 1.0)
         return moving
 
@@ -433,7 +434,7 @@ class _Copy(Whole):
     """A whole frozen copy of the policy."""
 
     moves: Tensor
-    """How often a copy in bf16 has followed."""
+    """Number of times that a copy in bf16 moved; part of the seed of its rounding."""
 
     def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
         kept = {id(p): stored.kept(p) for p in model.parameters()} if not stored.is_plain else {}
@@ -465,10 +466,11 @@ class _Copy(Whole):
 
 
 def leave_out_of_ddp(module: nn.Module) -> None:
-    """Weights on the host are not DDP's, which takes parameters of one kind of device only.
+    """Tell DDP to ignore weights on the host and those of another model.
 
-    Each rank makes the same of them by itself: it reads them as the policy's, and follows that.
-    Those of another model it reads, too, and nothing moves them.
+    DDP takes parameters of one type of device only, and broadcasts all of them. These weights are
+    equal on all ranks without a broadcast: each rank copies the policy and follows it, or loads the
+    other model itself.
     """
     own = [
         m
@@ -484,13 +486,13 @@ def leave_out_of_ddp(module: nn.Module) -> None:
 def _refuse(stored: Stored) -> None:
     if not stored.is_plain:
         raise ConfigurationError(
-            f"teacher: {stored} is for whole copies of the weights; under Lora a teacher has none "
-            "of its own, or a second pair of factors: leave `stored` out"
+            f"teacher.stored: {stored} is for a whole copy of the weights, and with Lora a teacher "
+            "has none: leave `stored` out"
         )
 
 
 class _Base(Weights):
-    """The frozen base of a LoRA policy: adapters off."""
+    """The frozen base of a LoRA policy: the model with adapters off."""
 
     def same(self, other: Weights) -> bool:
         return isinstance(other, _Base)
@@ -506,7 +508,7 @@ class _Base(Weights):
 
 
 class _Factors(Weights):
-    """A second adapter on the shared base; its tensors live in (and are saved with) the policy."""
+    """A second adapter on the shared base; its tensors are part of the policy and its state."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -526,7 +528,7 @@ class _Factors(Weights):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without peft's warnings of what is answered here: ties, and names that match nothing."""
+    """Hide peft's warnings of ties and unmatched names: `Lora` handles or refuses both itself."""
     with warnings.catch_warnings():
         for start in (
             "Model has `tie_word_embeddings=True`",
@@ -540,10 +542,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Another adapter than the student's in force; None: none.
+    """Activate another adapter than the student's; None turns adapters off.
 
-    peft's own switches flip requires_grad, which FSDP2 takes over from the first forward, and walk
-    over every module more than once.
+    peft's own methods change requires_grad, which FSDP2 reads only before the first forward, and
+    walk over every module more than once.
     """
     layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
     for layer in layers:

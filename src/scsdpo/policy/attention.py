@@ -1,11 +1,11 @@
-"""Mixing of tokens in transformers models, by a layout that the caller gives.
+"""Attention of transformers models by a layout that the caller passes.
 
-A transformers model calls the attention function that its config names, and hands the keyword
-arguments of its forward through to it. `use_layouts` names ours: called with an `AttentionLayout`
-as `layout` it attends by that, and without one as `sdpa` does. So trees of prefixes and decoding
-from shared prompts run through the model's own layers, also when a layer is recomputed in the
-backward. Layers of linear attention and convolution have no such interface: theirs are in
-`policy/mixers.py`.
+A transformers model calls the attention function that its config names, and passes the keyword
+arguments of its forward on to it. `use_layouts` names our function. With an `AttentionLayout` as
+`layout` it attends by that layout; without one it attends as `sdpa` does. So trees of prefixes and
+decoding from shared prompts run through the model's own layers, also when a layer is recomputed in
+the backward. Layers of linear attention and convolution have no such interface: `policy/mixers.py`
+subclasses them.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _NAME = "scsdpo"
 
 
 def use_layouts(model: PreTrainedModel) -> None:
-    """Let `model` (loaded with sdpa) accept a `layout` in its decoder's forward."""
+    """Let the decoder of `model`, which was loaded with sdpa, accept a `layout` in its forward."""
     model.set_attn_implementation(_NAME)
     let_mixers_accept_layouts(model)
 
@@ -36,15 +36,15 @@ def run_decoder(
     routers: Sequence[nn.Module] = (),
     **inputs: Tensor,
 ) -> Tensor:
-    """Final hidden states of the decoder under `layout`; `final_states` says what of `routers`."""
-    # A 4-D mask is taken as it is: the layout knows better, and none is built.
+    """Final hidden states [B, s, D + layers E] under `layout`; for `routers` see `final_states`."""
+    # transformers builds no mask of its own where it gets a 4-D one. The layout ignores it.
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=model.device)
     return final_states(
         model, routers, attention_mask=mask, use_cache=False, layout=layout, **inputs
     )
 
 
-@torch.compiler.disable  # lest a compiled layer specialise on a layout: each forward has its own
+@torch.compiler.disable  # a compiled layer would be compiled anew for each forward's layout
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -57,13 +57,13 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **others: Any,  # what every model sends along: dropout, position_ids, ...
+    **others: Any,  # keywords that models add: dropout, position_ids, ...
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls."""
     if softcap is not None or others.get("position_bias") is not None:
         raise NotImplementedError(
-            "shared prefixes need plain softmax attention; this model has soft-capped scores or "
-            "position biases: set model.policy.attn_implementation to eager"
+            "model.policy: shared prefixes need plain softmax attention, and this model has "
+            "soft-capped scores or position biases: set model.policy.attn_implementation to eager"
         )
     if layout is None and s_aux is not None:
         mixed = attend_beside_sinks(query * scaling, key, value, attention_mask, s_aux)
@@ -81,15 +81,15 @@ def _attend(
 def attend_beside_sinks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
 ) -> Tensor:
-    """Attention of a batch of rows with sinks, which are a key of their own with the value zero.
+    """Attention of a batch of rows with sinks: one more key a head, whose value is zero.
 
     Args:
         query: [B, H, n, d], scaled.
         key: [B, K, t, d], K a divisor of H.
         value: [B, K, t, e].
-        mask: bool [B or 1, 1, n, t], what is seen; None: of n = t, as far as itself, and of one
-            query everything.
-        sinks: [H] scores.
+        mask: bool [B or 1, 1, n, t], True where a query sees a key. None: causal if n = t > 1;
+            a single query sees all keys.
+        sinks: [H] scores of the sinks.
 
     Returns:
         [B, H, n, e].

@@ -1,4 +1,4 @@
-"""How many tokens' activations fit in memory: measured on a few tokens, and drawn out."""
+"""Memory of a forward and its backward, measured on few tokens and extrapolated to many."""
 
 import weakref
 from collections.abc import Callable
@@ -11,23 +11,21 @@ from torch import Tensor, nn
 from scsdpo.private.torch import DispatchMode, storage_key, tree_leaves
 
 FEW, MORE = 64, 192
-"""Tokens that are probed."""
+"""Numbers of tokens at which memory is measured."""
 
 
 def memory_line(
     run: Callable[[int], Tensor], embedding: nn.Module, device: torch.device
 ) -> tuple[float, float]:
-    """Bytes whatever the tokens, and bytes a token, at the peak of a forward and its backward.
+    """(fixed bytes, bytes a token) at the peak of a forward and its backward.
 
-    Gradients of weights are not among them; the casts of weights that autocast makes are.
-
-    Memory is a straight line in the tokens but for tables of attention scores, which `sdpa` does
-    not make.
+    The casts of weights that autocast makes count; gradients of weights do not. Memory is linear in
+    the tokens, except for tables of attention scores, which `sdpa` does not make.
 
     Args:
-        run: a forward over so many tokens: final hidden states.
-        embedding: of the model; the backward goes as far as its output.
-        device: of the model.
+        run: runs a forward over the given number of tokens, and returns the final hidden states.
+        embedding: the model's; the backward goes down to its output.
+        device: the model's.
     """
 
     def forward_backward(tokens: int) -> None:
@@ -39,23 +37,23 @@ def memory_line(
 
         hook = embedding.register_forward_hook(start)
         try:
-            # Lightning predicts in inference mode.
+            # `trainer.predict` runs in inference mode.
             with torch.inference_mode(False), torch.enable_grad():
                 hidden = run(tokens)
-                # Not `backward`: gradients that are there stay, and DDP's hooks asleep.
+                # `backward` would change gradients that exist and call DDP's hooks.
                 torch.autograd.grad(hidden.float().square().mean(), starts[-1:])
         finally:
             hook.remove()
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        forward_backward(FEW)  # what is made once and kept is no part of the line
+        forward_backward(FEW)  # what the first run allocates and keeps must not count
         few, more = (peak_bytes(partial(forward_backward, n), device) for n in (FEW, MORE))
     slope = (more - few) / (MORE - FEW)
     return few - slope * FEW, slope
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that `work` holds at a time, beyond what is there before."""
+    """Peak bytes that `work` allocates beyond what is allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -67,7 +65,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveBytes(DispatchMode):
-    """Counts the storages that operations make until they are let go."""
+    """Counts the bytes of storages that operations made and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()

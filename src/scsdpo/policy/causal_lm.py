@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its tokenizer, and what of it is trained."""
+"""The policy: a causal language model with its tokenizer and adapter."""
 
 import copy
 import os
@@ -32,11 +32,11 @@ from scsdpo.policy.experts import routers
 from scsdpo.policy.loading import load_model
 from scsdpo.policy.location import located
 from scsdpo.policy.quantization import Quantization, Unquantized, quantization_of
-from scsdpo.policy.row_path import KnownPath, RowPath, known_path
+from scsdpo.policy.row_path import RowPath, known_path
 from scsdpo.policy.rows import Rows
 from scsdpo.policy.runner import Runner, SeparateRows, SharedPrompts
 from scsdpo.policy.shard_loading import load_shards
-from scsdpo.policy.sharding import inside, is_sharded, shard, whole
+from scsdpo.policy.sharding import in_root_forward, is_sharded, shard, whole
 from scsdpo.policy.weights import Weights
 from scsdpo.private.torch import compiled_graphs
 
@@ -46,40 +46,40 @@ T = TypeVar("T")
 class CausalLM(nn.Module):
     """A Hugging Face causal language model as the policy pi(y | x).
 
-    The tokenizer loads here; the weights load in `configure_model`, after the whole configuration
-    was checked.
+    The constructor loads the tokenizer. `configure_model` loads the weights, after the whole
+    configuration was checked.
 
     Args:
         name_or_path: hub name or local folder; `tiny` and `tiny-tools` ship with the package.
         dtype: dtype of the loaded weights. `auto`: float32 for `FullFineTune`; for `Lora`
             bfloat16 on GPU and float32 on CPU.
-        attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`,
-            where the architecture allows it (docs/models.md).
+        attn_implementation: as in transformers; with `sdpa` rollouts share the forward of common
+            prefixes, if the architecture allows it (docs/models.md).
         adapter: `FullFineTune()` or `Lora(...)`.
         quantization: how the frozen base of a `Lora` is kept: `Unquantized()`, or `NF4()` in 4 bits
             (QLoRA). A checkpoint that is in 4 bits already stays as it is.
         gradient_checkpointing: recompute activations in the backward; less memory, same numbers.
-        gathered_dtype: under shards, in which dtype a layer's weights are gathered to run it.
-            `auto`: in their own. `bfloat16` halves the traffic and rounds what autocast would
-            not, norms and embedding; shards and summed gradients stay float32.
+        gathered_dtype: dtype in which FSDP gathers a layer's weights to run it. `auto`: the dtype
+            of the weights. `bfloat16` halves the traffic. It also rounds norms and embedding, which
+            autocast would not; shards and summed gradients stay float32.
         compile_layers: `torch.compile` each decoder layer around its attention, for the update;
-            faster on GPU after a first slow step, numbers to rounding. Sampling stays eager. A
-            warning says so if nothing was compiled.
-        self_check: before the first step of a run, compare a few made-up rows by the path that the
-            run takes with each row alone, within ten seconds (docs/models.md).
+            faster on GPU after a slow first step, numbers equal up to rounding. Sampling stays
+            eager. A warning tells if torch compiled nothing.
+        self_check: before the first step of a run, compare a few made-up rows, run as the run will
+            run them, with the same rows run one at a time; at most ten seconds (docs/models.md).
         expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
             f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
-            responses of an optimizer step), added to the step's loss. 0: there is none. Else
-            layers x E numbers a token are kept for the backward.
+            responses of an optimizer step), which is added to the step's loss. 0 turns it off.
+            Otherwise layers x E numbers for each token are kept for the backward.
         chat_template_kwargs: passed to the chat template, e.g. `enable_thinking: false`.
             `strftime_now: 2026-01-31` fixes the date that a template writes.
 
     Raises:
-        ValueError: if there is no such checkpoint, or what it lacks; if the hub cannot be reached
-            and has left no copy here; if there is no chat template or no end-of-sequence token;
-            if a full fine-tune is to train weights in 4 bits;
-            from `configure_model`, if the checkpoint lacks weights, or if the architecture changes
-            its logits behind the head by more than a constant.
+        ValueError: if there is no such checkpoint, or it is incomplete; if the hub cannot be
+            reached and no copy is in the cache; if there is no chat template or no end-of-sequence
+            token; if a full fine-tune would train weights in 4 bits; from `configure_model`, if the
+            checkpoint lacks weights, or the architecture changes its logits after the head by more
+            than a constant.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class CausalLM(nn.Module):
         self.gathered_dtype = gathered_dtype
         if gathered_dtype != "auto" and not isinstance(adapter, FullFineTune):
             raise ValueError(
-                "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: use auto"
+                "`CausalLM(gathered_dtype='bfloat16')` would round LoRA's float32 factors: set "
+                "model.policy.gathered_dtype to auto"
             )
         self.compile_layers = compile_layers
         self.self_check = self_check
@@ -123,12 +124,12 @@ class CausalLM(nn.Module):
         with blamed_on("model.policy.name_or_path"):
             config = AutoConfig.from_pretrained(self._path)
             self.known = known_path(config, attn_implementation)
-            """How rows run, from the architecture alone; the self-check may find more."""
+            """How rows run, from the architecture alone; the self-check may change it."""
             self.quantization = quantization_of(config, quantization)
-            """How matrices are kept: as asked, or as the checkpoint has them."""
+            """How matrices are kept: as `quantization` says, or as the checkpoint has them."""
         refuse_full(adapter, self.quantization)
         self.model: nn.Module | None = None
-        self._skeleton: list[PreTrainedModel] = []  # in lists, for they are no submodules
+        self._skeleton: list[PreTrainedModel] = []  # in lists, so that they are no submodules
         self._held: list[PreTrainedModel] = []
         self._in_force: tuple[Weights, PreTrainedModel] | None = None
         self.register_state_dict_post_hook(_drop_unsaved)
@@ -137,7 +138,7 @@ class CausalLM(nn.Module):
         """Load the weights; a second call does nothing.
 
         Args:
-            to_shard: on `meta`, without values, until `fill_shards`.
+            to_shard: build the model on `meta`, without values; `fill_shards` loads it.
         """
         if self.model is not None:
             return
@@ -152,8 +153,8 @@ class CausalLM(nn.Module):
             )
         if self.expert_balance and not routers(loaded):
             raise ConfigurationError(
-                f"model.policy.expert_balance: {type(loaded).__name__} has no experts whose "
-                "routers transformers records: set it to 0"
+                f"model.policy.expert_balance: {type(loaded).__name__} has no experts with routers "
+                "that transformers records: set it to 0"
             )
         if self.gradient_checkpointing:
             loaded.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,18 +163,19 @@ class CausalLM(nn.Module):
         self.model = self.adapter.wrap(loaded).train()
 
     def fill_shards(self, mesh: DeviceMesh, modules: Iterable[nn.Module]) -> None:
-        """Shard what `configure_model` left on `meta`, and load it, each rank its own part.
+        """Shard the model that `configure_model` built on `meta`; each rank loads its own part.
 
         Args:
-            mesh: flat.
-            modules: among them the sets of weights beside the student's, which begin after it.
+            mesh: one-dimensional (`flat_mesh`).
+            modules: those among them that are `Weights` are sharded too, and get their first values
+                after the policy.
         """
         others = [module for module in modules if isinstance(module, Weights)]
         self._skeleton = [copy.deepcopy(self.language_model)]
         gathered = None if self.gathered_dtype == "auto" else torch.bfloat16
         shard(self.language_model, mesh, gathered)
         for weights in others:
-            for model in weights.models():  # however they are stored
+            for model in weights.models():
                 runs_in = weights.runs_in(gathered or self.language_model.dtype)
                 shard(model, mesh, runs_in, on_host=weights.stored.on_host)
         load_shards(self.language_model, self._path)
@@ -182,47 +184,47 @@ class CausalLM(nn.Module):
             weights.begin(self.wrapped)
 
     def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
-        """Dtype of the checkpoint's weights once they are loaded."""
+        """Dtype in which the checkpoint's weights are loaded."""
         if self._dtype == "auto":
             return self.adapter.dtype(device_is_gpu)
         return getattr(torch, self._dtype)
 
     @property
     def wrapped(self) -> nn.Module:
-        """The trainable module (for LoRA, peft's)."""
+        """The trainable module (for LoRA: peft's `PeftModel`)."""
         if self.model is None:
             raise RuntimeError("the policy has no weights yet: call `configure_model()` first")
         return self.model
 
     @property
     def language_model(self) -> PreTrainedModel:
-        """The transformers model, adapters in place."""
+        """The transformers model, with its adapters."""
         return self.adapter.language_model(self.wrapped)
 
     @property
     def vocabulary(self) -> int:
-        """V: rows of the head; may exceed the tokenizer's (padding for speed)."""
+        """V, the rows of the head; a padded head has more rows than the tokenizer has tokens."""
         return self.language_model.get_output_embeddings().weight.shape[0]
 
     @property
     def share_prefixes(self) -> bool:
-        """Whether every common start of prompts runs once."""
+        """True if every common start of prompts runs once."""
         return self.known.path is RowPath.SHARED
 
     def run_rows(self, path: RowPath, reason: str) -> None:
-        """From now on rows run by `path`, because of `reason`; every rank must say so."""
+        """Let rows run by `path` from now on, because of `reason`; all ranks must call it."""
         self.known = replace(self.known, path=path, reason=reason)
         self._memory_lines.clear()
 
     def sample_rows(self, path: RowPath) -> None:
-        """From now on `HFRollout` draws by `path`; every rank must say so."""
+        """Let `HFRollout` draw by `path` from now on; all ranks must call it."""
         self.known = replace(self.known, sampled=path)
 
     def token_budget(self) -> int:
-        """Tokens of a step whose activations fit in half of the free memory, measured once.
+        """Number of tokens whose activations fit in half of the free memory, measured once.
 
-        The other half is left for chunks of logits, the head's gradient, and the keys and values of
-        prompts. On CPU at most 1024: more tokens at a time are no faster there.
+        The other half is for chunks of logits, the head's gradient, and keys and values of prompts.
+        At most 1024 on CPU, where more tokens at a time are not faster.
         """
         device = self.language_model.device
         most = 2**17 if device.type == "cuda" else 2**10
@@ -230,7 +232,7 @@ class CausalLM(nn.Module):
         return max(min(int((_free_bytes(device) // 2 - fixed) / a_token), most), 1)
 
     def memory_line(self) -> tuple[float, float]:
-        """Bytes of gradients and casts, and bytes of activations a token, as they would be now."""
+        """(bytes of gradients and casts, bytes of activations for each token) of an update now."""
         device = self.language_model.device
         narrow = torch.is_autocast_enabled(device.type)
         key = torch.get_autocast_dtype(device.type) if narrow else None
@@ -242,7 +244,7 @@ class CausalLM(nn.Module):
         return fixed + sum(p.numel() * p.element_size() for p in learned), a_token
 
     def _probe(self, tokens: int) -> Tensor:
-        """Hidden states of a response of that length."""
+        """Hidden states of one response of `tokens` padding tokens."""
         pad = self.chat.pad_id
         ids = torch.full((1, tokens), pad)
         every = torch.ones_like(ids).bool()
@@ -258,26 +260,30 @@ class CausalLM(nn.Module):
         *,
         watches: bool = False,
     ) -> Runner:
-        """The `chosen` ones among `rows`, ready to run in micro-batches.
+        """A runner of the `chosen` rows in micro-batches.
 
         Args:
             rows: responses of an optimizer step.
-            chosen: which of them will run.
+            chosen: indices of the rows that will run.
             max_tokens: tokens whose activations are alive at a time.
-            weights: another set than the trained ones, without gradient.
-            watches: note what the routers of experts say (`Runner.routes`).
+            weights: run with these, without gradient; None: with the trained weights.
+            watches: record the logits of the routers of experts (`Runner.routes`).
         """
         within = self if weights is None else partial(self.run, weights)
         together = is_sharded(self)
         known = self.known if weights is None else weights.known(self.known)
-        path = self._path_of(known, rows, chosen, in_step=together)
+        lengths = rows.present.sum(-1).tolist()
+        longest = max((len(rows.prompts[row]) + lengths[row] - 1 for row in chosen), default=0)
+        if together and known.is_length_dependent:  # all ranks must take the same path
+            longest = int(all_max(torch.tensor(longest)))
+        path = known.of(longest)
         if path is RowPath.SHARED and (self.share_prefixes or known is not self.known):
             return SharedPrompts(
                 within,
                 rows,
                 chosen,
                 max_tokens,
-                in_step=together,
+                lockstep=together,
                 learns=weights is None,
                 watches=watches,
             )
@@ -286,43 +292,38 @@ class CausalLM(nn.Module):
             rows,
             chosen,
             max_tokens,
-            in_step=together,
+            lockstep=together,
             alone=path is RowPath.ALONE,
             watches=watches,
         )
 
-    def _path_of(
-        self, known: KnownPath, rows: Rows, chosen: Sequence[int], *, in_step: bool
-    ) -> RowPath:
-        lengths = rows.present.sum(-1).tolist()
-        longest = max((len(rows.prompts[row]) + lengths[row] - 1 for row in chosen), default=0)
-        if in_step and known.is_length_dependent:
-            longest = int(all_max(torch.tensor(longest)))
-        return known.of(longest)
-
     def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` on the language model, in one root forward.
 
-        Under FSDP2 weights are whole only inside it: trunk and loss belong into one `work`.
+        Under FSDP2 weights are gathered only during a forward, so `work` must do both the decoder's
+        forward and the loss.
         """
-        return inside(self._ready(self.language_model), work)
+        return in_root_forward(self._ready(self.language_model), work)
 
     @contextmanager
     def sampling_mode(self) -> Iterator[PreTrainedModel]:
-        """The student for inference: eager, eval mode, no gradients, all restored on exit.
+        """The student for inference: not compiled, eval mode, no gradients; exit restores all.
 
-        Where autocast would cast weights of linear layers for every token that is drawn, they are
-        cast once, if that takes no more than half of the free memory.
+        Autocast would cast the weights of linear layers for each token. They are cast once instead,
+        if that takes at most half of the free memory.
         """
-        with self.held_whole() as model, _sampling(self._cast_once(model)) as ready:
-            yield ready
+        with self.held_whole() as model:
+            ready = self._cast_once(model)
+            # Shapes change at every decoding step, and torch would compile each.
+            with torch.compiler.set_stance("force_eager"), _inference(ready):
+                yield ready
 
     @contextmanager
     def held_whole(self) -> Iterator[PreTrainedModel]:
-        """The student with whole weights, which no step may change meanwhile.
+        """The student with gathered weights. No step may change them while the context is open.
 
-        Under shards the outermost entry is a collective that makes a copy, with linear layers in
-        autocast's dtype; what is done inside needs no other rank.
+        If weights are sharded, the outermost entry is a collective that gathers a copy, with linear
+        layers in autocast's dtype. Work with the copy needs no other rank.
         """
         if self._held or not self._skeleton:
             yield self._held[0] if self._held else self.language_model
@@ -336,7 +337,7 @@ class CausalLM(nn.Module):
             self._held = []
 
     def _cast_once(self, model: PreTrainedModel) -> PreTrainedModel:
-        """`model`, or a copy whose linear layers are in autocast's dtype; it shares all else."""
+        """`model`, or a copy with linear layers in autocast's dtype; other tensors are shared."""
         kind = model.device.type
         if not (torch.is_autocast_enabled(kind) and isinstance(self.adapter, FullFineTune)):
             return model
@@ -355,10 +356,10 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def in_force(self, weights: Weights) -> Iterator[PreTrainedModel]:
-        """The model with another set of weights, for inference; no other may run meanwhile.
+        """The model with another set of weights, for inference; no third set may run meanwhile.
 
-        Each way is a walk over all modules. Forwards that follow one another share it: inside,
-        `run` with these weights switches nothing.
+        Switching to other weights and back walks over all modules. Calls of `run` with the same
+        weights inside this context do not switch again.
         """
         if self._in_force and self._in_force[0] is weights:
             yield self._in_force[1]
@@ -374,10 +375,10 @@ class CausalLM(nn.Module):
     def run(self, weights: Weights, work: Callable[[PreTrainedModel], T]) -> T:
         """Do `work` with another set of weights, without gradient."""
         with self.in_force(weights) as model:
-            return inside(self._ready(model) if weights.stored.is_plain else model, work)
+            return in_root_forward(self._ready(model) if weights.stored.is_plain else model, work)
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel:
-        """With its layers compiled, if they are to be: a teacher's copy too."""
+        """Compile the layers of `model` on its first use if `compile_layers`; return `model`."""
         if not self.compile_layers:
             return model
         if model not in self._compiled:
@@ -389,8 +390,8 @@ class CausalLM(nn.Module):
         elif compiled_graphs() == self._graphs_before:
             self._graphs_before = -1  # said once
             rank_zero_warn(
-                "model.policy.compile_layers: torch compiled nothing in the first forward, and "
-                "layers run as without it: set it to false, or look for TORCH_COMPILE_DISABLE and "
+                "model.policy.compile_layers: torch compiled nothing in the first forward, so "
+                "layers run uncompiled: set it to false, or unset TORCH_COMPILE_DISABLE and "
                 "TORCHDYNAMO_DISABLE in the environment"
             )
         return model
@@ -399,23 +400,16 @@ class CausalLM(nn.Module):
 def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # What the allocator holds without using it is free too.
+    # Memory that the caching allocator holds without using it is free too.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @contextmanager
-def _sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    # Shapes change at every decoding step, and each would be compiled.
-    with torch.compiler.set_stance("force_eager"), _inference(model):
-        yield model
-
-
-@contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     training = model.training
-    if training:  # each way is a walk over all modules
-        model.eval()  # no dropout
+    if training:  # `eval` and `train` walk over all modules
+        model.eval()  # turns dropout off
     try:
         with torch.no_grad():
             yield model
@@ -425,7 +419,7 @@ def _inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def _drop_unsaved(module: CausalLM, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Leave the frozen base of a LoRA policy out of checkpoints: its name finds it again."""
+    """Leave the frozen base of a LoRA policy out of checkpoints; it is loaded by its name."""
     start = f"{prefix}model."
     for key in [k for k in state if k.startswith(start) and not module.adapter.is_saved(k)]:
         del state[key]
@@ -456,7 +450,7 @@ def _load_chat(path: str, name: str, template_kwargs: dict[str, Any]) -> Chat:
 
 
 def _positions(config: PreTrainedConfig) -> int:
-    """Tokens that a model was made for, scaled rotary frequencies counted."""
+    """Number of positions that a model was made for, with scaled rotary frequencies counted."""
     settings = config.to_dict()
     positions = settings.get("max_position_embeddings") or settings.get("n_positions")
     rope = settings.get("rope_parameters") or {}

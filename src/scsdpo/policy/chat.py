@@ -1,10 +1,10 @@
-"""Between chat messages and token ids, in one place.
+"""Conversion between chat messages and token ids.
 
-A text never becomes a control token, such as one that opens or closes a turn (`Chat.control_ids`):
-only the chat template writes these. Where a text spells one, a break is put into the spelling
-before the template sees it. The template then renders as always, the tokenizer, which knows the
-break as a token of its own, cannot join what stands on its two sides, and the break's id is left
-out. A text that spells none goes to the tokenizer as it is: its ids are `apply_chat_template`'s.
+The text of a message never becomes a control token, such as one that opens or closes a turn
+(`Chat.control_ids`): only the chat template writes these. If a text spells a control token, a break
+character is put into the spelling before the template sees it. The tokenizer knows the break as a
+token of its own, so it cannot join the text on both sides. The break's id is then removed. A text
+that spells no control token is not changed: its ids are those of `apply_chat_template`.
 """
 
 import copy
@@ -27,14 +27,14 @@ from scsdpo.thinking import without_thinking
 from scsdpo.types import Message, Tool
 
 _BREAK = "\ufdd0"
-"""Stands in the spelling of a control token; Unicode gives this code point to no character."""
+"""The break: a code point that Unicode assigns to no character."""
 TODAY = "strftime_now"
-"""What templates call for the date, in transformers."""
+"""Name of the function that templates call for the date in transformers."""
 _TAG = re.compile(r"[<\[].*\w.*[>\]]")
 _MEDIA = re.compile(rf"(?=.*(?:image|img|vision|video|audio|multimodal)){_TAG.pattern}", re.I)
 _ROLE = re.compile(r"[\w .-]+")
 _WORD = "scsdpo"
-"""What is said in turns that are rendered to see what stands around them."""
+"""Text of made-up turns, which are rendered to find what the template writes around them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class Chat:
     Args:
         tokenizer: must have a chat template.
         eos_ids: every id that ends a response; several are common (`<|im_end|>`, `<|endoftext|>`).
-        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`. A date for
-            `strftime_now`, such as 2026-01-31, is today's date for templates that write one.
-        rows: of the model's embedding; ids from there on have none.
-        positions: tokens of a prompt and its response that the model was made for.
+        template_kwargs: passed to the chat template, e.g. `enable_thinking: false`. Templates that
+            write today's date write `strftime_now`, such as 2026-01-31, if it is given.
+        rows: rows of the model's embedding; higher ids have no row.
+        positions: most tokens of a prompt with its response that the model was made for.
 
     Raises:
         ValueError: if the tokenizer has no chat template, there is no end-of-sequence id, or
-            `strftime_now` is no date.
+            `strftime_now` is not a date.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,19 +64,19 @@ class Chat:
         name = self.tokenizer.name_or_path
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"the tokenizer of {name!r} has no chat template; use an instruction-tuned "
+                f"the tokenizer of {name!r} has no chat template: use an instruction-tuned "
                 "checkpoint, or add a `chat_template.jinja` to its folder"
             )
         if not self.eos_ids:
             raise ValueError(
                 f"neither the tokenizer nor the generation config of {name!r} names an "
-                "end-of-sequence token; set `eos_token_id` in its generation_config.json"
+                "end-of-sequence token: set `eos_token_id` in its generation_config.json"
             )
-        self._filling  # noqa: B018 - a date that is none is refused here
+        self._filling  # noqa: B018 - raises if `strftime_now` is not a date
 
     @property
     def pad_id(self) -> int:
-        """Fills the places that masks leave out; which id it is changes no number."""
+        """Id for places that masks leave out; its value changes no result."""
         pad = self.tokenizer.pad_token_id
         if pad is not None and pad < self.rows:
             return pad
@@ -84,18 +84,18 @@ class Chat:
 
     @cached_property
     def _silent(self) -> frozenset[int | None]:
-        """Tokens without text."""
+        """Ids that `decode` leaves out: beginnings, ends and padding."""
         own = self.tokenizer
         return frozenset({*self.eos_ids, own.bos_token_id, own.eos_token_id, own.pad_token_id})
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, with the header that opens the assistant's turn.
 
-        Whatever a message says gives ordinary tokens; `control_ids` come from the template alone.
+        The text of messages gives ordinary tokens; only the template writes `control_ids`.
 
         Args:
             messages: the turns.
-            tools: functions that the policy may call, for the template's `tools`.
+            tools: functions that the policy may call, passed to the template as `tools`.
 
         Raises:
             ValueError: if a role is not a plain word.
@@ -108,16 +108,16 @@ class Chat:
     def text(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
     ) -> str:
-        """What `render` makes ids of; with `opened=False` without the assistant's header."""
+        """The text of `render`'s ids; `opened=False` leaves out the assistant's header."""
         broken = self._each_broken(messages, tools)
         return self._filled(self.tokenizer, broken, opened=opened, tokenize=False).replace(
             _BREAK, ""
         )
 
     def header(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """What opens the assistant's turn: text that the template adds when asked for it.
+        """The text that opens the assistant's turn (`add_generation_prompt`).
 
-        Where the end of the user's turn opens it, as Mistral's [/INST] does, that end.
+        If a template has no such text, it is the end of the user's turn, such as Mistral's [/INST].
         """
         opened = self.text(messages, tools)
         closed = self.text(messages, tools, opened=False)
@@ -128,30 +128,30 @@ class Chat:
     def continuation(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> tuple[int, ...]:
-        """Ids between what the policy said in a turn and where it says something next.
+        """Ids between a turn of the policy and its next turn.
 
-        The first one ends the policy's turn: it is left out behind a response that has drawn an end
-        of its own, whichever, and stands behind one that a stop string has ended. Then come the
-        messages, as the template writes them behind a turn of the assistant's, and the header that
-        opens the next one. Nothing of what stands before is rendered or tokenised again.
+        The first id ends the policy's turn. Leave it out if the response ends with an
+        end-of-sequence id of its own; keep it if a stop string ended the response. Then come the
+        messages, as the template writes them after a turn of the assistant, and the header that
+        opens the next turn. Nothing before them is rendered or tokenised again.
 
         Args:
-            messages: what the world answers, in the roles `tool` (with a `name`) or `user`; what
-                they say gives ordinary tokens.
+            messages: the environment's answers, in the roles `tool` (with a `name`) or `user`;
+                their text gives ordinary tokens.
             tools: functions that the policy may call.
 
         Raises:
-            ValueError: if the template cannot be continued with such messages, and why.
+            ValueError: if the template cannot be continued with such messages; it says why.
         """
         shape = tuple((message["role"], message.get("name", "")) for message in messages)
         form, cut, end = self._joint(shape, tools)
-        # What stands before the cut, tools too, stays as it was when the cut was found.
+        # The text before the cut, tools included, must be as it was when the cut was found.
         said, _ = self._each_broken(_answers(messages, form), ())
         text: str = self._filled(
             self.tokenizer, [[*form, *said], list(tools)], opened=True, tokenize=False
         )
         token = self.tokenizer.convert_ids_to_tokens(end)
-        # From the end on, which is a token of its own: what stands before it changes no id.
+        # The end is a token of its own, so text before it changes no id after it.
         behind = token + text[cut:]
         if _BREAK in behind:
             ids = list(self._unbroken(self._breaking.encode(behind, add_special_tokens=False)))
@@ -163,8 +163,8 @@ class Chat:
     def _joint(
         self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
     ) -> tuple[list[Any], int, int]:
-        """How to render messages of so many roles and names: the turns that stand before them, the
-        characters up to behind the end of the assistant's turn, and the id of that end.
+        """How to render messages with the roles and names of `shape`: (turns to put before them,
+        number of characters up to the end of the assistant's turn, id of that end).
         """
         known = self._joints
         offered = json.dumps(tools, sort_keys=True, default=str)
@@ -186,7 +186,7 @@ class Chat:
             except ValueError as error:
                 why = why or str(error)
             except (TemplateError, TypeError, LookupError, AttributeError) as error:
-                why = why or f"it refuses them ({str(error) or type(error).__name__})"
+                why = why or f"the template raises an error ({str(error) or type(error).__name__})"
         roles = " and ".join(sorted({role for role, _ in shape}))
         raise ValueError(
             f"the chat template of {self.tokenizer.name_or_path!r} cannot be continued with turns "
@@ -196,10 +196,10 @@ class Chat:
     def _end_of_turn(
         self, form: list[Any], shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
     ) -> tuple[int, int]:
-        """Where the end of the assistant's turn ends, and its id.
+        """(character after the end of the assistant's turn, id of that end).
 
         Raises:
-            ValueError: if the template does not add messages behind what stands there.
+            ValueError: if the template does more than append messages to the text before them.
         """
 
         def text(turns: list[Any], *, opened: bool) -> str:
@@ -215,7 +215,7 @@ class Chat:
 
         one, other = (text(answered(content), opened=True) for content in ("5", "7"))
         if one == other:
-            raise ValueError("it leaves out what they say")
+            raise ValueError("it leaves out their text")
         before = one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
         if not one.startswith(text(form[:1], opened=False)):
             raise ValueError("it changes what stands before when a turn is added")
@@ -223,7 +223,7 @@ class Chat:
         if not twice.startswith(text(answered("5"), opened=False)):
             raise ValueError("it changes what stands before when a turn is added")
         if shape[0][0] == "tool" and text(answered("5", "assistant"), opened=True) == one:
-            raise ValueError("it writes what a tool answers as words of the assistant")
+            raise ValueError("it writes the answer of a tool as text of the assistant")
         behind = before.rfind(_WORD) + len(_WORD)
         if behind < len(_WORD):
             raise ValueError("it leaves out the assistant's turn before them")
@@ -244,7 +244,7 @@ class Chat:
         return found + length, end
 
     def encode(self, text: str) -> list[int]:
-        """Ids of bare text: none of `control_ids`, and no special tokens added."""
+        """Ids of plain text, without `control_ids` and without added special tokens."""
         broken = self._broken(text)
         if broken == text:
             return self.tokenizer.encode(text, add_special_tokens=False)
@@ -253,7 +253,7 @@ class Chat:
     def _filled(
         self, tokenizer: PreTrainedTokenizerBase, said: list[Any], *, opened: bool, tokenize: bool
     ) -> Any:
-        """The template filled with messages and tools: text, or ids."""
+        """Render the template with `said` = [messages, tools], as text or ids."""
         messages, tools = said
         return tokenizer.apply_chat_template(
             messages,
@@ -266,7 +266,7 @@ class Chat:
 
     @cached_property
     def _filling(self) -> dict[str, Any]:
-        """`template_kwargs` with the function that tells templates the date, if it is fixed."""
+        """`template_kwargs`, with a date for `strftime_now` turned into a function."""
         if TODAY not in self.template_kwargs:
             return dict(self.template_kwargs)
         given = str(self.template_kwargs[TODAY])
@@ -280,7 +280,7 @@ class Chat:
         return {**self.template_kwargs, TODAY: today.strftime}
 
     def writes_date(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
-        """Whether the template writes today's date, so that tomorrow's prompt is another one."""
+        """True if the template writes today's date, so that a prompt changes from day to day."""
         days = ("2001-02-03", "2014-12-25T12:13:14")
         if TODAY in self.template_kwargs:
             return False
@@ -291,14 +291,13 @@ class Chat:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """Tokens that no text becomes.
+        """Ids that the text of a message never becomes.
 
-        They are what the tokenizer calls special (beginnings, ends, padding, turns, images), what
-        ends a response, and, where the tokenizer calls them merely added, what the template writes
-        around the turns of a conversation (DeepSeek's <｜User｜>) and what is named after images,
-        video or audio. Other added tokens are words of the model, which a text may use: <think> and
-        <tool_call> where they are not special. An added token for which the embedding has no row is
-        none of them.
+        These are the tokenizer's special tokens (beginnings, ends, padding, turns, images), ids
+        that end a response, and added tokens without a row in the embedding. Added tokens that are
+        not special belong to them if the template writes them around turns (DeepSeek's <｜User｜>),
+        or if their name says image, video or audio. A text may use the other added tokens, such as
+        <think> and <tool_call> where they are not special.
         """
         own = self.tokenizer
         added = own.added_tokens_decoder.items()
@@ -310,7 +309,7 @@ class Chat:
         return frozenset({*special, *own.all_special_ids, *self.eos_ids, *self._turn_ids()})
 
     def _turn_ids(self) -> set[int]:
-        """Added tokens that the template writes around turns; none where it refuses such turns."""
+        """Added tokens that the template writes around turns; {} if it refuses such turns."""
 
         def turn(role: str, **more: Any) -> dict[str, Any]:
             return {"role": role, "content": "scsdpo", **more}
@@ -325,12 +324,12 @@ class Chat:
         for arguments in ({"scsdpo": "scsdpo"}, '{"scsdpo": "scsdpo"}'):
             call = [turn("user"), called(arguments)]
             result = turn("tool", name="scsdpo", tool_call_id="scsdpo000")
-            # Of a call the template writes words of the model; around its result, a turn.
+            # Tags around a call are text of the model; only those around its result open a turn.
             ids |= self._tags_around([*call, result]) - self._tags_around(call)
         return ids
 
     def _tags_around(self, messages: list[dict[str, Any]]) -> set[int]:
-        """Added tokens in a rendered conversation that are tags, those of thinking left out."""
+        """Added tokens in a rendered conversation that are tags, except tags of thinking."""
         try:
             text = self._filled(self.tokenizer, [messages, []], opened=False, tokenize=False)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
@@ -344,14 +343,14 @@ class Chat:
         }
 
     def _each_broken(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Any]:
-        """Messages and tools with a break within each spelling of a control token in them."""
+        """[messages, tools], with a break in each spelling of a control token."""
         for message in messages:
             if not _ROLE.fullmatch(message["role"]):
                 raise ValueError(f"the role of a chat turn must be a word, got {message['role']!r}")
         return [_each_text(said, self._broken) for said in (messages, tools)]
 
     def _broken(self, text: str) -> str:
-        """`text` with a break within each spelling of a control token."""
+        """`text` with a break in each spelling of a control token."""
         cuts = [
             start + 1 + len(said) - len(said.lstrip())
             for start, end in self._spelled(text)
@@ -359,11 +358,11 @@ class Chat:
         ]
         if not cuts:
             return text
-        # Behind a break another spelling may begin.
+        # After a break another spelling may begin.
         return _BREAK.join(self._broken(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
 
     def _spelled(self, text: str) -> Iterable[tuple[int, int]]:
-        """Beginning and end of what the tokenizer would make a control token of."""
+        """(start, end) of each part that the tokenizer would turn into a control token."""
         own = self.tokenizer
         if not own.is_fast:
             spellings = sorted((own.convert_ids_to_tokens(i) for i in self.control_ids), key=len)
@@ -378,7 +377,7 @@ class Chat:
             (start, end)
             for token, (start, end) in zip(ids, read["offset_mapping"], strict=True)
             if token in self.control_ids
-            # A character that the vocabulary lacks is unknown without spelling that.
+            # A character that is not in the vocabulary becomes <unk> without spelling it.
             and (token != unknown or text[start:end].strip() == own.unk_token)
         )
 
@@ -394,23 +393,25 @@ class Chat:
         return tuple(i for i in ids if i != mark)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """Text of a response without beginnings, ends and padding; ids beyond the tokenizer give
-        nothing. Other special tokens stay, such as <think> and <tool_call>: they say something.
+        """Text of a response, without tokens for beginnings, ends and padding.
+
+        Ids beyond the tokenizer's vocabulary give no text. Other special tokens stay, such as
+        <think> and <tool_call>, because they have a meaning.
         """
         said = [i for i in map(int, ids) if i < len(self.tokenizer) and i not in self._silent]
         return self.tokenizer.decode(said, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """A piece of text for each id; together they are all of it, special tokens included.
+        """A piece of text for each id, special tokens included; joined they are the whole text.
 
-        Where several tokens make one character the last of them has it, and the others ''.
+        If several tokens make one character, the last of them gets it and the others get ''.
         """
         pieces: list[str] = []
-        start = said = 0  # of what is read; the first id without a piece
+        start = said = 0  # first id that is decoded; first id that has no piece yet
         for end in range(1, len(ids) + 1):
             text = self._whole(ids[start:end])
             if text.endswith("\ufffd") and end < len(ids):
-                continue  # perhaps the beginning of a character
+                continue  # perhaps the first bytes of a character
             given = len(self._whole(ids[start:said]))
             for last in range(said + 1, end):
                 until = zip(self._whole(ids[start:last]), text, strict=False)
@@ -418,7 +419,7 @@ class Chat:
                 pieces.append(text[given:known])
                 given = max(given, known)
             pieces.append(text[given:])
-            # From a token before, for some tokenizers drop a leading space.
+            # Decode from one token earlier: some tokenizers drop a leading space.
             start, said = said, end
         return pieces
 
@@ -430,8 +431,10 @@ class Chat:
 
 
 def _forms(shape: tuple[tuple[str, str], ...]) -> Iterable[list[Any]]:
-    """Turns that may stand before messages of such roles: tools answer calls, and some templates
-    want them as mappings, some as JSON, some one by one, and some write none.
+    """Turns to try before messages of `shape`: a turn of the user, then one of the assistant.
+
+    An answer of a tool needs a call. Templates differ: some take a call's arguments as a mapping,
+    some as JSON; some take only one call; some write no calls.
     """
     user = {"role": "user", "content": _WORD}
     names = [name or _WORD for role, name in shape if role == "tool"]
@@ -450,7 +453,7 @@ def _forms(shape: tuple[tuple[str, str], ...]) -> Iterable[list[Any]]:
 
 
 def _answers(messages: Sequence[Message], form: list[Any]) -> list[Message]:
-    """Messages with the ids of the calls that they answer."""
+    """`messages`, each answer of a tool with the id of the call in `form` that it answers."""
     ids = [call["id"] for call in form[-1].get("tool_calls", [])]
     tools = (number for number in itertools.count())
     return [
@@ -462,7 +465,7 @@ def _answers(messages: Sequence[Message], form: list[Any]) -> list[Message]:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """`value`, made of lists, mappings and texts, with each text in it changed."""
+    """`value` (nested lists, mappings and strings) with `change` applied to each string."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A causal language model below its head, and what it does to the logits behind it."""
+"""The decoder of a causal language model, and the constant by which the model scales its logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """What makes hidden states of ids.
+    """The module that turns token ids into final hidden states, without the head.
 
-    `get_decoder` goes by usual names, and gives the head or the model itself where a class has
-    others.
+    transformers' `get_decoder` looks for the usual attribute names. It returns the head or the
+    model itself for a class with other names; then the first child that is a model is taken.
     """
     found = model.get_decoder()
     if isinstance(found, PreTrainedModel) and found is not model:
         return found
-    # As Llama4 (the model itself) and ModernBERT's decoder (the head, called so).
+    # `get_decoder` returns Llama4 itself, and for ModernBERT the head, which is named `decoder`.
     return next(part for part in model.children() if isinstance(part, PreTrainedModel))
 
 
@@ -39,23 +39,24 @@ _SCALES: dict[str, Callable[[PreTrainedConfig], float]] = {
     "FalconH1ForCausalLM": lambda config: config.lm_head_multiplier,
     "HyperCLOVAXForCausalLM": lambda config: config.logits_scaling,
 }
-"""By class: the same setting multiplies in one and divides in another."""
+"""Class name -> its logit scale. A setting that multiplies in one class divides in another."""
 
 
 def is_scale_known(model: PreTrainedModel) -> bool:
-    """Whether the class's logits are its head's times a constant that `logit_scale` knows."""
+    """True if the class multiplies its head's output by a constant that `logit_scale` knows."""
     return _scale_of(model) is not None
 
 
 def logit_scale(model: PreTrainedModel) -> float:
-    """What the class multiplies its logits by behind the head, so that hidden states may be
-    multiplied before it: c (W h) = W (c h). 1 for most.
+    """The constant c by which the class multiplies the output of its head; 1 for most classes.
+
+    Hidden states can be multiplied in its place: c (W h) = W (c h).
     """
     scale = _scale_of(model)
     return 1.0 if scale is None else float(scale(model.config.get_text_config()) or 1.0)
 
 
 def _scale_of(model: PreTrainedModel) -> Callable[[PreTrainedConfig], float] | None:
-    # Shards give a model a class of their own, below its own.
+    # FSDP2 replaces a model's class by a subclass of it.
     names = (kind.__name__ for kind in type(model).__mro__)
     return next((_SCALES[name] for name in names if name in _SCALES), None)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: where tokens are sent, and a loss that spreads them."""
+"""Mixtures of experts: the routers' logits, and the load-balancing loss."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from scsdpo.private.transformers import recorders
 
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
-    """What chooses the experts, a module a layer, in order; none: the model has no experts."""
+    """The routers, one module for each layer with experts, in order; [] without experts."""
     for part in model.modules():
         recorder = recorders(part)
         if isinstance(part, PreTrainedModel) and "router_logits" in recorder:
@@ -23,8 +23,8 @@ def routers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def recorded(chosen: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Logits [tokens, E] of each of the routers `chosen`, in the order in which they run."""
+def recorded_logits(chosen: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Record the logits [tokens, E] of the routers `chosen`, in the order in which they run."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, given: Any, made: Any) -> None:
@@ -39,13 +39,13 @@ def recorded(chosen: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def final_states(model: PreTrainedModel, chosen: Sequence[nn.Module], **inputs: Any) -> Tensor:
-    """Final hidden states of the decoder, of which the head alone makes logits; behind each, the
-    logits of the routers `chosen`.
+    """Final hidden states of the decoder, ready for the head, each with its routers' logits.
 
     Shapes:
-        [B, s, D + layers E], so that whatever picks states picks their logits too.
+        [B, s, D + layers E]. The logits of the routers `chosen` stand behind the hidden state of
+        their token, so that an index of states selects both.
     """
-    with recorded(chosen) as seen:
+    with recorded_logits(chosen) as seen:
         hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
     if (scale := logit_scale(model)) != 1:
         hidden = hidden * scale
@@ -55,7 +55,7 @@ def final_states(model: PreTrainedModel, chosen: Sequence[nn.Module], **inputs: 
     return torch.cat([hidden, *logits], dim=-1)
 
 
-def split(states: Tensor, layers: int, hidden: int) -> tuple[Tensor, Tensor]:
+def split_states(states: Tensor, layers: int, hidden: int) -> tuple[Tensor, Tensor]:
     """[n, D + layers E] -> hidden states [n, D] and routers' logits [n, layers, E]."""
     if not layers:
         return states, states.new_zeros((len(states), 0, 0))
@@ -64,23 +64,23 @@ def split(states: Tensor, layers: int, hidden: int) -> tuple[Tensor, Tensor]:
 
 
 def per_token(model: PreTrainedModel) -> int:
-    """k, the experts that a token is sent to in a layer."""
+    """k, the number of experts that a token is sent to in a layer."""
     return int(model.config.get_text_config().num_experts_per_tok)
 
 
 def balance_loss(logits: Tensor, lengths: Sequence[int], k: int) -> Tensor:
-    """Load balance of each response, summed: L_r = mean over layers of sum_e f_e P_e.
+    """Load-balancing loss of each response, summed: L_r = mean over layers of sum_e f_e P_e.
 
     f_e = E / (k T) sum_t 1[e is among the k of token t], without a gradient, and P_e = 1 / T sum_t
-    softmax(logits_t)_e, over the T sampled tokens of one response, each at the place that predicts
-    it. 1 if every expert gets as much as any other; E / k if all tokens go to the same k. It is a
-    mean over a response's own tokens: neither micro-batches nor padding, packing or other rows
-    enter it.
+    softmax(logits_t)_e. Sums run over the T sampled tokens of one response, each at the place that
+    predicts it. L_r is 1 if all experts get equally many tokens, and E / k if all tokens go to the
+    same k. It is a mean over the tokens of one response, so it depends neither on micro-batches,
+    padding and packing nor on other rows.
 
     Args:
-        logits: of the routers, at the tokens of whole responses.
+        logits: the routers' logits at the tokens of whole responses.
         lengths: T of each response, in order.
-        k: experts a token.
+        k: experts for each token.
 
     Shapes:
         logits [n, layers, E], lengths of sum n -> scalar.
@@ -104,11 +104,11 @@ def balance_loss(logits: Tensor, lengths: Sequence[int], k: int) -> Tensor:
 
 
 def differ(logits: Tensor, chosen: Tensor) -> Tensor:
-    """[n]: whether a token was sent to other experts by the sampler, in any layer.
+    """[n] bool: the sampler sent the token to other experts than the trainer, in some layer.
 
     Args:
         logits: [n, layers, E] of the trainer's routers.
-        chosen: [n, layers, k] of the sampler; the order within k does not matter.
+        chosen: [n, layers, k] experts that the sampler chose; the order within k does not matter.
     """
     own = logits.topk(chosen.shape[-1]).indices.sort().values
     return (own != chosen.long().sort().values).flatten(1).any(-1)

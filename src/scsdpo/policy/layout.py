@@ -1,7 +1,7 @@
 """One forward of the decoder over segments of tokens laid end to end, without padding.
 
-A token sees its own segment up to itself, and whole the segments above, which run along with it or
-ran before.
+A token attends to the tokens before it in its own segment, and to all tokens of the segments above.
+These run in the same forward, or ran in an earlier one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,52 +13,55 @@ import torch
 from torch import Tensor, nn
 
 from scsdpo.policy.layout_contract import AttentionLayout
-from scsdpo.policy.segment_attention import Above, Memory, Own, SegmentAttention
+from scsdpo.policy.segment_attention import Above, Own, PastKeyValues, SegmentAttention
 from scsdpo.policy.segment_states import DeltaInputs, SegmentStates, Span
 from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import Segment
 
 
 class Kept(NamedTuple):
-    """What a forward leaves to later ones, with its graph."""
+    """Keys, values and states that a forward leaves for later forwards; they carry its graph."""
 
     attention: dict[int, tuple[Tensor, Tensor]]
-    """By layer, keys and values [N, K, d] of N tokens."""
+    """Layer -> keys and values [N, K, d] of N tokens."""
     states: dict[int, tuple[Tensor, ...]]
-    """By layer, what S segments end with: inputs of the convolution [S, k - 1, C], and for linear
-    attention the matrix [S, H, d, e], in float32 at least. A segment so takes
+    """Layer -> the state after each of S segments: the last inputs of its convolution
+    [S, k - 1, C], and for linear attention its matrix [S, H, d, e], in float32 at least. The states
+    of a segment take
 
         layers * (k - 1) * C * bytes of an element  +  layers * H * d * e * 4
 
     bytes, however long it is."""
 
 
-class Place(NamedTuple):
-    """Where what a segment left is that ran before."""
+class PastSegment(NamedTuple):
+    """Where to find the keys, values and states of a segment that ran in an earlier forward."""
 
-    memory: Memory
-    """Keys and values."""
+    keys: PastKeyValues
+    """Keys and values of all tokens of that forward."""
     tokens: slice
+    """Rows of `keys` that belong to the segment."""
     states: Mapping[int, tuple[Tensor, ...]]
-    """By layer, as `Kept.states`: leaves, in which gradients add up in float32 at least."""
+    """Layer -> the states as in `Kept.states`. They are leaves, in which gradients are summed in
+    float32 at least."""
     number: int
-    """Of the segment among those S."""
+    """Row of `states` that belongs to the segment."""
 
 
 class PackedSegments(AttentionLayout):
-    """N tokens of segments, and who of them attends to whom.
+    """The layout of N tokens of segments: each token's place, and which tokens it attends to.
 
     Args:
-        segments: each after those above it, subtrees in one go; together not empty.
+        segments: depth first, each after those above it; together not empty.
         before: the segments above that ran in an earlier forward.
-        device: of the model.
-        keep: whether keys, values and states are wanted afterwards (`kept`).
+        device: the model's.
+        keep: keep keys, values and states for later forwards (`kept`).
     """
 
     def __init__(
         self,
         segments: Sequence[Segment],
-        before: dict[Segment, Place],
+        before: dict[Segment, PastSegment],
         device: torch.device,
         *,
         keep: bool,
@@ -69,7 +72,7 @@ class PackedSegments(AttentionLayout):
         own = {s: Own(tokens=self.span(s), position=s.position) for s in segments}
         positions = [torch.arange(len(s.ids)) + each.position for s, each in own.items()]
         self.ids, self.positions = upload([ids, torch.cat(positions)], device)
-        """[N] int64 tokens, and each one's place in its own prompt and response."""
+        """[N] int64: token ids, and the position of each token in its own row."""
         self._attention = SegmentAttention(
             list(own.values()), list(self._levels(own, before)), device
         )
@@ -90,9 +93,9 @@ class PackedSegments(AttentionLayout):
         if torch.is_autocast_enabled(kind):
             narrow = torch.get_autocast_dtype(kind)
             query, key, value = (x.to(narrow) for x in (query, key, value))
-        # Not `x[0]`, whose backward fills a table with zeros.
+        # `x[0]` would fill a table with zeros in its backward.
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        # Kernels take values as wide as keys; of narrower ones the rest is zero.
+        # Kernels need values as wide as keys: narrower ones are padded with zeros.
         width = value.shape[-1]
         if width < key.shape[-1]:
             value = nn.functional.pad(value, (0, key.shape[-1] - width))
@@ -116,22 +119,22 @@ class PackedSegments(AttentionLayout):
         return mixed[None]
 
     def kept(self) -> Kept:
-        """What the forward leaves; given away once.
+        """Return what the forward kept, once, and forget it.
 
-        A layer that is recomputed in the backward must not leave it here again: the layout is part
-        of the graph, and would hold itself alive.
+        The layout is part of the graph. If it held what a layer recomputes in the backward, it
+        would keep itself alive.
         """
         kept, self._kept = self._kept, None
         assert kept is not None
         return kept
 
     def span(self, segment: Segment) -> slice:
-        """The places of its tokens."""
+        """The places of the segment's tokens."""
         return slice(self.starts[segment], self.starts[segment] + len(segment.ids))
 
     @cached_property
     def _spans(self) -> SegmentStates:
-        """The segments, as layers that hand on a state see them."""
+        """The segments for layers that carry a state from token to token."""
         numbers = {segment: n for n, segment in enumerate(self.starts)}
         earlier = {above: n for n, above in enumerate(self._right_above)}
         spans = []
@@ -143,15 +146,16 @@ class PackedSegments(AttentionLayout):
 
     @cached_property
     def _right_above(self) -> list[Segment]:
-        """The E segments right above some of these that ran before, in the order in which they ran:
-        those of one forward follow one another.
+        """The E parents of these segments that ran earlier, in the order in which they ran.
+
+        Parents that ran in one forward follow one another.
         """
         above = {segment.path[-1] for segment in self.starts if segment.path}
         return [segment for segment in self._before if segment in above - self.starts.keys()]
 
     @cached_property
     def _numbers(self) -> list[tuple[Mapping[int, tuple[Tensor, ...]], Tensor]]:
-        """By forward that ran before, what it left and which of its segments are among those E."""
+        """For each earlier forward, its states and the rows of them that belong to those E."""
         places = [self._before[segment] for segment in self._right_above]
         by_forward = [list(of) for _, of in groupby(places, lambda place: id(place.states))]
         numbers = [torch.tensor([place.number for place in of]) for of in by_forward]
@@ -159,31 +163,25 @@ class PackedSegments(AttentionLayout):
         return [(of[0].states, index) for of, index in zip(by_forward, sent, strict=True)]
 
     def _starts_of(self, layer: int, which: int) -> Tensor | None:
-        """[E, ...]: what those segments ended with, in a layer; None if there are none."""
+        """[E, ...]: states of a layer after those E segments; None if E = 0."""
         parts = [of[layer][which].index_select(0, index) for of, index in self._numbers]
         return torch.cat(parts) if parts else None
 
     def _levels(
-        self, own: dict[Segment, Own], before: dict[Segment, Place]
+        self, own: dict[Segment, Own], before: dict[Segment, PastSegment]
     ) -> Iterator[list[Above]]:
-        """By depth, the segments above some of this forward."""
-        families = _families(list(own))
-        for _, level in groupby(sorted(families, key=lambda s: len(s.path)), lambda s: len(s.path)):
+        """For each depth, the segments there that are above some segment of this forward."""
+        below: dict[Segment, list[Own]] = {}  # these follow one another
+        for segment, each in own.items():
+            for above in segment.path:
+                below.setdefault(above, []).append(each)
+        for _, level in groupby(sorted(below, key=lambda s: len(s.path)), lambda s: len(s.path)):
             yield [
                 Above(
-                    below=tuple(own[segment] for segment in families[above]),
-                    memory=None if above in own else before[above].memory,
+                    below=tuple(below[above]),
+                    past=None if above in own else before[above].keys,
                     keys=self.span(above) if above in own else before[above].tokens,
                     position=above.position,
                 )
                 for above in level
             ]
-
-
-def _families(segments: Sequence[Segment]) -> dict[Segment, list[Segment]]:
-    """For each segment above some of `segments`, these; they follow one another."""
-    families: dict[Segment, list[Segment]] = {}
-    for segment in segments:
-        for above in segment.path:
-            families.setdefault(above, []).append(segment)
-    return families

@@ -1,4 +1,4 @@
-"""The contract of a layout: how the layers of a decoder mix the tokens of one forward."""
+"""The abstract class of layouts: how the layers of a decoder mix the tokens of one forward."""
 
 from abc import ABC, abstractmethod
 
@@ -8,7 +8,7 @@ from scsdpo.policy.segment_states import DeltaInputs
 
 
 class AttentionLayout(ABC):
-    """Who attends to whom in one forward of the decoder, and who goes on from whose state."""
+    """Which tokens attend to which in one forward of the decoder, and which state each goes on."""
 
     @abstractmethod
     def attend(
@@ -21,16 +21,16 @@ class AttentionLayout(ABC):
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attention of one layer; `query` comes scaled.
+        """Softmax attention of one layer.
 
         Args:
-            layer: its index.
-            query: [B, H, s, d].
+            layer: index of the layer.
+            query: [B, H, s, d], scaled.
             key: [B, K, s, d], K a divisor of H.
             value: [B, K, s, e].
-            window: a token sees so many positions, itself included; None: all before it.
-            sinks: [H] scores of a key that every token sees beside the others, and whose value is
-                zero; None: there is none.
+            window: number of positions that a token attends to, itself included; None: all before.
+            sinks: [H] scores of one more key, to which every token attends and whose value is
+                zero; None: the layer has no sinks.
 
         Returns:
             [B, s, H, e].
@@ -41,7 +41,7 @@ class AttentionLayout(ABC):
         """Causal convolution of one layer: y_t = bias + sum_j weight_j x_(t - k + 1 + j).
 
         Args:
-            layer: its index.
+            layer: index of the layer.
             inputs: [B, s, C].
             weight: [C, k].
             bias: [C].
@@ -52,10 +52,10 @@ class AttentionLayout(ABC):
 
     @abstractmethod
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
-        """Gated delta rule of one layer (`SegmentStates.delta_rule`), after its `convolve`.
+        """Gated delta rule of one layer (`SegmentStates.delta_rule`); call `convolve` first.
 
         Args:
-            layer: its index.
+            layer: index of the layer.
             inputs: [B, s, ...].
 
         Returns:

@@ -1,4 +1,4 @@
-"""A causal language model with the weights of its checkpoint."""
+"""Loading a causal language model with the weights of its checkpoint."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy.attention import use_layouts
 from scsdpo.policy.decoder import is_scale_known
-from scsdpo.policy.quantization import IN_SHARDS, Quantization, Unquantized, settle
+from scsdpo.policy.quantization import IN_SHARDS, Quantization, Unquantized, prepare_quantized
 from scsdpo.policy.row_path import KnownPath, RowPath
 
 _CAPPED = ("final_logit_softcapping",)
@@ -23,19 +23,19 @@ def load_model(
     quantization: Quantization,
     on_meta: bool,
 ) -> PreTrainedModel:
-    """In eval mode; where prompts are shared it accepts layouts.
+    """Load a model in eval mode. If its rows share prompts, it accepts layouts.
 
     Args:
         path: local folder or hub name.
-        dtype: of the weights.
-        known: how its rows run.
+        dtype: dtype of the weights.
+        known: how the model's rows run.
         quantization: how its matrices are kept (`quantization_of`).
-        on_meta: without values.
+        on_meta: build it on `meta`, without values.
 
     Raises:
-        ConfigurationError: if weights in 4 bits are to lie in shards, or cannot be in 4 bits.
+        ConfigurationError: if weights in 4 bits would be sharded, or cannot be in 4 bits.
         ValueError: if the checkpoint lacks some of the model's weights, which would stay random;
-            if the architecture rescales its logits behind the head.
+            if the architecture changes its logits after the head by more than a known constant.
     """
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": known.implementation}
     config = AutoConfig.from_pretrained(path)
@@ -48,7 +48,7 @@ def load_model(
             model = AutoModelForCausalLM.from_config(config, **settings).eval()
     else:
         settings |= quantization.loading(dtype)
-        if hasattr(config, "quantization_config"):  # the checkpoint says itself what it holds
+        if hasattr(config, "quantization_config"):  # the checkpoint's own setting counts
             settings.pop("quantization_config")
         model, found = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, **settings
@@ -56,12 +56,12 @@ def load_model(
         if names := sorted(found["missing_keys"]):
             raise ValueError(
                 f"{path} lacks {names[0]}"
-                f"{f' and {len(names) - 1} weights more' if names[1:] else ''}, which transformers "
-                "would draw at random: take a checkpoint of the architecture that its config.json "
-                "names"
+                f"{f' and {len(names) - 1} more weights' if names[1:] else ''}, which transformers "
+                "would initialise at random: use a checkpoint of the architecture that its "
+                "config.json names"
             )
     if not plain:
-        settle(model, dtype)
+        prepare_quantized(model, dtype)
     _refuse_rescaled_logits(model)
     if known.path is RowPath.SHARED:
         use_layouts(model)
@@ -73,7 +73,7 @@ def _refuse_rescaled_logits(model: PreTrainedModel) -> None:
     for name in _CAPPED if is_scale_known(model) else (*_CAPPED, *_SCALED):
         if settings.get(name) not in (None, 1, 1.0):
             raise ValueError(
-                f"{type(model).__name__} changes its logits behind the head "
-                f"({name}={settings[name]}), which the credit loss does not model; "
+                f"{type(model).__name__} changes its logits after the head "
+                f"({name}={settings[name]}), which the loss does not support: "
                 "choose an architecture without it (Qwen3, OLMo-3, Llama, Mistral, ...)"
             )

@@ -1,4 +1,4 @@
-"""Where a policy is loaded from, and what a folder that holds none lacks."""
+"""Where a policy is loaded from, and checks of its folder."""
 
 import json
 from collections.abc import Iterable
@@ -15,30 +15,30 @@ from huggingface_hub.errors import (
 )
 
 TINY, TINY_TOOLS = "tiny", "tiny-tools"
-"""Names of the policies that ship with the package: for questions of one turn, and for tools."""
+"""Names of the policies that ship with the package: for single-turn questions, and for tools."""
 TINY_FOLDER = Path(__file__).parent / TINY
 """Folder of `tiny`: weights, tokenizer, and the record of how `benchmarks/pretrain.py` made it."""
 TINY_TOOLS_FOLDER = Path(__file__).parent / TINY_TOOLS
 """Folder of `tiny-tools`, which `benchmarks/pretrain_store.py` made."""
 SHIPPED = {TINY: TINY_FOLDER, TINY_TOOLS: TINY_TOOLS_FOLDER}
 SECONDS = 5.0
-"""For the hub to answer, before a copy on this machine is looked for."""
+"""Seconds to wait for the hub before the cache is used."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _POINTER = b"version https://git-lfs"
 
 
 def located(name_or_path: str) -> str:
-    """A folder that was looked through, or a hub name that the hub answers to.
+    """The checked folder of a model, or its hub name.
 
-    Where the hub cannot be reached, or HF_HUB_OFFLINE says not to ask it, the folder of its copy on
-    this machine.
+    If the hub cannot be reached, or HF_HUB_OFFLINE is set, it is the folder of the copy in the
+    cache.
 
     Args:
-        name_or_path: of `model.policy`, or of another model; `tiny` and `tiny-tools` ship.
+        name_or_path: local folder, hub name, or a name in `SHIPPED`.
 
     Raises:
-        ValueError: in one line, with what is missing or what to do.
+        ValueError: if there is no usable model; one line says what is missing or what to do.
     """
     if name_or_path in SHIPPED:
         return str(SHIPPED[name_or_path])
@@ -55,23 +55,23 @@ def located(name_or_path: str) -> str:
         folder = snapshot_download(name_or_path, local_files_only=True)
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"there is no such folder, {why}, and no copy of it is in {constants.HF_HUB_CACHE}: "
-            "name a folder, or load it once where there is a network"
+            f"there is no such folder, {why}, and {constants.HF_HUB_CACHE} has no copy of it: "
+            "name a folder, or download it once while there is a network"
         ) from error
     check_folder(Path(folder))
     return folder
 
 
 def _unreachable(name: str) -> str:
-    """Ask the hub for config.json, once; why it cannot be asked, or '' if it has the file.
+    """Ask the hub once for config.json. Return '' if it has the file, else why it did not answer.
 
     Raises:
-        ValueError: if the hub answers, and has no such model for this user.
+        ValueError: if the hub answers that it has no such model for this user.
     """
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=SECONDS)
     except HFValidationError as error:
-        raise ValueError("is neither a folder nor a name as the hub has them") from error
+        raise ValueError("is neither a folder nor a valid name of a hub repository") from error
     except GatedRepoError as error:
         raise ValueError(
             f"is gated: accept its terms on {constants.ENDPOINT}/{name}, and log in with "
@@ -79,26 +79,26 @@ def _unreachable(name: str) -> str:
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"there is no such folder, and {constants.ENDPOINT} has no such model, or only for "
-            "those who log in (`hf auth login`)"
+            f"there is no such folder, and {constants.ENDPOINT} has no such public model: check "
+            "the name, or log in (`hf auth login`) if it is private"
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(
             "has no config.json on the hub: adapters and GGUF files cannot be trained; name the "
-            "model that they are made of"
+            "model that they were made from"
         ) from error
     except HfHubHTTPError as error:
         return f"the hub answers with an error ({str(error).splitlines()[0]})"
-    except Exception as error:  # whatever a connection that fails may raise
+    except Exception as error:  # a failed connection may raise any error
         return f"the hub cannot be reached ({type(error).__name__})"
     return ""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no model, and say what it is or lacks.
+    """Check that a folder holds a model with its tokenizer and weights.
 
     Raises:
-        ValueError: in one line.
+        ValueError: if not; one line says what the folder is or lacks.
     """
     if folder.is_file():
         raise ValueError(_of_file(folder))
@@ -111,7 +111,7 @@ def check_folder(folder: Path) -> None:
     except ValueError as error:
         raise ValueError("its config.json is not JSON") from error
     if "model_type" not in settings:
-        raise ValueError("its config.json names no model_type: it is not a model's")
+        raise ValueError("its config.json has no model_type: it is not the config of a model")
     missing = []
     if not names.intersection(_TOKENIZERS):
         missing.append(f"a tokenizer ({_TOKENIZERS[0]})")
@@ -131,7 +131,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> set[str]:
-    """Files that an index says the weights are in."""
+    """Names of the weight files that the folder's indices list."""
     files: set[str] = set()
     for index in folder.glob("*.index.json"):
         files.update(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
@@ -147,15 +147,15 @@ def _of_file(path: Path) -> str:
 
 
 def _without_config(folder: Path, names: Iterable[str]) -> str:
-    """What the folder is instead of a model's."""
+    """Message for a folder without config.json: what the folder holds instead."""
     found = sorted(names)
     own = [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt"), *folder.glob("*/*/*.ckpt")]
     if "adapter_config.json" in found:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         model = base.get("base_model_name_or_path")
         return (
-            f"is an adapter without the weights of {model}: merge the two (peft's "
-            "merge_and_unload) and name the result, or name that model"
+            f"is an adapter without the weights of {model}: merge both (peft's merge_and_unload) "
+            "and name the result, or name that model"
         )
     if folder.suffix == ".ckpt" or ".metadata" in found:
         return _OWN.format(folder)
@@ -167,5 +167,8 @@ def _without_config(folder: Path, names: Iterable[str]) -> str:
     return f"the folder lacks config.json (it holds {shown or 'nothing'})"
 
 
-_GGUF = "GGUF files cannot be trained; name the folder of the model that they are made of"
-_OWN = "is a run's: write its policy with `scsdpo export --ckpt {} --out DIR`, and name DIR"
+_GGUF = "GGUF files cannot be trained: name the folder of the model that they were made from"
+_OWN = (
+    "is a training checkpoint: write its policy with `scsdpo export --ckpt {} --out DIR`, and name "
+    "DIR"
+)

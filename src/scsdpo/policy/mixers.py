@@ -1,9 +1,10 @@
 """Layers of transformers that mix tokens without attention, made to accept a layout.
 
-transformers gives them no interface as it gives attention, so the classes of these layers are
-subclassed in place: called with a `layout` they convolve and recur by that, with their own weights
-and adapters, and without one they do what they did. What such a layer makes between its projections
-is large and quickly made: the backward makes it again, and what is kept is what the first gave.
+transformers has an interface to replace attention, but none for these layers. So their classes are
+subclassed in place. Called with a `layout`, a layer convolves and recurs by that layout, with its
+own weights and adapters; without one it does what it did before. What a layer computes between its
+projections is large but cheap, so the backward recomputes it from the output of the first
+projection.
 
     Qwen3.5, Qwen3-Next   short convolution, then the gated delta rule
     LFM2                  a gated short convolution
@@ -58,7 +59,7 @@ class _GatedDeltaNet(nn.Module):
     def _mixed(
         self, layout: AttentionLayout, mixed: Tensor, gate: Tensor, rate: Tensor, decay: Tensor
     ) -> Tensor:
-        """The layer's output [B, s, D] from what `_projected` gives."""
+        """The layer's output [B, s, D], from the output of `_projected`."""
         mixed = _convolve(layout, self.layer_idx, mixed, self.conv1d)
         query, key, value = ACT2FN[self.activation](mixed).split(
             [self.key_dim, self.key_dim, self.value_dim], -1
@@ -74,14 +75,16 @@ class _GatedDeltaNet(nn.Module):
         return self.out_proj(mixed.view(*rows, -1))
 
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is convolved [B, s, C], gate [B, s, H e], rate and decay [B, s, H], raw."""
+        """Raw projections: (inputs of the convolution [B, s, C], gate [B, s, H e], rate [B, s, H],
+        decay [B, s, H]).
+        """
         parts = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
         qkv, gate, rate, decay = (part(hidden) for part in parts)
         return qkv, gate, rate, decay
 
 
 class _InterleavedGatedDeltaNet(_GatedDeltaNet):
-    """Qwen3-Next's, whose projections are laid out by key head."""
+    """Qwen3-Next's linear attention, whose projections are laid out by key head."""
 
     in_proj_qkvz: nn.Module
     in_proj_ba: nn.Module
@@ -113,8 +116,8 @@ class _ShortConv(nn.Module):
         return self.out_proj(after * mixed)
 
 
-class _HandsOn(nn.Module):
-    """LFM2's decoder layer, which hands its convolution no keyword but `seq_idx`."""
+class _PassesLayout(nn.Module):
+    """LFM2's decoder layer, which passes only the keyword `seq_idx` to its convolution."""
 
     def forward(
         self,
@@ -134,10 +137,10 @@ _MIXERS: dict[str, type[nn.Module]] = {
     "Qwen3NextGatedDeltaNet": _InterleavedGatedDeltaNet,
     "Lfm2ShortConv": _ShortConv,
     "Lfm2MoeShortConv": _ShortConv,
-    "Lfm2DecoderLayer": _HandsOn,
-    "Lfm2MoeDecoderLayer": _HandsOn,
+    "Lfm2DecoderLayer": _PassesLayout,
+    "Lfm2MoeDecoderLayer": _PassesLayout,
 }
-"""By the name of transformers' class, which may not be imported."""
+"""Name of transformers' class -> its mixin. Names, because the classes may not be imported yet."""
 
 HYBRIDS = frozenset(
     {
@@ -148,14 +151,11 @@ HYBRIDS = frozenset(
         "Lfm2MoeForCausalLM",
     }
 )
-"""Models whose layers are these and softmax attention."""
+"""Models whose layers are among `_MIXERS` or softmax attention."""
 
 
 def let_mixers_accept_layouts(model: PreTrainedModel) -> None:
-    """Subclass the layers of `model` that mix tokens without attention, as far as they are known.
-
-    A second call does nothing.
-    """
+    """Subclass the layers of `model` that `_MIXERS` knows. A second call does nothing."""
     for part in model.modules():
         if type(part).__name__ in _MIXERS:
             part.__class__ = _accepting(type(part))  # type: ignore[arg-type]  # of __hash__
@@ -166,22 +166,22 @@ def _accepting(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Segmented{kind.__name__}", (_MIXERS[kind.__name__], kind), {})
 
 
-@torch.compiler.disable  # as attention: each forward has a layout of its own
+@torch.compiler.disable  # a compiled layer would be compiled anew for each forward's layout
 def _computed_again(work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`work(*inputs)`, which runs again in the backward: only `inputs` are kept for it.
+    """`work(*inputs)`, of which only `inputs` are kept; the backward runs `work` again.
 
-    The second run stops where it has all that the backward needs: before the product of the last
-    projection, unless that has factors.
+    The second run stops once it has all that the backward needs: before the product of the last
+    projection, unless that has LoRA factors.
     """
-    if not torch.is_grad_enabled():  # as for every token that is drawn
+    if not torch.is_grad_enabled():  # sampling: `checkpoint` would only cost time
         return work(*inputs)
-    return checkpoint(work, *inputs, use_reentrant=False)  # factors may have dropout
+    return checkpoint(work, *inputs, use_reentrant=False)
 
 
 def _convolve(layout: AttentionLayout, layer: int, inputs: Tensor, conv: nn.Conv1d) -> Tensor:
-    if not isinstance(conv, nn.Conv1d):  # transformers too reads the weight, past any factors
+    if not isinstance(conv, nn.Conv1d):  # transformers reads the weight directly, without factors
         raise ConfigurationError(
-            "model.policy.adapter: factors on a convolution beside linear attention have no "
-            "effect: leave it out of target_modules"
+            "model.policy.adapter.target_modules: an adapter of the convolution in a layer of "
+            "linear attention has no effect: leave the convolution out"
         )
     return layout.convolve(layer, inputs, conv.weight[:, 0], conv.bias)

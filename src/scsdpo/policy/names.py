@@ -6,10 +6,10 @@ _FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
 
 
 def is_factor(name: str) -> bool:
-    """Whether the parameter of that name is an adapter's, and not the base's."""
+    """True if the parameter belongs to an adapter and not to the base model."""
     return bool(_FACTOR.search(name))
 
 
 def plain_name(name: str) -> str:
-    """Name of a base's parameter in the model without adapters."""
+    """Name that a parameter of the base has in the model without adapters."""
     return ".".join(part for part in name.split(".") if part != "base_layer")

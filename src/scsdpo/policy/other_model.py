@@ -1,4 +1,4 @@
-"""Another model beside the policy: one that reads and writes the same tokens."""
+"""Another model beside the policy, with the same tokens."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ class OtherModel:
 
     Args:
         name_or_path: hub name or local folder.
-        dtype: of its weights, kept and run. `auto`: bfloat16 on GPU, float32 on CPU.
-        on_host: whether its weights lie in memory of the host between forwards, pinned where there
-            is a GPU. They come to the device layer by layer, under shards unit by unit.
+        dtype: dtype in which its weights are kept and run. `auto`: bfloat16 on GPU, float32 on CPU.
+        on_host: keep its weights in memory of the host between forwards, pinned if there is a GPU.
+            They are copied to the device layer by layer (if sharded, FSDP unit by unit).
         attn_implementation: as in transformers; prefixes are shared with `sdpa`.
 
     Raises:
-        ValueError: if there is no such model, or what it lacks.
+        ValueError: if there is no such model, or it is incomplete.
     """
 
     name_or_path: str = field(compare=False)
@@ -39,7 +39,7 @@ class OtherModel:
     on_host: bool = False
     attn_implementation: str = "sdpa"
     path: str = field(init=False)
-    """The folder, without links, or the hub name."""
+    """The folder with symbolic links resolved, or the hub name."""
 
     def __post_init__(self) -> None:
         path = located(self.name_or_path)
@@ -47,7 +47,7 @@ class OtherModel:
         object.__setattr__(self, "path", str(folder.resolve()) if folder.exists() else path)
 
     def loaded_dtype(self, device_is_gpu: bool) -> torch.dtype:
-        """Dtype of its weights."""
+        """Dtype in which its weights are loaded."""
         if self.dtype == "auto":
             return torch.bfloat16 if device_is_gpu else torch.float32
         return getattr(torch, self.dtype)
@@ -56,29 +56,28 @@ class OtherModel:
         """How its rows run.
 
         Raises:
-            ValueError: if it is not causal.
+            ValueError: if the model is not causal.
         """
         return known_path(AutoConfig.from_pretrained(self.path), self.attn_implementation)
 
     def quantization(self) -> Quantization:
-        """How its matrices are kept.
+        """Format of its matrices.
 
         Raises:
-            ValueError: if they are quantised in a way that is not known, or are in 4 bits and are
-                to lie on the host, whence they would be cast.
+            ValueError: if the format is not supported; if it is 4 bits and `on_host` is true,
+                because a copy to the device would cast them.
         """
         found = quantization_of(AutoConfig.from_pretrained(self.path), Unquantized())
         if self.on_host and not isinstance(found, Unquantized):
             raise ValueError(
-                f"{self.path} is in 4 bits, and cannot lie on the host (on_host): set on_host to "
-                "false"
+                f"{self.path} is in 4 bits, which on_host does not support: set on_host to false"
             )
         return found
 
     def check_vocabulary(self, chat: Chat) -> None:
-        """Compare the tokens with the policy's, id by id, before any weight is loaded.
+        """Compare its tokens with the policy's, id by id, without loading weights.
 
-        Its embedding may have more rows than the policy's (padding for speed), which are left out.
+        Its embedding may have more rows than the policy's (padding); they are not used.
 
         Raises:
             ValueError: if an id stands for another token, or the embedding has fewer rows.
@@ -107,11 +106,11 @@ class OtherModel:
 
 
 class OtherWeights(Whole):
-    """Another model's, which nothing moves.
+    """The frozen weights of another model.
 
     Args:
         source: the model.
-        on_meta: without values, until shards were given memory.
+        on_meta: build it on `meta`, without values; `begin` loads its shards.
 
     Raises:
         ValueError: if they cannot be loaded.
@@ -127,7 +126,7 @@ class OtherWeights(Whole):
                 quantization=source.quantization(),
                 on_meta=on_meta,
             )
-        # As the policy's: Lightning warns of what is not; each forward sets it to eval mode.
+        # In train mode, because Lightning warns of modules in eval mode. Each forward sets eval.
         super().__init__(model.train(), Stored(on_host=source.on_host), saved=False)
         self.source, self._dtype, self._known = source, dtype, known
         if source.on_host and torch.cuda.is_available() and not on_meta:
@@ -151,7 +150,7 @@ class OtherWeights(Whole):
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, frozenset[str]]:
-    """What each id stands for, added tokens among them."""
+    """Id -> its tokens, added tokens included."""
     found: dict[int, frozenset[str]] = {}
     added = ((token.content, i) for i, token in tokenizer.added_tokens_decoder.items())
     for token, i in (*tokenizer.get_vocab().items(), *added):

@@ -1,4 +1,4 @@
-"""Softmax attention over several sets of keys, one after the other, without copying any of them.
+"""Softmax attention over several sets of keys, one after the other, without copies of them.
 
 The softmax over a union of key sets i is the mean of the softmaxes over each with the weights
 exp(lse_i - lse), lse = log sum_i exp(lse_i), where lse_i is the log-normaliser of set i. The
@@ -6,7 +6,7 @@ gradient through set i takes the same form as if it were alone, with the union's
 
     p = exp(q k - lse),  dv = p^T g,  ds = p (g v^T - <g, o>),  dq = ds k,  dk = ds^T q
 
-so that nothing but o and lse is kept for the backward.
+so that only o and lse are kept for the backward.
 
 Shapes: N queries and T keys, laid end to end in S runs each; H query heads, K key heads (a divisor
 of H), d head size. Within a rectangle: B pairs of runs of n queries and t keys.
@@ -29,23 +29,23 @@ from scsdpo.private.torch import (
 )
 
 TABLE_BYTES = 2**26
-"""Of the table of scores that `Blocks` makes at once."""
+"""Most bytes of a table of scores that `Blocks` makes at a time."""
 
 Three = tuple[Tensor, Tensor, Tensor]
-"""Of, or the gradients of, queries, keys and values."""
+"""Queries, keys and values, or their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runs:
-    """Who sees whom in one call: the i-th run of queries sees the i-th run of keys.
+    """Which keys each query sees in one call: the i-th run of queries sees the i-th run of keys.
 
-    In it a query at position p sees the keys at positions p - window + 1 to p.
+    Within a run a query at position p sees the keys at positions p - window + 1 to p.
     """
 
     queries: Sequence[int]
-    """[S + 1] where each run of queries starts, and where the last one ends."""
+    """[S + 1] where each run of queries starts, and where the last one ends. No run is empty."""
     keys: Sequence[int]
-    """[S + 1] the same of keys. No run is empty."""
+    """[S + 1] where each run of keys starts, and where the last one ends. No run is empty."""
     query_starts: Tensor
     """`queries` as int32 on the device."""
     key_starts: Tensor
@@ -55,24 +55,24 @@ class Runs:
     of: Tensor
     """[T] int64: positions of the keys."""
     causal: bool
-    """Queries and keys are the same tokens; otherwise every key is before every query of its run.
-    """
+    """True: queries and keys are the same tokens. False: every key is before every query of its
+    run."""
     window: int | None
-    """None: as far as the keys go."""
+    """Positions that a query sees, its own included; None: all up to its own."""
 
     @cached_property
     def most_queries(self) -> int:
-        """Of a run."""
+        """Length of the longest run of queries."""
         return max(stop - start for start, stop in pairwise(self.queries))
 
     @cached_property
     def most_keys(self) -> int:
-        """Of a run."""
+        """Length of the longest run of keys."""
         return max(stop - start for start, stop in pairwise(self.keys))
 
     @cached_property
     def rectangles(self) -> "list[_Rectangle]":
-        """Neighbours of equal sizes together."""
+        """Pairs of runs; neighbours of equal sizes are joined."""
         made: list[_Rectangle] = []
         pairs = zip(pairwise(self.queries), pairwise(self.keys), strict=True)
         for (q, q_end), (k, k_end) in pairs:
@@ -84,13 +84,13 @@ class Runs:
 
 
 class PartialAttention(ABC):
-    """Attention over one set of keys, with its log-normaliser; queries come scaled."""
+    """Attention over one set of keys, with its log-normaliser (lse); queries are already scaled."""
 
     @abstractmethod
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, runs: Runs
     ) -> tuple[Tensor, Tensor]:
-        """[N, H, d], [T, K, d] twice -> output [N, H, d] and lse [H, N], float32 at least.
+        """[N, H, d], [T, K, d], [T, K, d] -> output [N, H, d] and lse [H, N] in float32 or wider.
 
         A query that sees no key has lse -inf and output 0.
         """
@@ -103,7 +103,7 @@ class PartialAttention(ABC):
 
 
 def kernel(query: Tensor, runs: Runs) -> PartialAttention:
-    """The fastest kernel there is for `runs` of queries like `query`."""
+    """The fastest kernel that can run `runs` with queries like `query`."""
     if query.device.type == "cpu":
         return Fused() if runs.window is None else Blocks()
     if _flash_takes(query) and (runs.causal or runs.window is None):
@@ -112,21 +112,22 @@ def kernel(query: Tensor, runs: Runs) -> PartialAttention:
 
 
 def _flash_takes(query: Tensor) -> bool:
-    """Whether torch's FlashAttention-2 runs such queries, forward and backward."""
+    """True if torch's FlashAttention-2 runs such queries, forward and backward."""
     if not (query.is_cuda and torch.version.cuda and query.dtype in (torch.bfloat16, torch.half)):
         return False
     if not torch.backends.cuda.is_flash_attention_available():
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
-    # Of consumer GPUs the shared memory is too small for the backward of larger heads.
+    # On consumer GPUs shared memory is too small for the backward of larger heads.
     largest = 256 if minor == 0 and major < 12 else 192
     return major >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= largest
 
 
 class Flash(PartialAttention):
-    """torch's FlashAttention-2 over runs of any lengths: one launch a call.
+    """torch's FlashAttention-2 over runs of any lengths: one launch for each call.
 
-    Windows only within segments: it counts positions from the end of a run's keys.
+    It takes a window only for `causal` runs, because it counts positions from the end of a run's
+    keys.
 
     Source:
         Dao 2023, arXiv:2307.08691. The backward takes the union's output and lse, as in Ring
@@ -145,21 +146,21 @@ class Flash(PartialAttention):
     ) -> Three:
         out, lse = outputs
         sizes, window = self._settings(runs)
-        unused = lse.new_empty((2,), dtype=torch.uint64)  # where dropout's draws would start
+        unused = lse.new_empty((2,), dtype=torch.uint64)  # random state of dropout, which is 0
         return flash_backward(
             grad, *inputs, out, lse, *sizes, 0.0, runs.causal, unused, unused, **window
         )
 
     def _settings(self, runs: Runs) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, float]]:
-        # With at most one query a run it would swap heads and queries, and return the lse of
-        # grouped heads in another order.
+        # If no run has more than one query, the kernel swaps heads and queries, and returns the
+        # lse of grouped heads in another order.
         most = max(runs.most_queries, 2)
         window = {} if runs.window is None else {"window_size_left": runs.window - 1}
         return (runs.query_starts, runs.key_starts, most, runs.most_keys), {"scale": 1.0, **window}
 
 
 class _ByRectangle(PartialAttention):
-    """A batch of equal runs at a time."""
+    """Runs one batch of equally long runs after another."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, runs: Runs
@@ -190,7 +191,7 @@ class _ByRectangle(PartialAttention):
 
     @abstractmethod
     def rectangle(self, inputs: Three, part: "_Rectangle") -> tuple[Tensor, Tensor]:
-        """[B, H, n, d], [B, K, t, d] twice -> output [B, H, n, d] and lse [B, H, n]."""
+        """[B, H, n, d], [B, K, t, d], [B, K, t, d] -> output [B, H, n, d] and lse [B, H, n]."""
 
     @abstractmethod
     def rectangle_backward(
@@ -200,7 +201,7 @@ class _ByRectangle(PartialAttention):
 
 
 class Fused(_ByRectangle):
-    """torch's flash attention for CPU, which hands out its log-normaliser. No windows."""
+    """torch's flash attention for CPU, which returns its log-normaliser. It takes no window."""
 
     def rectangle(self, inputs: Three, part: "_Rectangle") -> tuple[Tensor, Tensor]:
         return cpu_flash_forward(*inputs, 0.0, part.runs.causal, scale=1.0)
@@ -212,7 +213,10 @@ class Fused(_ByRectangle):
 
 
 class Blocks(_ByRectangle):
-    """Plain products, a block of queries at a time, in float32 at least: any device, any window."""
+    """Plain matrix products, one block of queries at a time, in float32 or wider.
+
+    It works on any device and with any window.
+    """
 
     def rectangle(self, inputs: Three, part: "_Rectangle") -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(inputs[0].dtype, torch.float32)
@@ -220,7 +224,7 @@ class Blocks(_ByRectangle):
         outputs, normalizers = [], []
         for block in _blocks(queries, keys):
             scores = part.hide(_by_key_head(queries[:, :, block], keys.mT), block)
-            # A row of -inf must not become nan: its top is a finite number.
+            # The clamp keeps a row of -inf from becoming nan.
             top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
@@ -254,8 +258,9 @@ class _Rectangle:
 
     runs: Runs
     query: int
-    """Where its queries start."""
+    """Place of the first query."""
     key: int
+    """Place of the first key."""
     n: int
     t: int
     rows: int = 1
@@ -274,7 +279,7 @@ class _Rectangle:
         return table[:, self._queries].unflatten(1, (self.rows, self.n)).transpose(0, 1)
 
     def hide(self, scores: Tensor, block: slice) -> Tensor:
-        """[B, H, block, t]: -inf where a query of the block does not see the key, in place."""
+        """Set `scores` [B, H, block, t] to -inf, in place, where a query does not see the key."""
         if not self.runs.causal and self.runs.window is None:
             return scores
         at = self.runs.at[self._queries].unflatten(0, (self.rows, self.n))[:, block, None]

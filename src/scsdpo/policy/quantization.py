@@ -1,7 +1,7 @@
-"""A frozen base in 4 bits: how it is loaded, and its weights in plain numbers.
+"""A frozen base in 4 bits: how it is loaded, and its dequantised weights.
 
-`whole_weight` (sharding.py) reads through `plain_weight`, so that merging, delivery to engines and
-export see the numbers that the layers multiply with.
+`whole_weight` (sharding.py) reads weights by `plain_weight`, so that merging, delivery to engines
+and export see the numbers with which the layers compute.
 """
 
 import importlib.util
@@ -20,26 +20,26 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.private.transformers import drop_conversions_of_quantizer
 
 BLOCK, SCALES = 64, 256
-"""Elements with one scale, and scales with one scale of their own: what bitsandbytes takes."""
+"""Elements that share a scale, and scales that share a scale of their own, in bitsandbytes."""
 IN_SHARDS = (
-    "model.policy.quantization: weights in 4 bits cannot lie in shards: use DDP "
+    "model.policy.quantization: weights in 4 bits cannot be sharded: use DDP "
     "(configs/scale/ddp.yaml), or set it to Unquantized"
 )
 
 
 class Quantization(ABC):
-    """How the matrices of a frozen base are kept."""
+    """Format in which the matrices of a frozen base are kept."""
 
     @abstractmethod
     def bytes_each(self, dtype: torch.dtype) -> float:
-        """Bytes of an element of a linear layer, given the dtype of loaded weights."""
+        """Bytes of an element of a linear layer's weight, given the dtype of other weights."""
 
     @abstractmethod
     def loading(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What `from_pretrained` is told, given the dtype of loaded weights."""
+        """Keyword arguments for `from_pretrained`, given the dtype of other weights."""
 
-    def check(self) -> None:  # noqa: B027 - plain weights need nothing
-        """See whether weights can be loaded so.
+    def check(self) -> None:  # noqa: B027 - plain weights need no library
+        """Check that the libraries for this format are installed.
 
         Raises:
             ConfigurationError: if a library is missing.
@@ -48,7 +48,7 @@ class Quantization(ABC):
 
 @dataclass(frozen=True)
 class Unquantized(Quantization):
-    """Matrices are kept in the dtype of loading, as everything else is."""
+    """Matrices are kept in the dtype of all other weights."""
 
     def bytes_each(self, dtype: torch.dtype) -> float:
         return dtype.itemsize
@@ -61,18 +61,18 @@ class Unquantized(Quantization):
 class NF4(Quantization):
     """Linear layers in 4 bits: QLoRA's base. W_i ~ s_b c[q_i], s_b = max over block b of |W_i|
 
-    c are 16 quantiles of a normal distribution, scaled to [-1, 1], q_i the index of the nearest to
-    W_i / s_b, and a block has 64 elements. Embedding, head, norms, convolutions and matrices of
-    fused experts stay in the dtype of loading, and each layer multiplies with its matrix in that
-    dtype, made anew for each product. A policy with this base has these weights: teachers on the
-    base, engines and exports get s_b c[q_i].
+    c are 16 quantiles of a normal distribution, scaled to [-1, 1]. q_i is the index of the quantile
+    nearest to W_i / s_b. A block has 64 elements. Embedding, head, norms, convolutions and matrices
+    of fused experts stay in the model's dtype. Each layer dequantises its matrix to that dtype for
+    each product. The policy's base weights are then s_b c[q_i]: teachers on the base, engines and
+    exports get these.
 
-    Needs `pip install 'scsdpo[qlora]'` (bitsandbytes), a `Lora` adapter, and whole weights on each
-    rank (one device or DDP).
+    It needs `pip install 'scsdpo[qlora]'` (bitsandbytes), a `Lora` adapter, and one device or DDP:
+    weights cannot be sharded.
 
     Args:
-        double_quant: keep the scales in 8 bits, with a float32 scale to each 256 of them: .516
-            bytes an element, and not .5625.
+        double_quant: keep the scales in 8 bits, with a float32 scale for each 256 of them. An
+            element then takes .516 bytes instead of .5625.
 
     Source:
         Dettmers et al. 2023, arXiv:2305.14314; the code is bitsandbytes'.
@@ -98,16 +98,16 @@ class NF4(Quantization):
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-        # Weights are quantised where they will be: Lightning loads under its device.
+        # Quantise on the target device: Lightning builds modules under it as default device.
         return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
 
 
 def quantization_of(config: PreTrainedConfig, asked: Quantization) -> Quantization:
-    """How a checkpoint's matrices are kept: as `asked`, or as its config.json says.
+    """The format of a checkpoint's matrices: what its config.json says, else `asked`.
 
     Raises:
-        ValueError: if the checkpoint is quantised by anything but bitsandbytes in 4 bits, or is to
-            be quantised once more.
+        ValueError: if the checkpoint is quantised by anything but bitsandbytes in 4 bits, or
+            `asked` would quantise it again.
     """
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
@@ -116,9 +116,9 @@ def quantization_of(config: PreTrainedConfig, asked: Quantization) -> Quantizati
     if not said.get("load_in_4bit"):
         bits = " in 8 bits" if said.get("load_in_8bit") else ""
         raise ValueError(
-            f"its config.json says that it is quantised by {said.get('quant_method')}{bits}, and "
-            "only bitsandbytes in 4 bits is known: take the checkpoint that it was made from, and "
-            "set model.policy.quantization: NF4"
+            f"its config.json says that it is quantised by {said.get('quant_method')}{bits}, but "
+            "only bitsandbytes in 4 bits is supported: use the checkpoint that it was made from, "
+            "and set model.policy.quantization: NF4"
         )
     if not isinstance(asked, Unquantized):
         raise ValueError(
@@ -128,27 +128,27 @@ def quantization_of(config: PreTrainedConfig, asked: Quantization) -> Quantizati
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether it is a linear layer whose weight is in 4 bits."""
-    library: Any = sys.modules.get("bitsandbytes")  # nothing is in 4 bits before its import
+    """True if `layer` is a linear layer with a weight in 4 bits."""
+    library: Any = sys.modules.get("bitsandbytes")  # not imported: nothing is in 4 bits
     return library is not None and isinstance(layer, library.nn.Linear4bit)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of those in 4 bits."""
+    """(name, layer) of each linear layer in 4 bits."""
     return ((name, part) for name, part in model.named_modules() if is_quantized(part))
 
 
 def scales_of(weight: Tensor) -> Any:
-    """Bitsandbytes' `QuantState` of a weight in 4 bits; None: it is plain."""
+    """The `QuantState` of bitsandbytes of a weight in 4 bits; None: it is not in 4 bits."""
     library: Any = sys.modules.get("bitsandbytes")
     return weight.quant_state if library and isinstance(weight, library.nn.Params4bit) else None
 
 
 def plain_weight(weight: Tensor) -> Tensor:
-    """The numbers that a product takes for `weight`, without gradient.
+    """`weight` dequantised, without gradient.
 
     Shapes:
-        packed [n, 1] -> [outputs, inputs]; any other weight is returned as it is.
+        packed [n, 1] -> [outputs, inputs]; any other weight keeps its shape.
     """
     state = scales_of(weight)
     if state is None:
@@ -157,19 +157,19 @@ def plain_weight(weight: Tensor) -> Tensor:
 
 
 def plain_elements(weight: Tensor) -> int:
-    """Elements of a weight in plain numbers."""
+    """Number of elements of a weight once it is dequantised."""
     state = scales_of(weight)
     return weight.numel() if state is None else state.shape.numel()
 
 
 def plain_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of a weight in plain numbers."""
+    """Dtype of a weight once it is dequantised."""
     state = scales_of(weight)
     return weight.dtype if state is None else state.dtype
 
 
 def plain_layer(layer: nn.Module) -> nn.Linear:
-    """The plain linear layer that does what a layer in 4 bits does."""
+    """The `nn.Linear` with the dequantised weight of a layer in 4 bits."""
     part: Any = layer
     with torch.device("meta"):
         plain = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
@@ -179,7 +179,7 @@ def plain_layer(layer: nn.Module) -> nn.Linear:
 
 
 def scale_tensors(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(end of a name, tensor) of what beside its bytes tells a weight in 4 bits from another."""
+    """(suffix of a name, tensor) of the scales of a weight in 4 bits; nothing for any other."""
     state = scales_of(weight)
     if state is not None:
         yield ".scales", state.absmax
@@ -188,11 +188,11 @@ def scale_tensors(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield ".offset", state.offset
 
 
-def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a freshly loaded base in 4 bits one whose layers compute in `dtype`, always alike.
+def prepare_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let the 4-bit layers of a freshly loaded model compute in `dtype`, forward and backward.
 
     Raises:
-        ConfigurationError: if what cannot be in 4 bits is.
+        ConfigurationError: if the head or a transposed matrix is in 4 bits, or no layer is.
     """
     layers = list(quantized_layers(model))
     head = model.get_output_embeddings()
@@ -200,35 +200,35 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
         layer: Any = part
         if part is head:
             raise ConfigurationError(
-                f"model.policy.name_or_path: its head ({name}) is in 4 bits, and logits need it "
-                "plain: name the checkpoint that it was made from, with quantization: NF4"
+                f"model.policy.name_or_path: its head ({name}) is in 4 bits, which is not "
+                "supported: name the checkpoint that it was made from, with quantization: NF4"
             )
         if issubclass(layer.source_cls, Conv1D):
             raise ConfigurationError(
-                f"model.policy.quantization: {name} keeps its matrix transposed (Conv1D), which "
-                "cannot be in 4 bits here: set it to Unquantized"
+                f"model.policy.quantization: {name} keeps its matrix transposed (Conv1D), which is "
+                "not supported in 4 bits: set it to Unquantized"
             )
-        # By default the first input decides in which dtype a layer computes, and on some CPUs a
-        # forward without gradient repacks the weight in its place and computes in bfloat16.
+        # By default the first input decides the dtype in which a layer computes. On some CPUs a
+        # forward without gradient would repack the weight in place and compute in bfloat16.
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
         layer.support_avx512bf16_for_cpu = False
-        # The forward makes its matrix in the dtype of its input, the backward in this one.
+        # The forward dequantises to the dtype of its input, the backward to this one.
         layer.weight.quant_state.dtype = dtype
     if not layers:
         raise ConfigurationError(
-            f"model.policy.quantization: {type(model).__name__} has no linear layer that could be "
-            "in 4 bits: set it to Unquantized"
+            f"model.policy.quantization: {type(model).__name__} has no linear layer that can be in "
+            "4 bits: set it to Unquantized"
         )
     drop_conversions_of_quantizer(model)
-    # On CPU the other weights are views of the checkpoint's mapped file, whose pages, those of the
-    # packed matrices too, would stay in memory with them.
+    # On CPU the other weights are views of the checkpoint's memory-mapped file. They would keep all
+    # its pages in memory, those of the quantised matrices too.
     for parameter in model.parameters():
         if scales_of(parameter) is None and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
 def make_plain(model: PreTrainedModel) -> None:
-    """Put plain layers in the place of those that are in 4 bits, and have transformers know it."""
+    """Replace the layers in 4 bits by dequantised ones, and tell transformers."""
     for name, layer in list(quantized_layers(model)):
         model.set_submodule(name, plain_layer(layer))
     quantizer: Any = getattr(model, "hf_quantizer", None)

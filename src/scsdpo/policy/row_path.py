@@ -1,4 +1,4 @@
-"""In which forwards the rows of a model may run: together with shared prompts, padded, or alone."""
+"""How the rows of a model may run: packed with shared prompts, padded, or one at a time."""
 
 import sys
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from scsdpo.private.transformers import has_attention_interface, has_sdpa, is_st
 
 
 class RowPath(Enum):
-    """How rows run. The first is the fastest, the last is right for every causal model."""
+    """How rows run. The first way is the fastest; the last is right for every causal model."""
 
     SHARED = "packed, prompts shared"
     """Rows lie end to end in one forward, and every common start of prompts runs once."""
     PADDED = "rows apart, padded"
-    """Each row is a line of its own in a batch, its prompt included, padded on the right."""
+    """Each row of a batch holds a prompt and its response, padded on the right."""
     ALONE = "rows apart, one at a time"
-    """Each row is a forward of its own, as in plain transformers."""
+    """Each row runs in a forward of its own, as in plain transformers."""
 
 
 SHARED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of layers whose tokens meet in softmax attention only."""
+"""Layer types (`config.layer_types`) that mix tokens by softmax attention only."""
 SINKS = frozenset(
     {
         "GptOssForCausalLM",
@@ -32,49 +32,48 @@ SINKS = frozenset(
         "MiMoV2FlashForCausalLM",
     }
 )
-"""Models whose attention is softmax beside a sink, for which transformers has no sdpa and layouts
-do."""
+"""Models with attention sinks. transformers has no sdpa for them; our layouts handle sinks."""
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest row of a forward."""
+"""Types of rotary embeddings whose frequencies depend on the longest row of a forward."""
 _UNLIMITED = sys.maxsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownPath:
-    """What is known of an architecture before its weights are loaded."""
+    """How rows of an architecture run, as far as it is known before the weights are loaded."""
 
     path: RowPath
-    """For rows of up to `longest` tokens."""
+    """How rows of up to `longest` tokens run."""
     sampled: RowPath
     """How `HFRollout` draws: from shared prompts, with transformers' own cache, or without one."""
     reason: str
-    """Why it is not `SHARED`; empty if it is."""
+    """Why `path` is not `SHARED`; empty if it is."""
     implementation: str
-    """Attention that transformers is to load."""
+    """`attn_implementation` with which transformers must load the model."""
     longest: int
-    """Tokens of a prompt and its response, but the last, up to which a row's frequencies do not
-    depend on its length; longer rows run alone."""
+    """Longest row, in tokens, whose rotary frequencies do not depend on its length. The last token
+    of a response does not count, because it does not run. Longer rows run alone."""
 
     @property
     def is_length_dependent(self) -> bool:
-        """Whether long rows run otherwise than short ones."""
+        """True if long rows run in another way than short ones."""
         return self.longest < _UNLIMITED
 
     def of(self, tokens: int) -> RowPath:
-        """How rows run of which the longest has so many tokens."""
+        """How rows run if the longest of them has this many tokens."""
         return RowPath.ALONE if tokens > self.longest else self.path
 
     def of_sampler(self, tokens: int) -> RowPath:
-        """How responses are drawn of which the longest, with its prompt, has so many tokens."""
+        """How `HFRollout` draws if the longest prompt with its response has this many tokens."""
         return RowPath.ALONE if tokens > self.longest else self.sampled
 
 
 def known_path(config: PreTrainedConfig, asked: str) -> KnownPath:
-    """How rows of a model with this configuration run.
+    """Find out how rows of a model run, from its configuration.
 
     Args:
-        config: of the checkpoint.
-        asked: `attn_implementation` of the configuration.
+        config: the checkpoint's.
+        asked: `model.policy.attn_implementation`.
 
     Raises:
         ValueError: if the model is known not to be causal.
@@ -95,22 +94,22 @@ def known_path(config: PreTrainedConfig, asked: str) -> KnownPath:
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `AutoModelForCausalLM` loads.
+    """The class that `AutoModelForCausalLM` loads for `config`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if transformers has no such class.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"{config.model_type} has no causal language model in "
-            "transformers: choose one that has (docs/models.md)"
+            f"transformers has no causal language model for model_type {config.model_type}: "
+            "choose an architecture that has one (docs/models.md)"
         )
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
 def longest_independent(config: PreTrainedConfig) -> int:
-    """Most tokens of a row for which rotary frequencies are those of any shorter row."""
+    """Most tokens that a row may have without a change of its rotary frequencies."""
     rope = getattr(config, "rope_parameters", None) or {}
     longest = _UNLIMITED
     for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -123,18 +122,18 @@ def longest_independent(config: PreTrainedConfig) -> int:
 def _refuse_bidirectional(kind: type[PreTrainedModel], settings: dict[str, Any]) -> None:
     for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
         value = settings.get(name)
-        # Gemma's "vision" is about pictures alone.
+        # Gemma's value "vision" concerns images only.
         if value is not None and value != "vision" and bool(value) != causal:
             raise ValueError(
-                f"{kind.__name__} is not causal here ({name}={value}): "
-                "a token sees those after it. Choose a decoder (docs/models.md)"
+                f"{kind.__name__} is not causal with this configuration ({name}={value}): a token "
+                "attends to later tokens. Choose a causal decoder (docs/models.md)"
             )
 
 
 def _implementation(
     kind: type[PreTrainedModel], settings: dict[str, Any], asked: str
 ) -> tuple[str, str]:
-    """Attention to load, and why it is another than `asked`."""
+    """(`attn_implementation` to load, why prompts cannot be shared with it or '')."""
     if asked != "sdpa":
         return asked, f"model.policy.attn_implementation is {asked}"
     if settings.get("attn_logit_softcapping"):
@@ -147,12 +146,12 @@ def _implementation(
 
 
 def _reason(kind: type[PreTrainedModel], settings: dict[str, Any]) -> str:
-    """Why prompts cannot be shared; empty if nothing is known against it."""
+    """Why prompts cannot be shared; '' if no reason is known."""
     if kind.__name__ in HYBRIDS:
         return ""
     others = sorted(set(settings.get("layer_types") or ()) - SHARED_LAYERS)
     if others:
-        return f"layers of {', '.join(map(str, others))} mix tokens by other means than attention"
+        return f"layers of type {', '.join(map(str, others))} mix tokens without softmax attention"
     if settings.get("alibi"):
         return "attention scores have position biases (alibi)"
     if not has_attention_interface(kind):

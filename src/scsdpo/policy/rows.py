@@ -1,6 +1,6 @@
-"""Rows of tokens, prompt then response, and the plain way to run them."""
+"""Rows of tokens (a prompt, then a response), and their forward as padded rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 
@@ -15,25 +15,26 @@ from scsdpo.policy.transfer import upload
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rows:
-    """R responses, each after a prompt of its own or one that it shares; tensors of the host."""
+    """R responses, each after its prompt. Responses may share a prompt. Tensors are on the host."""
 
     prompts: Sequence[tuple[int, ...]]
-    """[R] prompt ids; equal ones are run once."""
+    """[R] token ids of each row's prompt; equal prompts run once."""
     ids: Tensor
     """[R, L] int64 response ids, padded on the right."""
     present: Tensor
-    """[R, L] bool: a token stands here, and later ones attend to it; a prefix of L."""
+    """[R, L] bool: a token stands here, and later tokens attend to it. True on a prefix of L."""
     sampled: Tensor
-    """[R, L] bool: the tokens among them that are predicted; N of them in all."""
+    """[R, L] bool: the policy drew this token, and a hidden state must predict it. N in all."""
     pad_id: int
+    """Id that fills places without a token."""
 
     @property
     def distinct_tokens(self) -> int:
-        """Tokens of the responses, and of each distinct prompt once."""
+        """Number of tokens of all responses and of each distinct prompt."""
         return int(self.present.sum()) + sum(map(len, set(self.prompts)))
 
     def at(self, chosen: Sequence[int]) -> "Rows":
-        """Some of them, without the padding that only others need."""
+        """The `chosen` rows, padded only to the longest of them."""
         index = list(chosen)
         present = self.present[index]
         width = int(present.sum(-1).max())
@@ -46,7 +47,7 @@ class Rows:
         )
 
     def to(self, device: torch.device) -> "Rows":
-        """The same on `device`."""
+        """A copy whose tensors are on `device`."""
         sizes = self.ids.shape
         tables = (self.ids, self.present.long(), self.sampled.long())
         ids, present, sampled = upload([table.flatten() for table in tables], device)
@@ -58,7 +59,7 @@ class Rows:
         )
 
     def nothing(self) -> "Rows":
-        """A prompt of one token, and no response."""
+        """One row: a prompt of one padding token, and no response."""
         return Rows(
             prompts=[(self.pad_id,)],
             ids=self.ids.new_full((1, 1), self.pad_id),
@@ -69,14 +70,16 @@ class Rows:
 
 
 def separate_rows(model: PreTrainedModel, rows: Rows, routers: Sequence[nn.Module] = ()) -> Tensor:
-    """[N, D] hidden states that predict the sampled tokens, in row-major order.
+    """Hidden states that predict the sampled tokens, one padded row for each response.
 
-    Behind them what `routers` say of their places (`final_states`).
+    Shapes:
+        [N, D + layers E], in row-major order: behind each state stand the logits of `routers` at
+        the same token (`final_states`).
     """
     rows = rows.to(model.device)
     device, decoder = rows.ids.device, decoder_of(model)
     starts = torch.tensor([len(p) for p in rows.prompts], device=device)
-    # A response's last token predicts nothing and is left out.
+    # No state is needed after the last token of a response, so it is not run.
     lengths = (rows.present.sum(-1) - 1).clamp(min=0)
     total = starts + lengths
     width = int(total.max())
@@ -85,9 +88,9 @@ def separate_rows(model: PreTrainedModel, rows: Rows, routers: Sequence[nn.Modul
         row[: len(prompt)] = torch.tensor(prompt, device=device)
         row[len(prompt) : len(prompt) + n] = response[:n]
     places = torch.arange(width, device=device)
-    # Positions are the model's own: some count from 2, some from the states that they carry.
+    # The model makes its own positions: some models count from 2, some from a carried state.
     inputs = {"input_ids": ids}
-    if bool((total < width).any()) and "attention_mask" in _arguments(decoder):
+    if bool((total < width).any()) and "attention_mask" in signature(decoder.forward).parameters:
         inputs["attention_mask"] = (places < total[:, None]).long()
     reset_frequencies(decoder)
     hidden = final_states(model, routers, **inputs, use_cache=False)
@@ -97,14 +100,10 @@ def separate_rows(model: PreTrainedModel, rows: Rows, routers: Sequence[nn.Modul
     return hidden.gather(1, index)[rows.sampled]
 
 
-def _arguments(decoder: nn.Module) -> Mapping[str, object]:
-    return signature(decoder.forward).parameters
-
-
 def reset_frequencies(model: nn.Module) -> None:
     """Let the next forward choose rotary frequencies by its own length.
 
-    A dynamic embedding keeps those of the longest row so far until a short one comes.
+    A dynamic rotary embedding would keep the frequencies of the longest row so far.
     """
     for part in model.modules():
         for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:

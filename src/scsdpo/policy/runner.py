@@ -1,9 +1,9 @@
-"""The responses of an optimizer step after their prompts, in micro-batches."""
+"""Forwards and backwards over the responses of an optimizer step, in micro-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +13,32 @@ from transformers import PreTrainedModel
 from scsdpo.distributed import all_max
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
-from scsdpo.policy.experts import routers, split
-from scsdpo.policy.layout import Kept, PackedSegments, Place
+from scsdpo.policy.experts import routers, split_states
+from scsdpo.policy.layout import Kept, PackedSegments, PastSegment
 from scsdpo.policy.rows import Rows, separate_rows
-from scsdpo.policy.segment_attention import Memory
+from scsdpo.policy.segment_attention import PastKeyValues
 from scsdpo.policy.transfer import upload
 from scsdpo.policy.tree import SHORTEST_SHARED, Piece, Segment, pieces, prefix_tree
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, nn.Linear], T]
-"""From hidden states [N, D], which predict N sampled tokens, and the head."""
+"""Takes hidden states [N, D], which predict N sampled tokens, and the head."""
 Within = Callable[[Callable[[PreTrainedModel], T]], T]
-"""Runs work on the model where its weights are whole and in force."""
+"""Calls its argument with the model while the right weights are active and gathered."""
 
 
 class Runner(ABC):
-    """Some responses of a step, each after its prompt, under one set of weights.
+    """Runs some responses of a step, each after its prompt, under one set of weights.
 
-    With gradients enabled they are those of separate rows, whatever the micro-batches.
+    Losses and gradients equal those of separate rows, whatever the micro-batches.
 
     Args:
-        watches: whether to note what the routers of experts say.
+        watches: record the logits of the routers of experts (`routes`).
     """
 
     routes: Tensor
-    """[N, layers, E] logits of the routers at the micro-batch that runs, once it has; from within
-    `loss` on. layers is 0 if they are not watched."""
+    """[N, layers, E] logits of the routers at the sampled tokens of the last micro-batch; `loss`
+    may read it. layers is 0 if `watches` is false."""
 
     def __init__(self, *, watches: bool) -> None:
         self._watches = watches
@@ -47,67 +47,68 @@ class Runner(ABC):
         return routers(model) if self._watches else ()
 
     def _end(self, model: PreTrainedModel, states: Tensor, loss: Loss[T]) -> T:
-        """The loss of the states [N, ...] that a micro-batch ends with."""
+        """`loss` of the final states [N, ...] of a micro-batch."""
         layers = len(self._routers(model))
         width = model.config.get_text_config().hidden_size if layers else states.shape[-1]
-        hidden, self.routes = split(states, layers, width)
+        hidden, self.routes = split_states(states, layers, width)
         return loss(*with_head(model, hidden))
 
     @abstractmethod
     def micro_batches(self) -> list[list[int]]:
-        """Every row once, in an order that suits; rows of one micro-batch ascend.
+        """Each chosen row once. Rows ascend within a micro-batch.
 
-        Under shards as many on every rank, the last ones empty.
+        If weights are sharded, every rank gets equally many; some ranks' last ones are empty.
         """
 
     @abstractmethod
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
-        """`loss(hidden states, head)` of the rows of `micro`, in row-major order."""
+        """Run the rows of `micro`; return `loss(hidden states in row-major order, head)`."""
 
     @abstractmethod
     def done(self, micro: Sequence[int]) -> None:
-        """These rows will not be run again, and their backward, if there is one, has run."""
+        """Say that these rows will not run again. Call it after their backward, if there is one."""
 
 
 class SeparateRows(Runner):
-    """One row per response, its prompt run again in each; for any causal model there is.
+    """Runs each response with its prompt as a row of its own. It works for every causal model.
 
     Args:
-        within: the weights.
+        within: calls work with the model and its weights.
         rows: the step's responses.
-        chosen: those to run.
-        budget: tokens of a micro-batch; a row that alone exceeds it is a micro-batch of its own.
-        in_step: whether every rank must run as many forwards and backwards, as under shards.
-        alone: each row is a forward of its own; otherwise those of a micro-batch are padded.
-        watches: whether to note what the routers of experts say.
+        chosen: the rows to run.
+        budget: tokens of a micro-batch; a row that exceeds it alone is a micro-batch of its own.
+        lockstep: every rank must run equally many forwards and backwards, because weights are
+            sharded.
+        alone: True: each row is a forward of its own; False: rows of a micro-batch are padded.
+        watches: record the logits of the routers of experts.
     """
 
     def __init__(
         self,
-        within: Within,
+        within: Within[Any],
         rows: Rows,
         chosen: Sequence[int],
         budget: int,
         *,
-        in_step: bool = False,
+        lockstep: bool = False,
         alone: bool = False,
         watches: bool = False,
     ) -> None:
         super().__init__(watches=watches)
         self._within, self._rows, self._chosen, self._budget = within, rows, chosen, budget
-        self._in_step, self._alone = in_step, alone
+        self._lockstep, self._alone = lockstep, alone
 
     def micro_batches(self) -> list[list[int]]:
-        """Rows of similar length together, as each is padded to the longest; longest first."""
+        """Rows sorted by length, longest first, because rows are padded to the longest of them."""
         lengths = self._rows.present.sum(-1).tolist()
         sizes = {row: len(self._rows.prompts[row]) + lengths[row] for row in self._chosen}
         longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
-        return _padded(filled(longest_first, sizes, self._budget), self._in_step)
+        return _padded(filled(longest_first, sizes, self._budget), self._lockstep)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
         forwards = [[row] for row in micro] if self._alone else [list(micro)] if micro else []
         most = max(len(forwards), 1)
-        if self._alone and self._in_step:
+        if self._alone and self._lockstep:
             most = int(all_max(torch.tensor(most)))
         batches = [self._rows.at(each) for each in forwards]
         batches += [self._rows.nothing()] * (most - len(batches))
@@ -124,41 +125,41 @@ class SeparateRows(Runner):
 
 
 class SharedPrompts(Runner):
-    """Every common start of prompts runs once, forward and backward, whatever the budget.
+    """Runs every common start of prompts once, forward and backward, whatever the budget.
 
-    Prompts run in pieces. A piece leaves keys and values, to which its responses attend,
-    micro-batch by micro-batch, and the states of its other layers, from which they go on. What
-    these send back to them adds up, and goes through the piece's graph in one backward when its
-    last response is done.
+    Prompts run in pieces. A piece leaves keys, values and states. Its responses attend to these
+    and go on from them, micro-batch by micro-batch. Their gradients with respect to them are
+    summed, and go through the piece's graph in one backward after its last response is done.
 
-    Under shards every forward and backward is a collective: ranks that have fewer pieces or
-    micro-batches to run run a token in their place, which gets no gradient. Graphs are not kept
-    from one forward to a later one there: a piece runs again for its backward.
+    If weights are sharded, every forward and backward is a collective. A rank with fewer pieces or
+    micro-batches then runs one token instead, without a gradient. No graph is kept from one forward
+    to a later one: a piece runs again for its backward.
 
     Args:
-        within: the weights.
+        within: calls work with the model and its weights.
         rows: the step's responses.
-        chosen: those to run.
-        budget: tokens whose activations are alive at a time, prompts' and responses' together.
-        in_step: whether every rank must run as many forwards and backwards, as under shards.
-        learns: whether these weights get a gradient.
-        watches: whether to note what the routers of experts say.
+        chosen: the rows to run.
+        budget: tokens whose activations are alive at a time, prompts and responses together.
+        lockstep: every rank must run equally many forwards and backwards, because weights are
+            sharded.
+        learns: these weights get a gradient.
+        watches: record the logits of the routers of experts.
     """
 
     def __init__(
         self,
-        within: Within,
+        within: Within[Any],
         rows: Rows,
         chosen: Sequence[int],
         budget: int,
         *,
-        in_step: bool = False,
+        lockstep: bool = False,
         learns: bool = True,
         watches: bool = False,
     ) -> None:
         super().__init__(watches=watches)
-        self._within, self._in_step = within, in_step
-        self._runs_again = in_step and learns and torch.is_grad_enabled()
+        self._within, self._lockstep = within, lockstep
+        self._runs_again = lockstep and learns and torch.is_grad_enabled()
         self._nothing = Segment((rows.pad_id,))
         roots, ends = prefix_tree(
             [rows.prompts[row] for row in chosen], max(budget, SHORTEST_SHARED)
@@ -166,7 +167,7 @@ class SharedPrompts(Runner):
         self._pieces = list(pieces(roots, budget))
         self._piece_of = {s: i for i, piece in enumerate(self._pieces) for s in piece.segments}
         ranks = {segment: rank for rank, segment in enumerate(self._piece_of)}
-        # In the order of the tree, so that responses to one prompt follow one another.
+        # Rows in the order of the tree: responses to one prompt follow one another.
         self._ends = {row: ends[rows.prompts[row]] for row in chosen}
         self._rank = {row: (ranks[end], row) for row, end in self._ends.items()}
         lengths, ids, sampled = (t.tolist() for t in (rows.present.sum(-1), rows.ids, rows.sampled))
@@ -177,7 +178,7 @@ class SharedPrompts(Runner):
             for segment in end.line:
                 self._waiting[self._piece_of[segment]].add(row)
         self._running: dict[int, _Running] = {}
-        self._places: dict[Segment, Place] = {}
+        self._places: dict[Segment, PastSegment] = {}
 
     def micro_batches(self) -> list[list[int]]:
         lengths = {row: len(ids) for row, ids in self._ids.items()}
@@ -189,11 +190,11 @@ class SharedPrompts(Runner):
             for piece, rows in zip(self._pieces, ending, strict=True)
             for batch in filled(rows, lengths, piece.room)
         ]
-        return _padded(batches, self._in_step)
+        return _padded(batches, self._lockstep)
 
     def run(self, micro: Sequence[int], loss: Loss[T]) -> T:
         above = {self._piece_of[segment] for row in micro for segment in self._ends[row].line}
-        new = sorted(above - self._running.keys())  # a piece after those above it
+        new = sorted(above - self._running.keys())  # ascending: pieces above come first
         idle = self._idle(len(new))
         for i in new:
             self._start(i)
@@ -204,7 +205,7 @@ class SharedPrompts(Runner):
     def done(self, micro: Sequence[int]) -> None:
         for waiting in self._waiting:
             waiting.difference_update(micro)
-        # A piece before those above it.
+        # Descending: a piece sends its gradients to those above it first.
         over = [i for i in sorted(self._running, reverse=True) if not self._waiting[i]]
         idle = self._idle(len(over)) if self._runs_again else 0
         for i in over:
@@ -216,9 +217,9 @@ class SharedPrompts(Runner):
 
     def _idle(self, busy: int) -> int:
         """Number of forwards or backwards of one token that this rank must add, so that every rank
-        runs as many as the busiest; each is a collective under FSDP2.
+        runs equally many; each is a collective under FSDP2.
         """
-        return int(all_max(torch.tensor(busy))) - busy if self._in_step else 0
+        return int(all_max(torch.tensor(busy))) - busy if self._lockstep else 0
 
     def _run_nothing(self) -> Tensor:
         return self._within(lambda model: self._hidden_states(model, []))
@@ -237,11 +238,11 @@ class SharedPrompts(Runner):
         start = 0
         for number, segment in enumerate(piece.segments):
             tokens = slice(start, start + len(segment.ids))
-            self._places[segment] = Place(running.memory, tokens, running.states, number)
+            self._places[segment] = PastSegment(running.keys, tokens, running.states, number)
             start += len(segment.ids)
 
     def _run_prompts(self, model: PreTrainedModel, piece: Piece) -> tuple[Tensor, Kept]:
-        """[S, D] hidden states that predict what follows each of S segments, and what is kept."""
+        """[S, D] hidden states that predict the token after each of S segments, and its `Kept`."""
         layout = PackedSegments(piece.segments, self._places, model.device, keep=True)
         hidden = run_decoder(
             model,
@@ -255,8 +256,8 @@ class SharedPrompts(Runner):
         return nn.functional.embedding(places, hidden[0]), layout.kept()
 
     def _hidden_states(self, model: PreTrainedModel, micro: Sequence[int]) -> Tensor:
-        """[N, D] that predict the sampled tokens of responses, in row-major order."""
-        # A response's last token predicts nothing and is left out.
+        """[N, D] hidden states that predict the sampled tokens of `micro`, in row-major order."""
+        # No state is needed after the last token of a response, so it is not run.
         leaves = {row: Segment(self._ids[row][:-1], self._ends[row].line) for row in micro}
         tables, starts, total = [], {}, 0
         for i in sorted({self._piece_of[self._ends[row]] for row in micro}):
@@ -265,7 +266,7 @@ class SharedPrompts(Runner):
             total += len(tables[-1])
         packed = [leaves[row] for row in sorted(micro, key=self._rank.__getitem__)]
         packed = [leaf for leaf in packed if leaf.ids]
-        if self._in_step and not packed:
+        if self._lockstep and not packed:
             packed = [self._nothing]
         if packed:
             layout = PackedSegments(packed, self._places, model.device, keep=False)
@@ -289,36 +290,36 @@ class SharedPrompts(Runner):
 
 
 class _Running:
-    """A piece of prompts that ran, until its responses are done.
+    """A piece of prompts that ran, and the gradients that its responses send to it.
 
     Args:
-        last: [S, D] hidden states that predict what follows each segment.
-        kept: what else it leaves.
-        learns: whether gradients may be sent back, when they are not to a graph that is there.
+        last: [S, D] hidden states that predict the token after each segment.
+        kept: its keys, values and states.
+        learns: collect gradients although `last` and `kept` have no graph.
     """
 
     def __init__(self, last: Tensor, kept: Kept, *, learns: bool = False) -> None:
-        self.memory = Memory(kept.attention)
+        self.keys = PastKeyValues(kept.attention)
         self.last = _leaf(last, last.dtype, learns)
         self.states = {
             layer: tuple(_leaf(x, torch.promote_types(x.dtype, torch.float32), learns) for x in of)
             for layer, of in kept.states.items()
         }
-        """By layer; leaves, so that what responses send back adds up there."""
+        """Layer -> its states. They are leaves, so that the gradients of responses add up there."""
         self._roots, self._kept = last, kept
 
     def backward(self) -> None:
-        """Send what the responses sent back through the prompts' graph."""
+        """Run the backward of the piece with the gradients that its responses sent to it."""
         leaves = [self.last, *(leaf for of in self.states.values() for leaf in of)]
-        if self.memory.gradients or any(leaf.grad is not None for leaf in leaves):
+        if self.keys.gradients or any(leaf.grad is not None for leaf in leaves):
             self._send_back()
 
     def _send_back(self) -> None:
-        # The last hidden states are always among the roots: what FSDP2 gathers for the backward
-        # of a forward, it gathers when a gradient enters through the forward's output.
+        # The last hidden states are always among the roots: FSDP2 gathers weights for a backward
+        # when a gradient enters through the forward's output.
         of_last = torch.zeros_like(self.last) if self.last.grad is None else self.last.grad
         pairs = [(self._roots, of_last)]
-        for layer, sums in self.memory.gradients.items():
+        for layer, sums in self.keys.gradients.items():
             pairs += zip(self._kept.attention[layer], sums, strict=True)
         for layer, leaves in self.states.items():
             of_layer = zip(self._kept.states[layer], leaves, strict=True)
@@ -328,14 +329,14 @@ class _Running:
 
 
 class _RunAgain(_Running):
-    """The same without a graph until the end: then the piece runs again, for its backward.
+    """A piece that keeps no graph, and runs again for its backward.
 
     Args:
         run: the piece's forward.
     """
 
     def __init__(self, run: Callable[[], tuple[Tensor, Kept]]) -> None:
-        # Dropout draws the same twice.
+        # Seeded, so that dropout draws the same in both runs.
         self._run, self._seed = run, int(torch.randint(2**62, ()))
         with torch.no_grad():
             made = self._drawn()
@@ -352,18 +353,18 @@ class _RunAgain(_Running):
 
 
 def _leaf(root: Tensor, dtype: torch.dtype, learns: bool) -> Tensor:
-    """The values of `root`, from where its gradient goes on by hand."""
+    """A leaf with the values of `root`; its gradient is passed on to `root` by hand."""
     return root.detach().to(dtype).requires_grad_(learns or root.requires_grad)
 
 
-def _padded(batches: list[list[int]], in_step: bool) -> list[list[int]]:
-    """With empty ones at the end, as many as on the rank that has most."""
-    most = int(all_max(torch.tensor(len(batches)))) if in_step else len(batches)
+def _padded(batches: list[list[int]], lockstep: bool) -> list[list[int]]:
+    """`batches` with empty ones at the end, so that every rank has equally many."""
+    most = int(all_max(torch.tensor(len(batches)))) if lockstep else len(batches)
     return batches + [[] for _ in range(most - len(batches))]
 
 
 def filled(rows: Sequence[int], sizes: Mapping[int, int], budget: int) -> list[list[int]]:
-    """As many rows as fit together the budget, in their order; one that exceeds it goes alone."""
+    """Cut `rows`, in their order, into batches of at most `budget`; a larger row goes alone."""
     batches: list[list[int]] = []
     total = 0
     for row in rows:

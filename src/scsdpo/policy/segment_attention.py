@@ -1,12 +1,13 @@
 """Attention of segments of tokens laid end to end: each to itself, then to those above it.
 
-One call of a kernel for all segments' own tokens, and one for each level of the tree above them.
+One call of a kernel serves the own tokens of all segments, and one call each level of the tree
+above them.
 
-An attention sink is one more set of keys, of one key with the value zero: it enters when all others
-are merged, and the backward of every set takes the output and log-normaliser of all of them.
+An attention sink is one more set of keys, of one key with the value zero. It is merged after all
+others, and the backward of every set takes the output and log-normaliser of the union.
 
-What ran in an earlier forward is there as keys and values. The gradients that are sent back to
-them do not go through autograd, which would sum them in their dtype: they add up beside.
+Segments that ran in an earlier forward are there as keys and values. Their gradients do not go
+through autograd, which would sum them in their own dtype: `PastKeyValues` sums them in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,14 @@ from scsdpo.policy.partial_attention import Runs, Three, kernel
 from scsdpo.policy.transfer import upload
 
 Places = slice | Tensor
-"""Tokens that follow one another, or an index [n] int64."""
+"""Rows of a table: a slice, or an index [n] int64."""
 
 
-class Memory:
-    """Keys and values of a forward that ran, and the sums of the gradients sent back to them.
+class PastKeyValues:
+    """Keys and values of an earlier forward, and the sums of their gradients.
 
     Args:
-        states: per layer keys and values [N, K, d].
+        states: layer -> keys and values [N, K, d].
     """
 
     def __init__(self, states: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -37,7 +38,7 @@ class Memory:
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: int, places: Places, key: Tensor, value: Tensor) -> None:
-        """Gradients [t, K, d] of keys and values at `places`; summed in float32 at least."""
+        """Add gradients [t, K, d] of keys and values at `places`, in float32 at least."""
         if layer not in self.gradients:
             wide = torch.promote_types(key.dtype, torch.float32)
             of_keys, of_values = (torch.zeros_like(x, dtype=wide) for x in self.states[layer])
@@ -51,37 +52,37 @@ class Own:
     """A segment of this forward."""
 
     tokens: slice
-    """Its places."""
+    """Places of its tokens."""
     position: int
-    """Of its first token."""
+    """Position of its first token in its row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Above:
-    """Segments of this forward that follow one another, and a segment that all have above."""
+    """A segment, and those of this forward that are below it; they follow one another."""
 
     below: tuple[Own, ...]
-    memory: Memory | None
-    """Of its keys and values; None: they are of this forward."""
+    past: PastKeyValues | None
+    """Holds its keys and values; None: they are of this forward."""
     keys: slice
-    """Their places."""
+    """Places of its keys and values."""
     position: int
-    """Of its first token."""
+    """Position of its first token."""
 
     @property
     def queries(self) -> slice:
-        """The places of the segments below."""
+        """Places of the tokens of the segments below."""
         return slice(self.below[0].tokens.start, self.below[-1].tokens.stop)
 
     def beyond(self, window: int | None) -> bool:
-        """Whether some query does not see all of the segment above."""
+        """True if some query is too far away to see all of the segment above."""
         if window is None:
             return False
         last = max(each.position + each.tokens.stop - each.tokens.start for each in self.below) - 1
         return last - self.position >= window
 
     def within(self, window: int) -> "Iterator[Above]":
-        """The same without the keys that no query sees; nothing if none is left."""
+        """A copy without the keys that no query sees; nothing if no key is left."""
         nearest = min(each.position for each in self.below)
         unseen = max(nearest - window + 1 - self.position, 0)
         keys = slice(self.keys.start + unseen, self.keys.stop)
@@ -90,7 +91,7 @@ class Above:
 
 
 class _Keys(NamedTuple):
-    memory: Memory | None
+    past: PastKeyValues | None
     places: Places
     tokens: int
 
@@ -100,7 +101,7 @@ class _Call(NamedTuple):
 
     queries: Places
     keys: tuple[_Keys, ...]
-    """Laid end to end they are the keys of the call."""
+    """Sets of keys; laid end to end they are the keys of the call."""
     runs: Runs
 
 
@@ -108,9 +109,9 @@ class SegmentAttention:
     """Attention of a layer: each segment to itself, then to those above.
 
     Args:
-        own: all segments of this forward, one after the other.
-        levels: per level of the tree, from the roots on, who is above whom.
-        device: of the tokens.
+        own: all segments of this forward, in the order of their places.
+        levels: for each level of the tree, from the roots on, the segments there.
+        device: the tokens'.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class SegmentAttention:
         return _Attend.apply(query, key, value, sinks, self, layer, window)
 
     def _calls(self, window: int | None) -> list[_Call]:
-        """The first is of segments to themselves; a key lies in one of the others at most."""
+        """The first call is of segments to themselves; the others have no key in common."""
         if window not in self._calls_of:
             longest = max(own.tokens.stop - own.tokens.start for own in self._own)
             within = window if window is not None and window < longest else None
@@ -175,13 +176,13 @@ class SegmentAttention:
         layer: int,
         window: int | None,
     ) -> Three:
-        """Of this forward's states; the gradients of earlier ones go to their memories."""
+        """Gradients of this forward's states; those of earlier keys go to their `PastKeyValues`."""
         query, (out, lse) = states[0], outputs
         own, *above = self._calls(window)
         dq, dk, dv = kernel(query, own.runs).backward(grad, states, outputs, own.runs)
         if above:
             dq = dq.to(lse.dtype)
-        if any(keys.memory is None for call in above for keys in call.keys):
+        if any(keys.past is None for call in above for keys in call.keys):
             dk, dv = dk.to(lse.dtype), dv.to(lse.dtype)
         for call in above:
             here, made = (_take(x, call.queries) for x in (grad, out))
@@ -191,8 +192,8 @@ class SegmentAttention:
             _add(dq, call.queries, of_query)
             parts = [gradient.split([keys.tokens for keys in call.keys]) for gradient in of_keys]
             for keys, of_key, of_value in zip(call.keys, *parts, strict=True):
-                if keys.memory is not None:
-                    keys.memory.add(layer, keys.places, of_key, of_value)
+                if keys.past is not None:
+                    keys.past.add(layer, keys.places, of_key, of_value)
                 else:
                     _add(dk, keys.places, of_key)
                     _add(dv, keys.places, of_value)
@@ -202,13 +203,13 @@ class SegmentAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Plan:
-    """A call as the host knows it: runs of places, each with the position of its first token."""
+    """A call before its tables are on the device."""
 
     queries: Sequence[tuple[slice, int]]
-    """All segments with something above, one after the other."""
+    """(places, position of the first token) of each segment, one after the other."""
     query_runs: Sequence[int]
     """Tokens in each run of queries."""
-    keys: Sequence[tuple[Memory | None, slice, int]]
+    keys: Sequence[tuple[PastKeyValues | None, slice, int]]
     causal: bool
     window: int | None
 
@@ -227,13 +228,13 @@ class _Plan:
         return _Plan(
             queries=[(own.tokens, own.position) for above in level for own in above.below],
             query_runs=[above.queries.stop - above.queries.start for above in level],
-            keys=[(above.memory, above.keys, above.position) for above in level],
+            keys=[(above.past, above.keys, above.position) for above in level],
             causal=False,
             window=window,
         )
 
     def tables(self) -> Iterator[Tensor]:
-        """What `call` takes, in this order."""
+        """The tables that `call` takes, in this order."""
         keys = [tokens for _, tokens, _ in self.keys]
         yield _joined(_range(tokens.start, tokens) for tokens, _ in self.queries)
         yield _joined(_range(tokens.start, tokens) for tokens in keys)
@@ -243,7 +244,7 @@ class _Plan:
         yield torch.tensor(self._key_starts())
 
     def call(self, sent: Iterator[Tensor]) -> _Call:
-        """Given its tables on the device, which it takes off `sent`."""
+        """Build the call; take its tables on the device from `sent`."""
         queries, keys, at, of, query_starts, key_starts = (next(sent) for _ in range(6))
         runs = Runs(
             queries=self._query_starts(),
@@ -258,18 +259,18 @@ class _Plan:
         return _Call(_places([t for t, _ in self.queries], queries), self._sources(keys), runs)
 
     def _sources(self, index: Tensor) -> tuple[_Keys, ...]:
-        """Neighbours in one memory together."""
-        groups: list[tuple[Memory | None, list[slice]]] = []
-        for memory, tokens, _ in self.keys:
-            if groups and groups[-1][0] is memory:
+        """Neighbours from one source (`PastKeyValues`, or this forward) joined."""
+        groups: list[tuple[PastKeyValues | None, list[slice]]] = []
+        for past, tokens, _ in self.keys:
+            if groups and groups[-1][0] is past:
                 groups[-1][1].append(tokens)
             else:
-                groups.append((memory, [tokens]))
+                groups.append((past, [tokens]))
         counts = [sum(each.stop - each.start for each in tokens) for _, tokens in groups]
         indices = index.split(counts)
         return tuple(
-            _Keys(memory, _places(tokens, part), count)
-            for (memory, tokens), part, count in zip(groups, indices, counts, strict=True)
+            _Keys(past, _places(tokens, part), count)
+            for (past, tokens), part, count in zip(groups, indices, counts, strict=True)
         )
 
     def _query_starts(self) -> list[int]:
@@ -289,7 +290,7 @@ def _range(start: int, tokens: slice) -> Tensor:
 
 
 def _places(tokens: Sequence[slice], index: Tensor) -> Places:
-    """One slice where nothing lies between `tokens`: no copies then."""
+    """One slice if `tokens` follow one another, which saves copies; otherwise `index`."""
     if all(one.stop == other.start for one, other in pairwise(tokens)):
         return slice(tokens[0].start, tokens[-1].stop)
     return index
@@ -308,10 +309,10 @@ def _add(table: Tensor, places: Places, values: Tensor) -> None:
 
 
 def _keys(call: _Call, states: Three, layer: int) -> tuple[Tensor, Tensor]:
-    """[T, K, d] twice."""
+    """Keys and values of a call, [T, K, d] each."""
     parts = []
-    for memory, places, _ in call.keys:
-        key, value = states[1:] if memory is None else memory.states[layer]
+    for past, places, _ in call.keys:
+        key, value = states[1:] if past is None else past.states[layer]
         parts.append((_take(key, places), _take(value, places)))
     if len(parts) == 1:
         return parts[0]
@@ -319,11 +320,9 @@ def _keys(call: _Call, states: Three, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _merge(out: Tensor, lse: Tensor, places: Places, others: Tensor, other_lse: Tensor) -> None:
-    """Make `out` [N, H, d] and `lse` [H, N] at `places` those of the union with another set of
-    keys, in place.
-    """
+    """Merge another set of keys into `out` [N, H, d] and `lse` [H, N] at `places`, in place."""
     normalizers = lse.T
-    here, here_lse = _take(out, places), _take(normalizers, places)  # views, where it is a slice
+    here, here_lse = _take(out, places), _take(normalizers, places)  # views if it is a slice
     share = torch.sigmoid(other_lse.T - here_lse)
     here.lerp_(others.to(out.dtype), share[..., None])
     torch.logaddexp(here_lse, other_lse.T, out=here_lse)
@@ -357,7 +356,7 @@ class _Attend(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             made = ctx.attention.backward(grad, states, (out, lse), ctx.layer, ctx.window)
             of_sinks = None
-            if ctx.needs_input_grad[3]:  # as any score's: p (g v - <g, o>), v = 0
+            if ctx.needs_input_grad[3]:  # the gradient of a score is p (g v - <g, o>); here v = 0
                 weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
                 share = (grad.to(lse.dtype) * out).sum(-1)
                 of_sinks = -(weights * share.T).sum(-1).to(sinks.dtype)

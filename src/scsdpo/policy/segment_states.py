@@ -1,9 +1,9 @@
-"""Layers that hand a state from token to token, over a tree of segments laid end to end.
+"""Layers that carry a state from token to token, over a tree of segments laid end to end.
 
-A short causal convolution reads the k - 1 inputs before a token; the gated delta rule reads and
-writes a matrix. A segment starts with what the segment above it ended with, as if both stood in
-one row, and so does each of its siblings. All is made of differentiable operations: a state that
-several segments start with gets the sum of their gradients.
+A short causal convolution reads the k - 1 inputs before a token. The gated delta rule reads and
+writes a matrix. A segment and each of its siblings start with the state after the segment above
+them, as if both stood in one row. All operations are differentiable: a state with which several
+segments start gets the sum of their gradients.
 
 Shapes: N tokens, S segments, E segments above that ran in an earlier forward, C channels, k the
 width of the convolution, H heads, d size of a key, e of a value.
@@ -24,38 +24,39 @@ from torch.nn.functional import conv1d
 from scsdpo.policy.transfer import upload
 
 _CHUNKS = (64, 32, 16)
-"""Tokens whose updates of the state are written as one product; the smaller, the less padding."""
+"""Sizes of chunks: tokens whose updates of the state are one product. Small chunks pad less."""
 _CHUNK_COST = 32
-"""Tokens whose work a chunk costs beside that of its places: it reads and writes a state."""
+"""Fixed cost of a chunk, which reads and writes a state, in places of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A segment of the flat sequence, and what it starts with."""
+    """A segment of the flat sequence, and the state with which it starts."""
 
     start: int
     """Place of its first token."""
     length: int
     """At least 1."""
     above: int | None
-    """Number of a span before it; None: there is none in this forward."""
+    """Number of the span above it in this forward; None: there is none."""
     earlier: int | None = None
-    """Else the number of a state of an earlier forward; None: it starts with zeros."""
+    """If `above` is None: number of the state of an earlier forward with which it starts; None: it
+    starts with zeros."""
 
 
 class DeltaInputs(NamedTuple):
-    """Arguments of the gated delta rule, of any leading shape."""
+    """Arguments of the gated delta rule, with any leading shape."""
 
     query: Tensor
     """[..., K, d], K a divisor of H."""
     key: Tensor
-    """As `query`."""
+    """[..., K, d]."""
     value: Tensor
     """[..., H, e]."""
     decay: Tensor
-    """[..., H], in logarithms: g <= 0."""
+    """[..., H], g <= 0: the logarithm of the factor by which a state fades."""
     rate: Tensor
-    """[..., H], b in (0, 1)."""
+    """[..., H], b in (0, 1): how much of the new value is written."""
 
 
 class SegmentStates:
@@ -63,8 +64,8 @@ class SegmentStates:
 
     Args:
         spans: each after the one above it; they do not overlap.
-        tokens: N, places in no span included; these get arbitrary finite values.
-        device: of the model.
+        tokens: N, with places that are in no span; outputs there are arbitrary and finite.
+        device: the model's.
     """
 
     def __init__(self, spans: Sequence[Span], tokens: int, device: torch.device) -> None:
@@ -76,7 +77,7 @@ class SegmentStates:
     def convolve(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """y_t = bias + sum_j weight_j x_(t - k + 1 + j), and what later segments need of x.
+        """Causal convolution: y_t = bias + sum_j weight_j x_(t - k + 1 + j).
 
         Args:
             inputs: [N, C].
@@ -85,7 +86,8 @@ class SegmentStates:
             before: [E, k - 1, C]; None if E = 0.
 
         Returns:
-            [N, C], and the last k - 1 inputs of each segment and those above it [S, k - 1, C].
+            [N, C], and the k - 1 inputs before the end of each segment [S, k - 1, C], with which
+            the segments below it start.
         """
         width = weight.shape[1]
         padded, outputs, ends = self._history(width)
@@ -102,9 +104,11 @@ class SegmentStates:
         )
 
     def _history(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Places in [inputs, zero, before]: of every segment after its history, and of its end.
+        """Three indices for `convolve`, where a table is [inputs, zero, before].
 
-        Between them, the places [N] of the outputs that are wanted.
+        The first picks, for each segment, its history and then its own inputs from the table. The
+        second [N] picks the outputs that are wanted. The third picks, for each segment, its last
+        k - 1 inputs from the table.
         """
         if width not in self._histories:
             padded: list[Tensor] = []
@@ -137,20 +141,22 @@ class SegmentStates:
         *,
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
-        """o_t = M_t^T q_t, M_t = e^(g_t) M_(t-1) + b_t k_t (v_t - e^(g_t) M_(t-1)^T k_t)^T
+        """Gated delta rule. o_t = M_t^T q_t,
 
-        with k and q of length 1, and q divided by sqrt(d).
+            M_t = e^(g_t) M_(t-1) + b_t k_t (v_t - e^(g_t) M_(t-1)^T k_t)^T
+
+        with k and q scaled to length 1, and q then divided by sqrt(d).
 
         Args:
             inputs: [N, ...].
-            before: [E, H, d, e], M after the segments above that ran before; None if E = 0.
-            ends: whether M after each segment is wanted.
+            before: [E, H, d, e], M after the segments above that ran earlier; None if E = 0.
+            ends: return M after each segment.
 
         Returns:
-            [N, H, e], and M after each segment [S, H, d, e], or [0, ...], in float32 at least.
+            [N, H, e], and M after each segment [S, H, d, e], or [0, ...], in float32 or wider.
 
         Source:
-            Yang et al. 2024, arXiv:2412.06464, eq. (10); by chunks as in their section 3.3.
+            Yang et al. 2024, arXiv:2412.06464, eq. (10); in chunks as in their section 3.3.
         """
         work = self._delta_rule_by_levels if _has("fla", self.device) else self._delta_rule
         return work(inputs, before, ends)
@@ -173,13 +179,14 @@ class SegmentStates:
             )
             queries = queries * size**-0.5
             values = chunks.take(value.to(wide))
-            # A place behind the end of its segment changes no state.
+            # A padded place changes no state.
             decays, rates = (chunks.take(x.to(wide)) * chunks.real for x in (decay, rate))
             total = decays.cumsum(-1)
             fade = total[..., None] - total[..., None, :]
             fade = fade.masked_fill(chunks.later, -torch.inf).exp()
             weights = (queries @ keys.mT) * fade
-            # What a place writes lacks what places before it in the chunk wrote there: a system.
+            # A place writes its value less what earlier places of the chunk wrote for its key: a
+            # triangular system.
             rated = keys * rates[..., None]
             sides = torch.cat([values * rates[..., None], rated * total.exp()[..., None]], -1)
             solved = torch.linalg.solve_triangular(
@@ -211,7 +218,7 @@ class SegmentStates:
         before: Tensor | None,
         ends: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The same with the kernel of flash-linear-attention, level by level of the tree."""
+        """`delta_rule` by the kernel of flash-linear-attention, one call for each tree level."""
         kernel = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
         query, key, value, decay, rate = inputs
         heads, size, width = value.shape[1], key.shape[2], value.shape[2]
@@ -246,27 +253,30 @@ class SegmentStates:
 
     @cached_property
     def _by_level(self) -> Tensor:
-        """[S] of each span, where the state after it is when levels follow one another."""
+        """[S] for each span, the place of its state when those of the levels are concatenated."""
         depth = _depths(self.spans)
         order = sorted(range(len(depth)), key=depth.__getitem__)
         return torch.tensor(order, device=self.device).argsort()
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """[..., d] scaled to length 1, but for an epsilon as in flash-linear-attention."""
+    """[..., d] scaled to length 1, up to an epsilon as in flash-linear-attention."""
     return vectors * (vectors.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def convolve_one(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `SegmentStates.convolve`, for one token of each of R rows.
+    """`SegmentStates.convolve` for one token of each of R rows.
 
     Args:
         inputs: [R, C].
         weight: [C, k].
         bias: [C].
-        before: [R, k - 1, C].
+        before: [R, k - 1, C], inputs of the tokens before.
+
+    Returns:
+        [R, C], and the new `before`.
     """
     window = torch.cat([before, inputs[:, None]], 1)
     wide = torch.promote_types(inputs.dtype, torch.float32)
@@ -277,11 +287,11 @@ def convolve_one(
 
 
 def delta_rule_one(inputs: DeltaInputs, state: Tensor) -> Tensor:
-    """As `SegmentStates.delta_rule`, for one token of each of R rows.
+    """`SegmentStates.delta_rule` for one token of each of R rows.
 
     Args:
         inputs: [R, ...].
-        state: [R, H, d, e]; takes the new one.
+        state: [R, H, d, e]; updated in place.
 
     Returns:
         [R, H, e].
@@ -302,29 +312,29 @@ def delta_rule_one(inputs: DeltaInputs, state: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Step:
-    """Chunks that have equally many chunks above them: they run together."""
+    """Chunks that have equally many chunks above them. They run together."""
 
     chunks: slice
     starts: Tensor
-    """[m] where, among the states after the step before, is that each starts with."""
+    """[m] for each chunk, the index of its first state among the states of the step before."""
     ends: Tensor
-    """Which of the m states are those after a segment."""
+    """Indices of those of the m states that stand at the end of a segment."""
 
 
 class _Chunks:
     """Segments cut into M chunks of c places, in the order in which they run.
 
-    `outputs` [N] says where each token is among the M * c places; `order` [S], where the state
-    after each span is when those of the steps follow one another.
+    `outputs` [N] is each token's place among the M * c places. `order` [S] is the place of the
+    state after each span when those of the steps are concatenated.
     """
 
     def __init__(self, spans: Sequence[Span], tokens: int, device: torch.device) -> None:
         lengths = torch.tensor([span.length for span in spans])
         size = min(_CHUNKS, key=lambda c: int((lengths.add(c - 1) // c).sum()) * (c + _CHUNK_COST))
-        # By step: (span, number of the chunk in it, place of the state that it starts with).
+        # For each step: (span, number of the chunk in it, index of its first state).
         steps: list[list[tuple[int, int, int]]] = []
         ended: list[tuple[int, int]] = []
-        """By span: the step of its last chunk, and its place there."""
+        """For each span: the step of its last chunk, and its place there."""
         for number, span in enumerate(spans):
             step, start = -1, _first(span.earlier)
             if span.above is not None:
@@ -351,7 +361,7 @@ class _Chunks:
         flat, is_real, self.outputs, self.order, *rest = upload(tables, device)
         self._places = flat.view(-1, size)
         self.real = is_real.bool().view(-1, 1, size)
-        """[M, 1, c]: no padding."""
+        """[M, 1, c]: True where a place is not padding."""
         self.later = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
         borders = list(accumulate(map(len, steps), initial=0))
         self.steps = [
@@ -362,7 +372,7 @@ class _Chunks:
         ]
 
     def take(self, rows: Tensor) -> Tensor:
-        """[N, H, ...] -> [M, H, c, ...]; padding repeats a token."""
+        """[N, H, ...] -> [M, H, c, ...]; a padded place repeats the last token."""
         taken = rows.index_select(0, self._places.flatten())
         return taken.unflatten(0, self._places.shape).transpose(1, 2)
 
@@ -372,15 +382,15 @@ class _Level:
     """Spans that have equally many spans above them."""
 
     places: Tensor
-    """[n] of their tokens, span after span."""
+    """[n] places of their tokens, span after span."""
     borders: Tensor
-    """[spans + 1] int32: where each begins among these, and n."""
+    """[spans + 1] int32: where each span begins in `places`, and n."""
     starts: Tensor
-    """Where, among zeros, `before` and the states of the levels before, is that it starts with."""
+    """[spans] index of each span's first state in [zeros, `before`, states of earlier levels]."""
 
 
 def _levels(spans: Sequence[Span], states: int, device: torch.device) -> list[_Level]:
-    """The spans by depth; `states` are there before the first of them runs."""
+    """The spans by depth; `states` is the number of states before the first level runs."""
     depths = _depths(spans)
     levels: list[_Level] = []
     number: dict[int, int] = {}
@@ -405,12 +415,12 @@ def _levels(spans: Sequence[Span], states: int, device: torch.device) -> list[_L
 
 
 def _first(earlier: int | None) -> int:
-    """Where, among zeros and the states of earlier forwards, is that a span starts with."""
+    """Index of a span's first state in [zeros, states of earlier forwards]."""
     return 0 if earlier is None else 1 + earlier
 
 
 def _depths(spans: Sequence[Span]) -> list[int]:
-    """How many spans are above each in this forward."""
+    """[S] number of spans above each span in this forward."""
     depths: list[int] = []
     for span in spans:
         depths.append(0 if span.above is None else depths[span.above] + 1)
@@ -423,14 +433,14 @@ def _installed(package: str) -> bool:
 
 
 def _has(package: str, device: torch.device) -> bool:
-    """Whether there are kernels of `package` for `device`."""
+    """True if `package` is installed and has kernels for `device`."""
     return device.type == "cuda" and _installed(package)
 
 
 def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[1, C, n] -> [1, C, n - k + 1], each output from its k inputs; channels are contiguous."""
     channels, width = weight.shape
-    # The kernel knows these widths, and of this layout channels in eights.
+    # The kernel supports these widths, and in this layout multiples of 8 channels.
     if _has("causal_conv1d", rows.device) and 2 <= width <= 4 and channels % 8 == 0:
         kernel = import_module("causal_conv1d").causal_conv1d_fn
         return kernel(rows, weight, bias)[..., width - 1 :]

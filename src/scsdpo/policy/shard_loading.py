@@ -1,4 +1,4 @@
-"""Names and parts in which a checkpoint holds weights, and reading it shard by shard."""
+"""Reading a checkpoint shard by shard, and the names and parts in which it holds weights."""
 
 import copy
 import json
@@ -34,18 +34,19 @@ _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @torch.no_grad()
 def load_shards(model: PreTrainedModel, path: str) -> None:
-    """Fill a sharded model from a checkpoint in safetensors; LoRA's factors are left alone.
+    """Fill a sharded model from a checkpoint in safetensors, except LoRA's factors.
 
-    Each rank reads its own rows of each tensor. What the checkpoint holds in other parts than the
-    model, such as the matrices of each expert, is read and put together whole, a parameter at a
-    time.
+    Each rank reads its own rows of each tensor. If the checkpoint splits a parameter in another way
+    than the model, such as into one matrix for each expert, every rank reads and converts all of
+    it, one parameter at a time.
 
     Args:
-        model: sharded, with memory.
+        model: sharded and allocated.
         path: local folder or hub name.
 
     Raises:
-        ConfigurationError: if the checkpoint has other tensors than the model.
+        ConfigurationError: if a tensor is missing or has another shape, or there are no
+            safetensors.
     """
     with ExitStack() as files:
         stored = {
@@ -66,8 +67,8 @@ def load_shards(model: PreTrainedModel, path: str) -> None:
                 continue
             if name not in stored:
                 raise ConfigurationError(
-                    f"{path}: there is no tensor {name}: the checkpoint was written by another "
-                    "version of the architecture; load it and save it once with transformers"
+                    f"{path} has no tensor {name}: another version of the architecture wrote the "
+                    "checkpoint; load it and save it once with transformers"
                 )
             table = stored[name].get_slice(name)
             _check_shape(path, name, tuple(table.get_shape()), parameter)
@@ -78,9 +79,9 @@ def load_shards(model: PreTrainedModel, path: str) -> None:
 def as_stored(
     model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the plain `model` by the names, and in the parts, of its checkpoint.
+    """Convert weights of `model` to the names and parts that its checkpoint has.
 
-    What belongs together is looked for within a decoder layer, so that no more than one of them is
+    A parameter is only joined or split within one decoder layer, so that no more than one layer is
     held at a time.
     """
     conversions = conversions_at_load(model) or get_model_conversion_mapping(
@@ -99,9 +100,9 @@ _LAYER = re.compile(r"(\.layers\.\d+)\.")
 def _put_together(
     model: PreTrainedModel, stored: Mapping[str, Any], wanted: Mapping[str, Tensor]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Parameter -> what reads it, for those that the checkpoint names otherwise or holds in parts.
+    """Parameter -> function that reads it, if the checkpoint has another name or several parts.
 
-    By the conversions with which transformers itself loads the checkpoint.
+    The conversions are those with which transformers loads the checkpoint.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -132,7 +133,8 @@ def _put_together(
 def _check_shape(path: str, name: str, found: tuple[int, ...], parameter: Tensor) -> None:
     if found != tuple(parameter.shape):
         raise ConfigurationError(
-            f"{path}: {name} has the shape {found}, and config.json says {tuple(parameter.shape)}"
+            f"{path}: {name} has the shape {found}, but config.json means "
+            f"{tuple(parameter.shape)}: use the config.json of these weights"
         )
 
 
@@ -142,8 +144,8 @@ def _files(path: str) -> list[str]:
         one = cached_file(path, _ONE_FILE, _raise_exceptions_for_missing_entries=False)
         if one is None:
             raise ConfigurationError(
-                f"{path} has no {_ONE_FILE} and no {_INDEX}: only safetensors can be read shard "
-                "by shard; save it once with transformers"
+                f"{path} has neither {_ONE_FILE} nor {_INDEX}: only safetensors can be read shard "
+                "by shard; load it and save it once with transformers"
             )
         return [one]
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))

@@ -1,11 +1,9 @@
-"""Weights in shards over the ranks (FSDP2): how a model is sharded, and made whole again.
-
-Checkpoints, gradients and norms also read shards, as the DTensors that they are.
+"""Weights sharded over the ranks (FSDP2): how a model is sharded, and gathered again.
 
 A model is built on `meta`, sharded there, and filled shard by shard, so that no rank ever holds
-the whole of it in float32. Each decoder layer is a unit, and the rest of the model (embedding, last
-norm, head) is its root; a unit is whole while it runs. Gradients are summed over ranks, not
-averaged: losses are divided by the denominators of all ranks.
+all of it in float32. Each decoder layer is an FSDP unit, and the rest of the model (embedding, last
+norm, head) is the root unit. A unit's weights are gathered while it runs. Gradients are summed over
+ranks, not averaged, because losses are divided by the denominators of all ranks.
 """
 
 import copy
@@ -41,20 +39,20 @@ T = TypeVar("T")
 
 
 def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
-    """The one mesh over all ranks; None: weights are not sharded.
+    """The one-dimensional mesh over all ranks; None if weights are not sharded.
 
     Args:
-        module: of a Trainer, or of none.
+        module: with or without a Trainer.
 
     Raises:
-        ConfigurationError: if the ranks form any other mesh, along which weights of different
-            ranks would move apart without an error; or for another way to shard.
+        ConfigurationError: if the mesh has another dimension, along which the weights of ranks
+            would drift apart without an error; if the strategy is Lightning's FSDP or DeepSpeed.
     """
     trainer = trainer_of(module)
     if trainer is not None and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigurationError(
-            "trainer.strategy: weights are sharded by FullySharded (configs/scale), not "
-            f"by {type(trainer.strategy).__name__}"
+            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported: use "
+            "FullySharded (configs/scale) to shard weights"
         )
     mesh = module.device_mesh
     if mesh is None:
@@ -62,14 +60,14 @@ def flat_mesh(module: L.LightningModule) -> DeviceMesh | None:
     ranks = mesh["data_parallel"]
     if ranks.size() != mesh.size():
         raise ConfigurationError(
-            f"trainer.strategy: weights are sharded over all {mesh.size()} ranks, got "
+            f"trainer.strategy: weights must be sharded over all {mesh.size()} ranks, got "
             f"data_parallel_size {ranks.size()}: use FullySharded (configs/scale)"
         )
     return ranks
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a weight is in parts on several ranks, so that a forward is a collective."""
+    """True if weights are sharded (FSDP2), so that every forward is a collective."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
@@ -80,65 +78,68 @@ def shard(
     *,
     on_host: bool = False,
 ) -> None:
-    """Shard a model that is on `meta`, and give it memory; its values are still to be written.
+    """Shard a model that is on `meta`, and allocate its shards, whose values are not set yet.
 
     Args:
-        model: with every parameter that it will have; names and ties stay as they are.
-        mesh: flat.
-        gathered: dtype of whole units while they run; None: each parameter's own. Shards and
-            summed gradients keep theirs.
-        on_host: keep shards in memory of the host, pinned where there is a GPU.
+        model: has all its parameters already; names and ties stay as they are.
+        mesh: one-dimensional (`flat_mesh`).
+        gathered: dtype in which a unit's weights are gathered; None: each parameter's own. Shards
+            and summed gradients keep their dtype.
+        on_host: keep shards in memory of the host, pinned if there is a GPU.
     """
     precision = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=gathered and torch.float32, cast_forward_inputs=False
     )
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     offload = host if on_host else OffloadPolicy()
-    # Keys and values that come out are views; nothing is written into them.
+    # Units return keys and values that are views. Nothing is written into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*decoder_of(model).layers, model):
         unit = fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # what gloo and NCCL both know
+        unit.set_force_sum_reduction_for_comms(True)  # both gloo and NCCL support sums
     model.to_empty(device="cpu" if on_host else _device(mesh))
     _tie(model)
     _rebuild_buffers(model)
-    model.__dict__["inside"] = MethodType(_inside, model)
-    register_fsdp_forward_method(model, "inside")
+    model.__dict__["in_root_forward"] = MethodType(_do, model)
+    register_fsdp_forward_method(model, "in_root_forward")
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)
         setattr(owner, leaf, buffer.to(_device(mesh)))
 
 
-def inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
-    """Do `work` where weights are whole; under shards every rank must, in the same order.
+def in_root_forward(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
+    """Do `work(model)` inside one root forward of FSDP2, where the root's weights are gathered.
 
-    Tensors with a gradient come out in plain containers: in these FSDP2 finds where a backward will
-    start, and gathers weights for it.
+    If the model is sharded, all ranks must call it, in the same order. Return tensors with a
+    gradient in plain containers: FSDP2 looks there for the tensors at which a backward starts, to
+    gather weights for it.
     """
-    return model.__dict__["inside"](work) if isinstance(model, FSDPModule) else work(model)
+    if isinstance(model, FSDPModule):
+        return model.__dict__["in_root_forward"](work)
+    return work(model)
 
 
 def reshard(module: nn.Module) -> None:
-    """Put every unit back into shards; after a forward the root is whole."""
+    """Free the gathered weights of every unit; after a forward the root's are still gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of `tensor`."""
+    """The part of `tensor` that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """All of a weight in plain numbers, without gradient; rounded to `dtype`, and then gathered.
+    """A weight dequantised, cast to `dtype` and gathered, without gradient.
 
-    Under shards every rank must ask.
+    If it is sharded, this is a collective.
 
     Args:
         weight: a parameter, in 4 bits or not.
-        dtype: None: nothing is rounded.
+        dtype: None: no cast.
     """
     value = plain_weight(weight)
     value = value if dtype is None else value.to(dtype)
@@ -146,7 +147,7 @@ def whole_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def own_rows(parameter: Tensor) -> slice:
-    """Which of the whole parameter's rows this rank has."""
+    """The rows of the gathered parameter that this rank holds."""
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter))
     ranks, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
@@ -158,12 +159,14 @@ def own_rows(parameter: Tensor) -> slice:
 def whole(
     model: PreTrainedModel, skeleton: PreTrainedModel, narrow: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A plain copy with whole weights, without gradient; a collective, the copy's use is not.
+    """Gather a copy of a sharded model, without gradient.
+
+    Making the copy is a collective; using it is not.
 
     Args:
         model: sharded.
-        skeleton: the same on `meta`; its parameters are those that are wanted.
-        narrow: dtype of linear layers' weights, to which autocast would cast them anyway.
+        skeleton: the model on `meta`; only its parameters are gathered.
+        narrow: dtype of the linear layers' weights, to which autocast would cast them anyway.
     """
     reshard(model)
     plain = copy.deepcopy(skeleton)
@@ -183,7 +186,7 @@ def whole(
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Make embedding and head one table again, if they are; transformers finds no adapted ones."""
+    """Tie embedding and head again if the config ties them; transformers skips adapted ones."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if not any(isinstance(end, BaseTunerLayer) for end in ends):
         model.tie_weights()
@@ -192,7 +195,7 @@ def _tie(model: PreTrainedModel) -> None:
         plain[1].weight = plain[0].weight
 
 
-def _inside(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
+def _do(model: PreTrainedModel, work: Callable[[PreTrainedModel], T]) -> T:
     return work(model)
 
 
@@ -208,7 +211,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _rebuild_buffers(model: PreTrainedModel) -> None:
-    """Write what checkpoints do not hold, such as the frequencies of rotary embeddings."""
+    """Compute buffers that checkpoints do not hold, such as rotary frequencies."""
     owners = [part for part in model.modules() if any(True for _ in part.buffers(recurse=False))]
     for owner in owners:
         for buffer in owner.buffers(recurse=False):
@@ -217,6 +220,6 @@ def _rebuild_buffers(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if not bool(buffer.isfinite().all()):
             raise ConfigurationError(
-                f"model.policy: {type(model).__name__} keeps a table ({name}) that cannot be made "
-                "anew: it cannot be sharded, use DDP"
+                f"model.policy: {type(model).__name__} has a buffer ({name}) that cannot be "
+                "computed again after sharding: use DDP (configs/scale/ddp.yaml)"
             )

@@ -1,4 +1,4 @@
-"""How a second set of weights is kept between its forwards, and moves where that is coarse."""
+"""How a second set of weights is kept between forwards, and how an average in bf16 moves."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +17,19 @@ _PIECE = 2**22
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where and how precisely a teacher's own copy of the weights is kept. P parameters take
+    """Where and in which dtype a teacher's own copy of the weights is kept. P parameters take
 
         bytes = P * (4 or 2), on the device or on the host
 
-    They always run in the student's dtype, on its device: layer by layer, or under shards unit by
-    unit, what is kept otherwise is copied for its forward, which costs a pass over the weights for
-    each micro-batch, and from the host their way over the bus. `compile_layers` leaves them out.
+    The copy always runs in the student's dtype on the student's device. If it is kept in another
+    way, each layer (each FSDP unit, if weights are sharded) is copied for its forward. This costs
+    one pass over the weights for each micro-batch, and their transfer from the host.
+    `compile_layers` does not compile such a copy.
 
     Args:
-        dtype: `float32`, or `bfloat16`: weights that stand still are rounded to nearest (no loss
-            where the checkpoint was bf16), an average that moves is rounded stochastically.
-        on_host: in memory of the host, pinned where there is a GPU.
+        dtype: `float32` or `bfloat16`. In bfloat16, frozen weights are rounded to nearest (exact
+            if the checkpoint was bf16), and a moving average is rounded stochastically.
+        on_host: keep them in memory of the host, pinned if there is a GPU.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -36,11 +37,11 @@ class Stored:
 
     @property
     def is_plain(self) -> bool:
-        """As the student's are."""
+        """True if they are kept as the student's weights are."""
         return self == Stored()
 
     def kept(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A copy as it will be kept; on `meta` it gets its place with its memory."""
+        """A frozen copy, kept as this says; a copy on `meta` stays there until it is allocated."""
         narrow = torch.bfloat16 if self.dtype == "bfloat16" else parameter.dtype
         value = parameter.detach().to(narrow, copy=True)
         if self.on_host and value.device.type != "meta":
@@ -50,12 +51,12 @@ class Stored:
 
 
 def stochastically_rounded(value: Tensor, seed: int, start: int = 0) -> Tensor:
-    """`value` in bf16, one of its two neighbours, at random so that the mean is `value`.
+    """Round `value` at random to one of its two neighbours in bf16, so that the mean is `value`.
 
-    P(up) = (value - lower) / (upper - lower). An average in bf16 with round-to-nearest stands still
-    where a step, rate * distance, is below half the space between neighbours, which is 2^-8 to 2^-7
-    of a weight.
-    Stochastic rounding follows the average of float32 without bias; its distance from that has
+    P(up) = (value - lower) / (upper - lower). With round-to-nearest, an average in bf16 does not
+    move if its step, rate * distance, is below half the spacing of neighbours, which is 2^-8 to
+    2^-7 of a weight. Stochastic rounding follows the average in float32 without bias. Its distance
+    from that average has
 
         rms <= spacing / 2 / sqrt(1 - (1 - rate)^2)
 
@@ -63,8 +64,8 @@ def stochastically_rounded(value: Tensor, seed: int, start: int = 0) -> Tensor:
 
     Args:
         value: [N] float32.
-        seed: of this tensor at this step.
-        start: index of the first element in the whole tensor: shards round as the whole would.
+        seed: for this tensor at this step.
+        start: index of the first element in the unsharded tensor, so that shards draw the same.
 
     Source:
         Gupta et al. 2015, arXiv:1502.02551; bits by splitmix64.
@@ -79,11 +80,11 @@ def mix(own: Tensor, student: Tensor, rate: float, *, seed: int, start: int) -> 
     """Own' = (1 - rate) own + rate student, in float32 on the student's device, piece by piece.
 
     Args:
-        own: as it is kept.
-        student: of the same shape.
-        rate: of the average.
-        seed: of this tensor at this step.
-        start: index of the first element in the whole tensor.
+        own: the kept weight; updated in place.
+        student: the student's weight, of the same shape.
+        rate: weight of the student.
+        seed: for this tensor at this step.
+        start: index of the first element in the unsharded tensor.
     """
     pieces = zip(own.view(-1).split(_PIECE), student.view(-1).split(_PIECE), strict=True)
     for number, (kept, new) in enumerate(pieces):
@@ -105,11 +106,11 @@ def _random_bits(start: int, count: int, seed: int, device: torch.device) -> Ten
 class OffloadHooks:
     """Forward hooks that load the weights of a model that is kept on the host or in another dtype.
 
-    A layer's weights are there during its own forward only; those of embedding, last norm and head
-    during all of it.
+    A layer's weights are loaded during its own forward only. Those of embedding, last norm and head
+    are loaded while `open` is.
 
     Args:
-        model: with whole weights, in no gradient.
+        model: not sharded, without gradients.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -125,7 +126,7 @@ class OffloadHooks:
 
     @contextmanager
     def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-        """The model can run inside, on `device` and in `dtype`."""
+        """Let the model run on `device` in `dtype` while the context is open."""
         self._to = device, dtype
         kept = _load(self._rest, self._to)
         try:

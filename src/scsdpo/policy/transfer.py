@@ -1,4 +1,4 @@
-"""Integers and masks between host and device, in one copy each way."""
+"""Copies of integer and bool tensors between host and device, several tensors in one copy."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def upload(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """`tables` [n_i] int64 of the host on `device`, in one copy.
+    """Copy `tables` [n_i] int64 of the host to `device` in one copy.
 
-    The host does not wait for it: on CUDA it goes through pinned memory, behind the work that is
-    queued, where an ordinary copy would wait until that is done.
+    On CUDA the copy goes through pinned memory and is queued behind earlier work, so that the host
+    does not wait. A copy from ordinary memory would wait until that work is done.
     """
     together = torch.cat(list(tables))
     if device.type == "cuda":
@@ -20,7 +20,7 @@ def upload(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def download(tables: Sequence[Tensor]) -> list[Tensor]:
-    """`tables` of a device, int64 or bool and of any shape, on the host: it waits once."""
+    """Copy `tables` (int64 or bool, of any shape) from their device; the host waits once."""
     together = torch.cat([table.flatten().long() for table in tables]).cpu()
     parts = together.split([table.numel() for table in tables])
     return [

@@ -1,64 +1,68 @@
 """Prompts as a tree of token segments in which every common start is one segment.
 
-A system turn that all questions share, the rest of each question, what a teacher is told, and
-under each prompt its responses.
+For example a system turn that all questions share is the root. Below it stands the rest of each
+question, then what only the teacher reads, and below each prompt its responses.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 SHORTEST_SHARED = 48
-"""A common start shorter than this many tokens is not worth a level of its own, which is one more
-call of attention in every layer: with 16 a step of 32 questions has five levels in place of three,
-and runs 1 % fewer tokens."""
+"""A common start of fewer tokens gets no level of its own, because each level is one more call of
+attention in every layer. With 16 a step of 32 questions has five levels instead of three, and runs
+only 1 % fewer tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Tokens under the path of the segments above."""
+    """Tokens that follow the tokens of the segments above."""
 
     ids: tuple[int, ...]
     path: tuple["Segment", ...] = ()
-    """From the root."""
+    """The segments above, from the root on."""
     below: list["Segment"] = field(default_factory=list)
+    """The children."""
 
     @property
     def position(self) -> int:
-        """Of its first token: how many tokens are above."""
+        """Position of its first token: the number of tokens above."""
         return sum(len(segment.ids) for segment in self.path)
 
     @property
     def line(self) -> tuple["Segment", ...]:
-        """The path and the segment itself."""
+        """The segments above and the segment itself."""
         return (*self.path, self)
 
     def walk(self) -> Iterator["Segment"]:
-        """Itself, then what is below it, each subtree in one go."""
+        """The segment itself, then all below it, depth first."""
         yield self
         for child in self.below:
             yield from child.walk()
 
     def tokens(self) -> int:
-        """In it and below."""
+        """Number of tokens in the segment and all below it."""
         return sum(len(segment.ids) for segment in self.walk())
 
 
 def prefix_tree(
     prompts: Sequence[tuple[int, ...]], longest: int
 ) -> tuple[list[Segment], dict[tuple[int, ...], Segment]]:
-    """The roots of the tree that distinct prompts make, and the segment in which each ends.
+    """Build the tree of the distinct prompts.
 
     Args:
-        prompts: ids; none is empty.
-        longest: a segment of more tokens is cut into a chain.
+        prompts: token ids; no prompt may be empty.
+        longest: most tokens of a segment; a longer one is cut into a chain.
+
+    Returns:
+        The roots, and for each prompt the segment in which it ends.
     """
     roots: list[Segment] = []
     ends: dict[tuple[int, ...], Segment] = {}
 
     def grow(group: list[tuple[int, ...]], done: int, above: Segment | None) -> None:
-        """`group` is sorted and agrees on its first `done` tokens, which `above` ends."""
+        """Add `group` below `above`: sorted prompts that share their first `done` tokens."""
         while group:
-            # As many of the following prompts as share a worthwhile start with the first.
+            # Count the following prompts that share a long enough start with the first.
             first, count, shared = group[0], 1, len(group[0])
             while count < len(group):
                 common = _common(first, group[count], shared)
@@ -94,21 +98,22 @@ class Piece:
     """Segments that run in one forward."""
 
     segments: tuple[Segment, ...]
-    """Each after those above it, subtrees in one go."""
+    """Depth first: each segment stands after those above it."""
     kept: bool
-    """Its graph is kept until its responses are done; otherwise the forward is repeated then."""
+    """True: its graph is kept until its responses are done. False: the forward then runs again."""
     room: int
-    """Tokens of responses that fit the budget beside the graphs that are kept at that time."""
+    """Tokens of responses that fit in the budget beside the graphs that are kept at that time."""
 
 
 def pieces(siblings: Sequence[Segment], room: int) -> Iterator[Piece]:
-    """Subtrees in pieces, each after the pieces above it.
+    """Cut subtrees into pieces; each piece comes after the pieces above it.
 
-    Subtrees of up to half the room go together. The root of a larger one goes alone, and its
-    graph is kept if that leaves a quarter of the room for responses.
+    Subtrees that together have up to half of `room` tokens form one piece. The root of a larger
+    subtree is a piece of its own. Its graph is kept if that leaves a quarter of the room for
+    responses.
 
     Args:
-        siblings: the subtrees' roots.
+        siblings: roots of the subtrees.
         room: tokens whose activations fit in memory.
     """
     together: list[Segment] = []

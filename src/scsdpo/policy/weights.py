@@ -1,4 +1,4 @@
-"""Weights beside those that are trained: what a teacher runs with."""
+"""Sets of weights that a teacher runs with, beside those that are trained."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ class Weights(nn.Module, ABC):
     """A second set of weights: a whole model, or an adapter on the policy's base."""
 
     stored = Stored()
-    """How it is kept."""
+    """Where and in which dtype it is kept."""
 
     def begin(self, model: nn.Module) -> None:
-        """Write the first values, after shards were given memory; the policy's `model` has its."""
+        """Set the first values once shards are allocated; the policy's `model` has its values."""
         self.follow(model, 1.0)
 
     def runs_in(self, student: torch.dtype) -> torch.dtype:
@@ -29,28 +29,32 @@ class Weights(nn.Module, ABC):
         return student
 
     def known(self, policy: KnownPath) -> KnownPath:
-        """How rows run, given how the policy's do."""
+        """How rows run, given how the policy's rows run."""
         return policy
 
     @abstractmethod
     def active(self, model: nn.Module) -> AbstractContextManager[PreTrainedModel]:
-        """The language model with these weights in force, given the policy's `model`."""
+        """The language model with these weights, while the context is open.
+
+        Args:
+            model: the policy's.
+        """
 
     @abstractmethod
     def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """(own tensor, the student's) for everything that is trained; under shards, this rank's."""
+        """(own tensor, the student's) for each trained tensor; this rank's part if sharded."""
 
     def models(self) -> tuple[PreTrainedModel, ...]:
-        """The whole models of its own, beside the policy's."""
+        """The models that this set owns beside the policy's."""
         return ()
 
     def same(self, other: "Weights") -> bool:
-        """Whether both are one set of weights, so that a forward of one is that of the other."""
+        """True if both are the same weights, so that one forward serves both."""
         return self is other
 
     @torch.no_grad()
     def follow(self, model: nn.Module, rate: float) -> None:
-        """Theta' <- (1 - rate) theta' + rate theta, given the policy's `model`."""
+        """Move towards the policy's `model`: theta' <- (1 - rate) theta' + rate theta."""
         for own, student in self.pairs(model):
             if rate == 1:
                 own.copy_(student)
@@ -62,9 +66,9 @@ class Whole(Weights, Moved):
     """A whole frozen model beside the policy's.
 
     Args:
-        model: with weights of its own.
+        model: a model with its own weights.
         stored: how they are kept between forwards.
-        saved: whether they are part of checkpoints.
+        saved: True: they are part of checkpoints.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Stored, *, saved: bool) -> None:
@@ -87,7 +91,7 @@ class Whole(Weights, Moved):
             yield self.copy
 
     def moves_alone(self, fn: Callable[[Tensor], Tensor]) -> bool:
-        """What is kept on the host stays there; its tables go along."""
+        """Weights on the host stay there when the module moves; their buffers move."""
         if self.stored.on_host:
             for part in self.modules():
                 for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):

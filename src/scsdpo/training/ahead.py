@@ -115,7 +115,7 @@ class _Queue:
     waiting: Mapping[int, _Waiting]
     """Number of the batch -> this rank's share, on the host."""
     stored: Mapping[int, Mapping[str, Any]]
-    """Number of the batch -> all ranks' shares from a checkpoint, until their questions are known."""
+    """Number of the batch -> all ranks' shares in a checkpoint, until their questions are known."""
 
     @property
     def known(self) -> Set[int]:

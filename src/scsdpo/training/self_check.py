@@ -581,7 +581,7 @@ def _ask(
         raise ConfigurationError(
             f"model.rollout: {found.fault} on made-up rows, more than model.gap.stop={gap.stop:g}: "
             "the sampler has other weights or computes differently; compare its dtype and its "
-            "log-prob settings with the trainer's (docs/scaling.md)"
+            "log-prob settings with the trainer's (docs/vllm.md)"
         )
     return [found]
 

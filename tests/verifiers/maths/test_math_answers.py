@@ -366,7 +366,7 @@ def test_equal_wrong_answers_vote_together_and_others_do_not():
 
 # --- the documentation ----------------------------------------------------------------------------
 
-DOCS = Path(__file__).parents[3] / "docs" / "data.md"
+DOCS = Path(__file__).parents[3] / "docs" / "verifiers.md"
 EXAMPLES = re.findall(
     r"^\| `([^`]+)` \| `([^`]+)` \| (right|wrong) \|", DOCS.read_text(), re.MULTILINE
 )

@@ -11,7 +11,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.loss.logits import Buffers, TokenLogits
 from scsdpo.policy.adapter import with_head
 from scsdpo.policy.attention import run_decoder
-from scsdpo.policy.experts import per_token, routers, split
+from scsdpo.policy.experts import per_token, routers, split_states
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
@@ -173,7 +173,7 @@ class ContinuousBatcher:
         """[R]: the next token of each response."""
         if self.routers:
             width = self.model.config.get_text_config().hidden_size
-            hidden, routes = split(hidden, len(self.routers), width)
+            hidden, routes = split_states(hidden, len(self.routers), width)
             chosen = routes.topk(per_token(self.model)).indices
             self.buffer.keep_experts(chosen, self.rows, self.drawn)
         hidden, head = with_head(self.model, hidden)

@@ -27,15 +27,8 @@ from torch import Tensor, nn
 from scsdpo.distributed import place
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.policy.adapter import (
-    STUDENT,
-    adapted_ends,
-    adapted_layers,
-    is_factor,
-    is_tied,
-    merged_layer,
-    plain_name,
-)
+from scsdpo.policy.adapter import STUDENT, adapted_ends, adapted_layers, is_tied, merged_layer
+from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, reshard, whole_weight
 from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, digest
