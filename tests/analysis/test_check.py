@@ -4,6 +4,7 @@ import io
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -227,9 +228,9 @@ def telling(without, told):
     return TeacherGain(without=next(rates), told=next(rates), gain=paired_interval(*many))
 
 
-def pointing(low, high, n=8):
+def pointing(low, high, n=8, shift=1e-3):
     step = Estimate(value=(low + high) / 2, low=low, high=high, n=n)
-    return Directions(step=step, length=step, reward=0.2)
+    return Directions(step=step, length=step, reward=0.2, shift=shift, lr=2e-5)
 
 
 def also_told(beyond):
@@ -293,6 +294,12 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ),
         ({"taught": 0.0, "told": {}}, "mind", "no response has a teacher"),
         ({"told": {}}, "mind", "only one question has a teacher"),
+        (
+            {"directions": pointing(0.1, 0.2, shift=0.18)},
+            "mind",
+            "the learning rate is large for this policy: one step at 2e-05 moves it by 0.18 nats a "
+            "token (at most 0.02)",
+        ),
         (
             {"directions": pointing(-0.2, -0.1)},
             "stop",
@@ -390,3 +397,53 @@ def test_what_is_not_known_is_null_in_the_file_and_a_dash_on_the_screen():
     text = console.file.getvalue()
     assert "responses with an answer" in text and "nan" not in text
     assert finite(asdict(found))["answers"]["formed"] is None
+
+
+def logprobs(table, half):
+    """log S(y) of each drawn token, question by question."""
+    found = []
+    for prompt, ids, drawn in zip(
+        (p for p in half.prompts for _ in range(G)),
+        half.responses.ids.flatten(0, 1),
+        half.responses.sampled.flatten(0, 1),
+        strict=True,
+    ):
+        previous = -1
+        for token in ids[drawn].tolist():
+            row = table[state(prompt.ids, previous)] / half.responses.temperature
+            found.append(row.log_softmax(-1)[token])
+            previous = token
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3])
+def test_the_first_steps_shift_is_what_the_optimizer_does_to_the_other_halfs_tokens(rate):
+    halves = [judged(seed=0), judged(seed=1)]
+    model = optimizer(REINFORCE, NoTeacher())
+    model.optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.1)
+    start = model.policy.table.detach().clone()
+    values = []
+    for half, other in (halves, halves[::-1]):
+        table = start.clone().requires_grad_()
+        table.grad = -way_up(model, half)[0].view_as(table)
+        torch.optim.AdamW([table], lr=rate, weight_decay=0.1).step()
+        ratio = (logprobs(table, other) - logprobs(start, other)).exp().detach()
+        values.append(ratio - 1 - ratio.log())
+    found = directions(model, halves)
+    assert found.shift == pytest.approx(float(torch.cat(values).mean()), rel=1e-3)
+    assert found.lr == rate
+    assert torch.equal(model.policy.table, start) and model.policy.table.grad is None
+
+
+def test_without_a_gradient_there_is_no_shift():
+    halves = [judged(seed=0), judged(seed=1)]
+    model = optimizer(REINFORCE, NoTeacher())
+    flat = [replace(half, rewards=torch.zeros_like(half.rewards)) for half in halves]
+    found = directions(model, flat)
+    assert math.isnan(found.shift) and math.isnan(found.lr)
+
+
+def test_a_rate_that_is_too_large_is_translated_into_one_that_is_not():
+    found = Readiness(answers=answers(), directions=pointing(0.1, 0.2, shift=0.12))
+    (remark,) = [r for r in verdict(found) if "learning rate" in r.text]
+    assert "model.optimizer.init_args.lr to about 3e-06" in remark.remedy  # 2e-5 sqrt(.003 / .12)

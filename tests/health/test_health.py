@@ -67,6 +67,7 @@ def test_the_run_that_got_worse_with_nothing_said_is_warned_of_within_ten_batche
     assert said["Truncation"] <= 10 and said["Agreement"] <= 10
     held_out = [{"val/mean@8": path(0.359, 0.131, 3, t)} for t in range(4)]
     assert judged(held_out) == {"HeldOutFalls": 3}
+    assert judged(held_out[:1] + held_out[3:]) == {"HeldOutFalls": 2}
 
 
 def test_the_run_that_got_better_from_the_same_start_hears_of_truncation_alone():
@@ -93,6 +94,8 @@ def test_a_recorded_run_of_sc_sdpo_on_smollm2_is_warned_of_by_its_tenth_batch():
     assert said["Truncation"] == 5 and said["EntropyRise"] == 10 and said["Agreement"] == 14
 
 
+RATES = (0.2, 0.2, 0.3, 0.32, 0.29, 0.3)
+"""The last two are not above the first two by .1."""
 CASES = [
     (NoSuccess(batches=3), [{"pass_rate": p} for p in (0, 0, 0.1, 0, 0, 0)], 6),
     (Mastered(batches=2), [{"solve_all": s} for s in (1, 0.7, 0.95, 0.95)], 4),
@@ -100,6 +103,7 @@ CASES = [
     (SamplerDrift(batches=2), [{"logprob_gap": g} for g in (0.001, 0.02, 0.03)], 3),
     (ImportanceCapped(batches=2), [{"importance_capped": s} for s in (0, 0.05, 0.06)], 3),
     (HeldOutFalls(), [{"val/mean@2": v} for v in (0.5, 0.44, 0.46, 0.44, 0.43)], 5),
+    (HeldOutFalls(), [{"val/mean@2": v} for v in (0.5, 0.36, 0.34)], 3),
     (
         LengthCollapse(batches=2),
         [{"response_length": n, "pass_rate": 0.5} for n in (100, 100, 60, 30, 30)],
@@ -109,6 +113,11 @@ CASES = [
         EntropyCollapse(batches=2),
         [{"entropy": h, "pass_rate": 0.5} for h in (1, 1, 0.31, 0.3, 0.28)],
         5,
+    ),
+    (
+        EntropyCollapse(batches=2),
+        [{"entropy": 0.2 if t > 1 else 1, "pass_rate": p} for t, p in enumerate(RATES)],
+        6,
     ),
 ]
 

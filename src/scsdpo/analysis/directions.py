@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scsdpo.advantage import GroupRelative, LeaveOneOut, Unscaled
+from scsdpo.advantage import GroupRelative, LeaveOneOut, Plan, Unscaled
 from scsdpo.reduction import TokenSum
 from scsdpo.statistics import Estimate, mean_interval
 from scsdpo.training import Batch, PolicyOptimizer
@@ -40,6 +40,10 @@ class Directions:
     above 0, responses grow."""
     reward: float
     """Cosine of the reward's gradient on one half with that on the other; near 0 it is noise."""
+    shift: float
+    """How far the first step moves the policy, in nats a token: see `shift_of`; nan: no step."""
+    lr: float
+    """The rate of that step; nan: the optimizer has none."""
 
 
 def directions(model: PolicyOptimizer, halves: Sequence[Judged]) -> Directions:
@@ -68,7 +72,64 @@ def directions(model: PolicyOptimizer, halves: Sequence[Judged]) -> Directions:
     reward = cosine(*up)
     del up
     length, _ = against(lambda batch: batch.judged.lengths.float())
-    return Directions(step=step, length=length, reward=reward)
+    shift, lr = shift_of(model, steps, batches)
+    return Directions(step=step, length=length, reward=reward, shift=shift, lr=lr)
+
+
+@torch.no_grad()
+def shift_of(
+    model: PolicyOptimizer, steps: Sequence[Direction], batches: Sequence[Batch]
+) -> tuple[float, float]:
+    """How far one step of `model.optimizer` moves the policy elsewhere, and the step's rate.
+
+        mean over tokens of (r - 1 - log r), r = S'(y) / S(y): an estimate of KL(S || S') >= 0
+
+    S' is the policy after one step on the gradient of one half, by a new optimizer at its own rate
+    (a schedule's factor is left out); y are the tokens that S drew for the other half. One mean of
+    both ways. The weights are put back. It grows with the square of the rate while it is small.
+
+    Args:
+        model: configured.
+        steps: minus the loss's gradient of each half.
+        batches: the halves.
+
+    Source:
+        J. Schulman, "Approximating KL divergence", 2020 (k3).
+    """
+    parameters = trained_parameters(model.policy)
+    kept = [p.detach().clone() for p in parameters]
+    moved: list[Tensor] = []
+    lr = math.nan
+    for step, other in zip(steps, reversed(batches), strict=True):
+        if _dot(step, step) == 0:
+            continue
+        before = _logprobs(model, other)
+        for p, part in zip(parameters, step, strict=True):
+            p.grad = -part.view_as(p)
+        torch.nn.utils.clip_grad_norm_(parameters, model.limits.max_grad_norm)
+        optimizer = model.optimizer(parameters)
+        lr = float(optimizer.param_groups[0].get("lr", math.nan))
+        optimizer.step()
+        del optimizer
+        change = (_logprobs(model, other) - before).double()
+        moved.append(change.expm1() - change)
+        for p, old in zip(parameters, kept, strict=True):
+            p.copy_(old)
+            p.grad = None
+    return (float(torch.cat(moved).mean()) if moved else math.nan), lr
+
+
+def _logprobs(model: PolicyOptimizer, batch: Batch) -> Tensor:
+    """[N] log S(y) of every token that the policy drew."""
+    everyone = torch.ones_like(batch.plan.active)
+    alike = replace(
+        batch,
+        plan=Plan(active=everyone, credit=batch.plan.credit),
+        weights=torch.ones_like(batch.weights),
+    )
+    budget = model.limits.token_budget(model.policy)
+    found = model.steps.update.measure(model.policy, alike, range(len(batch.ids)), budget)
+    return found[batch.sampled]
 
 
 def cosine(a: Direction, b: Direction) -> float:

@@ -26,6 +26,10 @@ class Thresholds:
     """Largest share of questions without a wrong response."""
     truncated: float = 0.3
     """Largest share of responses that reach the cap."""
+    shift: float = 0.02
+    """How far one step may move the policy, in nats a token."""
+    usual_shift: float = 0.003
+    """How far one step moved the policy in runs that learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,13 @@ def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]
         found: the measurements.
         limits: limits beyond which a figure gets a remark.
     """
-    remarks = [*_answers(found, limits), *_taught(found), *_teacher(found), *_step(found)]
+    remarks = [
+        *_answers(found, limits),
+        *_taught(found),
+        *_teacher(found),
+        *_step(found),
+        *_shift(found, limits),
+    ]
     order: tuple[Level, ...] = ("stop", "mind", "good")
     return sorted(remarks, key=lambda remark: order.index(remark.level))
 
@@ -185,3 +195,18 @@ def _step(found: Readiness) -> Iterator[Remark]:
             text=f"the direction of the first step cannot be seen: {text}",
             remedy="ask more questions (--questions), which narrows the interval",
         )
+
+
+def _shift(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
+    if found.directions is None or not found.directions.shift > limits.shift:
+        return
+    shift, lr = found.directions.shift, found.directions.lr
+    # The shift grows with the square of the rate.
+    smaller = lr * (limits.usual_shift / shift) ** 0.5
+    yield Remark(
+        level="mind",
+        text=f"the learning rate is large for this policy: one step at {lr:.2g} moves it by "
+        f"{shift:.2g} nats a token (at most {limits.shift:g})",
+        remedy=f"set model.optimizer.init_args.lr to about {smaller:.1g}, which moves it by about "
+        f"{limits.usual_shift:g}",
+    )

@@ -101,6 +101,7 @@ def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
             ("first step with the reward's gradient", _estimate(way.step, _cosine)),
             ("that gradient with itself", _cosine(way.reward)),
             ("first step with growing length", _estimate(way.length, _cosine)),
+            (f"one step at {way.lr:.2g} moves the policy by", _number(way.shift, "{:.2g} nats")),
         ]
     table = Table(show_header=False, title="before training", title_justify="left")
     for row in rows:

@@ -98,25 +98,30 @@ class Truncation(_OverBatches):
 
 @dataclass(frozen=True, kw_only=True)
 class _Collapse(_OverBatches):
-    """A figure has fallen below `ratio` of its first mean, and the pass rate has not risen."""
+    """A figure has fallen below `ratio` of its first mean, and the pass rate has not risen by more
+    than `rise`.
+    """
 
     batches: int = 10
     ratio: float = 0.5
+    rise: float = 0.0
 
     def _look(self, past: Series, figure: str, what: str) -> Finding | None:
         before, now = past.first_and_last(figure, self.batches)
         rate, rate_now = past.first_and_last("pass_rate", self.batches)
-        if not (now < self.ratio * before and rate_now <= rate):
+        if not (now < self.ratio * before and rate_now <= rate + self.rise):
             return None
+        hardly = "hardly rose" if rate_now > rate else "did not rise"
         return Finding(
             message=(
                 f"{what} fell from {before:.3g} to {now:.3g} since the start, and the pass rate "
-                f"did not rise ({rate:.2f} to {rate_now:.2f})"
+                f"{hardly} ({rate:.2f} to {rate_now:.2f})"
             ),
             values={
                 **_ends(figure, before, now),
                 **_ends("pass_rate", rate, rate_now),
                 "ratio": self.ratio,
+                "rise": self.rise,
             },
         )
 
@@ -128,6 +133,7 @@ class LengthCollapse(_Collapse):
     Args:
         batches: >= 2, at either end.
         ratio: in (0, 1).
+        rise: of the pass rate; up to it the pass rate is no better. >= 0.
     """
 
     remedy = (
@@ -141,14 +147,20 @@ class LengthCollapse(_Collapse):
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyCollapse(_Collapse):
-    """The policy becomes certain, and is no better. last < ratio * first, means over `batches`
+    """The policy becomes certain, and is hardly better. last < ratio * first, means over `batches`
+
+    A policy that becomes certain is right more often at temperature 1 for that alone: a rise of the
+    pass rate by less than `rise` counts as none.
 
     Args:
         batches: >= 2, at either end.
         ratio: in (0, 1).
+        rise: of the pass rate; up to it the pass rate is no better. >= 0.
     """
 
+    batches: int = 5
     ratio: float = 0.3
+    rise: float = 0.1
     remedy = (
         "lower the learning rate, add an EntropyBonus, or go on from an older checkpoint; a group "
         "whose responses are all alike teaches nothing"
@@ -250,13 +262,16 @@ class EntropyRise(_OverBatches):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutFalls(Rule):
-    """Held-out accuracy is below its first value by `drop` in two validations in a row.
+    """Held-out accuracy is below its first value: by `drop` in two validations in a row, or by
+    `sudden` in one.
 
     Args:
         drop: of mean@k, > 0.
+        sudden: of mean@k, > 0. With 56 questions .15 are three standard errors at least.
     """
 
     drop: float = 0.05
+    sudden: float = 0.15
     remedy = (
         "stop, and go on from the checkpoint before; lower the learning rate, or compare with the "
         "same run under configs/methods/grpo.yaml"
@@ -264,11 +279,18 @@ class HeldOutFalls(Rule):
 
     def look(self, past: Series) -> Finding | None:
         values = past["val/mean"]
-        if len(values) < 3 or not max(values[-2:]) < values[0] - self.drop:
+        if len(values) < 2:
+            return None
+        twice = len(values) > 2 and max(values[-2:]) < values[0] - self.drop
+        if not (twice or values[-1] < values[0] - self.sudden):
             return None
         return Finding(
             message=f"held-out accuracy fell from {values[0]:.1%} to {values[-1]:.1%}",
-            values={**_ends("val_mean", values[0], values[-1]), "drop": self.drop},
+            values={
+                **_ends("val_mean", values[0], values[-1]),
+                "drop": self.drop,
+                "sudden": self.sudden,
+            },
         )
 
 
