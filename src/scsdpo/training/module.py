@@ -86,7 +86,7 @@ class PolicyOptimizer(L.LightningModule):
     Args:
         policy: the language model that is trained.
         advantage: the credit of each vocabulary entry at each position.
-        teacher: a distribution that knows more than the student: its weights and its context.
+        teacher: weights and context of a distribution that knows more.
         weighting: how much each question and rollout counts.
         rollout: the sampler of responses.
         selection: which judged groups are learned from, and when: `Everything()`, or
@@ -99,17 +99,16 @@ class PolicyOptimizer(L.LightningModule):
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         verification: how responses are judged: processes and deadlines.
-        optimizer: a function from the trainable parameters to an optimizer.
-        lr_scheduler: a function from the optimizer to a schedule, which is stepped once per
-            optimizer step taken. Lightning's `ReduceLROnPlateau`, which names its `monitor`, is
-            stepped after each validation.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: stepped once per optimizer step taken; Lightning's `ReduceLROnPlateau`, which
+            names its `monitor`, after each validation.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
         success_threshold: a rollout with at least this reward is a success. The success with the
             highest reward is shown to teachers.
         limits: clip of the gradient, budget of a micro-batch, and when the run stops in vain.
-        ahead: how many batches are sampled before they are learned from.
-        warmup: supervised steps before the first other step, in which the policy learns to use its
-            teacher's context, and the check that it can.
+        ahead: batches that are sampled before they are learned from.
+        warmup: supervised steps at the start, which teach the policy to use its teacher's prompt,
+            and the check that it can.
 
     Raises:
         ConfigurationError: if the strategies do not fit together.
