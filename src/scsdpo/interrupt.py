@@ -53,6 +53,8 @@ class _Run:
 
     signum: int = 0
     """Asked by it; 0: was not asked."""
+    told: bool = False
+    """The other ranks know it."""
     under_way: bool = False
     """There is something to save or to finish, hence a signal only asks."""
     open: bool = False
@@ -150,9 +152,10 @@ def _asked() -> int:
     if _run.ranks is None:
         return _run.signum
     now = time.monotonic()
-    if now - _run.looked >= _LOOK_SECONDS:
+    if _run.signum and not _run.told:  # before this rank gives up: the others wait for nobody then
+        _run.ranks.tell(_run.signum)
+        _run.told = True
+    elif not _run.signum and now - _run.looked >= _LOOK_SECONDS:
         _run.looked = now
-        if _run.signum:
-            _run.ranks.tell(_run.signum)
-        _run.signum = _run.signum or _run.ranks.heard()
+        _run.signum = _run.ranks.heard()
     return _run.signum

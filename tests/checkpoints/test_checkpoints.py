@@ -212,6 +212,16 @@ def test_ranks_that_wait_at_the_end_of_a_window_leave_it_when_another_is_asked(a
     assert other.give_up(1, 0) == 15
 
 
+def test_a_rank_that_gives_up_has_told_the_others_which_may_be_sampling(agreements, run):
+    mine, other = agreements
+    run.begin_run(mine)
+    run.open_window()  # it has just looked, and looks again in a while
+    run.ask(15)
+    with pytest.raises(run.Interrupted):
+        run.meet()
+    assert other.heard() == 15
+
+
 def test_ranks_do_not_wait_for_ever(agreements, run, monkeypatch):
     monkeypatch.setattr(run, "_PATIENCE", 0.1)
     run.begin_run(agreements[0])

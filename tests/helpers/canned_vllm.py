@@ -48,9 +48,10 @@ class Canned(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of 5 a busy machine refuses some
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Canned)
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), Canned)
         self.answers, self.before, self.asked = {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -59,8 +60,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def serving():
-    server = Server()
+def serving(port=0):
+    server = Server(port)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -122,6 +123,8 @@ class Paced:
         self.server, self.seconds = server, seconds
         self.changed, self.active, self.paused = threading.Condition(), 0, False
         self.held, self.frozen = False, threading.Event()
+        self.longest = 10**9
+        """Tokens after which a response ends by itself."""
         self.draw = lambda _: time.sleep(self.seconds)
         self.drew = []
         """(begin, end, label at the begin, label at the end) of each request."""
@@ -167,6 +170,8 @@ class Paced:
         last = self.label
         parameters = json.loads(handler.body)["sampling_params"]
         draw, most = random.Random(parameters["seed"]), parameters["max_tokens"]
+        ended = most > self.longest
+        most = min(most, self.longest)
         choices = []
         for index in range(parameters["n"]):
             ids = [draw.randint(3, 250) for _ in range(most)]
@@ -176,7 +181,7 @@ class Paced:
             choices.append(
                 {
                     "index": index,
-                    "finish_reason": "length",
+                    "finish_reason": "stop" if ended else "length",
                     "token_ids": ids,
                     "logprobs": {"content": content},
                     "weight_versions": [*spans, {"version": last, "start": half, "end": most}],

@@ -19,48 +19,60 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
 _HEAD = """\
-# Models: which path an architecture takes
+# Models
 
-Written by `PYTHONPATH=tests/helpers .venv/bin/python tests/models/write_page.py`, which runs the
-self-check on a small random model of every causal architecture of transformers; `make test-models`
-holds it to be current.
+This page says of every causal language model of transformers whether it can be trained, and how
+the rows (sequences) of a step run: the [table](#every-architecture) has all of them by
+`model_type`. It also describes the check that each run makes before its first step. Linear
+attention and mixtures of experts have [a page of their own](architectures.md).
 
-How the rows of a step run:
+Common families run the fastest way: Qwen2 to Qwen3.5, Llama, Mistral, Gemma 3, OLMo, SmolLM3,
+DeepSeek-V3, gpt-oss. The ways:
 
-* **packed, prompts shared**: rows lie end to end in one forward, and every common start of prompts
-  runs once. Right where attention is all that mixes tokens.
+* **packed, prompts shared**: sequences lie end to end in one forward, and every common prefix of
+  prompts runs once.
 * **rows apart, padded**: each response runs after its own copy of the prompt, and the rows of a
   micro-batch are padded to the longest. A prompt then runs G times.
-* **rows apart, one at a time**: as in plain transformers, a forward a row. So run rows that are
-  longer than the original context of a model whose rotary frequencies depend on the length
-  (dynamic, longrope); shorter rows of it share a forward.
+* **rows apart, one at a time**: a forward for each row, as in plain transformers. If a model's
+  rotary frequencies depend on the length (dynamic, longrope), rows that are longer than its
+  original context run alone; shorter rows share a forward.
 * **refused**, before the first step, with the reason.
+* **skipped**: the architecture is not a text model, and was not tried.
 
-`HFRollout` samples alike: from shared prompts; with transformers' own cache, rows with prompts of
-one length together; or without a cache.
+`HFRollout` samples in the same ways: from shared prompts; with transformers' own cache, rows with
+prompts of one length together; or without a cache.
 
 ## The self-check
 
-What is known from config.json decides before weights are loaded. Before the first step of `fit`
-four made-up rows run by that path, for the student, teacher and reference of the run, with its
-adapter, precision and device, on every rank:
+What config.json says decides before weights are loaded. Before the first step of `fit`, four
+made-up rows then run in that way, for the student, teacher and reference of the run, with its
+adapter, precision and device, on every rank. Four things are checked:
 
-1. One row's tokens change and all shapes stay: no other row may move at all; with experts by at
-   most 1e-6 of a hidden state's size in float32.
-2. Hidden states, and one gradient, are those of each row alone: within 1e-3, and 0.15 where weights
-   are bfloat16.
-3. No token sees those after it, and the head is all that makes logits of hidden states.
-4. The sampler's log-probabilities of a few drawn tokens are the trainer's: of `HFRollout` within
-   1e-3 nats a token, and 0.2 for bfloat16; of vLLM, in process and on servers, within
-   `model.gap.stop` for half of them. A rollout of your own is asked if it says `can_be_asked`.
+1. Rows do not read each other. The tokens of one row change and all shapes stay: no other row may
+   move at all; with experts by at most 1e-6 of a hidden state's size in float32.
+2. Rows are right. Hidden states, and one gradient, are those of each row alone: within 1e-3, and
+   0.15 where weights are bfloat16.
+3. The model is causal. No token sees those after it, and the head is all that makes logits of
+   hidden states.
+4. The sampler agrees. Its log-probabilities of a few sampled tokens are the trainer's: of
+   `HFRollout` within 1e-3 nats a token, and 0.2 for bfloat16; of vLLM, in process and on servers,
+   within `model.gap.stop` for half of them. A rollout of your own is asked if it says
+   `can_be_asked`.
 
-Where a check fails the next slower path is taken, and one line says so and what it costs; where a
-row alone is wrong the model is refused. `self_check.json` in the run's folder has all figures. It
-takes ten seconds at most: what would not be over by then, by how long the last forwards took, is
-left out, which is said. An engine that starts and gets the weights for it, as it would for the
-first batch, is not counted. `model.policy.self_check: false` turns it off.
+Where a check fails, the run takes the next slower way, and one line says so and what it costs.
+Where a row alone is wrong, the model is refused. `self_check.json` in the run's folder has all
+figures.
+
+The check takes ten seconds at most. On a slow or busy machine it leaves out what would not be
+done by then, and one line says so; training goes on. An engine that starts and gets the weights
+for the check, as it would for the first batch, is not counted. `model.policy.self_check: false`
+turns it off.
 
 ## Every architecture
+
+`PYTHONPATH=tests/helpers .venv/bin/python tests/models/write_page.py` writes this table from the
+self-check of a small random model of each architecture; `make test-models` tests that it is
+current.
 
 Of {total}: {counts}.
 

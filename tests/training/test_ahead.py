@@ -211,7 +211,7 @@ def test_what_is_too_old_or_answers_other_questions_or_sampling_is_asked_again_a
     watch = Watch()
     fit(learner(qwen3, 1), tmp_path, 7, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")
     assert [watch.figures[n]["age_batches_max"] for n in (5, 6, 7)] == [0, 1, 1]
-    assert [watch.figures[n]["asked_again"] for n in (5, 6, 7)] == [2, 2, 2]
+    assert [watch.figures[n]["asked_again"] for n in (5, 6, 7)] == [3, 3, 3]
     watch = Watch()
     other = learner(qwen3, 3, sampling=Sampling(n=2, max_new_tokens=5))
     fit(other, tmp_path, 5, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")

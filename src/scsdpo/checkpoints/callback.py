@@ -164,6 +164,7 @@ class Checkpoint(BestStates):
             if self._place is not None and not is_remote(self.last_model_path):
                 hand_over(trainer, self._folder / LAST, exception.signum)
         elif point.is_whole(trainer) and not _is_sharded(trainer):
+            point.alone = True
             self._rescue(trainer)
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")

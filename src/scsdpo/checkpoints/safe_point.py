@@ -30,6 +30,8 @@ class SafePoint:
         """The batch after which validation was last gone through."""
         self.batch = self.step = -1
         """The last finished batch, and optimizer steps then; -1: training has not begun."""
+        self.alone = False
+        """Rank 0 saves while the others wait elsewhere, or are gone: without a collective."""
         self._buffers: dict[str, Tensor] = {}
         self._remembered: dict[str, dict[str, Any]] = {}
         self._metrics: dict[str, float] = {}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from scsdpo import interrupt
 from scsdpo.data import TaskDataModule
 from scsdpo.distributed import all_gather, all_max, place
 from scsdpo.errors import ConfigurationError, TrainingStopped
@@ -169,12 +170,14 @@ class DrawnAhead:
         asked = dict(enumerate((prompts, *upcoming[: self.most]), number))
         if number in self._queue.waiting:  # before servers get other weights
             self._queue.waiting[number].responses(host.finish, now)
+        interrupt.meet()  # who gives the batch up while it waits leaves nobody in a collective
         usable = self._usable(asked, host, now)
+        interrupt.open_window()
         waiting: dict[int, _Waiting] = {}
         for each, questions in asked.items():
             waiting[each] = usable.get(each) or self._ask(host, each, questions, now)
         due = waiting.pop(number)
-        again = self.asked_again + len(self._queue.known & asked.keys() - usable.keys())
+        again = self.asked_again + len(self._queue.known - usable.keys())
         self._queue = replace(self._queue, waiting=waiting, stored={}, asked_again=again)
         return due.responses(host.finish, now)
 
@@ -211,17 +214,18 @@ class DrawnAhead:
                 or responses.temperature != host.sampling.temperature
                 or any(now.batch - at.batch > self.most for at in responses.drawn_at)
             )
-        anywhere = all_max(torch.tensor(unfit, dtype=torch.float32)).tolist() if unfit else []
-        pairs = zip(found.items(), anywhere, strict=True)
+        pairs = zip(found.items(), _anywhere(unfit), strict=True)
         return {number: each for (number, each), wrong in pairs if each is not None and not wrong}
 
     # ------------------------------------------------------------------ checkpoints
 
     def begin(self, step: int) -> None:
         """Training begins or goes on, after so many optimizer steps."""
-        drawn = {number: each for number, each in self._queue.waiting.items() if each.is_done}
-        lost = len(self._queue.waiting) - len(drawn)  # with the connections of an earlier fit
-        again = self.asked_again + lost
+        waiting = self._queue.waiting
+        lost = _anywhere([not each.is_done for each in waiting.values()])  # with an earlier fit
+        pairs = zip(waiting.items(), lost, strict=True)
+        drawn = {number: each for (number, each), is_lost in pairs if not is_lost}
+        again = self.asked_again + sum(lost)
         self._queue = self._finished = replace(self._queue, waiting=drawn, asked_again=again)
         self._step = step
 
@@ -233,8 +237,8 @@ class DrawnAhead:
     def _settled(self, step: int) -> _Queue:
         return replace(self._queue, moved=self._queue.moved + (step > self._step))
 
-    def saved(self, host: Host, step: int, *, under_way: bool) -> dict[str, Any]:
-        """The waiting batches of all ranks, in tensors and primitives. A collective.
+    def saved(self, host: Host, step: int, *, under_way: bool, alone: bool) -> dict[str, Any]:
+        """What waits, of all ranks, in tensors and primitives; a collective unless `alone`.
 
         What is still being drawn on any rank will be asked again, and is counted as that.
 
@@ -242,20 +246,20 @@ class DrawnAhead:
             host: knows how to take what is drawn.
             step: optimizer steps taken.
             under_way: a batch was begun and is not finished: what was before it.
+            alone: no other rank takes part: what waits on several ranks is left out.
         """
         queue = self._finished if under_way else self._settled(step)
-        now = Moment(step, queue.moved)
-        own: dict[int, Responses] = {}
-        for number, waiting in queue.waiting.items():
-            if waiting.is_done:
-                with suppress(TrainingStopped):  # said when its turn comes
-                    own[number] = waiting.responses(host.finish, now)
-        shares = all_gather([own])
-        batches = dict(queue.stored) | {
-            number: _whole([share[number] for share in shares])
-            for number in queue.waiting
-            if all(number in share for share in shares)
-        }
+        now, batches = Moment(step, queue.moved), dict(queue.stored)
+        if not alone or place()[1] == 1:
+            own: dict[int, Responses] = {}
+            for number, waiting in queue.waiting.items():
+                if waiting.is_done:
+                    with suppress(TrainingStopped):  # said when its turn comes
+                        own[number] = waiting.responses(host.finish, now)
+            shares = all_gather([own])
+            for number in queue.waiting:
+                if all(number in share for share in shares):
+                    batches[number] = _whole([share[number] for share in shares])
         again = queue.asked_again + len(queue.known) - len(batches)
         return {"moved": queue.moved, "asked_again": again, "batches": batches}
 
@@ -267,6 +271,13 @@ class DrawnAhead:
             waiting={},
             stored=saved["batches"],
         )
+
+
+def _anywhere(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, as many on every rank, whether it is set on any; a collective."""
+    if not flags:
+        return []
+    return [bool(flag) for flag in all_max(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
 
 def _questions(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:

@@ -86,6 +86,8 @@ class Collector:
         """Ask for responses. This waits for them only if the sampler cannot draw while the trainer
         learns: in this process, and episodes of several turns, whose environments answer meanwhile.
 
+        Ranks may have different questions: each begins something, so that the engine knows.
+
         Args:
             module: as for `sample`.
             policy: the language model, whose present weights are sampled from.
@@ -93,10 +95,17 @@ class Collector:
             sampling: how responses are drawn.
             within: weights may change amid a response.
         """
-        if not self.rollout.draws_behind or any(prompt.has_turns for prompt in prompts):
+        if not self.rollout.draws_behind:
             return Drawn(self.sample(module, policy, prompts, sampling))
+        alone = [q for q, prompt in enumerate(prompts) if not prompt.has_turns]
+        with_turns = [q for q, prompt in enumerate(prompts) if prompt.has_turns]
         with self.timer("rollout"), self.rollout.hold_weights(policy):
-            return self.rollout.begin(policy, prompts, sampling, within=within)
+            asked = [prompts[q] for q in alone]
+            behind = self.rollout.begin(policy, asked, sampling, within=within)
+            if not with_turns:
+                return behind
+            played = self.sample(module, policy, [prompts[q] for q in with_turns], sampling)
+        return _Mixed(behind, played, [*alone, *with_turns])
 
     def finish(self, module: nn.Module, drawing: Drawing) -> Responses:
         """Wait for the responses that `begin` asked for.
@@ -110,6 +119,8 @@ class Collector:
         """
         if isinstance(drawing, Drawn):
             return drawing.responses()
+        if isinstance(drawing, _Mixed):
+            return drawing.joined(self.finish(module, drawing.behind))
         with self.timer("rollout"):
             responses = drawing.responses()
             check_sampled(responses, module)
@@ -183,3 +194,32 @@ class Collector:
         """Close the rollout's engine and the processes that judge."""
         self.rollout.close()
         self.verifiers.close()
+
+
+class _Mixed(Drawing):
+    """Questions of which some have several turns, and were played.
+
+    Args:
+        behind: the others.
+        played: responses to those.
+        places: of `behind` and then of `played`, in the batch.
+    """
+
+    def __init__(self, behind: Drawing, played: Responses, places: Sequence[int]) -> None:
+        self.behind, self._played = behind, played
+        self._order = sorted(range(len(places)), key=places.__getitem__)
+
+    @property
+    def is_done(self) -> bool:
+        return self.behind.is_done
+
+    @property
+    def label(self) -> str:
+        return self.behind.label
+
+    def responses(self) -> Responses:
+        return self.joined(self.behind.responses())
+
+    def joined(self, others: Responses) -> Responses:
+        """In the order of the batch."""
+        return others.cat([self._played])[self._order]

@@ -551,8 +551,12 @@ class PolicyOptimizer(L.LightningModule):
             )
         self.safe_point.into(checkpoint, self)
         if self.ahead.batches and self.trainer.state.fn == "fit":
-            begun, step = under_way(self.trainer), self.trainer.global_step
-            checkpoint["ahead"] = self.drawn_ahead.saved(self, step, under_way=begun)
+            checkpoint["ahead"] = self.drawn_ahead.saved(
+                self,
+                self.trainer.global_step,
+                under_way=under_way(self.trainer),
+                alone=self.safe_point.alone,
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the state that Lightning does not, and check that the checkpoint fits.

@@ -190,8 +190,9 @@ class Servers(Engine):
         """Make these the weights that servers get, unless they are; all ranks under shards."""
         self._together = is_sharded(policy)
         self._behind = [each for each in self._behind if not each.is_done]
-        if not self._behind:
-            self._published.clear()
+        needed = self._behind[0].queue.version if self._behind else ""
+        while self._published and self._published[0] != needed:
+            del self._published[0]
         if self._published[-1:] != [version]:  # before any server may answer with them
             self._published.append(version)
         leads = place()[0] == 0

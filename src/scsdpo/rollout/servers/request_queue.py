@@ -116,6 +116,7 @@ class RequestQueue:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+        self.before = ()  # of which each remembers those before it, with all their answers
         return [self._answers[q] for q in range(len(self.requests))]
 
     def forgive(self) -> None:
