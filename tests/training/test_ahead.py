@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,7 +22,7 @@ from scsdpo.rollout.weights.hashing import digest
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import EMA, NoTeacher, PlainPrompt
 from scsdpo.training import Ahead
-from scsdpo.training.ahead import _share, _whole
+from scsdpo.training.ahead import DrawnAhead, _share, _whole
 from scsdpo.types import Moment, Prompt, Responses, Sampling
 from scsdpo.verifiers import ExactMatch, Verification
 from scsdpo.weighting import Uniform
@@ -311,6 +312,23 @@ def test_what_waits_is_shared_out_anew_over_another_number_of_ranks(ranks):
         assert share.versions[:, 0].tolist() == expected
         assert share.drawn_at == rows[0].drawn_at and share.labels == ("a", "b")
     assert _share(stored, prompts[::-1], mine) is None or len(prompts) == 1
+
+
+def test_a_rank_that_saves_alone_asks_nobody_and_what_another_has_lost_is_lost(monkeypatch):
+    row = mixed([0, 0, 1], (Moment(1, 1), Moment(3, 3)), ("a", "b"))
+    ahead = DrawnAhead(Ahead(batches=2))
+    ahead.load({"moved": 3, "asked_again": 0, "batches": {4: _whole([row]), 5: _whole([row])}})
+    host = SimpleNamespace(batches=torch.tensor(4), sampling=Sampling(n=1), finish=None)
+    ahead.responses(host, row.prompts, [row.prompts], step=3)  # batch 4; 5 waits
+    assert ahead.saved(host, 3, under_way=False, alone=False)["batches"].keys() == {5}
+    monkeypatch.setattr("scsdpo.training.ahead.place", lambda: (0, 2))
+    monkeypatch.setattr("scsdpo.training.ahead.all_gather", None)
+    saved = ahead.saved(host, 3, under_way=False, alone=True)
+    assert saved["batches"] == {} and saved["asked_again"] == 1
+    monkeypatch.setattr("scsdpo.training.ahead.all_max", torch.ones_like)  # the other rank's word
+    ahead.begin(3)
+    assert ahead.asked_again == 1
+    assert ahead.saved(host, 3, under_way=False, alone=True)["asked_again"] == 1
 
 
 def test_a_module_that_is_fitted_again_with_other_data_learns_from_those(qwen3, tmp_path):

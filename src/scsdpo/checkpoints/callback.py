@@ -165,7 +165,10 @@ class Checkpoint(BestStates):
                 hand_over(trainer, self._folder / LAST, exception.signum)
         elif point.is_whole(trainer) and not _is_sharded(trainer):
             point.alone = True
-            self._rescue(trainer)
+            try:
+                self._rescue(trainer)
+            finally:
+                point.alone = False
         if self._place is not None:
             say(f"the state after batch {self._place[0]} is in {self.last_model_path}")
 

@@ -528,13 +528,17 @@ class _Factors(Weights):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide peft's warnings of ties and unmatched names: `Lora` handles or refuses both itself."""
+    """Hide peft's warnings of ties and unmatched names: `Lora` handles or refuses both itself.
+
+    And that of transformers >= 5.23, which peft 0.21 asks by an old name.
+    """
     with warnings.catch_warnings():
         for start in (
             "Model has `tie_word_embeddings=True`",
             "The following (rank|alpha)_pattern keys",
             "target_(modules|parameters)=.* were set but no",
             "Unsupported rank_pattern|.*`use_rslora=True`",
+            "`is_gradient_checkpointing` is deprecated",
         ):
             warnings.filterwarnings("ignore", message=start)
         yield

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
@@ -39,6 +39,7 @@ from scsdpo.policy.shard_loading import load_shards
 from scsdpo.policy.sharding import in_root_forward, is_sharded, shard, whole
 from scsdpo.policy.weights import Weights
 from scsdpo.private.torch import compiled_graphs
+from scsdpo.private.transformers import forward_in_checkpoint
 
 T = TypeVar("T")
 
@@ -157,7 +158,10 @@ class CausalLM(nn.Module):
                 "that transformers records: set it to 0"
             )
         if self.gradient_checkpointing:
-            loaded.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(loaded, "activation_checkpointing_enable"):  # transformers >= 5.23
+                loaded.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                loaded.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.enable_input_require_grads()
         # Loaded in eval mode; dropout, if there is any, belongs to training.
         self.model = self.adapter.wrap(loaded).train()
@@ -386,7 +390,8 @@ class CausalLM(nn.Module):
                 self._graphs_before = compiled_graphs()
             self._compiled.add(model)
             for layer in decoder_of(model).layers:
-                layer.compile(dynamic=True)
+                if not isinstance(layer, _Compiled):  # a copy of a compiled layer is compiled
+                    layer.__class__ = _compiled(type(layer))  # type: ignore[arg-type]  # of __hash__
         elif compiled_graphs() == self._graphs_before:
             self._graphs_before = -1  # said once
             rank_zero_warn(
@@ -395,6 +400,20 @@ class CausalLM(nn.Module):
                 "TORCHDYNAMO_DISABLE in the environment"
             )
         return model
+
+
+class _Compiled:
+    """Marks a layer whose forward is compiled."""
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with a compiled forward, within its checkpoint if there is one.
+
+    torch compiles nothing around a checkpoint in which a graph breaks, as it does at attention.
+    """
+    forward = torch.compile(forward_in_checkpoint(kind), dynamic=True)
+    return type(f"Compiled{kind.__name__}", (_Compiled, kind), {"forward": forward})
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from threading import Thread
 
-CHECKED = ">=2.21,<2.22"
+CHECKED = ">=2.20,<2.22"
 
 
 def is_writer(thread: Thread | None) -> bool:
