@@ -65,7 +65,7 @@ def tracked(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool
 
 
 def planned(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool) -> dict[str, int]:
-    """The same parts by arithmetic, in bytes."""
+    """Bytes of the same parts by arithmetic."""
     shapes = Architecture.of(skeleton(config))
     # The decoder alone: without the head.
     trunk = replace(shapes, tied=True, parameters=shapes.parameters - shapes.table)

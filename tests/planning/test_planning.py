@@ -494,7 +494,7 @@ def test_each_shape_that_ships_is_checked_under_one_of_its_names():
         (["--model.policy.name_or_path=no/such-model"], "give --architecture FILE"),
         (["--model.policy.name_or_path=Qwen/Qwen3-5B"], "did you mean Qwen/Qwen3-8B?"),
         (["--split=1"], "--split must be >= 2, got 1"),
-        (["--split=2", "--memory=0.001"], "--split: 2 devices cannot be dealt out"),
+        (["--split=2", "--memory=0.001"], "--split: no division of 2 devices works"),
         (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
         (["--gpus=3"], "questions do not divide among 3 devices"),
         (["--memory=0"], "--memory must be > 0"),
