@@ -22,8 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from scsdpo.planning import Architecture, Counted, read_config, skeleton
-from scsdpo.planning.activations import stored_bytes
-from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes
+from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes, stored_bytes
 from scsdpo.planning.setup import (
     FLOAT32,
     Devices,

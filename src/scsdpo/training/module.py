@@ -26,7 +26,7 @@ from scsdpo.checkpoints import (
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import AbortVote, place
+from scsdpo.distributed import AbortVote, rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -357,7 +357,7 @@ class PolicyOptimizer(L.LightningModule):
         if context is None or not own or self.policy.name_or_path == "tiny":
             return None
         batches = self.trainer.estimated_stepping_batches / self.updates_per_rollout
-        planned = batches * len(prompts) * place()[1]
+        planned = batches * len(prompts) * rank_and_size()[1]
         if not (count := self.teacher_check.affordable(planned, context)):
             return None
         return self._measure_gain(context, count, prompts, "check", "before the first step")
@@ -394,7 +394,7 @@ class PolicyOptimizer(L.LightningModule):
             count: number of questions over all ranks; each rank has at least one.
             prompts: the batch's questions, which are used if the data are not a `TaskDataModule`'s.
         """
-        rank, ranks = place()
+        rank, ranks = rank_and_size()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, TaskDataModule):
             return [*prompts[: -(-count // ranks)]]

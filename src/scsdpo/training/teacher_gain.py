@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from scsdpo.distributed import all_gather, place
+from scsdpo.distributed import all_gather, rank_and_size
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.statistics import Estimate, paired_interval, score_interval
@@ -131,7 +131,9 @@ def pass_rates(
         spare: on several ranks, a rank without questions asks one of these: sampling is a
             collective.
     """
-    some = asked or [PromptAsRead(prompt, prompt.ids) for prompt in spare[:1] if place()[1] > 1]
+    some = asked or [
+        PromptAsRead(prompt, prompt.ids) for prompt in spare[:1] if rank_and_size()[1] > 1
+    ]
     prompts = [replace(one.prompt, key=f"{name}/{one.prompt.key}", ids=one.ids) for one in some]
     if not prompts:
         return {}
