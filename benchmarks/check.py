@@ -48,8 +48,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "backwards": (f"{TEMPLATES}.solution={CALLED_WRONG}",),
     "rate-1e-3": ("--model.optimizer.init_args.lr=1e-3",),
 }
-"""Of the tiny policy's pairs. `gold`: the bare answer is shown; `backwards`: what is shown is
-called wrong."""
+"""Teachers of the tiny policy's pairs. `gold` shows the bare answer; `backwards` calls the
+shown solution wrong."""
 ON_SMOLLM2 = {
     **{name: variants.words(name) for name in ("sdpo-hybrid", "sc-sdpo", "sc-sdpo-t06")},
     "sc-sdpo-gold": variants.words("sc-sdpo-gold"),
@@ -61,10 +61,10 @@ ON_SMOLLM2 = {
         for operation in ("sum", "product")
     },
 }
-"""Of SmolLM2's, or another policy's in its place: one warmed up, say."""
+"""Pairs of SmolLM2, or of another policy in its place, such as a warmed-up one."""
 FILE = "check.json"
 TOLD = ("configured", "another")
-"""What the teacher is told in the columns of the table."""
+"""Contexts of the teacher in the columns of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)

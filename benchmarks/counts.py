@@ -50,14 +50,14 @@ WITHOUT_KERNEL = {
 
 @dataclass(kw_only=True)
 class Counted:
-    """Of one update."""
+    """Counts of one update."""
 
     kernels: int = 0
     micro_batches: int = 0
     calls: Counter[str]
     """Calls of FlashAttention, by direction."""
     shapes: set[tuple[int, ...]]
-    """Of their queries and keys."""
+    """Shapes of the calls' queries and keys."""
 
 
 class _Count(TorchDispatchMode):
@@ -130,7 +130,7 @@ def _autocast() -> torch.autocast:
 
 
 def without_layers(policy: CausalLM, layers: int) -> CausalLM:
-    """The same with its first `layers` only."""
+    """The policy with its first `layers` only."""
     decoder = policy.language_model.get_decoder()
     decoder.layers = decoder.layers[:layers]
     decoder.config.num_hidden_layers = layers

@@ -1,4 +1,4 @@
-"""What share of 95 % intervals holds the truth, and how wide are they? For docs/evaluation.md.
+"""Coverage and width of 95 % intervals, for docs/evaluation.md.
 
     python benchmarks/coverage.py [--samples 2000]
 
@@ -141,16 +141,16 @@ def truth(score: Score, counts: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """What intervals of one score do over many samples."""
+    """Coverage and width of one score's intervals over many samples."""
 
     ours: float
     """Percent that hold the truth."""
     student: float
-    """The same of Student's."""
+    """Coverage of Student's interval."""
     wider: float
     """Mean width over that of the best known; inf: over an interval without width."""
     best: str
-    """Which that is."""
+    """Name of the best interval."""
 
 
 def cell(
@@ -225,7 +225,7 @@ def two_valued(scores: np.ndarray) -> bool:
 
 
 def over_questions(chances: Chances, questions: int, samples: int) -> dict[str, Cell]:
-    """By score: intervals of a figure."""
+    """Coverage of a figure's intervals, by score."""
     rng = np.random.default_rng(questions)
     fine = chances(np.random.default_rng(1), (1, FINE))
     counts = counts_of(fine)

@@ -62,7 +62,7 @@ sheet of H100 and H200 SXM."""
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of a Qwen3 model."""
+    """Shape of a Qwen3 model."""
 
     hidden_size: int
     intermediate_size: int
@@ -101,12 +101,12 @@ SHAPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one process measures."""
+    """The measurement of one process."""
 
     limit: int
     """Seconds that it may take."""
     size: str = ""
-    """Of `SHAPES`; empty: the device alone."""
+    """Name in `SHAPES`; empty: the device alone."""
     lora: int = 0
     """Rank; 0: every parameter is trained."""
     in_4_bits: bool = False
@@ -114,7 +114,7 @@ class Part:
     questions: int = 8
     rollouts: int = 8
     tokens: int = 512
-    """Of each response."""
+    """Number of tokens of each response."""
     prompt_words: int = 170
     max_tokens: int = 0
     """`limits.max_tokens`; 0: auto."""
@@ -150,7 +150,7 @@ tokens, each a micro-batch of its own, without a teacher. 4b-lora trains on as m
 
 
 def tiny(part: Part) -> Part:
-    """The same with a few tokens."""
+    """The part with a few tokens."""
     return replace(
         part,
         questions=min(part.questions, 2),
@@ -178,7 +178,7 @@ TINY = Shape(
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What the device reaches: products, copies, and launches from Python."""
+    """Rates that the device reaches: products, copies, and launches from Python."""
     size = 8192 if device == "cuda" else 256
     found = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -204,7 +204,7 @@ def median_seconds(work: Callable[[], object], times: int = 5) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Of some work on a GPU."""
+    """Profile of some work on a GPU."""
 
     busy: float
     """Share of the time in which a kernel or a copy ran."""
@@ -329,7 +329,7 @@ def make_policy(part: Part, shape: Shape, folder: Path) -> CausalLM:
 
 
 def lacks(part: Part) -> str:
-    """What this environment lacks for the part; empty: nothing."""
+    """The missing requirement of a part; empty: none."""
     if part.in_4_bits and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     return ""
@@ -595,7 +595,7 @@ class Run:
     out: Path | None
 
     def lines(self, names: list[str]) -> list[dict[str, Any]]:
-        """What each part said, or why it said nothing."""
+        """Lines of each part, or the reason why it has none."""
         end, found = time.monotonic() + self.seconds, []
         for name in names:
             left = end - time.monotonic()

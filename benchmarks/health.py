@@ -1,4 +1,4 @@
-"""What two rules cost in false alarms, and how soon one speaks: the tables of docs/health.md.
+"""False alarms of two rules, and the delay of one: the tables of docs/health.md.
 
 python benchmarks/health.py [RUNS]
 """

@@ -102,7 +102,7 @@ def one(args: argparse.Namespace) -> dict:
 
 
 def both(*words: str) -> dict[str, dict]:
-    """What `one` says each way, in processes of their own."""
+    """Results of `one` each way, in separate processes."""
     runs = {}
     for way in ("packed", "apart"):
         command = [sys.executable, "-W", "ignore", *sys.argv, *words, "--one", way]

@@ -247,7 +247,7 @@ def report(model: Path, case: dict, prompt: int, before: int, peaks: dict[str, i
 
 
 def run_case(name: str, model: Path | None, folder: Path) -> list[dict]:
-    """In a process of its own."""
+    """Run a case in a process of its own."""
     case = CASES[name]
     kind = case.get("shapes", "llama")
     if model is None or kind != "llama":

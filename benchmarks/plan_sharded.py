@@ -22,8 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from scsdpo.planning import Architecture, Counted, read_config, skeleton
-from scsdpo.planning.activations import stored_bytes
-from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes
+from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes, stored_bytes
 from scsdpo.planning.setup import (
     FLOAT32,
     Devices,
@@ -65,7 +64,7 @@ def tracked(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool
 
 
 def planned(config, ranks: int, tokens: int, autocast: bool, checkpointing: bool) -> dict[str, int]:
-    """The same parts by arithmetic, in bytes."""
+    """Bytes of the same parts by arithmetic."""
     shapes = Architecture.of(skeleton(config))
     # The decoder alone: without the head.
     trunk = replace(shapes, tied=True, parameters=shapes.parameters - shapes.table)

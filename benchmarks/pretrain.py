@@ -2,14 +2,14 @@
 
 A supervised warm-up on the lab's training questions, in two kinds of example:
 
-* taught: the question in the teacher's template, with a right response as the demonstration; what
-  is learned is a right response in wording of its own. It makes the in-context teacher strong.
-* bare: the question alone, and the response of a beginner, who falls into pitfalls at a rate
-  that differs from one to the next. It makes the policy well-formed and unsure: right often
-  enough for a group of rollouts to hold a success, wrong often enough to have much to learn.
+* taught: the question in the teacher's template, with a right response as the demonstration. The
+  target is a right response in another wording. This makes the in-context teacher strong.
+* bare: the question alone, with the response of a beginner, who makes each mistake at a rate of its
+  own. This makes the policy well-formed and unsure: right often enough for a group of rollouts to
+  hold a success, wrong often enough to have much to learn.
 
-Some taught examples start behind a mistake that is read and not learned, and carry on from it, so
-that the teacher keeps its head on what a student wrote.
+Some taught examples begin after a mistake that is read but not trained on, and continue from it, so
+that the teacher stays right after a student's mistakes.
 """
 
 import argparse
@@ -58,13 +58,13 @@ PHRASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """What the examples are made of.
+    """Shares and rates of the examples.
 
     Args:
         bare: share of examples without a demonstration.
-        stumbling: share of taught examples that start behind a mistake.
+        stumbling: share of taught examples that begin after a mistake.
         pitfall_rates: lowest and highest rate of a pitfall in bare responses.
-        avoided: share of pitfalls that a beginner hardly ever falls into; with `fatal`, below 1.
+        avoided: share of pitfalls that a beginner nearly always avoids; with `fatal`, below 1.
         fatal: share of pitfalls that a beginner nearly always falls into.
     """
 
@@ -75,7 +75,7 @@ class Mixture:
     fatal: float = 0.0
 
     def rate(self, pitfall: str) -> float:
-        """How often a beginner falls into `pitfall`.
+        """Rate at which a beginner falls into `pitfall`.
 
         u in [0, 1] is the hash of its name: 0.01 below `avoided`, 0.95 above 1 - `fatal`, and
         between them even from the lowest to the highest of `pitfall_rates`.
@@ -172,7 +172,7 @@ def pretrain(
 def measure(policy: CausalLM, *, questions: int = 400, seed: int = 0) -> dict[str, object]:
     """The figures of a pretraining record, on held-out questions.
 
-    `bare` and `bare_sharp`: the policy by itself, at the temperatures of training and validation.
+    `bare` and `bare_sharp`: the policy alone, at the temperatures of training and validation.
     `teacher`: shown the gold response; `teacher_by_sibling`: shown a right response of its own,
     where one of the four bare ones was right. Both at temperature 1.
     """
@@ -199,7 +199,7 @@ def measure(policy: CausalLM, *, questions: int = 400, seed: int = 0) -> dict[st
 def _shown(
     policy: CausalLM, prompts: Sequence[Prompt], demonstrations: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy of the policy shown `demonstrations`; prompts with an empty one are left out."""
+    """Accuracy of the policy with `demonstrations`; prompts with an empty one are omitted."""
     told = [
         replace(p, messages=tuple(Templates().fill(p.messages, demonstration=text)))
         for p, text in zip(prompts, demonstrations, strict=True)
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1300, help="of 64 examples")
     parser.add_argument("--questions", type=int, default=400, help="held out, to measure on")
-    parser.add_argument("--start", help="folder of the policy to go on from, or `tiny`")
+    parser.add_argument("--start", help="folder of the policy to start from, or `tiny`")
     parser.add_argument("--lr", type=float, default=3e-3, help="the highest of the schedule")
     parser.add_argument("--avoided", type=float, default=0.0, help="see Mixture")
     parser.add_argument("--fatal", type=float, default=0.0, help="see Mixture")

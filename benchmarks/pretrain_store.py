@@ -1,15 +1,15 @@
-"""Make the tiny policy that works a store: `python benchmarks/pretrain_store.py`.
+"""Make the tiny policy of the lab's store: `python benchmarks/pretrain_store.py`.
 
-As in `pretrain.py`, a supervised warm-up on training requests, in two kinds of example. In
-both the rules of the store are drawn anew for each example, so that nothing learned here says which
-goods must be wrapped or where it must be cooled.
+A supervised warm-up on training requests, as in `pretrain.py`, in two kinds of example. Each
+example draws the store's rules anew, so that the policy does not learn which goods must be wrapped
+or to which cities parcels must be cooled.
 
-* bare: the request alone, and the episode of a beginner, who wraps and cools out of habits from
-  elsewhere: how often differs from one good and one city to the next, and is right in this store
-  as often as not. Now and then he does not count, or takes another number.
+* bare: the request alone, with the episode of a beginner, who wraps and cools by habit. The rate
+  differs by good and city, and is right in this store as often as not. Sometimes the beginner does
+  not count, or takes another number.
 * taught: the request in the teacher's template, with a right episode, or with the feedback on a
-  wrong one; what is learned is the right episode under the same rules. Some start behind mistakes
-  that are read and not learned, and carry on from them.
+  wrong one. The target is the right episode under the same rules. Some examples begin after
+  mistakes that are read but not trained on, and continue from them.
 """
 
 import argparse
@@ -69,11 +69,11 @@ PHRASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Script:
-    """How one works a request: count, take, perhaps wrap, perhaps cool, send."""
+    """Steps for a request: count, take, perhaps wrap, perhaps cool, send."""
 
     counts: bool = True
     taken: int | Literal["counted", "counted less kept"] = "counted less kept"
-    """How many; a number that is fixed beforehand, or one that follows from what was counted."""
+    """The number to take: fixed beforehand, or computed from the count."""
     wraps: bool
     cools: bool
 
@@ -98,7 +98,7 @@ class Script:
 
 
 def right_script(prompt: Prompt) -> Script:
-    """The script that is right for a request: it knows the rules of its store."""
+    """The right script for a request, made with knowledge of the store's rules."""
     store = prompt.verifier
     assert isinstance(store, Store)
     return Script(
@@ -107,7 +107,7 @@ def right_script(prompt: Prompt) -> Script:
 
 
 def play(prompt: Prompt, responses: Sequence[str]) -> Episode:
-    """The episode in which these responses are given, up to its end or theirs."""
+    """The episode with these responses, up to its end or the last response."""
     store = prompt.verifier
     state, parts = store.begin(prompt), []
     for response in responses:
@@ -126,10 +126,10 @@ def play(prompt: Prompt, responses: Sequence[str]) -> Episode:
 def scripts() -> Iterator[Script]:
     """Every script that does not learn.
 
-    The rules of a store are arbitrary, and nothing in an episode tells of them before its end. Who
-    has not learned them cannot tell one good or city from another: whether to wrap and to cool is
-    the same for all. The number is free: with or without counting, what is counted, that less what
-    is to stay, or any number from 1 to 9.
+    The rules of a store are arbitrary, and nothing in an episode shows them before its end. Without
+    having learned them, all goods and all cities look alike, so the choice to wrap and to cool is
+    the same for all. The number is free: with or without counting, the count, the count less the
+    number to keep, or any number from 1 to 9.
     """
     numbers: list[Any] = ["counted", "counted less kept", *range(1, 10)]
     for taken, counts, wraps, cools in product(numbers, *3 * [(False, True)]):
@@ -150,12 +150,12 @@ def best_script(prompts: Sequence[Prompt]) -> tuple[Script, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """What the examples are made of.
+    """Shares and rates of the examples.
 
     Args:
-        bare: share of examples without anything told.
-        feedback: share of taught examples that are told feedback, and no episode.
-        stumbling: share of taught examples that start behind mistakes.
+        bare: share of examples without a demonstration or feedback.
+        feedback: share of taught examples with feedback instead of an episode.
+        stumbling: share of taught examples that begin after mistakes.
         uncounted: rate at which a beginner takes without counting.
         miscounted: rate at which a beginner takes another number than the right one.
         habits: lowest and highest rate at which a beginner wraps a good, or cools for a city.
@@ -169,8 +169,10 @@ class Mixture:
     habits: tuple[float, float] = (0.2, 0.8)
 
     def habit(self, name: str, among: Sequence[str]) -> float:
-        """How often a beginner takes care, by the rank of the name's hash among all: evenly spread
-        from the lowest to the highest of `habits`.
+        """Rate at which a beginner wraps or cools for `name`.
+
+        The rates are evenly spread from the lowest to the highest of `habits`, in the order of the
+        names' hashes.
         """
         low, high = self.habits
         order = sorted(among, key=lambda each: stable_hash("scsdpo.store", "habit", each))
@@ -194,7 +196,7 @@ def examples(mixture: Mixture, seed: int) -> Iterator[Example]:
 
 
 def beginner(prompt: Prompt, mixture: Mixture, rng: Random) -> Script:
-    """What one does who has never seen this store."""
+    """The script of a beginner, who does not know this store."""
     stock, counts = prompt.row["stock"], rng.random() >= mixture.uncounted
     wrong = not counts or rng.random() < mixture.miscounted
     return Script(
@@ -229,7 +231,7 @@ def _tool(call: str) -> str:
 
 
 def _example(prompt: Prompt, calls: Sequence[str], *, read: int = 0) -> Example:
-    """The episode of these calls, of which the first `read` are not learned."""
+    """The episode of these calls; the first `read` of them are not trained on."""
     parts = play(prompt, calls).parts
     said = [place for place, part in enumerate(parts) if part.role == "assistant"]
     turns = [
@@ -281,7 +283,7 @@ def tiny_config() -> Qwen3Config:
 def measure(policy: CausalLM) -> dict[str, object]:
     """The figures of a pretraining record, on held-out requests, each good with each city once.
 
-    `bare` and `bare_sharp`: the policy by itself, at the temperatures of training and validation,
+    `bare` and `bare_sharp`: the policy alone, at the temperatures of training and validation,
     overall and by the calls that a request takes; `well_formed`: the share of episodes in which
     something was sent. `teacher`: shown a right episode. `teacher_by_feedback`: told what was wrong
     with an attempt that counts, takes the right number, and has both cares wrong.

@@ -1,4 +1,4 @@
-"""What weights in shards cost a rank, and what gathering them in bfloat16 does to the gradient.
+"""Memory of sharded weights on a rank, and the error of gradients gathered in bfloat16.
 
     python benchmarks/shards.py memory [--ranks 1 2 4]      # bytes a rank by part, in MB
     python benchmarks/shards.py gradients [--ranks 2]       # relative distance from float32
@@ -69,7 +69,7 @@ def write(kind: str, folder: Path) -> None:
 
 
 def loaded(policy: CausalLM, *teachers: EMA) -> CausalLM:
-    """With weights and teachers, in shards if there are several ranks."""
+    """Load weights and teachers, in shards if there are several ranks."""
     ranks = dist.get_world_size()
     policy.configure_model(to_shard=ranks > 1)
     for teacher in teachers:
@@ -81,7 +81,7 @@ def loaded(policy: CausalLM, *teachers: EMA) -> CausalLM:
 
 
 def backward(policy: CausalLM, tokens: int) -> None:
-    """Of the mean cross-entropy over the tokens of all ranks; each has its own."""
+    """Backward of the mean cross-entropy over all ranks' tokens; each rank has its own."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.randint(policy.vocabulary, (1, tokens), generator=generator)
 

@@ -200,7 +200,7 @@ ARMS = {"solve": solving, "frozen": frozen, "turns": turns, "dialogue": dialogue
 
 
 def shares(rows, arm, k):
-    """By question, the share of seeds with a right attempt among the first k."""
+    """Share of seeds with a right attempt among the first k, by question."""
     by_key = {}
     for row in rows:
         by_key.setdefault(row["key"], []).append(row[arm] is not None and row[arm] <= k)

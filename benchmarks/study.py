@@ -1,4 +1,4 @@
-"""What is each method worth? Same policy, questions and steps; paired by seed.
+"""Compare methods on the same policy, questions and steps, paired by seed.
 
     python benchmarks/study.py [--methods grpo sdpo mine.yaml] [--seeds 5] [--batches 150]
                                [--lrs 1e-5 3e-5 1e-4 3e-4] [--grid-seeds 1] [--jobs 2] [--out DIR]
@@ -44,12 +44,12 @@ METHODS = (
     "sc-sdpo",
     "sc-sdpo-1",
 )
-"""What the paper compares, and the control that it lacks."""
+"""The methods that the paper compares, and the control that it lacks."""
 START = ("--start", "tiny", "--steps", "300", "--lr", "1.5e-3", "--avoided", ".5", "--fatal", ".12")
 WINDOW = 50
 """Batches of a window of the pass-rate distribution, as in the paper."""
 QUESTIONS = 16
-"""Of a batch."""
+"""Questions of a batch."""
 GRID_SEED = 1000
 """Seeds of the grid: this one and the next."""
 
@@ -111,7 +111,7 @@ def job(
 
 
 def configuration(base: str) -> Path:
-    """What every run has in common."""
+    """Configuration file that every run has in common."""
     return ROOT / "configs" / f"{base}.yaml"
 
 

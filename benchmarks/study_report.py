@@ -89,7 +89,7 @@ def write_rows(rows: Iterable[dict], file: Path) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """In Markdown."""
+    """The table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 

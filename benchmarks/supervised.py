@@ -33,7 +33,7 @@ from scsdpo.types import Message, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import verify_all
 
 RECORD = "record.json"
-"""In the folder of a policy: how it was made."""
+"""File in a policy's folder that records how it was made."""
 EOS, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
@@ -44,10 +44,10 @@ TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """A turn of an episode, behind the first one."""
+    """A later turn of an episode."""
 
     observed: Sequence[Message]
-    """What the world answers to the response before it; read and not learned."""
+    """The environment's answer to the response before it; read, not trained on."""
     response: str
     is_learned: bool = True
 
@@ -59,13 +59,13 @@ class Example:
     messages: Sequence[Message]
     """The chat turns up to the response."""
     response: str
-    """What to say next; learned, end-of-sequence included."""
+    """The target, end-of-sequence included."""
     prefix: str = ""
-    """A start of the response that is read and not learned."""
+    """A start of the response that is read but not trained on."""
     is_learned: bool = True
-    """False: the response is read only, for the turns behind it."""
+    """False: the response is only read, for the turns after it."""
     turns: Sequence[Turn] = ()
-    """What follows in an episode."""
+    """Later turns of an episode."""
 
 
 def train_tokenizer(
@@ -80,8 +80,8 @@ def train_tokenizer(
     Any text survives encoding and decoding: what the vocabulary lacks is spelled in bytes.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: tokens in all; at least 261 for the bytes and the special tokens, and phrases.
+        texts: texts from which merges are learned.
+        vocab_size: number of tokens; at least 261 for bytes and special tokens, plus phrases.
         phrases: strings that become one token wherever they occur, e.g. of a template.
         roles: headers of turns, as the chat template writes them.
     """
@@ -112,7 +112,7 @@ def train_tokenizer(
 
 
 def _without(texts: Iterable[str], phrases: Sequence[str]) -> Iterator[str]:
-    """The stretches of `texts` between `phrases`."""
+    """The parts of `texts` between `phrases`."""
     for text in texts:
         pieces = [text]
         for phrase in phrases:
@@ -136,7 +136,7 @@ def build_policy(config: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> Qwe
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face folder: safetensors, configuration, tokenizer, chat template."""
+    """Write a Hugging Face folder: safetensors, configuration, tokenizer, chat template."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -150,7 +150,7 @@ def train(
     steps: int,
     lr: float = 3e-3,
 ) -> list[float]:
-    """`warm_up`, with a line every 50 steps, and `save`; the losses, one a step."""
+    """Call `warm_up` with a line every 50 steps, then `save`; returns the losses, one a step."""
     chat = Chat(tokenizer=tokenizer, eos_ids=(tokenizer.eos_token_id,))
     losses: list[float] = []
     for loss in warm_up(model, chat, examples, steps=steps, lr=lr):
@@ -163,28 +163,28 @@ def train(
 
 def write_record(
     folder: Path,
-    module: str,
+    script: str,
     losses: Sequence[float],
     *,
     seed: int,
     seconds: float,
     **found: object,
 ) -> None:
-    """Write, and print, how a policy was made and what it can do: `RECORD` in its folder.
+    """Write `RECORD` into a policy's folder and print it: how it was made, and its scores.
 
     Args:
-        folder: of the policy.
-        module: that was run, with the arguments of this process but for the folder.
-        losses: one a step.
-        seed: of its weights and examples.
-        seconds: that the steps took.
+        folder: folder of the policy.
+        script: path of the script; this process's arguments follow it, without the folder.
+        losses: losses, one a step.
+        seed: seed of its weights and examples.
+        seconds: time of the steps.
         found: further figures.
     """
     words = [*sys.argv[1:]]
     if "--out" in words:
         del words[words.index("--out") : words.index("--out") + 2]
     record = {
-        "command": shlex.join(["python", "-m", module, *words]),
+        "command": shlex.join(["python", script, *words]),
         "seed": seed,
         "steps": len(losses),
         "wall_seconds": round(seconds),
@@ -268,7 +268,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and learned places [B, L] of `examples`, in batches of similar length.
 
-    Sorted are `ahead` batches at a time; their order is drawn from the global generator.
+    `ahead` batches are sorted at a time; their order is drawn from the global generator.
     """
     while pool := [_tokenize(chat, example) for example in islice(examples, batch_size * ahead)]:
         pool.sort(key=lambda pair: len(pair[0]))
@@ -278,7 +278,7 @@ def batches(
 
 
 def _tokenize(chat: Chat, example: Example) -> tuple[list[int], list[bool]]:
-    """Ids of the whole conversation, as a rollout has them, and which of them are learned."""
+    """Ids of the whole conversation, as in a rollout, and which of them are trained on."""
     ids = [*chat.render(example.messages), *chat.encode(example.prefix)]
     learned = [False] * len(ids)
 
@@ -289,7 +289,7 @@ def _tokenize(chat: Chat, example: Example) -> tuple[list[int], list[bool]]:
 
     say(example.response, is_learned=example.is_learned)
     for turn in example.turns:
-        between = chat.continuation(turn.observed)[1:]  # behind the end that was said
+        between = chat.continuation(turn.observed)[1:]  # after the end-of-sequence above
         ids.extend(between)
         learned.extend([False] * len(between))
         say(turn.response, is_learned=turn.is_learned)
@@ -316,7 +316,7 @@ def respond(
 
 
 def level_and_shape(prompt: Prompt) -> tuple[str, ...]:
-    """The strata of a question of `LabTasks`."""
+    """Groups of a question of `LabTasks`, for `accuracy`."""
     return prompt.category, prompt.key.split("/")[2]
 
 
@@ -326,7 +326,7 @@ def accuracy(
     *,
     strata: Callable[[Prompt], Sequence[str]] = level_and_shape,
 ) -> dict[str, float]:
-    """Mean reward: over `all`, and of each stratum."""
+    """Mean reward over `all`, and over each group of questions."""
     found: dict[str, list[float]] = {"all": []}
     for prompt, group in zip(prompts, verdicts, strict=True):
         for name in ("all", *strata(prompt)):

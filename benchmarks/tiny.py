@@ -1,4 +1,4 @@
-"""How much does `make train` learn? mean@16 on held-out lab questions, before -> after, per seed.
+"""Gain of `make train`: mean@16 on held-out lab questions, before and after, per seed.
 
     python benchmarks/tiny.py [--seeds 0 1 2] [--config configs/methods/grpo.yaml ...]
 

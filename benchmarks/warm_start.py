@@ -51,7 +51,7 @@ WELL_FORMED, FOLLOWS = 0.95, 0.9
 OPTION = re.compile(r"^([A-Z]): ", re.MULTILINE)
 REASONING = ("I compare the options.", "One option fits best.", "I check each option.")
 PHRASES = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
-"""Of the response format, each one token."""
+"""Strings of the response format, each one token."""
 
 
 def response(prompt: Prompt, letter: str, rng: Random) -> str:

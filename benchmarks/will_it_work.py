@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "will-it-work.md"
 
 
 def tables() -> dict[str, str]:
-    """What stands on the page, by its mark."""
+    """Content of the page, by its mark."""
     return {
         "checks": check.markdown(check.read(REAL / "check.json")),
         "runs": "\n".join(real_report.tables(real_report.read(REAL / "runs.json"))),

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from scsdpo.advantage import Rhythm
-from scsdpo.cli.rate import replaced_rate
+from scsdpo.cli.overlays import replaced_rate
 from scsdpo.rollout import Rollout
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,6 @@
-"""Sums, maxima, lists and errors over ranks, and the vote whether a batch is given up.
+"""Sums, maxima, lists and errors over ranks, and the vote on whether to abort a batch.
 
-With one process sums, maxima and lists are the identity.
+With one process, sums, maxima and lists are returned unchanged.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,27 +20,27 @@ from scsdpo.private.torch import default_store
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
-    """Which rank it is, and of how many; (0, 1) with one process."""
+def rank_and_size() -> tuple[int, int]:
+    """(rank of this process, number of ranks); (0, 1) with one process."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def all_sum(value: Tensor) -> Tensor:
-    """The sum of `value` over all ranks, on each of them, on the device of `value`."""
+    """The sum of `value` over all ranks, on every rank and on the device of `value`."""
     return _reduced(value, dist.ReduceOp.SUM)
 
 
 def all_max(value: Tensor) -> Tensor:
-    """The largest `value` of all ranks, on each of them, on the device of `value`."""
+    """The largest `value` of all ranks, on every rank and on the device of `value`."""
     return _reduced(value, dist.ReduceOp.MAX)
 
 
 def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    # NCCL knows no tensors of the host.
+    # NCCL reduces only tensors of a GPU.
     device = torch.device("cuda") if dist.get_backend() == "nccl" else value.device
     result = value.to(device, copy=True)
     dist.all_reduce(result, op=operation)
@@ -48,12 +48,12 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def all_values(values: Tensor) -> Tensor:
-    """The values [n] of all ranks, one after the other, on each of them; n may differ."""
+    """Concatenate the values [n] of all ranks, in their order, on every rank; n may differ."""
     return torch.cat([part.to(values.device) for part in all_gather([values.cpu()])])
 
 
 def all_gather(items: list[T]) -> list[T]:
-    """The lists of all ranks (of objects that pickle), one after the other, on each of them."""
+    """Concatenate the lists of all ranks, in their order, on every rank; items must pickle."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
     gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -62,13 +62,13 @@ def all_gather(items: list[T]) -> list[T]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up gradients over ranks; a parameter without one counts as zero.
+    """Sum gradients over ranks, in place; a parameter without a gradient counts as zero.
 
-    Called once an optimizer step, after every micro-batch's backward, so that ranks may run
-    different numbers of micro-batches, or none. Losses are divided by the denominators of all
-    ranks, hence the sum and not the mean. Shards were summed by FSDP2, in the backward.
+    Call it once in an optimizer step, after the backward of every micro-batch, so that ranks may
+    run different numbers of micro-batches, or none. It is a sum and not a mean because losses are
+    divided by the denominators of all ranks. FSDP2 has summed the gradients of shards already.
     """
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return
     for parameter in parameters:
         if isinstance(parameter, DTensor):
@@ -79,7 +79,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class LocalError(TrainingStopped):
-    """An error that only this rank raises: the others wait for it inside another collective."""
+    """An error to raise on this rank only, because the others wait in another collective."""
 
 
 _SAME = {kind.__name__: kind for kind in (ConfigurationError, TrainingStopped)}
@@ -87,7 +87,7 @@ _SAME = {kind.__name__: kind for kind in (ConfigurationError, TrainingStopped)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteError:
-    """An error as it travels to other ranks; exceptions themselves need not pickle."""
+    """A description of one rank's error for the others; exceptions themselves may not pickle."""
 
     rank: int
     kind: str
@@ -96,8 +96,8 @@ class RemoteError:
 
     @classmethod
     def of(cls, error: BaseException) -> "RemoteError":
-        """An error of this rank."""
-        rank, _ = place()
+        """Describe an error of this rank."""
+        rank, _ = rank_and_size()
         if isinstance(error, Interrupted):
             return cls(rank=rank, kind="", said="", signum=error.signum)
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -105,24 +105,25 @@ class RemoteError:
         return cls(rank=rank, kind=kind, said=str(error) if kind in _SAME else first_line(error))
 
     def error(self) -> BaseException:
-        """The exception that a rank without an error of its own raises."""
+        """The exception that the other ranks raise."""
         if self.signum:
             return Interrupted(self.signum)
         if self.kind in _SAME:
             return _SAME[self.kind](self.said)
-        if self.kind == "OutOfMemoryError":  # and every rank tries again, or none
+        if self.kind == "OutOfMemoryError":  # either all ranks try again, or none
             return torch.OutOfMemoryError(f"rank {self.rank}: {self.said}")
         return RuntimeError(f"rank {self.rank}: {self.kind}: {self.said}")
 
 
 @contextmanager
 def share_errors() -> Iterator[None]:
-    """Raise an exception of any rank's block on all ranks, at the block's end; a collective.
+    """Raise an error of any rank's block on all ranks, at the end of the block; a collective.
 
     So no rank waits in a later collective for one that failed. All raise the lowest rank's error:
-    its own exception there, elsewhere one of the same class and words (`ConfigurationError`,
-    `TrainingStopped`, `Interrupted`, out of memory) or a `RuntimeError` that names rank and class.
-    `LocalError`, a lost rank and what ends the process are raised at once, on this rank only.
+    that rank its own exception, the others one of the same class and message
+    (`ConfigurationError`, `TrainingStopped`, `Interrupted`, out of memory) or a `RuntimeError` that
+    names rank and class. `LocalError`, `RankLost` and exceptions that end the process are raised
+    at once, on this rank only.
     """
     error: BaseException | None = None
     try:
@@ -138,8 +139,8 @@ def raise_first(errors: Sequence[RemoteError | None], own: BaseException | None)
     """Raise the first of the ranks' errors, if there is one.
 
     Args:
-        errors: of the ranks, in their order; None: no error.
-        own: this rank's exception, raised itself if it is the first.
+        errors: the ranks' errors, in the order of ranks; None: no error.
+        own: this rank's exception, which is raised itself if it is the first.
     """
     first = next((each for each in errors if each is not None), None)
     if first is None:
@@ -150,11 +151,11 @@ def raise_first(errors: Sequence[RemoteError | None], own: BaseException | None)
 
 
 class AbortVote:
-    """Ranks agree through the process group's key-value store whether to give a window up.
+    """Ranks agree through the process group's key-value store whether to abort a window.
 
     `scsdpo.interrupt` says what a window is. A collective could deadlock with one already under
-    way. `compare_set` lets the first writer win: a rank that gives up writes its signal, the last
-    rank to arrive at the window's end writes "keep".
+    way. `compare_set` lets the first writer win: an aborting rank writes its signal, the last rank
+    to arrive at the window's end writes "keep".
     """
 
     def __init__(self) -> None:
@@ -163,8 +164,8 @@ class AbortVote:
 
     @classmethod
     def of_ranks(cls) -> "AbortVote | None":
-        """A vote of all ranks; None with one process."""
-        return cls() if place()[1] > 1 else None
+        """The vote of all ranks; None with one process."""
+        return cls() if rank_and_size()[1] > 1 else None
 
     def heard(self) -> int:
         return int(self._store.get("asked")) if self._store.check(["asked"]) else 0
@@ -181,7 +182,7 @@ class AbortVote:
         if self._arrived != window:
             self._arrived = window
             if self._store.add(f"{key}/there", 1) == dist.get_world_size():
-                # Everyone has read what was said of the window before.
+                # All ranks have read the result of the window before, so it can go.
                 self._store.delete_key(f"window/{window - 1}")
                 self._store.delete_key(f"window/{window - 1}/there")
                 return self._store.compare_set(key, "", "keep") == b"keep"

@@ -89,7 +89,7 @@ COMMAND_LINE = {
     "--model.weighting=scsdpo.weighting.PassRte": "model.weighting: scsdpo.weighting.PassRte is "
     "not a known Weighting: module scsdpo.weighting has no 'PassRte'; did you mean `PassRate`?",
     "--model.weighting=nowhere.Mine": "model.weighting: nowhere.Mine is not a known Weighting: "
-    "there is no nowhere.py in this folder, nor a module nowhere on PYTHONPATH",
+    "there is neither nowhere.py in this folder nor a module nowhere on PYTHONPATH",
     "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` is what a "
     "run writes down: questions are read by `data.train: Records`",
     "--model.weighting=TopK": "model.weighting: TopK is not a known Weighting",
@@ -111,7 +111,7 @@ COMMAND_LINE = {
     "`max_steps`?",
     "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
-    "word": "word: what is this? Options are written --key=value",
+    "word": "word: no option; options are written --key=value",
     "--model.sampling.n=many": "model.sampling.n: must be int, got many",
     "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
     "--model.val_sampling.n=0": "model.val_sampling: `Sampling(n=...)` must be >= 1, got 0",
@@ -153,8 +153,8 @@ def test_a_mistake_on_the_command_line_is_one_line_with_its_key(args, scsdpo):
 FILES = {
     "model: {weighting: {class_path: PassRate, init_args: {powr: 1}}}": "model.weighting.powr: "
     "PassRate has no such argument; did you mean `power`? (it takes: power)",
-    "model: {weighting: {class_path: PassRate, power: 1}}": "model.weighting: the arguments of a "
-    "class stand under `init_args:`, beside `class_path:`",
+    "model: {weighting: {class_path: PassRate, power: 1}}": "model.weighting: write the arguments "
+    "of a class under `init_args:`, beside `class_path:`",
     "model: {weighting: 3}": "model.weighting: 3 is not a known Weighting",
     "model: {weigting: PassRate}": "model.weigting: PolicyOptimizer has no such argument; did you "
     "mean `weighting`?",
@@ -193,12 +193,12 @@ FILES = {
     "": "wrong.yaml: is empty; it must hold keys such as `model:`",
     "# nothing": "wrong.yaml: is empty; it must hold keys such as `model:`",
     "model:\n  weighting: Uniform\ndata: {seed: 1}\nmodel:\n  teacher: Live": "wrong.yaml, line 4: "
-    "model is in line 1 too, and only one of them can count; join them, or leave one out",
+    "model is in line 1 too; YAML keeps the last one only: join them, or remove one",
     "model:\n  sampling:\n    n: 2\n    n: 4": "wrong.yaml, line 4: model.sampling.n is in line 3 "
-    "too, and only one of them can count; join them, or leave one out",
+    "too; YAML keeps the last one only: join them, or remove one",
     "data: {train: [runs.Toys, {class_path: runs.Toys, init_args: {size: 3, size: 4}}]}": ""
-    "wrong.yaml, line 1: data.train[1].init_args.size is in line 1 too, and only one of them can "
-    "count; join them, or leave one out",
+    "wrong.yaml, line 1: data.train[1].init_args.size is in line 1 too; YAML keeps the last one "
+    "only: join them, or remove one",
     "model:": "model: is empty; give it keys, or leave it out (its keys in other files stay) (in "
     "wrong.yaml)",
     "model: 3": "model: must hold keys, such as `model: {...}`, got 3 (in wrong.yaml)",
@@ -219,7 +219,8 @@ FILES = {
     "YAML reads yes, no, on and off as booleans: write the word in quotes",
     "model: {policy: {name_or_path: 7}}": "model.policy.name_or_path: must be str, got 7; write it "
     "in quotes",
-    "model: &a {sampling: *a}": "wrong.yaml, line 1: model.sampling: an alias of what it stands in",
+    "model: &a {sampling: *a}": "wrong.yaml, line 1: model.sampling: an alias of a mapping that "
+    "holds it",
     "model: {sampling: *a}": "wrong.yaml, line 1: not YAML: found undefined alias 'a'",
     "model: {}\n---\ndata: {}": "wrong.yaml, line 2: not YAML: but found another document",
 }
@@ -510,7 +511,7 @@ def test_a_file_holds_what_its_name_says_or_is_not_written(command, said, scsdpo
     name = command[1].partition("=")[2]
     base = () if command[0] == "compare" else ("--config=valid.yaml",)
     line = refused(scsdpo(*command, base=base))
-    assert line == f"--out: {name} would not hold what its name says; {said}"
+    assert line == f"--out: {name} has the suffix of another format; {said}"
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_anything_is_asked(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scsdpo.cli import compare
-from scsdpo.comparison import Job, by_seed, duel, execute, run_all, seeds_in, stars
+from scsdpo.comparison import Job, by_seed, compare_questions, execute, run_all, stars
 from scsdpo.comparison.table import spread
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Result, figures
@@ -31,8 +31,8 @@ A = result((1.0, 0.0), (1.0, 1.0), (0.0, 0.0))
 B = result((1.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 
-def test_a_duel_pairs_questions_and_lists_those_won_and_lost():
-    found = duel(A, B, names=("a", "b"))
+def test_a_comparison_pairs_questions_and_lists_those_won_and_lost():
+    found = compare_questions(A, B, names=("a", "b"))
     rows = {row.name: row for row in found.rows}
     assert rows["mean@2"].difference == score_difference([0.5, 1, 0], [1, 0.5, 1])
     assert rows["pass@2"].difference == score_difference([1, 1, 0], [1, 1, 1])
@@ -41,11 +41,14 @@ def test_a_duel_pairs_questions_and_lists_those_won_and_lost():
     assert [a.key for a, _ in found.lost] == ["q/1"]
 
 
-def test_a_duel_does_not_depend_on_the_order_of_questions_and_pairs_twins_in_order():
+def test_a_comparison_does_not_depend_on_the_order_of_questions_and_pairs_twins_in_order():
     turned = result(*(q.rewards for q in reversed(B.questions)), keys=["q/2", "q/1", "q/0"])
-    assert duel(A, turned, names=("a", "b")).rows == duel(A, B, names=("a", "b")).rows
+    assert (
+        compare_questions(A, turned, names=("a", "b")).rows
+        == compare_questions(A, B, names=("a", "b")).rows
+    )
     twins = [result((0.0, 0.0), (1.0, x), keys=["same", "same"]) for x in (0.0, 1.0)]
-    assert [b.rewards for _, b in duel(*twins, names=("a", "b")).won] == [(1.0, 1.0)]
+    assert [b.rewards for _, b in compare_questions(*twins, names=("a", "b")).won] == [(1.0, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_a_duel_does_not_depend_on_the_order_of_questions_and_pairs_twins_in_ord
 )
 def test_what_cannot_be_paired_is_refused(other, message):
     with pytest.raises(ConfigurationError, match=message):
-        duel(A, other, names=("a", "b"))
+        compare_questions(A, other, names=("a", "b"))
 
 
 def test_seeds_are_paired_and_several_intervals_hold_together():
@@ -86,7 +89,7 @@ def test_a_figures_interval_is_chosen_by_its_scores_and_not_by_its_name():
         one, two = (figures(each.questions)[""] for each in (a, b))
         for found in (one, two):
             assert found[f"mean@{k}"] == found["pass@1"]
-        rows = {row.name: row for row in duel(a, b, names=("a", "b")).rows}
+        rows = {row.name: row for row in compare_questions(a, b, names=("a", "b")).rows}
         mean, passed = rows[f"mean@{k}"], rows["pass@1"]
         assert replace(mean, name="pass@1") == passed
         if k == 1:
@@ -96,7 +99,7 @@ def test_a_figures_interval_is_chosen_by_its_scores_and_not_by_its_name():
 def test_what_is_findable_uses_the_deviation_of_the_interval_beside_it():
     """half = t(n - 1) s / sqrt(n), and findable = s detectable(n), for every figure."""
     for a, b in ((A, B), (A, A), (B, A)):
-        for row in duel(a, b, names=("a", "b")).rows:
+        for row in compare_questions(a, b, names=("a", "b")).rows:
             one = row.difference
             if math.isnan(one.low):
                 assert row.name == "response_length" and math.isnan(row.detectable)
@@ -145,10 +148,10 @@ def test_folders_of_seeds_are_methods(scsdpo, tmp_path):  # noqa: F811
     for name, results in (("grpo", (A, A, A)), ("sdpo", (A, B, B))):
         for seed, one in enumerate(results):
             one.write(tmp_path / name / f"seed{seed}" / "evaluations" / "val-3.json")
-    assert list(seeds_in(tmp_path / "grpo")) == [0, 1, 2]
+    assert list(compare.seeds_in(tmp_path / "grpo")) == [0, 1, 2]
     code, shown, error = scsdpo("compare", "grpo", "sdpo", base=[])
     assert code == 0, error
-    assert "2 of 3" in shown and "intervals:" in shown
+    assert "2 of 3" in shown and "intervals, of which" in shown
     record = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     row = record["methods"]["sdpo"][0]
     assert row["name"] == "mean@2" and row["difference"]["value"] == pytest.approx(2 / 9)
@@ -162,12 +165,12 @@ def test_folders_of_seeds_are_methods(scsdpo, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["a.json"], "needs two or more different ones"),
-        (["--configs", "a.yaml", "--seeds=2"], "needs two or more different ones"),
+        (["a.json"], "give two or more different ones"),
+        (["--configs", "a.yaml", "--seeds=2"], "give two or more different ones"),
         (["--configs", "a.yaml", "b/a.yaml"], "names must differ, got a, a"),
         (["--configs", "a.yaml", "b.yaml"], "--configs: a.yaml does not exist"),
         (["a", "b", "--jobs=0"], "--jobs must be >= 1, got 0"),
-        (["a", "b", "--configs", "c", "d"], "either --configs, or what is there already"),
+        (["a", "b", "--configs", "c", "d"], "give either --configs or existing results, not both"),
     ],
 )
 def test_mistakes_are_one_line(args, message, scsdpo):  # noqa: F811

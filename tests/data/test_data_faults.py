@@ -88,7 +88,7 @@ def test_a_broken_row_of_a_stream_ends_it_unless_the_limit_lets_it_be_left_out(
         list(source.read())
     assert said in str(why.value)
     assert str(why.value).endswith(
-        "; mend it, or leave broken rows out with `max_broken_rows`, which is 0"
+        "; fix it, or skip broken rows with `max_broken_rows`, which is 0"
     )
     assert caplog.messages == []
     source = Math(path, prompt="question", streaming=True, max_broken_rows=1)
@@ -109,7 +109,7 @@ def test_one_broken_row_more_than_the_limit_ends_the_stream(tmp_path, caplog):
     ]
     source = Records(path, Coin(), prompt="question", streaming=True, max_broken_rows=3)
     with pytest.raises(
-        ValueError, match=r"line 8 is not .*, broken row 4 of this pass; mend.* is 3"
+        ValueError, match=r"line 8 is not .*, broken row 4 of this pass; fix.* is 3"
     ):
         list(source.read())
 
@@ -289,8 +289,8 @@ def broken_mixture(tmp_path, limit, workers=0):
 
 
 LINE = (
-    r"^data.train\[1\]: `Records\(path='.*x.jsonl'\)`: .*x.jsonl, line 5 is not JSON \(.*\); mend "
-    r"it, or leave broken rows out with `max_broken_rows`, which is 0$"
+    r"^data.train\[1\]: `Records\(path='.*x.jsonl'\)`: .*x.jsonl, line 5 is not JSON \(.*\); fix "
+    r"it, or skip broken rows with `max_broken_rows`, which is 0$"
 )
 
 
@@ -352,7 +352,7 @@ def test_questions_in_both_train_and_val_are_warned_of_once(chat, train, val, sa
     lines = [line for line in caplog.messages if line.startswith("data.val")]
     assert len(lines) == len(said)
     assert all(map(str.startswith, lines, said))
-    assert all(line.endswith("what is measured on them is not held out") for line in lines)
+    assert all(line.endswith("their figures are not those of held-out questions") for line in lines)
 
 
 # --- the command ----------------------------------------------------------------------------------

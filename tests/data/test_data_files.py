@@ -165,7 +165,7 @@ def test_paths_that_mean_nothing_are_refused_in_one_line(tmp_path, streaming):
     refused("no/such.csv.gz", FileNotFoundError, "does not exist")
     refused("no/SUCH.PARQUET", FileNotFoundError, "does not exist")
     written(tmp_path / "x.csv")
-    refused(tmp_path, ValueError, r"files of several kinds \(.csv, .jsonl\); name those")
+    refused(tmp_path, ValueError, r"files of several formats \(.csv, .jsonl\); name those")
     (tmp_path / "outer" / "data").mkdir(parents=True)
     written(tmp_path / "outer" / "data" / "x.csv")
     refused(tmp_path / "outer", FileNotFoundError, "there are some in data; name a file")
@@ -362,7 +362,7 @@ GOOD = b"question,answer\n?,7\n"
         ("x.parquet", b"", "cannot read"),
         ("x.feather", b"nonsense", "cannot read"),
         ("x.jsonl", b'{"question": "?", "answer": 7, "answer": 8}', "names 'answer' twice"),
-        ("x.jsonl", b'{"question": "?", "answer": 1e99999999999999999999}', "beyond all bounds"),
+        ("x.jsonl", b'{"question": "?", "answer": 1e99999999999999999999}', "out of range"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -598,12 +598,12 @@ def test_a_conversation_is_asked_turn_by_turn(tmp_path, kind):
 @pytest.mark.parametrize(
     ("turns", "settings", "message"),
     [
-        ([], {}, "must be turns of which the last one is the user's and says something; it has n"),
-        (TURNS[:3], {}, "the last one is the user's and says something; it ends with the assist"),
-        ([{"role": "user", "content": " "}], {}, "says something"),
+        ([], {}, "must be turns of which the last is the user's and has text; it has n"),
+        (TURNS[:3], {}, "the last is the user's and has text; it ends with the assist"),
+        ([{"role": "user", "content": " "}], {}, "has text"),
         (["hi"], {}, "list of turns with `role` and `content`, got 'hi' as turn 1"),
         ([{"from": "human", "value": "?"}], {}, "list of turns with `role` and `content`"),
-        ([TURNS[1] | {"tool_calls": [{"x": 1}]}], {}, "turn 1 holds 'tool_calls' too"),
+        ([TURNS[1] | {"tool_calls": [{"x": 1}]}], {}, "turn 1 also holds 'tool_calls'"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
             {},

@@ -481,7 +481,7 @@ def test_a_source_that_changed_is_named_and_begins_a_pass_of_its_own(
     found = asked(chat, source(tmp_path, letters, kind), steps + 20, resume=tmp_path / "end.ckpt")
     said = [line for line in caplog.messages if "not those of the checkpoint" in line]
     assert len(said) == 1 and said[0].startswith("data.train: ")
-    assert f"({4 * steps} so far)" in said[0] and "bring back the old rows" in said[0]
+    assert f"also the {4 * steps} that" in said[0] and "restore the old rows" in said[0]
     for start in range(0, len(found) - len(letters), len(letters)):
         assert sorted(found[start : start + len(letters)]) == sorted(letters)
 

@@ -143,7 +143,7 @@ def test_a_gold_answer_that_no_response_can_give_is_refused_by_its_row(
     right = next(good for one, asks, good in WITHIN_REACH if type(one) is type(verifier))[0]
     for gold in golds:
         path = rows_of(tmp_path, question, [right, gold])
-        with pytest.raises(ValueError, match=r"rows.jsonl, line 2.* answer .*mend") as caught:
+        with pytest.raises(ValueError, match=r"rows.jsonl, line 2.* answer .*correct") as caught:
             len(Records(path, verifier))
         assert "\n" not in str(caught.value)
         with caplog.at_level(logging.WARNING):
@@ -225,7 +225,7 @@ def test_what_takes_too_long_is_proved_in_a_sample_and_a_line_says_so(monkeypatc
     with caplog.at_level(logging.INFO):
         proofs.refuse_unmet("own", prompts, str)  # the wrong one is not in the sample
     assert caplog.messages == [
-        "own: of 100 gold answers 60 were proved to be within reach in 60 s, a sample drawn with "
+        "own: 60 of 100 gold answers were checked to be within reach in 60 s, a sample drawn with "
         "seed 0"
     ]
     with pytest.raises(ValueError, match=r"'8' is judged wrong .*59 more"):

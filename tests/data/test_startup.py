@@ -57,15 +57,15 @@ def test_one_line_says_what_was_found(caplog):
     (line,) = caplog.messages
     assert line.startswith(
         "toys: responses begin after '<|im_start|>assistant\\n' and end with '<|im_end|>' (2), "
-        "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt has "
+        "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt is "
     )
-    assert line.endswith(" tokens more, and the same end")
+    assert line.endswith(" tokens longer, with the same end")
 
 
 def test_a_teacher_that_has_nothing_to_tell_is_noted(caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(teacher=EMA(context=Feedback(max_tokens=5))), [Toys()])
-    assert caplog.messages[0].endswith("nothing to tell a failure beside a success")
+    assert caplog.messages[0].endswith("no context for a failure beside a success")
 
 
 NO_SYSTEM = CHATML.replace(
@@ -143,7 +143,7 @@ def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
     assert "responses begin after" in caplog.messages[0] and "[/INST]' and" in caplog.messages[0]
-    assert caplog.messages[0].endswith(" tokens more, and the same end")
+    assert caplog.messages[0].endswith(" tokens longer, with the same end")
 
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():
@@ -255,7 +255,9 @@ DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 def test_a_template_that_writes_the_date_is_warned_of_and_can_be_fixed(caplog):
     check_start(module(template=DATED), [Toys()])
     (line,) = [line for line in caplog.messages if "date" in line]
-    assert "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes it" in line
+    assert (
+        "writes today's date" in line and f"{{strftime_now: {date.today()}}} fixes the date" in line
+    )
     caplog.clear()
     for fixed in ("2026-01-31", date(2026, 1, 31)):
         dated = module(template=DATED, strftime_now=fixed)

@@ -180,7 +180,7 @@ def test_several_validation_sources_have_metrics_under_their_own_names(chat):
     ("arguments", "message"),
     [
         ({"train_weights": [1]}, r"must hold one weight for each of the 2 sources .*, got \[1\]"),
-        ({"train_weights": [1, 0]}, r"train_weights=...\)` must be > 0 .*, got \[1, 0\]; leave"),
+        ({"train_weights": [1, 0]}, r"train_weights=...\)` must be > 0 .*, got \[1, 0\]; remove"),
         ({"val": [Toys(), Toys()]}, "2 sources are called 'toys'; give one another `name`"),
     ],
 )

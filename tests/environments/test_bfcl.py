@@ -64,7 +64,7 @@ def test_a_fifth_is_for_validation_by_number():
 def test_an_episode_needs_a_task_of_several_turns():
     message = {"role": "user", "content": "Move it."}
     prompt = Prompt(key="a", messages=(message,), verifier=BFCLEpisode(), answer="")
-    with pytest.raises(ValueError, match="reads 'ground_truth' of a task of several turns"):
+    with pytest.raises(ValueError, match="needs 'ground_truth' of a task of several turns"):
         prompt.verifier.check(prompt)
 
 

@@ -145,7 +145,7 @@ def test_tools_may_answer_as_the_user():
         (lambda: Tools(tools=("worlds",), verifier=MathAnswer()), "must read `module:function`"),
         (
             lambda: Tools(tools=("worlds:untyped",), verifier=MathAnswer()),
-            r"`Tools\(tools=\['worlds:untyped'\]\)`: no model could be told how to call `untyped`",
+            r"`Tools\(tools=\['worlds:untyped'\]\)`: `untyped` cannot be described to a model",
         ),
         (
             lambda: Tools(tools=("worlds:add", "worlds:add"), verifier=MathAnswer()),

@@ -39,5 +39,5 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 def test_an_episode_needs_a_task():
     message = {"role": "user", "content": "Hello."}
     prompt = Prompt(key="a", messages=(message,), verifier=Tau2Episode(), answer="")
-    with pytest.raises(ValueError, match="reads `domain` and `task`"):
+    with pytest.raises(ValueError, match="needs `domain` and `task`"):
         prompt.verifier.check(prompt)

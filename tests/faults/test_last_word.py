@@ -137,7 +137,7 @@ def test_a_callbacks_odd_state_is_left_out_and_the_run_goes_on_from_there(
 ):
     odd = "--trainer.callbacks+=odd_state.PathKeeper"
     assert commands.run(tmp_path, odd, EVERY, "--trainer.max_steps=4") == 0, error(tmp_path)
-    assert error(tmp_path).count("what the callback PathKeeper keeps cannot be read back") == 1
+    assert error(tmp_path).count("the state of the callback PathKeeper cannot be read back") == 1
     assert commands.run(tmp_path, odd, "--ckpt_path=last") == 0, error(tmp_path)
     same_end(tmp_path, undisturbed)
 
@@ -150,5 +150,5 @@ def test_lines_that_a_power_cut_has_torn_are_named_at_resume(commands, undisturb
             file.write(b"\0" * 512 + b"\n")
     assert commands.run(tmp_path, "--ckpt_path=last") == 0, error(tmp_path)
     assert "Traceback" not in error(tmp_path)
-    assert "metrics.jsonl, line 6 is torn, and passed over" in error(tmp_path)
+    assert "metrics.jsonl, line 6 is torn, and skipped" in error(tmp_path)
     same_end(tmp_path, undisturbed)

@@ -61,7 +61,7 @@ def test_last_is_the_newest_whole_one_that_agrees(commands, half):
     newest = last(half)
     newest.write_bytes(torn[: len(torn) // 2])
     assert commands.run(half, "--trainer.max_steps=6", "--ckpt_path=last") == 0
-    assert f"passed over: {newest.relative_to(half)} is torn" in error(half)
+    assert f"skipped: {newest.relative_to(half)} is torn" in error(half)
     line = refusal(commands, half, "--ckpt_path=last", "--data.seed=5")
     assert line.startswith("ckpt_path: no checkpoint under runs/toys is of this configuration: ")
     assert f"{other.relative_to(half)} (seed_everything: 1 -> 0)" in line
@@ -70,7 +70,7 @@ def test_last_is_the_newest_whole_one_that_agrees(commands, half):
 
 def test_last_without_any_is_refused(commands, tmp_path):
     line = refusal(commands, tmp_path, "--ckpt_path=last")
-    assert line == "ckpt_path: there is no whole checkpoint under runs/toys; leave it out to begin"
+    assert line == "ckpt_path: there is no whole checkpoint under runs/toys; omit it to start anew"
 
 
 def test_what_takes_effect_does(commands, half):
@@ -86,7 +86,7 @@ def test_another_method_is_said_and_its_teacher_too(commands, half):
     args = ["--model.teacher=Frozen", "--model.teacher.context=PlainPrompt"]
     steps = "--trainer.max_steps=5"
     assert commands.run(half, "--ckpt_path", str(last(half)), *args, steps) == 0, error(half)
-    assert "warning: model.teacher: EMA -> Frozen: the run is no longer" in error(half)
+    assert "warning: model.teacher: EMA -> Frozen: results before and after" in error(half)
     back = ["--trainer.max_steps=6", "--ckpt_path", str(last(half))]
     assert commands.run(half, *back) == 0, error(half)
     assert "model.teacher is not in the checkpoint: it starts from the weights of" in error(half)

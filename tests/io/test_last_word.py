@@ -174,7 +174,7 @@ def test_a_torn_line_is_named_and_passed_over(tmp_path, capsys):
     path.write_bytes(b"".join(lines) + NULS[:-1] + b'{"batch": 5}\n' + b'{"batch": 6')
     assert [line["batch"] for line in whole_lines(path, "batch")] == [1, 3, 5]
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"scsdpo: {path}, line {n} is torn, and passed over" for n in (2, 3, 5, 6)]
+    assert told == [f"scsdpo: {path}, line {n} is torn, and skipped" for n in (2, 3, 5, 6)]
 
 
 def test_a_record_goes_on_behind_a_torn_line(tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_a_callbacks_state_that_cannot_be_read_back_is_named_and_left_out(tmp_pa
     with pytest.warns(UserWarning) as warned:
         read_back.save(content, tmp_path / "x.ckpt")
     told = [str(each.message) for each in warned]
-    assert [line.split()[3] for line in told] == ["A", "C"] and "PosixPath" in told[0]
+    assert [line.split()[5] for line in told] == ["A", "C"] and "PosixPath" in told[0]
     assert torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"].keys() == {"B"}
 
 
@@ -270,7 +270,7 @@ def test_a_last_state_that_is_gone_or_was_refused_is_said(qwen3, tmp_path, monke
     assert saved.unsaved(run) == ""
     last = tmp_path / "kept" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-50])
-    assert saved.unsaved(run) == f"{last} was saved, and cannot be read any more"
+    assert saved.unsaved(run) == f"{last} was saved, but cannot be read any more"
     saved._place, saved._outage.error = None, OSError(28, "No space left on device")
     assert saved.unsaved(run).endswith("batch 1 is not saved: [Errno 28] No space left on device")
 

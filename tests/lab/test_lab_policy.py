@@ -23,6 +23,7 @@ from supervised import (
     save,
     warm_up,
     well_formed,
+    write_record,
 )
 
 from scsdpo.lab import LEVELS, LabTasks
@@ -173,6 +174,14 @@ def test_a_few_steps_lower_the_loss_and_the_folder_loads(tokenizer, chat, tmp_pa
     policy.configure_model()
     again = policy.language_model.state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_record_names_the_command_without_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--seed", "3", "--out", str(tmp_path), "--steps", "2"])
+    write_record(tmp_path, "benchmarks/pretrain.py", [4.0, 2.0], seed=3, seconds=1.4)
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert record["command"] == "python benchmarks/pretrain.py --seed 3 --steps 2"
+    assert (record["steps"], record["last_losses"], record["wall_seconds"]) == (2, 3.0, 1)
 
 
 def test_warm_up_is_seeded(tokenizer, chat):

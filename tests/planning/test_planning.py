@@ -33,11 +33,10 @@ from scsdpo.planning import (
     splits,
     work_of,
 )
-from scsdpo.planning.activations import activation_bytes, layer_bytes
 from scsdpo.planning.advice import _combined, _own
 from scsdpo.planning.architecture import shapes
 from scsdpo.planning.layer_probe import measured_layers
-from scsdpo.planning.memory import PHASES
+from scsdpo.planning.memory import PHASES, activation_bytes, layer_bytes
 from scsdpo.planning.setup import GIB, Sampler, with_lora, with_nf4
 from scsdpo.planning.speed import Rates
 from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora
@@ -185,7 +184,7 @@ def test_4_bits_are_the_last_change_that_is_advised(qwen3):
 )
 def test_teachers_are_asked_what_they_keep(qwen3, teacher, kind, trunks):
     (second,) = planned(qwen3, teacher=teacher).seconds
-    assert (second.slot, second.kind, second.trunks) == ("teacher", kind, trunks)
+    assert (second.slot, second.kind, second.forwards) == ("teacher", kind, trunks)
     assert memory_of(planned(qwen3, teacher=teacher)).parts.teacher == 4 * TIED * (kind != "none")
 
 
@@ -399,7 +398,7 @@ def test_eight_cards_are_dealt_out_between_trainers_and_servers(
     said = " ".join(capsys.readouterr().out.split())
     best = "Fastest that fits: trainer.devices=4 with FullySharded (configs/scale) and 4 servers"
     assert best in said
-    assert "│ 4 (shards) │ 4 │ 1 │" in said and "│ 1 │ 7 │ 1 │" in said
+    assert "│ 4 (sharded) │ 4 │ 1 │" in said and "│ 1 │ 7 │ 1 │" in said
     assert said.count("does not fit") == 2  # one trainer and two
 
 
@@ -494,11 +493,11 @@ def test_each_shape_that_ships_is_checked_under_one_of_its_names():
         (["--model.policy.name_or_path=no/such-model"], "give --architecture FILE"),
         (["--model.policy.name_or_path=Qwen/Qwen3-5B"], "did you mean Qwen/Qwen3-8B?"),
         (["--split=1"], "--split must be >= 2, got 1"),
-        (["--split=2", "--memory=0.001"], "--split: 2 devices cannot be dealt out"),
-        (["--architecture=nowhere"], "--architecture: nowhere holds no config.json"),
+        (["--split=2", "--memory=0.001"], "--split: no division of 2 devices works"),
+        (["--architecture=nowhere"], "--architecture: nowhere has no config.json"),
         (["--gpus=3"], "questions do not divide among 3 devices"),
         (["--memory=0"], "--memory must be > 0"),
-        (["--trainer.strategy=deepspeed"], "plan knows one device, DDP and FullySharded"),
+        (["--trainer.strategy=deepspeed"], "plan supports one device, DDP and FullySharded"),
         (["--gpus=x"], "--gpus: invalid int"),
     ],
 )
@@ -535,9 +534,9 @@ def test_a_run_says_its_plan_and_compares_the_first_step(qwen3, monkeypatch, tmp
     plans = [line for line in said if line.startswith("plan: ")]
     assert len(plans) == 3
     assert "weights 0.00" in plans[1] and "peak of sampling" in plans[1]
-    assert "the first step took" in plans[2] and "planned for its lengths" in plans[2]
+    assert "the first step took" in plans[2] and "the plan is" in plans[2]
     prompt, response = map(
-        int, re.search(r"\((\d+) tokens a prompt, (\d+) a resp", plans[2]).groups()
+        int, re.search(r"\((\d+) tokens in a prompt, (\d+) in a resp", plans[2]).groups()
     )
     rendered = CausalLM(str(qwen3)).chat.render(Toys()[0].messages)
     assert abs(prompt - len(rendered)) <= 1 and 1 <= response <= 8

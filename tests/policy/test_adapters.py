@@ -18,7 +18,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.loss import TokenLogits
 from scsdpo.policy import CausalLM, Lora, Rows
 from scsdpo.policy.adapter import STUDENT, factors, with_head
-from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.hf.rollout import merged_adapters
 from scsdpo.rollout.weights.files import write_adapter
 from scsdpo.rollout.weights.stream import adapter_weights, merged_weights, rank_for
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, FullFineTune, Lora
-from scsdpo.rollout.hf.merged import merged_adapters
+from scsdpo.rollout.hf.rollout import merged_adapters
 from scsdpo.rollout.weights import files, stream
 from scsdpo.rollout.weights.files import adapter_hash, folder_in_memory, write_adapter
 from scsdpo.rollout.weights.hashing import StreamHash
@@ -91,7 +91,7 @@ def test_vllm_gets_the_next_rank_that_it_knows(qwen3, r, rank):
 @pytest.mark.parametrize(
     ("adapter", "key"),
     [
-        (FullFineTune(), r"model\.policy\.adapter is no Lora"),
+        (FullFineTune(), r"model\.policy\.adapter is not a Lora"),
         (Lora(use_dora=True), r"DoRA \(model\.policy\.adapter\.use_dora\)"),
         (Lora(r=513), r"up to 512 \(model\.policy\.adapter\.r is 513\)"),
     ],
@@ -112,7 +112,7 @@ def test_layers_without_adapters_in_vllm_are_refused(qwen3):
         weights, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     with pytest.raises(
-        ConfigurationError, match=r"target_modules: vLLM has no adapters for down_proj, o"
+        ConfigurationError, match=r"target_modules: vLLM does not support adapters for down_proj, o"
     ):
         check_targets(weights, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
 

@@ -263,7 +263,7 @@ def test_sampling_under_autocast_casts_linear_layers_once_and_shares_the_rest(qw
 
 def test_sampling_casts_nothing_where_a_copy_does_not_fit(qwen3, monkeypatch):
     policy = load(qwen3)
-    monkeypatch.setattr("scsdpo.policy.causal_lm._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("scsdpo.policy.causal_lm.free_bytes", lambda device: 1000)
     with torch.autocast("cpu", torch.bfloat16), policy.sampling_mode() as ready:
         assert ready is policy.language_model
 

@@ -25,8 +25,8 @@ from scsdpo.policy.quantization import (
 )
 from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout import Colocated, HFRollout
-from scsdpo.rollout.hf import merged
-from scsdpo.rollout.weights.hashing import digest
+from scsdpo.rollout.hf import rollout as hf_rollout
+from scsdpo.rollout.weights.hashing import weights_digest
 from scsdpo.rollout.weights.stream import base_weights, merged_weights, share_kept
 from scsdpo.teacher import EMA, Frozen, PlainPrompt
 from scsdpo.training import self_check
@@ -133,11 +133,11 @@ def test_the_base_is_in_4_bits_and_head_embedding_and_norms_are_not(qwen3_untied
 def test_a_forward_without_gradient_has_the_numbers_of_one_with_and_changes_no_weight(qwen3):
     """bitsandbytes repacks weights in place on some CPUs, and computes in bfloat16 from then on."""
     policy, ids = make(qwen3), torch.arange(3, 60)[None]
-    before, stored = digest(policy), storages(policy)
+    before, stored = weights_digest(policy), storages(policy)
     with policy.sampling_mode() as model:
         sampled = model(ids).logits
     torch.testing.assert_close(policy.language_model(ids).logits, sampled, rtol=1e-5, atol=1e-5)
-    assert digest(policy) == before and storages(policy) == stored
+    assert weights_digest(policy) == before and storages(policy) == stored
 
 
 def storages(policy):
@@ -231,7 +231,7 @@ def test_bases_with_other_scales_alone_are_told_apart(tmp_path):
                 if name.endswith("proj.weight"):
                     parameter.mul_(factor)
         model.save_pretrained(folder)
-        digests.append(digest(make(folder)))
+        digests.append(weights_digest(make(folder)))
     assert digests[0] != digests[1]
 
 
@@ -255,7 +255,7 @@ def prompts(policy):
 def test_tokens_are_drawn_with_the_trainers_probabilities(room, qwen3, monkeypatch):
     policy = make(qwen3)
     kinds, free = [], 2**40 if room else 0
-    monkeypatch.setattr(merged, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(hf_rollout, "free_bytes", lambda device: free)
     taken = HFRollout._share
 
     def noting(self, model, groups, buffer):
@@ -263,10 +263,10 @@ def test_tokens_are_drawn_with_the_trainers_probabilities(room, qwen3, monkeypat
         taken(self, model, groups, buffer)
 
     monkeypatch.setattr(HFRollout, "_share", noting)
-    before = digest(policy)
+    before = weights_digest(policy)
     drawn = HFRollout().sample(policy, prompts(policy), Sampling(n=2, max_new_tokens=6, seed=1))
     assert (kinds[0] is torch.nn.Linear) == room
-    assert digest(policy) == before
+    assert weights_digest(policy) == before
     for q, prompt in enumerate(drawn.prompts):
         for g in range(2):
             n = int(drawn.sampled[q, g].sum())
@@ -402,7 +402,7 @@ def test_a_folder_in_4_bits_is_the_same_policy(stored, qwen3_untied, tmp_path):
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
-    assert digest(made) == digest(read)
+    assert weights_digest(made) == weights_digest(read)
     counted = [planned(f, p).counted for f, p in ((stored, read), (qwen3_untied, made))]
     assert counted[0].quantized == counted[1].quantized > 0
 

@@ -107,5 +107,7 @@ def test_layers_that_vllm_cannot_adapt_are_refused(case, monkeypatch):
     check_sample(rollout, policy)
     move(policy, 7, 0.01)
     monkeypatch.setattr(rollout.engine, "_supported", ["q_proj"])
-    with pytest.raises(ConfigurationError, match=r"adapter\.target_modules: vLLM has no adapters"):
+    with pytest.raises(
+        ConfigurationError, match=r"adapter\.target_modules: vLLM does not support adapters"
+    ):
         rollout.sample(policy, short_and_long(policy), SAMPLING)

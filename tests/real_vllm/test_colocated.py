@@ -171,7 +171,7 @@ def test_an_engine_that_did_not_get_every_parameter_is_refused(case, monkeypatch
     move(case.policy, 21)
     with monkeypatch.context() as lacking:
         lacking.setattr("scsdpo.rollout.weights.stream.merged_weights", some)
-        refused_and_mended(case, "got no complete weights for [0-9]+ of its modules")
+        refused_and_mended(case, "got incomplete weights for [0-9]+ of its modules")
     check_parity(case.policy, case.sample())
 
 

@@ -164,7 +164,7 @@ def test_the_run_ends_with_one_line_that_names_the_servers_when_all_are_gone(
         victim.wait()
     assert code == 3
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("scsdpo: error: no vLLM server is of use since 3")
+    assert last.startswith("scsdpo: error: no vLLM server could be used for 3")
     assert f"({victim.url}: /collective_rpc: " in last
 
 

@@ -10,7 +10,7 @@ from policies import check_parity, gaps, move, short_and_long
 from servers import Running, all_running, wait_for
 
 from scsdpo.rollout import Nccl, Servers, VLLMRollout
-from scsdpo.rollout.servers.nccl import Declared, Source
+from scsdpo.rollout.servers.nccl import Declared, WeightSource
 from scsdpo.types import Sampling
 
 SAMPLING = Sampling(n=4, max_new_tokens=24, seed=3)
@@ -80,7 +80,7 @@ def test_a_server_that_dies_in_mid_transfer_is_left_out_and_healed_when_it_is_ba
 ):
     check(policy, rollout)
     other, victim = servers
-    following = Source._next
+    following = WeightSource._next
     sent = []
 
     def killing(self, stream, expected):
@@ -89,7 +89,7 @@ def test_a_server_that_dies_in_mid_transfer_is_left_out_and_healed_when_it_is_ba
             victim.kill()
         return following(self, stream, expected)
 
-    monkeypatch.setattr(Source, "_next", killing)
+    monkeypatch.setattr(WeightSource, "_next", killing)
     move(policy, 10, 0.002)
     rollouts = check(policy, rollout)
     assert other.version == rollouts.version

@@ -90,7 +90,7 @@ def test_ranks_call_weights_by_the_same_label_and_each_step_by_another(case):
 def test_what_one_rank_refuses_or_fails_at_is_an_error_on_both(case):
     made, ranks = case
     first, second = (saw["errors"] for saw in ranks)
-    long = "a prompt and its response may take 151 tokens, and vLLM has room for 128: raise "
+    long = "a prompt and its response may take 151 tokens, but vLLM has room for 128: raise "
     if made.refuses:
         for saw in (first, second):
             assert [kind for kind, _ in saw[:2]] == ["ConfigurationError"] * 2
@@ -100,7 +100,7 @@ def test_what_one_rank_refuses_or_fails_at_is_an_error_on_both(case):
             assert first[2] == ["RuntimeError", f"rank 1: ZeroDivisionError: {second[2][1]}"]
     if made.tensor_parallel == 2:
         assert first[-1] == second[-1]
-        assert first[-1][0] == "TrainingStopped" and "what it returns would be of" in first[-1][1]
+        assert first[-1][0] == "TrainingStopped" and "its responses would be wrong" in first[-1][1]
     assert (
         len(first)
         == len(second)

@@ -110,6 +110,8 @@ def test_a_rank_that_servers_have_no_room_for_is_merged_or_refused(base, servers
     check_sample(rollout, policy)
     rollout.close()
     rollout = VLLMRollout(engine(servers[:1], Download(), "alone"))
-    with pytest.raises(ConfigurationError, match="takes no adapters of rank 16: start it with"):
+    with pytest.raises(
+        ConfigurationError, match="does not support adapters of rank 16: start it with"
+    ):
         rollout.sample(policy, short_and_long(policy), SAMPLING)
     rollout.close()

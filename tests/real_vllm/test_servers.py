@@ -252,8 +252,8 @@ def test_without_the_key_nothing_is_answered_and_the_error_says_so(
             urllib.request.urlopen(two_servers[0].url + path)
         refused.value.close()
     engine = rollout(two_servers, Download())
-    for key, message in (("", "and none is in"), ("wrong", "another than that in")):
+    for key, message in (("", "is not set"), ("wrong", "holds another key")):
         monkeypatch.setenv("VLLM_API_KEY", key)
-        with pytest.raises(ConfigurationError, match=f"wants a key, .*{message} VLLM_API_KEY: "):
+        with pytest.raises(ConfigurationError, match=f"needs a key, .* VLLM_API_KEY {message}: "):
             engine.sample(policy, prompts, SAMPLING)
         engine.close()

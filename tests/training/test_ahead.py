@@ -18,7 +18,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.loss import NoImportance, SamplerImportance, TokenImportance
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM
-from scsdpo.rollout.weights.hashing import digest
+from scsdpo.rollout.weights.hashing import weights_digest
 from scsdpo.selection import InformativePool
 from scsdpo.teacher import EMA, NoTeacher, PlainPrompt
 from scsdpo.training import Ahead
@@ -55,7 +55,7 @@ class Watch(RolloutCallback):
         self.weights, self.learned, self.figures = {}, {}, {}
 
     def on_batch(self, trainer, module, batch):
-        self.weights[int(module.batches)] = digest(module.policy.language_model)
+        self.weights[int(module.batches)] = weights_digest(module.policy.language_model)
         self.learned[int(module.batches)] = batch
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

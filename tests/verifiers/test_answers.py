@@ -147,7 +147,7 @@ def test_a_function_gives_a_verdict_or_a_reward():
         (":f", r"must read `module:function`"),
         (
             "no_such_module:f",
-            "No module named 'no_such_module'; the module must stand in the folder",
+            "No module named 'no_such_module'; the module must be in the folder",
         ),
         ("math:no", "has no attribute 'no'"),
         ("math:pi", "must name a function, got 3.14"),

@@ -70,7 +70,7 @@ def alive_with_parent(parent):
 @pytest.mark.parametrize(
     ("how", "error"),
     [
-        ("endless", "Strays: it writes without end to the pipe that verdicts come by"),
+        ("endless", "Strays: it writes without end to the pipe of its verdicts"),
         ("closes", "Strays: its process died (exit code 1)"),
         ("killpg", "Strays: its process died (SIGKILL)"),
         ("cancel", "Strays: CancelledError()"),

@@ -215,8 +215,8 @@ def test_a_verifier_of_the_program_itself_judges_in_this_process(pool, caplog):
     assert [v.feedback for v in verdicts[0]] == [str(os.getpid())] * 2
     assert verdicts[1][0].reward == 0
     assert caplog.messages == [
-        "Local judges in the training process, without a deadline: its class must stand in a "
-        "module of its own to be sent to another process"
+        "Local judges in the training process, without a deadline: define its class in a "
+        "module of its own, so that it can be sent to another process"
     ]
 
 

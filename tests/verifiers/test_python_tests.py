@@ -202,7 +202,7 @@ def test_an_unreadable_gold_answer_is_an_error(answer):
 def test_a_system_without_the_filter_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(python_tests.platform, "machine", lambda: "riscv64")
     python_tests._check_system.cache_clear()
-    with pytest.raises(ValueError, match="runs on Linux on x86-64 or arm64 only"):
+    with pytest.raises(ValueError, match="runs only on Linux on x86-64 or arm64"):
         PythonTests().prepare()
     monkeypatch.undo()
     monkeypatch.setattr(python_tests, "SANDBOX", "/nowhere")

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, how, and what they hold."""
+"""Checkpoints: when they are written, how, and what they contain."""
 
 from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
 from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Choose the checkpoint from which a run is resumed."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,37 +9,37 @@ from scsdpo.checkpoints.reading import Saved, number
 from scsdpo.checkpoints.saying import say
 
 _MOST = 8
-"""Candidates that an error lists."""
+"""Number of candidates that an error lists."""
 _FIRM = (Rule.REFUSE, Rule.WARN)
 
 
 def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved:
-    """The newest whole checkpoint under a folder of runs that agrees with a configuration.
+    """The newest complete checkpoint under a folder of runs that fits a configuration.
 
-    Newest by the number that it holds, for clocks are set back. Those that are torn are passed
-    over, and named.
+    The number that it holds decides, because clocks may be set back. Torn checkpoints are skipped
+    and reported.
 
     Args:
-        folder: holds runs, or is one.
-        config: by section.
-        whole_run: data and method must agree too, and training must be able to go on from it.
+        folder: folder of runs, or of one run.
+        config: configuration by section.
+        whole_run: data and method must agree too, and training must be able to resume from it.
 
     Raises:
-        ValueError: listing the candidates.
+        ValueError: if there is none; lists the candidates.
     """
     found = []
     for path in folder.rglob("*.ckpt"):
         try:
             found.append(Saved.read(path))
         except ValueError as error:
-            say(f"passed over: {error}")
+            say(f"skipped: {error}")
     against = []
     for saved in sorted(found, key=lambda saved: _age(saved.path, saved.number)):
         if (why := _objection(saved, config, whole_run=whole_run)) is None:
             return saved
         against.append(f"{saved.path} ({why})")
     if not against:
-        raise ValueError(f"there is no whole checkpoint under {folder}; leave it out to begin")
+        raise ValueError(f"there is no whole checkpoint under {folder}; omit it to start anew")
     more = f", and {len(against) - _MOST} more" if len(against) > _MOST else ""
     raise ValueError(
         f"no checkpoint under {folder} is of this configuration: {'; '.join(against[:_MOST])}{more}"
@@ -48,7 +48,7 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
 
 
 def usable_neighbour(path: Path) -> Path | None:
-    """The newest checkpoint of `scsdpo fit` in the folder of one that cannot be used."""
+    """The newest usable checkpoint of `scsdpo fit` beside one that cannot be used."""
     for other in _newest_first(path.parent.glob("*.ckpt")):
         try:
             return Saved.read(other).path
@@ -58,25 +58,25 @@ def usable_neighbour(path: Path) -> Path | None:
 
 
 def newest_whole(*folders: Path) -> Path | None:
-    """The newest whole checkpoint in some folders, whoever wrote it; no tensor is read."""
+    """The newest complete checkpoint in some folders, of any program; reads no tensor."""
     found = (path for folder in folders for path in folder.glob("*.ckpt"))
     return next(iter(_newest_first(found)), None)
 
 
 def highest_number(folders: Iterable[Path]) -> int:
-    """Of all checkpoints under some folders; 0 if there are none."""
+    """The highest `Saved.number` of all checkpoints under some folders; 0: there are none."""
     paths = {path.resolve() for folder in folders for path in folder.rglob("*.ckpt")}
     return max((number(path) or 0 for path in paths), default=0)
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Those that are whole."""
+    """The complete checkpoints among `paths`, newest first."""
     found = [(path, found) for path in paths if (found := number(path)) is not None]
     return [path for path, _ in sorted(found, key=lambda each: _age(*each))]
 
 
 def _age(path: Path, number: int) -> tuple[int, int]:
-    """Smaller for what is newer; the time of the file decides where older versions wrote it."""
+    """Sort key, smaller for newer ones; without a number the file's time decides."""
     return -number, -path.stat().st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""What has changed in a configuration since a checkpoint was written, and whether it may."""
+"""Changes of a configuration since a checkpoint was written, and whether they are allowed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 60
-"""Characters of a value in a message."""
+"""Number of characters of a value that a message shows."""
 
 
 class Rule(Enum):
-    """What becomes of a change."""
+    """The consequence of a change."""
 
     EFFECT = "takes effect"
-    WARN = "the run is no longer the one that was begun"
+    WARN = "results before and after this change are not comparable"
     REFUSE = "cannot change"
 
 
@@ -46,15 +46,15 @@ _RULES = {
     "health": Rule.EFFECT,
     "progress": Rule.EFFECT,
 }
-"""By key or the longest beginning of it. What stands under none of them is no part of a run."""
+"""Rules by the longest prefix of a key. Keys without a rule do not affect a run."""
 
 _MEMORY = ("advantage", "weighting", "token_weighting", "selection", "teacher", "reference")
-"""Strategies under `model` that may remember something."""
+"""Strategies under `model` that may have a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One key, with the value in the checkpoint and the one now."""
+    """One key, with its value in the checkpoint and its present value."""
 
     key: str
     before: Any
@@ -62,8 +62,8 @@ class Change:
 
     @property
     def rule(self) -> Rule | None:
-        """What becomes of it; None: it is no part of a run."""
-        if self.key == "model.optimizer":  # another class: its state is of another kind
+        """The rule that applies; None: the key does not affect a run."""
+        if self.key == "model.optimizer":  # another class, whose state has another form
             return Rule.REFUSE
         parts = self.key.split(".")
         starts = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
@@ -71,21 +71,21 @@ class Change:
 
     @property
     def of_schedule(self) -> bool:
-        """Whether learning rates must be worked out anew."""
+        """True if learning rates must be computed anew."""
         return self.key.startswith(("model.optimizer.", "model.lr_scheduler"))
 
     @property
     def of_memory(self) -> bool:
-        """Whether what strategies keep may be of another kind: a class was exchanged."""
+        """True if a class was exchanged, so that saved strategy states may not fit."""
         strategy = self.key.split(".")[1:2]
         return strategy != [] and strategy[0] in _MEMORY and isinstance(self.now, Mapping | list)
 
     def __str__(self) -> str:
-        return f"{self.key}: {_spell(self.before)} -> {_spell(self.now)}"
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.now)}"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs, in the order of `now`; keys that only one of them knows do not count."""
+    """The changed keys, in the order of `now`; keys that only one of them has do not count."""
     found = [each for key in now if key in before for each in _compare(key, before[key], now[key])]
     return [change for change in found if change.rule is not None]
 
@@ -110,11 +110,11 @@ def _is_same_folder(before: Any, now: Any) -> bool:
     return Path(now).is_dir() and Path(before).is_dir() and Path(now).samefile(before)
 
 
-def _spell(value: Any) -> str:
-    """A class by its name."""
+def _shown(value: Any) -> str:
+    """A value for a message; an object is shown by its class's name."""
     if isinstance(value, Mapping) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     if isinstance(value, list):
-        value = f"[{', '.join(map(_spell, value))}]"
+        value = f"[{', '.join(map(_shown, value))}]"
     text = "null" if value is None else str(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint have a place in the module."""
+"""Check that a checkpoint's tensors fit the module."""
 
 from collections.abc import Mapping
 
@@ -8,22 +8,22 @@ from scsdpo.checkpoints.saying import say
 from scsdpo.errors import ConfigurationError
 
 _SLOTS = {"teacher", "reference"}
-"""Under LoRA also names of adapters inside the policy."""
+"""Slots of models; under LoRA these are also names of adapters inside the policy."""
 
 
 def fit_weights(
     saved: dict[str, Tensor], own: Mapping[str, Tensor], *, policy_only: bool = False
 ) -> None:
-    """Compare names and shapes.
+    """Compare names and shapes of tensors.
 
     Args:
-        saved: of the checkpoint; what has no place and need not have one is removed.
-        own: the module's.
-        policy_only: teachers and what strategies keep may be others; those that are not in the
-            checkpoint stay as they were made.
+        saved: the checkpoint's tensors; those that are not needed are removed from it.
+        own: the module's tensors.
+        policy_only: teachers and strategy states may differ; those that are not in the checkpoint
+            keep their initial values.
 
     Raises:
-        ConfigurationError: if the module is of another configuration.
+        ConfigurationError: if the tensors do not fit the module.
     """
     missing = {key for key in own if key not in saved}
     odd = {key for key, value in saved.items() if key not in own or own[key].shape != value.shape}
@@ -39,8 +39,8 @@ def fit_weights(
         missing, odd = ({key for key in keys if _is_policys(key)} for keys in (missing, odd))
     if missing or odd:
         raise ConfigurationError(
-            f"the checkpoint does not fit this configuration: {len(odd)} of its tensors have no "
-            f"place here and {len(missing)} are missing from it, e.g. {min(missing | odd)!r}; use "
+            f"the checkpoint does not fit this configuration: {len(odd)} of its tensors are not "
+            f"needed and {len(missing)} are missing from it, e.g. {min(missing | odd)!r}; use "
             "the run's own config.yaml"
         )
 

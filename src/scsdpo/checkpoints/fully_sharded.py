@@ -1,4 +1,4 @@
-"""The Trainer's strategy under which weights are in shards over the ranks."""
+"""The Trainer's strategy that shards weights over the ranks (FSDP2)."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -22,15 +22,15 @@ from scsdpo.private.lightning import shard_over
 class FullySharded(ModelParallelStrategy):
     """Weights, gradients and optimizer states in shards over all ranks (FSDP2).
 
-    Checkpoints are folders, in which each rank writes its own shards; any number of ranks goes on
-    from them, and so does one process with whole weights. A checkpoint that is a file is read as
-    well, each rank its own rows.
+    Checkpoints are folders in which each rank writes its own shards. Any number of ranks can resume
+    from them, also one process with whole weights. From a checkpoint that is a file, each rank
+    reads its own rows.
 
     Args:
-        background: write `last.ckpt` while training goes on; takes the host memory of a rank's
-            shards and optimizer states meanwhile, and a write is finished before the next begins.
-        process_group_backend: `gloo`, `nccl`, ...; null: what the device needs.
-        timeout: of a collective.
+        background: write `last.ckpt` during training. It needs host memory for a copy of a rank's
+            shards and optimizer states; a write is finished before the next begins.
+        process_group_backend: `gloo`, `nccl`, ...; null: the device's default.
+        timeout: limit on the time of a collective.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class FullySharded(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Before, as with a file: the model is in shards as soon as it is configured."""
+        """False: the model is sharded once it is configured, so a checkpoint can be read before."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """As with a file: what `load_checkpoint` gives is put in by Lightning."""
+        """True: Lightning loads the optimizer states that `load_checkpoint` returns."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class FullySharded(ModelParallelStrategy):
         shards.write(checkpoint, path, first=self.is_global_zero)
 
     def begin_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> shards.Background:
-        """As `save_checkpoint`, in the background."""
+        """Do the same as `save_checkpoint`, in the background."""
         if self._writers is None:
             self._writers = dist.new_group(backend="gloo")
         return shards.Background(checkpoint, path, self._writers)
@@ -103,7 +103,7 @@ class FullySharded(ModelParallelStrategy):
 def _spread(
     content: dict[str, Any], weights: Mapping[str, Tensor], parameters: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """A file's content, with of each tensor the rows that this rank has of it in the model."""
+    """A file's content, with each tensor cut to this rank's rows of it."""
     state = content["state_dict"]
     for name, value in state.items():
         state[name] = _rows(value, weights.get(name))
@@ -117,7 +117,7 @@ def _spread(
 def _rows(value: Any, like: Tensor | None) -> Any:
     if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
         return value
-    mine = value[own_rows(like)].to(like.device, copy=True)  # and not a view of the file
+    mine = value[own_rows(like)].to(like.device, copy=True)  # no view of the mapped file
     mesh, shape, stride = like.device_mesh, like.shape, like.stride()
     return DTensor.from_local(
         mine, mesh, like.placements, run_check=False, shape=shape, stride=stride

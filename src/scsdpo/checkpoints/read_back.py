@@ -1,4 +1,4 @@
-"""What is written is read back before it has a checkpoint's name."""
+"""Write a checkpoint's content, and read it back before it gets its name."""
 
 import io
 import os
@@ -12,18 +12,18 @@ import torch
 from scsdpo.errors import ConfigurationError, first_line
 
 _FAULTS = (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError)
-"""What has no pickle, and what `weights_only` does not load; a disk's faults are others."""
+"""Errors of content that cannot be pickled, or not be loaded with `weights_only`; not a disk's."""
 _KINDS = "tensors, numbers, strings, lists and dicts can be"
 
 
 def save(content: dict[str, Any], file: Path | io.BytesIO) -> None:
-    """Write a checkpoint's content so that a run can go on from it.
+    """Write a checkpoint's content so that a run can be resumed from it.
 
-    A callback whose state cannot be read back is named, and its state is left out.
+    If a callback's state cannot be read back, a warning names it and the state is omitted.
 
     Args:
         content: as Lightning makes it.
-        file: to write, from its beginning.
+        file: the file to write, from its beginning.
 
     Raises:
         ConfigurationError: if anything else cannot be read back, naming its key.
@@ -34,8 +34,8 @@ def save(content: dict[str, Any], file: Path | io.BytesIO) -> None:
         if fault := _fault(state, io.BytesIO()):
             del callbacks[name]
             warnings.warn(
-                f"what the callback {name} keeps cannot be read back and is left out of "
-                f"checkpoints: a run that goes on begins it anew ({fault}; {_KINDS})",
+                f"the state of the callback {name} cannot be read back and is left out of "
+                f"checkpoints: a resumed run starts it anew ({fault}; {_KINDS})",
                 stacklevel=2,
             )
     if fault := _fault(content, file):
@@ -46,12 +46,12 @@ def save(content: dict[str, Any], file: Path | io.BytesIO) -> None:
 
 
 def _fault(content: Any, file: Path | io.BytesIO) -> str:
-    """Why `content` cannot be read back from where it was written now; '' if it can."""
+    """Write `content` and read it back; returns why that fails, or ''."""
     try:
         _write(content, file)
         if isinstance(file, io.BytesIO):
             file.seek(0)
-        mapped = isinstance(file, Path)  # tensors are not read then, but for their places
+        mapped = isinstance(file, Path)  # checks positions of tensors without reading them
         torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except _FAULTS as error:
         return _reason(error)
@@ -61,7 +61,7 @@ def _fault(content: Any, file: Path | io.BytesIO) -> str:
 def _write(content: Any, file: Path | io.BytesIO) -> None:
     try:
         torch.save(content, file)
-    except RuntimeError:  # torch counts bytes, and does not say why some are missing
+    except RuntimeError:  # torch's message lacks the cause: a write of our own raises it
         if isinstance(file, Path):
             with file.open("ab") as end:
                 end.write(bytes(2**16))
@@ -71,7 +71,7 @@ def _write(content: Any, file: Path | io.BytesIO) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of torch's long message that says which kind it is."""
+    """The part of torch's long message that names the type."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if "WeightsUnpickler error:" in line]
     if not told:

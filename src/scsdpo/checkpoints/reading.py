@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read without running anything of it."""
+"""Read a checkpoint without executing any of its content."""
 
 import pickle
 from collections.abc import Mapping
@@ -23,18 +23,18 @@ class Saved:
 
     path: Path
     config: dict[str, Any]
-    """The run's configuration by section; of weights only, its section `model`."""
+    """The run's configuration by section; a checkpoint of weights only has the section `model`."""
     weights: dict[str, Tensor]
-    """The module's state, memory-mapped; of a sharded checkpoint, a folder, on `meta`."""
+    """The module's state, memory-mapped; of a sharded checkpoint (a folder) on `meta`."""
     metrics: dict[str, float]
-    """The last ones that were logged; none in a checkpoint of weights only."""
+    """The last metrics logged; empty in a checkpoint of weights only."""
     step: int
     """Optimizer steps taken."""
     number: int
-    """Larger than that of every checkpoint before it, in the same folder of runs; 0: it has none,
-    for an older version wrote it."""
+    """Number that increases over all checkpoints in a folder of runs; 0: an older version wrote
+    it."""
     resumable: bool
-    """Whether training can go on from it: not from weights only."""
+    """True if training can resume from it; False for weights only."""
 
     @property
     def model(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Saved:
 
 
 def number(path: Path) -> int | None:
-    """`Saved.number` of whatever checkpoint of Lightning's; None if it is torn or is none."""
+    """`Saved.number` of any checkpoint of Lightning; None if it is torn or no checkpoint."""
     try:
         if path.is_dir():
             shards.tables(path)
@@ -98,7 +98,7 @@ def number(path: Path) -> int | None:
 
 
 def checkpoint_in(path: Path) -> Path | None:
-    """The checkpoint that `path` is, or the newest state of the run that it is; None: neither."""
+    """`path` itself if it is a checkpoint, or the last state of the run in it; None: neither."""
     last = path / "checkpoints" / "last.ckpt"
     if last.exists():
         return last
@@ -106,7 +106,7 @@ def checkpoint_in(path: Path) -> Path | None:
 
 
 _WRONG = (KeyError, TypeError, EOFError, AttributeError, OSError, ValueError, IndexError)
-"""What `torch.load` and look-ups raise for files of other kinds."""
+"""Errors that `torch.load` and look-ups raise for files of other kinds."""
 
 
 def _folder(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run takes back from a checkpoint beside weights and the optimizer's state."""
+"""Restore a run's other state from a checkpoint, beside weights and optimizer."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from scsdpo.state import remember_all
 
 
 def write_whole_files(trainer: L.Trainer, *, resumes: bool) -> None:
-    """Checkpoints are whole or not there, whoever writes them.
+    """Let the Trainer's strategy write checkpoints atomically.
 
     Args:
-        trainer: its strategy's writer is replaced, unless it is one of the user's own.
-        resumes: whether a checkpoint is read to go on from it.
+        trainer: its strategy's writer is replaced, unless the user has set one.
+        resumes: True if the run reads a checkpoint to resume from it.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles(resumes=resumes)
@@ -33,33 +33,33 @@ def take_back(
     changed: Sequence[Change],
     renewed: Callable[[], tuple[torch.optim.Optimizer, Any]],
 ) -> None:
-    """Give strategies what they remembered, as far as it is still of the same kind.
+    """Restore the states of strategies, unless their classes have changed.
 
     Args:
-        module: has the strategies.
-        checkpoint: read by Lightning, which takes optimizer and schedule out of it afterwards.
-        changed: what the configuration has changed since.
-        renewed: makes an optimizer of one parameter and its schedule, as configured now; where
-            their arguments have changed, their learning rates replace those in the checkpoint.
+        module: owns the strategies.
+        checkpoint: Lightning's dictionary, from which it loads optimizer and schedule afterwards.
+        changed: changes of the configuration since.
+        renewed: makes an optimizer of one parameter and its schedule, as configured now. If their
+            arguments have changed, their learning rates replace those in the checkpoint.
 
     Raises:
-        ValueError: if what was remembered belongs to other strategies.
+        ValueError: if the saved states belong to other strategies.
     """
     if any(change.of_schedule for change in changed):
         _renew_schedule(checkpoint, *renewed())
     if not any(change.of_memory for change in changed):
         remember_all(module, checkpoint["remembered"])
     elif checkpoint["remembered"]:
-        say("what strategies remembered of questions starts anew")
+        say("the strategies' memory of questions starts anew")
 
 
 def _renew_schedule(
     checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, schedule: Any
 ) -> None:
-    """Put the configuration's learning rates in, after as many steps as were taken."""
+    """Replace learning rates by the configuration's, after as many steps as were taken."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "step() before optimizer.step()"
-        if not isinstance(schedule, ReduceLROnPlateau):  # which goes by figures, from now on
+        if not isinstance(schedule, ReduceLROnPlateau):  # it follows a metric, not steps
             for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
                 schedule.step()
     (settings,) = optimizer.state_dict()["param_groups"]

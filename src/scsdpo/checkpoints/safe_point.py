@@ -1,4 +1,4 @@
-"""The state after the last finished batch, also while the next one is under way."""
+"""Keep the state after the last finished batch while the next one is being processed."""
 
 import copy
 from typing import Any
@@ -18,16 +18,16 @@ from scsdpo.state import all_remembered
 
 
 class SafePoint:
-    """What was after the last finished batch, but for weights and optimizer.
+    """The state after the last finished batch, without weights and optimizer.
 
-    A batch that is given up before its first optimizer step has changed neither: the checkpoint
-    that `into` completes is then the one that was due after the batch before, and the questions
-    are asked again.
+    A batch that is abandoned before its first optimizer step has changed neither of them. The
+    checkpoint that `into` completes is then that after the batch before, and a resumed run asks the
+    questions again.
     """
 
     def __init__(self) -> None:
         self.validated = -1
-        """The batch after which validation was last gone through."""
+        """The batch after which the last validation was completed."""
         self.batch = self.step = -1
         """The last finished batch, and optimizer steps then; -1: training has not begun."""
         self.alone = False
@@ -39,12 +39,12 @@ class SafePoint:
 
     @classmethod
     def of(cls, module: L.LightningModule) -> "SafePoint | None":
-        """The one of a `PolicyOptimizer`; None: another module, which is not trained."""
+        """The safe point of a `PolicyOptimizer`; None: another module, which is not trained."""
         found = vars(module).get("safe_point")
         return found if isinstance(found, cls) else None
 
     def keep(self, module: L.LightningModule) -> None:
-        """Take down what is now."""
+        """Keep the present state."""
         trainer = module.trainer
         self.batch, self.step = int(recorded(module).batches), trainer.global_step
         own = ((n, b) for n, b in module.named_buffers() if not n.startswith("policy."))
@@ -59,11 +59,11 @@ class SafePoint:
         return batch, self.validated
 
     def is_whole(self, trainer: L.Trainer) -> bool:
-        """Whether the weights are still those after the last finished batch."""
+        """True if the weights are still those after the last finished batch."""
         return not under_way(trainer) or self.step == trainer.global_step
 
     def into(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
-        """Complete what Lightning saves: the loops, and all else, between two batches."""
+        """Complete Lightning's checkpoint: loops and other state, as between two batches."""
         checkpoint["remembered"] = all_remembered(module)
         checkpoint["validated"] = self.validated
         if module.trainer.state.fn != "fit":
@@ -81,12 +81,12 @@ class SafePoint:
 
 
 def count_batches(trainer: L.Trainer) -> None:
-    """Loggers count batches; after a resume Lightning is off by one at times."""
+    """Set loggers' step to the number of batches; after a resume Lightning may be off by one."""
     count_stepped(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1)
 
 
 def under_way(trainer: L.Trainer) -> bool:
-    """Whether a batch was begun and not finished."""
+    """True if a batch was begun and not finished."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
     assert isinstance(progress, ProcessedTracker)
     return progress.ready > progress.processed
@@ -95,9 +95,9 @@ def under_way(trainer: L.Trainer) -> bool:
 def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bool) -> None:
     """Lightning's counters as they are after the last finished batch.
 
-    Lightning itself counts an epoch that `max_steps` cuts short as complete, forgets where the data
-    were after a complete one, skips a validation that was due and not done, and goes on amid one
-    that was broken off.
+    Without this, Lightning counts an epoch that `max_steps` cuts short as complete, forgets the
+    position in the data after a complete one, skips a validation that was due, and resumes within
+    one that was interrupted.
     """
     batch = loops["epoch_loop.batch_progress"]
     for count in _counts(batch):
@@ -110,9 +110,9 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
     if batch["is_last_batch"] and not pending:
         _end_epoch(loops)
     elif finished:
-        for count in _counts(loops["epoch_progress"]):  # also if `max_steps` has cut it short
+        for count in _counts(loops["epoch_progress"]):  # also if `max_steps` cut it short
             count["processed"] = count["completed"] = count["started"] - 1
-    # What Lightning takes for "amid an evaluation", of which nothing was done.
+    # Lightning reads these counters as "within an evaluation", of which nothing was done.
     validation = loops["epoch_loop.val_loop.batch_progress"]
     begun = {"ready": int(pending), "started": int(pending), "processed": 0, "completed": 0}
     validation |= {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
@@ -121,7 +121,7 @@ def _between_batches(loops: dict[str, Any], trainer: L.Trainer, *, validated: bo
 
 
 def _end_epoch(loops: dict[str, Any]) -> None:
-    """The next epoch is ready: else Lightning would not restore where the data are."""
+    """Mark the next epoch as ready: otherwise Lightning does not restore the data's position."""
     for count in _counts(loops["epoch_progress"]):
         count["processed"] = count["completed"] = count["started"]
         count["ready"] = count["started"] + 1

@@ -1,13 +1,8 @@
-"""What a run says of its checkpoints."""
-
-import sys
+"""Print a line on checkpoints."""
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from scsdpo.io.text import in_one_line
+from scsdpo.io.files import tell
 
-
-@rank_zero_only
-def say(text: str) -> None:
-    """One line on standard error, once for all ranks."""
-    print(f"scsdpo: {in_one_line(text)}", file=sys.stderr, flush=True)
+say = rank_zero_only(tell)
+"""Print one line on standard error, on rank 0 only."""

@@ -1,8 +1,8 @@
-"""Sharded checkpoints: folders of which each rank writes, and reads, its own part.
+"""Sharded checkpoints: folders in which each rank writes and reads its own part.
 
-Such a folder holds what a file would, as torch.distributed.checkpoint lays it out: the tensors
-`state_dict.NAME` and `optimizer.I.PARAMETER.STATE`, and all else in `meta.pt`, which is written
-last. Read again it is a file's content, with tensors spread over the ranks that read it.
+Such a folder holds the content of a file in the layout of torch.distributed.checkpoint: the tensors
+`state_dict.NAME` and `optimizer.I.PARAMETER.STATE`, and everything else in `meta.pt`, which is
+written last. Reading it gives a file's content, with tensors sharded over the reading ranks.
 """
 
 import io
@@ -25,9 +25,9 @@ from scsdpo.errors import first_line
 from scsdpo.private.torch import NAMES_IN_TABLES
 
 META = "meta.pt"
-"""All but tensors; whoever finds it finds the rest."""
+"""File of everything but tensors; it is written last, so its presence means a complete folder."""
 _TABLE = ".metadata"
-"""Where in which file each part of each tensor is."""
+"""File that lists where each part of each tensor is."""
 _WEIGHTS, _OPTIMIZER = "state_dict", "optimizer"
 _PUBLIC = {
     "torch.distributed.checkpoint.metadata": {
@@ -45,24 +45,24 @@ _KNOWN = {
     module: _PUBLIC.get(module, set()) | NAMES_IN_TABLES.get(module, set())
     for module in _PUBLIC.keys() | NAMES_IN_TABLES.keys()
 }
-"""What a table is made of, by module."""
+"""Classes that a table may contain, by module."""
 
 Table = dict[str, TensorStorageMetadata]
 """Shape and dtype of each tensor in a folder."""
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a sharded checkpoint is there, and was written to its end."""
+    """True if `path` is a complete sharded checkpoint."""
     return (path / META).is_file()
 
 
 def write(content: dict[str, Any], path: Path, *, first: bool) -> None:
-    """Write a checkpoint's content as a folder; every rank must, each with its own shards.
+    """Write a checkpoint's content as a folder; every rank must call it and writes its own shards.
 
     Args:
-        content: as Lightning makes it; its tensors are taken out of it.
-        path: where nothing of another checkpoint is.
-        first: of the ranks, the one that writes what is not sharded.
+        content: Lightning's dictionary; tensors are removed from it.
+        path: a folder without files of another checkpoint.
+        first: True on the rank that writes what is not sharded.
 
     Raises:
         OSError: on all ranks, if one of them could not write.
@@ -78,14 +78,14 @@ def write(content: dict[str, Any], path: Path, *, first: bool) -> None:
 
 
 class Background:
-    """A write that goes on while training does; begun, and finished, by every rank.
+    """A write during training, which every rank begins and finishes.
 
-    A copy of the tensors on the host is made first, so that the next step may change them.
+    The tensors are copied to the host first, so that the next step may change them.
 
     Args:
         content: as for `write`.
         path: as for `write`.
-        group: of gloo, for nothing else.
+        group: a gloo process group for this write alone.
     """
 
     def __init__(self, content: dict[str, Any], path: Path, group: dist.ProcessGroup) -> None:
@@ -98,11 +98,11 @@ class Background:
         self._future = future
 
     def done(self) -> bool:
-        """Whether `finish` would not wait."""
+        """True if `finish` would not wait."""
         return self._future.done()
 
     def finish(self, *, first: bool) -> None:
-        """Wait for the tensors, and write all else.
+        """Wait until the tensors are written, and write everything else.
 
         Raises:
             OSError: on all ranks, if one of them could not write.
@@ -122,15 +122,15 @@ def read(
     parameters: Sequence[Tensor] | None = None,
     optimizer: bool,
 ) -> dict[str, Any]:
-    """The content of a folder; tensors of `weights` are written into, if there are any.
+    """The content of a folder; tensors in `weights` are filled in place.
 
     Args:
         path: of the folder.
-        weights: by name, plain or in shards; those that the folder has in the same shape are
-            filled, other tensors of it come back on `meta`. None: all are read, whole.
-        parameters: of the optimizer, in its order; its states lie in shards as they do. None: its
-            states are read whole.
-        optimizer: whether its states are read at all.
+        weights: plain or sharded tensors by name. Those that the folder has in the same shape are
+            filled; the folder's other tensors are returned on `meta`. None: all are read whole.
+        parameters: parameters of the optimizer in order; its states are sharded like them. None:
+            its states are read whole.
+        optimizer: False: optimizer states are not read.
 
     Raises:
         ValueError: if the folder is torn.
@@ -155,7 +155,7 @@ def read(
 
 
 def fill(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write the folder's weights into `tensors`, by their names, in this one process.
+    """Write the folder's weights into `tensors`, by name, in a single process.
 
     Raises:
         ValueError: if the folder is torn.
@@ -173,10 +173,10 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
 
 
 def tables(path: Path) -> Table:
-    """What tensors a folder holds; nothing of them is read.
+    """Shape and dtype of each tensor in a folder, without reading them.
 
     Raises:
-        ValueError: if it is torn: one of its files is missing or cut short.
+        ValueError: if the folder is torn: one of its files is missing or cut short.
     """
     try:
         known = _Reader(path).read_metadata()
@@ -194,7 +194,7 @@ def tables(path: Path) -> Table:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the table without running anything of it, which `pickle` would."""
+    """Reads the table without executing its content, which plain `pickle` would do."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / _TABLE).open("rb") as file:
@@ -205,7 +205,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Harmless(pickle.Unpickler):
-    """Knows the classes of a table and no others."""
+    """Unpickles the classes of a table only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, files and folders: whole under their name, or not there."""
+"""Write checkpoints, files and folders, atomically: under its name a checkpoint is complete."""
 
 import os
 import shutil
@@ -11,29 +11,29 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from scsdpo.checkpoints import read_back, shards
 
 PART = ".part"
-"""Ending of what is being written; such a thing is nobody's checkpoint."""
+"""Suffix of a file or folder that is being written."""
 
 
 def part_of(path: Path | str) -> Path:
-    """Where `path` is written before it has its name: in the same folder, so that one rename is
-    enough, whatever else is mounted where.
+    """The path at which `path` is written first: in the same folder, so on the same file system,
+    where a rename is atomic.
     """
     return Path(f"{path}{PART}")
 
 
 def is_remote(path: Path | str) -> bool:
-    """Whether it is a URL, which fsspec writes in its own way."""
+    """True for a URL, which fsspec writes."""
     return "://" in str(path)
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the target, reads back, reaches the disk, and renames; reads folders too.
+    """Writes beside the target, reads back, syncs to disk, and renames; reads folders too.
 
-    Lightning's own goes through memory and TMPDIR, and copies from there onto the target.
+    Lightning's own writer goes through memory and TMPDIR, and copies from there onto the target.
 
     Args:
-        resumes: whether training goes on from what is read; else the optimizer's states in a
-            folder are left there.
+        resumes: True if training resumes from the checkpoints read; else the optimizer's states in
+            a folder are not read.
     """
 
     def __init__(self, *, resumes: bool = True) -> None:
@@ -47,7 +47,7 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        named = target.suffix == PART  # whoever asked for a part gives it its name
+        named = target.suffix == PART  # the caller will rename it
         part = target if named else part_of(target)
         part.parent.mkdir(parents=True, exist_ok=True)
         read_back.save(checkpoint, part)
@@ -70,9 +70,9 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def install(part: Path, path: Path, aside: Path | None = None) -> None:
-    """Give a whole `part` its name; what had it becomes `aside`, or goes.
+    """Rename a complete `part` to `path`; the old `path` is renamed to `aside` or removed.
 
-    At every moment one of `path` and `aside` is whole, and with files `path` is.
+    At every moment `path` or `aside` is complete; for files, `path` always is.
     """
     _sync(part)
     folders = path.is_dir() or part.is_dir()
@@ -81,7 +81,7 @@ def install(part: Path, path: Path, aside: Path | None = None) -> None:
             discard(path)
     elif folders:
         discard(aside)
-        path.rename(aside)  # a folder has one name only
+        path.rename(aside)  # a folder cannot have a second name
     else:
         if aside.is_dir():
             discard(aside)
@@ -95,17 +95,17 @@ def _second_name(path: Path, aside: Path) -> None:
     second.unlink(missing_ok=True)
     try:
         os.link(path, second)
-    except OSError:  # some file systems have no links; there `path` is gone for a moment
+    except OSError:  # without hard links `path` is missing for a moment
         path.rename(second)
     second.replace(aside)
 
 
 def remove_parts(folder: Path, *, untouched: float = 0.0) -> None:
-    """Remove what killed writes have left.
+    """Remove the remains of killed writes.
 
     Args:
         folder: of checkpoints.
-        untouched: seconds for which nobody wrote there; in the folder of a run that may be alive.
+        untouched: remove only what has not changed for so many seconds; for folders of live runs.
     """
     for part in folder.glob(f"*{PART}"):
         if time.time() - _touched(part) >= untouched:
@@ -113,7 +113,7 @@ def remove_parts(folder: Path, *, untouched: float = 0.0) -> None:
 
 
 def set_aside(folder: Path, names: tuple[str, ...]) -> None:
-    """Give names free that another run's checkpoints have: `last.ckpt` becomes `last.1.ckpt`."""
+    """Rename another run's checkpoints of these names: `last.ckpt` becomes `last.1.ckpt`."""
     taken = [folder / name for name in names if (folder / name).exists()]
     number = 1
     while any(path.with_suffix(f".{number}{path.suffix}").exists() for path in taken):
@@ -123,25 +123,25 @@ def set_aside(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; a folder loses its name first, for it goes file by file."""
+    """Remove a checkpoint; a folder is renamed first, because its files are removed one by one."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
     if path.suffix != PART:
         named, path = path, part_of(path.with_name(f"{path.name}.old"))
-        if path.exists():  # a kill has left it
+        if path.exists():  # left by a killed process
             shutil.rmtree(path)
         named.rename(path)
     shutil.rmtree(path)
 
 
 def _touched(path: Path) -> float:
-    """When something was last written there; a folder does not notice what grows in it."""
+    """Time of the last write at `path`, for a folder also to the files in it."""
     return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _sync(path: Path) -> None:
-    """Until the disk has it, with all that is in it."""
+    """Flush a file, or a folder with its files, to the disk."""
     for inner in path.rglob("*") if path.is_dir() else ():
         _sync_entry(inner)
     _sync_entry(path)

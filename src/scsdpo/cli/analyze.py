@@ -1,4 +1,4 @@
-"""`scsdpo analyze`: how far the teacher is, by correctness and pass rate."""
+"""`scsdpo analyze`: distance of the teacher from the policy, by correctness and pass rate."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from scsdpo.training import PolicyOptimizer
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "analyze",
         "Sample responses to the validation questions, and measure how far the configured teacher "

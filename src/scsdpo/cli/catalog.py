@@ -1,6 +1,6 @@
-"""What the parser takes, as a file: so that help and checks need not build the parser.
+"""The arguments that the parser takes, read from a file: help and checks need not build the parser.
 
-`catalog.json` is made from the parser by `scsdpo.cli.cataloging`; a test holds it to be current.
+`scsdpo.cli.cataloging` makes `catalog.json` from the parser; a test checks that it is current.
 """
 
 import json
@@ -18,14 +18,14 @@ class Argument:
     """One argument of a class, or one option of a command."""
 
     type: str
-    """In words."""
+    """The type in words, as `spell` writes it."""
     default: Any
-    """As in YAML."""
+    """The default value as YAML holds it."""
     needed: bool
-    """It has no default."""
+    """The argument has no default."""
     help: str
     kinds: tuple[str, ...]
-    """Import paths of the classes of which it wants an object."""
+    """Import paths of the classes whose objects the argument takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Described:
     """Its docstring; the first line of one that is not ours."""
     arguments: Mapping[str, Argument]
     choices: tuple[str, ...]
-    """Import paths of its concrete classes, itself among them."""
+    """Import paths of its concrete subclasses; its own path is among them if it is concrete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class Command:
 
     about: str
     like: str
-    """The command whose keys it takes too; `` if none."""
+    """Name of the command whose keys it takes too; empty: none."""
     options: Mapping[str, Argument]
-    """What it takes beside the sections, by name; a name in capitals is a position."""
+    """Its own options by name; a name in capitals is a positional argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class Catalog:
     classes: Mapping[str, Described]
 
     def options(self, command: str) -> dict[str, Argument]:
-        """What a command takes beside the sections."""
+        """Options of a command that belong to no section."""
         one = self.commands[command]
         return {**(self.options(one.like) if one.like else {}), **one.options}
 
     def has_sections(self, command: str) -> bool:
-        """Whether it takes `--model...`, `--data...` and so on."""
+        """True if the command takes `--model...`, `--data...` and so on."""
         return "config" in self.options(command)
 
     def section_arguments(self) -> dict[str, Mapping[str, Argument]]:
@@ -75,12 +75,12 @@ class Catalog:
 
 @cache
 def catalog() -> Catalog:
-    """The shipped one."""
+    """The catalog that ships with the package."""
     return read(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def read(content: Mapping[str, Any]) -> Catalog:
-    """What `dataclasses.asdict` made of one."""
+    """Build a catalog from the dictionary that `dataclasses.asdict` made of one."""
     return Catalog(
         commands={
             name: Command(**one | {"options": _arguments(one["options"])})

@@ -29,11 +29,11 @@ _KEYS = {
     "ckpt_path": "checkpoint to go on from; but for fit, to take the policy from: a path or `last`",
     "weights_only": "as in `torch.load`",
 }
-"""What the keys beside the sections are, where Lightning's words say less."""
+"""Help texts of keys that belong to no section, where Lightning's own say less."""
 
 
 def build() -> Catalog:
-    """The catalog of what is installed."""
+    """Build the catalog from the installed packages."""
     parsers = _parsers()
     fit = parsers["fit"]
     found: dict[str, Described] = {}
@@ -49,7 +49,7 @@ def build() -> Catalog:
 
 
 class _Built(Exception):
-    """Not an error: the parsers are there."""
+    """Raised to leave LightningCLI once the parsers are built; no error."""
 
 
 class _Parsers(CLI):
@@ -67,11 +67,12 @@ def _parsers() -> dict[str, LightningArgumentParser]:
 
 
 def _describe(hints: Any, found: dict[str, Described]) -> None:
-    """Add the classes of types, their concrete classes, and so on."""
+    """Add to `found` the classes that types name, their concrete subclasses, and so on."""
     for kind in (kind for hint in hints for kind in classes(hint)):
         if _path(kind) in found:
             continue
-        known = [one for one in concrete([kind]) if one.__module__.split(".")[0] in _homes(kind)]
+        homes = {"scsdpo", kind.__module__.split(".")[0]}  # packages that belong into the catalog
+        known = [one for one in concrete([kind]) if one.__module__.split(".")[0] in homes]
         ours = [one for one in known if _is_ours(one) or one is not kind]
         found[_path(kind)] = Described(
             doc=_doc(kind), arguments={}, choices=tuple(sorted(map(_path, ours)))
@@ -89,7 +90,7 @@ def _describe(hints: Any, found: dict[str, Described]) -> None:
 
 
 def _arguments(kind: type, parser: LightningArgumentParser, prefix: str) -> dict[str, Argument]:
-    """Of a class whose arguments a parser takes under a prefix."""
+    """Arguments of a class that a parser takes under a prefix."""
     actions = {action.dest: action for action in options_of(parser)}
     defaults, said = parser.get_defaults(), _said(kind)
     found = {}
@@ -109,7 +110,7 @@ def _arguments(kind: type, parser: LightningArgumentParser, prefix: str) -> dict
 
 
 def _command(name: str, parser: LightningArgumentParser | None) -> Command:
-    """Of a command that Lightning knows with the keys of its parser; `fit` has no others."""
+    """The entry of a command; of one that Lightning knows, the keys of its parser too."""
     keys = {} if parser is None else dict(_keys(parser))
     if name == "fit":
         return Command(about="Train a policy.", like="", options=keys)
@@ -158,13 +159,8 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.startswith("scsdpo.")
 
 
-def _homes(kind: type) -> set[str]:
-    """Packages whose classes belong into the catalog."""
-    return {"scsdpo", kind.__module__.split(".")[0]}
-
-
 def _path(kind: type) -> str:
-    """As in a printed configuration."""
+    """The import path that a printed configuration shows."""
     modules = kind.__module__.split(".")
     return ".".join([*(modules[:2] if _is_ours(kind) else modules), kind.__qualname__])
 
@@ -175,7 +171,7 @@ def _doc(kind: type) -> str:
 
 
 def _said(kind: type) -> Mapping[str, str]:
-    """What docstrings say of arguments."""
+    """Help text of each argument, from the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         for doc in (base.__doc__, vars(base).get("__init__", kind).__doc__):
@@ -189,7 +185,7 @@ def _said(kind: type) -> Mapping[str, str]:
 
 
 def _sentence(text: str, *, whole: bool) -> str:
-    """In one line; the first sentence, or all of it."""
+    """`text` in one line: all of it if `whole`, else its first sentence."""
     text = " ".join(text.split())
     if whole:
         return text
@@ -204,7 +200,7 @@ def _is_needed(kind: type, name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """As in YAML."""
+    """`value` made of dictionaries, lists, numbers and strings, as YAML holds it."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     return json.loads(json.dumps(value, default=str))

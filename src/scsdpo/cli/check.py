@@ -1,4 +1,4 @@
-"""`scsdpo check`: before training, whether this policy can teach itself this task."""
+"""`scsdpo check`: say before training whether this policy can teach itself this task."""
 
 import argparse
 import json
@@ -27,12 +27,12 @@ SCHEMA_VERSION = 2
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "check",
         "Before training: ask training questions with model.sampling, let the configured teacher "
         "answer them, too, and compare the first step with the gradient of the expected reward on "
-        "other questions. Says in words what is in the way, and what to change.",
+        "other questions. Say in words what is in the way, and what to change.",
     )
     add = parser.add_argument
     add("--questions", metavar="N", type=int, default=32, help="at most so many")
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def show(found: Readiness, remarks: Sequence[Remark], console: Console) -> None:
-    """The figures as a table, and the verdict below."""
+    """Print the figures as a table, and the verdict below it."""
     own = found.answers
     rows = [
         ("questions x responses", f"{own.questions} x {own.group}"),

@@ -14,13 +14,13 @@ COMMANDS = {
     "report": "write a page on one run or several: curves, responses, credit of their tokens",
     "analyze": "measure what the teacher says, by correctness and by pass rate",
 }
-"""What each does."""
+"""One line on each command."""
 
 _ELSEWHERE = {"fit": "lightning_cli", "validate": "evaluate", "test": "evaluate"}
-"""Other commands stand in a module of their name: `main(args)`, and `options()` of its own."""
+"""Any other command is in the module of its name, with `main(args)` and its own `options()`."""
 
 
 def module(command: str) -> str:
-    """Name of the module that runs a command; what is none is Lightning's to refuse."""
+    """Name of the module that runs a command; Lightning refuses an unknown one."""
     own = command if command in COMMANDS else "lightning_cli"
     return f"scsdpo.cli.{_ELSEWHERE.get(command, own)}"

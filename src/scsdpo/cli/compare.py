@@ -1,7 +1,8 @@
-"""`scsdpo compare`: policies question by question, methods seed by seed, and the runs they need."""
+"""`scsdpo compare`: compare policies by question, or methods by seed, and make the runs for it."""
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,39 +12,38 @@ from typing import Any
 from scsdpo.checkpoints import checkpoint_in
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.comparison import (
-    Duel,
     Job,
+    PairedComparison,
     SeedRow,
     answers_table,
     by_seed,
-    duel,
-    duel_table,
-    evaluation_in,
+    compare_questions,
     execute,
-    read,
+    figures_table,
     run_all,
-    seeds_in,
     seeds_table,
 )
-from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.evaluation import Question, Result
 from scsdpo.io.console import Terminal
 from scsdpo.io.files import write_whole
 from scsdpo.prompt import stable_hash
 
 SCHEMA_VERSION = 1
+_SEED = re.compile(r"seed_?(\d+)")
+_VALIDATION = re.compile(r"val-(\d+)\.json")
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
-        "compare",
+        "compare_questions",
         "Compare policies question by question, the first one with each other: evaluations "
         "(files of scsdpo validate), runs (their last validation), checkpoints, folders, hub "
         "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
         "... are methods, which are compared seed by seed. --configs makes such folders.",
     )
-    parser.add_argument("things", nargs="*", metavar="A B", help="what is compared")
+    parser.add_argument("things", nargs="*", metavar="A B", help="files, runs, names to compare")
     parser.add_argument("--config", action="append", default=[], help="of every evaluation or run")
     parser.add_argument("--configs", nargs="+", default=[], help="a method each, over --config")
     parser.add_argument("--seeds", type=int, default=5, help="runs a method: seeds 0, 1, ...")
@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> None:
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))
     elif any(methods):
-        raise ConfigurationError("compare: folders of seeds go with folders of seeds only")
+        raise ConfigurationError("compare: give folders of seeds only, or none")
     else:
         record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
@@ -87,9 +87,9 @@ def _check(given: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{name} must be >= 1, got {getattr(given, name)}")
     many = given.configs or given.things
     if given.configs and given.things:
-        raise ConfigurationError("compare: either --configs, or what is there already")
+        raise ConfigurationError("compare: give either --configs or existing results, not both")
     if len(many) < 2 or len(set(many)) < len(many):
-        raise ConfigurationError(f"compare: needs two or more different ones, got {many}")
+        raise ConfigurationError(f"compare: give two or more different ones, got {many}")
     names = [Path(config).stem for config in given.configs]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"--configs: names must differ, got {', '.join(names)}")
@@ -99,7 +99,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def train(given: argparse.Namespace, rest: Sequence[str], folder: Path) -> list[Path]:
-    """Run what is missing of every method and seed; returns the methods' folders."""
+    """Run every method and seed that is not done yet; returns the methods' folders."""
     methods = {Path(config).stem: Path(config) for config in given.configs}
     jobs = [
         job(folder, name, seed, [*rest, f"--config={config}"])
@@ -128,7 +128,7 @@ def job(folder: Path, name: str, seed: int, words: Sequence[str]) -> Job:
 
 
 def evaluated(thing: str, rest: Sequence[str]) -> Result:
-    """The evaluation that `thing` is or holds, or one that is made now; made once."""
+    """The evaluation in `thing`; if there is none, `scsdpo validate` makes one, once."""
     path = Path(thing)
     if evaluation_in(path) and not rest:
         return read(path)
@@ -149,6 +149,37 @@ def evaluated(thing: str, rest: Sequence[str]) -> Result:
     return read(out)
 
 
+def evaluation_in(path: Path) -> Path | None:
+    """`path` itself if it is an evaluation's file, or a run's last validation; None: neither."""
+    if path.is_file() and path.suffix == ".json":
+        return path
+    found = [(int(m[1]), file) for file in (path / "evaluations").glob("val-*.json")
+             if (m := _VALIDATION.fullmatch(file.name))]  # fmt: skip
+    return max(found)[1] if found else None
+
+
+def seeds_in(path: Path) -> dict[int, Path]:
+    """Folders `seed0`, `seed1`, ... of a method by seed; empty if `path` holds none."""
+    if not path.is_dir():
+        return {}
+    matches = ((_SEED.fullmatch(folder.name), folder) for folder in path.iterdir())
+    found = {int(match[1]): folder for match, folder in matches if match and folder.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def read(path: Path) -> Result:
+    """Read the evaluation at `path`.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    with blamed_on("compare"):
+        found = evaluation_in(path)
+        if found is None:
+            raise ValueError(f"{path} holds no evaluation")
+        return Result.read(found)
+
+
 def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
     console = Terminal()
     (first, baseline), *others = found.items()
@@ -158,16 +189,16 @@ def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
             a, b = baseline.about.get(key), result.about.get(key)
             if a != b:
                 console.print(f"note: {key} differs: {a} | {b}", markup=False, highlight=False)
-        compared = duel(baseline, result, names=(first, name))
-        console.print(duel_table((first, name), compared.rows))
+        compared = compare_questions(baseline, result, names=(first, name))
+        console.print(figures_table((first, name), compared.rows))
         if show and (compared.won or compared.lost):
             console.print(answers_table(compared, ("first", "second"), show))
-        duels.append({"a": first, "b": name, **_duel(compared)})
+        duels.append({"a": first, "b": name, **_record(compared)})
     _say_comparisons(console, sum(len(one["rows"]) for one in duels))
     return {"baseline": first, "duels": duels}
 
 
-def _duel(compared: Duel) -> dict[str, Any]:
+def _record(compared: PairedComparison) -> dict[str, Any]:
     def side(question: Question) -> dict[str, Any]:
         kept = ("rewards", "answers", "response")
         return {name: getattr(question, name) for name in kept}
@@ -209,7 +240,7 @@ def _methods(found: Mapping[str, Mapping[int, Path]]) -> dict[str, Any]:
 
 
 def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
-    """Runs are compared after as many batches, on the same questions."""
+    """Refuse runs whose last validations differ in batches trained or in questions."""
     results = [(f"{n}, seed {s}", r) for n, runs in found.items() for s, r in runs.items()]
     name, first = results[0]
     for other, result in results[1:]:
@@ -226,16 +257,16 @@ def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
 
 
 def totals(result: Result) -> dict[str, float]:
-    """Every score as a mean over all questions."""
+    """Mean of every score over all questions."""
     rows = [question.scores() for question in result.questions]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _say_comparisons(console: Terminal, count: int) -> None:
     console.print(
-        f"{count} intervals: {0.05 * count:.1f} of them miss by chance. * 0 lies outside the "
-        "interval; ** also outside the one at which all hold together (Bonferroni). "
-        "Findable: the smallest true difference told from 0 in 4 of 5 such experiments.",
+        f"{count} intervals, of which {0.05 * count:.1f} are expected to miss by chance. * 0 lies "
+        "outside the interval; ** also outside the interval corrected for all of them "
+        "(Bonferroni). Findable: the smallest true difference that 4 of 5 such experiments find.",
         markup=False,
         highlight=False,
     )

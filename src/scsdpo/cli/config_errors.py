@@ -1,8 +1,8 @@
-"""From what jsonargparse says of a mistake to one line that begins with the configuration key.
+"""Turn jsonargparse's message on a mistake into one line that begins with the configuration key.
 
 jsonargparse nests its messages: `Parser key "..."` and `Problem with given class_path '...'` lead
-to the place, and the first line that is neither says what is wrong there. A message of another
-form is shown as it is, in one line.
+to the place, and the first line of another form says what is wrong there. A message without
+these forms is shown as it is, in one line.
 """
 
 import re
@@ -20,12 +20,12 @@ Sections = Mapping[str, type]
 
 _OTHER_KEYS = {"config": str, "seed_everything": bool | int, "ckpt_path": str, "print_config": str}
 _MANY = 16
-"""Longer lists of choices are not shown."""
+"""Lists of choices longer than this are not shown."""
 
 _REMOVED = {
     ("Overlong", "cap"): "it reads whether a response ended by itself; leave `cap` out",
 }
-"""Arguments of version 0.1 that are gone, by class, and what to write instead."""
+"""Removed arguments of version 0.1, by class, with what to write instead."""
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|.*does not accept option '(.+)'$")
 _REQUIRED = re.compile(r"the following arguments are required: (.+?)(?:\. Got value|$)")
@@ -39,7 +39,7 @@ _NOISE = re.compile(
     "Expected a path but|Does not validate|Subtypes:|Errors:|Unable to load config"
     r"|Not a valid subclass of \w+$|Subclass types expect|a class path \(str\)|a dict with"
 )
-"""Lines on the way that do not say what is wrong; the second row is one way of several."""
+"""Lines that do not say what is wrong; the second row speaks of one of several accepted forms."""
 
 _NO_OPTION = re.compile(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'")
 _NO_CLASS = re.compile(
@@ -81,7 +81,7 @@ def explain(message: str, sections: Sections) -> str:
 def _unknown_key(option: str, sections: Sections) -> str:
     key = option.lstrip("-").split("=")[0].rstrip("+")
     if not option.startswith("-") and "." not in option:
-        return f"{option}: what is this? Options are written --key=value"
+        return f"{option}: no option; options are written --key=value"
     top, *rest = key.split(".")
     if top not in sections:
         named = {section: arguments(kind) for section, kind in sections.items()}
@@ -97,7 +97,7 @@ def _unknown_key(option: str, sections: Sections) -> str:
 
 def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
     if name == "class_path" and where != "records":
-        return f"{where}: the arguments of a class stand under `init_args:`, beside `class_path:`"
+        return f"{where}: write the arguments of a class under `init_args:`, beside `class_path:`"
     if instead := _REMOVED.get((kind.__name__, name)):
         return f"{where}.{name}: {kind.__name__} has no such argument any more: {instead}"
     known = list(arguments(kind))[skip:]
@@ -110,7 +110,7 @@ def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
 
 
 def _missing(keys: Sequence[str], sections: Sections) -> str:
-    """Keys are given with the command in front."""
+    """`keys` begin with the name of the command."""
     names = [key.partition(".")[2] for key in keys]
     if len(names) > 1:
         return f"{', '.join(names)}: not set; give a --config that sets them"
@@ -118,7 +118,7 @@ def _missing(keys: Sequence[str], sections: Sections) -> str:
 
 
 def _expected(key: str, sections: Sections) -> Any:
-    """The type at a key, `Any` if it is not known."""
+    """The type at a key; `Any`: not known."""
     top, _, rest = key.partition(".")
     known = {**_OTHER_KEYS, **sections}.get(top, Any)
     return argument(known, rest) if rest else known
@@ -126,15 +126,15 @@ def _expected(key: str, sections: Sections) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a nested message leads."""
+    """The place to which a nested message leads."""
 
     key: str
     hint: Any
     """The type that is expected there."""
     owner: type
-    """The innermost class on the way; `object` if there is none."""
+    """The innermost class on the way; `object`: none."""
     factory: bool
-    """The owner is not constructed by the configuration alone: its first argument comes later."""
+    """True if the code supplies the owner's first argument later, as an optimizer's parameters."""
     wrong: str
     """The line that says what is wrong."""
 
@@ -183,7 +183,7 @@ def _fault(message: str, sections: Sections) -> str:
         )
     if match := _MANY_OF_A_NAME.match(wrong):
         paths = match[2].split(", ")
-        # Of torch's schedule and Lightning's the latter says what it waits for.
+        # Torch and Lightning have a schedule of this name; Lightning's names what it monitors.
         fit = [path for path in paths if path.startswith("lightning.")] or paths
         return f"{key}: {match[1]} is the name of several classes; write {' or '.join(fit)}"
     got = _GOT.search(message)
@@ -193,7 +193,7 @@ def _fault(message: str, sections: Sections) -> str:
 
 
 def _quotes(hint: Any, got: str) -> str:
-    """A remedy where YAML made something else of what was meant as a text."""
+    """The remedy where YAML read a word or number that was meant as a string."""
     if "str" not in spell(hint).split():
         return ""
     if got in ("True", "False"):
@@ -215,7 +215,7 @@ def _offer(hint: Any, name: str = "") -> str:
 
 
 def _not_there(path: str) -> str:
-    """Why nothing can be imported from there; '' if it can, or if it is a bare name."""
+    """Why the import path cannot be imported; '': it can, or it is a bare name."""
     name, _, attribute = path.strip("'\"").rpartition(".")
     if not name:
         return ""
@@ -225,7 +225,7 @@ def _not_there(path: str) -> str:
         if error.name != name.partition(".")[0]:
             return f": importing {name} fails: {first_line(error)}"
         where = f"{name.replace('.', '/')}.py"
-        return f": there is no {where} in this folder, nor a module {name} on PYTHONPATH"
+        return f": there is neither {where} in this folder nor a module {name} on PYTHONPATH"
     except Exception as error:  # whatever the user's module does
         return f": importing {name} fails: {type(error).__name__}: {first_line(error)}"
     if hasattr(module, attribute):

@@ -1,4 +1,4 @@
-"""What a configuration may hold: the constructors' arguments, their types, and the classes."""
+"""Types of a configuration: constructors' arguments, and the classes that may stand for them."""
 
 import inspect
 import sys
@@ -13,7 +13,7 @@ from scsdpo.errors import MISTAKES, ConfigurationError
 
 
 def arguments(kind: type) -> dict[str, Any]:
-    """Name -> type of what `kind`'s constructor takes, and what it hands on to its bases'."""
+    """Name -> type of the arguments of `kind`'s constructor, and of those it passes to bases."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base):
@@ -42,7 +42,7 @@ def argument(kind: Any, path: str) -> Any:
 
 
 def classes(hint: Any) -> list[type]:
-    """The classes of which `hint` wants an object, a list of them, or a factory."""
+    """The classes whose objects a type hint asks for, also in a list or as a factory's result."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return []
@@ -54,7 +54,7 @@ def classes(hint: Any) -> list[type]:
 
 
 _MAPS = (dict, Mapping, Callable)
-"""Of these the last argument is what is made or held."""
+"""Types whose last argument is the value that they hold or return."""
 
 
 def concrete(kinds: Sequence[type]) -> list[type]:
@@ -95,7 +95,7 @@ def spell(hint: Any) -> str:
 
 
 def find(path: str) -> Any:
-    """The object at an import path, if its module is loaded; else None."""
+    """The object at an import path; None: its module is not imported."""
     module, _, name = path.rpartition(".")
     return vars(sys.modules[module]).get(name) if module in sys.modules else None
 
@@ -123,17 +123,17 @@ def objects(value: Any, hint: Any, key: str) -> Iterator[Node]:
 
 @dataclass
 class Builder:
-    """Constructs what the configuration describes; a mistake is blamed on the object's key.
+    """Constructs the configuration's objects; an error of a constructor names the object's key.
 
     Args:
         config: the parsed configuration of the command.
         sections: class of each top-level key.
-        mistake: the last one, a constructor's bug too. jsonargparse swallows what it meets at an
-            argument of several types.
+        mistake: the last error, also a constructor's bug. jsonargparse swallows errors at an
+            argument of several types, so they are kept here.
 
     Raises:
-        ConfigurationError: if `config` holds a null that is not meant to be there, or a list or
-            number in the place of keys; jsonargparse takes both.
+        ConfigurationError: if `config` holds a null where none is allowed, or a list or
+            number where an object's keys belong; jsonargparse accepts both.
     """
 
     config: Mapping[str, Any]
@@ -155,7 +155,7 @@ class Builder:
             yield from objects(self.config.get(section), root, section)
 
     def __call__(self, kind: type, /, *args: Any, **given: Any) -> Any:
-        # By position only: a class may have arguments of any name.
+        # `kind` is positional-only, because a class may have an argument of that name.
         try:
             return kind(*args, **given)
         except ConfigurationError as error:  # it names its key already
@@ -169,25 +169,25 @@ class Builder:
             raise
 
     def _key(self, kind: type, given: Mapping[str, Any]) -> str:
-        """Of equal objects the first one: it was constructed first."""
+        """The key of an object; of equal objects the first, which is constructed first."""
         found = [(key, described) for key, one, described in self._objects() if one is kind]
         same = [key for key, described in found if _agree(described, given)]
         return next(iter(same or [key for key, _ in found]), kind.__name__)
 
 
 def _agree(described: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether the plain values are the same; nested objects are constructed by now."""
+    """True if plain values are equal; nested objects are already constructed, so not compared."""
     plain = (bool, int, float, str)
     return all(given.get(k) == value for k, value in described.items() if isinstance(value, plain))
 
 
 def _is_described(hint: Any) -> bool:
-    """Whether only an object will do, which a configuration describes by its keys."""
+    """True if the hint takes an object only, which a configuration describes by its keys."""
     return isinstance(hint, type) and bool(classes(hint)) and not issubclass(hint, int | float)
 
 
 def _wrong_nulls(kind: type, given: Mapping[str, Any]) -> list[str]:
-    """Arguments that are null although neither their type nor their default is."""
+    """Names of arguments that are null although neither their type nor their default allows it."""
     hints, parameters = arguments(kind), inspect.signature(kind).parameters
     nulls = [name for name, value in given.items() if value is None and name in hints]
     return [

@@ -1,4 +1,4 @@
-"""`scsdpo validate` and `scsdpo test`: what a policy can do, as a table and as a file."""
+"""`scsdpo validate` and `scsdpo test`: scores of a policy, as a table and as a file."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ from scsdpo.checkpoints import Saved, checkpoint_in
 from scsdpo.cli.lightning_cli import CLI, run_cli
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.errors import blamed_on
-from scsdpo.evaluation import Result, figures, result_table
+from scsdpo.evaluation import figures, result_table
 from scsdpo.io.console import Terminal
 from scsdpo.training import FOLDER
 
@@ -26,7 +26,7 @@ _SPLIT = {"validate": "val", "test": "test", "predict": "predictions"}
 
 
 def options() -> argparse.ArgumentParser:
-    """What the commands take beside the keys of a configuration."""
+    """The commands' own options, beside the keys of a configuration."""
     parser = own_parser(
         "validate",
         "Ask a policy the questions in data.val with model.val_sampling, k = val_sampling.n "
@@ -40,8 +40,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--demonstrations",
         action="store_true",
-        help="also ask again with a right response of the policy's own in the prompt, and with one "
-        "to another question: what a self-distilling teacher can know",
+        help="also ask again with a right response of the policy itself in the prompt, and one "
+        "to another question: the gain that self-distillation can learn from",
     )
     return parser
 
@@ -49,7 +49,7 @@ def options() -> argparse.ArgumentParser:
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
-    `test` differs in the split that records and loggers are told.
+    `test` differs from `validate` only in the name of the split in records and loggers.
 
     Args:
         args: what follows `scsdpo validate` or `scsdpo test` on the command line.
@@ -75,21 +75,19 @@ def main(args: Sequence[str]) -> None:
                     result = replace(result, demonstrations=shown)
                 if self.trainer.is_global_zero:
                     root = Path(self.trainer.default_root_dir)
-                    _finish(replace(result, about=about), out or chosen.file(root, command))
+                    file = out or chosen.file(root, command)
+                    result = replace(result, about=about)
+                    result.write(file)
+                    console = Terminal()
+                    console.print(result_table(result, figures(result.questions)))
+                    console.print(f"every question and figure: {file}", soft_wrap=True)
 
         sys.argv = [original[0], command, *chosen.args]
         run_cli(Evaluate)
 
 
-def _finish(result: Result, out: Path) -> None:
-    result.write(out)
-    console = Terminal()
-    console.print(result_table(result, figures(result.questions)))
-    console.print(f"every question and figure: {out}", soft_wrap=True)
-
-
 def add_policy(parser: argparse.ArgumentParser) -> None:
-    """The option that names a policy of one's own."""
+    """Add the option `--policy`."""
     parser.add_argument(
         "--policy",
         metavar="POLICY",
@@ -99,10 +97,10 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 class Chosen:
-    """The command line with which the policy that was named is run.
+    """The command line that runs the policy of `--policy`.
 
     Args:
-        policy: name, folder, run or checkpoint; None: what the configuration says.
+        policy: name, folder, run or checkpoint; None: the configuration's.
         rest: the options that remain; they win over a checkpoint's configuration.
 
     Raises:
@@ -119,7 +117,7 @@ class Chosen:
                 self.saved = Saved.read(path)
             self.args = [*self._config(self.saved.config), *self.args, f"--ckpt_path={path}"]
         elif policy is not None:
-            # What the policy would learn from has to be something.
+            # A configuration needs an advantage, though none is used here.
             first = ["--model.advantage=GroupRelative"]
             self.args = [*first, *self.args, f"--model.policy.name_or_path={policy}"]
         if not any(arg.startswith("--trainer.logger") for arg in rest):
@@ -138,7 +136,7 @@ class Chosen:
         self._folder.cleanup()
 
     def about(self, ckpt: str | None) -> dict[str, object]:
-        """Where the policy comes from, and when it was asked."""
+        """Origin of the policy, and the time of the evaluation."""
         return {
             "checkpoint": ckpt and str(ckpt),
             "step": self.saved.step if self.saved else None,
@@ -147,7 +145,7 @@ class Chosen:
         }
 
     def file(self, root: Path, command: Command) -> Path:
-        """A new name: in the run's folder for a checkpoint, and else under `root`."""
+        """A name that is not taken: in the run's folder for a checkpoint, else under `root`."""
         suffix = "jsonl" if command == "predict" else "json"
         if self.saved is not None:
             parent = self.saved.path.parent

@@ -28,7 +28,7 @@ from scsdpo.policy.quantization import make_plain
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The command's options."""
     parser = OptionParser(
         prog="scsdpo export", description="Write a policy as a Hugging Face folder."
     )
@@ -40,7 +40,7 @@ def options() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the written weights; auto: the one that training started from",
+        help="of the written weights; auto: that of the checkpoint that training started from",
     )
     return parser
 
@@ -65,8 +65,8 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
         out: folder that does not exist or is empty.
         adapter: write LoRA factors only, for `PeftModel.from_pretrained`; without it they are
             merged into the base in float32, and then rounded to `dtype`. A base in 4 bits is
-            written in plain numbers. Where embedding and head were one table and one of them is
-            adapted, the folder has two.
+            written dequantised. If embedding and head are tied and one of them is adapted, the
+            folder holds both.
         dtype: of the written weights; `auto` is that of the checkpoint that training started
             from. Factors stay float32.
 
@@ -93,7 +93,7 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
 
 
 def write_policy(policy: CausalLM, out: Path, *, adapter: bool, dtype: str) -> None:
-    """Write weights, tokenizer and generation config; the policy is not to be used any more.
+    """Write weights, tokenizer and generation config; the policy must not be used afterwards.
 
     Args:
         policy: in float32.
@@ -156,7 +156,7 @@ def _dtype(policy: CausalLM, dtype: str) -> torch.dtype:
 
 
 def _merged(policy: CausalLM) -> PreTrainedModel:
-    """The policy without adapters, all plain; its own model is not to be used any more."""
+    """The policy's model with adapters merged and weights dequantised; changes the policy."""
     model = policy.language_model
     if is_tied(model) and adapted_ends(model):
         untie(model)
@@ -167,7 +167,7 @@ def _merged(policy: CausalLM) -> PreTrainedModel:
 
 
 def _save_adapter(model: nn.Module, out: Path) -> None:
-    """With the base's absolute path if it is a folder, so that it is found from anywhere."""
+    """Write the factors; a base folder is named by its absolute path, to be found from anywhere."""
     assert isinstance(model, PeftModel)
     config = model.peft_config[STUDENT]
     base = Path(config.base_model_name_or_path)

@@ -1,4 +1,4 @@
-"""Mistakes that can be said at once: files, YAML, sections. Imports nothing heavy."""
+"""Find mistakes in files, YAML and section names within a second. Imports nothing heavy."""
 
 import difflib
 import re
@@ -17,8 +17,8 @@ def check(command: str, args: Sequence[str]) -> None:
     """Check the configuration files, their sections, and those of the options.
 
     Args:
-        command: one that does not take a configuration is not checked.
-        args: what follows it.
+        command: a command that takes no configuration is not checked.
+        args: the rest of the command line.
 
     Raises:
         ConfigurationError: for the first mistake.
@@ -27,7 +27,7 @@ def check(command: str, args: Sequence[str]) -> None:
         return
     known = catalog()
     sections, others = known.section_arguments(), known.options(command)
-    for path in _files(args):
+    for path in configuration_files(args):
         for key, value in read_config(path).items():
             if key not in sections and key not in others:
                 key = ".".join([str(key), *_first_keys(value)])
@@ -47,8 +47,8 @@ def in_order(command: str, args: Sequence[str]) -> list[str]:
     """`args` with the configuration files first, so that an option wins wherever it stands.
 
     Args:
-        command: of one that does not take a configuration nothing is moved.
-        args: what follows it. Files keep their order among each other, and so do options.
+        command: for a command that takes no configuration nothing is moved.
+        args: the rest of the command line. Files keep their order, and so do options.
     """
     if not _takes_configuration(command):
         return [*args]
@@ -66,8 +66,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The keys of a configuration file.
 
     Raises:
-        ConfigurationError: if there is none, it is not YAML with keys, a key is there twice, or a
-            word or number in it is not what it looks like.
+        ConfigurationError: if the file does not exist, is not YAML with keys, has a key twice, or a
+            word or number in it does not mean what it looks like.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers and dates as jsonargparse does: `1e-5` is a number, 2024-01-05 a text."""
+    """Reads numbers and dates as jsonargparse does: `1e-5` is a number, 2024-01-05 a string."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -120,19 +120,19 @@ _Loader.add_implicit_resolver(
 
 
 def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
-    """Refuse what YAML 1.1 takes without a word and the user cannot have meant.
+    """Refuse what YAML 1.1 accepts silently and the user cannot have meant.
 
     Args:
         path: of the file.
         node: a part of it.
         key: dotted, of the part.
-        seen: whether a node has been checked to its end, by id; an alias leads to its anchor's.
+        seen: by id of a node, True once it is checked to its end. An alias has its anchor's node.
     """
     if node is None or seen.get(id(node)):
         return
     if id(node) in seen:
         line = node.start_mark.line + 1
-        raise ConfigurationError(f"{path}, line {line}: {key}: an alias of what it stands in")
+        raise ConfigurationError(f"{path}, line {line}: {key}: an alias of a mapping that holds it")
     seen[id(node)] = False
     if isinstance(node, yaml.ScalarNode):
         _check_number(path, node, key)
@@ -145,7 +145,7 @@ def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
             inner = f"{key}.{name.value}" if key else str(name.value)
             line = name.start_mark.line + 1
             kind = name.tag.removeprefix(_TAG)
-            # A mapping deeper inside may be one of numbers.
+            # A mapping deeper inside may have numbers as keys.
             if kind in ("bool", "null") or (kind in ("int", "float") and inner.count(".") < 2):
                 raise ConfigurationError(
                     f"{path}, line {line}: {inner}: YAML reads {name.value or 'an empty key'} as "
@@ -153,8 +153,8 @@ def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
                 )
             if inner in lines:
                 raise ConfigurationError(
-                    f"{path}, line {line}: {inner} is in line {lines[inner]} too, and only one of "
-                    "them can count; join them, or leave one out"
+                    f"{path}, line {line}: {inner} is in line {lines[inner]} too; YAML keeps "
+                    "the last one only: join them, or remove one"
                 )
             lines[inner] = line
             _check_node(path, value, inner, seen)
@@ -162,7 +162,7 @@ def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
 
 
 def _check_number(path: Path, node: Any, key: str) -> None:
-    """`010` is 8, and `12:30:00` is 45000."""
+    """Refuse numbers that YAML reads otherwise: `010` is 8, and `12:30:00` is 45000."""
     text = node.value
     if node.tag not in (f"{_TAG}int", f"{_TAG}float"):
         return
@@ -186,7 +186,7 @@ def _takes_configuration(command: str) -> bool:
 
 
 def no_such_key(key: str, sections: Mapping[str, Collection[str]], others: Collection[str]) -> str:
-    """What to say of a key whose first part is no section.
+    """The message on a key whose first part is no section.
 
     Args:
         key: dotted.
@@ -201,20 +201,23 @@ def no_such_key(key: str, sections: Mapping[str, Collection[str]], others: Colle
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
+    """`; did you mean ...?` with the closest of `known`; '': none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _files(args: Sequence[str]) -> list[Path]:
-    """The configuration files on this machine that a command line names."""
-    after = [value for flag, value in pairwise(args) if flag in _CONFIG]
-    named = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    return [Path(name) for name in (*after, *named) if "://" not in name]
+def configuration_files(args: Sequence[str]) -> list[Path]:
+    """The configuration files on this machine that a command line names, in its order."""
+    names = [
+        arg.removeprefix("--config=") if arg.startswith("--config=") else after
+        for arg, after in pairwise([*args, ""])
+        if arg in _CONFIG or arg.startswith("--config=")
+    ]
+    return [Path(name) for name in names if name and "://" not in name]
 
 
 def _first_keys(value: Any) -> Iterator[str]:
-    """The way down to the first plain value."""
+    """The keys on the way down to the first plain value."""
     while isinstance(value, dict) and value:
         key, value = next(iter(value.items()))
         yield str(key)

@@ -1,4 +1,4 @@
-"""Help from the catalog, at once: `--help [KEY]`, `--KEY.help`, `--KEY.help=NAME`."""
+"""Help from the catalog, within a second: `--help [KEY]`, `--KEY.help`, `--KEY.help=NAME`."""
 
 import json
 import re
@@ -20,7 +20,7 @@ _FEW = {
     ),
     "checkpoint": ("every_minutes", "monitor", "mode", "save_top_k", "dirpath"),
 }
-"""Of what is mostly Lightning's, the keys that `--help` shows."""
+"""Keys that `--help` shows of sections that are mostly Lightning's."""
 
 _HINTS = """\
   scsdpo {command} --help model.sampling            all of a section, of a part of it, or of a key
@@ -30,7 +30,7 @@ _HINTS = """\
 
 
 def help_for(command: str, args: Sequence[str]) -> str | None:
-    """The help that a command line asks for; None: none, or on a class that the catalog lacks.
+    """The help that a command line asks for; None: it asks for none, or for an unknown class.
 
     Raises:
         ConfigurationError: if there is no such key or class.
@@ -50,7 +50,7 @@ def help_for(command: str, args: Sequence[str]) -> str | None:
 
 
 def on_command(known: Catalog, command: str) -> str:
-    """What `scsdpo COMMAND --help` prints."""
+    """The text of `scsdpo COMMAND --help`."""
     one = known.commands[command]
     places = "".join(f" {name}" for name in one.options if name.isupper())
     keys = " [--config FILE ...] [--KEY=VALUE ...]" if known.has_sections(command) else ""
@@ -58,16 +58,16 @@ def on_command(known: Catalog, command: str) -> str:
     blocks = [
         f"usage: scsdpo {command}{places}{options or ''}{keys or ' [--OPTION VALUE ...]'}",
         textwrap.fill(one.about, _WIDTH),
-        _rows((_option(name, told), _told(told)) for name, told in one.options.items()),
+        _rows((_option(name, each), _own_help(each)) for name, each in one.options.items()),
     ]
     if one.like:
         blocks.append(f"Everything else is as in `scsdpo {one.like}` (scsdpo {one.like} --help).")
     elif keys:
         for section, path in known.sections.items():
-            told = known.classes[path].arguments
+            arguments = known.classes[path].arguments
             few = _FEW.get(section)
-            shown = {name: told[name] for name in few} if few else told
-            rest = f" --help {section} shows all {len(told)}." if few else ""
+            shown = {name: arguments[name] for name in few} if few else arguments
+            rest = f" --help {section} shows all {len(arguments)}." if few else ""
             head = textwrap.fill(f"{section}: {_first_line(known, path)}{rest}", _WIDTH)
             brief = {name: _brief(one) for name, one in shown.items()}
             blocks.append(f"{head}\n\n{_keys(brief, section)}")
@@ -76,7 +76,7 @@ def on_command(known: Catalog, command: str) -> str:
 
 
 def on_key(known: Catalog, key: str) -> str:
-    """What `--help KEY` prints: for a section all of its keys, for others as `--KEY.help`."""
+    """The text of `--help KEY`: all keys of a section; for another key that of `--KEY.help`."""
     if key in known.sections:
         path = known.sections[key]
         return f"{_first_line(known, path)}\n\n{_keys(known.classes[path].arguments, key)}"
@@ -84,7 +84,7 @@ def on_key(known: Catalog, key: str) -> str:
 
 
 def on_class(known: Catalog, key: str, name: str) -> str | None:
-    """What `--KEY.help=NAME` prints; without a name what the key can name."""
+    """The text of `--KEY.help=NAME`; without a name, the classes that the key can name."""
     argument = _argument(known, key)
     choices = {_name(path): path for path in _choices(known, argument)}
     if not name and len(choices) == 1 and next(iter(choices.values())) in argument.kinds:
@@ -108,7 +108,7 @@ def on_class(known: Catalog, key: str, name: str) -> str | None:
 
 
 def _with_default(inner: Argument, outer: Argument, name: str) -> Argument:
-    """An argument of a class, with the default that it has where it is used."""
+    """An argument of a class, with the default that the outer argument gives it."""
     defaults = outer.default if isinstance(outer.default, dict) else {}
     if "class_path" in defaults or name not in defaults:
         return inner
@@ -146,11 +146,13 @@ def _choices(known: Catalog, argument: Argument) -> list[str]:
 
 
 def _argument(known: Catalog, key: str) -> Argument:
-    """The argument at a dotted key; of a strategy's arguments those of any class that it may be."""
+    """The argument at a dotted key; a strategy's arguments are those of all its classes."""
     top, *rest = key.split(".")
     if top not in known.sections:
         raise ConfigurationError(no_such_key(key, known.section_arguments(), ()))
-    place, found = top, _wanting([known.sections[top]])
+    kinds: Iterable[str] = [known.sections[top]]
+    place = top
+    found = Argument(type="", default=None, needed=False, help="", kinds=tuple(kinds))
     for name in rest:
         paths = dict.fromkeys([*found.kinds, *_choices(known, found)])
         owners = [known.classes[path].arguments for path in paths if path in known.classes]
@@ -162,10 +164,6 @@ def _argument(known: Catalog, key: str) -> Argument:
         found = Argument(**vars(named[0]) | {"kinds": tuple(kinds)})
         place = f"{place}.{name}"
     return found
-
-
-def _wanting(kinds: Sequence[str]) -> Argument:
-    return Argument(type="", default=None, needed=False, help="", kinds=tuple(kinds))
 
 
 def _keys(arguments: Mapping[str, Argument], under: str) -> str:
@@ -180,7 +178,7 @@ def _default(one: Argument) -> str:
 
 
 def _value(default: Any) -> str:
-    """A default in a few characters; of an object its class."""
+    """A default in a few characters; an object is shown by its class."""
     if isinstance(default, dict) and "class_path" in default:
         return _name(default["class_path"])
     return default if isinstance(default, str) else json.dumps(default)
@@ -191,17 +189,17 @@ def _option(name: str, one: Argument) -> str:
 
 
 def _brief(one: Argument) -> Argument:
-    """With its first clause, for `--help KEY` says the rest."""
+    """The argument with the first clause of its help; `--help KEY` shows the rest."""
     first = re.split(r"(?<=\.)\s|; ", one.help)[0]
     return Argument(**vars(one) | {"help": first})
 
 
-def _told(one: Argument) -> str:
+def _own_help(one: Argument) -> str:
     return f"{one.help} (needed)" if one.needed else one.help
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:
-    """Columns, the last of which is wrapped."""
+    """A table of left-aligned columns; the last one is wrapped."""
     table = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
     lines = []

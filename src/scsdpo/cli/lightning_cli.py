@@ -3,27 +3,35 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from scsdpo.callbacks import Progress, RunRecords
-from scsdpo.checkpoints import Checkpoint, say
+from scsdpo.checkpoints import (
+    Change,
+    Checkpoint,
+    Rule,
+    Saved,
+    changes,
+    newest,
+    say,
+    usable_neighbour,
+)
 from scsdpo.cli.config_types import Builder
-from scsdpo.cli.kept import kept
+from scsdpo.cli.overlays import kept, replaced_rate
 from scsdpo.cli.parser import SECTIONS, Parser
-from scsdpo.cli.rate import replaced_rate
-from scsdpo.cli.resume import compared, resolved
 from scsdpo.cli.signals import Handlers
 from scsdpo.data import TaskDataModule
-from scsdpo.errors import MISTAKES, ConfigurationError, TrainingStopped
+from scsdpo.errors import MISTAKES, ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.interrupt import Interrupted
 from scsdpo.io.files import write_whole
@@ -31,19 +39,20 @@ from scsdpo.private.lightning import (
     INSTANTIATOR,
     ForkLauncher,
     ScriptLauncher,
+    requeued_from,
     silence_signal_handlers,
 )
 from scsdpo.private.lightning_cli import OpenCLI
-from scsdpo.records import Outage, hold, run_folder
+from scsdpo.records import Outage, hold, run_folder, runs_folder
 from scsdpo.training import PolicyOptimizer
 from scsdpo.training.on_failure import where_to_resume
 
 _COMPARED = (*SECTIONS, "seed_everything")
-"""Parts of the configuration that a checkpoint holds."""
+"""Keys of the configuration that a checkpoint holds and a resumed run is compared with."""
 _TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
     "log_every_n_steps": 1,
-    "enable_model_summary": False,  # it knows modules, and FLOPs of none; `plan:` says what counts
+    "enable_model_summary": False,  # the line `plan:` says memory and time instead
 }
 _LIGHTNING = "lightning.pytorch.utilities.rank_zero"
 """The name under which Lightning logs."""
@@ -51,11 +60,11 @@ _SAYS_NOTHING = ("💡 Tip:", "TPU available:", "HPU available:", "GPU available
 
 
 class CLI(OpenCLI):
-    """With a section `checkpoint`, and the model's configuration in every checkpoint."""
+    """LightningCLI with our sections, and the model's configuration in every checkpoint."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only the one that is asked for: building their parsers takes most of the start-up."""
+        """The called command alone, because building a parser takes most of the start-up."""
         known = LightningCLI.subcommands()
         return {name: skip for name, skip in known.items() if [name] == sys.argv[1:2]} or known
 
@@ -98,16 +107,16 @@ class CLI(OpenCLI):
         self._choose_checkpoint(described)
 
     def _choose_checkpoint(self, described: dict[str, Any]) -> None:
-        """Find it and compare it before any weight is loaded, and before config.yaml is written."""
+        """Find and compare the checkpoint before weights are loaded and config.yaml is written."""
         command = self.subcommand
         assert command is not None
         given = self.config[command].ckpt_path
         if given is not None and ":" in str(given):  # a URL, which Lightning reads
             return
-        saved = resolved(given, self.trainer, described, command)
+        saved = _resolved(given, self.trainer, described, command)
         if saved is None:
             return
-        self.model.changed = compared(saved, described, command)
+        self.model.changed = _compared(saved, described, command)
         self.model.policy_only = command != "fit"
         for config in (self.config, self.config_init):
             config[command].ckpt_path = str(saved.path)
@@ -115,14 +124,14 @@ class CLI(OpenCLI):
     def run_subcommand(self, subcommand: str) -> None:
         try:
             super().run_subcommand(subcommand)
-        except Interrupted:  # Lightning then lets nothing go
+        except Interrupted:  # Lightning then tears nothing down
             self.model.teardown(subcommand)
             self._check_saved()
             raise
         self._check_saved()
 
     def _check_saved(self) -> None:
-        """Rank 0 says what the run cannot go on from.
+        """Rank 0 reports a last state that the run cannot be resumed from.
 
         Raises:
             TrainingStopped: if its last state was not saved, or cannot be read back.
@@ -143,8 +152,8 @@ class CLI(OpenCLI):
             raise ConfigurationError(f"trainer: {error}") from error
         if isinstance(trainer.strategy.launcher, ForkLauncher):
             raise ConfigurationError(
-                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} copies a "
-                "process with everything in it; use ddp, by which each rank starts anew"
+                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} forks a "
+                "process that already holds threads; use ddp, which starts each rank anew"
             )
         silence_signal_handlers(trainer)  # they are those of `scsdpo.cli.signals`
         if isinstance(trainer.strategy.launcher, ScriptLauncher):
@@ -153,8 +162,74 @@ class CLI(OpenCLI):
         return trainer
 
 
+def _resolved(
+    given: str | None, trainer: Trainer, config: Mapping[str, Any], command: str
+) -> Saved | None:
+    """The checkpoint that a command loads; None: it loads none.
+
+    Args:
+        given: a path or `last`; None: a job that SLURM has requeued resumes, others start anew.
+        trainer: gives the folder of runs.
+        config: of the command, by section.
+        command: `fit` resumes the whole state; others load the policy only.
+
+    Raises:
+        ConfigurationError: if the checkpoint does not exist or cannot be used.
+    """
+    fit = command == "fit"
+    if given is None:
+        requeued = requeued_from(trainer) if fit and SLURMEnvironment.detect() else None
+        if requeued is None:
+            return None
+        given = str(Path(requeued).resolve())
+    with blamed_on("ckpt_path"):
+        if given == "last":
+            return newest(runs_folder(trainer), config, whole_run=fit)
+        if given in ("best", "hpc", "registry"):
+            raise ValueError(f"must be `last` or a path, got {given}")
+        return _whole(Path(given), resumable=fit)
+
+
+def _compared(saved: Saved, config: Mapping[str, Any], command: str) -> Sequence[Change]:
+    """Say in one line each what has changed since the checkpoint; returns the changes.
+
+    Raises:
+        ConfigurationError: if a change is not allowed.
+    """
+    found = changes(saved.config, config)
+    if command != "fit":
+        found = [change for change in found if change.key.startswith("model.policy")]
+    refused = [change for change in found if change.rule is Rule.REFUSE]
+    if refused:
+        raise ConfigurationError(
+            f"{'; '.join(map(str, refused))}: cannot change after {saved.path} was written; "
+            "set it back, or begin a new run"
+        )
+    for change in found:
+        assert change.rule is not None
+        warning = "warning: " if change.rule is Rule.WARN else ""
+        say(f"{warning}{change}: {change.rule.value}")
+    return found
+
+
+def _whole(path: Path, *, resumable: bool) -> Saved:
+    try:
+        saved = Saved.read(path)
+    except ValueError as error:
+        runs = path.is_dir() and path.suffix != ".ckpt"
+        other = usable_neighbour(path) if path.parent.is_dir() and not runs else None
+        hint = f"; {other} is whole" if other is not None else ""
+        raise ValueError(f"{error}{hint}") from error
+    if resumable and not saved.resumable:
+        raise ValueError(
+            f"{path} holds weights only, training cannot go on from it: `scsdpo export` it, and "
+            "name the folder in model.policy.name_or_path"
+        )
+    return saved
+
+
 class _SaveConfig(SaveConfigCallback):
-    """`config.yaml` in the run's folder, whole or not there; a disk that is full costs no run."""
+    """Writes `config.yaml` into the run's folder atomically; a full disk does not end the run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         hold(trainer, run_folder(trainer), needed=False)  # before another run's is written over
@@ -166,7 +241,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 def _tells_of_the_run(record: logging.LogRecord) -> bool:
-    """Not what Lightning recommends, nor which devices there are none of."""
+    """False for Lightning's tips and for its lines on absent devices."""
     return not record.getMessage().startswith(_SAYS_NOTHING)
 
 

@@ -1,4 +1,4 @@
-"""`scsdpo.load`: what a run or a configuration describes, as objects."""
+"""`scsdpo.load`: the objects that a run or a configuration describes."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def load(
 
     Args:
         configurations: one run or checkpoint, or configuration files in the order of `--config`.
-        options: more of a command line, such as `--data.questions_per_batch=4`; they win.
+        options: further command-line options, such as `--data.questions_per_batch=4`; they win.
 
     Raises:
         ConfigurationError: in one line that names the key, as `scsdpo fit` says it.
@@ -38,8 +38,8 @@ def load(
     files = [path.suffix.lower() in (".yaml", ".yml", ".json") for path in paths]
     if not all(files) and len(paths) > 1:
         raise ConfigurationError(
-            "scsdpo.load: name one run or checkpoint, or configuration files alone; what is to be "
-            "changed in a run's configuration goes into `options`"
+            "scsdpo.load: name one run or checkpoint, or configuration files only; pass changes to "
+            "a run's configuration as `options`"
         )
     if not files[0] and not paths[0].exists():
         raise ConfigurationError(f"scsdpo.load: {paths[0]} does not exist")
@@ -63,21 +63,21 @@ def load(
 
 
 def _made(arguments: list[str]) -> tuple[PolicyOptimizer, TaskDataModule]:
-    """What a command line configures; LightningCLI and its messages read `sys.argv`."""
+    """Build what a command line configures; LightningCLI and its messages read `sys.argv`."""
     found: list[tuple[PolicyOptimizer, TaskDataModule]] = []
 
     class Made(CLI):
         def run_subcommand(self, subcommand: str) -> None:
             found.append((self.model, self.datamodule))
 
-    kept, sys.argv = sys.argv, ["scsdpo", "predict", *arguments]
-    said = io.StringIO()
+    original, sys.argv = sys.argv, ["scsdpo", "predict", *arguments]
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             run_cli(Made)
-    except SystemExit as stop:  # how a parser says a mistake
-        words = said.getvalue().strip().rpartition("\n")[2]
+    except SystemExit as stop:  # the parser exits on a mistake
+        words = errors.getvalue().strip().rpartition("\n")[2]
         raise ConfigurationError(words.removeprefix("scsdpo: error: ")) from stop
     finally:
-        sys.argv = kept
+        sys.argv = original
     return found[0]

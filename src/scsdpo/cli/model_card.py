@@ -55,7 +55,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")"""
 _BITS = """, quantization_config=BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double}
 )"""
-"""The base that an adapter was trained beside was in 4 bits."""
+"""The argument of `from_pretrained` for an adapter that was trained on a base in 4 bits."""
 
 
 def model_card(saved: Saved, *, adapter: bool) -> str:
@@ -97,18 +97,18 @@ def _adapter(base: str, quantization: Any) -> str:
 def _strategies(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for axis, node in model.items():
         if isinstance(node, dict) and "class_path" in node:
-            yield axis, _spell(node)
+            yield axis, _call(node)
 
 
-def _spell(node: Any) -> str:
-    """`Name(argument=value, ...)`; texts, and where a teacher's copy lay, are left out."""
+def _call(node: Any) -> str:
+    """`Name(argument=value, ...)` without templates and the path of a teacher's copy."""
     if isinstance(node, list):
-        return f"[{', '.join(map(_spell, node))}]"
+        return f"[{', '.join(map(_call, node))}]"
     if not isinstance(node, dict):
         return str(node)
     given = node.get("init_args", {}) if "class_path" in node else node
     shown = {key: value for key, value in given.items() if key not in ("templates", "stored")}
-    inside = ", ".join(f"{key}={_spell(value)}" for key, value in shown.items())
+    inside = ", ".join(f"{key}={_call(value)}" for key, value in shown.items())
     return f"{node.get('class_path', '').rpartition('.')[2]}({inside})"
 
 

@@ -14,7 +14,7 @@ Work = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
 
 
 def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
-    """Build what `rest` configures as `scsdpo predict` would, and do `work` with it.
+    """Build what `rest` configures as `scsdpo predict` would, and call `work` with it.
 
     Raises:
         ConfigurationError: for a mistake in the configuration, a checkpoint, or several devices.
@@ -33,6 +33,6 @@ def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
                 )
             work(self.trainer, self.model, self.datamodule)
 
-    # LightningCLI and its messages read the command line.
+    # LightningCLI and its messages read the command line from here.
     sys.argv = ["scsdpo", "predict", *rest, "--trainer.logger=false"]
     run_cli(Offline)

@@ -8,25 +8,25 @@ from scsdpo.errors import ConfigurationError
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Its mistakes are the user's."""
+    """Raises a ConfigurationError for a mistake, where argparse would exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(message)
 
 
 def own_parser(command: str, what: str, like: str = "predict") -> argparse.ArgumentParser:
-    """For a command's own options; what it does not know is as in the command `like`."""
+    """A parser of a command's own options; all others are those of the command `like`."""
     parser = OptionParser(prog=f"scsdpo {command}", description=what, allow_abbrev=False)
     parser.set_defaults(like=like)
     return parser
 
 
 def new_file(path: Path, *suffixes: str) -> Path:
-    """`path`, in a folder that exists then.
+    """Check a file to be written, and make its folder; returns `path`.
 
     Args:
         path: as given.
-        suffixes: of what is written; a name without one is taken, too.
+        suffixes: allowed suffixes; a name without a suffix is allowed too.
 
     Raises:
         ConfigurationError: if it is a folder, or has the suffix of another format.
@@ -35,15 +35,13 @@ def new_file(path: Path, *suffixes: str) -> Path:
         raise ConfigurationError(f"--out: {path} is a folder; name a file")
     if path.suffix and path.suffix not in suffixes:
         names = " or ".join(str(path.with_suffix(suffix)) for suffix in suffixes)
-        raise ConfigurationError(
-            f"--out: {path} would not hold what its name says; name it {names}"
-        )
+        raise ConfigurationError(f"--out: {path} has the suffix of another format; name it {names}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def check_new_folder(path: Path) -> None:
-    """Refuse what holds something.
+    """Refuse a folder that is not empty.
 
     Raises:
         ConfigurationError: if `path` is a file, or a folder that is not empty.

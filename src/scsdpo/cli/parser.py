@@ -39,7 +39,7 @@ yields_names("bitsandbytes")
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line that begins with the key; helps with whole docstrings."""
+    """Reports a mistake in one line that begins with the key; shows whole docstrings as help."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, prog="scsdpo", **kwargs)
@@ -47,7 +47,7 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         usage = super().format_help(formatter)
-        # Of `--KEY.help=NAME` jsonargparse makes a parser of its own, described with the class.
+        # For `--KEY.help=NAME` jsonargparse makes a new parser whose description names the class.
         _, of_class, path = (self.description or "").partition(".help=")
         return f"{inspect.getdoc(find(path))}\n\n{usage}" if of_class else usage
 

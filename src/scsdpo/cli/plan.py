@@ -1,4 +1,4 @@
-"""`scsdpo plan`: memory and time of a configuration, before anything is loaded."""
+"""`scsdpo plan`: memory and time of a training step, before anything is loaded."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ from scsdpo.planning.table import print_plan, print_splits
 from scsdpo.policy.location import TINY
 
 _SLOTS = ("policy", "teacher", "reference")
-"""Of models."""
+"""Keys of the section `model` that may name a model."""
 _POSITIVE = ("gpus", "memory", "tflops", "bandwidth", "link", "host_ms")
 _TOKENS = ("prompt_tokens", "teacher_tokens", "response_tokens")
 
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
 
     class Planner(CLI):
         def before_instantiate_classes(self) -> None:
-            """No tokenizer is needed, and a model's may be out of reach: the shipped one's."""
+            """Use the shipped tokenizer: the plan needs none, and a model's may be out of reach."""
             slots = {name: self.config["fit"].model[name] for name in _SLOTS}
             given = {name: slot.get("init_args", {}) for name, slot in slots.items()}
             named = {name: args for name, args in given.items() if "name_or_path" in args}
@@ -54,10 +54,10 @@ def main(args: Sequence[str]) -> None:
                 args.name_or_path = TINY
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
-            """None: a Trainer would look for the devices that are planned for."""
+            """Make no Trainer: it would look for the devices that are planned for."""
 
         def after_instantiate_classes(self) -> None:
-            """Nothing is run, and so no checkpoint is looked for."""
+            """Look for no checkpoint: nothing is run."""
 
         def run_subcommand(self, subcommand: str) -> None:
             setup = _setup(given, self.model, self.config["fit"], self.names)
@@ -73,18 +73,18 @@ def main(args: Sequence[str]) -> None:
             found = splits(setup, given.split, rates)
             if not found:
                 raise ConfigurationError(
-                    f"--split: {given.split} devices cannot be dealt out: the weights fit on no "
+                    f"--split: no division of {given.split} devices works: the weights fit on no "
                     f"server, or {setup.questions} questions divide among no number of trainers"
                 )
             print_splits(setup, found, rates, Terminal())
 
-    # LightningCLI and its messages read the command line.
+    # LightningCLI and its messages read the command line from here.
     sys.argv = ["scsdpo", "fit", *rest]
     run_cli(Planner)
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "plan",
         "Say how much memory each part and phase of a training step takes, whether it fits, and "
@@ -94,7 +94,7 @@ def options() -> argparse.ArgumentParser:
     add, rates = parser.add_argument, Rates()
     add("--architecture", help="config.json, or its folder, if the policy's is not here")
     add("--gpus", type=int, help="devices in all; default: trainer.devices x trainer.num_nodes")
-    add("--split", type=int, metavar="N", help="show N devices dealt to trainers and vLLM servers")
+    add("--split", type=int, metavar="N", help="divide N devices into trainers and vLLM servers")
     add("--memory", type=float, default=80.0, help="GiB of each (80)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="what they are (cuda)")
     add("--prompt-tokens", type=int, help="of a prompt (data.max_prompt_tokens)")
@@ -138,7 +138,7 @@ def _setup(given: argparse.Namespace, module: Any, config: Any, names: Mapping[s
 
 
 def _ranks(trainer: Any) -> int:
-    """What the configuration says; `auto` is one."""
+    """Number of devices in the configuration; `auto` counts as one."""
     devices = trainer.devices
     if isinstance(devices, list):
         return len(devices) * trainer.num_nodes

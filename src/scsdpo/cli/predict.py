@@ -16,11 +16,11 @@ from scsdpo.cli.options import new_file, own_parser
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "predict",
         "Write every response to the questions in data.val with its verdict, k = val_sampling.n "
-        "to each. Stopped, it goes on where it was when it is run again with the same --out.",
+        "to each. After a stop, the same command with the same --out goes on where it was.",
     )
     add_policy(parser)
     parser.add_argument(

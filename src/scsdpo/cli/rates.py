@@ -1,4 +1,4 @@
-"""`scsdpo rates`: pass rates of the training questions before training, for `FrozenPassRate`."""
+"""`scsdpo rates`: measure pass rates of the training questions, for `FrozenPassRate`."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from scsdpo.weighting.frozen import FORMAT, fingerprint
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser("rates", "Measure the pass rate of every training question, once.")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="file to write, e.g. rates.json"
@@ -42,13 +42,13 @@ def main(args: Sequence[str]) -> None:
 
 
 def measure(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> dict[str, object]:
-    """One pass over the training questions, with as many rollouts a question as in training.
+    """Ask every training question once, with as many rollouts a question as in training.
 
     Returns:
-        What `FrozenPassRate` reads: which policy it was, and successes and rollouts by question.
+        The file that `FrozenPassRate` reads: the policy, and successes and rollouts by question.
     """
-    # Prediction runs over the validation questions with the validation's sampling. Batch 0 is
-    # drawn like no batch of training, which starts from 1.
+    # Prediction asks the validation questions with the validation's sampling. Training draws
+    # batches from 1 on, so the draws of batch 0 are never repeated in training.
     data.val_sources = data.train_sources
     model.val_sampling = model.sampling.at(0)
     rates: dict[str, list[int]] = {}

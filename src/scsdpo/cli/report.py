@@ -1,4 +1,4 @@
-"""`scsdpo report`: what happened in a run, or in several, as one page."""
+"""`scsdpo report`: one page on what happened in a run or several."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from scsdpo.report import Run, panels, read_runs, write
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The command's options."""
     parser = OptionParser(
         prog="scsdpo report",
         description="Write one HTML page on one run or several: curves, responses, and where the "
-        "credit went. It loads nothing and can be sent to anyone.",
+        "credit went. The page loads nothing from elsewhere, so the file can be sent to anyone.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's folder; NAME=FOLDER names it in the page"

@@ -1,7 +1,7 @@
-"""What signals do to a command, from its start to its exit.
+"""Handle signals from a command's start to its exit.
 
-They stand in for Lightning's handlers, which broadcast, and for Python's, which raise wherever the
-program happens to be. Imports nothing heavy: it is there before anything else is.
+They replace Lightning's handlers, which broadcast, and Python's, which raise wherever the program
+happens to be. The module imports nothing heavy, so that handlers are set before anything else.
 """
 
 import os
@@ -16,19 +16,19 @@ from scsdpo import interrupt
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _WAIT_SECONDS = 10.0
-"""For the launched ranks to leave."""
+"""Seconds that rank 0 waits for each launched rank to exit."""
 
 
 def exit_code(signum: int) -> int:
-    """130 after Ctrl-C; 143 after whatever a scheduler or the end of a terminal sends."""
+    """130 after Ctrl-C (SIGINT); 143 after any other signal."""
     return 130 if signum == signal.SIGINT else 143
 
 
 class Handlers:
-    """While a run is under way a signal asks it to stop; before, and the second Ctrl-C, end it."""
+    """A signal asks a run to stop; before the run, and at a second Ctrl-C, it ends the process."""
 
     launched: Callable[[], Sequence[subprocess.Popen[bytes]]] = staticmethod(lambda: ())
-    """The ranks that this process has launched."""
+    """Processes of the ranks that this process has launched."""
 
     def __init__(self) -> None:
         self._owner = os.getpid()
@@ -37,7 +37,7 @@ class Handlers:
 
     def __enter__(self) -> "Handlers":
         for signum in SIGNALS:
-            # `nohup` has said that the end of the terminal is nothing to a run.
+            # `nohup` ignores SIGHUP, so that a run outlives its terminal: leave that.
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 self._before[signum] = signal.signal(signum, self)
         return self
@@ -49,7 +49,7 @@ class Handlers:
         interrupt.reset()
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a worker that was forked: Ctrl-C is for its owner
+        if os.getpid() != self._owner:  # a forked worker: its owner handles Ctrl-C
             if signum != signal.SIGINT:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
@@ -59,7 +59,7 @@ class Handlers:
         if interrupt.is_under_way() and self._interrupts < 2:
             interrupt.ask(signum)
             if not is_launched():
-                _say(f"{name}: the run stops as soon as its state is whole")
+                _say(f"{name}: the run stops as soon as its state is saved")
         elif is_launched() and self._interrupts < 2:
             os.kill(os.getppid(), signum)  # rank 0 ends all
         else:
@@ -70,17 +70,17 @@ class Handlers:
 
 
 def is_launched() -> bool:
-    """Whether another rank has started this one."""
+    """True if rank 0 has started this rank."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def leave(stop: interrupt.Interrupted) -> int:
-    """Exit code of a run that has stopped; rank 0 leaves last, and a launched rank in peace."""
+    """Exit code of a stopped run. Rank 0 waits for the ranks that it launched, whose code is 0."""
     for process in Handlers.launched():
         process.wait(_WAIT_SECONDS)
     return 0 if is_launched() else exit_code(stop.signum)
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be what has gone
+    with suppress(OSError):  # the terminal may be gone
         os.write(2, f"\nscsdpo: {text}\n".encode())

@@ -1,4 +1,4 @@
-"""`scsdpo solve`: attempts at one question, learned from until one is right."""
+"""`scsdpo solve`: attempt one question, and learn from wrong attempts until one is right."""
 
 import argparse
 import json
@@ -24,18 +24,18 @@ SCHEMA_VERSION = 1
 
 
 def options() -> argparse.ArgumentParser:
-    """What the command takes beside the keys of a configuration."""
+    """The command's own options, beside the keys of a configuration."""
     parser = own_parser(
         "solve",
         "Attempt one question, model.sampling.n attempts at a time, and take an optimizer step "
-        "after each batch without a right one, until one is right or the attempts are spent. What "
-        "the teacher is told decides what is learned from wrong attempts: feedback, or those "
-        "before (configs/methods/sdpo-solve.yaml).",
+        "after each batch without a right one, until one is right or the attempts are spent. The "
+        "teacher's context decides what is learned from wrong attempts: the verifier's feedback, "
+        "or earlier attempts (configs/methods/sdpo-solve.yaml).",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for what comes of it")
-    add("--question", default="0", metavar="N|KEY", help="which: its place from 0, or its key")
-    add("--split", choices=("train", "val"), default="train", help="the source that has it")
+    add("--question", default="0", metavar="N|KEY", help="index from 0, or key")
+    add("--split", choices=("train", "val"), default="train", help="the data that it is in")
     add("--attempts", type=int, default=512, metavar="N", help="at most so many")
     add("--keep", action="store_true", help=f"keep the policy that it became, as DIR/{POLICY}")
     return parser
@@ -78,12 +78,12 @@ def main(args: Sequence[str]) -> None:
 
 
 def find(sources: Sequence[Source], question: str, key: str) -> Prompt:
-    """The question that is meant.
+    """The prompt that `--question` names.
 
     Args:
-        sources: in order; places count through all of them.
-        question: a place, or a key.
-        key: of the sources in a configuration.
+        sources: in order; indices count through all of them.
+        question: an index, or a key.
+        key: configuration key of the sources, for messages.
 
     Raises:
         ConfigurationError: if there is no such question.
@@ -102,18 +102,18 @@ def find(sources: Sequence[Source], question: str, key: str) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What came of the attempts at one question."""
+    """Result of the attempts at one question."""
 
     key: str
     solved: bool
     attempts: int
-    """Attempts that were made; if solved, the last batch's up to the first right one."""
+    """Attempts made; if solved, those of the last batch count up to the first right one."""
     steps: int
     """Optimizer steps before the last batch."""
     response: str
-    """The first right attempt; empty: there was none."""
+    """The first right attempt; empty: none was right."""
     answer: str | None
-    """What the verifier extracted from it."""
+    """The answer that the verifier extracted from it."""
     seconds: float
 
 
@@ -138,7 +138,7 @@ def solve(
         model: whose policy learns; it is changed.
         data: its sources are replaced by the question.
         prompt: the question.
-        attempts: at most so many; the last batch may be smaller by what is counted, not drawn.
+        attempts: at most so many; of the last batch, attempts beyond this number do not count.
         out: folder for `attempts.jsonl`, written batch by batch, and `solution.json`.
 
     Raises:
@@ -174,7 +174,7 @@ def solve(
 
 
 class _One(Source):
-    """One question, asked again and again."""
+    """A source that holds one question, asked in every batch."""
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
@@ -191,7 +191,7 @@ class _One(Source):
 
 
 class _Attempts(Selection):
-    """Writes the attempts down, and lets a batch be learned from while none is right."""
+    """Records the attempts; selects a batch for learning only if no attempt in it is right."""
 
     def __init__(self, path: Path, most: int, trainer: L.Trainer) -> None:
         self.path, self.most, self.trainer = path, most, trainer

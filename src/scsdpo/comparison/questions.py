@@ -1,4 +1,4 @@
-"""Two policies on the same questions."""
+"""Compare two policies on the same questions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,41 +12,43 @@ from scsdpo.statistics import Estimate, detectable_difference, interval, paired_
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure of both, and their difference."""
+    """One figure of both policies, and their difference."""
 
     category: str
-    """'': over all questions."""
+    """Category of the questions; '': all."""
     name: str
     a: Estimate
     b: Estimate
     difference: Estimate
     """b - a, paired by question."""
     detectable: float
-    """The smallest true difference that so many questions find in 4 of 5 experiments."""
+    """The smallest true difference that this many questions detect in 4 of 5 experiments."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duel:
-    """A comparison of two evaluations, question by question."""
+class PairedComparison:
+    """A comparison of two evaluations, paired by question."""
 
     rows: Sequence[Row]
     won: Sequence[tuple[Question, Question]]
     """(a's, b's) questions in which b's mean reward is higher, the largest difference first."""
     lost: Sequence[tuple[Question, Question]]
-    """Those in which a's is higher."""
+    """(a's, b's) questions in which a's is higher, the largest difference first."""
 
 
-def duel(a: Result, b: Result, *, names: tuple[str, str], level: float = LEVEL) -> Duel:
+def compare_questions(
+    a: Result, b: Result, *, names: tuple[str, str], level: float = LEVEL
+) -> PairedComparison:
     """Compare b with a.
 
     Args:
         a: the baseline.
         b: the other.
-        names: of both, for messages.
-        level: of the intervals.
+        names: names of both, for messages.
+        level: level of the intervals.
 
     Raises:
-        ConfigurationError: if they are not of the same questions, or not of as many responses.
+        ConfigurationError: if questions or numbers of responses differ.
     """
     pairs = paired(a, b, names)
     partners = dict(zip(map(id, a.questions), (other for _, other in pairs), strict=True))
@@ -55,7 +57,7 @@ def duel(a: Result, b: Result, *, names: tuple[str, str], level: float = LEVEL) 
         rows += rows_of(category, [(one, partners[id(one)]) for one in group], level=level)
     gains = [(_mean(right) - _mean(left), (left, right)) for left, right in pairs]
     gains.sort(key=lambda gain: -gain[0])
-    return Duel(
+    return PairedComparison(
         rows=rows,
         won=[pair for gain, pair in gains if gain > 0],
         lost=[pair for gain, pair in reversed(gains) if gain < 0],
@@ -63,7 +65,7 @@ def duel(a: Result, b: Result, *, names: tuple[str, str], level: float = LEVEL) 
 
 
 def paired(a: Result, b: Result, names: tuple[str, str]) -> list[tuple[Question, Question]]:
-    """The questions of both, in a's order; a question that is there twice is paired in order."""
+    """Pairs of the questions of both, in a's order; copies of a question are paired in order."""
     left, right = _keyed(a.questions), _keyed(b.questions)
     odd = [key for key, _ in left.keys() ^ right.keys()]
     if odd:
@@ -86,7 +88,7 @@ def paired(a: Result, b: Result, names: tuple[str, str]) -> list[tuple[Question,
 def rows_of(
     category: str, pairs: Sequence[tuple[Question, Question]], *, level: float
 ) -> list[Row]:
-    """A row a score; of a category mean@k and maj@k only."""
+    """A row for each score; for a category only mean@k and maj@k."""
     scores = [(one.scores(), other.scores()) for one, other in pairs]
     names = list(scores[0][0])
     rows = []

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, several at a time; what is done is not done again."""
+"""Run commands in processes, several at a time, without those that are done."""
 
 import json
 import os
@@ -19,9 +19,9 @@ class Job:
     """One training run.
 
     Args:
-        name: in messages.
-        folder: of the run; `done.json` is there when it is finished.
-        words: what follows `scsdpo fit`; must make the run write into `folder`.
+        name: name in messages.
+        folder: folder of the run; it has `done.json` once the run is finished.
+        words: arguments of `scsdpo fit`, which must make the run write into `folder`.
     """
 
     name: str
@@ -29,17 +29,17 @@ class Job:
     words: tuple[str, ...]
 
     def is_done(self) -> bool:
-        """Whether it has been run to its end.
+        """True if the run is finished.
 
         Raises:
-            ValueError: if that was with another command.
+            ValueError: if it was run with another command.
         """
         file = self.folder / DONE
         if not file.exists():
             return False
         found = parsed(file.read_bytes(), "command")
         if found is None:
-            tell(f"{file} is torn, and its run is run again")
+            tell(f"{file} is torn; the run is repeated")
             return False
         before = found["command"]
         if before != list(self.words):
@@ -49,7 +49,7 @@ class Job:
         return True
 
     def run(self, threads: int) -> None:
-        """Run it, from its last checkpoint if it was begun; a failure raises a RuntimeError."""
+        """Run it, from its last checkpoint if there is one; a failure raises a RuntimeError."""
         last = self.folder / "checkpoints" / "last.ckpt"
         more = [f"--ckpt_path={last}"] if last.exists() else []
         command = [sys.executable, "-m", "scsdpo", "fit", *self.words, *more]
@@ -59,10 +59,10 @@ class Job:
 
 
 def execute(words: Sequence[str], output: Path, *, threads: int = 1) -> float:
-    """Run a command; returns its seconds of CPU. What the environment says of threads wins.
+    """Run a command; returns its seconds of CPU time. OMP_NUM_THREADS of the environment wins.
 
     Raises:
-        RuntimeError: if it fails; names the file that its output went to.
+        RuntimeError: if it fails; names the file with its output.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -76,18 +76,18 @@ def execute(words: Sequence[str], output: Path, *, threads: int = 1) -> float:
 
 
 def run_all(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> list[Job]:
-    """Run what is missing.
+    """Run the jobs that are not done.
 
     Args:
         jobs: all of them.
-        processes: at a time, with an equal share of the cores each.
-        say: told of each that ends.
+        processes: number of runs at a time; each gets an equal share of the cores.
+        say: called with a line for each run that ends.
 
     Returns:
-        Those that failed; the others were run all the same.
+        The failed jobs; the others were run all the same.
 
     Raises:
-        ValueError: before any is run, if one was run with another command.
+        ValueError: before the first run, if a job was run with another command.
     """
     todo = [job for job in jobs if not job.is_done()]
     threads = max((os.cpu_count() or 1) // max(processes, 1), 1)

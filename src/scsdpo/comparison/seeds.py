@@ -1,4 +1,4 @@
-"""Two methods over the same seeds."""
+"""Compare two methods over the same seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ class SeedRow:
 
     name: str
     a: float
-    """Mean over the seeds that both have."""
+    """Mean of a over the seeds that both have."""
     b: float
     difference: Estimate
-    """b - a, with Student's interval over seeds: t(n - 1); none if all seeds differ alike."""
+    """b - a, with Student's interval over seeds, t(n - 1); none if all differences are equal."""
     joint: Estimate
-    """The same at the level at which all of several intervals hold together (Bonferroni)."""
+    """`difference` with the interval corrected for the number of comparisons (Bonferroni)."""
     ahead: int
-    """Seeds in which b has more."""
+    """Number of seeds in which b is higher."""
     detectable: float
-    """The smallest true difference that so many seeds find in 4 of 5 experiments."""
+    """The smallest true difference that this many seeds detect in 4 of 5 experiments."""
 
 
 def by_seed(
@@ -35,11 +35,11 @@ def by_seed(
     """Compare b with a on the seeds that both have.
 
     Args:
-        a: figures by seed, then by name: of the baseline.
-        b: of the other.
+        a: figures of the baseline by seed, then by name.
+        b: figures of the other method.
         names: figures to compare.
-        comparisons: how many intervals are looked at together.
-        level: of the intervals.
+        comparisons: number of intervals that are read together.
+        level: level of the intervals.
     """
     seeds = sorted(a.keys() & b.keys())
     rows = []

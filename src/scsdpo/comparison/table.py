@@ -1,4 +1,4 @@
-"""Comparisons on the console."""
+"""Tables of comparisons for the console."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from scsdpo.comparison.questions import Duel, Row
+from scsdpo.comparison.questions import PairedComparison, Row
 from scsdpo.comparison.seeds import SeedRow
 from scsdpo.evaluation import Question
 from scsdpo.statistics import Estimate
@@ -18,26 +18,26 @@ _LENGTH = 72
 
 
 def scale(name: str) -> float:
-    """Shares are shown in percent and points."""
+    """Factor for display: shares are shown in percent and points."""
     return 1.0 if name == "response_length" else 100.0
 
 
 def spread(one: Estimate, name: str, stars: str = "") -> str:
-    """A difference with its interval."""
+    """A difference with its interval, as text."""
     by = scale(name)
     low, high = by * one.low, by * one.high
-    if math.isnan(low):  # one alone, or all alike
+    if math.isnan(low):  # a single difference, or all equal
         return f"{by * one.value:+.1f} (not known)"
     return f"{by * one.value:+.1f} ({low:+.1f} .. {high:+.1f}){f' {stars}' if stars else ''}"
 
 
 def findable(value: float, name: str) -> str:
-    """The smallest true difference that would be found."""
+    """The smallest detectable difference, as text."""
     return "-" if math.isnan(value) else f"{scale(name) * value:.1f}"
 
 
-def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
-    """Every figure of both, and the difference."""
+def figures_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
+    """Table of every figure of both policies, and the difference."""
     table = Table(title=f"{names[1]} minus {names[0]}, paired by question", title_justify="left")
     headers = ("", "questions", "first", "second", "difference (95 %)", "findable")
     for column, header in enumerate(headers):
@@ -55,13 +55,13 @@ def duel_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
     return table
 
 
-def answers_table(duel: Duel, names: tuple[str, str], most: int) -> Table:
-    """The questions that differ most, with the answers of both."""
-    title = f"won {len(duel.won)}, lost {len(duel.lost)} questions; the {most} clearest of each"
+def answers_table(found: PairedComparison, names: tuple[str, str], most: int) -> Table:
+    """Table of the questions that differ most, with the answers of both."""
+    title = f"won {len(found.won)}, lost {len(found.lost)} questions; the {most} clearest of each"
     table = Table(title=title, title_justify="left", show_lines=True)
     for header in ("", "question", "gold", *names):
         table.add_column(header, overflow="fold")
-    for label, pairs in (("won", duel.won), ("lost", duel.lost)):
+    for label, pairs in (("won", found.won), ("lost", found.lost)):
         for a, b in pairs[:most]:
             question = " ".join(a.question.split())
             shown = question if len(question) <= _LENGTH else f"{question[: _LENGTH - 3]}..."
@@ -71,7 +71,7 @@ def answers_table(duel: Duel, names: tuple[str, str], most: int) -> Table:
 
 
 def votes(question: Question, most: int = 3) -> str:
-    """The most common answers with how often they came, and whether they were right."""
+    """The most common answers, with their counts and whether they are right."""
     counts = Counter(zip(question.answers, question.successes, strict=True))
     shown = [
         f"{'right' if good else 'wrong'} {n}x {'no answer' if answer is None else answer[:24]!r}"
@@ -81,7 +81,7 @@ def votes(question: Question, most: int = 3) -> str:
 
 
 def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
-    """Every other method minus one."""
+    """Table of every other method minus the baseline."""
     table = Table(title=f"minus {baseline}, paired by seed", title_justify="left")
     headers = ("method", "", "mean", "baseline", "difference (95 %)", "ahead in", "findable")
     for column, header in enumerate(headers):
@@ -102,5 +102,5 @@ def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
 
 
 def stars(row: SeedRow) -> str:
-    """`*`: 0 lies outside the interval; `**`: outside the one that holds for all together."""
+    """`*`: 0 lies outside the interval; `**`: also outside the Bonferroni interval."""
     return "**" if row.joint.tells else "*" if row.difference.tells else ""

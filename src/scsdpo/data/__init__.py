@@ -1,4 +1,4 @@
-"""Data: where questions come from, and how they reach the training loop."""
+"""Data: sources of questions, and the loaders that bring them to the training loop."""
 
 from scsdpo.data._base import Source, Stream
 from scsdpo.data.bfcl import BFCL

@@ -12,7 +12,7 @@ from scsdpo.contracts import declared
 from scsdpo.types import Prompt, stable_hash
 
 CHECK_AHEAD = 20_000
-"""So many prompts of a stream, or of a source of the user's own, have their gold answers proved."""
+"""Number of prompts of a stream, or of a user's source, whose gold answers are checked."""
 
 
 class Source(Dataset[Prompt], ABC):
@@ -38,12 +38,12 @@ class Source(Dataset[Prompt], ABC):
 
     @declared
     def sequential(self) -> bool:
-        """Whether prompts can be read in order only."""
+        """True if prompts can be read in order only."""
         return False
 
     @declared
     def proves_golds(self) -> bool:
-        """Whether it refuses, as it reads, gold answers that no response could meet."""
+        """True if the source itself refuses unreachable gold answers while it reads."""
         return False
 
     def read(self) -> Iterator[Prompt]:
@@ -58,15 +58,15 @@ class Source(Dataset[Prompt], ABC):
 
 
 class Stream(Source):
-    """Prompts that come one after the other: a generator, a set larger than memory or disk.
+    """Prompts that are read one after the other: a generator, a set larger than memory or disk.
 
-    They are shuffled within windows, each of which is fixed by its number and the seed. So a place
-    in a stream is a count: to resume, a run reads again what came before it. When the prompts end
-    they start again.
+    They are shuffled within windows; a window's order depends on its number and the seed only. So
+    a position in a stream is a count: a resumed run reads again what came before it. After the last
+    prompt, reading starts again.
 
     Args:
-        size: questions of an epoch, and of a validation; nominal.
-        window: questions in memory, within which they are shuffled; 1: they are not.
+        size: nominal number of questions of an epoch, and of a validation.
+        window: number of questions in memory that are shuffled together; 1: no shuffling.
 
     Raises:
         ValueError: if an argument is below 1.
@@ -84,14 +84,14 @@ class Stream(Source):
 
     @property
     def sequential(self) -> bool:
-        """It can be read in order only."""
+        """Always true."""
         return True
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Prompt:
-        """The prompt at `index`; reads all that come before it."""
+        """The prompt at `index`; reads all prompts before it."""
         for prompt in islice(self.read(), index, None):
             return prompt
         raise IndexError(index)
@@ -107,5 +107,5 @@ class Stream(Source):
 
 
 def source_key(split: str, number: int, sources: int) -> str:
-    """The configuration's key of a source in `train` or `val`, of so many there."""
+    """Configuration key of source `number` in `train` or `val`, which hold `sources` sources."""
     return f"data.{split}[{number}]" if sources > 1 else f"data.{split}"

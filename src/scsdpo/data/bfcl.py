@@ -13,7 +13,7 @@ from scsdpo.types import Message, Prompt
 from scsdpo.verifiers.bfcl import BFCLCalls, BFCLRelevance
 
 HELD_OUT = 5
-"""A task whose number has the remainder 0 by this belongs to validation."""
+"""A task whose number is a multiple of this belongs to validation."""
 
 
 class BFCL(PromptList):
@@ -23,25 +23,25 @@ class BFCL(PromptList):
     the others are judged by the calls of one response (`BFCLCalls`, `BFCLRelevance`). Each category
     has validation figures of its own.
 
-    A task belongs to validation iff its number, the first one behind the category in its id, can be
-    divided by five. Of the categories of several turns, those of equal number are variants of one
-    task, so no task of one split has a variant in the other.
+    A task belongs to validation iff its number, the first one after the category in its id, is a
+    multiple of five. Tasks of equal number in the categories of several turns are variants of one
+    task, so all variants of a task are in one split.
 
-    Two tasks of live_simple are left out, whose gold answers list no value for an argument: the
+    Two tasks of live_simple are left out: their gold answers list no value for an argument, and the
     package judges every response to them wrong.
 
-    Whoever trains on it has spent it: what the policy then scores on the leaderboard, with either
-    split, no longer measures what it does on functions that it has not met.
+    After training on either split, the policy's score on the leaderboard no longer measures how it
+    uses functions that it has not seen.
 
     Args:
         categories: by the package's own names.
         split: "train" or "val"; or "all", to evaluate a policy that is not trained on it.
-        system_prompt: a system turn before each task; empty: there is none but BFCL's own.
-        reveal: the feedback on wrong calls says which would have been right.
+        system_prompt: a system turn before each task; empty: BFCL's own only.
+        reveal: the feedback on wrong calls names the right ones.
         max_steps: as in `BFCLEpisode`.
         role: as in `BFCLEpisode`.
         name: of the source, in metrics.
-        strip_thinking: a call in thinking is a draft.
+        strip_thinking: calls inside thinking do not count.
 
     Raises:
         ValueError: if an argument is outside its range, or a category is not known.
@@ -97,8 +97,8 @@ class BFCL(PromptList):
         verifier: Environment = self.episode
         answer, row, turn = "", {}, entry["question"][0]
         if category in MULTI_TURN:
-            told = ("id", "turns", "added", "initial_config", "involved_classes", "ground_truth")
-            row, turn = {name: entry[name] for name in told}, entry["turns"][0]
+            read = ("id", "turns", "added", "initial_config", "involved_classes", "ground_truth")
+            row, turn = {name: entry[name] for name in read}, entry["turns"][0]
         elif category == "live_relevance":
             verifier = BFCLRelevance(strip_thinking=self.strip_thinking)
         else:

@@ -1,8 +1,8 @@
-"""Rows of a file, one after the other, each with its number; a broken one is told, not raised.
+"""Read the rows of a file one by one, each with its number; a broken row is returned, not raised.
 
-Only the columns that are asked for are kept, and read where the format can leave out the others. A
-column within another is named by dots, `reward_model.ground_truth`, and an element of a list by its
-number, `final_answer.0`; a column whose own name has dots is found first.
+Only the wanted columns are kept; formats that can skip columns do not read the others. A nested
+column is named by dots, `reward_model.ground_truth`, and an element of a list by its number,
+`final_answer.0`; a column whose own name has dots is found first.
 """
 
 import bz2
@@ -25,11 +25,11 @@ from typing import IO, Any, cast
 import numpy as np
 
 Row = dict[str, Any]
-"""What was found of the columns that were asked for, by the name they were asked for."""
+"""Values of the wanted columns that the row has, by the wanted name."""
 
 
 class BrokenRow(ValueError):
-    """A row that cannot be read at all, or whose text is none; whoever reads on skips it."""
+    """A row that cannot be parsed or decoded; reading can go on after it."""
 
 
 Numbered = Iterator[tuple[int, Row | BrokenRow]]
@@ -38,20 +38,20 @@ Numbered = Iterator[tuple[int, Row | BrokenRow]]
 
 @dataclass(frozen=True, kw_only=True)
 class FileRows:
-    """The rows of a file, or of a set.
+    """The rows of a file, or of a data set.
 
-    Reading on, `rows` raises OSError or ValueError if not a row but the file cannot be read.
+    Iterating `rows` raises OSError or ValueError if the file, not only a row, cannot be read.
     """
 
     unit: str
-    """What they are numbered in: "line" or "row"."""
+    """Unit of the numbers: "line" or "row"."""
     names: dict[str, None]
-    """Columns, nested ones by dots: all of them, or those of the rows that were read so far."""
+    """Column names, nested ones by dots: all, or those of the rows read so far."""
     rows: Numbered
 
 
 _BATCH = 1_000
-"""Rows of a file with a schema that are in memory at once."""
+"""Number of rows of a columnar file that are in memory at once."""
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -64,11 +64,11 @@ _TOLD = {
     b"\x1f\x8b": "compressed by gzip; add .gz to its name",
     b"PAR1": "Parquet; add .parquet to its name",
 }
-"""Beginnings of files that are none of ours."""
+"""First bytes of files in formats that are not read, and the remedy."""
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells a file's format, in small letters, before that of its compression."""
+    """The suffix of a file's format in lower case, without that of its compression."""
     return uncompressed(path).suffix.lower()
 
 
@@ -78,23 +78,22 @@ def uncompressed(path: Path) -> Path:
 
 
 def looks_like_rows(path: Path) -> bool:
-    """Whether the name says that `read_rows` reads it."""
+    """True if `read_rows` reads files of this suffix."""
     return format_of(path) in (*_DELIMITERS, *_COLUMNAR, *_JSON)
 
 
 def read_rows(path: Path, wanted: Sequence[str]) -> FileRows:
     """The rows of a file of comma- or tab-separated values, JSON lines, a JSON list, Parquet, Arrow
-    or Feather, any of them compressed (.gz, .bz2, .xz, .zst). What its name does not tell is taken
-    for JSON.
+    or Feather, also compressed (.gz, .bz2, .xz, .zst). A file of any other suffix is read as JSON.
 
-    Files are read as they are needed; a JSON list is read whole.
+    Rows are read lazily; a JSON list is read whole.
 
     Args:
         path: the file.
         wanted: columns that are kept.
 
     Raises:
-        OSError, ValueError: if it cannot be opened, or is none of these.
+        OSError, ValueError: if the file cannot be opened, or has another format.
     """
     kind = format_of(path)
     if kind in _COLUMNAR:
@@ -113,7 +112,7 @@ def read_rows(path: Path, wanted: Sequence[str]) -> FileRows:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed; what is wrong with the compression is an OSError."""
+    """The file's bytes, decompressed; damaged compression raises an OSError."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow  # comes with `datasets`, slow to import
@@ -168,7 +167,7 @@ def _not_utf_8(error: UnicodeDecodeError) -> str:
 
 
 def _byte_lines(file: IO[bytes]) -> Iterator[bytes]:
-    # A file of bytes ends its lines at "\n" only: others stand in JSON strings as they are.
+    # A binary file splits lines at "\n" only; JSON strings may hold other line separators.
     for number, line in enumerate(file):
         yield line if number else line.removeprefix(b"\xef\xbb\xbf")
 
@@ -201,11 +200,11 @@ def _of_json(text: str) -> Any:
 
 
 def _exact(text: str) -> Decimal:
-    """A number as it is written: a float would round it."""
+    """A number exactly as written, which a float would round."""
     try:
         return Decimal(text)
     except ArithmeticError as error:
-        raise ValueError(f"the number {text[:40]} is beyond all bounds") from error
+        raise ValueError(f"the number {text[:40]} is out of range") from error
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -251,13 +250,13 @@ def _object(value: Any, names: dict[str, None], wanted: Sequence[str]) -> Row | 
 # --- comma- and tab-separated values --------------------------------------------------------------
 
 _MISSING_CELLS = ("", "nan", "NaN", "NaT", "<NA>")
-"""What pandas, numpy and Python write for a value that is missing."""
+"""Texts that pandas, numpy and Python write for a missing value."""
 _AS_FLOATS_ARE_WRITTEN = re.compile(r"[+-]?\d+\.0|[+-]?\d+(\.\d+)?[eE][+-]?\d{1,3}")
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 def _separated(path: Path, wanted: Sequence[str], delimiter: str) -> FileRows:
-    # The csv module stops at cells of 131,072 characters unless it is told otherwise.
+    # The csv module's default limit is 131,072 characters a cell.
     csv.field_size_limit(sys.maxsize)
     with _opened(path) as file:
         header = next(_cells(file, delimiter), (0, []))[1]
@@ -295,7 +294,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _cells(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str] | BrokenRow]]:
-    """The cells of each row, with the line that it begins on; closes the file."""
+    """The cells of each row, with the number of its first line; closes the file."""
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         while True:
@@ -316,7 +315,7 @@ def _cells(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str] | B
 
 
 def _cell(text: str) -> str | Decimal | None:
-    """Missing, a number that is written as machines write floats, or the text as it is."""
+    """None for a missing value, a number where the text is a float's, else the text unchanged."""
     if text in _MISSING_CELLS:
         return None
     return Decimal(text) if _AS_FLOATS_ARE_WRITTEN.fullmatch(text) else text
@@ -341,7 +340,7 @@ def _parquet(path: Path, wanted: Sequence[str]) -> FileRows:
 
 
 def _seekable(path: Path) -> Any:
-    """The path, or the whole of a compressed file."""
+    """The path; for a compressed file, its whole content in memory."""
     if path.suffix.lower() not in _COMPRESSIONS:
         return path
     import pyarrow
@@ -351,7 +350,7 @@ def _seekable(path: Path) -> Any:
 
 
 def _leaf(schema: Any, column: str) -> str:
-    """What must be read of a column: of a nested one no more than its part; '': there is none."""
+    """The column path to read, for a nested column only its part; '': there is no such column."""
     import pyarrow
 
     if column in schema.names:
@@ -360,13 +359,12 @@ def _leaf(schema: Any, column: str) -> str:
     fields: Any = schema
     for part in column.split("."):
         if not isinstance(fields, pyarrow.Schema | pyarrow.StructType):
-            break  # a list: it is read whole
+            break  # a list is read whole
         place = fields.get_field_index(part)
         if place < 0:
             return ""
         read.append(part)
-        found = fields.field(place).type
-        fields = found
+        fields = fields.field(place).type
     return ".".join(read)
 
 
@@ -378,7 +376,7 @@ def _arrow(path: Path, wanted: Sequence[str]) -> FileRows:
     places = [place for place, name in enumerate(schema.names) if name in heads or name in wanted]
 
     def batches() -> Iterator[Any]:
-        # To leave all columns out it has no way: it takes an empty list for all of them.
+        # An empty list would mean all columns, so one column is read where none is wanted.
         reader = _ipc(path, pyarrow.ipc.IpcReadOptions(included_fields=places or [0]))
         if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
             yield from map(reader.get_batch, range(reader.num_record_batches))
@@ -389,7 +387,7 @@ def _arrow(path: Path, wanted: Sequence[str]) -> FileRows:
 
 
 def _ipc(path: Path, options: Any = None) -> Any:
-    """A reader of Arrow's file format, which is Feather's too, or of its stream format."""
+    """A reader of Arrow's file format (which is also Feather's) or of its stream format."""
     import pyarrow
 
     def source() -> Any:
@@ -406,8 +404,8 @@ def of_arrow(schema: Any, batches: Iterable[Any], wanted: Sequence[str]) -> File
     """Rows of Arrow's record batches or tables.
 
     Args:
-        schema: of the whole file, or set.
-        batches: those of its columns that were read.
+        schema: of the whole file or data set.
+        batches: record batches or tables of the columns that were read.
         wanted: columns that are kept.
 
     Raises:
@@ -435,7 +433,7 @@ def of_arrow(schema: Any, batches: Iterable[Any], wanted: Sequence[str]) -> File
 
 
 def is_part(name: str, wanted: Iterable[str]) -> bool:
-    """Whether a column, or something within it, is wanted."""
+    """True if a column or a part of it is wanted."""
     return any(column == name or column.startswith(f"{name}.") for column in wanted)
 
 
@@ -449,10 +447,10 @@ def _schema_names(fields: Any, within: str = "") -> Iterator[str]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column; in the place of one that is none, why."""
+    """The values of a column; a BrokenRow with the reason stands for one that cannot be read."""
     try:
         values = column.to_pylist()
-    except (ValueError, OverflowError):  # one of them
+    except (ValueError, OverflowError):  # some value cannot be read; find which
         values = list(map(_value, column))
     return [_shortest(value, column.type) for value in values]
 
@@ -467,7 +465,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _shortest(value: Any, kind: Any) -> Any:
-    """Numbers of 16 and 32 bits as they would be written: 0.1, and not 0.10000000149011612."""
+    """Floats of 16 and 32 bits with their shortest digits: 0.1, and not 0.10000000149011612."""
     import pyarrow.types
 
     if isinstance(value, float):

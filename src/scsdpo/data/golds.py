@@ -1,4 +1,4 @@
-"""Gold answers that no response could meet, found before training."""
+"""Find gold answers that no response could match, before training."""
 
 import logging
 import random
@@ -17,28 +17,28 @@ from scsdpo.verifiers.text import capped
 from scsdpo.verifiers.verify import MAX_FEEDBACK, contained, prepare_all
 
 SECONDS = 60.0
-"""That the proofs of one source may take; then those that were proved are a sample of it."""
+"""Time limit in seconds on the checks of one source; those made by then are a random sample."""
 _SHOWN = 120
 _prepared: WeakValueDictionary[int, Environment] = WeakValueDictionary()
-"""By `id`: those that are ready to judge in this process."""
-_log = logging.getLogger(__name__)
+"""Environments that are ready to judge in this process, by `id`."""
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], str]) -> None:
-    """Prove of each gold answer that a response could be right, by a response that gives it.
+    """Check each gold answer by judging a response that gives it.
 
-    Each is written in the form that its verifier asks for (`Verifier.written`), and judged. They
-    are proved in an order that a seed fixes: what is left after `SECONDS` is a sample, and a line
-    says how large it was.
+    The response has the form that the verifier asks for (`Verifier.written`). The order is random
+    with a fixed seed; if time runs out after `SECONDS`, the answers checked so far are a sample,
+    and a line says how many they were.
 
     Args:
         name: of the source.
         prompts: its questions.
-        where: what the prompt at an index is called in errors.
+        where: gives the name of the prompt at an index for errors.
 
     Raises:
-        ValueError: if there are any that no response could meet; with the place of the first of
-            those that were found, and the reason.
+        ValueError: if a gold answer is judged wrong or cannot be judged; names the first such
+            prompt and the reason.
     """
     end = time.monotonic() + SECONDS
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
@@ -46,7 +46,7 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
     for proved, index in enumerate(order):
         if time.monotonic() > end:
             rank_zero_info(
-                f"{name}: of {len(prompts)} gold answers {proved} were proved to be within reach "
+                f"{name}: {proved} of {len(prompts)} gold answers were checked to be within reach "
                 f"in {SECONDS:g} s, a sample drawn with seed 0"
             )
             break
@@ -58,7 +58,7 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
         first = min(unmet)
         others = f" (and {len(unmet) - 1} more like it)" if len(unmet) > 1 else ""
         raise ValueError(
-            f"{where(first)}: {unmet[first]}; no response could be right: mend the answer, or "
+            f"{where(first)}: {unmet[first]}; no response could be right: correct the answer, or "
             f"remove the row{others}"
         ) from unmet[first]
 
@@ -66,18 +66,18 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
 def within_reach(
     source: Source, prompts: Iterable[Prompt], *, log: bool = True
 ) -> Iterator[Prompt]:
-    """The prompts of a stream as they come, but those whose gold answer no response could meet.
+    """The prompts of a stream in order, without those whose gold answer no response could match.
 
-    They are left out, counted, and the 1st, 2nd, 4th, 8th, ... is logged. Of a pass the first
-    `CHECK_AHEAD` are proved.
+    Omitted prompts are counted; the 1st, 2nd, 4th, 8th, ... is logged. The first `CHECK_AHEAD` of a
+    pass are checked.
 
     Args:
-        source: the stream; one that proves its gold answers itself is taken as it is.
+        source: the stream; one that checks its gold answers itself is passed through.
         prompts: its prompts, in some order.
         log: whether to log.
 
     Raises:
-        ValueError: if none of them all could be met.
+        ValueError: if every prompt was omitted.
     """
     if source.proves_golds or not source.sequential:
         yield from prompts
@@ -92,19 +92,15 @@ def within_reach(
             unmet += 1
             worker = get_worker_info()
             if log and unmet.bit_count() == 1 and (worker is None or worker.id == 0):
-                _warn_unmet(source.name, unmet, number, error)
+                _warn(
+                    "%s: %d of %d prompts left out, since no response could be right, the last "
+                    "because %s",
+                    *(source.name, unmet, number, error),
+                )
         else:
             yield prompt
     if unmet and unmet == number:
         raise ValueError(f"all {number} prompts of {source.name!r} were left out, since {fault}")
-
-
-@rank_zero_only
-def _warn_unmet(*said: object) -> None:
-    _log.warning(
-        "%s: %d of %d prompts left out, since no response could be right, the last because %s",
-        *said,
-    )
 
 
 def _prove(prompt: Prompt) -> None:

@@ -1,4 +1,4 @@
-"""The order in which questions are asked, and their batches."""
+"""Samplers and loaders: the order of questions, and their batches."""
 
 import logging
 from collections import Counter, deque
@@ -13,19 +13,19 @@ from scsdpo.data._base import source_key
 from scsdpo.data.shuffled import Draws, Mixture, PromptBatch, interleave
 from scsdpo.types import Prompt
 
-_log = logging.getLogger(__name__)
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class EpochSampler(DistributedSampler[Any]):
     """A rank's share of the endless `interleave` of draws, cut into epochs of whole batches.
 
-    Rank r of R takes draws r, r + R, ...: the questions of a step are the same for every R. It
-    gives the draws of the whole batch with each of its places in them. What does not fill a batch
-    at the end of an epoch is asked first in the next one. An iteration starts after the draws that
-    were `asked`, which whoever asks them counts, and ends with the epoch.
+    Rank r of R takes draws r, r + R, ..., so the questions of a step are the same for every R. Each
+    item is the draws of the whole batch and an index into them. Questions that do not fill a batch
+    at the end of an epoch come first in the next one. An iteration starts after the `asked` draws,
+    which `took` counts, and ends with the epoch.
 
     Args:
-        questions: what is drawn.
+        questions: the sources to draw from.
         weights: of its sources, as in `interleave`.
         batch_size: questions per step, over all ranks; a multiple of `num_replicas`.
         num_replicas: R.
@@ -49,13 +49,13 @@ class EpochSampler(DistributedSampler[Any]):
         self.questions = questions
         self.asked = 0
         self.counts = [0] * len(weights)
-        """Of those asked, the ones of each source's present order."""
+        """Number of questions asked of each source in its present order."""
         self.marks = [""] * len(weights)
-        """`ShuffledSource.mark` after those; '' before any."""
+        """`ShuffledSource.mark` of each source after those questions; '' before the first."""
         self.origin, self.base = 0, [0] * len(weights)
-        """Draws that were asked, and numbers of the sources, when the schedule began."""
+        """Values of `asked` and `counts` when the present schedule of sources began."""
         self.ahead = 0
-        """Batches of the next epoch that are drawn after those of this one, to be looked at."""
+        """Number of batches of the next epoch that are drawn early, for `PromptBatch.upcoming`."""
 
     def __len__(self) -> int:
         return self.num_samples
@@ -64,7 +64,7 @@ class EpochSampler(DistributedSampler[Any]):
     def batches_left(self) -> int:
         """Batches that this epoch still has."""
         batches = (self.epoch_size - self.asked % self.epoch_size) // self.batch_size
-        # Only a run that was resumed with other batches has a rest that does not fill any.
+        # Only after a resume with another batch size can the rest be less than a batch.
         return batches or self.epoch_size // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Draws, int]]:
@@ -78,7 +78,7 @@ class EpochSampler(DistributedSampler[Any]):
                 yield batch, place
 
     def took(self, batch: PromptBatch) -> None:
-        """A batch is asked."""
+        """Count a batch as asked."""
         self.asked += len(batch.draws)
         for source, number in batch.draws:
             self.counts[source] = number + 1
@@ -86,7 +86,7 @@ class EpochSampler(DistributedSampler[Any]):
             self.marks[source] = mark
 
     def position(self) -> dict[str, Any]:
-        """Where it stands, in plain values."""
+        """The position, in plain values."""
         sources = zip(map(len, self.questions.sources), self.counts, self.marks, strict=True)
         return {
             "asked": self.asked,
@@ -99,13 +99,13 @@ class EpochSampler(DistributedSampler[Any]):
         }
 
     def go_on(self, position: Mapping[str, Any]) -> None:
-        """Stand where `position` says; a source that has changed begins a new pass, and is named.
+        """Go to `position`; a source that has changed begins a new pass, and a warning names it.
 
         Raises:
             ConfigurationError: if a source cannot be read.
         """
         self.asked = position["asked"]
-        if "sources" not in position:  # of a version that kept nothing else
+        if "sources" not in position:  # written by an early version
             passes, rest = divmod(self.asked, sum(self.weights))
             drawn = Counter(source for source, _ in islice(interleave(self.weights), rest))
             counts = [passes * weight + drawn[s] for s, weight in enumerate(self.weights)]
@@ -118,12 +118,18 @@ class EpochSampler(DistributedSampler[Any]):
             mark = self._mark(number, old["asked"])
             if mark != old["mark"]:
                 key = source_key("train", number, len(self.questions.sources))
-                _log_changed(key, old["questions"], len(source), old["asked"])
+                _warn(
+                    "%s: its questions, or their order, are not those of the checkpoint (%d then, "
+                    "%d now): a new pass begins, which asks every question again, also the %d that "
+                    "the old pass had asked. To continue the old pass, restore the old rows, seed, "
+                    "window and max_prompt_tokens, and resume from the same checkpoint again",
+                    *(key, old["questions"], len(source), old["asked"]),
+                )
             here = (old["asked"], mark) if mark == old["mark"] else (0, "")
             self.counts[number], self.marks[number] = here
         self.origin, self.base = position["origin"], list(position["base"])
         if list(self.weights) != position["weights"] or self.counts != [s["asked"] for s in before]:
-            # Another schedule begins here, with the questions that are next.
+            # A new schedule begins here, with the next questions.
             self.origin, self.base = self.asked, list(self.counts)
 
     def _mark(self, source: int, count: int) -> str:
@@ -131,31 +137,20 @@ class EpochSampler(DistributedSampler[Any]):
             return self.questions.sources[source].mark(count) if count else ""
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: Lightning's next epoch starts where a limit on steps ended a run; ours not."""
-
-
-@rank_zero_only
-def _log_changed(key: str, before: int, now: int, asked: int) -> None:
-    _log.warning(
-        "%s: its questions, or their order, are not those of the checkpoint (%d then, %d now): "
-        "the pass under way is given up and a new one begins, which asks each question once, those "
-        "too that were asked before (%d so far). To go on with the old pass, bring back the old "
-        "rows, seed, window and max_prompt_tokens, and resume from the same checkpoint again",
-        *(key, before, now, asked),
-    )
+        """Ignore Lightning's epoch, which may differ from ours after a limit on steps."""
 
 
 def as_it_is(batch: Any) -> Any:
-    """Collates what a `Mixture` gives, which is a batch already."""
+    """Collate function of a `Mixture`, whose items are batches already."""
     return batch
 
 
 class QuestionLoader(DataLoader[Any]):
     """Batches whose position Lightning saves and restores, over an `EpochSampler`.
 
-    The position counts the batches that were taken, not those that workers fetched ahead. A draw
-    gives the same prompt each time as long as the data are the same, which a mark of each source
-    tells: hence there is nothing else to restore.
+    The position counts the batches that were handed over, not those that workers fetched ahead. A
+    draw gives the same prompt as long as the data are the same, which a hash of each source
+    (`mark`) shows; so nothing else has to be restored.
     """
 
     def __iter__(self) -> Iterator[PromptBatch]:  # type: ignore[override]
@@ -172,16 +167,16 @@ class QuestionLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many questions were asked, over all ranks, since the run began; which of each source
-        is next, and what tells whether the source has changed.
+        """Number of questions asked over all ranks since the run began; for each source, its next
+        question and a hash that shows whether the source has changed.
         """
         return cast(EpochSampler, self.sampler).position()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, with any number of ranks.
+        """Continue from a saved position, with any number of ranks.
 
-        A source that has changed begins a new pass, which is logged: where its old one stood means
-        nothing in the new order.
+        A source that has changed begins a new pass, which is logged: its old position means nothing
+        in the new order.
 
         Raises:
             ConfigurationError: if a source cannot be read.
@@ -190,13 +185,13 @@ class QuestionLoader(DataLoader[Any]):
 
 
 class EvaluationSampler(DistributedSampler[Any]):
-    """A rank's share of questions that are asked once, whatever the number of ranks.
+    """A rank's share of questions, each asked once, for any number of ranks.
 
-    Rank r of R asks r, r + R, ...: each step has the questions that it has on one rank. Where they
-    do not divide, the last shares are smaller by one.
+    Rank r of R asks r, r + R, ..., so each step has the same questions as on one rank. If R does
+    not divide their number, the last ranks have one question less.
 
     Args:
-        questions: what is asked, in order.
+        questions: the questions, in order.
         num_replicas: R.
         rank: r.
     """
@@ -213,7 +208,7 @@ class EvaluationSampler(DistributedSampler[Any]):
 
 
 class EvaluationLoader(DataLoader[Any]):
-    """Batches over an `EvaluationSampler`, as many on every rank: the last one may be empty."""
+    """Batches over an `EvaluationSampler`; all ranks have equally many, the last may be empty."""
 
     def __len__(self) -> int:
         sampler = cast(EvaluationSampler, self.sampler)

@@ -1,4 +1,4 @@
-"""The data module: sources in, batches of rendered prompts out."""
+"""The data module, which makes batches of rendered prompts from sources."""
 
 import warnings
 from collections import Counter
@@ -30,27 +30,27 @@ from scsdpo.seeds import Seed, resolved
 from scsdpo.types import Prompt, stable_hash
 
 _SHARES = 10_000
-"""Weights are rounded to this fraction of their sum."""
+"""Weights are rounded to multiples of 1 / this of their sum."""
 
 
 class TaskDataModule(LightningDataModule):
     """Batches of questions, each a `tuple[Prompt, ...]`, for training and validation.
 
-    Each pass over a training source has an order of its own and asks each question once. A run that
-    is resumed from a checkpoint, within an epoch too, goes on with the question that was next. Test
-    and predict use `val`.
+    Each pass over a training source asks each question once, in a new order. A run that is resumed
+    from a checkpoint, also within an epoch, continues with the next question. Test and predict use
+    `val`.
 
     Args:
         train: source or sources of training questions; several are mixed.
-        val: the same for validation; `[]`: there is none. With several, each has metrics of its
-            own, under its name.
+        val: source or sources of validation questions; `[]`: no validation. Each of several
+            sources has its own metrics, under its name.
         questions_per_batch: Q, over all ranks; must be a multiple of their number.
-        val_questions_per_batch: the same for validation; the last batch may be smaller.
+        val_questions_per_batch: Q of validation; the last batch may be smaller.
         max_prompt_tokens: longer prompts are dropped, counted and logged.
-        seed: of the order of training questions; `auto`: the run's (`seed_everything`).
-        num_workers: processes that render prompts ahead; 0: the training process does.
-        train_weights: share of each source in `train` among the questions of any stretch of
-            batches; `[]`: by its number of questions, so that an epoch is a pass over all.
+        seed: seed of the order of training questions; `auto`: the run's (`seed_everything`).
+        num_workers: processes that render prompts in advance; 0: the training process does.
+        train_weights: relative share of each source in `train` in every stretch of batches; `[]`:
+            its number of questions, so that an epoch is a pass over all.
 
     Raises:
         ValueError: if a number is too small, weights do not fit the sources, two validation sources
@@ -90,7 +90,7 @@ class TaskDataModule(LightningDataModule):
         if any(not 0 < weight < float("inf") for weight in train_weights):
             raise ValueError(
                 "`TaskDataModule(train_weights=...)` must be > 0 and finite, got "
-                f"{list(train_weights)}; leave a source that is not wanted out of `train`"
+                f"{list(train_weights)}; remove an unwanted source from `train`"
             )
         for name, times in Counter(source.name for source in self.val_sources).items():
             if times > 1:
@@ -105,29 +105,29 @@ class TaskDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.trained_on = 0
-        """Validation questions that are among the first ones of training; known after `setup`."""
+        """Number of validation questions that are also training questions; set by `setup`."""
         self.answered: Collection[tuple[str, int]] = ()
-        """Questions that prediction leaves out: key, and which copy of it."""
+        """Questions that prediction skips, as (key, number of the copy)."""
         self.ahead = 0
-        """Batches of training questions that are looked at before their turn."""
+        """Number of future batches of training questions that `upcoming` shows."""
         self.upcoming: tuple[tuple[Prompt, ...], ...] = ()
-        """Those that come after the training batch that was handed over last, in order."""
+        """The batches that follow the last training batch, in order."""
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
         self.set_up_for(cast(Any, self.trainer).lightning_module, stage)
 
     def set_up_for(self, module: Any, stage: str = "fit") -> None:
-        """Open the sources and leave out prompts that are too long for the policy's tokenizer.
+        """Open the sources and drop prompts that are longer than `max_prompt_tokens`.
 
-        Needs no Trainer: afterwards `train_dataloader` and `val_dataloader` give batches.
+        It needs no Trainer: afterwards `train_dataloader` and `val_dataloader` give batches.
 
         Args:
-            module: the `PolicyOptimizer` that is to learn from the questions.
-            stage: `fit`, or anything else for the validation questions alone.
+            module: the `PolicyOptimizer` that learns from the questions.
+            stage: `fit`; any other stage opens the validation questions only.
 
         Raises:
-            ConfigurationError: for any trouble with the user's data.
+            ConfigurationError: if the data cannot be used.
         """
         with blamed_on("data"):
             self._setup(module, stage)
@@ -167,8 +167,8 @@ class TaskDataModule(LightningDataModule):
     def _in_order(
         self, sources: Sequence[Source], chat: Chat, most: float = float("inf")
     ) -> ConcatDataset[Prompt]:
-        """The first questions of each source; of several, categories begin with its name. Those
-        that ask the same are numbered.
+        """The first questions of each source. Copies of a question are numbered; with several
+        sources, categories begin with the source's name.
         """
         parts = []
         before: Counter[str] = Counter()
@@ -184,11 +184,11 @@ class TaskDataModule(LightningDataModule):
         return ConcatDataset(parts)
 
     def some(self, count: int, name: str) -> list[Prompt]:
-        """Training questions in a random order that `name` fixes, as many of each source.
+        """Training questions in a random order, equally many of each source.
 
         Args:
             count: at most so many.
-            name: of what they are asked for.
+            name: of the purpose; it seeds the order.
         """
         share = -(-count // len(self.train_sources))
         chosen: list[Prompt] = []
@@ -197,7 +197,7 @@ class TaskDataModule(LightningDataModule):
         return chosen[:count]
 
     def train_dataloader(self) -> DataLoader[Prompt]:
-        """Shuffled, with a position to save; in order for `Trainer(overfit_batches=...)`."""
+        """Batches in shuffled order with a saved position; in order for `overfit_batches`."""
         if self.trainer is not None and cast(Any, self.trainer).overfit_batches:
             first = self._in_order(self.train_sources, self.chat, most=FILTER_AHEAD)
             return self._loader(first, self.questions_per_batch)
@@ -219,20 +219,20 @@ class TaskDataModule(LightningDataModule):
         )
 
     def _whole_weights(self) -> list[int]:
-        """In lowest terms, since the schedule's period is their sum."""
+        """The weights as integers in lowest terms: the schedule's period is their sum."""
         total = sum(self.train_weights)
         weights = [max(1, round(_SHARES * weight / total)) for weight in self.train_weights]
         weights = weights or [len(source) for source in self.train_set.sources]
         return [weight // gcd(*weights) for weight in weights]
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
-        """In order, each question once."""
+        """Batches in order, each question once."""
         return self._loader(self.val_set, self.val_questions_per_batch) if self.val_set else []
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Prompt] | list[DataLoader[Prompt]]:
-        """As for validation, but that Lightning makes it anew, without empty batches."""
+        """Batches of the validation questions that are not `answered`, without empty batches."""
         if not self.val_set:
             return []
         asked = self.val_set
@@ -259,8 +259,8 @@ class TaskDataModule(LightningDataModule):
         kind: type[DataLoader[Prompt]] = EvaluationLoader,
     ) -> DataLoader[Prompt]:
         ranks, rank = self._ranks()
-        # On one rank what Lightning knows as unshuffled; on several, it replaces samplers that are
-        # not for several.
+        # Lightning replaces a sampler that is not distributed on several ranks; on one rank it
+        # expects none for an unshuffled loader.
         many = ranks > 1
         sampler = EvaluationSampler(questions, num_replicas=ranks, rank=rank) if many else None
         return (kind if many else DataLoader)(
@@ -274,13 +274,13 @@ class TaskDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: PromptBatch, device: torch.device, dataloader_idx: int
     ) -> tuple[Prompt, ...]:
-        """The questions; they hold no tensors."""
+        """The questions of the batch; they hold no tensors."""
         if batch.draws:
             self.upcoming = tuple(each.prompts for each in batch.upcoming)
         return batch.prompts
 
     def _ranks(self) -> tuple[int, int]:
-        """Number of ranks, and which one this is."""
+        """Number of ranks, and the index of this one."""
         if self.trainer is None:
             return 1, 0
         trainer = cast(Any, self.trainer)
@@ -294,7 +294,7 @@ class TaskDataModule(LightningDataModule):
 
 
 def _head(source: Source, most: float, *, named: bool) -> list[Prompt]:
-    """The first prompts of a source: `most`, or all that it has or says that it has."""
+    """The first prompts of a source: at most `most`, and at most its length."""
     prompts = islice(within_reach(source, source.read()), int(min(len(source), most)))
     return [_named(prompt, source.name) if named else prompt for prompt in prompts]
 

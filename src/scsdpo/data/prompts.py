@@ -17,7 +17,7 @@ from scsdpo.types import Message, Prompt, Tool, stable_hash
 
 
 class PromptList(Source):
-    """A finite source: `load` gives all its prompts, at the first access."""
+    """A finite source; its first access reads all prompts with `load`."""
 
     @abstractmethod
     def load(self) -> Iterable[Prompt]:
@@ -25,7 +25,7 @@ class PromptList(Source):
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
-        """What `load` gave."""
+        """All prompts, read by `load` once."""
         return tuple(self.load())
 
     def __len__(self) -> int:
@@ -46,14 +46,13 @@ def make_prompt(
 ) -> Prompt:
     """A question as a prompt of `source`, which is its category too.
 
-    Its key hashes what the question says, and `row`, what its environment reads beside: it is the
-    same in whatever order, file or process the question turns up, and equal for a question that the
-    source holds twice.
+    The key hashes the texts and `row`, the further values that the environment reads. So it depends
+    on neither order nor file nor process, and copies of a question have the same key.
     """
-    told = (json.dumps(row, sort_keys=True, default=str),) if row else ()
+    extra = (json.dumps(row, sort_keys=True, default=str),) if row else ()
     system_turn: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
     return Prompt(
-        key=f"{source}/{stable_hash(source, system, question, answer, *told):016x}",
+        key=f"{source}/{stable_hash(source, system, question, answer, *extra):016x}",
         messages=(*system_turn, {"role": "user", "content": question}),
         verifier=verifier,
         answer=answer,
@@ -68,7 +67,7 @@ _BRACES = {"{{": "{", "}}": "}", "{}": "{}"}
 
 @dataclass(frozen=True, kw_only=True)
 class PromptColumns:
-    r"""Which columns of a row make a prompt, and what stands around them.
+    r"""The columns of a row that make a prompt, and the texts around them.
 
     Args:
         prompt: the question: a text, or a list of turns with `role` and `content`, the last one
@@ -76,16 +75,16 @@ class PromptColumns:
         answer: the gold answer: a text, a number, or a list with the assistant's turn; for a
             verifier that `reads_json`, any list or value with columns of its own, as JSON.
         system: the system turn; empty: there is no such column.
-        category: the stratum whose validation figures are given apart; empty: there is none.
+        category: group for which validation figures are reported; empty: there is none.
         tools: functions that the policy may call, for the chat template: a list of JSON schemas, or
             its JSON; empty: there are none.
         template: the question, made of columns whose names stand in braces: "{question}\nA. {A}";
-            {{ and }} are braces, and so is {}. Empty: it is what `prompt` holds.
+            {{ and }} are braces, and {} stands for itself. Empty: the column `prompt`.
         system_prompt: the system turn of every question; empty: there is none.
-        instruction: said after each question, a blank line between if it does not begin with white
-            space itself; empty: nothing.
-        answer_after: of the gold answer, what follows the last of this text counts; empty: all.
-        columns: further columns, which an environment of several turns reads.
+        instruction: text after each question; a blank line is put before it if it does not begin
+            with white space. Empty: none.
+        answer_after: only the part of the gold answer after the last such text counts; empty: all.
+        columns: further columns that an environment of several turns reads.
 
     Raises:
         ValueError: if `template` has a brace too many or names no column, or both `system` and
@@ -124,7 +123,7 @@ class PromptColumns:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Each column that is read, with the argument that names it."""
+        """Each column that is read, with the argument that names it for error messages."""
         named = {"answer": self.answer, "system": self.system, "category": self.category}
         named["tools"] = self.tools
         if not self.template:
@@ -139,11 +138,11 @@ class PromptColumns:
         Raises:
             ValueError: if a row has no question or no answer, or the verifier cannot read the
                 answer, with the number of the row; or if no response could meet an answer.
-            BrokenRow: if what it has is no text.
+            BrokenRow: if a text cannot be encoded.
         """
         rows = [(table, index) for table in tables for index in range(len(table.rows))]
         made = [self._prompt(table, index, name, verifier) for table, index in rows]
-        # Of a stream's rows, which come one by one, the first ones are proved.
+        # A stream's rows come one by one; the first `CHECK_AHEAD` are checked.
         if len(made) > 1 or rows[0][0].number(0) <= CHECK_AHEAD:
             refuse_unmet(name, made, lambda place: rows[place][0].where(rows[place][1]))
         return made
@@ -161,12 +160,12 @@ class PromptColumns:
                 system=system,
                 row=row,
             )
-        except ValueError as error:  # its row names no environment that is there
+        except ValueError as error:  # the environment refuses the row
             raise ValueError(f"{table.where(index)}: {error}") from error
         if len(prompt.messages) < len(turns):
             said = [text for turn in turns for text in (turn["role"], turn["content"])]
-            told = (json.dumps(row, sort_keys=True, default=str),) if row else ()
-            key = f"{name}/{stable_hash(name, *said, gold, *told):016x}"
+            extra = (json.dumps(row, sort_keys=True, default=str),) if row else ()
+            key = f"{name}/{stable_hash(name, *said, gold, *extra):016x}"
             prompt = replace(prompt, key=key, messages=tuple(turns))
         if self.category:
             category = table.text(index, self.category, optional=True).strip()
@@ -204,7 +203,7 @@ class PromptColumns:
             column = match[1].strip()
             if is_missing(table.rows[index].get(column)):
                 return table.text(index, column)  # raises
-            return table.text(index, column, optional=True)  # an empty text is a text
+            return table.text(index, column, optional=True)  # an empty text is allowed
 
         return _PIECES.sub(piece, self.template)
 
@@ -233,12 +232,12 @@ def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Messag
 
     Args:
         value: what the cell holds.
-        where: which one, as errors name it.
+        where: name of the cell in errors.
         last: role of the last turn.
 
     Raises:
         ValueError: if they are no such turns.
-        BrokenRow: if what one says is no text.
+        BrokenRow: if a turn's text cannot be encoded.
     """
     turns = []
     for number, turn in enumerate(value, start=1):
@@ -250,16 +249,15 @@ def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Messag
         more = [name for name, held in turn.items() if held and name not in ("role", "content")]
         if more:
             raise ValueError(
-                f"{where}, turn {number} holds {', '.join(map(repr, more))} too, which would not "
-                "be asked; leave it out, or write it into the text"
+                f"{where}, turn {number} also holds {', '.join(map(repr, more))}, which the policy "
+                "would not see; remove it, or write it into the text"
             )
         text = _joined(turn["content"], f"{where}, turn {number}")
         turns.append({"role": turn["role"], "content": text})
     if not turns or turns[-1]["role"] != last or not turns[-1]["content"].strip():
         ends = f"ends with the {turns[-1]['role']}'s" if turns else "has none"
         raise ValueError(
-            f"{where} must be turns of which the last one is the {last}'s and says something; it "
-            f"{ends}"
+            f"{where} must be turns of which the last is the {last}'s and has text; it {ends}"
         )
     return turns
 
@@ -267,11 +265,11 @@ def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Messag
 def tools_of(value: object, where: str) -> tuple[Tool, ...]:
     """The functions that a cell holds, as chat templates take them.
 
-    Keys without a value are left out: in Parquet each function has those of all others.
+    Keys without a value are dropped: in Parquet each function has the keys of all others.
 
     Args:
         value: a list, or its JSON; of functions, or of {"type": "function", "function": ...}.
-        where: which one, as errors name it.
+        where: name of the cell in errors.
 
     Raises:
         ValueError: if it is no such list.
@@ -292,7 +290,7 @@ def tools_of(value: object, where: str) -> tuple[Tool, ...]:
 
 
 def _json_value(value: Any) -> Any:
-    """As JSON has it, without null in mappings."""
+    """`value` in JSON's types, without null values in mappings."""
     if isinstance(value, Mapping):
         return {key: _json_value(one) for key, one in value.items() if one is not None}
     if isinstance(value, Decimal):
@@ -307,7 +305,7 @@ def _is_turn(value: object, role: str = "") -> bool:
 
 
 def _joined(content: str | list[Any], where: str) -> str:
-    """A text, or the texts of its parts."""
+    """The text of a turn; a list of parts is joined."""
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):

@@ -22,14 +22,14 @@ example is provided, you should strictly follow the format of the output/answer 
 class ReasoningGym(PromptList):
     """Questions of reasoning-gym: algebra, arithmetic, algorithms, games, geometry, graphs, logic.
 
-    Tasks take turns. Each task is a category, whose validation figures are given apart. Questions
-    are generated when the source is read, from 1,000 a second to 10 a second (puzzles such as
-    `zebra_puzzles`), in a process of their own. The same arguments give the same questions in
-    every process, as long as the version of reasoning-gym is the same.
+    Questions of the tasks alternate. Each task is a category with its own validation figures.
+    A separate process generates the questions when the source is read, 10 a second (puzzles such as
+    `zebra_puzzles`) to 1,000. With the same version of reasoning-gym, the same arguments give the
+    same questions in every process.
 
     Args:
-        tasks: settings of each task by its name, `{gcd: {}, chain_sum: {min_terms: 4}}`; what a
-            task can be told, such as its difficulty, stands in the package's gallery.
+        tasks: settings of each task by its name, `{gcd: {}, chain_sum: {min_terms: 4}}`; the
+            package's gallery lists the settings of a task, such as its difficulty.
         split: "train" or "val": their questions are drawn with different seeds. A question that
             both hold, which happens in small tasks, is counted and logged at start.
         size: number of questions, of all tasks together.

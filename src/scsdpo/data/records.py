@@ -1,4 +1,4 @@
-"""Prompts from rows of questions and answers."""
+"""Sources of prompts from rows of questions and answers."""
 
 import logging
 import re
@@ -23,53 +23,53 @@ from scsdpo.verifiers import MathAnswer, ToolCall
 
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-_log = logging.getLogger(__name__)
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class Records(Stream):
-    r"""Anything with a question and an answer in each row.
+    r"""Questions from the rows of files or of a data set; each row has a question and an answer.
 
-    At once, every row is checked before training. As a stream, rows are read as they are needed,
-    for sets larger than memory or disk: columns are checked before training, and a row without a
-    question, or without an answer that the verifier can read, is left out, counted and logged. A
-    row that cannot be read at all (no JSON, no UTF-8, half a surrogate pair) ends the run, unless
-    `max_broken_rows` lets it be left out too. Of gold answers the first 20,000 are checked.
+    By default all rows are read and checked before training. With `streaming`, rows are read as
+    they are needed, for sets larger than memory or disk: columns are checked before training; a row
+    without a question, or with an answer that the verifier cannot read, is skipped, counted and
+    logged. A row that cannot be parsed (no JSON, no UTF-8, half a surrogate pair) ends the run,
+    unless `max_broken_rows` allows it to be skipped too. The first 20,000 gold answers are checked.
 
-    Columns that are not named are not read. A column within another is named by dots
+    Columns that are not named are not read. A nested column is named by dots
     (`reward_model.ground_truth`), an element of a list by its number (`final_answer.0`). Numbers
-    are spelled in full, and whole ones without a point; null and NaN are missing.
+    are written in full, and whole ones without a point; null and NaN count as missing.
 
     Args:
         path: a file of comma- or tab-separated values, JSON lines, a JSON list, Parquet, Arrow or
             Feather, also compressed (.gz, .bz2, .xz, .zst); several by a pattern (`part-*.csv`), or
             a folder of them; a folder that `datasets` saved; or the name of a set on the Hugging
             Face hub.
-        verifier: judges the responses; it compares them with the answer's text. Or an environment
-            of several turns, such as `Tools`.
+        verifier: judges responses by comparing them with the answer's text; or an environment of
+            several turns, such as `Tools`.
         prompt: name of the column with the question: a text, or a list of chat turns.
         answer: name of the column with the gold answer (empty: there is none, for environments that
             give rewards by themselves): a text, a number, or a list with the
             assistant's turn; for `ToolCall`, `PythonTests` and `Callable`, also what becomes JSON.
         system: name of the column with the system turn; empty: there is none.
-        category: name of the column with the stratum whose validation figures are given apart;
+        category: name of the column with the group for which validation figures are reported;
             empty: there is none.
         tools: name of the column with the functions that the policy may call, which the chat
             template writes into the prompt: a list of JSON schemas, or its JSON; empty: none.
         template: the question, made of columns whose names stand in braces, such as "{question}\nA.
             {A}\nB. {B}"; {{ and }} are braces. Empty: it is the column `prompt`.
         system_prompt: the system turn of every question; empty: there is none.
-        instruction: what is said after each question, after a blank line if it does not begin with
-            white space itself.
-        answer_after: of the gold answer, what follows the last of this text counts; empty: all.
+        instruction: text after each question; a blank line is put before it if it does not begin
+            with white space.
+        answer_after: only the part of the gold answer after the last such text counts; empty: all.
         columns: further columns that an environment of several turns reads.
         name: name of the task in metrics; empty: the path's last part, without its extension.
-        split: of a folder or a set; a folder's files tell theirs by their names.
-        subset: of a set on the hub that has several ("configurations"); empty: it has not.
+        split: of a folder or a set; the names of a folder's files tell their split.
+        subset: of a set on the hub that has several ("configurations"); empty: the set has one.
         streaming: read as a stream.
-        size: questions of an epoch, and of a validation, of a stream; nominal.
-        window: questions of a stream in memory, within which they are shuffled.
-        max_broken_rows: rows of a stream that may be broken in each pass; a resumed run meets them
-            again, and counts them again. Of what is read at once, none may.
+        size: nominal number of questions of an epoch, and of a validation, of a stream.
+        window: number of questions of a stream in memory that are shuffled together.
+        max_broken_rows: number of broken rows of a stream that each pass may skip; a resumed run
+            reads and counts them again. Without `streaming` no row may be broken.
 
     Raises:
         ValueError: if `size` or `window` is below 1, or `max_broken_rows` below 0; if `template`
@@ -134,12 +134,12 @@ class Records(Stream):
 
     @property
     def name(self) -> str:
-        """As given, or the path's last part."""
+        """The argument `name`, or the path's last part."""
         return self._name
 
     @property
     def sequential(self) -> bool:
-        """Whether rows are read as a stream."""
+        """True if rows are read as a stream."""
         return self.streaming
 
     @property
@@ -190,17 +190,17 @@ class Records(Stream):
     def _too_many(self, broken: int, error: BrokenRow) -> str:
         count = f", broken row {broken} of this pass" if self.max_broken_rows else ""
         return (
-            f"{error}{count}; mend it, or leave broken rows out with `max_broken_rows`, which is "
+            f"{error}{count}; fix it, or skip broken rows with `max_broken_rows`, which is "
             f"{self.max_broken_rows}"
         )
 
     def _tell(self, what: str, count: int, read: int, why: ValueError) -> None:
-        """Log the 1st, 2nd, 4th, 8th, ...: not a line for each, nor one in each pass or worker."""
+        """Log the 1st, 2nd, 4th, 8th, ... such row, in one worker and not again in later passes."""
         worker = get_worker_info()
         if count <= self._told[what] or count.bit_count() > 1 or (worker and worker.id > 0):
             return
         self._told[what] = count
-        _warn(self.name, count, read, what, str(why))
+        _warn("%s: %d of %d %s, the last because %s", self.name, count, read, what, why)
 
     def _checked(self, table: Table) -> Table:
         for column, argument in self.columns.arguments.items():
@@ -220,11 +220,6 @@ def _stem(path: str) -> str:
     return uncompressed(last).stem or "records"
 
 
-@rank_zero_only
-def _warn(*said: object) -> None:
-    _log.warning("%s: %d of %d %s, the last because %s", *said)
-
-
 class Math(Records):
     r"""Mathematical questions: `Records` judged by `MathAnswer`, with other defaults.
 
@@ -235,7 +230,7 @@ class Math(Records):
         path: as in `Records`, and so are all others.
         prompt: name of the column with the question.
         instruction: what is said after each question; asks for the form that is graded.
-        answer_after: what the result stands behind, if it is in the gold answer.
+        answer_after: the text before the result in gold answers that are worked solutions.
     """
 
     def __init__(

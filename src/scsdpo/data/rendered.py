@@ -1,4 +1,4 @@
-"""Prompts as token ids, and the limit on their length."""
+"""Render prompts to token ids, and drop those that are too long."""
 
 import logging
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from scsdpo.policy.chat import Chat
 from scsdpo.thinking import left_open
 from scsdpo.types import Prompt
 
-_log = logging.getLogger(__name__)
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 class Rendered(Dataset[Prompt]):
-    """Prompts with their `ids`, in order, those longer than a limit left out.
+    """Prompts with their `ids`, in order, without those longer than a limit.
 
     Args:
         prompts: by index.
@@ -32,7 +32,7 @@ class Rendered(Dataset[Prompt]):
         self, prompts: Sequence[Prompt] | Source, name: str, chat: Chat, max_tokens: int
     ) -> None:
         self.prompts, self.chat = prompts, chat
-        # By index: a source need not say where it ends.
+        # By index: iterating a source may not stop at its length.
         asked = (prompts[index] for index in range(len(prompts)))
         lengths = [len(chat.render(prompt.messages, prompt.tools)) for prompt in asked]
         self.longest = max((length for length in lengths if length <= max_tokens), default=0)
@@ -50,12 +50,12 @@ class Rendered(Dataset[Prompt]):
         return rendered(self.prompts[self.kept[index]], self.chat)
 
     def key(self, index: int) -> str:
-        """Key of the prompt at `index`, which is not rendered for it."""
+        """Key of the prompt at `index`, without rendering it."""
         return self.prompts[self.kept[index]].key
 
 
 def rendered(prompt: Prompt, chat: Chat) -> Prompt:
-    """The prompt with its `ids`, the thinking that they leave open, and how to read responses."""
+    """The prompt with `ids`, the thinking tag that they leave open, and the response template."""
     return replace(
         prompt,
         ids=chat.render(prompt.messages, prompt.tools),
@@ -65,7 +65,7 @@ def rendered(prompt: Prompt, chat: Chat) -> Prompt:
 
 
 def too_long(name: str, count: int, length: int, limit: int) -> str:
-    """What to say where `count` prompts in a row are over the limit."""
+    """Error message for `count` consecutive prompts over the limit."""
     return (
         f"`TaskDataModule(max_prompt_tokens={limit})`: {count} prompts of {name!r} in a row are "
         f"longer, one with {length} tokens; raise the limit"
@@ -73,15 +73,10 @@ def too_long(name: str, count: int, length: int, limit: int) -> str:
 
 
 def warn_dropped(name: str, dropped: int, size: int, limit: int) -> None:
-    """Log it once, not in each process."""
+    """Log how many prompts were dropped, in one process only."""
     worker = get_worker_info()
     if dropped and (worker is None or worker.id == 0):
-        _warn_dropped(name, dropped, size, limit)
-
-
-@rank_zero_only
-def _warn_dropped(name: str, dropped: int, size: int, limit: int) -> None:
-    _log.warning(
-        "%s: %d of %d prompts are longer than max_prompt_tokens=%d and were dropped",
-        *(name, dropped, size, limit),
-    )
+        _warn(
+            "%s: %d of %d prompts are longer than max_prompt_tokens=%d and were dropped",
+            *(name, dropped, size, limit),
+        )

@@ -1,4 +1,4 @@
-"""Rows of files, of a saved folder or of a set on the hub, at once or as a stream."""
+"""Read rows of files, of a saved folder or of a set on the hub, all at once or as a stream."""
 
 import glob
 import re
@@ -23,14 +23,14 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in a file's name that tell its split, as the Hugging Face hub has them."""
+"""Words in a file's name that tell its split, by the rules of the Hugging Face hub."""
 
 _BATCH = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where rows come from: a file that `read_rows` reads; several by a pattern (`shards/*.csv`),
+    """The place of rows: a file that `read_rows` reads; several by a pattern (`shards/*.csv`),
     or all of a folder, in the natural order of their names; a folder that `datasets` saved; or the
     name of a set on the Hugging Face hub.
 
@@ -47,13 +47,13 @@ class Rows:
     subset: str = ""
 
     def tables(self, wanted: Sequence[str]) -> Iterator[Table]:
-        """All rows, in memory: a table for each file that has any.
+        """All rows, in memory: a table for each file that has rows.
 
         Args:
             wanted: columns that are kept.
 
         Raises:
-            FileNotFoundError, ValueError: if there are none to be had.
+            FileNotFoundError, ValueError: if no rows are found.
         """
         empty = True
         for place, found in self._parts(wanted, streaming=False):
@@ -70,14 +70,14 @@ class Rows:
             self._table(self.path, None, [], [])  # raises
 
     def stream(self, wanted: Sequence[str]) -> Iterator[Table | BrokenRow]:
-        """One row after the other, each as a table of its own; or what is wrong with it.
+        """The rows one by one, each as a table of one row, or as a BrokenRow with the reason.
 
         Args:
             wanted: columns that are kept.
 
         Raises:
-            FileNotFoundError, ValueError: as `tables`; also on the way, if not a row but the file
-                or the set cannot be read.
+            FileNotFoundError, ValueError: as in `tables`; also later, if the file or the set, not
+                only a row, cannot be read.
         """
         empty = True
         for place, found in self._parts(wanted, streaming=True):
@@ -103,7 +103,7 @@ class Rows:
         )
 
     def _guarded(self, place: str, rows: Iterable[Any]) -> Iterator[Any]:
-        """The rows, with errors that name the last one that could be read."""
+        """The rows; an error names the last one that could be read."""
         number = 0
         try:
             for number, row in rows:
@@ -113,7 +113,7 @@ class Rows:
             raise ValueError(f"`{self.owner}`: cannot read {place}{after}: {error}") from error
 
     def _parts(self, wanted: Sequence[str], *, streaming: bool) -> Iterator[tuple[str, FileRows]]:
-        """Each file, or the set, with its name."""
+        """Name and rows of each file, or of the data set."""
         files = self._files()
         if files is None:
             yield self.path, self._of_dataset(wanted, streaming=streaming)
@@ -129,7 +129,7 @@ class Rows:
     # --- files ----------------------------------------------------------------------------------
 
     def _files(self) -> list[Path] | None:
-        """The files to read, in order; None: it is not files but a set of `datasets`."""
+        """The files to read, in order; None: the path is a data set of `datasets`."""
         place = Path(self.path).expanduser()
         if place.is_dir():
             if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -152,7 +152,7 @@ class Rows:
         return found
 
     def _may_be_on_hub(self, place: Path) -> bool:
-        """A path that looks like one is never sought on the hub."""
+        """True for `owner/name` without a file's suffix; no other path is sought on the hub."""
         return bool(re.fullmatch(r"[\w-]+/[\w.-]+", self.path)) and not looks_like_rows(place)
 
     def _of_folder(self, folder: Path) -> list[Path]:
@@ -178,8 +178,8 @@ class Rows:
             )
         if len(kinds) > 1:
             raise ValueError(
-                f"`{self.owner}`: {folder} holds files of several kinds ({', '.join(kinds)}); name "
-                f"those that are meant, such as {folder}/*{kinds[0]}"
+                f"`{self.owner}`: {folder} holds files of several formats ({', '.join(kinds)}); "
+                f"name those to read, such as {folder}/*{kinds[0]}"
             )
         known = [_splits_in(file.name) for file in files]
         if not any(known) and self.split == "train":
@@ -202,7 +202,7 @@ class Rows:
         load = self._saved if place.is_dir() else self._on_hub
         found, schema = load(wanted, streaming=streaming)
         names = found.column_names
-        if names is not None:  # unknown of some sets on the hub, until they are read
+        if names is not None:  # some sets on the hub have no column names before they are read
             found = found.select_columns(_parts_of(names, wanted))
         batches = found.with_format("arrow").iter(_BATCH)
         return of_arrow(schema, batches, wanted)
@@ -246,24 +246,24 @@ class Rows:
             found = datasets.load_dataset(self.path, *name, **settings)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"`{self.owner}`: neither a file or folder here nor a set that the Hugging Face "
-                f"hub gives ({error})"
+                f"`{self.owner}`: neither a file or folder here nor a data set that the Hugging "
+                f"Face hub provides ({error})"
             ) from error
         features = features or found.features
         return found, features.arrow_schema if features else pyarrow.schema([])
 
 
 def _parts_of(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """The columns that hold what is wanted; one, if none does: the rows are there nevertheless."""
+    """The columns that hold wanted values; if none does, the first, so that rows are counted."""
     return [name for name in names if is_part(name, wanted)] or list(names[:1])
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Orders `part-2` before `part-10`."""
+    """Sort key that puts `part-2` before `part-10`."""
     pieces = re.split(r"(\d+)", str(path).lower())
     return [(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in pieces]
 
 
 def _splits_in(name: str) -> list[str]:
-    """The splits that a file's name tells."""
+    """The splits that the words of a file's name stand for."""
     return [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]

@@ -1,4 +1,4 @@
-"""The science questions of the paper."""
+"""The science questions of the SDPO paper."""
 
 import math
 import re
@@ -26,7 +26,7 @@ HUB_DOMAINS = {
 HUB_TYPES = ("mcq-4-choices", "mcq-2-choices")
 LEVELS = ("L1", "L2", "L3", "L4", "L5")
 FILE_LEVEL = "L3"
-"""The set's reasoning level, the one that the paper and its files use."""
+"""The set's reasoning level, which the paper and its files use."""
 TEST_SHARE, SPLIT_SEED = 0.1, 42
 _COLUMNS = ("prompt", "answer", "system")
 
@@ -131,7 +131,7 @@ def hub_split(
         and row["details"]["level"] == level
         and row["type"] in HUB_TYPES
     ]
-    # As `datasets.Dataset.train_test_split` does it: test rows first, then the training rows.
+    # The order of `datasets.Dataset.train_test_split`: test rows first, then the training rows.
     order = np.random.default_rng(SPLIT_SEED).permutation(len(chosen))
     held_out = math.ceil(TEST_SHARE * len(chosen))
     return [chosen[i] for i in (order[:held_out] if split == "test" else order[held_out:])]
@@ -148,7 +148,7 @@ def _published(row: Row) -> Row:
 
 
 def _load_hub(source: str, owner: str) -> Any:
-    # A path that looks like one is never sought on the hub.
+    # Only `owner/name` is looked up on the hub; other paths are folders.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise FileNotFoundError(
             f"`{owner}`: there is no such folder; it must hold train.json and test.json"

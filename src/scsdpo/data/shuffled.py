@@ -1,4 +1,4 @@
-"""The order in which the questions of each training source are asked, without end."""
+"""The endless order in which the questions of each training source are asked."""
 
 import itertools
 import os
@@ -21,55 +21,55 @@ from scsdpo.policy.chat import Chat
 from scsdpo.types import Prompt, stable_hash
 
 FILTER_AHEAD = 20_000
-"""Sources of up to this many prompts are filtered before training, larger ones as they go."""
+"""Sources of up to this many prompts are filtered before training, larger ones while training."""
 _TRIES = 1_000
 
 
 class ShuffledSource(ABC):
-    """Number -> prompt: pass after pass over a source, each in an order of its own.
+    """Number -> prompt: pass after pass over a source, each in a new order.
 
-    The prompt at a number is the same each time and in every process, so that a place in a run is
-    a number and nothing else.
+    A number has the same prompt each time and in every process, so a run's position in a source is
+    just a number.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """Prompts of a pass, nominal if that is not known before."""
+        """Number of prompts of a pass; nominal if it is not known before."""
 
     @abstractmethod
     def __getitem__(self, number: int) -> Prompt:
-        """The rendered prompt that is asked as `number`, from 0."""
+        """The rendered prompt with this number, counted from 0 over all passes."""
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Tokens of the longest prompt; where they are not known before, the limit on them."""
+        """Tokens of the longest prompt; if unknown, the limit on them."""
 
     def key(self, number: int) -> str:
-        """Its key."""
+        """Key of the prompt at `number`."""
         return self[number].key
 
     @abstractmethod
     def mark(self, count: int) -> str:
-        """A hash of the questions and their order, of a stream as far as the first `count` tell.
+        """A hash of the questions and their order; of a stream, of its first `count` questions.
 
-        Where it is what it was, the prompt at `count` is the one that comes after those.
+        If it is unchanged, the prompt at `count` is the next one, as before.
         """
 
     def question_keys(self) -> Iterator[str]:
-        """Keys of the first pass's prompts, at most `FILTER_AHEAD`."""
+        """Keys of the first prompts of the first pass, at most `FILTER_AHEAD`."""
         return (self[number].key for number in range(min(len(self), FILTER_AHEAD)))
 
     @staticmethod
     def of(source: Source, chat: Chat, max_tokens: int, seed: int) -> "ShuffledSource":
-        """The form that fits the source's size and kind."""
+        """The subclass that fits the source's size and kind."""
         if source.sequential or len(source) > FILTER_AHEAD:
             return _Streamed(source, chat, max_tokens, seed)
         return _Permuted(Rendered(source, source.name, chat, max_tokens), seed)
 
 
 class _Permuted(ShuffledSource):
-    """A permutation a pass, each prompt once: for sources that are filtered before training."""
+    """Each pass is a permutation of all prompts: for sources that are filtered before training."""
 
     def __init__(self, prompts: Rendered, seed: int) -> None:
         self.prompts, self.seed = prompts, seed
@@ -105,9 +105,9 @@ def _permutation(seed: int, size: int) -> list[int]:
 
 
 class _Streamed(ShuffledSource):
-    """Prompts as they come, too long ones left out on the way; each once a pass.
+    """Reads prompts as they come and skips those that are too long; each once a pass.
 
-    Numbers are asked in rising order; for a lower one than before, reading starts again.
+    Numbers must be asked in rising order; for a lower one, reading starts again.
     """
 
     def __init__(self, source: Source, chat: Chat, max_tokens: int, seed: int) -> None:
@@ -116,7 +116,7 @@ class _Streamed(ShuffledSource):
         self._at = -1
         self._read = 0
         self._process = 0
-        # Whatever is wrong with the source is said before training starts.
+        # Read one prompt now, so that a fault of the source is reported before training.
         if next(self._fitting(stable_hash(seed, 0), log=False), None) is None:
             raise ValueError(f"{source.name!r} has no prompts; check where they come from")
 
@@ -131,7 +131,7 @@ class _Streamed(ShuffledSource):
         return self.__dict__ | {"_prompts": iter(()), "_at": -1}
 
     def __getitem__(self, number: int) -> Prompt:
-        # A process that was forked off must not read on in a file whose place it shares.
+        # A forked process shares the position in an open file, so it must read anew.
         if number <= self._at or self._at < 0 or self._process != os.getpid():
             self._prompts, self._at = self._endless(), -1
             self._read, self._process = self.seed, os.getpid()
@@ -165,25 +165,25 @@ class _Streamed(ShuffledSource):
             if in_a_row == _TRIES:
                 name = self.source.name
                 raise ValueError(too_long(name, _TRIES, len(prompt.ids), self.max_tokens))
-            if log and dropped.bit_count() == 1:  # 1, 2, 4, 8, ...: not a line for each
+            if log and dropped.bit_count() == 1:  # 1, 2, 4, 8, ...
                 warn_dropped(self.source.name, dropped, read, self.max_tokens)
         if read and dropped == read:
             raise ValueError(too_long(self.source.name, read, len(prompt.ids), self.max_tokens))
 
 
 Draws = tuple[tuple[int, int], ...]
-"""Which source, and the number in it, of each question of a batch, over all ranks."""
+"""(source, number in it) of each question of a batch, over all ranks."""
 
 
 class PromptBatch:
-    """The questions of a step, until the data module hands them over as a tuple.
+    """The questions of a step, as a loader gives them to the data module.
 
-    Not a sequence, lest Lightning's precision plugins rebuild every prompt in search of tensors.
+    It is no sequence: Lightning's precision plugins would rebuild every prompt to find tensors.
 
     Args:
-        prompts: the questions, or why there are none.
-        draws: of the whole batch; empty in evaluation.
-        marks: `ShuffledSource.mark` after it, of each source that is in it.
+        prompts: the questions, or the error that prevents them.
+        draws: draws of the whole batch; empty in evaluation.
+        marks: `ShuffledSource.mark` after the batch, of each source in it.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class PromptBatch:
         self.prompts = () if isinstance(prompts, ConfigurationError) else tuple(prompts)
         self.draws, self.marks = draws, marks or {}
         self.upcoming: tuple[PromptBatch, ...] = ()
-        """The batches that come next, as far as they were looked at."""
+        """The next batches, as many as `TaskDataModule.ahead` says."""
 
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self.prompts)
@@ -206,7 +206,7 @@ class PromptBatch:
 
 
 class Mixture(Dataset[Prompt]):
-    """Several shuffled sources, by (which one, number in it); what is wrong names the source."""
+    """Several shuffled sources, indexed by (source, number in it); errors name the source's key."""
 
     def __init__(self, sources: Sequence[ShuffledSource]) -> None:
         self.sources = sources
@@ -220,11 +220,10 @@ class Mixture(Dataset[Prompt]):
             return self.sources[source][number]
 
     def __getitems__(self, asked: Sequence[tuple[Draws, int]]) -> PromptBatch:
-        """A rank's share of a batch: its draws, and a place in them for each prompt.
+        """A rank's share of a batch, from the batch's draws and the rank's indices into them.
 
-        Prompts are numbered among those of the whole batch that ask the same question. What is
-        wrong with a source is not raised: from a worker process it would come as the text of a
-        traceback.
+        Copies of a question are numbered over the whole batch. An error of a source is returned in
+        the batch: raised in a worker process, it would arrive as the text of a traceback.
         """
         (draws, _), *_ = asked
         mine = {place for _, place in asked}
@@ -239,13 +238,11 @@ class Mixture(Dataset[Prompt]):
                 else:
                     with self.blamed(source):
                         before[self.sources[source].key(number)] += 1
-            return PromptBatch(prompts, draws, self._marks(draws))
+            counts = {source: number + 1 for source, number in draws}
+            marks = {source: self.sources[source].mark(count) for source, count in counts.items()}
+            return PromptBatch(prompts, draws, marks)
         except ConfigurationError as error:
             return PromptBatch(error)
-
-    def _marks(self, draws: Draws) -> dict[int, str]:
-        counts = {source: number + 1 for source, number in draws}
-        return {source: self.sources[source].mark(count) for source, count in counts.items()}
 
     def question_keys(self) -> Iterator[str]:
         """Keys of each source's first prompts."""
@@ -254,20 +251,20 @@ class Mixture(Dataset[Prompt]):
                 yield from source.question_keys()
 
     def blamed(self, source: int) -> AbstractContextManager[None]:
-        """Mistakes inside the block are those of a source."""
+        """Name a source's key in errors inside the block."""
         return blamed_on(source_key("train", source, len(self.sources)))
 
 
 def interleave(weights: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
     """Endless draws (which source, number in it), from draw `start` on.
 
-    Of the sources, the one comes next that is furthest behind its share. So each stretch of draws
-    has the proportions of the weights, to within a question or so, and sum(weights) draws have
-    each source exactly as often as its weight says.
+    The next draw is of the source that is furthest behind its share. So every stretch of draws has
+    the proportions of the weights to within about one question, and sum(weights) draws contain each
+    source exactly weight times.
 
     Args:
         weights: one a source; > 0.
-        start: draws to leave out.
+        start: number of draws to skip.
     """
     period = sum(weights)
     passes, start = divmod(start, period)

@@ -1,4 +1,4 @@
-"""What a run finds out about tokenizer and templates before it loads a weight."""
+"""Checks of tokenizer, templates and data at the start of a run, before weights are loaded."""
 
 import logging
 from collections import Counter
@@ -20,16 +20,16 @@ from scsdpo.teacher import Teacher
 from scsdpo.types import Judged, Prompt, Responses, Verdict
 
 SHARED_AHEAD = 1_000
-"""Questions of a stream, or of a large source, that are compared with those of validation."""
+"""Number of questions of a stream or large source that are compared with those of validation."""
 _WORD = "scsdpo"
 _TURN = {"role": "assistant", "content": _WORD}
-_log = logging.getLogger(__name__)
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 def check_start(module: Any, sources: Sequence[Source]) -> None:
-    """Check chat template, ends of sequence, padding and the teacher's prompt against each other.
+    """Check that chat template, end-of-sequence ids, padding and the teacher's prompt agree.
 
-    Logs one line that says what was found.
+    It logs one line a source.
 
     Args:
         module: has `policy.chat` and `teacher`.
@@ -48,16 +48,20 @@ def check_start(module: Any, sources: Sequence[Source]) -> None:
     with blamed_on("model.policy"):
         _check_rows(chat, chat.render(first.messages, first.tools))
     if chat.writes_date(first.messages, first.tools):
-        _say_date(chat)
+        _warn(
+            f"model.policy.chat_template_kwargs: the chat template of "
+            f"{chat.tokenizer.name_or_path!r} writes today's date, so a run that is resumed on "
+            f"another day has other prompts; {{strftime_now: {date.today()}}} fixes the date"
+        )
 
 
 def check_context(module: Any, source: Source, longest: int) -> None:
-    """Log one line if prompts and responses may be longer than what the model was made for.
+    """Log one line if prompts and responses may be longer than the model's context.
 
     Args:
         module: has `policy.chat`, `teacher`, `reference`, `sampling` and `val_sampling`.
-        source: of training questions; its first prompt is shown to teacher and reference, in each
-            context that they read, with a response that is as long as it may be.
+        source: of training questions; teacher and reference read its first prompt in each of their
+            contexts, with a response of the greatest length.
         longest: tokens of the longest prompt.
     """
     chat: Chat = module.policy.chat
@@ -69,8 +73,8 @@ def check_context(module: Any, source: Source, longest: int) -> None:
     response = module.sampling.max_new_tokens
     for slot in ("teacher", "reference"):
         if getattr(module, slot).exists:
-            told = _told(getattr(module, slot), chat, prompt, " a" * response)
-            most = max((len(ids) for ids in told if ids), default=len(prompt.ids))
+            contexts = _contexts(getattr(module, slot), chat, prompt, " a" * response)
+            most = max((len(ids) for ids in contexts if ids), default=len(prompt.ids))
             said, key = longest + most - len(prompt.ids), f"max_tokens of model.{slot}.context"
             needed.append((f"the {slot} reads about", said, key, response, "sampling"))
     who, tokens, key, response, sampling = max(needed, key=lambda need: need[1] + need[3])
@@ -83,7 +87,7 @@ def check_context(module: Any, source: Source, longest: int) -> None:
 
 
 def _check_rows(chat: Chat, prompt: tuple[int, ...]) -> None:
-    """Each id that a run can meet must have a row in the embedding; a text meets no control id."""
+    """Refuse a tokenizer whose ids have no row in the embedding; texts never hold control ids."""
     own, model = chat.tokenizer, chat.tokenizer.name_or_path
     remedy = (
         "take the tokenizer that belongs to the model, or enlarge its embedding "
@@ -121,19 +125,6 @@ def _check_rows(chat: Chat, prompt: tuple[int, ...]) -> None:
         )
 
 
-def _say_date(chat: Chat) -> None:
-    _warn(
-        f"model.policy.chat_template_kwargs: the chat template of {chat.tokenizer.name_or_path!r} "
-        "writes today's date, so that a run that goes on tomorrow has other prompts; "
-        f"{{strftime_now: {date.today()}}} fixes it"
-    )
-
-
-@rank_zero_only
-def _warn(text: str) -> None:
-    _log.warning(text)
-
-
 def _check_source(module: Any, source: Source) -> None:
     chat: Chat = module.policy.chat
     prompt = next(source.read(), None)
@@ -151,7 +142,7 @@ def _check_source(module: Any, source: Source) -> None:
 
 
 def _check_turns(module: Any, prompt: Prompt) -> None:
-    """The sampler must play episodes, and the chat template must go on behind their answers."""
+    """Check that the sampler plays episodes and the chat template renders their answers."""
     if not module.rollout.plays_episodes:
         world, sampler = type(prompt.verifier).__name__, type(module.rollout).__name__
         raise ValueError(
@@ -169,9 +160,9 @@ def _check_turns(module: Any, prompt: Prompt) -> None:
 
 
 def check_golds(source: Source) -> None:
-    """Raise a ValueError if no response could meet one of the first gold answers of a source.
+    """Raise a ValueError if no response could match one of the first gold answers of a source.
 
-    Rows of a file or a set are proved as they are read, and prompts of a stream as they come.
+    Rows of a file or set, and prompts of a stream, are checked while they are read instead.
     """
     if not source.proves_golds and not source.sequential:
         prompts = list(islice(source.read(), CHECK_AHEAD))
@@ -179,11 +170,11 @@ def check_golds(source: Source) -> None:
 
 
 def first_keys(train: Sequence[Source], *, streams: bool) -> list[str]:
-    """Keys of the training questions: of small sources all, of others the first ones.
+    """Keys of the training questions: all of small sources, and the first ones of others.
 
     Args:
         train: the sources.
-        streams: read streams too, and so meet now what is wrong with those questions.
+        streams: read the first questions of streams too.
 
     Raises:
         ConfigurationError: if a source cannot be read.
@@ -199,12 +190,11 @@ def first_keys(train: Sequence[Source], *, streams: bool) -> list[str]:
     return keys
 
 
-@rank_zero_only
 def warn_twice(where: str, keys: Sequence[str], meaning: str) -> None:
-    """Log how many of the questions stand there already, and what that means for each copy."""
+    """Log how many questions are copies of others, and what that means for each copy."""
     (key, times), *_ = Counter(keys).most_common(1) or [("", 0)]
     if times > 1:
-        _log.warning(
+        _warn(
             "%s: %d of %d questions are copies of others, such as %s, which is there %d times: "
             "each copy is answered apart and %s; leave them out if they are not meant",
             *(where, len(keys) - len(set(keys)), len(keys), key, times, meaning),
@@ -214,7 +204,7 @@ def warn_twice(where: str, keys: Sequence[str], meaning: str) -> None:
 def warn_shared(train: Collection[str], val: Sequence[str]) -> int:
     """Count, and log, how many validation questions are among the first ones of training.
 
-    By key: a source of another name has other questions.
+    Questions are compared by key; sources of different names have no key in common.
 
     Args:
         train: keys of training questions.
@@ -222,26 +212,20 @@ def warn_shared(train: Collection[str], val: Sequence[str]) -> int:
     """
     known = set(train)
     both = [key for key in val if key in known]
-    _log_shared(both, len(val))
+    if both:
+        _warn(
+            "data.val: %d of %d questions, such as %s, are in data.train too: their figures are "
+            "not those of held-out questions",
+            *(len(both), len(val), both[0]),
+        )
     return len(both)
 
 
-@rank_zero_only
-def _log_shared(both: Sequence[str], of: int) -> None:
-    if both:
-        _log.warning(
-            "data.val: %d of %d questions, such as %s, are in data.train too: what is measured on "
-            "them is not held out",
-            *(len(both), of, both[0]),
-        )
-
-
-@rank_zero_only
 def _log_unread(chat: Chat) -> None:
     template = chat.tokenizer.chat_template
     for name in chat.template_kwargs:
         if isinstance(template, str) and name not in template:
-            _log.warning(
+            _warn(
                 "model.policy.chat_template_kwargs: the chat template of %r does not read %r, "
                 "which therefore changes nothing",
                 *(chat.tokenizer.name_or_path, name),
@@ -249,7 +233,7 @@ def _log_unread(chat: Chat) -> None:
 
 
 def _header(chat: Chat, prompt: Prompt, name: str) -> str:
-    """What opens the assistant's turn; the prompt's own words must stand before it."""
+    """The text that opens the assistant's turn; the prompt's messages must come before it."""
     model = chat.tokenizer.name_or_path
     try:
         opened = chat.text(prompt.messages, prompt.tools)
@@ -267,20 +251,20 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
                 f"the chat template of {model!r} leaves out what the {message['role']} says in the "
                 f"first prompt of {name!r}; use a template that has such turns"
             )
-    # Where a template has no header to add, the user's end opens the assistant's turn, as Mistral's
-    # [/INST] does, if it writes nothing more before what the assistant says.
+    # A template without a header may open the assistant's turn with the end of the user's, as
+    # Mistral's [/INST] does; then it writes nothing else before the assistant's text.
     added = opened != chat.text(prompt.messages, prompt.tools, opened=False)
     before = answered.rpartition(_WORD)[0]
     if not header or not (added or before.rstrip() == opened.rstrip()):
         raise ValueError(
             f"the chat template of {model!r} does not open the assistant's turn when asked to "
-            "(add_generation_prompt): responses would go on with the user's words"
+            "(add_generation_prompt): responses would continue the user's message"
         )
     return header
 
 
 def _end(chat: Chat, prompt: Prompt) -> str:
-    """What ends the assistant's turn; as a token of its own, it must end responses too."""
+    """Describe the end of the assistant's turn; if it is a token, it must end responses too."""
     said = chat.text([*prompt.messages, _TURN], prompt.tools, opened=False)
     after = said.rpartition(_WORD)[2]
     ends = ", ".join(_shown(chat, end) for end in chat.eos_ids)
@@ -298,8 +282,8 @@ def _end(chat: Chat, prompt: Prompt) -> str:
     return f"end with {ends}, while the template ends a turn with {after!r}"
 
 
-def _told(teacher: Teacher, chat: Chat, prompt: Prompt, right: str) -> list[tuple[int, ...]]:
-    """A teacher's prompts, one a context, for a failure beside the success `right`; empty: none."""
+def _contexts(teacher: Teacher, chat: Chat, prompt: Prompt, right: str) -> list[tuple[int, ...]]:
+    """A teacher's prompt in each context, for a failure beside the success `right`; empty: none."""
     shape = (1, 2, 1)
     zeros = torch.zeros(shape)
     rewards = torch.tensor([[1.0, 0.0]])
@@ -321,22 +305,22 @@ def _told(teacher: Teacher, chat: Chat, prompt: Prompt, right: str) -> list[tupl
 
 
 def _teacher(module: Any, prompt: Prompt, name: str) -> str:
-    """The teacher's prompt must end as the student's does."""
+    """Check that the teacher's prompt ends as the student's does, and describe it."""
     chat: Chat = module.policy.chat
-    ids = _told(module.teacher, chat, prompt, "It is right.")[0]
+    ids = _contexts(module.teacher, chat, prompt, "It is right.")[0]
     if not ids:
-        return "the teacher has nothing to tell a failure beside a success"
+        return "the teacher has no context for a failure beside a success"
     header = _ids(chat, _header(chat, prompt, name))
     if list(ids[-len(header) :]) != list(prompt.ids[-len(header) :]):
         raise ValueError(
             f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
-            ", so that it would judge other words than were said; render them with `chat.render`"
+            ", so that it would score another text; render them with `chat.render`"
         )
-    return f"the teacher's prompt has {len(ids) - len(prompt.ids)} tokens more, and the same end"
+    return f"the teacher's prompt is {len(ids) - len(prompt.ids)} tokens longer, with the same end"
 
 
 def _ids(chat: Chat, text: str) -> list[int]:
-    """Of what the template wrote, its own tokens included."""
+    """Ids of a text that the template wrote, control tokens included."""
     return chat.tokenizer.encode(text, add_special_tokens=False)
 
 

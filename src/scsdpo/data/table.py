@@ -1,4 +1,4 @@
-"""Rows of a file, with errors that say which argument is to be mended."""
+"""A table of rows, with errors that name the argument to correct."""
 
 import difflib
 import json
@@ -13,19 +13,19 @@ from scsdpo.data.files import BrokenRow, Row, read_rows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST = 400
-"""Digits before or after the point of a number; one of 64 bits has at most 324."""
+"""Limit on the digits before or after a number's point; a float of 64 bits has at most 324."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows and where they come from.
+    """Rows, with the names of their origin for error messages.
 
     Args:
         owner: the class that reads the rows, as error messages name it.
         place: the file or set that holds them, as error messages name it.
-        rows: one mapping from column to value each; at least one.
-        unit: what they are counted in, "row" or "line".
-        numbers: of each; empty: from 1.
+        rows: mappings from column to value; at least one.
+        unit: unit of `numbers`, "row" or "line".
+        numbers: number of each row; empty: they count from 1.
         names: columns of the file or set, whether read or not; those of the rows are known anyway.
 
     Raises:
@@ -81,7 +81,7 @@ class Table:
         return self.numbers[index] if self.numbers else index + 1
 
     def where(self, index: int, column: str = "") -> str:
-        """What the row at `index`, or a cell of it, is called in errors."""
+        """Name of the row at `index`, or of a cell of it, for error messages."""
         row = f"`{self.owner}`: {self.place}, {self.unit} {self.number(index)}"
         return f"{row}, column {column!r}" if column else row
 
@@ -102,7 +102,7 @@ class Table:
     def text(
         self, index: int, column: str, *, optional: bool = False, as_json: bool = False
     ) -> str:
-        """A cell as text: a number spelled out, and a text as it is.
+        """A cell as text: a number written in full, and a text unchanged.
 
         Args:
             index: of the row.
@@ -111,9 +111,9 @@ class Table:
             as_json: a list, or a value with columns of its own, gives its JSON.
 
         Raises:
-            ValueError: if it is not what it must be; truth values, dates and bytes are refused,
-                for nobody knows how an answer would spell them.
-            BrokenRow: if it is no text at all.
+            ValueError: if the cell is no text or number; truth values, dates and bytes are refused,
+                because an answer could spell them in several ways.
+            BrokenRow: if the text cannot be encoded.
         """
         value, where = self.rows[index].get(column), self.where(index, column)
         if optional and is_missing(value):
@@ -140,15 +140,15 @@ def whole_text(text: str, where: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell holds nothing: null or NaN."""
+    """True if a cell is null or NaN."""
     if isinstance(value, Decimal):
         return value.is_nan()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def spelled(number: int | float | Decimal) -> str:
-    """A number in full, with as few digits as tell it: 0.00001, and 42 for 42.0; '' if it is not
-    finite, or larger or finer than any number of 64 bits.
+    """A number in full with its shortest digits: 0.00001, and 42 for 42.0. '' if it is not finite,
+    or beyond the range of a float of 64 bits.
     """
     if isinstance(number, int):
         return str(number)
@@ -163,7 +163,7 @@ def spelled(number: int | float | Decimal) -> str:
 def _json(value: object) -> float:
     if isinstance(value, Decimal):
         return float(value)
-    raise ValueError(f"{_shown(value)} is nothing that JSON knows")
+    raise ValueError(f"{_shown(value)} has no form in JSON")
 
 
 def _shown(value: object) -> str:
@@ -171,7 +171,7 @@ def _shown(value: object) -> str:
     kind = (
         ""
         if value is None or isinstance(value, str | int | float | Decimal)
-        else (f" ({type(value).__name__}); write the text that a right answer says")
+        else (f" ({type(value).__name__}); write it as the text of a right answer")
     )
     return (shown if len(shown) <= 60 else f"{shown[:57]}...") + kind
 

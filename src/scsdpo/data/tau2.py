@@ -10,12 +10,12 @@ from scsdpo.types import Prompt
 
 
 class Tau2(PromptList):
-    """Calls of customers to an airline, from tau2-bench: an agent with tools, a database and rules.
+    """Customer calls to an airline, from tau2-bench: an agent with tools, a database and rules.
 
     The customer follows a script (`Tau2Episode`). Tasks whose reward needs a model as judge, or
     that begin in the middle of a conversation, are left out.
 
-    Whoever trains on it has spent it: tau2-bench no longer measures the policy.
+    After training on it, tau2-bench no longer measures how the policy does on unseen tasks.
 
     Args:
         domain: "airline", 50 tasks; or "mock", a to-do list with a few tasks to try things out.
@@ -25,7 +25,7 @@ class Tau2(PromptList):
         max_steps: as in `Tau2Episode`.
         role: as in `Tau2Episode`.
         name: of the source, in metrics.
-        strip_thinking: a call in thinking is a draft.
+        strip_thinking: calls inside thinking do not count.
 
     Raises:
         ValueError: if an argument is outside its range.

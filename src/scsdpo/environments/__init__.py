@@ -1,4 +1,4 @@
-"""Environments of several turns: tools, and worlds that were written for other libraries."""
+"""Environments of several turns: tools, and environments written for other libraries."""
 
 from scsdpo.environments.bfcl import BFCLEpisode
 from scsdpo.environments.skyrl import SkyRLEnvironment

@@ -34,7 +34,7 @@ SINGLE_TURN = (
     "live_irrelevance",
     "live_relevance",
 )
-"""Categories of one response."""
+"""Categories of one turn."""
 INSTALL = "pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0"
 _MISSING = "`BFCL` needs the package bfcl-eval ({error}): " + INSTALL + ", or choose another source"
 _numbers = count()
@@ -46,12 +46,12 @@ _numbers = count()
 def entries(category: str) -> Iterator[dict[str, Any]]:
     """The tasks of a category in the package's order, each with its `function`s.
 
-    A task of several turns has `turns`, the user's messages of each, and `ground_truth`, the calls
-    of each; `added` has the functions that are offered from a later turn on, by its number. Another
-    one has `question`, and `ground_truth` where the package gives one.
+    A task of several turns has `turns`, the user's messages of each turn, and `ground_truth`, the
+    calls of each; `added` has the functions that are offered from a later turn on, by its number.
+    A task of one turn has `question`, and `ground_truth` if the package gives one.
 
     Raises:
-        ImportError: if the package is not there, with what installs it.
+        ImportError: if the package is not installed; names the command that installs it.
     """
     data = Path(_package("").__file__).parent / "data"
     gold = _lines(data / "possible_answer" / f"BFCL_v4_{category}.json")
@@ -77,8 +77,8 @@ def _with_turns(entry: dict[str, Any], data: Path) -> dict[str, Any]:
     held = {document["name"] for added in later.values() for document in added}
     turns = [list(turn) for turn in entry["question"]]
     for number, added in later.items():
-        # The sequence of an episode is never rendered again: as to BFCL's models without a
-        # field for functions, the user shows the new ones.
+        # An episode's tokens are never rendered again, so a message of the user shows functions
+        # that are added later, as BFCL does for models without a field for functions.
         said = words.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
         turns[number] = [{"role": "user", "content": said.format(functions=json.dumps(added))}]
     return {
@@ -90,16 +90,13 @@ def _with_turns(entry: dict[str, Any], data: Path) -> dict[str, Any]:
 
 
 @lru_cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(path).splitlines()]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def tool_of(document: Mapping[str, Any]) -> Tool:
-    """A function as chat templates take it; BFCL's words for types become those of JSON schema."""
+    """A function in the form of chat templates; BFCL's type names become those of JSON schema."""
     function = {name: document[name] for name in ("name", "description")}
     return {
         "type": "function",
@@ -121,7 +118,7 @@ def _schema(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _package(module: str) -> Any:
-    """A module of bfcl-eval; none that is read here imports what --no-deps leaves out."""
+    """A module of bfcl-eval; those used here import no dependency that --no-deps omits."""
     try:
         return importlib.import_module(f"bfcl_eval.{module}".rstrip("."))
     except ImportError as error:
@@ -134,33 +131,32 @@ def _package(module: str) -> Any:
 @dataclass(kw_only=True)
 class _Played:
     owner: str
-    """Begins the names under which the package keeps the objects of this episode."""
+    """Prefix of the names under which the package keeps the episode's objects."""
     steps: int = 0
-    """Responses to the user's last message that called something."""
+    """Number of responses to the user's last message that called functions."""
     called: list[list[list[str]]] = field(default_factory=lambda: [[]])
-    """By the user's message and by response, the calls as BFCL writes them."""
+    """Calls in BFCL's notation, by the user's message and by response."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BFCLEpisode(Environment):
-    """The user's messages one after the other, over BFCL's stateful Python APIs.
+    """Plays a task of several user messages over BFCL's stateful Python APIs.
 
-    A response that calls functions is answered by the APIs; one that calls nothing ends the turn,
-    and the user says the next message. After each turn the episode is judged by the package's own
-    check: every object must be in the state that the gold calls lead to, and what the gold calls
-    gave must have been given. Where that fails the episode is wrong whatever follows, and it ends
-    there with reward 0; behind the last turn it ends with reward 1.
+    The APIs answer a response that calls functions. A response without calls ends the turn, and the
+    user's next message follows. After each turn the package's own check judges the episode: every
+    object must be in the state that the gold calls lead to, and the results of the gold calls must
+    have been returned. If the check fails, the episode ends with reward 0; after the last turn it
+    ends with reward 1.
 
-    Calls are read as `Tools` reads them. All functions of the task can be called, also one that is
-    offered in a later turn only: the package runs these too, and one of its gold answers calls one.
+    Calls are read as in `Tools`. All functions of the task can be called, also those that a later
+    turn offers: the package runs these too, and one of its gold answers calls one.
 
     Args:
-        reveal: the feedback on a wrong turn says which calls would have been right.
-        max_steps: responses to one message of the user's that call something; one more ends the
+        reveal: the feedback on a wrong turn names the right calls.
+        max_steps: number of responses with calls to one message of the user; one more ends the
             episode with reward 0.
-        role: of the messages in which the APIs answer; `user` for chat templates without tools'
-            turns.
-        strip_thinking: read only what stands behind the thinking; calls in it are drafts.
+        role: role of the APIs' answers; `user` for chat templates without a role for tools.
+        strip_thinking: read only the text after the thinking; calls inside it do not count.
 
     Raises:
         ValueError: if `max_steps` < 1.
@@ -184,28 +180,28 @@ class BFCLEpisode(Environment):
         """Import the APIs and the check."""
         _check()
         for module in _package("constants.executable_backend_config").CLASS_FILE_PATH_MAPPING:
-            if not module.startswith(("Memory", "WebSearch")):  # which are no part of `MULTI_TURN`
+            if not module.startswith(("Memory", "WebSearch")):  # not in `MULTI_TURN`
                 _api(module)
 
     def check(self, prompt: Prompt) -> None:
-        """Whether the row is that of a task of several turns."""
+        """Raise if the row is not that of a task of several turns."""
         missing = {"id", "turns", "involved_classes", "ground_truth"} - set(prompt.row)
         if missing:
             raise ValueError(
-                f"`BFCLEpisode` reads {min(missing)!r} of a task of several turns; take its "
+                f"`BFCLEpisode` needs {min(missing)!r} of a task of several turns; take its "
                 "questions from the source `BFCL`"
             )
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """The APIs', and the user's."""
+        """The role of the APIs' answers, and the user's."""
         return tuple(dict.fromkeys((self.role, "user")))
 
     def begin(self, prompt: Prompt) -> _Played:
-        """Objects are made by the first call."""
+        """An empty state: the first call makes the objects."""
         return _Played(owner=f"scsdpo{next(_numbers)}")
 
     def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
-        """What the APIs answer; of a response that calls nothing, the user's next message."""
+        """The APIs' answers; after a response without calls the next message or the verdict."""
         later = chain.from_iterable(prompt.row["added"].values())
         asked = replace(prompt, tools=(*prompt.tools, *later))
         names = [tool["function"]["name"] for tool in asked.tools]
@@ -222,7 +218,7 @@ class BFCLEpisode(Environment):
         return observed
 
     def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
-        """In the last turn the verdict on what was called; before it nothing is complete."""
+        """The verdict on the calls in the last turn; before it the episode is wrong."""
         if len(state.called) < len(prompt.row["turns"]):
             return super().finish(prompt, state, response, why)
         ended = self._end_of_turn(prompt, state)
@@ -230,7 +226,7 @@ class BFCLEpisode(Environment):
         return ended
 
     def close(self, state: _Played) -> None:
-        """Let the package forget the objects of the episode."""
+        """Remove the episode's objects from the package."""
         _forget(state.owner)
 
     def _call(
@@ -261,11 +257,11 @@ class BFCLEpisode(Environment):
 
 
 def judged(row: Mapping[str, Any], called: Sequence[Sequence[Sequence[str]]]) -> dict[str, Any]:
-    """What BFCL's check says of the first turns of a task: `valid`, and why not.
+    """The result of BFCL's check of a task's first turns: `valid`, and the reason if not.
 
     Args:
-        row: of the task, as `entries` gives it.
-        called: of each turn, of each response that called something, the calls.
+        row: the task's row, as `entries` gives it.
+        called: the calls of each response with calls, by turn.
     """
     owner = f"scsdpo{next(_numbers)}"
     try:
@@ -283,13 +279,13 @@ def _why(found: Mapping[str, Any]) -> str:
         return "Nothing was called, and something should have been."
     if kind == "execution_response_mismatch":
         return "A call that was needed is not there, or has other arguments."
-    # Which of the objects, and what of it: what should be there is not said.
+    # Names the objects and their attributes, without the right values.
     names = ", ".join(f"`{name}`" for name in found["details"]["differences"])
     return f"After the calls {names} is not as it was asked for."
 
 
 def _run(call: str, row: Mapping[str, Any], owner: str) -> str:
-    """What the package gives for a call on the objects of `owner`, made at the first one."""
+    """The package's result of a call on the objects of `owner`, which the first call makes."""
     (result,), _ = _utils().execute_multi_turn_func_call(
         [call],
         row.get("initial_config", {}),
@@ -302,8 +298,10 @@ def _run(call: str, row: Mapping[str, Any], owner: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A JSON value in Python. The package puts the name of an object before each known name with a
-    bracket behind it, in texts too; so texts have no bracket as such.
+    """A JSON value as a Python literal, with brackets in strings escaped.
+
+    The package puts an object's name before each known name that a bracket follows, also in
+    strings.
     """
     return repr(value).replace("(", "\\x28")
 
@@ -317,7 +315,7 @@ def _utils() -> Any:
 
 
 def _forget(owner: str) -> None:
-    """Objects are global to a module of the package, under names that begin with their owner's."""
+    """Remove the objects of `owner`, which are globals of a module of the package."""
     held = vars(_utils())
     for name in [name for name in held if name.startswith(f"{owner}_")]:
         del held[name]

@@ -1,4 +1,4 @@
-"""A tool that needs nothing from outside: arithmetic."""
+"""A tool for arithmetic, which needs nothing else."""
 
 import ast
 import operator
@@ -16,7 +16,7 @@ _SIGNS: dict[type[ast.AST], Callable[..., Fraction]] = {
     ast.UAdd: operator.pos,
 }
 _LONGEST, _LARGEST = 1_000, 1_000
-"""Characters of an expression, and bits of a number on the way."""
+"""Limits on the characters of an expression, and on the bits of intermediate numbers."""
 
 
 def calculate(expression: str) -> str:

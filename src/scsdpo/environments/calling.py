@@ -1,4 +1,4 @@
-"""Calls of a response, and what the functions that they call answer."""
+"""Run the function calls of a response."""
 
 import asyncio
 import inspect
@@ -19,10 +19,10 @@ def schema_of(function: Callable[..., Any], owner: str) -> Tool:
 
     Args:
         function: a bound method or a plain function.
-        owner: who names it, for the error.
+        owner: the argument that names it, for the error.
 
     Raises:
-        ValueError: if these do not say what the function takes.
+        ValueError: if these do not describe the function's arguments.
     """
     from transformers.utils import get_json_schema  # takes a second
     from transformers.utils.chat_template_utils import (
@@ -34,7 +34,7 @@ def schema_of(function: Callable[..., Any], owner: str) -> Tool:
         schema: Tool = get_json_schema(function)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
         raise ValueError(
-            f"`{owner}`: no model could be told how to call `{function.__name__}`: {error}; "
+            f"`{owner}`: `{function.__name__}` cannot be described to a model: {error}; "
             "each argument needs a type, and a line under `Args:` of a docstring"
         ) from error
     return {"type": "function", "function": schema["function"]}
@@ -43,16 +43,16 @@ def schema_of(function: Callable[..., Any], owner: str) -> Tool:
 def answered(
     functions: Mapping[str, Callable[..., Any]], prompt: Prompt, response: str, role: Role
 ) -> Observation | None:
-    """What the calls of a response give, a message each, in their order; None: it calls nothing.
+    """A message for the result of each call of a response, in order; None: it calls nothing.
 
-    A call that is malformed, or that fails, gives a message that says so, for the policy to try
-    again. Where one call of a response is malformed, none of them is made.
+    The message of a malformed or failed call describes the error, so that the policy can try again.
+    If one call of a response is malformed, none of them is made.
 
     Args:
-        functions: by name.
-        prompt: has their schemas, and says how its model writes calls.
-        response: what is graded of it.
-        role: of the messages.
+        functions: functions by name.
+        prompt: has their schemas, and the form in which its model writes calls.
+        response: the graded part of the response.
+        role: role of the messages.
     """
     try:
         calls = calls_of(prompt, response)
@@ -80,7 +80,7 @@ def answered(
 def calls_something(
     functions: Mapping[str, Callable[..., Any]], prompt: Prompt, response: str
 ) -> bool:
-    """Whether a response would be `answered`."""
+    """True if `answered` would give messages for a response."""
     try:
         return bool(calls_of(prompt, response))
     except NoCall:
@@ -90,7 +90,7 @@ def calls_something(
 
 
 def _may_call(functions: Mapping[str, Callable[..., Any]], malformed: str) -> bool:
-    """JSON or a list without tags around it may be an answer: it is a call if it names a tool."""
+    """True if malformed JSON or a list without tags names a tool: else it may be an answer."""
     return any(name in malformed for name in functions) or "<" in malformed
 
 
@@ -126,14 +126,14 @@ def _result(functions: Mapping[str, Callable[..., Any]], prompt: Prompt, call: C
 
 
 def _meant(prompt: Prompt, call: Call, key: str, text: Any) -> Any:
-    """The value of a bare text, by the schema: "1" is a text where one is wanted."""
+    """The value of an untyped text by the schema: "1" stays a string if a string is wanted."""
     schemas = {tool["function"]["name"]: tool["function"] for tool in prompt.tools}
     wanted = schemas.get(call.tool, {}).get("parameters", {}).get("properties", {}).get(key, {})
     return text if wanted.get("type") == "string" else typed(text, [])
 
 
 def settled(result: Any) -> Any:
-    """The result of a function that may be `async`."""
+    """The result of a function; an awaitable is awaited."""
 
     async def wait() -> Any:
         return await result
@@ -142,7 +142,7 @@ def settled(result: Any) -> Any:
 
 
 def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of keyword arguments those that a function takes."""
+    """The keyword arguments that a function takes."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
         return dict(given)

@@ -1,4 +1,4 @@
-"""Environments that were written for skyrl-gym."""
+"""Environments written for skyrl-gym."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,28 +16,28 @@ class _Played:
     world: Any
     messages: tuple[Message, ...]
     reward: float = 0.0
-    """Sum of those of the steps."""
+    """Sum of the steps' rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SkyRLEnvironment(Environment):
-    """An environment of skyrl-gym's shape: `init`, `step(action)` and `close`.
+    """An environment with skyrl-gym's interface: `init`, `step(action)` and `close`.
 
-    `init(messages)` gives the turns that the policy is asked; `step(response)` gives
-    `observations`, `reward` and `done`. An episode's reward is the sum of its steps', and
-    each turn earns its step's.
+    `init(messages)` returns the messages that the policy sees first; `step(response)` returns
+    `observations`, `reward` and `done`. An episode's reward is the sum over its steps, and each
+    turn gets its step's reward.
 
     Args:
-        factory: makes an environment, as `module:function` or `module:Class`; for those of the
-            package itself `skyrl_gym:make`.
+        factory: function or class that makes an environment, as `module:function` or
+            `module:Class`; for the package's own environments `skyrl_gym:make`.
         arguments: keyword arguments of the factory, such as `{id: gsm8k}`; the further columns of
-            the row come as `extras`, if it takes such.
-        replays: whether equal responses get equal observations; see `Environment`.
-        strip_thinking: give `step` only what stands behind the thinking; such environments look for
-            the tags that they read in all of a response.
+            the row are passed as `extras`, if it takes them.
+        replays: True if equal responses get equal observations; see `Environment`.
+        strip_thinking: give `step` only the text after the thinking; these environments search the
+            whole response for their tags.
 
     Raises:
-        ValueError: if there is no such factory.
+        ValueError: if the factory does not exist.
 
     Source:
         skyrl-gym 0.4.0, `skyrl_gym.Env` and `BaseTextEnv`.
@@ -64,11 +64,11 @@ class SkyRLEnvironment(Environment):
         return _Played(world=world, messages=tuple(_turn(message) for message in messages))
 
     def opening(self, prompt: Prompt, state: _Played) -> tuple[Message, ...]:
-        """What `init` returned."""
+        """The messages that `init` returned."""
         return state.messages
 
     def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
-        """What `step` returned; with `done`, or nothing observed, the verdict."""
+        """The observations of `step`; the verdict at `done`, or if nothing was observed."""
         output = state.world.step(response)
         before, reward = state.reward, float(output.get("reward") or 0.0)
         state.reward += reward
@@ -84,7 +84,7 @@ class SkyRLEnvironment(Environment):
         return Verdict(reward=state.reward, feedback=said, earned=state.reward)
 
     def close(self, state: _Played) -> None:
-        """As the environment does."""
+        """Call the environment's `close`."""
         state.world.close()
 
 

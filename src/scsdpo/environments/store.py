@@ -1,4 +1,4 @@
-"""A store that is worked by calls: small, exact, and with rules that nobody is told."""
+"""A store that is operated by calls: a small, exact world with rules that no text states."""
 
 from dataclasses import dataclass, field, replace
 
@@ -19,18 +19,18 @@ COOLED = ("Cairo", "Lima", "Paris", "Rome")
 
 @dataclass(kw_only=True, slots=True)
 class Parcel:
-    """What stands in the store, and what was done with it. Its methods are the tools."""
+    """The state of the store and of a parcel. Its methods are the tools."""
 
     stock: dict[str, int]
     taken: dict[str, int] = field(default_factory=dict)
     is_wrapped: bool = False
     is_cooled: bool = False
     city: str = ""
-    """Where it was sent; empty: it was not."""
+    """The city that it was sent to; empty: not sent yet."""
     turns: int = 0
 
     def count(self, good: str) -> str:
-        """How many are there."""
+        """The number of pieces in stock."""
         return str(self.stock.get(good, 0))
 
     def take(self, good: str, number: int) -> str:
@@ -43,13 +43,13 @@ class Parcel:
         return "ok"
 
     def wrap(self) -> str:
-        """Wrap what is in the parcel."""
+        """Wrap the content of the parcel."""
         self._filled()
         self.is_wrapped = True
         return "ok"
 
     def cool(self) -> str:
-        """Cool what is in the parcel."""
+        """Cool the content of the parcel."""
         self._filled()
         self.is_cooled = True
         return "ok"
@@ -72,21 +72,21 @@ class Parcel:
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Environment):
-    """Sends parcels of which a certain number is to stay, in three to five calls.
+    """Sends all of a good but a given number, in three to five calls.
 
-    `Send figs to Oslo, keep 2.` is right iff all figs but 2 are sent to Oslo, wrapped if figs must
-    be wrapped, and not if not, cooled if what goes to Oslo must be cooled, and not if not. How many
-    figs there are is read by `count` only. Which goods must be wrapped, and where it must be
-    cooled, are rules of the store: no request and no answer of a tool tells of them, only the
-    verdict does, and feedback, which the policy does not read. The episode ends with the parcel
-    sent, or with a response that calls nothing, or with turn `max_turns`.
+    `Send figs to Oslo, keep 2.` is right iff all figs but 2 are sent to Oslo, wrapped iff figs must
+    be wrapped, and cooled iff parcels to Oslo must be cooled. Only `count` tells the number of figs
+    in stock. Which goods must be wrapped, and to which cities parcels must be cooled, are rules of
+    the store. No request and no tool states them: only the verdict depends on them, and the
+    feedback, which the policy does not read. The episode ends when the parcel is sent, with a
+    response without calls, or at turn `max_turns`.
 
-    The row has `good`, `city`, `keep`, and `stock`, how many there are.
+    The row has `good`, `city`, `keep`, and `stock`, the number in stock.
 
     Args:
         wrapped: goods that must be wrapped.
-        cooled: cities to which it must be cooled.
-        max_turns: responses of an episode.
+        cooled: cities to which parcels must be cooled.
+        max_turns: limit on the responses of an episode.
 
     Raises:
         ValueError: if `max_turns` < 1.
@@ -101,7 +101,7 @@ class Store(Environment):
             raise ValueError(f"`Store(max_turns=...)` must be >= 1, got {self.max_turns}")
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """Its tools answer. They are not offered in the prompt: there is nothing to choose from."""
+        """The tools' role. The prompt does not list the tools, which are always the same."""
         return ("tool",)
 
     def begin(self, prompt: Prompt) -> Parcel:
@@ -109,7 +109,7 @@ class Store(Environment):
         return Parcel(stock={prompt.row["good"]: prompt.row["stock"]})
 
     def step(self, prompt: Prompt, state: Parcel, response: str) -> Observation | Verdict:
-        """What the tools answer; with the parcel sent, the verdict."""
+        """The tools' answers; once the parcel is sent, the verdict."""
         state.turns += 1
         before = dict(state.taken)
         tools = (state.count, state.take, state.wrap, state.cool, state.send)
@@ -121,7 +121,7 @@ class Store(Environment):
         return replace(observed, feedback=_of_number(prompt, state))
 
     def finish(self, prompt: Prompt, state: Parcel, response: str, why: str) -> Verdict:
-        """The verdict on what was done so far."""
+        """The verdict on the calls so far."""
         return self._verdict(prompt, state)
 
     def _verdict(self, prompt: Prompt, state: Parcel) -> Verdict:
@@ -143,7 +143,7 @@ class Store(Environment):
 
 
 def _of_number(prompt: Prompt, parcel: Parcel) -> str:
-    """What is wrong with the number that was taken; empty: nothing."""
+    """Feedback on the number that was taken; empty: it is right."""
     good, stock = prompt.row["good"], prompt.row["stock"]
     wanted = stock - prompt.row["keep"]
     if parcel.taken == {good: wanted}:
@@ -152,7 +152,7 @@ def _of_number(prompt: Prompt, parcel: Parcel) -> str:
 
 
 def _of_care(what: str, how: str, needed: bool, done: bool) -> str:
-    """What is wrong with one of the two cares; empty: nothing."""
+    """Feedback on wrapping or cooling; empty: it is right."""
     if needed == done:
         return ""
     return f"{what} must {'' if needed else 'not '}be {how}."

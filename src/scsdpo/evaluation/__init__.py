@@ -1,4 +1,4 @@
-"""Evaluations: what a policy can do on each question, as figures, as a file, and compared."""
+"""Evaluations: a policy's scores on each question, as figures and as a file."""
 
 from scsdpo.evaluation.figures import Figures, by_category, figures, means
 from scsdpo.evaluation.question import Question, predictions, questions

@@ -9,12 +9,12 @@ from scsdpo.metrics import MajAtK, MeanAtK
 from scsdpo.statistics import Estimate, interval
 
 Figures = dict[str, dict[str, Estimate]]
-"""By category ('': all), then by name."""
+"""Estimates by category ('': all questions), then by name."""
 LEVEL = 0.95
 
 
 def by_category(questions: Sequence[Question]) -> dict[str, list[Question]]:
-    """'' holds all; `math/level2` belongs to `math` too. One category alone is not told apart."""
+    """Questions by category: '' has all, `math` also `math/level2`'s; a lone one is omitted."""
     groups: dict[str, list[Question]] = {"": list(questions)}
     for question in questions:
         parts = question.category.split("/") if question.category else []
@@ -37,7 +37,7 @@ def figures(questions: Sequence[Question]) -> Figures:
 
 
 def means(questions: Sequence[Question]) -> dict[str, float]:
-    """What a run logs: `mean@k`, `maj@k` and `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
+    """The figures that a run logs: `mean@k`, `maj@k`, `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
     found = {}
     for name, group in by_category(questions).items() if questions else ():
         # Every rank has all questions.

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of a question."""
+"""A question of an evaluation, with its scores."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,26 +18,26 @@ class Question:
     category: str
     """`Prompt.category`; with several sources it begins with the source's name."""
     question: str
-    """The last turn before the response."""
+    """Text of the last message before the response."""
     gold: str
     """The gold answer."""
     rewards: tuple[float, ...]
-    """[k]."""
+    """[k] rewards."""
     successes: tuple[bool, ...]
-    """[k]: reward >= the success threshold."""
+    """[k], True: reward >= the success threshold."""
     answers: tuple[str | None, ...]
     """[k] extracted answers; None: the response holds none."""
     lengths: tuple[int, ...]
-    """[k], in tokens."""
+    """[k] lengths in tokens."""
     finished: tuple[bool, ...]
-    """[k]: not cut off at `max_new_tokens`."""
+    """[k], True: not cut off at `max_new_tokens`."""
     errors: int
-    """Verdicts whose verifier failed."""
+    """Number of verdicts whose verifier failed."""
     response: str
     """The first of the k responses."""
     right: str = ""
-    """The best successful one that is more than thinking, of equals the first; '' if there is no
-    success."""
+    """The first of the best successful responses that hold more than thinking; '': none
+    succeeded."""
 
     def scores(self) -> dict[str, float]:
         """mean@k, maj@k, pass@1, 2, 4, ... k, and shares; each figure is their mean."""
@@ -54,7 +54,7 @@ class Question:
 
 
 def questions(judged: Judged) -> Iterator[Question]:
-    """Those of a judged batch, in its order."""
+    """The questions of a judged batch, in order."""
     for q, prompt in enumerate(judged.prompts):
         verdicts, texts = judged.verdicts[q], judged.texts[q]
         successes = tuple(judged.successes[q].tolist())
@@ -80,7 +80,7 @@ def _right(prompt: Prompt, best: Sequence[str]) -> str:
 
 
 def predictions(judged: Judged) -> Iterator[dict[str, Any]]:
-    """A record for each response of a judged batch, in its order: docs/evaluation.md."""
+    """A record for each response of a judged batch, in order; see docs/evaluation.md."""
     lengths, ended = judged.lengths.tolist(), judged.ended.tolist()
     for q, prompt in enumerate(judged.prompts):
         texts = judged.texts[q]

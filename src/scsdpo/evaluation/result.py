@@ -17,16 +17,16 @@ _TUPLES = {"rewards", "successes", "answers", "lengths", "finished"}
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was evaluated, and every question with the scores of its responses."""
+    """An evaluation: its settings, and every question with the scores of its responses."""
 
     about: Mapping[str, Any]
-    """`split`, `policy`, `checkpoint`, `step`, `batch`, `sampling`, ...: docs/evaluation.md."""
+    """`split`, `policy`, `checkpoint`, `step`, `batch`, `sampling`, ...; see docs/evaluation.md."""
     questions: Sequence[Question]
     demonstrations: Mapping[str, Any] | None = None
-    """What the policy can do with a demonstration, where that was asked for."""
+    """Scores with a demonstration in the prompt, if they were measured."""
 
     def write(self, path: Path) -> None:
-        """As JSON with every figure; whole under its name, or not there."""
+        """Write it as JSON with every figure, atomically."""
         content = {
             "schema_version": SCHEMA_VERSION,
             "kind": "evaluation",
@@ -44,10 +44,10 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> "Result":
-        """Read what `write` wrote.
+        """Read a file of `write`.
 
         Raises:
-            ValueError: if it is no such file.
+            ValueError: if the file is no evaluation.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""An evaluation on the console."""
+"""Tables of an evaluation for the console."""
 
 import math
 
@@ -14,7 +14,7 @@ _WORDS = {"well_formed": "well formed (hold an answer)", "truncated": "truncated
 
 
 def result_table(result: Result, found: Figures) -> Group:
-    """All figures over all questions, and mean@k and maj@k by category."""
+    """Tables of all figures over all questions, and of mean@k and maj@k by category."""
     overall = Table(title=f"{result.about['policy']}: {len(result.questions)} questions")
     overall.add_column("%")
     overall.add_column("")
@@ -37,9 +37,9 @@ def result_table(result: Result, found: Figures) -> Group:
 
 
 def _shown(result: Result) -> Table:
-    """With a right response of the policy's own in the prompt, and with one to another question."""
+    """Table of scores with a right response to the same or to another question in the prompt."""
     assert result.demonstrations is not None
-    told = {name: value for name, value in result.demonstrations.items() if name != "questions"}
+    found = {name: value for name, value in result.demonstrations.items() if name != "questions"}
     k = result.about["sampling"]["n"]
     count = result.demonstrations["questions"]
     table = Table(title=f"shown a demonstration, mean@{k} over the {count} questions solved once")
@@ -55,7 +55,7 @@ def _shown(result: Result) -> Table:
         "own_over_another": "own over another's",
     }
     for name, label in words.items():
-        table.add_row(label, *_cells(Estimate(**told[name])))
+        table.add_row(label, *_cells(Estimate(**found[name])))
     return table
 
 

@@ -1,1 +1,1 @@
-"""Where the process ends: standard streams, text on a terminal, files of JSON."""
+"""Input and output of the process: standard streams, terminal text, JSON files."""

@@ -9,7 +9,7 @@ from scsdpo.io.text import printable
 
 
 class Terminal(Console):
-    """Shows strings as they are: no markup, no emoji codes, no control characters of theirs."""
+    """Shows strings literally: no markup, no emoji codes, control characters escaped."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, emoji=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Files that a process writes whole, and lines of JSON that another one may have left torn."""
+"""Write files atomically, and read JSON lines that a crash may have torn."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from scsdpo.io.text import in_one_line
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole under its name, or not there; its folder is made if need be.
+    """Write a file atomically; its folder is made if needed.
 
     Raises:
-        OSError: if the disk refuses; what was there before stays.
+        OSError: if the disk refuses; an older file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -32,12 +32,12 @@ def write_whole(path: Path, text: str) -> None:
 def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     """The objects in a file of one JSON object a line; none if there is no file.
 
-    A last line without its end may still be being written and is left out. One that is torn, as a
-    power cut leaves it (NULs, or half a line), is named on standard error and passed over.
+    A last line without a newline may still be in writing and is omitted. A torn line, as a power
+    cut leaves it (NULs, or half a line), is reported on standard error and skipped.
 
     Args:
         path: of the file.
-        keys: that a line must have.
+        keys: keys that a line must have.
     """
     if not path.exists():
         return
@@ -47,7 +47,7 @@ def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
                 return
             found = parsed(line, *keys)
             if found is None:
-                tell(f"{path}, line {number} is torn, and passed over")
+                tell(f"{path}, line {number} is torn, and skipped")
             else:
                 yield found
 
@@ -58,12 +58,12 @@ def whole_object(path: Path, *keys: str) -> dict[str, Any]:
         return {}
     found = parsed(path.read_bytes(), *keys)
     if found is None:
-        tell(f"{path} is torn, and passed over")
+        tell(f"{path} is torn, and skipped")
     return found or {}
 
 
 def parsed(line: bytes, *keys: str) -> dict[str, Any] | None:
-    """The object of a line that has these keys; None: it is torn. NULs before it are none of it."""
+    """The object of a line that has these keys; None: it is torn. Leading NULs are ignored."""
     try:
         found = json.loads(line.strip(b"\0"))
     except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ def parsed(line: bytes, *keys: str) -> dict[str, Any] | None:
 
 
 def tell(text: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(f"scsdpo: {in_one_line(text)}", file=sys.stderr, flush=True)
 
 

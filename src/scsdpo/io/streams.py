@@ -1,8 +1,8 @@
 """Standard output and error that never end a command.
 
-A reader of the output may die (`| head`, a pager, ssh), its disk may be full, it may never have
-been open, and its encoding may lack a character. What cannot be written is lost, and the command
-goes on.
+The reader of the output may end (`| head`, a pager, ssh), its disk may be full, the stream may be
+closed from the start, and its encoding may lack a character. Output that cannot be written is lost,
+and the command continues.
 """
 
 import errno
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 _LOST: dict[int, OSError] = {}
-"""Why a stream is not written any more, by its descriptor."""
+"""Error that ended the writing of a stream, by its descriptor."""
 
 
 class _Raw(io.FileIO):
@@ -32,16 +32,16 @@ class _Raw(io.FileIO):
 
 
 def guard() -> None:
-    """Open what is closed, and let standard output and error lose what they cannot write.
+    """Open closed standard streams, and let output and error drop what they cannot write.
 
-    Called first: what another library opens must not become descriptor 1 or 2.
+    Call it first: a file that another library opens must not become descriptor 1 or 2.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
-    # Those of a test, which are no descriptors, stay as they are.
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    # Streams that a test has replaced stay as they are.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _guarded(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
@@ -49,7 +49,7 @@ def guard() -> None:
 
 
 def finish() -> OSError | None:
-    """Write what is buffered; why standard output was lost, unless nobody wanted to read it."""
+    """Flush both streams; returns the error that lost output, unless its reader left (EPIPE)."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = _LOST.get(1)
@@ -58,7 +58,7 @@ def finish() -> OSError | None:
 
 def _guarded(stream: Any, descriptor: int) -> io.TextIOWrapper:
     raw = _Raw(descriptor, "w", closefd=False)
-    if stream is None:  # it was closed when the process began
+    if stream is None:  # it was closed when the process started
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
     stream.flush()
     return io.TextIOWrapper(

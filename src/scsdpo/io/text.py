@@ -1,13 +1,13 @@
-"""Text of others as text: nothing in it acts on the terminal that shows it."""
+"""Make foreign text safe to show: nothing in it acts on the terminal."""
 
 _KEPT = "\n\t"
 
 
 def printable(text: str) -> str:
-    r"""`text` with everything that is neither seen nor a space, a tab or a line's end spelled out.
+    r"""`text` with every character escaped that is neither visible nor a space, tab or newline.
 
-    Escape sequences, carriage returns, C1 controls, marks that turn or hide the text around them,
-    and lone surrogates become `\x1b`, `\r`, `\x9b`, `\u202e`, `\ud800`.
+    Escape sequences, carriage returns, C1 controls, marks of text direction, and lone surrogates
+    become `\x1b`, `\r`, `\x9b`, `\u202e`, `\ud800`.
     """
     if text.isprintable():
         return text
@@ -17,12 +17,12 @@ def printable(text: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """`printable`, with every run of white space as one space."""
+    """`printable` text with every run of white space replaced by one space."""
     return printable(" ".join(text.split()))
 
 
 def _is_wide_space(c: str) -> bool:
-    """No-break, ideographic and other spaces; separators of lines are none."""
+    """True for no-break, ideographic and other wide spaces, but not for line separators."""
     return c.isspace() and c >= "\xa0" and c not in "\u2028\u2029"
 
 

@@ -1,4 +1,4 @@
-"""Small sums and products in words: questions for a small language model that others trained."""
+"""Small sums and products in words, as questions for a small pretrained language model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Multiply {a} by {b}. What is the result?",
     ),
 }
-"""Of each operation, the ways in which it is asked."""
+"""Wordings of the question for each operation."""
 LAST_NUMBER = Regex(pattern=r"(-?[0-9]+(?:\.[0-9]*[1-9])?)(?:\.?0*)[^0-9]*$")
 """Right iff the last number of the response is the answer: `56`, `= 56.`, `56.0`; not `56.5`."""
 HELD_OUT = 5
@@ -42,11 +42,11 @@ class _Item:
 class Arithmetic(Source):
     """Sums and products of two numbers from 1 to `most`, each asked in one of four wordings.
 
-    A question is right iff the last number of the response is; how it is put is free. Every
-    operation and ordered pair of numbers is there once, with a wording that `seed` fixes; so the
-    set is finite, made in memory and without files. A fifth of the unordered pairs, by the hash of
-    operation, numbers and seed, are those of validation: neither a pair nor its mirror image is in
-    both. With the defaults 232 questions are for training and 56 for validation.
+    A response is right iff its last number is the answer; its form is free. Every operation and
+    ordered pair of numbers appears once, with a wording that depends on `seed`, so the set is
+    finite and needs no files. A fifth of the unordered pairs, by a hash of operation, numbers and
+    seed, belong to validation: a pair and its mirror image are in the same split. With the defaults
+    there are 232 training and 56 validation questions.
 
     Args:
         split: "train" or "val".
@@ -79,7 +79,7 @@ class Arithmetic(Source):
 
     @property
     def name(self) -> str:
-        """`arithmetic`, whatever the numbers."""
+        """Always `arithmetic`."""
         return "arithmetic"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the lab's questions have in common, whatever their shape."""
+"""The base class of the lab's questions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -15,14 +15,14 @@ class Question(ABC):
     """A question that knows its answer, its worked response and the mistakes that it invites."""
 
     shape: ClassVar[str]
-    """Which kind of question it is, in one word."""
+    """The kind of question, in one word."""
     wordings: ClassVar[int]
-    """In how many ways a response can be put."""
+    """Number of wordings of a response."""
 
     @property
     @abstractmethod
     def messages(self) -> tuple[Message, ...]:
-        """The chat turns that put the question."""
+        """The messages that ask the question."""
 
     @property
     @abstractmethod
@@ -37,18 +37,18 @@ class Question(ABC):
     @property
     @abstractmethod
     def pitfalls(self) -> tuple[str, ...]:
-        """The name of the mistake that each step of the work invites, in the order of the work."""
+        """Name of the mistake that each step invites, in the order of the steps."""
 
     @abstractmethod
     def work(self, *, wording: int = 0, mistakes: Collection[int] = ()) -> list[str]:
-        """The response cut after each step: opening, one part per pitfall, closing.
+        """The response, cut after each step: opening, one part per pitfall, closing.
 
         Args:
             wording: in [0, wordings); changes words, never numbers.
-            mistakes: indices of the pitfalls fallen into. What follows a mistake is consistent
-                with it; a single mistake always ends in a wrong answer.
+            mistakes: indices of the steps with a mistake. Later steps are consistent with it; a
+                single mistake always gives a wrong answer.
         """
 
     def response(self, *, wording: int = 0, mistakes: Collection[int] = ()) -> str:
-        """The whole response, `work` joined; right where there are no `mistakes`."""
+        """The whole response, `work` joined; it is right if there are no `mistakes`."""
         return "".join(self.work(wording=wording, mistakes=mistakes))

@@ -91,7 +91,7 @@ TOPICS = (
 
 INSTRUCTION = "Please reason step by step."
 MISTAKEN = {"*": "+", "+": "*", "-": "+"}, {"+": "-", "-": "+"}
-"""What a beginner takes for the right operator: in the first step, and in later ones."""
+"""The operator that a beginner mistakes for the right one, in the first step and in later ones."""
 WORDINGS = (("", "; ", ""), ("First ", ", then ", "."), ("We get ", ". Next, ", "."))
 """Opening, joint and end of the reasoning."""
 

@@ -16,10 +16,10 @@ REQUEST = "Send {good} to {city}, keep {keep}."
 class StoreTasks(Source):
     """Requests to send parcels from a `Store`, endless and without files.
 
-    Request i depends on (split, seed, i) alone. Goods and cities take turns: a stretch of 96
-    requests has each good with each city once. There are 1,920 requests, with what is in store; one
-    belongs to validation iff its hash says so: whatever the seeds, none is in both. Categories are
-    the calls that it takes: calls3, calls4, calls5.
+    Request i depends on (split, seed, i) only. Goods and cities alternate: 96 successive requests
+    have each good with each city once. With the stock there are 1,920 different requests; a hash
+    decides which belong to validation, so for any seeds none is in both splits. Categories name the
+    number of calls needed: calls3, calls4, calls5.
 
     Args:
         split: "train" or "val".
@@ -50,7 +50,7 @@ class StoreTasks(Source):
 
     @property
     def name(self) -> str:
-        """`store`."""
+        """Always `store`."""
         return "store"
 
     def __getitem__(self, index: int) -> Prompt:

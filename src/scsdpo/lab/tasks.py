@@ -21,9 +21,9 @@ VAL_SHARE = 8
 class LabTasks(Source):
     """Procedural, verifiable questions, endless and without files.
 
-    Question i depends on (split, seed, i) alone. Levels and shapes take turns, so that any
-    stretch of questions is balanced. A question belongs to validation iff the hash of its text
-    says so; the other split draws again: whatever the seeds, no question is in both.
+    Question i depends on (split, seed, i) only. Levels and shapes alternate, so that any stretch of
+    questions is balanced. The hash of its text decides whether a question belongs to validation;
+    the other split draws again, so for any seeds no question is in both.
 
     Args:
         split: "train" or "val".
@@ -60,7 +60,7 @@ class LabTasks(Source):
         return self.size
 
     def question(self, index: int) -> Question:
-        """The question at `index`, which can also write responses to itself."""
+        """The question at `index`, which can also write its responses."""
         level = self.levels[index % len(self.levels)]
         shape = self.shapes[index // len(self.levels) % len(self.shapes)]
         rng = Random(stable_hash("scsdpo.lab", self.split, self.seed, index))
@@ -82,5 +82,5 @@ class LabTasks(Source):
 
     @property
     def name(self) -> str:
-        """`lab`, or `lab-SHAPE` where there is one shape only."""
+        """`lab`, or `lab-SHAPE` if there is one shape only."""
         return "lab" if len(self.shapes) > 1 else f"lab-{self.shapes[0]}"

@@ -13,12 +13,12 @@ from scsdpo.verifiers import ToolCall, Verifier
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """An argument whose value the request gives in another unit."""
+    """An argument that the request gives in another unit."""
 
     name: str
     phrase: str
     factor: int
-    """Units of the argument in one of the request; leaving it out is the pitfall."""
+    """Conversion factor from the request's unit; omitting it is the pitfall."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ TOOLS = (
     ),
 )
 WORDINGS = ("", "Thought: I should call {}.\n")
-"""What comes before the action."""
+"""Texts before the action."""
 PROMPT = "Tools: {tools}\nQuestion: {question}"
 
 
@@ -88,15 +88,15 @@ class ToolRequest(Question):
     """A request with one argument to copy and `level` to convert."""
 
     tools: tuple[Tool, ...]
-    """The tools on offer; the first one is meant."""
+    """The offered tools; the first one is needed."""
     order: tuple[int, ...]
-    """In which order the tools are listed."""
+    """Order in which the tools are listed."""
     value: str
     """The argument to copy."""
     slots: tuple[tuple[Slot, int], ...]
-    """The other arguments, with the numbers in the request."""
+    """The other arguments, with the request's numbers."""
     spoken: tuple[int, ...]
-    """In which order the request names the slots."""
+    """Order in which the request names the slots."""
     shape: ClassVar[str] = "tool"
     wordings: ClassVar[int] = len(WORDINGS)
 

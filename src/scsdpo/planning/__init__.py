@@ -1,4 +1,4 @@
-"""Planning: how much memory and time a configuration takes, from `config.json` alone."""
+"""Planning: estimates of a configuration's memory and time, from the model's `config.json` only."""
 
 from scsdpo.planning.advice import Advice, advice, fits
 from scsdpo.planning.architecture import Architecture, Counted, read_config, skeleton

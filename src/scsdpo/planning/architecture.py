@@ -1,4 +1,4 @@
-"""The shapes of a model, read off its `config.json` without a weight."""
+"""The sizes of a model, from its `config.json` and without weights."""
 
 import difflib
 import json
@@ -19,66 +19,69 @@ from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.names import is_factor
 
 _SHIPPED = Path(__file__).parent / "architectures.json"
-"""Shapes of the common models by hub name, so that they can be planned without the hub."""
+"""Sizes of common models by hub name, so that they can be planned without the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder of layers that mix tokens, feed-forwards and RMS norms. Counts are elements."""
+    """Sizes of a decoder with layers of attention or states, feed-forwards and RMS norms.
+
+    Counts are numbers of elements.
+    """
 
     name: str
-    """As transformers calls it, e.g. qwen3."""
+    """transformers' `model_type`, e.g. qwen3."""
     layers: int
-    """L."""
+    """L, number of decoder layers."""
     hidden: int
-    """D."""
+    """D, hidden size."""
     heads: int
-    """H, of queries."""
+    """H, query heads."""
     key_heads: int
-    """K, of keys and values."""
+    """K, heads of keys and values."""
     head_size: int
-    """d."""
+    """d, size of a head."""
     intermediate: int
-    """I."""
+    """I, width of the feed-forward."""
     vocabulary: int
     """V, rows of the head."""
     tied: bool
-    """Whether the head is the embedding."""
+    """True if embedding and head are one table."""
     head_norms: bool
-    """Whether queries and keys are normalised."""
+    """True if queries and keys are normalised."""
     kinds: tuple[str, ...]
-    """[L] how each layer mixes tokens, as transformers calls it, e.g. full_attention."""
+    """[L] transformers' `layer_types`, e.g. full_attention."""
     windows: tuple[int | None, ...]
-    """By layer with attention, tokens that it sees; None: all."""
+    """Tokens that each layer with attention sees; None: all."""
     state: int
-    """Of a sequence, over all layers of linear attention and convolution, whatever its length."""
+    """Elements of a sequence's states in all layers of linear attention and convolution."""
     matrix_sizes: tuple[int, ...]
-    """[L] in the linear layers of each decoder layer, all experts among them."""
+    """[L] elements in the linear layers of each decoder layer, with all experts."""
     active: int
-    """Of these, over all layers, what a token is multiplied with."""
+    """Elements of these matrices, in all layers, that one token is multiplied with."""
     layer_sizes: tuple[int, ...]
-    """[L] in each decoder layer, norms and biases too."""
+    """[L] elements of each decoder layer, with norms and biases."""
     parameters: int
-    """In all; tied weights once."""
+    """Elements of the model; tied weights count once."""
 
     @property
     def matrices(self) -> int:
-        """In the linear layers of the largest decoder layer."""
+        """Elements in the linear layers of the largest decoder layer."""
         return max(self.matrix_sizes)
 
     @property
     def layer(self) -> int:
-        """In the largest decoder layer."""
+        """Elements of the largest decoder layer."""
         return max(self.layer_sizes)
 
     @property
     def has_experts(self) -> bool:
-        """Whether a token is multiplied with a part of the matrices only."""
+        """True if a token is multiplied with only a part of the matrices."""
         return self.active < self.multiplied
 
     @property
     def is_plain(self) -> bool:
-        """Whether all layers are alike: softmax attention and one gated feed-forward."""
+        """True if every layer is softmax attention and one gated feed-forward."""
         return not self.has_experts and set(self.kinds) <= _ATTENTION
 
     @property
@@ -93,31 +96,31 @@ class Architecture:
 
     @property
     def table(self) -> int:
-        """V D: the embedding's elements, and the head's."""
+        """V D, the elements of the embedding; the head has equally many."""
         return self.vocabulary * self.hidden
 
     @property
     def root(self) -> int:
-        """What is in no decoder layer: embedding, head, last norm."""
+        """Elements outside of the decoder layers: embedding, head, last norm."""
         return self.parameters - sum(self.layer_sizes)
 
     @property
     def multiplied(self) -> int:
-        """The layers' matrices, all experts among them, without the head."""
+        """Elements of all layers' matrices, with all experts and without the head."""
         return sum(self.matrix_sizes)
 
     def cached(self, tokens: int) -> int:
-        """Elements of keys and values of a sequence of so many tokens, over all layers."""
+        """Elements of the keys and values of a sequence of `tokens` tokens, in all layers."""
         places = sum(min(tokens, window or tokens) for window in self.windows)
         return 2 * self.keys * places
 
     @staticmethod
     def of(model: PreTrainedModel) -> "Architecture":
-        """Of a model on any device, `meta` too, before an adapter is put on.
+        """The sizes of a model without adapters, on any device, `meta` included.
 
         Raises:
-            ConfigurationError: if a layer mixes tokens in a way that is not known here, or the
-                configuration lacks a size.
+            ConfigurationError: if plan does not support a type of layer, or the configuration
+                lacks a size.
         """
         config = model.config.get_text_config()
         layers = decoder_of(model).layers
@@ -128,12 +131,12 @@ class Architecture:
         unknown = sorted(set(kinds) - _ATTENTION - _STATES.keys())
         if missing or unknown:
             raise ConfigurationError(
-                f"{config.model_type}: plan knows decoders with attention, linear attention and "
-                f"convolutions, and this one has {'no ' + missing[0] if missing else unknown[0]}"
+                f"{config.model_type}: plan supports decoders with attention, linear attention and "
+                f"convolutions, but this one has {'no ' + missing[0] if missing else unknown[0]}"
             )
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         matrices = [[p for p in each.parameters() if p.dim() > 1] for each in layers]
-        # Stacked matrices of experts are the only tensors of three dimensions but convolutions'.
+        # The only tensors of three dimensions are experts' stacked matrices and convolutions.
         share = _chosen(settings)
         active = sum(
             p.numel() * (share if p.dim() == 3 and p.shape[1] > 1 else 1)
@@ -169,14 +172,16 @@ class Architecture:
 
 
 def _chosen(settings: Mapping[str, Any]) -> float:
-    """Share of the experts that a token goes through; 1 without any."""
+    """Share of the experts that a token goes through; 1 without experts."""
     every = settings.get("num_experts") or settings.get("num_local_experts")
     every = every or settings.get("n_routed_experts")
     return (settings.get("num_experts_per_tok") or 1) / every if every else 1.0
 
 
 def _delta_rule(settings: Mapping[str, Any]) -> int:
-    """Keys by values a head, and what the convolution before them still sees."""
+    """Elements of a layer's state: a matrix (keys by values) for each head, and the last inputs of
+    the convolution before it.
+    """
     keys, values = settings["linear_key_head_dim"], settings["linear_value_head_dim"]
     heads = settings["linear_num_value_heads"]
     channels = 2 * settings["linear_num_key_heads"] * keys + heads * values
@@ -189,36 +194,36 @@ def _convolution(settings: Mapping[str, Any]) -> int:
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 _STATES = {"linear_attention": _delta_rule, "conv": _convolution}
-"""By kind of layer, elements of its state, float32 a sequence."""
+"""Type of layer -> function of the elements of a sequence's state, which are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """What an adapter leaves frozen and what it trains, in elements."""
+    """Numbers of frozen and trained elements with an adapter."""
 
     frozen: int
     trained: int
     adapted: int
-    """Of the frozen, those with factors beside them: sampling merges them into a copy."""
+    """Frozen elements that have LoRA factors; sampling merges these into a copy."""
     rank_tables: int
-    """Entries that factors leave behind for the backward, a token and layer."""
+    """Entries that factors keep for the backward, for each token and layer."""
     quantized: int = 0
-    """Of the frozen, those that are kept in 4 bits."""
+    """Frozen elements that are kept in 4 bits."""
     packed: float = 0.0
-    """Bytes of each of these."""
+    """Bytes of an element in 4 bits."""
     widest: int = 0
-    """Of these, in the largest matrix: one at a time is made plain."""
+    """Elements of the largest matrix in 4 bits; one matrix at a time is dequantised."""
 
     @property
     def whole(self) -> bool:
-        """Whether all parameters are trained."""
+        """True if all parameters are trained."""
         return self.frozen == 0
 
     @staticmethod
     def of(
         model: PreTrainedModel, adapter: Adapter, quantization: Quantization = Unquantized()
     ) -> "Counted":
-        """Puts `adapter` on `model`, which is on `meta`."""
+        """Count the elements of `model`, on `meta`; this puts `adapter` on it."""
         layers = len(decoder_of(model).layers)
         matrices = matrices_in_4_bits(model, quantization)
         wrapped = adapter.wrap(model)
@@ -244,9 +249,9 @@ class Counted:
 
     @staticmethod
     def all_linear(shapes: Architecture, rank: int) -> "Counted":
-        """Factors of `rank` beside every linear layer but the head.
+        """Count with factors of `rank` beside every linear layer but the head.
 
-        rank * (inputs + outputs) of q, k, v, o, gate, up and down.
+        A layer trains rank * (inputs + outputs) of q, k, v, o, gate, up and down.
         """
         sides = 7 * shapes.hidden + 2 * shapes.queries + 2 * shapes.keys + 3 * shapes.intermediate
         return Counted(
@@ -258,7 +263,7 @@ class Counted:
 
 
 def matrices_in_4_bits(model: PreTrainedModel, quantization: Quantization) -> list[int]:
-    """Elements of each matrix of `model` that is kept in 4 bits: of linear layers but the head."""
+    """Elements of each matrix of `model` that would be in 4 bits: linear layers but the head."""
     if isinstance(quantization, Unquantized):
         return []
     head = model.get_output_embeddings()
@@ -281,12 +286,12 @@ def read_config(
     """The configuration of a model, without asking the hub.
 
     Args:
-        name_or_path: of the model.
-        architecture: a config.json, or the folder that holds one, to be taken in its place.
-        key: where the name stands.
+        name_or_path: hub name or local folder of the model.
+        architecture: a config.json, or a folder with one, to read instead.
+        key: configuration key of the name, for error messages.
 
     Raises:
-        ConfigurationError: if it is nowhere on this machine, naming the remedy.
+        ConfigurationError: if this machine does not have it; the message names the remedy.
     """
     name_or_path = str(SHIPPED.get(name_or_path, name_or_path))
     if architecture is not None:
@@ -302,18 +307,18 @@ def read_config(
             return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         close = difflib.get_close_matches(name_or_path, shipped, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        remedy = "give --architecture FILE, its config.json or the folder that holds it"
+        remedy = "give --architecture FILE, its config.json or the folder with it"
         if key != "model.policy.name_or_path":
-            remedy = "name a folder that holds its config.json"
+            remedy = "name a folder with its config.json"
         raise ConfigurationError(
-            f"{key}: {name_or_path} is no folder, its config.json is not in the cache, and its "
-            f"shapes are not among the {len(shipped)} that ship; `scsdpo plan` does not ask the "
-            f"hub: {remedy}{hint}"
+            f"{key}: {name_or_path} is not a folder, its config.json is not in the cache, and it "
+            f"is not among the {len(shipped)} models whose sizes ship; `scsdpo plan` does not ask "
+            f"the hub: {remedy}{hint}"
         ) from error
 
 
 def shapes() -> Mapping[str, Mapping[str, Any]]:
-    """The sizes that ship, by hub name: what of `config.json` decides memory."""
+    """Hub name -> the fields of its `config.json` that decide memory, for models that ship."""
     listed = json.loads(_SHIPPED.read_text(encoding="utf-8"))
     return {name: each["config"] for each in listed for name in each["names"]}
 
@@ -323,6 +328,6 @@ def _load(key: str, path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ConfigurationError(
-            f"{key}: {path} holds no config.json that transformers knows: "
+            f"{key}: {path} has no config.json that transformers can read: "
             f"{(str(error).splitlines() or [''])[0]}"
         ) from error

@@ -1,4 +1,4 @@
-"""The plan at the start of a run, and what the first step measured against it."""
+"""The plan at the start of a run, and its comparison with the first step."""
 
 import os
 import resource
@@ -19,20 +19,21 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import GIB, LATE_BYTES, Devices, Lengths, Setup, setup_of, sharding
-from scsdpo.planning.table import compact, gib, verdict
+from scsdpo.planning.table import compact, fit_line, gib
 
 
 class MemoryPlan(RolloutCallback):
-    """Says what a run will take before it loads a weight, and after a batch what it took.
+    """Prints a run's estimated memory before it loads weights, and the measured one after a batch.
 
-    Counted with the longest prompts and responses that the configuration allows. What cannot run at
-    all is refused; what may not fit is warned of, for responses are mostly shorter.
+    The estimate assumes the longest prompts and responses that the configuration allows. A run is
+    refused if weights, gradients and optimizer states alone do not fit. It only warns if the whole
+    estimate does not fit, because responses are mostly shorter.
     """
 
     def __init__(self) -> None:
         self.planned: Setup | None = None
         self.lengths: Lengths | None = None
-        """Means of what was learned from last, on this rank."""
+        """Mean lengths of the last batch on this rank."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         loaded: Any = pl_module
@@ -40,11 +41,12 @@ class MemoryPlan(RolloutCallback):
             return
         try:
             self.planned = _planned(trainer, pl_module)
-        except ConfigurationError as error:  # of no consequence: the run does not need a plan
+        except ConfigurationError as error:  # the run can do without a plan
             rank_zero_info(f"no plan: {error}")
-        except AttributeError as error:  # an architecture that spells its sizes otherwise
+        except AttributeError as error:  # its config.json has other names for sizes
             rank_zero_info(
-                f"no plan: {loaded.policy.name_or_path} is of no kind known to it ({error})"
+                f"no plan: the architecture of {loaded.policy.name_or_path} is not supported "
+                f"({error})"
             )
         if self.planned is None:
             return
@@ -53,7 +55,7 @@ class MemoryPlan(RolloutCallback):
         for line in compact(self.planned, memory):
             rank_zero_info(line)
         if not fits(self.planned, memory):
-            rank_zero_warn(f"plan: {verdict(self.planned, memory)}")
+            rank_zero_warn(f"plan: {fit_line(self.planned, memory)}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -79,14 +81,15 @@ class MemoryPlan(RolloutCallback):
         seen = replace(setup, lengths=self.lengths)
         took = _took(setup, pl_module.device)
         rank_zero_info(
-            f"plan: the first step took {gib(took)} GiB on rank 0; planned for its lengths "
-            f"({seen.lengths.prompt} tokens a prompt, {seen.lengths.response} a response) "
-            f"{gib(memory_of(seen).peak)}, for the longest {gib(memory_of(setup).peak)}"
+            f"plan: the first step took {gib(took)} GiB on rank 0; the plan is "
+            f"{gib(memory_of(seen).peak)} for its mean lengths ({seen.lengths.prompt} tokens in a "
+            f"prompt, {seen.lengths.response} in a response), and {gib(memory_of(setup).peak)} for "
+            "the longest"
         )
 
 
 def _planned(trainer: L.Trainer, module: L.LightningModule) -> Setup | None:
-    """None: the data are not ours, and nothing is known of the batch."""
+    """The run's setup; None without a `TaskDataModule`, which says how large a batch is."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, TaskDataModule):
         return None
@@ -122,7 +125,7 @@ def _refuse(setup: Setup, memory: Memory) -> None:
     if memory.least <= setup.devices.memory:
         return
     found = advice(setup)
-    remedy = f": {found.words}" if found else "; take a smaller model or larger devices"
+    remedy = f": set {found.words}" if found else ": use a smaller model or larger devices"
     raise ConfigurationError(
         f"trainer: weights, gradients and optimizer states alone take {gib(memory.least)} GiB on "
         f"each device, which has {gib(setup.devices.memory)}{remedy}; see `scsdpo plan`"
@@ -131,11 +134,11 @@ def _refuse(setup: Setup, memory: Memory) -> None:
 
 def _lengths(batch: Batch) -> Lengths:
     prompts = [len(prompt.ids) for prompt in batch.judged.prompts]
-    told = [len(ids) for group in batch.teacher.ids for ids in group if ids]
+    of_teacher = [len(ids) for group in batch.teacher.ids for ids in group if ids]
     prompt = _mean(prompts)
     return Lengths(
         prompt=prompt,
-        teacher_prompt=_mean(told) if told else prompt,
+        teacher_prompt=_mean(of_teacher) if of_teacher else prompt,
         response=_mean(batch.judged.lengths.flatten().tolist()),
     )
 
@@ -145,7 +148,7 @@ def _mean(lengths: Sequence[int]) -> int:
 
 
 def _took(setup: Setup, device: torch.device) -> int:
-    """Bytes at the peak: of the allocator with the assumed context, or resident."""
+    """Peak bytes: of CUDA's allocator plus the assumed context, or on a CPU resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + setup.devices.process
     unit = 1 if sys.platform == "darwin" else 1024
@@ -153,7 +156,7 @@ def _took(setup: Setup, device: torch.device) -> int:
 
 
 def _resident() -> int:
-    """Bytes of this process now; where the kernel does not say, a guess."""
+    """Resident bytes of this process; 1 GiB where the kernel does not report them."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return GIB

@@ -1,4 +1,4 @@
-"""What a token leaves in layers that no formula here describes: measured on narrow ones."""
+"""Activation memory of layers that no formula describes, measured on narrow layers."""
 
 import copy
 import math
@@ -27,17 +27,17 @@ _WIDTHS = (
 )
 _EXPERTS = ("num_experts", "num_local_experts")
 _NARROWEST = 16
-"""Most that widths are divided by."""
+"""Largest divisor of widths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Bytes a token."""
+    """Measured bytes for each token."""
 
     layers: tuple[float, ...] = ()
-    """[L] what each layer keeps for the backward; empty: nothing was measured."""
+    """[L] bytes that each layer keeps for the backward; empty: nothing was measured."""
     end: float = 0.0
-    """What comes on top while a layer goes back, or at the end of the trunk."""
+    """More bytes during the backward of a layer, or at the end of the decoder."""
 
 
 def measured_layers(
@@ -48,20 +48,20 @@ def measured_layers(
     *,
     autocast: bool,
 ) -> Measured:
-    """What a token leaves in each layer, and beside them.
+    """Measure the bytes that a token takes in each layer, and beyond the layers.
 
     Bytes are proportional to the widths (hidden and feed-forward sizes, numbers of heads and of
-    experts, rank), whatever the sizes of heads and chunks. So two models with one and two layers of
-    a kind are made, all widths divided by the same number, and run on the CPU, forward and
-    backward: the difference of their peaks, times that number, is one layer, and the rest is the
-    end. Random weights; a second or two a kind.
+    experts, rank), whatever the sizes of heads and chunks. So for each type of layer two models are
+    built with random weights, of one and two layers, with all widths divided by the same number.
+    They run on the CPU, forward and backward. The difference of their peaks, times that number, is
+    one layer, and the rest is the end. It takes a second or two for each type.
 
     Args:
-        config: of the whole model.
-        shapes: of it.
-        adapter: of the policy.
-        dtype: of the loaded weights.
-        autocast: whether products are in bf16.
+        config: the whole model's.
+        shapes: the whole model's.
+        adapter: the policy's.
+        dtype: dtype of the loaded weights.
+        autocast: True if products are in bf16.
     """
     text = config.get_text_config()
     settings = text.to_dict()

@@ -1,7 +1,8 @@
-"""Bytes a rank, part by part, and the phases of a step as sums of them. docs/plan.md derives them.
+"""Bytes on a rank, part by part, and the phases of a step as sums of parts; docs/plan.md derives
+them.
 
-L layers, D hidden, H query and K key heads of size d, I intermediate, V vocabulary; w bytes of the
-residual stream, n bytes of what linear layers read and give.
+L layers, D hidden, H query and K key heads of size d, I intermediate, V vocabulary; w bytes of an
+element of the residual stream, n bytes of an element of linear layers' inputs and outputs.
 """
 
 from dataclasses import dataclass, fields
@@ -9,87 +10,88 @@ from dataclasses import dataclass, fields
 import torch
 
 from scsdpo.loss.kernel import BLOCK_BYTES, chunk_rows
-from scsdpo.planning.activations import activation_bytes, stored_bytes
 from scsdpo.planning.architecture import Architecture
 from scsdpo.planning.setup import FLOAT32, GIB, SecondWeights, Setup
 from scsdpo.rollout.hf.kv_cache import blocks
 
 PREFILL_TOKENS = 8192
-"""Most tokens of one prompt pass (`ContinuousBatcher`)."""
+"""Most tokens of one forward of prompts (`ContinuousBatcher`)."""
 BLOCK_TABLES = 5
-"""Tables [block, V] float32 beside the products: probabilities and what credit makes of them."""
+"""Tables [block, V] float32 beside the logits: probabilities, and intermediates of the credit."""
 DRAW_TABLES = 4
 """Tables [rows, V] float32 of a draw: logits, probabilities, their padded copy, a temporary."""
 GRAPHS = 2
-"""Graphs alive at a time: that of a micro-batch and that of the prompts above it."""
+"""Graphs alive at a time: that of a micro-batch and that of its prompts."""
 CPU_TOKENS = 1024
 GPU_TOKENS = 2**17
 """Most tokens of `limits.max_tokens: auto` (`CausalLM.token_budget`)."""
 VLLM_BYTES = GIB
-"""Assumed for the activations and graphs of a colocated vLLM."""
+"""Bytes assumed for the activations and graphs of a colocated vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes a rank."""
+    """Bytes on a rank, part by part."""
 
     process: int = 0
-    """Libraries, the device's context: assumed."""
+    """Libraries and the device's context (assumed)."""
     weights: int = 0
-    """Of the policy."""
+    """Weights of the policy."""
     optimizer: int = 0
-    """States."""
+    """Optimizer states."""
     teacher: int = 0
-    """Weights of its own."""
+    """The teacher's own weights."""
     reference: int = 0
-    """Weights of its own."""
+    """The reference's own weights."""
     buckets: int = 0
-    """DDP's, as large as the gradients and never filled: no resident memory on a CPU."""
+    """DDP's buckets, as large as the gradients. They are never filled, so on a CPU they take no
+    resident memory."""
     vllm: int = 0
-    """Colocated, awake through the whole step."""
+    """A colocated vLLM that stays awake through the whole step."""
     gradients: int = 0
     gradients_before: int = 0
-    """Of them, those there when a teacher runs: all, if there is a later micro-batch."""
+    """Gradients that exist when the last micro-batch's teacher runs: all if there are several
+    micro-batches, else 0."""
     gradients_meanwhile: int = 0
-    """Of them, those that lie beside the largest micro-batch: none if that is the first."""
+    """Gradients that exist during the micro-batch with the peak: 0 if that is the first."""
     gathered: int = 0
-    """Under shards, what is whole of a running model: two layers and the root."""
+    """If weights are sharded: gathered weights of the running model, two layers and the root."""
     casts: int = 0
     """bf16 copies of float32 weights that the backward reads."""
     activations: int = 0
-    """At the budget of a micro-batch, its prompts' among them."""
+    """Activations of a micro-batch at its budget, with those of its prompts."""
     dequantized: int = 0
-    """The matrix at work, made plain from 4 bits."""
+    """One matrix, dequantised from 4 bits for its product."""
     kept: int = 0
-    """Activations and casts of the prompts alone, which wait for their responses."""
+    """Activations and casts of prompts that wait for their responses."""
     prompts: int = 0
-    """Float32 sums of the gradients sent back to keys and values of prompts."""
+    """Float32 sums of the gradients of prompts' keys and values."""
     heads: int = 0
-    """bf16 copies of heads, the head's gradient where it lies beside the embedding's."""
+    """bf16 copies of heads, and the head's gradient if it is beside the embedding's."""
     chunks: int = 0
-    """Logits."""
+    """Chunks of logits."""
     teaching: int = 0
-    """Of a teacher's forward: keys and values of its prompts, and a layer at work."""
+    """A teacher's forward: keys and values of its prompts, and the activations of one layer."""
     sampling_weights: int = 0
-    """Copies to sample from: whole under shards, merged under LoRA, vLLM's own."""
+    """Copies of weights to sample from: gathered shards, merged LoRA, or vLLM's own."""
     cache: int = 0
     """Keys and values of sampling."""
     drawing: int = 0
-    """A prompt pass, or the logits of a draw."""
+    """A forward of prompts, or the logits of a draw."""
     stepping: int = 0
-    """Temporaries of the optimizer, or what the end of the backward has before it."""
+    """Temporaries of the optimizer, or of the end of the backward before it."""
 
     def total(self, names: tuple[str, ...]) -> int:
-        """Sum over some of them."""
+        """Sum of the parts `names`."""
         return sum(getattr(self, name) for name in names)
 
     def nonzero(self) -> dict[str, int]:
-        """By name."""
+        """Name -> bytes of the parts that are not 0."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
 
 
 RESIDENT = ("process", "weights", "optimizer", "teacher", "reference", "buckets", "vllm")
-"""There through the whole step."""
+"""Parts that exist through the whole step."""
 PHASES = {
     "sampling": (*RESIDENT, "sampling_weights", "dequantized", "cache", "drawing"),
     "teacher": (
@@ -115,18 +117,18 @@ PHASES = {
     ),
     "optimizer step": (*RESIDENT, "gradients", "stepping"),
 }
-"""Which parts lie beside each other at the peak of each phase."""
+"""Phase -> the parts that exist together at its peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of a setup, a rank."""
+    """Memory of a setup on one rank."""
 
     parts: Parts
     budget: int
     """Tokens of a micro-batch."""
     micro_batches: int
-    """An optimizer step, if all responses are trained on and of the given length."""
+    """Micro-batches of an optimizer step, if all responses have full length and are trained on."""
 
     @property
     def phases(self) -> dict[str, int]:
@@ -135,23 +137,23 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Of the whole step."""
+        """Peak bytes of the whole step."""
         return max(self.phases.values())
 
     @property
     def least(self) -> int:
-        """Weights, gradients and optimizer states: less than this no setting makes it."""
+        """Bytes of weights, gradients and optimizer states, which no other setting reduces."""
         return self.parts.total(("weights", "gradients", "optimizer"))
 
 
 def memory_of(setup: Setup) -> Memory:
-    """The arithmetic."""
+    """Estimate the memory of `setup` on one rank."""
     resident = _resident(setup)
     budget = _budget(setup, resident)
     batch = _micro_batch(setup, budget)
     gradients = FLOAT32 * setup.counted.trained // setup.shards
     a_token, waiting = activation_bytes(setup), batch.kept * stored_bytes(setup)
-    # The first finds no gradients yet; the second may be smaller.
+    # During the first micro-batch there are no gradients yet; the second may be smaller.
     first, second = batch.first * a_token, batch.second * a_token
     is_later = batch.second > 0 and gradients + second >= first
     return Memory(
@@ -181,19 +183,20 @@ def memory_of(setup: Setup) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tokens:
-    """Of the micro-batches of an optimizer step, on a rank."""
+    """Tokens of the micro-batches of an optimizer step on a rank."""
 
     kept: int
-    """Of prompts that wait for their responses."""
+    """Tokens of prompts that wait for their responses."""
     first: int
-    """Of the responses of the first micro-batch."""
+    """Tokens of the responses of the first micro-batch."""
     second: int
-    """Of the second; 0: there is none."""
+    """Tokens of the responses of the second micro-batch; 0: there is none."""
     count: int
+    """Number of micro-batches."""
 
 
 def _micro_batch(setup: Setup, budget: int) -> _Tokens:
-    """Prompts wait together up to half of the budget; responses share the rest.
+    """Split the budget: prompts get at most half of it, and responses share the rest.
 
     A response that does not fit runs alone.
     """
@@ -206,7 +209,7 @@ def _micro_batch(setup: Setup, budget: int) -> _Tokens:
 
 
 def _engine(setup: Setup) -> int:
-    """Of a colocated vLLM that is awake."""
+    """Bytes of a colocated vLLM that is awake."""
     sampler = setup.sampler
     weights = sampler.weight_bytes * setup.shapes.parameters // sampler.sharing
     return weights + sampler.cache_bytes + VLLM_BYTES
@@ -232,25 +235,24 @@ def _resident(setup: Setup) -> dict[str, int]:
 
 
 def _second_bytes(setup: Setup, second: SecondWeights) -> int:
-    """A whole fine-tune copies everything; LoRA shares the base, and copies factors that move.
+    """Bytes of a teacher's own weights on the device.
 
+    A full fine-tune copies the model. LoRA shares the base and copies only factors that move.
     Another model has all of its weights.
     """
     copied = setup.counted.whole or second.kind in ("moving", "external")
-    if not copied or second.kind == "none" or (second.stored.on_host and _has_host(setup)):
+    on_host = second.stored.on_host and setup.devices.kind == "cuda"  # a CPU is its own host
+    if not copied or second.kind == "none" or on_host:
         return 0
     if second.kind == "external":
         return second.width * second.shapes.parameters - second.saved
     return getattr(torch, second.stored.dtype).itemsize * setup.counted.trained
 
 
-def _has_host(setup: Setup) -> bool:
-    """Whether the host's memory is another than the device's."""
-    return setup.devices.kind == "cuda"
-
-
 def _budget(setup: Setup, resident: dict[str, int]) -> int:
-    """As `CausalLM.token_budget`: half of what is free, less gradients and casts."""
+    """`CausalLM.token_budget`: tokens that fit in half of the free memory beside gradients and
+    casts.
+    """
     if setup.max_tokens != "auto":
         return setup.max_tokens
     gradients = FLOAT32 * setup.counted.trained // setup.shards
@@ -261,7 +263,7 @@ def _budget(setup: Setup, resident: dict[str, int]) -> int:
 
 
 def casts_bytes(setup: Setup) -> int:
-    """Of one graph: the backward reads every linear layer's weight as the product read it."""
+    """Bytes of the bf16 copies of weights in one graph, which its backward reads."""
     if not setup.autocast or not setup.counted.whole:
         return 0
     shapes = setup.shapes
@@ -269,9 +271,10 @@ def casts_bytes(setup: Setup) -> int:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """Two layers whole, this and the next, the root, and the gradient of a layer.
+    """Bytes of gathered weights if they are sharded: this layer, the next one and the root, and the
+    gradient of a layer.
 
-    Of another model as much, without a gradient; its root stays.
+    Another model has as many, without a gradient.
     """
     if not setup.devices.sharded:
         return 0
@@ -282,9 +285,10 @@ def gathered_bytes(setup: Setup) -> int:
 
 
 def ending_bytes(setup: Setup) -> int:
-    """At the end of a backward, when no activation is left: the gradient of what is on its way.
+    """Bytes at the end of a backward, when no activation is left.
 
-    That of the embedding; under shards the root with its gradient, and two layers.
+    They are a gradient of the embedding; if weights are sharded, the root and a layer, each with
+    its gradient.
     """
     if not setup.counted.whole:
         return 0
@@ -294,7 +298,7 @@ def ending_bytes(setup: Setup) -> int:
 
 
 def _heads(setup: Setup) -> int:
-    """One copy a model if autocast narrows it; gradients of a tied head and of the embedding."""
+    """Bytes of a bf16 head for each model under autocast, and gradients of head and embedding."""
     others = sum(
         setup.narrow_of(each) * each.shapes.table
         for each in setup.others
@@ -302,7 +306,7 @@ def _heads(setup: Setup) -> int:
     )
     if not setup.counted.whole:
         return others
-    models = 1 + sum(each.trunks for each in setup.seconds if not each.another)
+    models = 1 + sum(each.forwards for each in setup.seconds if not each.another)
     copies = models * setup.narrow if setup.autocast else 0
     beside = FLOAT32 if setup.shapes.tied else 0
     product = setup.narrow if setup.autocast else 0
@@ -310,17 +314,17 @@ def _heads(setup: Setup) -> int:
 
 
 def _chunks(setup: Setup, tokens: int) -> int:
-    """A table of products a model, and of a block what lies between them."""
+    """Bytes of a chunk's logits for each model, and of a block's intermediates."""
     kind, row = setup.devices.kind, FLOAT32 * setup.shapes.vocabulary
     rows = min(chunk_rows(setup.shapes.vocabulary, kind, setup.devices.memory), tokens)
     block = min(max(BLOCK_BYTES[kind] // row, 1), rows)
-    tables = 1 + sum(second.trunks for second in setup.seconds)
+    tables = 1 + sum(second.forwards for second in setup.seconds)
     narrow = rows * setup.narrow * setup.shapes.vocabulary if setup.autocast else 0
     return tables * rows * row + BLOCK_TABLES * block * row + narrow
 
 
 def _working(shapes: Architecture, n: int) -> int:
-    """Bytes a token of a layer that keeps nothing: residual stream, and its widest place."""
+    """Bytes of a token in a layer without a graph: residual stream, and its widest intermediate."""
     queries = (2 * n + FLOAT32) * (shapes.queries + shapes.keys)
     return 3 * FLOAT32 * shapes.hidden + max(queries, 3 * n * shapes.intermediate)
 
@@ -330,7 +334,7 @@ def _teaching(setup: Setup, tokens: int) -> int:
     if not setup.seconds:
         return 0
     kept = sum(
-        second.trunks
+        second.forwards
         * setup.narrow_of(second)
         * second.shapes.cached(min(tokens, setup.responses * prompts[second.slot]))
         for second in setup.seconds
@@ -339,13 +343,13 @@ def _teaching(setup: Setup, tokens: int) -> int:
 
 
 def _forward(setup: Setup, second: SecondWeights, tokens: int) -> int:
-    """A layer at work, its cast, and what is lent for the forward, layer by layer."""
+    """Bytes of a teacher's forward: a layer's activations, a cast, and copies of `OffloadHooks`."""
     shapes, n = second.shapes, setup.narrow_of(second)
-    lent = second.width * (shapes.layer + shapes.root) * (not second.stored.is_plain)
+    loaded = second.width * (shapes.layer + shapes.root) * (not second.stored.is_plain)
     cast = _one_cast(setup)
     if second.another:
         cast = n * _widest(shapes) if n < second.width else 0
-    return tokens * _working(shapes, n) + cast + lent
+    return tokens * _working(shapes, n) + cast + loaded
 
 
 def _widest(shapes: Architecture) -> int:
@@ -354,7 +358,7 @@ def _widest(shapes: Architecture) -> int:
 
 
 def _one_cast(setup: Setup) -> int:
-    """Of the widest product, made and let go."""
+    """Bytes of the bf16 copy of the largest matrix, which is freed after its product."""
     is_cast = setup.autocast and setup.counted.whole
     return setup.narrow * _widest(setup.shapes) if is_cast else 0
 
@@ -381,9 +385,9 @@ def _sampling_weights(setup: Setup) -> int:
 
 
 def _cache(setup: Setup) -> int:
-    """Prompts, and responses in rectangles that grow by half; at most the sampler's room.
+    """Bytes of keys and values of prompts and responses, at most the sampler's room.
 
-    States of layers without attention come on top, of each prompt and each response.
+    States of layers without attention are added, one for each prompt and each response.
     """
     if setup.sampler.kind != "hf":
         return 0
@@ -409,9 +413,72 @@ def _drawing(setup: Setup) -> int:
 
 
 def _stepping(setup: Setup) -> int:
-    """A list as long as the gradients, or one tensor at a time; or the backward's end."""
+    """Bytes of the optimizer's temporaries, or of the end of the backward if that is more."""
     trained = setup.counted.trained // setup.shards
     lists = int(setup.optimizer.temporary * trained)
     table = setup.shapes.table if setup.counted.whole else 0
     one = int(setup.optimizer.of_largest * table) // setup.shards
     return max(lists, one, ending_bytes(setup))
+
+
+# ------------------------------------------------------------------ activations
+
+
+def layer_bytes(setup: Setup) -> int:
+    """Bytes that one decoder layer keeps of a token for the backward; of the largest type of layer.
+
+    Layers of linear attention, convolutions and experts are measured (`measured_layers`). Other
+    layers keep:
+
+    * for each norm its float32 input, and the normalised one if its weight is trained;
+    * inputs of linear layers: one copy for all, or with autocast one each for q, k, v, gate and up;
+    * queries and keys: inputs of their norms as above, then scaled queries, keys, values, and
+      attention's output;
+    * gate, its activation, up, and their product.
+    """
+    if setup.measured.layers:
+        return int(max(setup.measured.layers))
+    shapes, counted, n = setup.shapes, setup.counted, setup.narrow
+    scale = counted.whole * 1
+    inputs = 5 * n if setup.autocast else 2 * n
+    of_hidden = 2 * FLOAT32 * (1 + scale) + inputs
+    normed = FLOAT32 + scale * n if shapes.head_norms else 0
+    copied = n if setup.autocast and not counted.whole else 0
+    scalars = 2 * FLOAT32 + FLOAT32 * shapes.heads
+    scalars += FLOAT32 * (shapes.heads + shapes.key_heads) if shapes.head_norms else 0
+    return (
+        of_hidden * shapes.hidden
+        + (normed + 2 * n + copied) * shapes.queries
+        + (normed + 2 * n) * shapes.keys
+        + 4 * n * shapes.intermediate
+        + n * counted.rank_tables
+        + scalars
+    )
+
+
+def stored_bytes(setup: Setup) -> int:
+    """Bytes that all layers keep of a token; with checkpointing, the input of each layer."""
+    if setup.checkpointing:
+        return setup.shapes.layers * setup.wide * setup.shapes.hidden
+    return int(sum(setup.measured.layers)) or setup.shapes.layers * layer_bytes(setup)
+
+
+def activation_bytes(setup: Setup) -> int:
+    """Bytes of a token in a micro-batch: `stored_bytes`, and the peak beyond the layers.
+
+    That peak is at the end of the decoder: the last norm, its output gathered in the order of
+    tokens, its gradient, and the kernel's copies. With checkpointing it may be one layer that is
+    recomputed and goes back, with its gradients and, with LoRA, casts.
+    """
+    shapes, n = setup.shapes, setup.narrow
+    end = (5 * setup.wide + FLOAT32 + n) * shapes.hidden
+    for second in setup.seconds:
+        wide = second.width if second.another else setup.wide
+        end += second.forwards * wide * second.shapes.hidden
+    end = max(end, int(setup.measured.end))
+    if setup.checkpointing:
+        gradients = 4 * shapes.hidden + 2 * n * shapes.intermediate
+        if not setup.counted.whole:
+            gradients += 8 * shapes.hidden + n * shapes.intermediate
+        end = max(layer_bytes(setup) + gradients, end)
+    return stored_bytes(setup) + end

@@ -1,4 +1,4 @@
-"""What of a configuration decides how much memory and time a step takes."""
+"""The parts of a configuration that decide how much memory and time a step takes."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -26,30 +26,30 @@ from scsdpo.policy.weights import Weights
 from scsdpo.rollout import Colocated, HFRollout, Rollout, VLLMRollout
 
 FLOAT32, BFLOAT16 = 4, 2
-"""Bytes."""
+"""Bytes of an element."""
 GIB = 2**30
 LATE_BYTES = 90 * 2**20
-"""A process on a CPU grows by it as it first trains, however small the policy: code that is loaded
-late, and buffers (`benchmarks/plan.py --cases tiny`)."""
+"""Bytes by which a process on a CPU grows in its first step, however small the policy: late imports
+and buffers (`benchmarks/plan.py --cases tiny`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """What the run has, a rank."""
+    """The devices of a run."""
 
     ranks: int = 1
     kind: Literal["cuda", "cpu"] = "cuda"
     memory: int = 80 * GIB
-    """Bytes a rank."""
+    """Bytes of memory of a rank."""
     sharded: bool = False
-    """Weights in shards over all ranks (FullySharded); otherwise each has them whole."""
+    """True: weights are sharded over all ranks (FullySharded). False: each rank has all."""
     process: int = GIB
-    """Bytes that a rank takes whatever it trains: libraries, the device's context."""
+    """Bytes that a rank takes without a model: libraries, the device's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens."""
+    """Lengths in tokens."""
 
     prompt: int
     teacher_prompt: int
@@ -58,129 +58,135 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondWeights:
-    """What the teacher or the reference keeps beside the policy."""
+    """The weights that the teacher or the reference keeps beside the policy's."""
 
     slot: str
+    """`teacher` or `reference`."""
     kind: Literal["none", "moving", "frozen", "external"]
-    """None: it reads weights that are there anyway."""
-    trunks: int
-    """Forwards a token; 0: there is no such teacher."""
+    """`none`: it runs with weights that are there anyway."""
+    forwards: int
+    """Forwards of the decoder for each token."""
     shapes: Architecture
-    """Of the model that reads."""
+    """Sizes of the model that it runs."""
     another: bool = False
-    """Whether that is not the policy."""
+    """True if this is another model than the policy."""
     width: int = FLOAT32
     """Bytes of an element of another model."""
     stored: Stored = Stored()
     """How its copy of the weights is kept."""
     saved: int = 0
-    """Bytes that another model in 4 bits takes less."""
+    """Bytes that 4 bits save in another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerBytes:
-    """A trained element."""
+    """Bytes of the optimizer for each trained element."""
 
     state: float
+    """Bytes of its state."""
     temporary: float
-    """During a step, in lists over all tensors; 0: one tensor at a time, or fused."""
+    """Bytes during a step that works on all tensors at once (foreach); 0: another way."""
     of_largest: float = 0.0
-    """During a step, an element of the largest tensor: one tensor at a time."""
+    """Bytes for each element of the largest tensor, if a step works tensor by tensor; else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Where responses come from."""
+    """The rollout engine."""
 
     kind: Literal["hf", "colocated", "remote"]
     max_tokens: int = 0
-    """Room for keys and values of `hf`."""
+    """Room for keys and values of `hf`, in tokens."""
     max_rows: int = 0
+    """Most responses in flight of `hf`."""
     merges: bool = False
-    """Whether `hf` samples from a merged copy of what LoRA adapts, if it has room."""
+    """True: `hf` samples from a merged copy of the weights that LoRA adapts, if it fits."""
     cache_bytes: int = 0
-    """Keys and values of a colocated vLLM."""
+    """Bytes of keys and values of a colocated vLLM."""
     weight_bytes: int = BFLOAT16
-    """Of an element of a colocated vLLM's own weights."""
+    """Bytes of an element of a colocated vLLM's own weights."""
     sharing: int = 1
-    """Ranks that have a part of these each."""
+    """Number of ranks over which these weights are split."""
     sleeps: bool = False
+    """True: vLLM frees its memory between samplings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything the arithmetic reads. Change one with `dataclasses.replace`."""
+    """All inputs of the estimate. Change one with `dataclasses.replace`."""
 
     shapes: Architecture
     counted: Counted
     base: int
-    """Bytes of a frozen element that is not in 4 bits; what is trained is float32."""
+    """Bytes of a frozen element that is not in 4 bits; trained elements are float32."""
     autocast: bool
-    """Products in bf16 from float32 weights."""
+    """True: products in bf16 from float32 weights."""
     checkpointing: bool
     shared_prefixes: bool
     seconds: tuple[SecondWeights, ...]
+    """Weights of the teacher and of the reference, if they exist."""
     optimizer: OptimizerBytes
     sampler: Sampler
     devices: Devices
     lengths: Lengths
     questions: int
-    """A batch, over all ranks."""
+    """Questions of a batch, over all ranks."""
     group: int
+    """Responses to a question."""
     updates: int
-    """Optimizer steps a batch."""
+    """Optimizer steps for each batch."""
     in_flight: int
-    """Most responses asked for at once, a rank: training's or validation's."""
+    """Most responses requested at once on a rank, in training or validation."""
     max_tokens: int | Literal["auto"]
-    """Budget of a micro-batch."""
+    """Token budget of a micro-batch."""
     measured: Measured = Measured()
-    """Of layers that no formula describes."""
+    """Measured bytes of layers that no formula describes."""
 
     @property
     def others(self) -> tuple[SecondWeights, ...]:
-        """Those that read with another model than the policy."""
+        """Those of `seconds` that run another model than the policy."""
         return tuple(second for second in self.seconds if second.another)
 
     def narrow_of(self, second: SecondWeights) -> int:
-        """Bytes of an element of what its linear layers read and give."""
+        """Bytes of an element of the inputs and outputs of linear layers of `second`."""
         if not second.another:
             return self.narrow
         return BFLOAT16 if self.autocast else second.width
 
     @property
     def narrow(self) -> int:
-        """Bytes of an element of what linear layers read and give."""
+        """Bytes of an element of the inputs and outputs of the policy's linear layers."""
         return BFLOAT16 if self.autocast else self.wide
 
     @property
     def wide(self) -> int:
-        """Bytes of an element of the residual stream: the embedding's."""
+        """Bytes of an element of the residual stream, whose dtype is the embedding's."""
         return FLOAT32 if self.counted.whole else self.base
 
     @property
     def frozen_bytes(self) -> int:
-        """Of the frozen base."""
+        """Bytes of the frozen base."""
         counted = self.counted
         packed = int(counted.packed * counted.quantized)
         return self.base * (counted.frozen - counted.quantized) + packed
 
     @property
     def shards(self) -> int:
-        """Parts in which weights, gradients and optimizer states are kept."""
+        """Number of shards of weights, gradients and optimizer states."""
         return self.devices.ranks if self.devices.sharded else 1
 
     @property
     def responses(self) -> int:
-        """A rank and optimizer step."""
+        """Responses on a rank in an optimizer step."""
         return max(self.questions * self.group // (self.devices.ranks * self.updates), 1)
 
     @property
     def prompts(self) -> int:
-        """Distinct ones a rank and optimizer step."""
+        """Distinct prompts on a rank in an optimizer step."""
         return max(self.questions // (self.devices.ranks * self.updates), 1)
 
     def on(self, **changes: Any) -> "Setup":
-        """On other devices."""
+        """A copy with changes of `devices`."""
         return replace(self, devices=replace(self.devices, **changes))
 
 
@@ -195,18 +201,21 @@ def setup_of(
     architecture: str | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Setup:
-    """From the constructed module, of whose weights none needs to be there.
+    """Read the setup from a constructed module, which needs no weights.
 
     Args:
         module: a `PolicyOptimizer`.
-        devices: of the run.
-        autocast: whether `trainer.precision` is a mixed one.
+        devices: the run's.
+        autocast: True if `trainer.precision` is mixed.
         questions: `data.questions_per_batch`.
         validation: `data.val_questions_per_batch`.
-        lengths: tokens to count with.
-        architecture: a config.json in the place of the policy's own.
-        names: of models, by slot (`policy`, `teacher`, `reference`), if the module has been given
-            others.
+        lengths: lengths to count with.
+        architecture: a config.json to read instead of the policy's own.
+        names: slot (`policy`, `teacher`, `reference`) -> name of its model, where the module was
+            constructed with other names.
+
+    Raises:
+        ConfigurationError: if the estimate does not support the configuration.
     """
     policy: CausalLM = module.policy
     names = names or {}
@@ -218,7 +227,7 @@ def setup_of(
     if not shapes.is_plain:
         measured = measured_layers(config, shapes, policy.adapter, dtype, autocast=autocast)
     quantization = policy.quantization
-    if "policy" in names:  # what its own config.json says is not known yet
+    if "policy" in names:  # the policy was constructed with another config.json
         with blamed_on("model.policy.name_or_path"):
             quantization = quantization_of(config, quantization)
     refuse_full(policy.adapter, quantization)
@@ -247,10 +256,10 @@ def setup_of(
 
 
 def sharding(strategy: object) -> bool:
-    """Whether `trainer.strategy` shards weights.
+    """True if `trainer.strategy` shards weights.
 
     Raises:
-        ConfigurationError: if it is one that the arithmetic does not know.
+        ConfigurationError: if plan does not support the strategy.
     """
     if isinstance(strategy, ModelParallelStrategy):
         return True
@@ -263,12 +272,12 @@ def sharding(strategy: object) -> bool:
     if name == "auto" or name.startswith(("ddp", "singledevice")):
         return False
     raise ConfigurationError(
-        f"trainer.strategy: plan knows one device, DDP and FullySharded, got {name}"
+        f"trainer.strategy: plan supports one device, DDP and FullySharded, got {name}"
     )
 
 
 class _Own(Weights):
-    """Stands for a second set of weights."""
+    """A second set of weights without tensors."""
 
     def __init__(
         self,
@@ -288,8 +297,8 @@ class _Own(Weights):
         raise NotImplementedError
 
 
-class _Noted:
-    """An adapter that notes what a teacher asks it for."""
+class _RecordingAdapter:
+    """An adapter that records which weights a teacher asks for, and makes none."""
 
     def __init__(self, shapes: Architecture, key: str, name: str | None, kind: str) -> None:
         self.kind: Literal["none", "moving", "frozen", "external"] = "none"
@@ -322,15 +331,15 @@ class _Noted:
 def _seconds(
     module: Any, shapes: Architecture, names: Mapping[str, str], kind: str
 ) -> tuple[SecondWeights, ...]:
-    """Asks the teachers themselves, so that one of the user's own is counted too."""
+    """Ask copies of the teachers for their weights, so that user-defined ones count too."""
     found: list[SecondWeights] = []
     teacher, reference = (copy.deepcopy(each) for each in (module.teacher, module.reference))
     for slot, made in (("teacher", teacher), ("reference", reference)):
         if not made.exists:
             continue
-        noted = _Noted(shapes, f"model.{slot}", names.get(slot), kind)
+        noted = _RecordingAdapter(shapes, f"model.{slot}", names.get(slot), kind)
         policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
-        made.configure(policy, slot)  # no weights are there yet
+        made.configure(policy, slot)
         reference.share(teacher)
         trunks = made.trunks(policy)
         own = next((each for each in trunks if isinstance(each, _Own)), _Own(shapes))
@@ -338,7 +347,7 @@ def _seconds(
             SecondWeights(
                 slot=slot,
                 kind=noted.kind,
-                trunks=len(trunks) * len(made.context.named),
+                forwards=len(trunks) * len(made.context.named),
                 shapes=own.shapes,
                 another=own.another,
                 width=own.width,
@@ -350,7 +359,7 @@ def _seconds(
 
 
 def _optimizer(make: Callable[..., torch.optim.Optimizer], kind: str) -> OptimizerBytes:
-    """What a step on a small matrix leaves behind; the same of any size but for a few bytes."""
+    """Measure the optimizer in a step on a small matrix; bytes an element hardly depend on size."""
     probe = nn.Parameter(torch.zeros(256, 256))
     optimizer = make([probe])
     probe.grad = torch.ones_like(probe)
@@ -391,14 +400,14 @@ def _sampler(rollout: Rollout, kind: str) -> Sampler:
 
 
 def with_lora(setup: Setup, rank: int = 32) -> Setup:
-    """The same with low-rank factors beside every linear layer, on a bf16 base."""
+    """A copy of `setup` with LoRA on every linear layer but the head; on GPU the base is bf16."""
     counted = Counted.all_linear(setup.shapes, rank)
     base = BFLOAT16 if setup.devices.kind == "cuda" else FLOAT32
     return replace(setup, counted=counted, base=base)
 
 
 def with_nf4(setup: Setup) -> Setup:
-    """The same with the matrices of every layer in 4 bits; of layers that are plain."""
+    """A copy of `setup`, whose layers must be plain, with their matrices in 4 bits."""
     shapes = setup.shapes
     counted = replace(
         setup.counted,

@@ -9,12 +9,12 @@ from scsdpo.planning.setup import BFLOAT16, FLOAT32, SecondWeights, Setup
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the devices reach, not what their makers print. The defaults are assumptions.
+    """Rates that the devices reach in practice. The defaults are assumptions.
 
     Args:
-        flops: floating-point operations a second of matrix products.
-        bandwidth: bytes a second between a device and its memory.
-        link: bytes a second that a rank sends or receives in a collective.
+        flops: floating-point operations per second in matrix products.
+        bandwidth: bytes per second between a device and its memory.
+        link: bytes per second that a rank sends or receives in a collective.
         host: seconds that Python takes to launch one decoder layer, which bounds `HFRollout`.
     """
 
@@ -26,39 +26,42 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Operations and bytes of a phase of one batch, a rank."""
+    """Operations and bytes of one phase of a batch on a rank."""
 
     flops: float
+    """Floating-point operations."""
     memory: float
     """Bytes between device and memory."""
     link: float
     """Bytes between ranks."""
     launches: float = 0.0
-    """Decoder layers launched one by one."""
+    """Number of decoder layers that Python launches."""
 
     def seconds(self, rates: Rates) -> float:
-        """What takes longest; traffic between ranks is counted as if it hid behind nothing."""
+        """Seconds of the slowest of computation, memory and launches, plus those of traffic
+        between ranks, which is assumed not to overlap.
+        """
         here = max(self.flops / rates.flops, self.memory / rates.bandwidth)
         return max(here, self.launches * rates.host) + self.link / rates.link
 
 
 def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
-    """Of each phase of one batch; every response is trained on."""
+    """Work of each phase of one batch, if every response is trained on."""
     tokens = setup.responses * setup.updates * setup.lengths.response
     prompts = setup.prompts * setup.updates * setup.lengths.prompt
-    told = setup.responses * setup.updates * setup.lengths.teacher_prompt
-    read = {"teacher": tokens + told, "reference": tokens + prompts}
+    teacher_prompts = setup.responses * setup.updates * setup.lengths.teacher_prompt
+    read = {"teacher": tokens + teacher_prompts, "reference": tokens + prompts}
     batches = memory.micro_batches * setup.updates
-    # Forward, and two products in the backward; a frozen matrix has no gradient of its own.
+    # A forward and two products in the backward; a frozen matrix needs no gradient.
     passes = (3 if setup.counted.whole else 2) + setup.checkpointing
     heads = (3 if setup.counted.whole else 2) * setup.shapes.table
-    heads += sum(second.trunks * second.shapes.table for second in setup.seconds)
+    heads += sum(second.forwards * second.shapes.table for second in setup.seconds)
     teachers = [
         Work(
-            flops=second.trunks
-            * _trunk(setup, second.shapes, read[second.slot], setup.lengths.teacher_prompt),
-            memory=batches * second.trunks * _bytes_read(setup, second),
-            link=batches * second.trunks * _gather_of(setup, second),
+            flops=second.forwards
+            * _decoder_flops(setup, second.shapes, read[second.slot], setup.lengths.teacher_prompt),
+            memory=batches * second.forwards * _teacher_weight_bytes(setup, second),
+            link=batches * second.forwards * _teacher_gather(setup, second),
         )
         for second in setup.seconds
     ]
@@ -70,7 +73,8 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
             link=sum(each.link for each in teachers),
         ),
         "update": Work(
-            flops=passes * _trunk(setup, setup.shapes, tokens + prompts, setup.lengths.prompt)
+            flops=passes
+            * _decoder_flops(setup, setup.shapes, tokens + prompts, setup.lengths.prompt)
             + 2.0 * heads * tokens,
             memory=batches * passes * _weight_bytes(setup),
             link=batches * 2 * _gather(setup) + _reduce(setup, batches),
@@ -83,17 +87,21 @@ def work_of(setup: Setup, memory: Memory) -> dict[str, Work]:
     }
 
 
-def _trunk(setup: Setup, shapes: Architecture, tokens: float, before: int) -> float:
-    """Products with every matrix, and scores and sums over half the own and all earlier tokens."""
+def _decoder_flops(setup: Setup, shapes: Architecture, tokens: float, before: int) -> float:
+    """Operations of a forward of the decoder over `tokens` tokens of responses.
+
+    Each token attends to `before` tokens of its prompt and on average to half of its response.
+    """
     seen = before + setup.lengths.response / 2
     attention = 4.0 * shapes.queries * seen * len(shapes.windows)
     return tokens * (2.0 * shapes.active + attention)
 
 
 def _weight_bytes(setup: Setup) -> float:
-    """Read for one forward; autocast reads float32, writes bf16 and reads that.
+    """Bytes of the policy's weights between device and memory in one forward.
 
-    A matrix in 4 bits is read, written plain, and read again.
+    Autocast reads float32, writes bf16 and reads that. A matrix in 4 bits is read, written
+    dequantised, and read again.
     """
     if setup.autocast and setup.counted.whole:
         return float((FLOAT32 + 2 * setup.narrow) * setup.shapes.parameters)
@@ -102,8 +110,8 @@ def _weight_bytes(setup: Setup) -> float:
     return in_4_bits + setup.base * (setup.shapes.parameters - counted.quantized)
 
 
-def _bytes_read(setup: Setup, second: SecondWeights) -> float:
-    """The same of a teacher."""
+def _teacher_weight_bytes(setup: Setup, second: SecondWeights) -> float:
+    """Bytes of a teacher's weights between device and memory in one forward."""
     if not second.another:
         return _weight_bytes(setup)
     cast = 2 * BFLOAT16 * (setup.autocast and second.width > BFLOAT16)
@@ -111,7 +119,7 @@ def _bytes_read(setup: Setup, second: SecondWeights) -> float:
 
 
 def _gather(setup: Setup) -> float:
-    """Bytes that come from other ranks to make a model whole once."""
+    """Bytes that a rank receives to gather the policy's weights once; 0 if not sharded."""
     if not setup.devices.sharded:
         return 0.0
     others = 1 - 1 / setup.devices.ranks
@@ -119,22 +127,24 @@ def _gather(setup: Setup) -> float:
     return others * each * setup.shapes.parameters
 
 
-def _gather_of(setup: Setup, second: SecondWeights) -> float:
-    """The same of a teacher."""
+def _teacher_gather(setup: Setup, second: SecondWeights) -> float:
+    """Bytes that a rank receives to gather a teacher's weights once."""
     if not second.another or not setup.devices.sharded:
         return _gather(setup)
     return (1 - 1 / setup.devices.ranks) * second.width * second.shapes.parameters
 
 
 def _reduce(setup: Setup, batches: int) -> float:
-    """Gradients over ranks: in each backward under shards, else once a step, there and back."""
+    """Bytes of gradients between ranks: in each backward if sharded, else once in each step."""
     others = 1 - 1 / setup.devices.ranks
     times = batches if setup.devices.sharded else 2 * setup.updates
     return others * times * FLOAT32 * setup.counted.trained
 
 
 def _sampling(setup: Setup, memory: Memory, tokens: float, prompts: float) -> Work:
-    """Decoding reads weights and keys once a step; steps follow from the responses in flight."""
+    """Work of sampling. A decoding step reads all weights and keys once; the number of steps
+    follows from the responses in flight.
+    """
     shapes, sampler = setup.shapes, setup.sampler
     held = setup.lengths.prompt / setup.group + setup.lengths.response
     room = sampler.max_tokens / held if sampler.kind == "hf" else tokens
@@ -147,7 +157,8 @@ def _sampling(setup: Setup, memory: Memory, tokens: float, prompts: float) -> Wo
         per_step = setup.base * shapes.parameters if merged else _weight_bytes(setup)
     cache = width * tokens * shapes.cached(setup.lengths.prompt + setup.lengths.response // 2)
     flops = (
-        _trunk(setup, shapes, tokens + prompts, setup.lengths.prompt) + 2.0 * shapes.table * tokens
+        _decoder_flops(setup, shapes, tokens + prompts, setup.lengths.prompt)
+        + 2.0 * shapes.table * tokens
     )
     return Work(
         flops=flops,

@@ -1,4 +1,4 @@
-"""How to deal devices out between trainers and vLLM servers that sample for them."""
+"""Splitting devices between trainers and the vLLM servers that sample for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,50 +9,51 @@ from scsdpo.planning.setup import BFLOAT16, Sampler, Setup
 from scsdpo.planning.speed import Rates, work_of
 
 _WIDTHS = (1, 2, 4, 8)
-"""Devices that a server's weights may lie on."""
+"""Numbers of devices that one server may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Trainers on some of the devices, servers on the others; they work in turns."""
+    """Trainers on some of the devices and servers on the others; they work in turns."""
 
     setup: Setup
-    """Of the trainers."""
+    """Setup of the trainers."""
     memory: Memory
-    """Of a trainer."""
+    """Memory of a trainer."""
     servers: int
+    """Number of servers."""
     width: int
-    """Devices of a server (vLLM's tensor_parallel_size)."""
+    """Devices of one server (vLLM's tensor_parallel_size)."""
     sampling: float
-    """Seconds a batch, of the servers."""
+    """Seconds in which the servers sample a batch."""
     training: float
-    """Seconds a batch, of the trainers: teacher, update and optimizer step."""
+    """Seconds in which the trainers learn from a batch: teacher, update and optimizer step."""
 
     @property
     def trainers(self) -> int:
-        """Devices that train."""
+        """Number of devices that train."""
         return self.setup.devices.ranks
 
     @property
     def fits(self) -> bool:
-        """Whether a trainer's peak leaves room."""
+        """True if a trainer's peak leaves room on its device."""
         return fits(self.setup, self.memory)
 
     @property
     def seconds(self) -> float:
-        """A batch, sampled and then learned from."""
+        """Seconds of a batch, sampling and then training."""
         return self.sampling + self.training
 
 
 def splits(setup: Setup, devices: int, rates: Rates) -> list[Split]:
-    """Every way to deal `devices` out that leaves none idle; those that fit first, by their speed.
+    """Every split of `devices` that leaves none idle; those that fit come first, the fastest first.
 
-    More than one trainer has its weights in shards if the setup has, or if only so they fit.
+    Several trainers shard their weights if `setup` does, or if they do not fit otherwise.
 
     Args:
-        setup: as planned; its sampler is put aside for servers.
-        devices: in all, each as large as the setup's.
-        rates: of each device.
+        setup: the planned one; servers replace its sampler.
+        devices: number of all devices, each as large as the setup's.
+        rates: rates of each device.
     """
     found = [
         split for trainers in range(1, devices) for split in _of(setup, trainers, devices, rates)
@@ -83,7 +84,7 @@ def _of(setup: Setup, trainers: int, devices: int, rates: Rates) -> Iterator[Spl
 
 
 def _sampling(setup: Setup, servers: int, width: int, rates: Rates) -> float:
-    """Of one server's share of the batch."""
+    """Seconds in which one server samples its share of the batch."""
     engine = Sampler(kind="remote", sharing=width, max_rows=_rows(setup, width))
     share = on_ranks(replace(setup, sampler=engine), servers, sharded=False)
     work = work_of(share, memory_of(share))["sampling"]
@@ -91,7 +92,9 @@ def _sampling(setup: Setup, servers: int, width: int, rates: Rates) -> float:
 
 
 def _rows(setup: Setup, width: int) -> int:
-    """Whole responses whose keys and values fit beside the weights on `width` devices."""
+    """Number of full-length responses whose keys and values fit beside the weights on `width`
+    devices.
+    """
     free = ROOM * setup.devices.memory - VLLM_BYTES - BFLOAT16 * setup.shapes.parameters / width
     held = setup.shapes.cached(setup.lengths.prompt + setup.lengths.response)
     return int(free * width // (BFLOAT16 * held))

@@ -1,4 +1,4 @@
-"""A plan in words and tables."""
+"""A plan as text and tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,18 +19,18 @@ _WORDS = {
     "buckets": "DDP's buckets",
     "vllm": "vLLM, awake",
     "gradients": "gradients",
-    "gathered": "layers made whole (shards)",
+    "gathered": "gathered layers (sharding)",
     "casts": "bf16 copies for the backward",
-    "dequantized": "a matrix made plain from 4 bits",
+    "dequantized": "a matrix dequantised from 4 bits",
     "activations": "activations at the budget",
     "kept": "prompts that wait for responses",
-    "prompts": "gradients to prompts' keys and values",
+    "prompts": "gradients of prompts' keys and values",
     "heads": "copies of heads, the head's gradient",
     "chunks": "chunks of logits",
     "teaching": "a teacher's forward",
     "sampling_weights": "copies of weights to sample from",
     "cache": "keys and values of sampling",
-    "drawing": "prompt pass or draw",
+    "drawing": "forward of prompts, or draw",
     "stepping": "temporaries of the step",
 }
 
@@ -40,8 +40,8 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def described(setup: Setup) -> str:
-    """What was counted, in one line."""
+def setup_line(setup: Setup) -> str:
+    """Model, precision and devices of a setup, in one line."""
     shapes, devices = setup.shapes, setup.devices
     trained = (
         "all trained" if setup.counted.whole else f"{setup.counted.trained / 1e6:.1f}M trained"
@@ -55,7 +55,7 @@ def described(setup: Setup) -> str:
         + ("sharded (FullySharded)" if devices.sharded else "replicated (DDP)")
     )
     active = shapes.parameters - shapes.multiplied + shapes.active
-    experts = f" ({active / 1e9:.2f}B a token)" if shapes.has_experts else ""
+    experts = f" ({active / 1e9:.2f}B active)" if shapes.has_experts else ""
     return (
         f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters{experts}, {trained}, "
         f"{'bf16-mixed' if setup.autocast else 'float32'}; {how} of {gib(devices.memory)} GiB"
@@ -63,16 +63,16 @@ def described(setup: Setup) -> str:
 
 
 def print_plan(setup: Setup, memory: Memory, rates: Rates, console: Console) -> None:
-    """The whole plan."""
-    console.print(described(setup), highlight=False, soft_wrap=True)
+    """Print the whole plan."""
+    console.print(setup_line(setup), highlight=False, soft_wrap=True)
     console.print(_parts(setup, memory))
     console.print(_phases(setup, memory, rates))
-    for line in (verdict(setup, memory), *assumptions(setup, memory, rates)):
+    for line in (fit_line(setup, memory), *assumptions(setup, memory, rates)):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def verdict(setup: Setup, memory: Memory) -> str:
-    """Whether it fits, by how much, and what would make it fit."""
+def fit_line(setup: Setup, memory: Memory) -> str:
+    """One line that says if the setup fits, with how much room, and which changes would help."""
     phase = max(memory.phases, key=memory.phases.__getitem__)
     room = setup.devices.memory - memory.peak
     if fits(setup, memory):
@@ -81,7 +81,7 @@ def verdict(setup: Setup, memory: Memory) -> str:
     lacking = f"lacks {gib(-room)} GiB" if room < 0 else f"leaves {gib(room)} GiB, less than 5 %"
     found = advice(setup)
     if found is None:
-        remedy = "No change that plan knows makes it fit: take a smaller model or larger devices."
+        remedy = "No change that plan knows makes it fit: use a smaller model or larger devices."
     else:
         remedy = (
             f"Smallest change that fits: {found.words} ({gib(found.memory.peak)} GiB, "
@@ -91,7 +91,7 @@ def verdict(setup: Setup, memory: Memory) -> str:
 
 
 def _small(setup: Setup, memory: Memory) -> str:
-    """A hint where memory leaves few tokens to a micro-batch, which then reads every weight."""
+    """A hint if memory leaves few tokens for a micro-batch; each micro-batch reads all weights."""
     if setup.checkpointing or setup.max_tokens != "auto" or memory.budget >= FEW_TOKENS:
         return ""
     more = memory_of(replace(setup, checkpointing=True)).budget
@@ -102,18 +102,19 @@ def _small(setup: Setup, memory: Memory) -> str:
 
 
 def assumptions(setup: Setup, memory: Memory, rates: Rates) -> list[str]:
-    """What the figures rest on."""
+    """The assumptions of the estimate, a line each."""
     auto = " (auto)" if setup.max_tokens == "auto" else ""
     lengths = setup.lengths
     return [
         f"Counted with {setup.questions} questions x {setup.group} responses, {lengths.prompt} "
-        f"tokens a prompt, {lengths.teacher_prompt} a teacher's, {lengths.response} a response "
-        "(every one that long, and trained on); "
-        f"{memory.budget} tokens{auto} and {memory.micro_batches} micro-batches an optimizer step.",
+        f"tokens in a prompt, {lengths.teacher_prompt} in a teacher's prompt, {lengths.response} "
+        "in a response (each that long, and trained on); "
+        f"{memory.budget} tokens{auto} in a micro-batch, {memory.micro_batches} micro-batches in "
+        "an optimizer step.",
         f"Seconds assume {rates.flops / 1e12:.0f} TFLOP/s in products, "
         f"{rates.bandwidth / 1e12:.1f} TB/s of memory, {rates.link / 1e9:.0f} GB/s between ranks, "
-        f"{rates.host * 1e3:.2f} ms of Python a layer and decoding step of HFRollout; verifiers, "
-        "elementwise kernels and waiting for other ranks are not in them.",
+        f"{rates.host * 1e3:.2f} ms of Python for each layer and decoding step of HFRollout; they "
+        "leave out verifiers, elementwise kernels and waiting for other ranks.",
         f"A plan that fills more than {ROOM:.0%} of a device counts as not fitting.",
     ]
 
@@ -122,7 +123,7 @@ def _parts(setup: Setup, memory: Memory) -> Table:
     table = Table("part", "GiB a rank", "at the peak of", title="memory", title_justify="left")
     table.columns[1].justify = "right"
     for name, size in memory.parts.nonzero().items():
-        if name.startswith("gradients_"):  # the same, where they lie
+        if name.startswith("gradients_"):  # these are listed as `gradients`
             continue
         phases = [phase for phase, names in PHASES.items() if _lies(name, names, memory)]
         where = "all" if len(phases) == len(PHASES) else ", ".join(phases)
@@ -161,8 +162,8 @@ def _phases(setup: Setup, memory: Memory, rates: Rates) -> Table:
 
 
 def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Console) -> None:
-    """Ways to deal devices out between trainers and servers, and what `setup` takes in turns."""
-    console.print(described(setup), highlight=False, soft_wrap=True)
+    """Print the ways to split devices between trainers and servers."""
+    console.print(setup_line(setup), highlight=False, soft_wrap=True)
     table = Table(title="trainers and vLLM servers", title_justify="left")
     for column in ("trainers", "servers", "devices a server", "trainer's peak GiB", "room"):
         table.add_column(column, justify="right")
@@ -170,7 +171,7 @@ def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Co
         table.add_column(column, justify="right")
     for split in found:
         room = gib(split.setup.devices.memory - split.memory.peak)
-        how = " (shards)" if split.setup.devices.sharded else ""
+        how = " (sharded)" if split.setup.devices.sharded else ""
         cells = [f"{split.trainers}{how}", str(split.servers), str(split.width)]
         cells += [gib(split.memory.peak), room if split.fits else f"{room}: does not fit"]
         cells += [f"{n:.1f}" for n in (split.sampling, split.training, split.seconds)]
@@ -183,25 +184,25 @@ def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Co
 def _fastest(found: Sequence[Split]) -> str:
     best = next((split for split in found if split.fits), None)
     if best is None:
-        return "No split fits: take LoRA, checkpointing, a smaller model or larger devices."
+        return "No split fits: use LoRA, checkpointing, a smaller model or larger devices."
     shards = " with FullySharded (configs/scale)" if best.setup.devices.sharded else ""
     wide = f" of {best.width} devices each (tensor_parallel_size)" if best.width > 1 else ""
     return (
         f"Fastest that fits: trainer.devices={best.trainers}{shards} and {best.servers} "
         f"server{'s' if best.servers > 1 else ''}{wide} (configs/rollouts/vllm-server.yaml), "
-        f"{best.seconds:.1f} s a batch; they work in turns, and what the weights take on their way "
-        "to the servers is not counted."
+        f"{best.seconds:.1f} s for each batch; trainers and servers work in turns, and sending the "
+        "weights to the servers is not counted."
     )
 
 
 def compact(setup: Setup, memory: Memory) -> list[str]:
-    """For the start of a run: parts in one line, phases in another."""
+    """The plan in two lines for the start of a run: the setup, then its parts and phases."""
     parts: Mapping[str, int] = memory.parts.nonzero()
     shown = [f"{name} {gib(size)}" for name, size in parts.items() if name in _SHOWN]
     phases = [f"{name} {gib(size)}" for name, size in memory.phases.items()]
     return [
-        f"plan: {described(setup)}",
-        f"plan: GiB a rank: {', '.join(shown)}; peak of {', '.join(phases)}",
+        f"plan: {setup_line(setup)}",
+        f"plan: GiB on each rank: {', '.join(shown)}; peak of {', '.join(phases)}",
     ]
 
 

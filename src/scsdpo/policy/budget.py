@@ -1,5 +1,6 @@
 """Memory of a forward and its backward, measured on few tokens and extrapolated to many."""
 
+import os
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -50,6 +51,15 @@ def memory_line(
         few, more = (peak_bytes(partial(forward_backward, n), device) for n in (FEW, MORE))
     slope = (more - few) / (MORE - FEW)
     return few - slope * FEW, slope
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of free memory of `device`, or of the host for a CPU."""
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Memory that the caching allocator holds without using it is free too.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

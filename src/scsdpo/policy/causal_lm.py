@@ -1,7 +1,6 @@
 """The policy: a causal language model with its tokenizer and adapter."""
 
 import copy
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers import (
 from scsdpo.distributed import all_max
 from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.adapter import Adapter, FullFineTune, refuse_full
-from scsdpo.policy.budget import memory_line
+from scsdpo.policy.budget import free_bytes, memory_line
 from scsdpo.policy.chat import Chat
 from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.experts import routers
@@ -233,7 +232,7 @@ class CausalLM(nn.Module):
         device = self.language_model.device
         most = 2**17 if device.type == "cuda" else 2**10
         fixed, a_token = self.memory_line()
-        return max(min(int((_free_bytes(device) // 2 - fixed) / a_token), most), 1)
+        return max(min(int((free_bytes(device) // 2 - fixed) / a_token), most), 1)
 
     def memory_line(self) -> tuple[float, float]:
         """(bytes of gradients and casts, bytes of activations for each token) of an update now."""
@@ -349,7 +348,7 @@ class CausalLM(nn.Module):
         linear = [name for name, part in model.named_modules() if type(part) is nn.Linear]
         wide = [name for name in linear if model.get_submodule(name).weight.dtype != narrow]
         taken = narrow.itemsize * sum(model.get_submodule(name).weight.numel() for name in wide)
-        if not wide or 2 * taken > _free_bytes(model.device):
+        if not wide or 2 * taken > free_bytes(model.device):
             return model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         plain = copy.deepcopy(model, shared)
@@ -414,14 +413,6 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     """
     forward = torch.compile(forward_in_checkpoint(kind), dynamic=True)
     return type(f"Compiled{kind.__name__}", (_Compiled, kind), {"forward": forward})
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Memory that the caching allocator holds without using it is free too.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Private names of jsonargparse, and of argparse, on which its parser is built."""
+"""Private names of jsonargparse, and of argparse, from which its parser is derived."""
 
 from argparse import Action, ArgumentParser
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ CHECKED = ">=4.53,<4.54"
 
 
 def spell_as(thing: object, path: str) -> None:
-    """Have configurations name a class by this path; by itself it writes the shortest one."""
+    """Let configurations name a class by this path; by default jsonargparse writes the shortest."""
     resolved_import_paths.add(thing, path)
 
 
 def yields_names(library: str) -> None:
-    """Let a class of `library` be named by its path alone where another has its short name.
+    """Let another class have a short name that a class of `library` has too.
 
-    jsonargparse refuses a short name that several imported classes have, and what is imported
-    depends on what is installed.
+    jsonargparse refuses a short name that several imported classes have, and imports depend on what
+    is installed. The class of `library` is then named by its full path.
     """
     every = _typehints.get_all_subclass_paths
 
@@ -33,5 +33,5 @@ def yields_names(library: str) -> None:
 
 
 def options_of(parser: ArgumentParser) -> Sequence[Action]:
-    """The options that a parser knows, in order; no public function lists them."""
+    """The options of a parser, in order; no public function lists them."""
     return parser._actions

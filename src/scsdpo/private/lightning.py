@@ -1,4 +1,4 @@
-"""Private names of Lightning, but for its command line (`scsdpo.private.lightning_cli`)."""
+"""Private names of Lightning, except those of its command line (`private/lightning_cli.py`)."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -21,25 +21,27 @@ from torch import Tensor
 CHECKED = ">=2.6,<2.7"
 
 ForkLauncher = _MultiProcessingLauncher
-"""Starts ranks as copies of a process; a strategy's public `launcher` has no public class."""
+"""Class of `strategy.launcher` that starts ranks as copies of a process; no public name."""
 ScriptLauncher = _SubprocessScriptLauncher
-"""Starts ranks by the command line, as `procs`; has no public class either."""
+"""Class of `strategy.launcher` that runs the command line for each rank; no public name."""
 ProcessedTracker = _ProcessedTracker
 """The class of a loop's `batch_progress.total` and `.current`, which count `processed`."""
 
 INSTANTIATOR = "_instantiator"
-"""Key of the hyperparameters under which `load_from_checkpoint` finds what builds the module."""
+"""Hyperparameter with the path of the function by which `load_from_checkpoint` builds a module."""
 STEPPED = "_batches_that_stepped"
-"""Key of the epoch loop's state: the number of the batch by which loggers count."""
+"""Key of the epoch loop's state with the step number of loggers."""
 
 
 def trainer_of(module: L.LightningModule) -> L.Trainer | None:
-    """The module's trainer, or None; the public property raises where there is none."""
+    """The module's trainer, or None; the public property raises if there is none."""
     return module._trainer
 
 
 def cluster_environment(trainer: L.Trainer) -> ClusterEnvironment | None:
-    """Where the run was started: SLURM, a plain machine, ...; a strategy need not know it."""
+    """The cluster environment of the run (SLURM, a plain machine, ...); not all strategies have
+    it.
+    """
     return trainer._accelerator_connector.cluster_environment
 
 
@@ -54,34 +56,34 @@ def requeued_from(trainer: L.Trainer) -> str | None:
 
 
 def checkpoint_content(trainer: L.Trainer, weights_only: bool) -> dict[str, Any]:
-    """What `trainer.save_checkpoint` writes; that function also writes it, where we do not."""
+    """The content that `trainer.save_checkpoint` writes; that function always writes it too."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
 
 
 def silence_signal_handlers(trainer: L.Trainer) -> None:
-    """Have the trainer register no signal handlers; no argument turns them off."""
+    """Keep the trainer from registering signal handlers; no argument turns them off."""
     trainer._signal_connector = _NoHandlers(trainer)
 
 
 class _NoHandlers(_SignalConnector):
     def register_signal_handlers(self) -> None:
-        """None."""
+        """Register nothing."""
 
 
 def disarm_child_observers() -> None:
-    """Let this process live when a rank that it started fails; Lightning would kill it in 5 s."""
+    """Keep Lightning from killing this process 5 s after a rank that it started has failed."""
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             thread._child_processes = []
 
 
 def forget_writer(logger: TensorBoardLogger) -> None:
-    """Have the next use of `logger.experiment`, which cannot be set, open another file."""
+    """Let the next use of `logger.experiment`, which cannot be set, open another file."""
     logger._experiment = None
 
 
 def shard_over(strategy: ModelParallelStrategy, ranks: int) -> None:
-    """Shard over this many ranks; the argument must be known before the number of ranks is."""
+    """Shard over `ranks` ranks; the constructor needs the number before it is known."""
     strategy._data_parallel_size = ranks
 
 
@@ -89,18 +91,18 @@ def shard_over(strategy: ModelParallelStrategy, ranks: int) -> None:
 
 
 def count_stepped(trainer: L.Trainer, batch: int) -> None:
-    """Set the number of the batch by which loggers count; it can only be read in the open."""
+    """Set the step number of loggers; its public property can only be read."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = batch
 
 
 def loader_positions(trainer: L.Trainer) -> list[dict[str, Any]]:
-    """States of the training data loaders as they are now, which no public function returns."""
+    """Current states of the training data loaders; no public function returns them."""
     loader = trainer.fit_loop._combined_loader
     return loader._state_dicts() if loader is not None else []
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after the batch that was just finished."""
+    """True if Lightning validates after the batch that was just finished."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
@@ -109,9 +111,10 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 class BestStates(ModelCheckpoint, ABC):
-    """`ModelCheckpoint`, with public names for what it does with one checkpoint.
+    """`ModelCheckpoint` with public names for its steps with one checkpoint.
 
-    Its arguments are kept in private fields, and its public methods decide and write at once.
+    `ModelCheckpoint` keeps its arguments in private fields, and its public methods both decide and
+    write.
     """
 
     @property
@@ -126,7 +129,7 @@ class BestStates(ModelCheckpoint, ABC):
         return self._every_n_train_steps
 
     def may_save(self, trainer: L.Trainer) -> bool:
-        """Whether it trains, and nothing was saved at this step."""
+        """True if the trainer is training and nothing was saved at this step."""
         return not self._should_skip_saving_checkpoint(trainer)
 
     def save_if_best(self, trainer: L.Trainer) -> None:
@@ -140,21 +143,21 @@ class BestStates(ModelCheckpoint, ABC):
 
     @property
     def newest_best(self) -> str:
-        """The path that `note_saved` was told last; empty: none."""
+        """The path of the last `note_saved`; '': none."""
         return self._last_checkpoint_saved
 
     @abstractmethod
     def write_last(self, trainer: L.Trainer) -> None:
-        """Write the last state; called where `save_last` asks for one."""
+        """Write the last state; called if `save_last` is set."""
         super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @abstractmethod
     def write_best(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write one of the best; called when it is due."""
+        """Write one of the best states; called when it is due."""
         super()._save_checkpoint(trainer, filepath)
 
     def remove_worse(self, trainer: L.Trainer, filepath: str) -> None:
-        """Remove what is no longer one of the best."""
+        """Remove a state that is no longer one of the best."""
         super()._remove_checkpoint(trainer, filepath)
 
     def _save_last_checkpoint(self, trainer: L.Trainer, candidates: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Private names of Lightning's command line: apart, because its import takes jsonargparse's."""
+"""Private names of Lightning's command line; a module of its own, as its import is slow."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,20 @@ CHECKED = ">=2.6,<2.7"
 class OpenCLI(LightningCLI):
     """`LightningCLI` that reads no configuration from checkpoints, with public names for its steps.
 
-    Lightning would let a checkpoint's configuration win over the command line, and no argument
-    turns that off.
+    Lightning lets a checkpoint's configuration override the command line, and no argument turns
+    that off.
     """
 
     def subcommand_parser(self) -> LightningArgumentParser:
-        """The parser of the command that is run; the public `parser` is that of all commands."""
+        """The parser of the current command; the public `parser` is that of all commands."""
         return self._parser(self.subcommand)
 
     def subcommand_parsers(self) -> Mapping[str, LightningArgumentParser]:
-        """The parser of each command, as soon as there are any."""
+        """Command -> its parser, once they are built."""
         return self._subcommand_parsers
 
     def run_subcommand(self, subcommand: str) -> None:
-        """Run the command; called when all is built."""
+        """Run the command; called when all objects are built."""
         super()._run_subcommand(subcommand)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -8,8 +8,8 @@ CHECKED = ">=0.21,<0.22"
 
 
 def use_adapters(layer: LoraLayer, names: Sequence[str], *, disabled: bool = False) -> None:
-    """Name the adapters of a layer that are in force, or have none in force.
+    """Set the active adapters of a layer, or turn adapters off.
 
-    The public switches also set `requires_grad`, which FSDP2 takes over from the first forward.
+    The public methods also set `requires_grad`, which FSDP2 reads only before the first forward.
     """
     layer._active_adapter, layer._disable_adapters = list(names), disabled

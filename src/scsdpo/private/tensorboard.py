@@ -6,8 +6,8 @@ CHECKED = ">=2.20,<2.22"
 
 
 def is_writer(thread: Thread | None) -> bool:
-    """Whether it is the thread that writes event files; its public writer does not show it.
+    """True if `thread` writes event files; the public writer does not expose it.
 
-    By name, because the import of TensorBoard takes seconds.
+    The class is compared by name, because importing TensorBoard takes seconds.
     """
     return type(thread).__name__ == "_AsyncWriterThread"

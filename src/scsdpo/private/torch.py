@@ -13,25 +13,26 @@ from torch.utils import _python_dispatch, _pytree
 CHECKED = ">=2.13,<2.14"
 
 DispatchMode = _python_dispatch.TorchDispatchMode
-"""Sees every operation while it is active; torch documents it and has no public path to it."""
+"""Intercepts every operation while it is active; documented, but without a public path."""
 tree_leaves = _pytree.tree_leaves
-"""The leaves of nested lists, tuples and dicts, as torch's own dispatch walks them."""
+"""Leaves of nested lists, tuples and dicts, in the order of torch's own dispatch."""
 
 flash_forward = torch.ops.aten._flash_attention_forward
 """Flash attention on CUDA with its log-normaliser, which the public function does not return."""
 flash_backward = torch.ops.aten._flash_attention_backward
-"""Its backward, given any output and log-normaliser; the public one takes its own only."""
+"""Backward of `flash_forward`, given any output and log-normaliser; the public one takes none."""
 cpu_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Flash attention on CPU with its log-normaliser, which the public function does not return."""
 cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""Its backward, given any output and log-normaliser; the public one takes its own only."""
+"""Backward of `cpu_flash_forward`, given any output and log-normaliser; the public one takes none.
+"""
 
 NAMES_IN_TABLES = {
     "torch.distributed.checkpoint.metadata": {"_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
 }
-"""By module, what the pickled table of a sharded checkpoint names beside public classes."""
+"""Module -> private names that the pickled table of a sharded checkpoint contains."""
 
 
 def default_store() -> dist.Store:
@@ -40,25 +41,27 @@ def default_store() -> dist.Store:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch has compiled in this process; public counters do not exist."""
+    """Number of graphs that torch has compiled in this process; there is no public counter."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Equal for two handles of one storage, also an empty one, whose public address is 0."""
+    """A key that is equal for two handles of one storage; the public address is 0 for all empty
+    ones.
+    """
     return storage._cdata
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DDP neither broadcast nor reduce these parameters and buffers of `module`.
+    """Keep DDP from broadcasting and reducing these parameters and buffers of `module`.
 
-    DDP's arguments cannot name them.
+    DDP has no argument for it.
     """
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 def load_hooks(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
-    """The hooks that run after `load_state_dict`; a public function adds one and none lists them.
+    """The hooks that run after `load_state_dict`; public functions add one but do not list them.
 
     A copied module has copies of them.
     """
@@ -66,9 +69,9 @@ def load_hooks(module: nn.Module) -> Mapping[int, Callable[..., Any]]:
 
 
 class Moved(nn.Module):
-    """A module that decides what `to`, `cuda`, `half` and the like do with it.
+    """A module that handles `to`, `cuda`, `half` and the like itself.
 
-    All of them go through a private method, and no public one is called by a parent module.
+    All of them call a private method, also on submodules; none calls a public one there.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -78,4 +81,6 @@ class Moved(nn.Module):
 
     @abstractmethod
     def moves_alone(self, fn: Callable[[Tensor], Tensor]) -> bool:
-        """Whether it has itself applied `fn` to what moves; False: torch does, to everything."""
+        """Apply `fn` to the tensors that move and return True; or return False, and torch applies
+        it to all.
+        """

@@ -11,29 +11,29 @@ CHECKED = ">=5.16,<5.25"
 
 
 def attention_of(model: PreTrainedModel) -> str:
-    """The attention implementation in force; a public method sets it and none reads it."""
+    """The current attention implementation; a public method sets it but none reads it."""
     return model.config._attn_implementation
 
 
 def has_sdpa(kind: type[PreTrainedModel]) -> bool:
-    """Whether the class can attend by torch's `scaled_dot_product_attention`."""
+    """True if the class supports torch's `scaled_dot_product_attention`."""
     return kind._supports_sdpa
 
 
 def has_attention_interface(kind: type[PreTrainedModel]) -> bool:
-    """Whether all attention of the class goes through the functions that users can register."""
+    """True if all attention of the class goes through functions that users can register."""
     return kind._supports_attention_backend
 
 
 def is_stateful(kind: type[PreTrainedModel]) -> bool:
-    """Whether the class keeps a recurrent state, which cannot be cut."""
+    """True if the class keeps a recurrent state, which cannot be truncated."""
     return kind._is_stateful
 
 
 def fill_anew(model: PreTrainedModel, part: nn.Module) -> None:
-    """Write the first values of the parameters and tables of `part` alone.
+    """Initialise the parameters and buffers of `part`.
 
-    The public `init_weights` does the whole model, and skips what was loaded.
+    The public `init_weights` initialises the whole model, and skips loaded weights.
     """
     model._init_weights(part)
 
@@ -48,22 +48,22 @@ def forward_in_checkpoint(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def recorders(part: nn.Module) -> dict[str, Any]:
-    """What a model can return beside its output, such as `router_logits`, and where it is made."""
+    """Name of an extra output, such as `router_logits` -> the modules that compute it."""
     return getattr(part, "_can_record_outputs", None) or {}
 
 
 def conversions_at_load(model: PreTrainedModel) -> Sequence[Any] | None:
-    """How the checkpoint's tensors became the model's; None or empty: it was not loaded from one.
+    """Conversions by which the checkpoint's tensors became the model's; None or empty: none.
 
-    The public function for a class gives the conversions of its newest format.
+    The public function for a class returns the conversions of its newest format.
     """
     return getattr(model, "_weight_conversions", None)
 
 
 def drop_conversions_of_quantizer(model: PreTrainedModel) -> None:
-    """Leave out of these how packed weights were put together, for plain ones are handed on.
+    """Remove the conversions of 4-bit weights, because weights are saved dequantised.
 
-    transformers would undo them in saving, and cannot; no public function sets the conversions.
+    transformers would try to undo them when it saves; no public function sets the conversions.
     """
     from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 

@@ -1,4 +1,4 @@
-"""Records: what a run leaves behind beside its checkpoints."""
+"""Records: the files that a run writes beside its checkpoints."""
 
 from scsdpo.records.batch_files import BatchFiles
 from scsdpo.records.environment import environment

@@ -1,4 +1,4 @@
-"""A file of lines for each batch, in a folder that is kept from growing without bound."""
+"""A file of JSON lines for each batch, in a folder of bounded size."""
 
 import os
 import re
@@ -13,14 +13,14 @@ _NAME = re.compile(r"([a-z]+)_(\d+)\.jsonl")
 
 
 class BatchFiles:
-    """`SPLIT_000012.jsonl` for batch 12: written by one process, whole or not at all.
+    """`SPLIT_000012.jsonl` for batch 12, written by one process, atomically.
 
-    When the files outgrow `most_bytes`, those go that stand closest to their neighbours of the same
-    split, the oldest first: what is left tells the run in ever larger steps, to its end.
+    When the files exceed `most_bytes`, those with the closest neighbours of the same split are
+    removed, the oldest first. The rest still spans the run, in larger and larger steps.
 
     Args:
-        folder: of the files; made with the first.
-        most_bytes: of all of them.
+        folder: folder of the files, made with the first one.
+        most_bytes: limit on the size of all files.
     """
 
     def __init__(self, folder: Path, most_bytes: float) -> None:
@@ -28,7 +28,7 @@ class BatchFiles:
         self._sizes: dict[tuple[str, int], int] | None = None
 
     def write(self, split: str, batch: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """The file of a batch, in the place of an older one."""
+        """Write the file of a batch, over an older one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content, path = b"".join(map(json_line, records)), self._path(split, batch)
         part = path.with_suffix(".part")
@@ -45,13 +45,13 @@ class BatchFiles:
             self._path(*least).unlink(missing_ok=True)
 
     def begin(self, batch: int, checkpoint: str | Path | None) -> None:
-        """Keep the files up to `batch` of a run that goes on, none of a new one (`begin_path`)."""
+        """Keep the files up to `batch` of a resumed run, and none for a new one (`begin_path`)."""
         begin_path(self.folder, batch, checkpoint)
         self._sizes = None
         self.cut(batch)
 
     def cut(self, batch: int) -> None:
-        """Remove the files of later batches, and what a killed write left."""
+        """Remove the files of later batches, and the remains of killed writes."""
         for split, number in [*self._known()]:
             if number > batch:
                 self._path(split, number).unlink()
@@ -63,7 +63,7 @@ class BatchFiles:
         return self.folder / f"{split}_{batch:06d}.jsonl"
 
     def _known(self) -> dict[tuple[str, int], int]:
-        """Sizes by split and batch."""
+        """Sizes of the files, by split and batch."""
         if self._sizes is None:
             found = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob("*.jsonl")]
             self._sizes = {
@@ -73,7 +73,7 @@ class BatchFiles:
 
 
 def _least_missed(sizes: Mapping[tuple[str, int], int]) -> tuple[str, int] | None:
-    """Between two others of its split, with the least between them; None: there is no such."""
+    """The file whose neighbours in its split are closest; None: none has two neighbours."""
     gaps = []
     for split in {split for split, _ in sizes}:
         numbers = sorted(number for each, number in sizes if each == split)

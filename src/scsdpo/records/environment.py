@@ -1,4 +1,4 @@
-"""What a run runs on."""
+"""Versions and hardware of a run."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ PACKAGES = ("scsdpo", "torch", "lightning", "transformers", "peft", "vllm")
 
 
 def environment(trainer: L.Trainer) -> dict[str, str]:
-    """Versions, machine and devices, in words; a package that is not installed is left out."""
+    """Versions, machine and devices as text; packages that are not installed are omitted."""
     root = trainer.strategy.root_device
     if root.type == "cuda":
         device = torch.cuda.get_device_name(root)

@@ -1,4 +1,4 @@
-"""Where the files of a run are, and what a run begins with."""
+"""The folder of a run, and the start of its records."""
 
 import shutil
 from itertools import count
@@ -30,14 +30,14 @@ def runs_folder(trainer: L.Trainer) -> Path:
 
 
 def begin_path(path: Path, batch: int, checkpoint: str | Path | None) -> None:
-    """Make a record ready: a new run finds none, one that goes on that of its checkpoint's run.
+    """Prepare a record: a new run starts an empty one, a resumed run continues its own.
 
     Args:
         path: file or folder of the record. What another run left there becomes `NAME.1.SUFFIX`,
             `NAME.2.SUFFIX`, ...
-        batch: after which the run goes on.
-        checkpoint: from which; None: the run is new. Into another folder than its run's, what is
-            there is copied.
+        batch: number of the batch after which the run resumes.
+        checkpoint: the checkpoint it resumes from; None: the run is new. If the run's folder is
+            another one than the checkpoint's, the record is copied from there.
     """
     if batch == 0 and not checkpoint:
         if path.exists():

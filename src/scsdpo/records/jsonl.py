@@ -1,4 +1,4 @@
-"""Lines of JSON that survive the process that writes them."""
+"""Files of JSON lines that survive a crash of the writing process."""
 
 import json
 import math
@@ -12,18 +12,18 @@ from scsdpo.io.files import parsed, whole_lines, write_whole
 from scsdpo.records.folder import begin_path
 
 _LONGEST = 2**22
-"""Bytes in which the last line of a file is looked for."""
+"""Number of bytes at the end of a file in which its last line is sought."""
 
 
 class JsonLines:
     """A file of one JSON object a line, written by one process.
 
-    Each line reached the disk before the next begins, so that a run which is killed at any moment
-    leaves whole lines, and a disk that is full leaves those before. Each has a `batch`: the batches
-    of training questions asked so far. A number that is not finite is null.
+    Each line is on the disk before the next begins: a run that is killed leaves complete lines, and
+    a full disk keeps those before. Each line has a `batch`, the number of batches of training
+    questions asked so far. A number that is not finite is null.
 
     Args:
-        path: its folder is made if need be.
+        path: path of the file; its folder is made if needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class JsonLines:
             _durably(file.fileno(), b"\n" * (torn and end > 0) + lines, end, b"")
 
     def extend(self, more: Mapping[str, Any]) -> None:
-        """Add keys to the last line, which must be there and whole, or write them over."""
+        """Add keys to the last line, or overwrite them; the line must exist and be complete."""
         last = self._tail()
         line = json_line(json.loads(last) | more)
         with self.path.open("r+b") as file:
@@ -48,33 +48,33 @@ class JsonLines:
             file.truncate(start + len(line))
 
     def cut(self, batch: int) -> None:
-        """Keep the whole lines up to the first whose `batch` is greater.
+        """Keep the complete lines before the first whose `batch` is greater.
 
-        What a killed write or a power cut left torn is named, and goes too.
+        Lines torn by a killed write or a power cut are reported and removed.
         """
         if not self.path.exists():
             return
         lines = whole_lines(self.path, "batch")
         kept = b"".join(map(json_line, takewhile(lambda line: line["batch"] <= batch, lines)))
         with self.path.open("r+b") as file:
-            if file.read(len(kept)) == kept:  # nothing is torn before: no room is needed
+            if file.read(len(kept)) == kept:  # no torn line before: truncating needs no space
                 file.truncate(len(kept))
                 os.fsync(file.fileno())
                 return
         write_whole(self.path, kept.decode())
 
     def begin(self, batch: int, checkpoint: str | Path | None) -> None:
-        """Keep the lines up to `batch` of a run that goes on, none of a new one (`begin_path`)."""
+        """Keep the lines up to `batch` of a resumed run, and none for a new one (`begin_path`)."""
         begin_path(self.path, batch, checkpoint)
         self.cut(batch)
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last line; empty if there is none, or it is torn."""
+        """The last line; empty if there is none or it is torn."""
         return parsed(self._tail()) or {}
 
     def _tail(self) -> bytes:
-        """The bytes of the last line; none if there is no file."""
+        """The bytes of the last line; empty if there is no file."""
         if not self.path.exists():
             return b""
         with self.path.open("rb") as file:
@@ -85,7 +85,7 @@ class JsonLines:
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A record as a line of bytes; a number that is not finite is null."""
     text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
-    # A lone surrogate, which a row of data may hold, is spelled as JSON spells it.
+    # A lone surrogate, which a row of data may hold, is escaped as in JSON.
     return text.encode(errors="backslashreplace") + b"\n"
 
 
@@ -101,18 +101,18 @@ def finite(value: Any) -> Any:
 
 
 def _durably(descriptor: int, content: bytes, at: int, before: bytes) -> None:
-    """Write `content` at `at`, to the end; where the disk refuses, what was there before stays."""
+    """Write `content` at `at` and sync; if the disk refuses, restore what was there before."""
     try:
         _write_all(descriptor, content, at)
         os.fsync(descriptor)
     except OSError:
-        _write_all(descriptor, before, at)  # its blocks are there already
+        _write_all(descriptor, before, at)  # needs no new blocks
         os.ftruncate(descriptor, at + len(before))
         raise
 
 
 def _write_all(descriptor: int, content: bytes, at: int) -> None:
-    """A disk that is nearly full takes a part, and says so with the next."""
+    """Write all bytes: a nearly full disk takes a part, and fails at the next write."""
     written = 0
     while written < len(content):
         written += os.pwrite(descriptor, content[written:], at + written)

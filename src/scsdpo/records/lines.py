@@ -1,4 +1,4 @@
-"""A response, and its tokens, as lines of records."""
+"""Lines of records for a response and its tokens."""
 
 import math
 from dataclasses import asdict
@@ -29,16 +29,16 @@ def rollout_record(
     traced: bool,
     batch: Batch | None = None,
 ) -> RolloutRecord:
-    """One response of a judged batch.
+    """The record of one response of a judged batch.
 
     Args:
-        judged: what was judged.
-        q: question.
-        g: its response.
-        where: the run's name, the batch and the step.
-        chat: decodes what the teacher read.
-        traced: whether its tokens are recorded too.
-        batch: how `judged` is learned from; None in validation, where nothing is.
+        judged: the judged batch.
+        q: index of the question.
+        g: index of its response.
+        where: the run's name, batch and step.
+        chat: decodes the teacher's prompt.
+        traced: True if its tokens are recorded too.
+        batch: weights and contexts of `judged` in training; None in validation.
     """
     prompt, verdict = judged.prompts[q], judged.verdicts[q][g]
     told = batch.teacher.ids[q][g] if batch else ()
@@ -80,7 +80,7 @@ def token_record(
     chat: Chat,
     columns: dict[str, Tensor],
 ) -> TokenRecord:
-    """The sampled tokens of one response; `columns` are those of a `TokenTrace`."""
+    """The record of a response's sampled tokens, from the `columns` of a `TokenTrace`."""
     responses, weight = batch.judged.responses, float(batch.weights[q, g])
     here = responses.sampled[q, g]
     ids = responses.ids[q, g][here].tolist()
@@ -126,5 +126,5 @@ def _numbers(values: Tensor) -> list[Number]:
 
 
 def _rounded(value: float) -> Number:
-    """Six digits: more than float32 has to say of a loss, and half the bytes; else None."""
+    """Six digits, about float32's precision, to halve the file; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

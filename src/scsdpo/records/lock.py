@@ -1,4 +1,4 @@
-"""One run a folder."""
+"""A lock that allows one run a folder."""
 
 import errno
 import fcntl
@@ -17,21 +17,21 @@ NAME = "run.lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _held: dict[Path, int] = {}
-"""Descriptors by folder. POSIX gives a lock up when the process closes its file anywhere, so each
-is opened once; it is the process's own, so that no worker that was forked keeps it."""
+"""Descriptors by folder. POSIX releases a lock when the process closes the file anywhere, so each
+file is opened once. A forked worker does not inherit the lock."""
 
 
 def hold(trainer: L.Trainer, folder: Path, *, needed: bool) -> None:
-    """Let no other run write into a folder as long as this one lives; called on every rank.
+    """Lock a folder against other runs while this process lives; call it on every rank.
 
-    The kernel holds the lock, over NFS too, and lets it go with the process: a killed run leaves
-    none. Who it is stands in `run.lock`. Where a file system has no locks the run goes on without
-    one, and says so.
+    The kernel holds the lock, over NFS too, and releases it with the process, so a killed run
+    leaves none. `run.lock` names the holder. If a file system has no locks, the run continues
+    without one and logs that.
 
     Args:
         trainer: its rank 0 holds the lock, for all.
-        folder: made if need be.
-        needed: it holds the checkpoints, and so must be writable.
+        folder: the folder; it is made if needed.
+        needed: True if the folder must be writable, because it holds the checkpoints.
 
     Raises:
         ConfigurationError: on every rank, if another run holds it, or it is needed and cannot be
@@ -43,7 +43,7 @@ def hold(trainer: L.Trainer, folder: Path, *, needed: bool) -> None:
 
 
 def release(folder: Path) -> None:
-    """Let the next run in."""
+    """Release the lock of a folder."""
     descriptor = _held.pop(folder.resolve(), None)
     if descriptor is not None:
         with suppress(OSError):  # the folder may be gone, or its disk read-only
@@ -59,18 +59,18 @@ def _fault(folder: Path, *, needed: bool) -> str:
         with suppress(OSError):
             who = (folder / NAME).read_text(encoding="utf-8", errors="replace").strip()
         return (
-            f"{folder}: another run writes there ({who or 'it has not said who it is'}); stop it, "
+            f"{folder}: another run writes there ({who or 'it has not given its name'}); stop it, "
             "or give this one another folder: trainer.default_root_dir, or the logger's version"
         )
     except OSError as error:
         if needed and error.errno not in _NO_LOCKS:
             return f"{folder} cannot be written: {error.strerror}; make room, or choose another"
-        tell(f"{folder} cannot be locked, no other run may write there: {error.strerror}")
+        tell(f"{folder} cannot be locked ({error.strerror}); let no other run write there")
     return ""
 
 
 def _take(folder: Path) -> None:
-    """Hold it and say who does; raises BlockingIOError if another process has it."""
+    """Take the lock and write our name; raises BlockingIOError if another process holds it."""
     if folder not in _held:
         _held[folder] = _locked(folder)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -87,7 +87,7 @@ def _locked(folder: Path) -> int:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor  # and not of a file that its owner has removed meanwhile
+                return descriptor  # the file was not replaced meanwhile
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Every figure of a run in one file, whatever the logger."""
+"""Write every logged figure of a run to one file, whatever the logger."""
 
 import time
 from pathlib import Path
@@ -23,17 +23,17 @@ class MetricsFile(L.Callback):
     seconds), every `train/*` figure that was logged for the batch and, where a validation
     followed, its `val/*` figures. A validation of the whole set before training is line 0.
 
-    A run that goes on from a checkpoint cuts what came after it, so that no batch is there twice;
-    in another folder than the checkpoint's it begins with a copy of the lines up to there. A run
-    that starts anew in an old folder sets the old file aside. Lines that cannot be written (a full
-    disk, a folder that is gone) wait for the next that can; those that never were are counted at
-    the end. The run's folder is locked until then: no other run writes there.
+    A run that is resumed from a checkpoint removes later lines, so that no batch appears twice; in
+    another folder than the checkpoint's it begins with a copy of the earlier lines. A new run in an
+    old folder renames the old file. Lines that cannot be written (a full disk, a missing folder)
+    are kept and written with a later one; those that never could be are counted at the end. The
+    folder is locked until the run ends.
     """
 
     def __init__(self) -> None:
         self._file: JsonLines | None = None
         self._begin: tuple[int, str | Path | None] | None = None
-        """What `JsonLines.begin` needs, as long as it was not done."""
+        """Arguments of `JsonLines.begin`, until it was called."""
         self._waiting: list[dict[str, Any]] = []
         self._outage = Outage(NAME, OSError)
 
@@ -42,7 +42,7 @@ class MetricsFile(L.Callback):
             hold(trainer, run_folder(trainer), needed=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+        folder = run_folder(trainer)  # a logger's version may be a broadcast: all ranks must call
         if not trainer.is_global_zero:
             return
         self._file = JsonLines(folder / NAME)
@@ -66,14 +66,14 @@ class MetricsFile(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._waiting and not self._write_waiting():
-            tell(f"{len(self._waiting)} lines of {NAME} could not be written, and are lost")
+            tell(f"{len(self._waiting)} lines of {NAME} could not be written and are lost")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self._file is not None:
             release(self._file.path.parent)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What was logged since the last time, into the line of the batch."""
+        """Write the figures that were logged since the last call into the batch's line."""
         module, metrics = recorded(pl_module), trainer.callback_metrics
         logged = module.recorder.take_logged()
         if self._file is None:
@@ -84,7 +84,7 @@ class MetricsFile(L.Callback):
         self._write_waiting()
 
     def _write_waiting(self) -> bool:
-        """Whether all lines are written."""
+        """Write waiting lines; True if none is left."""
         while self._waiting and self._outage.attempt(self._write_one):
             self._waiting.pop(0)
         return not self._waiting

@@ -1,4 +1,4 @@
-"""What is written beside a run may fail without costing it: loggers, records."""
+"""Let loggers and records fail without ending the run."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from scsdpo.private.lightning import forget_writer
 from scsdpo.private.tensorboard import is_writer
 
 PAUSE = 60.0
-"""Seconds in which a logger that failed is left alone: one that waits for a network waits long."""
+"""Seconds without calls to a logger that failed, because a network timeout may take long."""
 _VERBS = (
     "log_metrics",
     "log_hyperparams",
@@ -29,27 +29,27 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 class Outage:
-    """Tries something that may fail, says so once, tries again later, and says when it works.
+    """Tries work that may fail: reports the first failure, retries later, and reports recovery.
 
     Args:
-        what: it is, in messages.
-        errors: those that count as its failing; others are raised.
-        pause: seconds without a try after a failure.
+        what: name of the work in messages.
+        errors: exceptions that count as a failure; others are raised.
+        pause: seconds without an attempt after a failure.
     """
 
     def __init__(self, what: str, errors: Errors, pause: float = 0.0) -> None:
         self.what, self.errors, self.pause = what, errors, pause
         self._since: float | None = None
         self.error: Exception | None = None
-        """Of the last try; None: it worked."""
+        """Error of the last attempt; None: it worked."""
         self.trying = False
 
     def attempt(self, work: Callable[[], Any], *, part: bool = False) -> bool:
-        """Whether `work` was done.
+        """Try `work`; True if it was done.
 
         Args:
-            work: may fail.
-            part: it is only a part of what is tried: done, it is no sign that the whole works.
+            work: the work, which may fail.
+            part: `work` is only a part, so its success does not mean recovery.
         """
         if self._since is not None and time.monotonic() < self._since + self.pause:
             return False
@@ -59,7 +59,7 @@ class Outage:
         except self.errors as error:
             if self._since is None:
                 warnings.warn(
-                    f"{self.what} failed, the run goes on and it is tried again: "
+                    f"{self.what} failed, the run goes on and tries it again: "
                     f"{type(error).__name__}: {first_line(error)}",
                     stacklevel=2,
                 )
@@ -77,7 +77,7 @@ class Outage:
 
 
 class _Guarded:
-    """A logger's verb that never raises."""
+    """A method of a logger that never raises."""
 
     def __init__(self, verb: Callable[..., Any], logger: Logger, outage: Outage) -> None:
         self.verb, self.logger, self.outage = verb, logger, outage
@@ -88,7 +88,7 @@ class _Guarded:
 
 
 def guard(logger: Logger) -> None:
-    """A failure of the logger costs lines of its log, and never the run; once for each logger."""
+    """Make a logger's methods never raise; a failure loses lines of its log only."""
     if isinstance(logger.log_metrics, _Guarded):
         return
     outage = Outage(f"the logger {type(logger).__name__}", Exception, PAUSE)
@@ -101,9 +101,9 @@ def guard(logger: Logger) -> None:
 
 
 def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
-    """A logger's class, whose `experiment` does nothing while it cannot be opened.
+    """A subclass of a logger's class whose `experiment` does nothing while it cannot be opened.
 
-    Inside a guarded verb the failure is the verb's.
+    Inside a guarded method the failure counts as the method's.
     """
     own = getattr(kind, "experiment", None)
     if not isinstance(own, property) or own.fget is None:
@@ -123,13 +123,13 @@ def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
 
 
 def _forget_writer(logger: Logger) -> None:
-    """TensorBoard's writer raises its first error for ever; the next line opens another file."""
+    """Drop TensorBoard's writer, which repeats its first error; the next line opens a new one."""
     if isinstance(logger, TensorBoardLogger):
         forget_writer(logger)
 
 
 def _silence_writers() -> None:
-    """TensorBoard's thread prints a traceback of what it raises again in ours."""
+    """Suppress tracebacks of TensorBoard's writer threads, whose errors are raised again here."""
     before = threading.excepthook
     if isinstance(before, _ButWriters):
         return

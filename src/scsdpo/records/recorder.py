@@ -1,4 +1,4 @@
-"""What was logged since the last record, and who looks at the tokens of the next steps."""
+"""Names of logged figures, and observers of the next steps' tokens."""
 
 from typing import Any, Protocol, cast
 
@@ -9,14 +9,14 @@ from scsdpo.loss import Observation, Observer, unobserved
 
 
 class Recorder:
-    """Keeps names of figures for the callbacks that write them, and observers for the kernel."""
+    """Keeps names of figures for callbacks that write them, and observers for the kernel."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
         self._observers: list[Observer] = []
 
     def note(self, name: str) -> None:
-        """A figure was logged under `name`."""
+        """Note that a figure was logged under `name`."""
         self._logged.add(name)
 
     @property
@@ -25,19 +25,19 @@ class Recorder:
         return frozenset(self._logged)
 
     def take_logged(self) -> set[str]:
-        """Names logged since the last time it was asked."""
+        """Names logged since the last call."""
         logged, self._logged = self._logged, set()
         return logged
 
     def watch(self, observer: Observer) -> None:
-        """Show the kernel's blocks of tokens to `observer` in the steps on the batch at hand.
+        """Show the kernel's blocks of tokens to `observer` in the steps on the present batch.
 
-        For `RolloutCallback.on_rollouts`. A block may come again if memory ran out amid a step.
+        For `RolloutCallback.on_rollouts`. A block may repeat if memory ran out during a step.
         """
         self._observers.append(observer)
 
     def take_observer(self) -> Observer:
-        """All that were asked for since the last time, as one."""
+        """One observer that calls all those of `watch` since the last call."""
         observers, self._observers = self._observers, []
 
         def each(seen: Observation) -> None:
@@ -48,19 +48,19 @@ class Recorder:
 
 
 class Recorded(Protocol):
-    """A `PolicyOptimizer`, as callbacks know it."""
+    """The part of a `PolicyOptimizer` that callbacks use."""
 
     recorder: Recorder
 
     @property
     def batches(self) -> Tensor:
-        """Batches of training questions since the run began; not steps: a batch may take none."""
+        """Number of batches of training questions since the run began; a batch may take no step."""
 
     def described(self) -> dict[str, Any]:
-        """The policy, and how it is asked and judged in evaluations."""
+        """Description of the policy, and of sampling and judging in evaluations."""
 
 
 def recorded(module: L.LightningModule) -> Recorded:
-    """The module of a run, for callbacks that keep records of it."""
+    """The module of a run, typed for callbacks that record it."""
     assert isinstance(vars(module).get("recorder"), Recorder), type(module)
     return cast(Recorded, module)

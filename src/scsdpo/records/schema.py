@@ -1,7 +1,7 @@
-"""What stands in the lines that a run leaves behind; docs/records.md explains them.
+"""Fields of the lines that a run writes; docs/records.md explains them.
 
-Numbers are plain JSON, and one that is not finite is null. A field is never renamed or given
-another meaning without a new `SCHEMA_VERSION`; new fields may come at any time.
+Numbers are plain JSON; one that is not finite is null. A field keeps name and meaning until a
+new `SCHEMA_VERSION`; new fields may be added at any time.
 """
 
 from typing import Literal, TypedDict
@@ -13,7 +13,7 @@ Number = float | None
 
 
 class Place(TypedDict):
-    """Which rollout of a run."""
+    """Identifies a rollout of a run."""
 
     schema_version: int
     run: str
@@ -24,28 +24,28 @@ class Place(TypedDict):
     step: int
     """Optimizer steps taken before the response was learned from."""
     key: str
-    """`Prompt.key`: the question."""
+    """`Prompt.key` of the question."""
     sample: int
-    """Its number among the question's responses, from 0; a question that is twice in a batch, or in
-    the validation, has 2 `samples` of them."""
+    """Number among the question's responses, from 0; a question that is twice in a batch, or in the
+    validation, has 2 `samples` responses."""
 
 
 class TurnRecord(TypedDict):
-    """What one side said in an episode of several turns."""
+    """One message of an episode of several turns."""
 
     role: str
     """`assistant`: the policy; `tool` or `user`: its environment."""
     text: str
     name: str
-    """Of the tool that answered; '': none."""
+    """Name of the tool that answered; '': none."""
     feedback: str
-    """The environment's words on the response before it; '': none."""
+    """The environment's feedback on the response before it; '': none."""
     reward: Number
-    """That the response before it earned, for credit by turn."""
+    """Reward of the response before it, for credit by turn."""
     calls: int
-    """Of tools in the response before it."""
+    """Number of tool calls in the response before it."""
     failed: int
-    """How many of these could not be read or made, or raised."""
+    """Number of these calls that could not be read or made, or that raised."""
 
 
 class RolloutRecord(Place):
@@ -57,42 +57,41 @@ class RolloutRecord(Place):
     target: str
     """The gold answer, which the policy never sees."""
     output: str
-    """The response's text, without beginnings, ends and padding; of an episode, its transcript."""
+    """Text of the response without control tokens at its ends; of an episode, the transcript."""
     turns: list[TurnRecord]
-    """Of an episode, what each side said, in order; empty: the response is all."""
+    """Messages of an episode in order; empty: the response is a single turn."""
     answer: str | None
-    """What the verifier extracted; None: nothing."""
+    """The answer that the verifier extracted; None: nothing."""
     reward: Number
     success: bool
     feedback: str
-    """The verifier's words on what is wrong."""
+    """The verifier's feedback on a wrong response."""
     error: str
-    """Why the verifier itself failed; '': it did not."""
+    """Reason why the verifier itself failed; '': it did not."""
     stopped: Literal["", "turns", "time"]
-    """Of an episode, what of its environment's ran out before the policy had done; '': nothing."""
+    """The limit of the environment that ended an episode before the policy did; '': none."""
     finish_reason: Literal["stop", "length"]
-    """Ended by an end of sequence or a stop string, or by the cap on its length."""
+    """`stop`: an end of sequence or a stop string; `length`: the limit on its length."""
     n_tokens: int
-    """End of sequence included."""
+    """Number of tokens, end of sequence included."""
     samples: int
-    """G: responses to the question."""
+    """G, the number of responses to the question."""
     pass_rate: float
-    """Share of them that succeeded."""
+    """Share of the question's responses that succeeded."""
     weight: Number
-    """W of the loss: the question's and rollout's; 1 in validation."""
+    """W in the loss, of question and rollout; 1 in validation."""
     active: bool
-    """Whether the loss could give it credit; False in validation."""
+    """True if the loss could give it credit; False in validation."""
     teacher_prompt: str | None
-    """What the teacher read before the response, as rendered; None: there was no teacher."""
+    """The teacher's rendered prompt; None: there was no teacher."""
     version: str
-    """The weights that it was sampled from; the newest, if there were several."""
+    """Label of the weights that it was sampled from; of several, the newest."""
     age_steps: int
-    """Optimizer steps between the weights that drew its oldest token and those that learn from it.
-    """
+    """Optimizer steps between the weights that drew its oldest token and those trained on it."""
     age_batches: int
-    """The same in batches from which a step was taken."""
+    """Age of its oldest token in batches from which a step was taken."""
     traced: bool
-    """Whether its tokens are in `tokens/`."""
+    """True if its tokens are in `tokens/`."""
 
 
 class TokenRecord(Place):
@@ -104,26 +103,26 @@ class TokenRecord(Place):
         credit = -d loss / d z(y) = coefficient * weight * token_weight * importance * c(y)
 
     with z = logits / temperature and c(y) the credit that the advantage gives, less S(y) times the
-    sum of its credits. What the loss did not read is null: a teacher, for one.
+    sum of its credits. Values that the loss did not need, such as a teacher's, are null.
     """
 
     temperature: float
     objective_name: str
-    """What the advantage calls its objective: `divergence`, `objective`."""
+    """The advantage's name for its objective: `divergence`, `objective`."""
     coefficient: Number
-    """Of a token loss in the step's loss: the reduction's, one over its denominator."""
+    """Factor of a token's loss in the step's loss: one over the reduction's denominator."""
     weight: Number
-    """W, of question and rollout."""
+    """W, the weight of question and rollout."""
     ids: list[int]
     text: list[str]
     """Pieces of the response, special tokens included. Where several tokens make one character, the
     last of them has it and the others have ''."""
     turn: list[int]
-    """Number, from 0, of the turn of an episode to which the token belongs."""
+    """Number, from 0, of the token's turn in an episode."""
     credit: list[Number]
-    """> 0: the step makes the sampled token more likely."""
+    """Credit of the sampled token; > 0: the step makes it more likely."""
     magnitude: list[Number]
-    """sum_v |d loss / d z(v)|: how hard the step pulls, wherever to."""
+    """sum_v |d loss / d z(v)|, the size of the token's gradient."""
     objective: list[Number]
     """The token's loss before any factor."""
     token_weight: list[Number]
@@ -135,7 +134,7 @@ class TokenRecord(Place):
     version: list[str]
     """Label of the weights that drew the token."""
     age: list[int]
-    """Optimizer steps between the weights that drew it and those that learn from it."""
+    """Optimizer steps between the weights that drew it and those trained on it."""
     sampler_logprob: list[Number]
     """The sampler's log S(y), of the whole distribution; null: not known."""
     gap: list[Number]
@@ -159,11 +158,11 @@ class TokenRecord(Place):
     top_credit: list[list[Number]]
     """-d loss / d z of each."""
     vocabulary: dict[str, str]
-    """The text of each id that stands in `top_ids`, by itself; bytes of a character are �."""
+    """Text of each id in `top_ids` alone; an incomplete character is �."""
 
 
 class HealthRecord(TypedDict):
-    """A line of `health.jsonl`: what a rule noticed."""
+    """A line of `health.jsonl`: a finding of a rule."""
 
     schema_version: int
     batch: int
@@ -173,8 +172,8 @@ class HealthRecord(TypedDict):
     rule: str
     """Name of the rule, as in docs/health.md."""
     message: str
-    """What was seen, with the numbers."""
+    """The finding, with its numbers."""
     remedy: str
-    """What to do."""
+    """The remedy."""
     values: dict[str, Number]
     """The numbers that the rule compared, by name, its thresholds included."""

@@ -1,4 +1,4 @@
-"""Words in the run's loggers."""
+"""Write text to the run's loggers."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +11,10 @@ from scsdpo.records.outage import PAUSE, Outage
 
 
 class TextLog:
-    """Adds rows of text to TensorBoard and to loggers with tables (W&B); others have no place.
+    """Adds rows of text to TensorBoard and to loggers with tables (W&B); others are skipped.
 
-    Nothing is overwritten: TensorBoard keeps each step's text, and a table is logged anew with all
-    of its rows. A logger that fails costs its text, and not the run.
+    Nothing is overwritten: TensorBoard keeps each step's text, and a table is logged again with all
+    of its rows. If a logger fails, its text is lost and the run continues.
     """
 
     def __init__(self) -> None:
@@ -24,13 +24,13 @@ class TextLog:
     def write(
         self, trainer: L.Trainer, name: str, row: Sequence[tuple[str, str]], step: int
     ) -> None:
-        """One more row, on rank 0.
+        """Add a row, on rank 0.
 
         Args:
-            trainer: has the loggers.
-            name: of the text or table.
-            row: heads and cells.
-            step: batches asked so far.
+            trainer: owns the loggers.
+            name: name of the text or table.
+            row: cells by column.
+            step: number of batches asked so far.
         """
         heads, cells = ["batch", *(h for h, _ in row)], [str(step), *(c for _, c in row)]
         rows = self._rows.setdefault(name, [])
@@ -49,5 +49,5 @@ def _write(logger: Logger, name: str, heads: list[str], rows: list[list[str]], s
 
 
 def _quoted(text: str) -> str:
-    """As it stands: TensorBoard reads Markdown."""
+    """The text as a Markdown code block, so that TensorBoard shows it unchanged."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""What the kernel makes of the tokens of chosen rollouts, in the step itself."""
+"""Record the kernel's values for the tokens of chosen rollouts during the step."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from scsdpo.loss import Observation, TokenLogits
 
 _ROWS = 64
-"""Tokens looked at together: their tables [n, V] are float64."""
+"""Number of tokens processed together; their tables [n, V] are float64."""
 _COLUMNS = (
     "credit",
     "magnitude",
@@ -29,17 +29,17 @@ _CANDIDATES = ("top_probs", "top_teacher_probs", "top_credit")
 
 
 class TokenTrace:
-    """An observer of the kernel that keeps columns of some rollouts' tokens.
+    """An observer of the kernel that keeps columns of values for some rollouts' tokens.
 
-    What is done again, because memory ran out, is written over. Columns are float64 and nan where
-    nothing was computed: `scale` is question weight / denominator, `old_logprob` log S(y) before
-    the batch's first update; the others are those of `TokenRecord`.
+    Values of a repeated block, after memory ran out, replace the old ones. Columns are float64, and
+    nan where nothing was computed: `scale` is question weight / denominator, `old_logprob` is
+    log S(y) before the batch's first update; the others are those of `TokenRecord`.
 
     Args:
         rows: flat indices q * G + g of the rollouts.
-        taught: [R] bool: rollouts whose loss reads the teacher.
-        length: L, of the step's tables [R, L].
-        candidates: most likely tokens of each side to keep.
+        taught: [R] bool, True for rollouts whose loss reads the teacher.
+        length: L of the step's tables [R, L].
+        candidates: number of the most likely tokens to keep of student and teacher each.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class TokenTrace:
             self._write(seen, part, slot[part] * self._length + time)
 
     def columns(self, row: int, sampled: Tensor) -> dict[str, Tensor]:
-        """[n] of each column at a rollout's n sampled tokens; `top_*` are [n, 2 candidates], of
-        which ids of -1 stand for none.
+        """The columns [n] at a rollout's n sampled tokens; `top_*` are [n, 2 candidates], where an
+        id of -1 means none.
 
         Args:
             row: flat index of the rollout.
-            sampled: [L] bool: its tokens that the policy drew.
+            sampled: [L] bool, True for tokens that the policy drew.
         """
         start = int(self._slot[row]) * self._length
         at = start + sampled.cpu().nonzero()[:, 0]
@@ -74,7 +74,7 @@ class TokenTrace:
         return {name: table[at] for name, table in tables.items()}
 
     def _write(self, seen: Observation, part: Tensor, at: Tensor) -> None:
-        """The tokens `part` of a block, to the places `at` here."""
+        """Store the values of the tokens `part` of a block at the positions `at`."""
         chunk, here = seen.chunk, part.to(seen.gradient.device)
         student = TokenLogits(chunk.student.logits[here].double())
         ids, credit = chunk.ids[here], seen.gradient[here].double() * -seen.temperature
@@ -140,13 +140,13 @@ class TokenTrace:
 
 
 def _teacher(seen: Observation, here: Tensor) -> TokenLogits:
-    """Its distributions at `here`; it has not run if there are none."""
+    """The teacher's distributions at `here`."""
     if not len(here):
         return TokenLogits(seen.gradient.new_zeros(seen.gradient[:0].shape).double())
     return TokenLogits(seen.chunk.teacher().logits[here].double())
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """[n]: sum_v p log(p / q); an impossible token has no say."""
+    """KL [n] = sum_v p log(p / q), where tokens with p = 0 contribute 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

@@ -1,4 +1,4 @@
-"""The report: what a run's folder holds, as one page to look at."""
+"""The report: one page that shows a run's folder."""
 
 from scsdpo.report.figures import panels
 from scsdpo.report.page import render, write

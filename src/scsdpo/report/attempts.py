@@ -1,4 +1,4 @@
-"""What `scsdpo solve` leaves behind: attempts at one question, until one is right."""
+"""Panels on the attempts of `scsdpo solve` at one question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,28 +12,28 @@ from scsdpo.statistics import score_interval
 
 ATTEMPTS = "attempts.jsonl"
 _ASIDE = 0.012
-"""Of the axis, between the intervals of two curves at the same place."""
+"""Distance between the intervals of two curves at the same k, as a share of the axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempts:
-    """Those of one run."""
+    """The attempts of one run."""
 
     successes: Sequence[bool]
     answers: Sequence[str | None]
 
     @property
     def first(self) -> int | None:
-        """Number of the first right one, from 1; None: there is none."""
+        """Number of the first right attempt, from 1; None: none is right."""
         return self.successes.index(True) + 1 if True in self.successes else None
 
 
 Curve = Sequence[tuple[int, float, float, float]]
-"""k, discovery@k, and the bounds of its interval, nan where too little is known."""
+"""k, discovery@k, and the bounds of its interval; nan: not known."""
 
 
 def attempts_of(runs: Sequence[Run]) -> dict[int, Attempts]:
-    """By the run's place, of those that `scsdpo solve` made."""
+    """Attempts by the run's index, of runs that `scsdpo solve` made."""
     found = {}
     for i, run in enumerate(runs):
         lines = list(whole_lines(run.folder / ATTEMPTS, "attempt", "success"))
@@ -49,7 +49,7 @@ def discovery(firsts: Sequence[int | None], ks: Sequence[int]) -> Curve:
     """discovery@k: the share of runs, a question and a seed each, with a right attempt by the k-th.
 
     Args:
-        firsts: number of each run's first right attempt, from 1; None: there was none.
+        firsts: number of each run's first right attempt, from 1; None: none was right.
         ks: at most as many as the runs without a right attempt have made.
 
     Source:
@@ -67,7 +67,7 @@ def discovery_panel(curves: Mapping[str, Curve], note: str) -> Panel:
 
     Args:
         curves: over the same k, ascending.
-        note: what the curves are of, one sentence.
+        note: one sentence on the curves.
     """
     layers: list[Layer] = []
     tones = [run_tone(i) for i in range(len(curves))] if len(curves) > 1 else ["right"]
@@ -109,13 +109,13 @@ def discovery_panel(curves: Mapping[str, Curve], note: str) -> Panel:
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Of the runs that `scsdpo solve` made; none of others."""
+    """Panels on runs that `scsdpo solve` made; none for other runs."""
     found = attempts_of(runs)
     if not found:
         return []
     made = []
     if len(found) > 1:
-        # Beyond what a run without a success has tried nothing is known of it.
+        # A run without a success says nothing about k beyond its attempts.
         known = [len(each.successes) for each in found.values() if each.first is None]
         most = min(known, default=max(len(each.successes) for each in found.values()))
         curve = discovery([each.first for each in found.values()], _places(most))

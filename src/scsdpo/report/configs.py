@@ -1,4 +1,4 @@
-"""Configurations of runs: what each is made of, and in what they differ."""
+"""Configurations of runs: their parts, and their differences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from scsdpo.report.reading import Run
 
 PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath", "ckpt_path")
-"""Where a run writes and what it goes on from: no difference between methods."""
+"""Keys of output folders and of the checkpoint, which do not distinguish methods."""
 AXES = (
     "policy", "rollout", "teacher", "advantage", "weighting", "token_weighting", "selection",
     "reduction", "importance", "reference", "optimizer", "lr_scheduler",
@@ -15,7 +15,7 @@ AXES = (
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Keys with dots and their values in words; a class is the value of what it stands for."""
+    """Dotted keys and their values as text; the value of an object is its class."""
     for key, value in config.items():
         here = f"{prefix}.{key}" if prefix else str(key)
         if key == "class_path" and prefix:
@@ -33,7 +33,7 @@ def short(value: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Keys that differ with the value in each run, "" where a run has no such key."""
+    """Keys with different values, with the value in each run; "": the run lacks the key."""
     tables = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table if not key.startswith(PLACES))
     rows = [(key, [table.get(key, "") for table in tables]) for key in keys]
@@ -41,7 +41,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def parts(run: Run) -> list[tuple[str, str, str]]:
-    """Of each axis its name, its class and its settings in one line."""
+    """Name, class and settings (in one line) of each part of the model."""
     model = run.config.get("model") or {}
     rows = []
     for axis in AXES:

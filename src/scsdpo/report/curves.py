@@ -1,4 +1,4 @@
-"""The panels that metrics.jsonl fills: training, its cost, and whether it can be trusted."""
+"""Panels from metrics.jsonl: training, its cost, and checks of the numbers."""
 
 import hashlib
 import re
@@ -10,16 +10,16 @@ from scsdpo.report.panels import Area, Dots, Layer, Line, Panel
 from scsdpo.report.reading import Run, mean
 
 _LONGEST = 80
-"""Characters of a panel's name."""
+"""Most characters of a panel's name."""
 SMOOTH = 10
-"""Points of the running mean, where there are three times as many."""
+"""Number of points of the running mean, for curves of at least three times as many."""
 
 
 def slug(name: str) -> str:
-    """A figure's name as that of a panel and of a file.
+    """A figure's name as the name of a panel and a file.
 
-    A category may hold anything: what a file's name or an attribute cannot keep becomes a dash, and
-    a digest tells such names apart.
+    A category may hold any character: those that a file name or an attribute cannot hold become
+    dashes, and a digest keeps such names distinct.
     """
     plain = name.replace("/", "-").replace("_", "-").replace("@", "-at-")
     safe = re.sub(r"[^\w.+-]+", "-", plain, flags=re.ASCII)[:_LONGEST]
@@ -29,12 +29,12 @@ def slug(name: str) -> str:
 
 
 def over_batches(runs: Sequence[Run]) -> str:
-    """Name of the horizontal axis: each batch is a step unless some batch took none."""
+    """Label of the horizontal axis: steps, or batches if some batch took no step."""
     return "training step" if one_step_a_batch(runs) else "batch of questions"
 
 
 def one_step_a_batch(runs: Sequence[Run]) -> bool:
-    """Whether the two count the same in all runs."""
+    """True if every batch took one step, in all runs."""
     return all(line["batch"] == line["step"] for run in runs for line in run.lines)
 
 
@@ -48,7 +48,7 @@ def line_panel(
     log: bool = False,
     paper: str = "",
 ) -> Panel | None:
-    """One figure of all runs: each batch faintly, over it the running mean; None if unknown.
+    """One figure of all runs: each batch as a faint line under the running mean; None if unknown.
 
     With `log` the axis is logarithmic where all values are positive and span two decades.
     """
@@ -93,11 +93,11 @@ def several_panels(
     """A panel a run: several figures as running means, each with a label.
 
     Args:
-        runs: each has a panel of its own, none where the run lacks the figures.
-        names: of the figures, with labels.
-        name: of the panel.
-        title: of the panel.
-        note: of the panel.
+        runs: the runs; a run without the figures has no panel.
+        names: labels by the figures' names.
+        name: name of the panel.
+        title: title of the panel.
+        note: note of the panel.
     """
     panels = []
     for i, run in enumerate(runs):
@@ -127,7 +127,7 @@ def several_panels(
 def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
     """Means of a share over windows of batches, in percent, into the layers of `panel`.
 
-    Windows are 50 batches, as in the paper, of a run that has 200; a quarter of a shorter one.
+    Windows have 50 batches, as in the paper, for a run of at least 200; else a quarter of the run.
     """
     layers = []
     for i, run in enumerate(runs):
@@ -153,13 +153,13 @@ def window_panel(runs: Sequence[Run], name: str, panel: Panel) -> Panel | None:
 def stack_panels(
     runs: Sequence[Run], names: dict[str, tuple[str, str]], panel: Panel, *, scale: float = 1.0
 ) -> list[Panel]:
-    """A panel a run: figures one above the other, as running means.
+    """A panel a run: stacked figures, as running means.
 
     Args:
-        runs: each has a panel of its own, none where the run lacks the figures.
-        names: of the figures, from below, with tone and label.
-        panel: what the panels have in common.
-        scale: of all figures.
+        runs: the runs; a run without the figures has no panel.
+        names: tone and label by the figures' names, from below.
+        panel: the panels' common attributes.
+        scale: factor of all figures.
     """
     panels = []
     for i, run in enumerate(runs):

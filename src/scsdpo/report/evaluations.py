@@ -9,24 +9,24 @@ from scsdpo.io.files import whole_object
 from scsdpo.statistics import Estimate, paired_interval
 
 SCHEMA = 1
-"""Of the files that are read."""
+"""Schema version of the files that are read."""
 Figures = Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Of `evaluations/val-BATCH.json`."""
+    """The content of `evaluations/val-BATCH.json`."""
 
     figures: Figures
-    """By category ("all"), then by name, each with its interval."""
+    """Estimates by category ("all"), then by name."""
     scores: Mapping[str, float]
     """Mean reward of each question, by key."""
     solved: Mapping[str, bool]
-    """Whether any of its responses was right."""
+    """True if any response to the question was right, by key."""
 
 
 def read_evaluations(folder: Path) -> dict[int, Evaluation]:
-    """Those of a run, by batch; empty if it has none."""
+    """A run's evaluations by batch; empty if it has none."""
     found = {}
     for path in sorted((folder / "evaluations").glob("val-*.json")):
         name = re.fullmatch(r"val-(\d+)", path.stem)
@@ -59,7 +59,7 @@ def _estimate(value: float | None, low: float | None, high: float | None, n: int
 
 
 def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
-    """Of the share of questions with any right response, paired; None if they were others."""
+    """Paired difference of the share of questions with a right response; None: other questions."""
     if not after.solved or after.solved.keys() != before.solved.keys():
         return None
     then = [float(before.solved[key]) for key in after.solved]
@@ -67,7 +67,7 @@ def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
 
 
 def difference(after: Evaluation, before: Evaluation) -> Estimate | None:
-    """Mean reward after less before, paired by question; None if they were asked others."""
+    """Paired difference of mean reward, after less before; None: other questions were asked."""
     if not after.scores or after.scores.keys() != before.scores.keys():
         return None
     then = [before.scores[key] for key in after.scores]

@@ -1,4 +1,4 @@
-"""What a report shows, section by section."""
+"""The sections of a report."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -39,7 +39,7 @@ NO_PANEL = {
     "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
     "logprob_gap_share", "trained_rollouts", "negative_entropy", "verifier_errors",
 }  # fmt: skip
-"""Training figures that others show already."""
+"""Training figures that other panels show already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Section:
     name: str
     title: str
     short: str
-    """The title in the navigation."""
+    """Short title for the navigation."""
     lead: str
     panels: list[Panel] = field(default_factory=list)
 
@@ -153,11 +153,11 @@ def difficulty(runs: Sequence[Run]) -> Section:
 
 
 _TURN = re.compile(r"turn_(\d+)/(reward|length)")
-"""A figure of the turn of that number."""
+"""Name of a figure of one turn."""
 
 
 def episodes(runs: Sequence[Run]) -> Section:
-    """Runs whose responses have several turns."""
+    """Figures of runs with episodes of several turns."""
     shown = (
         ("turns", "Turns an episode", "Responses of the policy.", 1),
         ("calls", "Calls an episode", "Of tools.", 1),
@@ -185,7 +185,7 @@ def episodes(runs: Sequence[Run]) -> Section:
 
 
 def trust(runs: Sequence[Run]) -> Section:
-    """Whether the numbers can be believed."""
+    """Checks on whether the numbers can be trusted."""
     shown = (
         ("divergence", "Divergence of student and teacher, nats",
          "Mean over trained tokens; falling alone is no sign of learning."),
@@ -250,7 +250,7 @@ def cost(runs: Sequence[Run]) -> Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """In the order of the page, without empty ones."""
+    """Sections in the order of the page, without empty ones."""
     makers = (
         *(validation, attempted, learning, difficulty),
         *(episodes, teacher, trust, cost),
@@ -264,7 +264,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _named_apart(panel: Panel, taken: set[str]) -> Panel:
-    """Of `level_1` and `level-1` the second becomes `level-1-2`."""
+    """Rename a panel whose name is taken: after `level_1`, `level-1` becomes `level-1-2`."""
     name, number = panel.name, 1
     while name in taken:
         number += 1
@@ -274,12 +274,12 @@ def _named_apart(panel: Panel, taken: set[str]) -> Panel:
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """All of a page."""
+    """All panels of a page."""
     return [panel for section in sections(runs) for panel in section.panels]
 
 
 def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
-    """Figures that nobody here knows: those of a user's own callbacks."""
+    """Unknown figures, such as those of a user's own callbacks."""
     names = dict.fromkeys(name for run in runs for name in run.names("train/"))
     left = [
         name

@@ -1,4 +1,4 @@
-"""Data for the page's scripts: compressed, and in letters that no parser of HTML stumbles over."""
+"""Data for the page's scripts: compressed, and encoded in characters that are safe in HTML."""
 
 import base64
 import hashlib
@@ -15,16 +15,16 @@ _CONTROLS = re.compile(
 
 
 def pack(value: Any, digits: int = 6) -> str:
-    """JSON, deflated, in base64. What a response says cannot end a script element in it."""
+    """JSON, deflated, in base64, so that no response's text can end a script element."""
     text = json.dumps(
         plain(value, digits), ensure_ascii=False, separators=(",", ":"), allow_nan=False
     )
-    # A lone surrogate, which a broken row may hold, is no UTF-8.
+    # A lone surrogate, which a broken row may hold, cannot be encoded as UTF-8.
     return base64.b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode()
 
 
 def plain(value: Any, digits: int) -> Any:
-    """Numbers to so many digits, none that is not finite, and everything else as it was."""
+    """Round numbers to `digits`, replace those that are not finite by None, and keep the rest."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -35,10 +35,10 @@ def plain(value: Any, digits: int) -> Any:
 
 
 def readable(text: str) -> str:
-    """Marks that would turn or hide the text around them, by their numbers instead."""
+    """The text with marks of text direction and invisible characters replaced by their numbers."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def content_hash(text: str) -> str:
-    """As a content security policy names a script or style that stands in the page."""
+    """The hash by which a content security policy names an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""The report: one HTML page that loads nothing."""
+"""Render the report: one HTML page that loads nothing from elsewhere."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -23,14 +23,14 @@ from scsdpo.report.responses import Embedded, embed
 from scsdpo.report.summary import Summary, summarize
 
 MOST_BYTES = 9_500_000
-"""Of a page."""
+"""Limit on the size of a page."""
 STYLES = ("report.css", "credit.css")
 SCRIPTS = ("base.js", "plots.js", "explorer.js", "credit.js")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A panel with its SVG and what the scripts need of it."""
+    """A panel with its SVG and its data for the scripts."""
 
     panel: Panel
     svg: Markup
@@ -38,7 +38,7 @@ class Drawn:
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
-        """Tone, label, and "dots" or dashes; empty where one layer needs no name."""
+        """Tone, label, and "dots" or dashes; empty if a single layer needs no name."""
         layers = [each for each in self.panel.layers if not (isinstance(each, Line) and each.weak)]
         alone = {each.tone: isinstance(each, Dots) and not each.joined for each in layers}
         entries = dict.fromkeys((each.tone, each.label) for each in layers)
@@ -57,10 +57,10 @@ def drawn(panel: Panel) -> Drawn:
 
 
 def render(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> str:
-    """The page of these runs, as text of at most `most_bytes` bytes if its curves have room.
+    """The page of these runs, of at most `most_bytes` bytes unless its curves alone are larger.
 
-    Everything that is not small is packed (`pack.py`); what runs say of themselves goes through
-    Jinja's escaping or is set as text by the scripts, never as markup.
+    Larger data are packed (`pack.py`). Texts of runs are escaped by Jinja or set as text by the
+    scripts, never as markup.
     """
     shown = [_shown(section) for section in sections(runs)]
     page = _page(runs, shown, Embedded(index=[{} for _ in runs]))
@@ -69,7 +69,7 @@ def render(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> str:
         whole = _page(runs, shown, embed(runs, room))
         if len(whole.encode()) <= most_bytes:
             return whole
-        room = int(0.9 * room)  # the index grows with what is embedded
+        room = int(0.9 * room)  # the index grows with the embedded files
     return page
 
 
@@ -140,13 +140,13 @@ def _described(i: int, run: Run) -> dict[str, Any]:
 
 
 def _differences(runs: Sequence[Run]) -> list[list[str]]:
-    """As the rows of a table; empty if there are none."""
+    """Differences of configurations as table rows; empty if there are none."""
     rows = [[key, *(value or "-" for value in values)] for key, values in differences(runs)]
     return [["key", *(run.name for run in runs)], *rows] if rows else []
 
 
 def _style() -> str:
-    """Colors as variables, light and dark, then what uses them."""
+    """The style sheet: colors as variables, light and dark, then the styles."""
     light, dark = _variables(palette.LIGHT), _variables(palette.DARK)
     tones = [f".{tone} {{ --tone: var(--{tone}); }}" for tone in palette.LIGHT]
     hidden = [
@@ -172,7 +172,7 @@ def _variables(colors: dict[str, str]) -> str:
 
 
 def _credit_classes() -> Iterable[str]:
-    """A background for each tenth of the scale, at most 60 % of the color, over the page's own."""
+    """A background class for each tenth of the credit scale, with at most 60 % of the color."""
     for side, sign in (("right", ""), ("wrong", "-")):
         for n in range(1, 11):
             mixed = f"color-mix(in oklab, var(--{side}) {6 * n}%, transparent)"

@@ -1,6 +1,6 @@
-"""Colors, told apart by people who see red and green alike (Okabe and Ito), on white and on black.
+"""Colors that are distinct also for color-blind readers (Okabe and Ito), on white and on black.
 
-Runs differ in their dashes too, so that no plot speaks by color alone.
+Runs differ in their dashes too, so that no plot depends on color alone.
 """
 
 LIGHT = {
@@ -34,7 +34,7 @@ LIGHT = {
     "phase-3": "#d98f5f",
     "phase-4": "#9a9aa3",
 }
-"""A tone's color on white."""
+"""Color of each tone on white."""
 
 DARK = LIGHT | {
     "page": "#121316",
@@ -67,15 +67,15 @@ DARK = LIGHT | {
     "phase-3": "#96562f",
     "phase-4": "#77777f",
 }
-"""The same on black."""
+"""Color of each tone on black."""
 
 RUNS = 8
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
-"""Of runs 0, 1, 2, 3, then again; an SVG dash array, "" solid."""
+"""SVG dash arrays of runs 0, 1, 2, 3, then again from 0; "": solid."""
 
 
 def run_tone(run: int) -> str:
-    """Of the run of that number."""
+    """The tone of the run of this number."""
     return f"run-{run % RUNS}"
 
 

@@ -1,29 +1,29 @@
-"""A figure as data: panels of layers, which the page draws as SVG and matplotlib for papers."""
+"""Figures as data: panels of layers, which the page draws as SVG and matplotlib for papers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 Values = Sequence[float | None]
-"""None: unknown there; a line breaks."""
+"""Values; None is unknown and breaks a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Something drawn in a panel, in the color of its tone (`palette.py`)."""
+    """A drawn element of a panel, in the color of its tone (`palette.py`)."""
 
     tone: str
     label: str
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the page lets one hover over and download."""
+        """Data for hovering and for the download."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line(Layer):
-    """y over x; `weak`: thin, behind another that says the same more calmly."""
+    """A line y over x; `weak`: thin, behind its smoothed version."""
 
     x: Sequence[float]
     y: Values
@@ -32,7 +32,7 @@ class Line(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Dots(Layer):
-    """y over x with an interval each; joined by a line if `joined`."""
+    """Points y over x with intervals; joined by a line if `joined`."""
 
     x: Sequence[float]
     y: Values
@@ -43,7 +43,7 @@ class Dots(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Area(Layer):
-    """Between `low` and `high` over x: a layer of a stack. y is its height."""
+    """The area between `low` and `high` over x, a layer of a stack; y is its height."""
 
     x: Sequence[float]
     low: Sequence[float]
@@ -75,16 +75,16 @@ class Panel:
 
     Args:
         name: unique in a page, and the file of `--figures`.
-        title: what is shown, with its unit.
-        note: how to read it, one sentence.
-        x_label: of the horizontal axis.
-        floor: the vertical axis reaches down to it; None: as the data do.
-        ceiling: and up to it; None: as the data do.
+        title: the quantity, with its unit.
+        note: one sentence on how to read it.
+        x_label: label of the horizontal axis.
+        floor: lower end of the vertical axis; None: chosen by the data.
+        ceiling: upper end of the vertical axis; None: chosen by the data.
         log: logarithmic vertical axis; every value must then be > 0.
         steps: x is a batch of training questions, so that a click leads there.
-        names: of x = 0, 1, 2, ..., where x is no number.
-        run: the only one that it is of.
-        paper: the figure of the SC-SDPO paper that it corresponds to, if any.
+        names: labels of x = 0, 1, 2, ..., if x is no number.
+        run: index of the run, if it shows a single one.
+        paper: the corresponding figure of the SC-SDPO paper, if any.
     """
 
     name: str

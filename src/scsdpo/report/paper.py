@@ -1,4 +1,4 @@
-"""Panels as files for papers, with matplotlib from the extra `report`."""
+"""Write panels as files for papers, with matplotlib from the extra `report`."""
 
 from collections.abc import Iterable
 from functools import singledispatch
@@ -13,9 +13,9 @@ from scsdpo.report.palette import LIGHT, dashes
 from scsdpo.report.panels import Area, Dots, Layer, Line, Panel, Stairs
 
 SIZE = (3.4, 2.4)
-"""Inches: a column of a paper."""
+"""Size in inches: a column of a paper."""
 LETTERS = 60
-"""Of a legend, side by side."""
+"""Most letters of a legend's entries in one row."""
 STYLE = {
     "font.size": 8,
     "legend.fontsize": 7,
@@ -26,13 +26,13 @@ STYLE = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "scsdpo",  # the same figure is the same file
 }
 
 
 def save(panels: Iterable[Panel], folder: Path) -> list[Path]:
-    """NAME.svg and NAME.png (300 dpi) of each panel; returns what was written."""
+    """Write NAME.svg and NAME.png (300 dpi) of each panel; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):
@@ -63,7 +63,7 @@ def _figure(panel: Panel) -> Figure:
         ax.set_ylim(top=panel.ceiling)
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        named = dict(zip(labels, handles, strict=True))  # a line and its dots have one name
+        named = dict(zip(labels, handles, strict=True))  # a line and its dots share a label
         figure.legend(
             named.values(),
             named.keys(),
@@ -131,6 +131,6 @@ def _(layer: Stairs, ax: Axes) -> None:
 
 
 def _dashes(tone: str) -> str | tuple[int, tuple[float, ...]]:
-    """As in the page, in points of a thinner line."""
+    """The page's dashes, in points of a thinner line."""
     pattern = tuple(float(part) / 2 for part in dashes(tone).split())
     return (0, pattern) if pattern else "-"

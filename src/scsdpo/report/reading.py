@@ -1,4 +1,4 @@
-"""A run's folder, read."""
+"""Read a run's folder."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from scsdpo.io.files import tell, whole_lines, whole_object
 from scsdpo.report.evaluations import Evaluation, read_evaluations
 
 MOST_POINTS = 400
-"""Of a curve; a longer one is shown as means of neighboring batches."""
+"""Most points of a curve; a longer one is shown as means of neighboring batches."""
 
 T = TypeVar("T")
 Line = dict[str, Any]
@@ -24,63 +24,63 @@ Curve = tuple[list[float], list[float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run left behind; what is not there is empty."""
+    """The files of a run; missing ones are empty."""
 
     name: str
     folder: Path
     lines: Sequence[Line]
-    """Of metrics.jsonl, one for each batch of training questions."""
+    """Lines of metrics.jsonl, one for each batch of training questions."""
 
     @cached_property
     def training(self) -> list[Line]:
-        """Those of batches that were trained on."""
+        """Lines of batches that were trained on."""
         return [line for line in self.lines if any(key.startswith("train/") for key in line)]
 
     @cached_property
     def validations(self) -> list[Line]:
-        """Those with a validation."""
+        """Lines with a validation."""
         return [line for line in self.lines if any(key.startswith("val/") for key in line)]
 
     @cached_property
     def evaluations(self) -> dict[int, Evaluation]:
-        """Its validations question by question, by batch; empty if they were not kept."""
+        """Its validations with all questions, by batch; empty if they were not kept."""
         return read_evaluations(self.folder)
 
     @cached_property
     def config_text(self) -> str:
-        """config.yaml as it stands."""
+        """The text of config.yaml."""
         path = self.folder / "config.yaml"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The same, read; empty if it is torn."""
+        """The content of config.yaml; empty if it is torn."""
         try:
             found = yaml.safe_load(self.config_text) or {}
         except yaml.YAMLError:
             found = None
         if not isinstance(found, dict):
-            tell(f"{self.folder / 'config.yaml'} is torn, and passed over")
+            tell(f"{self.folder / 'config.yaml'} is torn, and skipped")
             return {}
         return found
 
     @cached_property
     def environment(self) -> list[tuple[str, str]]:
-        """What it ran on, as far as its folder says."""
+        """Its versions and hardware, as far as the folder records them."""
         return list(whole_object(self.folder / "environment.json").items())
 
     def names(self, prefix: str) -> list[str]:
-        """Of all figures that begin so, without it."""
+        """Names of all figures with this prefix, without the prefix."""
         found = dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix))
         return [key.removeprefix(prefix) for key in found]
 
     def figure(self, name: str) -> Curve:
-        """Batches that have a training figure, and the figure; may be empty."""
+        """Batches that have a training figure, and its values; both may be empty."""
         known = [line for line in self.training if f"train/{name}" in line]
         return [line["batch"] for line in known], [line[f"train/{name}"] for line in known]
 
     def curve(self, name: str) -> Curve:
-        """The same in at most `MOST_POINTS` points."""
+        """A training figure's `figure`, in at most `MOST_POINTS` points."""
         x, y = self.figure(name)
         size = max(1, math.ceil(len(x) / MOST_POINTS))
         starts = range(0, len(x), size)
@@ -95,13 +95,13 @@ class Run:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None if there are none."""
+    """Mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def spread(values: Sequence[T]) -> list[T]:
-    """The last, the first, the middle, the middles of the halves, and so on: each once."""
+    """The values in the order last, first, middle, middles of the halves, and so on."""
     order, step = list(values[-1:]), len(values)
     while step >= 1:
         order += values[::step]
@@ -121,17 +121,17 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         _check(folder)
     short = distinct_names(folders)
     return [
-        Run(name=name or short[i], folder=folder, lines=_metrics(folder))
+        Run(
+            name=name or short[i],
+            folder=folder,
+            lines=list(whole_lines(folder / "metrics.jsonl", "batch", "step")),
+        )
         for i, (name, folder) in enumerate(named)
     ]
 
 
-def _metrics(folder: Path) -> list[Line]:
-    return list(whole_lines(folder / "metrics.jsonl", "batch", "step"))
-
-
 def _split(given: str) -> tuple[str, Path]:
-    if os.path.exists(given) or "=" not in given:  # pathlib raises where a name is too long
+    if os.path.exists(given) or "=" not in given:  # pathlib raises if a name is too long
         return "", Path(given)
     name, _, folder = given.partition("=")
     return name, Path(folder)
@@ -148,7 +148,7 @@ def _check(folder: Path) -> None:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """For each folder the part of its path that tells it from the others."""
+    """The part of each folder's path that distinguishes it from the others."""
     paths = [folder.resolve().parts for folder in folders]
     if len(set(paths)) < 2:
         return ["/".join(parts[-2:]) for parts in paths]

@@ -1,4 +1,4 @@
-"""Responses and their tokens for the page: as many batches as it has room for."""
+"""Responses and tokens for the page, of as many batches as fit."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,19 @@ from scsdpo.report.pack import pack
 from scsdpo.report.reading import Run, spread
 
 SCHEMA = 1
-"""Of the records that are read; `scsdpo.records` cannot be asked without loading torch."""
+"""Schema version of the records that are read; importing `scsdpo.records` would load torch."""
 SUCCESS, ERROR, LENGTH, TRACED, ACTIVE = 1, 2, 4, 8, 16
 """Bits of a response in the index, by which the page filters."""
 
 Kind = Literal["rollouts", "tokens"]
 DIGITS: dict[Kind, int] = {"rollouts": 6, "tokens": 4}
-"""Of numbers in the page."""
+"""Digits of numbers in the page."""
 TOKENS_SHARE = 0.6
 
 
 @dataclass(kw_only=True)
 class Embedded:
-    """What stands in the page.
+    """The records that are embedded in the page.
 
     A chunk is a file of `rollouts/` or `tokens/`, packed, by "KIND-RUN-SPLIT-BATCH". The index has
     for each run and split its batches in order, and of each the questions with their responses'
@@ -33,13 +33,13 @@ class Embedded:
     chunks: dict[str, str] = field(default_factory=dict)
     index: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
     found: int = 0
-    """Files that there were."""
+    """Number of files found."""
     responses: int = 0
     traces: int = 0
 
     @property
     def room(self) -> str:
-        """Says so if not everything has room; else empty."""
+        """A sentence if not all files fit; else empty."""
         if len(self.chunks) == self.found:
             return ""
         return f"{len(self.chunks):,} of {self.found:,} files of records, spread over the run"
@@ -59,10 +59,10 @@ class _File:
 
 
 def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
-    """Files until the page is full: of every run the last batch, the first, then between them.
+    """Choose files until the page is full: of every run the last batch, the first, then others.
 
-    A batch whose tokens were traced comes before one whose responses alone were written; tokens
-    take at most `TOKENS_SHARE` of the room.
+    Batches with traced tokens come before those with responses only; tokens take at most
+    `TOKENS_SHARE` of the room.
     """
     embedded = Embedded(index=[{"train": [], "val": []} for _ in runs])
     files = [file for i, run in enumerate(runs) for file in _files(i, run.folder)]
@@ -105,7 +105,7 @@ def _files(run: int, folder: Path) -> Iterator[_File]:
 
 
 def _by_worth(files: Sequence[_File]) -> list[_File]:
-    """Pairs of responses and tokens together, in an order in which any beginning spans the run."""
+    """Files in an order whose every prefix spans the run; responses and tokens stay together."""
     traced = {(f.run, f.split, f.batch) for f in files if f.kind == "tokens"}
     ranks: dict[tuple[int, str, int], int] = {}
     for run, split in dict.fromkeys((f.run, f.split) for f in files):
@@ -155,7 +155,7 @@ def _trace(line: dict[str, Any]) -> dict[str, Any]:
         tokens.index(token) if token in tokens else -1
         for token, tokens in zip(line["ids"], line["top_ids"], strict=True)
     ]
-    # Before rounding: of two log-probs that are nearly equal little would be left.
+    # Computed before rounding: the difference of nearly equal log-probs would lose its digits.
     pairs = zip(line["teacher_logprob"], line["logprob"], strict=True)
     ratio = [None if t is None or s is None else t - s for t, s in pairs]
     kept = {k: v for k, v in line.items() if k not in left_out}

@@ -1,11 +1,10 @@
-"""What happened, in words."""
+"""The head of a report: what happened, in words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from scsdpo.io.files import whole_lines
-from scsdpo.report.changes import Change, changes, overall
 from scsdpo.report.configs import short
 from scsdpo.report.evaluations import difference, solved_difference
 from scsdpo.report.reading import Run
@@ -21,8 +20,44 @@ PHASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """A figure at the first validation and at the last."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def points(self) -> float:
+        """The change in percentage points."""
+        return 100 * (self.after - self.before)
+
+    def __str__(self) -> str:
+        ends = f"from {100 * self.before:.1f} to {100 * self.after:.1f} %"
+        return f"{'rose' if self.points > 0 else 'fell' if self.points < 0 else 'went'} {ends}"
+
+
+def changes(run: Run) -> dict[str, Change]:
+    """The change of each validation figure, by name; empty without two validations."""
+    if len(run.validations) < 2:
+        return {}
+    first, last = run.validations[0], run.validations[-1]
+    return {
+        (name := key.removeprefix("val/")): Change(name=name, before=first[key], after=last[key])
+        for key in last
+        if key.startswith("val/") and first.get(key) is not None and last[key] is not None
+    }
+
+
+def overall(run: Run, kind: str = "mean") -> Change | None:
+    """The change of mean@k or maj@k of all validation questions; None: not known."""
+    found = changes(run)
+    return next((found[name] for name in found if name.startswith(f"{kind}@")), None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A number that is looked at first."""
+    """A key number at the top of the page."""
 
     label: str
     value: str
@@ -31,7 +66,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Something that looks wrong, and what to do."""
+    """A warning, with its remedy."""
 
     title: str
     message: str
@@ -91,7 +126,7 @@ def _speed(run: Run) -> str:
 
 
 def duration(run: Run) -> str:
-    """From the first line to the last."""
+    """Time from the first line to the last."""
     seconds = run.lines[-1]["time"] - run.lines[0]["time"] if run.lines else 0.0
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -117,7 +152,7 @@ def _words(run: Run) -> list[str]:
 
 
 def _fallen(run: Run) -> list[str]:
-    """Validation figures that fell, as far as the words above say so."""
+    """Validation figures that fell, among those that the summary names."""
     change, ends = overall(run), list(run.evaluations.values())
     estimate = solved_difference(ends[-1], ends[0]) if len(ends) > 1 else None
     fell = [change.name] if change is not None and change.points < 0 else []
@@ -135,19 +170,19 @@ def _questions(run: Run) -> str:
 
 
 def _known(run: Run, change: Change) -> str:
-    """The interval of the change, if the questions were kept."""
+    """The interval of a change, if the evaluations were kept."""
     ends = list(run.evaluations.values())
     estimate = difference(ends[-1], ends[0]) if len(ends) > 1 else None
     if estimate is None:
         return f", {change.points:+.1f} points"
-    return f", {change.points:+.1f} points ({_interval(estimate)}){_told(estimate)}"
+    return f", {change.points:+.1f} points ({_interval(estimate)}){_unclear(estimate)}"
 
 
 def _interval(estimate: Estimate) -> str:
     return f"95 % interval {100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
 
 
-def _told(estimate: Estimate) -> str:
+def _unclear(estimate: Estimate) -> str:
     return "" if estimate.tells else ", which these questions do not tell from zero"
 
 
@@ -165,7 +200,7 @@ def _categories(run: Run, whole: Change) -> str:
 
 
 def _solved(run: Run) -> list[str]:
-    """Whether more questions have any right response, or fewer: pass@k at the largest k."""
+    """The change of the share of questions with a right response, pass@k at the largest k."""
     ends = list(run.evaluations.values())
     estimate = solved_difference(ends[-1], ends[0]) if len(ends) > 1 else None
     if estimate is None or not estimate.tells:
@@ -192,7 +227,7 @@ def _time(run: Run) -> list[str]:
 
 
 def _health(run: Run) -> list[str]:
-    """Whether the rules looked and found nothing; what they found is said elsewhere."""
+    """A sentence if the health rules ran and found nothing; findings are shown elsewhere."""
     looked = (run.config.get("health") or {"rules": []}).get("rules") != []  # null: all that ship
     if not looked or _warnings(run):
         return []
@@ -217,7 +252,7 @@ def _ranking(runs: Sequence[Run]) -> list[str]:
 
 
 def _against_first(runs: Sequence[Run]) -> list[str]:
-    """Differences at the last validation to the first run, paired by question."""
+    """Differences to the first run at the last validation, paired by question."""
     first, words = runs[0], []
     for run in runs[1:]:
         if not (run.evaluations and first.evaluations):
@@ -226,7 +261,7 @@ def _against_first(runs: Sequence[Run]) -> list[str]:
         if estimate := difference(own, other):
             words.append(
                 f"{run.name} against {first.name}, paired by question: {100 * estimate.value:+.1f} "
-                f"points ({_interval(estimate)}){_told(estimate)}."
+                f"points ({_interval(estimate)}){_unclear(estimate)}."
             )
     if words:
         words.append(

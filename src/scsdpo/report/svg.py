@@ -1,24 +1,97 @@
-"""Panels as SVG, in classes that the style sheet of the page colors in either theme."""
+"""Draw panels as SVG, with classes that the page's style sheet colors in either theme."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
 from typing import Any
 
-from scsdpo.report.axes import Axis, finite, limits, shown, ticks
 from scsdpo.report.pack import readable
 from scsdpo.report.palette import dashes
 from scsdpo.report.panels import Area, Dots, Layer, Line, Panel, Stairs
 
 WIDTH, HEIGHT = 400, 220
 LEFT, TOP, RIGHT, BOTTOM = 42, 8, 390, 182
-"""The box that data are drawn in."""
+"""The box in which data are drawn."""
 LETTER = 5.5
-"""Width of a letter of a tick's label, on average."""
+"""Mean width of a letter of a tick's label."""
+_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values low..high to positions start..end in pixels; `log`: by their logarithms."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Position of a value; one beyond an end is put at that end."""
+        low, high, value = (self._scaled(v) for v in (self.low, self.high, value))
+        share = (min(max(value, low), high) - low) / (high - low)
+        return self.start + share * (self.end - self.start)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+def ticks(low: float, high: float, about: int, *, log: bool = False) -> list[float]:
+    """Round values from low to high; on a logarithmic axis powers of ten, or 1, 2, 5 times them."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = (1,) if len(powers) > 3 else (1, 2, 5)
+        found = [m * 10.0**p for p in powers for m in marks if low <= m * 10.0**p <= high]
+        return found[:: max(1, len(found) // (about + 1))]
+    step = _step((high - low) / about)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def limits(
+    values: Iterable[float], floor: float | None, ceiling: float | None, *, log: bool = False
+) -> tuple[float, float]:
+    """Ends of an axis that shows all values, with a margin at ends that are not fixed."""
+    values = list(values)
+    if log:
+        low, high = min(values), max(values)
+        return (low / 1.3, high * 1.3) if low < high else (low / 2, high * 2)
+    low = min(values) if floor is None else min(floor, *values)
+    high = max(values) if ceiling is None else max(ceiling, *values)
+    if low == high:
+        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
+    room = 0.06 * (high - low)
+    return (
+        low if low == floor else low - room,
+        high if high == ceiling else high + room,
+    )
+
+
+def _step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in _STEPS if m * power >= rough * (1 - 1e-9))
+
+
+def shown(value: float) -> str:
+    """Label of a tick: 0.05, 1200, 1.5M, 1e-07."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:g}k"
+    return f"{value:g}" if size >= 1e-3 or value == 0 else f"{value:.0e}"
+
+
+def finite(values: Sequence[float | None]) -> list[float]:
+    """The known values."""
+    return [value for value in values if value is not None]
 
 
 def draw(panel: Panel) -> tuple[str, dict[str, Any]]:
-    """A panel's SVG, and what the page needs to let one hover over it."""
+    """A panel's SVG, and its data for hovering."""
     x, y = _axes(panel)
     parts = [*_frame(panel, x, y), *(mark for layer in panel.layers for mark in marks(layer, x, y))]
     svg = (
@@ -99,12 +172,12 @@ def _frame(panel: Panel, x: Axis, y: Axis) -> Iterator[str]:
 
 
 def _text(words: str) -> str:
-    """As text of the page: neither markup nor marks that a parser drops."""
+    """Escaped text: no markup, and no characters that a parser drops."""
     return escape(readable(words))
 
 
 def _within(name: str, letters: int) -> str:
-    """A name, cut to its place on the axis; hovering shows all of it."""
+    """A name, cut to its space on the axis; hovering shows it whole."""
     return name if len(name) <= max(letters, 2) else f"{name[: max(letters, 2) - 1]}…"
 
 
@@ -165,7 +238,7 @@ def _path(layer: Layer, weight: str, outline: str) -> str:
 
 
 def _broken(xs: Sequence[float], ys: Sequence[float | None], x: Axis, y: Axis) -> str:
-    """A path that starts anew after what is unknown."""
+    """A path that is interrupted at unknown values."""
     parts, pen = [], "M"
     for at, value in zip(xs, ys, strict=True):
         if value is None:

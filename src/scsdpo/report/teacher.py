@@ -1,4 +1,4 @@
-"""How far the teacher is, by correctness and by pass rate: Figure 4 of the paper."""
+"""Distance of the teacher by correctness and by pass rate: Figure 4 of the paper."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ MEASURES = {
 }
 BINS = 24
 FEWEST = 20
-"""Responses of which a density says anything."""
+"""Least number of responses for a density."""
 MOST_FILES = 100
-"""Of traces that are read; of more, so many that are spread over the run."""
+"""Most trace files that are read; of more, this many spread over the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Distance:
 
 
 def distances(runs: Sequence[Run]) -> tuple[list[Distance], str]:
-    """Of every response that is known, and in words where they are from.
+    """Distances of all known responses, and their origin in words.
 
     `analysis.json` of `scsdpo analyze` in a run's folder is preferred: it has one policy and more
     responses. Traces are of all batches of the run.
@@ -97,7 +97,7 @@ def _over_mixture(s: float, t: float) -> float:
 
 
 def panels(found: Sequence[Distance], runs: Sequence[Run]) -> list[Panel]:
-    """Above: densities by correctness, where there are responses enough; below: means by pass rate
+    """Panels of densities by correctness, if there are enough responses, and of means by pass rate
     with one standard deviation.
     """
     measures = [name for name in MEASURES if found and all(name in d.values for d in found)]
@@ -109,7 +109,7 @@ def panels(found: Sequence[Distance], runs: Sequence[Run]) -> list[Panel]:
 
 
 def too_few(found: Sequence[Distance]) -> list[str]:
-    """Says of which responses there is no density."""
+    """A sentence that names responses without a density; empty if there are none."""
     counts = {name: _count(found, correct) for name, correct in (("right", True), ("wrong", False))}
     few = [f"{count} {name}" for name, count in counts.items() if 0 < count < FEWEST]
     if not few:

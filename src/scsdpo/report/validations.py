@@ -1,4 +1,4 @@
-"""The panels of validation: accuracy on held-out questions, before, after, and on the way."""
+"""Panels of validation: accuracy on held-out questions before, after and during training."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from scsdpo.report.panels import Dots, Layer, Line, Panel
 from scsdpo.report.reading import Run
 
 MOST_CATEGORIES = 9
-"""With a place of their own; more would be a page of their own."""
+"""Most categories that are shown."""
 NOTES = {
     "mean": "Mean reward of k responses to each held-out question.",
     "maj": "Reward of the most common of k answers to each held-out question.",
@@ -17,7 +17,7 @@ NOTES = {
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Before and after by category, and curves where there were validations on the way."""
+    """Panels of before and after by category, and curves if there were validations in between."""
     names = sorted({name for run in runs for name in run.names("val/")})
     whole = sorted((name for name in names if "/" not in name), reverse=True)
     parts = [name for name in names if "/" in name]
@@ -30,7 +30,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _before_after(runs: Sequence[Run], whole: str, parts: Sequence[str]) -> Panel | None:
-    """Of all questions and of each category, a place on the horizontal axis."""
+    """Before and after of all questions and of each category, side by side."""
     own = [name for name in parts if name.endswith(f"/{whole}") and name.count("/") == 1]
     names = [whole, *(own if len(own) <= MOST_CATEGORIES else [])]
     layers: list[Layer] = []
@@ -72,7 +72,7 @@ def _before_after(runs: Sequence[Run], whole: str, parts: Sequence[str]) -> Pane
 
 
 def _joints(run: Run, names: Sequence[str], shift: float, tone: str) -> Line:
-    """From each "before" to its "after"."""
+    """A line from each "before" to its "after"."""
     x = [place + shift for place in range(len(names)) for _ in range(3)]
     y: list[float | None] = []
     for name in names:
@@ -85,7 +85,7 @@ def _percent(value: float | None) -> float | None:
 
 
 def _interval(run: Run, batch: int, name: str) -> tuple[float | None, float | None]:
-    """95 % of a figure, in percent; None, None where its questions were not kept."""
+    """The 95 % interval of a figure in percent; None, None if its questions were not kept."""
     category, _, figure = name.rpartition("/")
     evaluation = run.evaluations.get(batch)
     known = evaluation.figures.get(category or "all", {}).get(figure) if evaluation else None

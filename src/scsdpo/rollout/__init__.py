@@ -1,4 +1,4 @@
-"""Rollout: which responses do we learn from?"""
+"""Rollout engines: they draw the responses that the policy learns from."""
 
 from scsdpo.rollout._base import Drawing, Drawn, Rollout
 from scsdpo.rollout.hf.rollout import HFRollout

@@ -1,4 +1,4 @@
-"""The contract of a rollout engine."""
+"""The abstract class of rollout engines."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,28 +12,28 @@ from scsdpo.verifiers import Episodes
 
 
 class Drawing(ABC):
-    """Responses that were asked for, and may still be drawn while the trainer does other things."""
+    """Responses that were requested. The engine may still draw them while the trainer works."""
 
     @property
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether all of them are there."""
+        """True once all responses are drawn."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """Of the weights that were the newest when they were asked for."""
+        """Label of the newest weights at the time of the request."""
 
     @abstractmethod
     def responses(self) -> Responses:
-        """Wait for them; whatever has failed meanwhile is raised here."""
+        """Wait for the responses. An error of the engine is raised here."""
 
 
 class Drawn(Drawing):
-    """Responses that are there.
+    """Responses that are drawn already.
 
     Args:
-        responses: these.
+        responses: the responses.
     """
 
     def __init__(self, responses: Responses) -> None:
@@ -52,67 +52,69 @@ class Drawn(Drawing):
 
 
 class Rollout(ABC):
-    """Which responses do we learn from?
+    """An engine that draws responses from the policy.
 
-    An engine needs `sample` alone, and `play` for questions whose environments answer responses;
-    the other methods have defaults that suit an engine in this
-    process without a limit of its own. A trainer calls them in this order:
+    An engine must define `sample`, and `play` if it supports environments that answer responses.
+    The defaults of the other methods suit an engine in this process without a limit of its own. A
+    trainer calls the methods in this order:
 
     1. Before weights are loaded, `max_length`: a run whose longest prompt leaves no room for
        `max_new_tokens` is refused.
     2. For each batch `rows_in_flight`, then, inside `hold_weights`, `with_max_rows(rows).sample`.
-       Where that runs out of memory, on any rank, it is called again with half the rows. A rank
-       that has no prompts calls `sample_nothing` instead.
-    3. Over a validation or a prediction `hold_weights(barrier=False)` stands around all batches.
+       If that runs out of memory on any rank, it is called again with half the rows. A rank
+       without prompts calls `sample_nothing` instead.
+    3. Around all batches of a validation or a prediction, `hold_weights(barrier=False)`.
     4. At the end, and after a failure, `close`.
 
-    On several ranks each rank has its own prompts and calls its own engine. Ranks call
-    `hold_weights` equally often and in step; inside it they may call `sample` as often as each
-    likes. An engine that communicates inside `sample` must do so in `sample_nothing` too.
+    Each rank has its own prompts and calls its own engine. All ranks call `hold_weights` equally
+    often and in the same order. Inside it each rank may call `sample` any number of times. An
+    engine that communicates inside `sample` must also do so in `sample_nothing`.
 
-    What cannot be done is a `ConfigurationError` that names the key and the remedy; an engine that
-    went away is a `TrainingStopped`. Out of memory is passed on as the allocator raised it.
+    Raise a `ConfigurationError` that names the key and the remedy for a request that the engine
+    cannot serve, and a `TrainingStopped` if the engine is lost. Do not catch the allocator's
+    out-of-memory errors.
     """
 
     @abstractmethod
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        """`sampling.n` responses to each prompt, drawn from the policy as it is now.
+        """Draw `sampling.n` responses to each prompt from the policy's current weights.
 
-        `Responses.of_one_turn` makes the result, on the policy's device:
+        Build the result by `Responses.of_one_turn`, on the policy's device:
 
-        * `ids` are those that were drawn, the end included. They are trained on as they are; texts
-          are never tokenised again.
-        * A response ends with one of `policy.chat.eos_ids`, behind one of
-          `sampling.stops(prompt)`, or at `sampling.max_new_tokens`; `ended` is False for the last.
-        * `sampling_logprobs` are those of the distribution drawn from: softmax(logits /
-          temperature), cut to top-k, top-p and min-p. `policy_logprobs` are those before the cut,
-          nan where the engine does not know them.
+        * `ids` are the drawn tokens, the end included. The policy is trained on these; texts are
+          never tokenised again.
+        * A response ends with one of `policy.chat.eos_ids`, after one of
+          `sampling.stops(prompt)`, or at `sampling.max_new_tokens`. `ended` is False for the last.
+        * `sampling_logprobs` are under the distribution drawn from: softmax(logits / temperature),
+          cut to top-k, top-p and min-p. `policy_logprobs` are under the distribution before the
+          cut, and nan if the engine does not know them.
         * `texts` are `policy.chat.decode(ids)`, one for each response.
         * `version` names the weights in records; '' if they have no name.
 
-        Which token is drawn should depend on `scsdpo.seeds.resolved(sampling.seed)`, `prompt.key`,
+        The choice of a token should depend on `scsdpo.seeds.resolved(sampling.seed)`, `prompt.key`,
         `prompt.copy * sampling.n` + the response's number, and the position only, so that a run
-        does not change with the batch's order or the number of ranks. The policy and the random
-        state of torch and Python are as before afterwards.
+        does not change with the batch's order or the number of ranks. Leave the policy and the
+        random states of torch and Python as they were.
 
         Args:
-            policy: whose weights; may be sharded (`CausalLM.sampling_mode` gives them whole).
-            prompts: rendered, at least one; `ids` are what the policy reads.
-            sampling: how many responses, how long, and from which distribution.
+            policy: draw from its weights, which may be sharded (`CausalLM.sampling_mode` gathers
+                them).
+            prompts: rendered, at least one; the policy reads their `ids`.
+            sampling: number of responses, their length, and the distribution.
         """
 
     @declared
     def can_be_asked(self) -> bool:
-        """Whether `sample` takes any ids as a prompt.
+        """True if `sample` accepts any ids as a prompt.
 
-        The self-check then asks for a few tokens before the first step, and compares what the
-        engine says of them with what the trainer does.
+        The self-check then draws a few tokens before the first step, and compares the engine's
+        log-probs with the trainer's.
         """
         return False
 
     @declared
     def plays_episodes(self) -> bool:
-        """Whether it has `play`."""
+        """True if the engine defines `play`."""
         return False
 
     def play(
@@ -122,23 +124,23 @@ class Rollout(ABC):
         sampling: Sampling,
         episodes: Episodes,
     ) -> Responses:
-        """As `sample`, where environments answer responses and the policy goes on.
+        """Draw episodes: as `sample`, but environments answer responses and the policy goes on.
 
         Args:
-            policy: as it is now.
-            prompts: the questions; some may have one turn.
-            sampling: how often, and how.
-            episodes: `sampling.n` of each question, in its order; all of them have a verdict when
-                this returns.
+            policy: draw from its current weights.
+            prompts: the questions; some may have a single turn.
+            sampling: number of episodes, their length, and the distribution.
+            episodes: `sampling.n` of each question, in the order of `prompts`; all have a verdict
+                when this returns.
 
         Raises:
-            ConfigurationError: if this engine cannot.
+            ConfigurationError: if this engine cannot play episodes.
         """
         raise ConfigurationError(one_turn(self))
 
     @declared
     def draws_behind(self) -> bool:
-        """Whether `begin` returns before the responses are drawn."""
+        """True if `begin` returns before the responses are drawn."""
         return False
 
     def begin(
@@ -149,16 +151,17 @@ class Rollout(ABC):
         *,
         within: bool = False,
     ) -> Drawing:
-        """As `sample`, of an engine that draws while the trainer learns (`model.ahead`).
+        """Request responses, to be drawn while the trainer learns (`model.ahead`).
 
-        Each token is drawn with the weights of this moment, or with those of a later `begin`;
-        `labels` say which. Several drawings may be under way, and `sample` answers beside them.
+        Each token is drawn with the current weights or with those of a later `begin`; `labels` of
+        the result say which. Several requests may be open, and `sample` works beside them.
 
         Args:
-            policy: as it is now.
-            prompts: the questions, each of one turn.
-            sampling: how often, and how.
-            within: whether weights may change amid a response. False: each is of one version.
+            policy: its current weights are sent to the engine.
+            prompts: the questions, each of a single turn.
+            sampling: number of responses, their length, and the distribution.
+            within: True: weights may change in the middle of a response. False: all tokens of a
+                response come from one version.
         """
         return Drawn(self.sample(policy, prompts, sampling))
 
@@ -167,43 +170,42 @@ class Rollout(ABC):
     ) -> AbstractContextManager[object]:
         """Keep the policy's weights loaded over several calls of `sample`.
 
-        Inside, nothing changes the policy. All ranks must enter; gathering shards and bringing
-        weights to an engine belongs here, for it may be collective. Calls nest: an inner one does
-        nothing.
+        Nothing changes the policy while the context is open. All ranks must enter it, so collective
+        work belongs here, such as gathering shards and sending weights to an engine. Contexts nest:
+        an inner one does nothing.
 
         Args:
-            policy: whose weights.
-            barrier: leaving waits for all ranks, and an error inside on one rank may be raised on
-                all. False: each rank leaves by itself, with its own error.
+            policy: keep its weights.
+            barrier: True: leaving waits for all ranks, and an error on one rank may be raised on
+                all. False: each rank leaves without waiting, with its own error.
         """
         return nullcontext()
 
     def sample_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
-        """Take part where other ranks `sample`, on a rank that has no prompts."""
+        """Take part in the collectives of `sample` on a rank that has no prompts."""
 
     def max_length(self) -> int | None:
-        """Tokens that a prompt and its response may have together; None: no limit."""
+        """Most tokens of a prompt and its response together; None: no limit."""
         return None
 
     def rows_in_flight(self, responses: int) -> int:
-        """How many of `responses` responses are drawn at a time, at most; at least 1."""
+        """Most of `responses` responses that are drawn at a time; at least 1."""
         return responses
 
     def with_max_rows(self, rows: int) -> "Rollout":
-        """An engine with at most `rows` responses in flight; itself if it cannot have fewer.
+        """An engine that draws at most `rows` responses at a time; `self` if there is no choice.
 
-        The responses must not depend on it, but for rounding.
+        The responses must not depend on `rows`, up to rounding.
         """
         return self
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Give back what sampling holds: engines, files, connections. `sample` may start anew."""
+        """Free engines, files and connections; a later `sample` may start them again."""
 
 
 def one_turn(rollout: Rollout) -> str:
-    """Why an engine cannot play episodes, and what to do."""
+    """Error message for an engine that cannot play episodes."""
     return (
-        f"model.rollout: {type(rollout).__name__} draws responses of one turn, and the "
-        "environments of these questions answer them and let the policy go on; use HFRollout or "
-        "VLLMRollout"
+        f"model.rollout: {type(rollout).__name__} draws responses of one turn, but these questions "
+        "have environments that answer responses: use HFRollout or VLLMRollout"
     )

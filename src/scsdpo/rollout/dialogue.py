@@ -1,4 +1,4 @@
-"""What stands between the turns of an episode, as token ids, and engines that go by it."""
+"""The environments' answers between the turns of episodes, as token ids, for rollout engines."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from scsdpo.types import Episode, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Episodes
 
 CUT = "the response was cut at max_new_tokens"
-FULL = "what the environment answered has no room in max_new_tokens"
+FULL = "the environment's answer does not fit in max_new_tokens"
 
 
 class Dialogue:
-    """The environments of a batch of responses; of one whose questions have one turn, nobody.
+    """The environments of a batch of responses; there are none if the questions have one turn.
 
-    Rows are numbered q G + g. What an environment answers is rendered behind the tokens that were
-    drawn, which stay as they are, thinking included. An answer after which no token could be drawn
-    any more is left out, and the episode ends before it.
+    Rows are numbered q G + g. An environment's answer is rendered and appended to the drawn tokens,
+    which stay as they are, thinking included. If an answer leaves no room for another token, it is
+    dropped and the episode ends before it.
 
     Args:
         prompts: the questions.
-        sampling: how many responses, and how long they may be.
-        chat: renders.
-        episodes: of all rows; empty: the questions have one turn.
+        sampling: number of responses and their longest length.
+        chat: renders the answers.
+        episodes: the episodes of all rows; empty: the questions have one turn.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Dialogue:
         self._episodes = tuple(episodes)
         self._chat, self._n, self._most = chat, sampling.n, sampling.max_new_tokens
         self.prompts = tuple(prompts)
-        """As they are asked: with what their environments show at first."""
+        """The questions, each with the opening messages of its environment."""
         for each in self._episodes:
             self.prompts = tuple(
                 _opened(prompt, opening, chat)
@@ -47,27 +47,27 @@ class Dialogue:
         self._used: dict[int, int] = {}
         self._drew_end: dict[int, bool] = {}
         self.due: set[int] = set()
-        """Rows that are being answered."""
+        """Rows that wait for an answer."""
         self.cut: set[int] = set()
-        """Rows that ended because an answer had no room."""
+        """Rows that ended because an answer did not fit."""
 
     @property
     def is_played(self) -> bool:
-        """Whether a row may have several turns."""
+        """True if some rows may have several turns."""
         return bool(self._episodes)
 
     def plays(self, row: int) -> bool:
-        """Whether a row may have several turns."""
+        """True if `row` may have several turns."""
         return any(each.plays(row) for each in self._episodes)
 
     def respond(self, row: int, ids: Sequence[int], *, used: int, ended: bool) -> None:
-        """Give the environment a response.
+        """Send a response to its environment.
 
         Args:
-            row: of which episode.
-            ids: of this turn.
-            used: tokens behind the prompt, of all turns so far.
-            ended: by itself, and not by the cap.
+            row: row of the episode.
+            ids: tokens of this turn.
+            used: number of tokens after the prompt, in all turns so far.
+            ended: the response ended by itself; False: at `max_new_tokens`.
         """
         self.due.add(row)
         self._used[row], self._drew_end[row] = used, ids[-1] in self._chat.eos_ids
@@ -75,10 +75,10 @@ class Dialogue:
             each.submit(row, self._chat.decode(ids), last="" if ended else CUT)
 
     def answers(self, *, wait: bool) -> list[tuple[int, tuple[int, ...]]]:
-        """By row, the ids that stand before its next turn; none: the episode is over.
+        """(row, ids to put before its next turn) of rows that were answered; (): it is over.
 
         Args:
-            wait: for at least one, if any is due.
+            wait: wait for at least one answer, if any is due.
         """
         found: list[tuple[int, tuple[int, ...]]] = []
         for each in self._episodes:
@@ -100,20 +100,20 @@ class Dialogue:
         return found
 
     def forget(self, row: int) -> None:
-        """A row will be drawn again from its start."""
+        """Start the episode of `row` again, because the row will be drawn again."""
         self.due.discard(row)
         self.cut.discard(row)
         for each in self._episodes:
             each.forget(row)
 
     def record(self, row: int) -> Episode:
-        """What was said in a row."""
+        """The record of the episode of `row`; empty for a question of one turn."""
         return next((each.record(row) for each in self._episodes), Episode())
 
     def text(self, row: int, ids: Sequence[int]) -> str:
-        """A row as text: the transcript of an episode, and else what `ids` say."""
+        """`row` as text: the transcript of its episode, or else the text of `ids`."""
         record = self.record(row)
-        # Each response begins with what its prompt leaves open, so that its thinking can be told.
+        # Each response begins with the thinking that its prompt opens, so that it is recognised.
         opened = self.prompts[row // self._n].thinking
         return (
             record.transcript(lambda said: opened + said)
@@ -129,16 +129,16 @@ def _opened(prompt: Prompt, opening: Sequence[dict[str, str]], chat: Chat) -> Pr
 
 
 class DialogueRollout(Rollout):
-    """An engine for which a question of one turn is a dialogue without an environment."""
+    """An engine that draws episodes, and a question of one turn as an episode of one turn."""
 
     @abstractmethod
     def draw(self, policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> Responses:
-        """Responses to `dialogue.prompts`, which go on where the dialogue answers them.
+        """Draw responses to `dialogue.prompts`; continue those that the dialogue answers.
 
         Args:
-            policy: as it is now.
-            dialogue: of this batch.
-            sampling: how often, and how.
+            policy: draw from its current weights.
+            dialogue: the batch's environments.
+            sampling: number of responses, their length, and the distribution.
         """
 
     def sample(self, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from scsdpo.distributed import all_gather, place
+from scsdpo.distributed import all_gather, rank_and_size
 from scsdpo.seeds import run_seed
 from scsdpo.selection._base import Selection
 from scsdpo.state import Stateful, plain, restored
@@ -67,7 +67,7 @@ class InformativePool(Selection, Stateful):
         self.groups = sorted([*self.groups, *all_gather(new)], key=self._draw)
         if len(self.groups) < self.questions and self.batches < self.max_batches:
             return ()
-        rank, ranks = place()
+        rank, ranks = rank_and_size()
         mine = self.groups[: self.questions][rank::ranks]
         self.groups, self.batches, self.used = [], 0, self.used + 1
         return (judged[[]].cat(mine),)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from scsdpo import interrupt
 from scsdpo.data import TaskDataModule
-from scsdpo.distributed import all_gather, all_max, place
+from scsdpo.distributed import all_gather, all_max, rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.loss import Importance, NoImportance
 from scsdpo.rollout import Drawing, Drawn, Rollout
@@ -193,7 +193,7 @@ class DrawnAhead:
         self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
     ) -> dict[int, _Waiting]:
         """By number, what waits and answers the questions that are `asked`, on all ranks."""
-        rank, ranks = place()
+        rank, ranks = rank_and_size()
         found: dict[int, _Waiting | None] = {}
         unfit = []
         for number in sorted(self._queue.known & asked.keys()):
@@ -250,7 +250,7 @@ class DrawnAhead:
         """
         queue = self._finished if under_way else self._settled(step)
         now, batches = Moment(step, queue.moved), dict(queue.stored)
-        if not alone or place()[1] == 1:
+        if not alone or rank_and_size()[1] == 1:
             own: dict[int, Responses] = {}
             for number, waiting in queue.waiting.items():
                 if waiting.is_done:

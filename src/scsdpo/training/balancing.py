@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage import Advantage, Batch
-from scsdpo.distributed import all_gather, place
+from scsdpo.distributed import all_gather, rank_and_size
 from scsdpo.teacher import Teacher
 from scsdpo.types import Judged, TeacherContexts
 
@@ -36,7 +36,7 @@ def balance_ranks(home: Batch, advantage: Advantage, teacher: Teacher) -> Batch:
         advantage: plans again for the share.
         teacher: says which rollouts have what it needs.
     """
-    rank, ranks = place()
+    rank, ranks = rank_and_size()
     if ranks == 1:
         return home
     groups = sorted(all_gather(_groups(home, rank)), key=lambda group: group.number)

@@ -26,7 +26,7 @@ from scsdpo.checkpoints import (
 from scsdpo.data import TaskDataModule
 from scsdpo.data.rendered import rendered
 from scsdpo.data.startup import check_context
-from scsdpo.distributed import AbortVote, place
+from scsdpo.distributed import AbortVote, rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
 from scsdpo.health import Health
 from scsdpo.loss import Importance, NoImportance, Observer, unobserved
@@ -342,7 +342,7 @@ class PolicyOptimizer(L.LightningModule):
         if shown is None or not self._taught_alone() or self.policy.name_or_path == "tiny":
             return None
         batches = self.trainer.estimated_stepping_batches / self.updates_per_rollout
-        planned = batches * len(prompts) * place()[1]
+        planned = batches * len(prompts) * rank_and_size()[1]
         if not (count := self.teacher_check.affordable(planned, shown)):
             return None
         return self._told(shown, count, prompts, "check", "before the first step")
@@ -373,7 +373,7 @@ class PolicyOptimizer(L.LightningModule):
             count: at least one a rank.
             prompts: of the batch, which are asked where the data are not a `TaskDataModule`'s.
         """
-        rank, ranks = place()
+        rank, ranks = rank_and_size()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, TaskDataModule):
             return [*prompts[: -(-count // ranks)]]

@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from scsdpo.distributed import all_gather, place
+from scsdpo.distributed import all_gather, rank_and_size
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.statistics import Estimate, paired_interval, score_interval
@@ -124,7 +124,7 @@ def pass_rates(
         asked: this rank's questions.
         spare: on several ranks, of which one is asked where `asked` is empty: all ranks sample.
     """
-    some = asked or [Asked(prompt, prompt.ids) for prompt in spare[:1] if place()[1] > 1]
+    some = asked or [Asked(prompt, prompt.ids) for prompt in spare[:1] if rank_and_size()[1] > 1]
     prompts = [replace(one.prompt, key=f"{name}/{one.prompt.key}", ids=one.ids) for one in some]
     if not prompts:
         return {}

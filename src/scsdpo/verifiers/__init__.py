@@ -1,4 +1,4 @@
-"""Verifiers: what is a right answer, and what to say of a wrong one."""
+"""Verifiers, which decide whether a response is right and give feedback on a wrong one."""
 
 from scsdpo.prompt import Verifier
 from scsdpo.verifiers.answer import ExactMatch, MultipleChoice, last_answer

@@ -1,4 +1,4 @@
-"""Verifiers of an answer that stands between <answer> tags."""
+"""Verifiers of an answer between <answer> tags."""
 
 import re
 import unicodedata
@@ -16,13 +16,13 @@ _LETTER = re.compile(
     r"[(\[<]?\s*([a-z])\s*(?:[)\]>.:]|$)",
     re.IGNORECASE,
 )
-# Behind the letter another one that is told as an option: "B)", "or B", a letter alone.
+# After the letter, another one that is marked as an option: "B)", "or B", a letter alone.
 _ANOTHER = re.compile(
     r"(?:^|[\s(\[,;/&])[A-Z]\s*[):\]]|(?:^|[\n,;/&]|\b(?:or|and))\s*\(?[A-Z](?:[.,;]|\s*$)",
     re.MULTILINE,
 )
 _LONGEST = 1_000
-"""Characters of a letter and its option's text."""
+"""Greatest length, in characters, of a letter with its option's text."""
 _LABEL = re.compile(r"(?:^|[\s(\[])\**\(?([A-Z])\**[.):\]]", re.MULTILINE)
 
 
@@ -40,8 +40,8 @@ class ExactMatch(Verifier):
     """Right iff the last <answer> block holds exactly `prompt.answer`, outer whitespace aside.
 
     Args:
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
     """
 
     strip_thinking: bool = True
@@ -69,7 +69,7 @@ class MultipleChoice(Verifier):
             False also takes the other spellings of the letter: "a", "(A)", "A.", "A: 0.8", "**A**",
             "Option A", "\boxed{A}"; and, where there is no block, the last box, or a response that
             is nothing but the letter. A text that names several options is none of them.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: all
             of the response, as the published grader does.
 
     Source:
@@ -80,7 +80,7 @@ class MultipleChoice(Verifier):
     strip_thinking: bool = True
 
     def check(self, prompt: Prompt) -> None:
-        """Whether it is the letter of an option, and of one that the question lists, if it does."""
+        """Raise if the answer is no letter, or no option that the question lists."""
         letter = prompt.answer.strip()
         if not re.fullmatch("[A-Z]", letter):
             raise ValueError(
@@ -98,7 +98,7 @@ class MultipleChoice(Verifier):
         return f"<answer>{prompt.answer.strip()}</answer>"
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """Reward 1 or 0; the verdict's answer is the letter, else whatever the block holds."""
+        """Reward 1 or 0; the verdict's answer is the letter, or the block's text without one."""
         text = last_answer(response) if self.strict else _letter(response)
         if text is None:
             return Verdict(reward=0.0, feedback=NO_ANSWER)
@@ -122,7 +122,7 @@ def _letter(response: str) -> str | None:
 
 
 def _spelled(text: str, *, with_text: bool) -> str | None:
-    """The letter that a text spells, and no other one; its option's text may follow."""
+    """The one letter that a text names, perhaps with its option's text; None: none or several."""
     if len(text) > _LONGEST:
         return None
     text = unicodedata.normalize("NFKC", text)

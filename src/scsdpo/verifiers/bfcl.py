@@ -1,4 +1,4 @@
-"""Verifiers of BFCL's tasks of one response."""
+"""Verifiers of BFCL's tasks of one turn."""
 
 import json
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from scsdpo.verifiers.tool_forms import Call, MalformedCall, NoCall, canonical, 
 
 @dataclass(frozen=True, kw_only=True)
 class BFCLCalls(Verifier):
-    """Right iff the calls of the response are those of `prompt.answer`, which may leave a choice.
+    """Right iff the calls of the response match `prompt.answer`, which may allow several values.
 
     Calls are read, and values compared, as `ToolCall` does. `prompt.answer` is BFCL's: a JSON list
-    of `{tool: {argument: [value, ...]}}`. An argument has one of the listed values, and one with ""
-    among them may be missing; within a value that is an object, or a list of objects, the same
-    holds of each key. The calls may come in any order. An empty list: right iff nothing is called.
+    of `{tool: {argument: [value, ...]}}`. An argument must have one of the listed values; if "" is
+    among them, it may be missing. The same holds for each key of an object, also in a list of
+    objects. The calls may come in any order. An empty list: right iff nothing is called.
 
     Args:
-        reveal: the feedback on calls that are wrong says which would have been right.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        reveal: the feedback on wrong calls names the right ones.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Source:
         Patil et al. 2025, "The Berkeley Function Calling Leaderboard", its possible answers.
-        Differs: its own check of texts leaves case, spaces and punctuation out, and here they
-        matter; 1 and 1.0 are equal here, and a value of Java or JavaScript is one of JSON.
+        Differs: its own check ignores case, spaces and punctuation of strings, which count here;
+        1 and 1.0 are equal here, and values of Java or JavaScript are read as JSON.
     """
 
     reads_json: ClassVar[bool] = True
@@ -35,7 +35,7 @@ class BFCLCalls(Verifier):
     strip_thinking: bool = True
 
     def check(self, prompt: Prompt) -> None:
-        """Whether it is such a list."""
+        """Raise if the answer is no such list."""
         _gold(prompt.answer)
 
     def written(self, prompt: Prompt) -> str:
@@ -74,11 +74,11 @@ class BFCLCalls(Verifier):
 
 @dataclass(frozen=True, kw_only=True)
 class BFCLRelevance(Verifier):
-    """Right iff the response calls a function that is offered; with which arguments is free.
+    """Right iff the response calls an offered function, with any arguments.
 
     Args:
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Source:
         Patil et al. 2025, "The Berkeley Function Calling Leaderboard", live_relevance. Differs: its
@@ -89,7 +89,7 @@ class BFCLRelevance(Verifier):
     strip_thinking: bool = True
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """Reward 1 or 0; the verdict's answer is the names that are called."""
+        """Reward 1 or 0; the verdict's answer holds the names of the called functions."""
         try:
             called = sorted({call.tool for call in calls_of(prompt, response)})
         except MalformedCall as error:
@@ -102,7 +102,7 @@ class BFCLRelevance(Verifier):
 
 
 Choice = tuple[str, dict[str, list[Any]]]
-"""A tool, and of each argument the values that it may have."""
+"""A tool, and the allowed values of each argument."""
 
 
 def _gold(answer: str) -> list[Choice]:
@@ -134,7 +134,7 @@ def _first_values(choices: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of which each object lists the choices of its keys, with the first ones."""
+    """The value with the first choice of each key, in objects that list choices."""
     if isinstance(value, dict):
         return _first_values(value)
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 def _paired(calls: list[Call], gold: list[Choice]) -> bool:
-    """Whether the calls can be put beside the gold ones so that each is right."""
+    """True if calls and gold calls can be matched one to one."""
     fits = [[at for at, one in enumerate(gold) if _is_right(call, one)] for call in calls]
     holder: dict[int, int] = {}
 
@@ -171,7 +171,7 @@ def _is_right(call: Call, wanted: Choice) -> bool:
 
 
 def _among(given: Mapping[str, Any], choices: Mapping[str, Any]) -> bool:
-    """Whether each key has one of the values that it may have, and none is missing."""
+    """True if each key has an allowed value, and no required key is missing."""
     listed = {key: each if isinstance(each, list) else [each] for key, each in choices.items()}
     missing = [key for key, each in listed.items() if key not in given and "" not in each]
     return not missing and all(
@@ -195,7 +195,7 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def _difference(calls: list[Call], gold: list[Choice]) -> str:
-    """What is wrong, without the tools and inputs that were wanted."""
+    """Describe the fault without naming the right tools and inputs."""
     if not gold:
         return "Nothing should be called."
     if len(calls) != len(gold):

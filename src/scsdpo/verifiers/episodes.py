@@ -1,4 +1,4 @@
-"""Episodes of a batch, on their way through the processes that judge."""
+"""Run the episodes of a batch in the worker processes."""
 
 import itertools
 import pickle
@@ -20,13 +20,12 @@ from scsdpo.verifiers.stage import Stage, Turn, digest
 from scsdpo.verifiers.verify import NoRoom, failed, prepare_all
 
 MAX_OWN_PROCESSES = 16
-"""Of environments that do not replay; further episodes of these wait before their first turn."""
+"""Most processes for environments that do not replay; further episodes wait for one."""
 SOON = 0.005
-"""Seconds that a caller waits for the next answer. A process answers one response at a time: those
-of environments that answer at once come one after the other, and without a wait each would cost the
-caller, who draws from all rows alike, a step of its own."""
+"""Seconds that a caller waits for the next answer. A process answers one response at a time, so
+answers arrive one after the other; without this wait each would cost the caller a decoding step."""
 _REBUILDING = 3.0
-"""To rebuild an episode may take so many times as long as its turns took."""
+"""Time limit to rebuild an episode, in multiples of the time of its turns."""
 
 _numbers = itertools.count()
 
@@ -37,18 +36,18 @@ class _Row:
 
     prompt: Prompt
     number: int = field(default_factory=lambda: next(_numbers))
-    """Tells its states apart from those of all others, and of forgotten tries."""
+    """Unique number of this attempt at the episode, which identifies its state in a process."""
     parts: list[Part] = field(default_factory=list)
     past: list[str] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
     response: str = ""
-    """The one that is being answered."""
+    """The response that is being answered."""
     worker: Worker | None = None
     """The process that holds its state."""
     seconds: float = 0.0
-    """That its turns have taken."""
+    """Seconds that its turns have taken."""
     losses: int = 0
-    """Processes that died while they answered it."""
+    """Number of processes that died while they answered it."""
     verdict: Verdict | None = None
 
 
@@ -57,23 +56,23 @@ class _Job:
     row: _Row
     turn: Turn
     seconds: float
-    """That it may take."""
+    """Time limit."""
     holder: Worker | None = None
-    """The process that is to let go of a state."""
+    """The process that must drop the episode's state."""
 
 
 class Episodes:
-    """Q x G episodes: responses go in, observations and verdicts come out, in any order.
+    """Q x G episodes: takes responses, and gives observations and verdicts in any order.
 
-    Rows are numbered q G + g. The state of an episode stays in the process in which it began; where
-    that is lost, the next turn rebuilds it in another one. Used in a `with` block, at whose end all
-    states are gone.
+    Rows are numbered q G + g. The state of an episode stays in the process in which it began; if
+    the process is lost, the next turn rebuilds the state in another one. The end of the `with`
+    block drops all states.
 
     Args:
-        pool: has the processes.
-        prompts: the questions; rows of those that a `Verifier` judges have one turn, and are not
+        pool: owns the processes.
+        prompts: the questions; rows of a question with a `Verifier` have one turn and are not
             played here.
-        n: episodes of each, G.
+        n: episodes of each question, G.
     """
 
     def __init__(self, pool: VerifierPool, prompts: Sequence[Prompt], n: int) -> None:
@@ -83,10 +82,10 @@ class Episodes:
         self._prompts = tuple(prompts)
         self._todo: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
-        """Those that a process has, by number."""
+        """Jobs that a process has, by number."""
         self._answers: deque[tuple[_Row, Observation | Verdict]] = deque()
         self._own: list[Worker] = []
-        """Processes of episodes that do not replay."""
+        """Processes that each hold one episode of an environment that does not replay."""
         settings = pool.settings
         self._here = Stage(settings.max_feedback, settings.max_observation, alone=False)
 
@@ -101,9 +100,9 @@ class Episodes:
     ) -> None:
         try:
             if error or any(row.prompt.has_turns and not row.verdict for row in self._rows):
-                self.pool.close()  # states of episodes that nobody goes on with
+                self.pool.close()  # drops the states of unfinished episodes
             else:
-                while self._todo or self._jobs:  # states of forgotten tries
+                while self._todo or self._jobs:  # drop the states of forgotten attempts
                     self._pump(LOOK_SECONDS)
         finally:
             for worker in self._own:
@@ -111,11 +110,11 @@ class Episodes:
             self._own.clear()
 
     def plays(self, row: int) -> bool:
-        """Whether a row has several turns."""
+        """True if a row's environment plays several turns."""
         return self._rows[row].prompt.has_turns
 
     def open(self) -> tuple[tuple[Message, ...], ...]:
-        """The chat turns that each question opens with; those of one turn with their own."""
+        """The messages that open each question; a question of one turn has its own."""
         for row in self._rows[:: self.n]:
             if row.prompt.has_turns:
                 self._ask(row, "begin")
@@ -123,12 +122,12 @@ class Episodes:
         while self._todo or self._jobs:
             self._pump(LOOK_SECONDS)
             for row, answer in self._taken():
-                if row.worker and row.worker in self._own:  # it begins anew with its first response
+                if row.worker and row.worker in self._own:  # it begins anew at its first response
                     self._remove(row.worker)
                 question = self._rows.index(row) // self.n
                 group = self._rows[question * self.n : (question + 1) * self.n]
                 if isinstance(answer, Verdict):
-                    # Nothing was asked yet: each of its episodes ends after its first turn.
+                    # The opening failed: each of its episodes ends after its first turn.
                     for each in group:
                         each.verdict = answer
                 else:
@@ -141,26 +140,26 @@ class Episodes:
         """Give the environment a response.
 
         Args:
-            row: of which episode.
-            response: its whole text; empty where all responses were given before.
-            last: why the episode cannot go on; empty: it can.
+            row: number of the episode.
+            response: its whole text; empty if all responses were given before.
+            last: reason why the episode must end after this response; empty: it need not.
         """
         own = self._rows[row]
         own.response = response
         if response or not last:
             own.parts.append(Part(role="assistant", text=response))
-        if own.verdict:  # it could not begin
+        if own.verdict:  # its opening failed
             self._answers.append((own, own.verdict))
         else:
             self._ask(own, "finish" if last else "step", response=response, why=last)
 
     def answers(self, *, wait: bool) -> list[tuple[int, Observation | Verdict]]:
-        """What was answered since the last call, by row; a verdict ends the episode.
+        """The answers since the last call, with their rows; a verdict ends the episode.
 
-        Environments are heard until none has answered for `SOON`.
+        It returns once no environment has answered for `SOON` seconds.
 
         Args:
-            wait: for at least one, if any is due.
+            wait: wait for at least one answer, if any is due.
         """
         self._pump(0.0)
         until = time.monotonic() + SOON
@@ -176,7 +175,7 @@ class Episodes:
         return [(place[id(row)], answer) for row, answer in self._taken()]
 
     def forget(self, row: int) -> None:
-        """Begin an episode anew, whatever was said in it."""
+        """Discard an episode and begin it anew."""
         own = self._rows[row]
         self._answers = deque(each for each in self._answers if each[0] is not own)
         drop = Turn(episode=own.number, act="drop")
@@ -192,7 +191,7 @@ class Episodes:
         own.worker, own.losses = None, 0
 
     def record(self, row: int) -> Episode:
-        """What was said; nothing of a row of one turn."""
+        """The record of an episode; empty for a row of one turn."""
         own = self._rows[row]
         return Episode(parts=tuple(own.parts), verdict=own.verdict)
 
@@ -205,7 +204,7 @@ class Episodes:
         self._todo.append(_Job(row=row, turn=turn, seconds=seconds))
 
     def _taken(self) -> list[tuple[_Row, Observation | Verdict]]:
-        """The answers that have come, noted in their rows."""
+        """The answers received so far, stored in their rows."""
         taken, self._answers = list(self._answers), deque()
         for row, answer in taken:
             if isinstance(answer, Verdict):
@@ -228,12 +227,12 @@ class Episodes:
         return taken
 
     def _pump(self, seconds: float) -> None:
-        """Send what can be sent, and attend to what comes within so many seconds."""
+        """Send all jobs that can be sent, and handle events for at most `seconds`."""
         waiting, self._todo = self._todo, deque()
         before = len(self._answers)
         for job in waiting:
             if job.turn.act != "drop" and job.turn.episode != job.row.number:
-                continue  # it was forgotten meanwhile
+                continue  # the attempt was forgotten meanwhile
             if not self.pool.is_portable(job.row.prompt):
                 self._answered_here(job)
             elif not self._sent(job):
@@ -256,7 +255,7 @@ class Episodes:
         return [*self.pool.workers, *self._own]
 
     def _answered_here(self, job: _Job) -> None:
-        """In this very process, without a deadline."""
+        """Answer in this process, without a time limit."""
         prepare_all([job.row.prompt.verifier])
         try:
             answer = self._here.answer(job.row.prompt, job.turn)
@@ -266,12 +265,12 @@ class Episodes:
             self._answers.append((job.row, answer))
 
     def _sent(self, job: _Job) -> bool:
-        """Whether a process has it now; or nobody needs it any more."""
+        """True if a process now has the job, or nobody needs it any more."""
         row, held, seconds = job.row, job.row.worker, job.seconds
         if job.turn.act == "drop":
             held = job.holder
             if held not in self._workers():
-                return True  # gone, and the state with it
+                return True  # the process is gone, and the state with it
         elif held is None:
             if row.past and not row.prompt.verifier.replays:
                 self._again(job)
@@ -289,7 +288,7 @@ class Episodes:
         return True
 
     def _free(self, row: _Row) -> Worker | None:
-        """A process for an episode that has none: of those without work the one with the fewest."""
+        """An idle process for an episode that has none: the one with the fewest episodes."""
         if not row.prompt.verifier.replays:
             if len(self._own) >= MAX_OWN_PROCESSES:
                 return None
@@ -322,16 +321,16 @@ class Episodes:
 
     def _answered(self, worker: Worker, final: bool, number: int, fields: Any, took: float) -> None:
         if not worker.numbers or number != worker.numbers[0]:
-            return  # it has answered twice
+            return  # a second answer to the same turn
         worker.judged(number, START_SECONDS)
         job = self._jobs.pop(number)
         row = job.row
         if job.turn.episode != row.number:
-            return  # it was forgotten meanwhile
+            return  # the attempt was forgotten meanwhile
         self.pool.took(row.prompt, took)
         if not final and row.losses == 0 and (row.prompt.verifier.replays or not row.past):
             row.losses += 1
-            self._remove(worker)  # its memory is whole again elsewhere
+            self._remove(worker)  # a new process begins with little memory
             self._again(job)
             return
         answer: Observation | Verdict
@@ -364,7 +363,7 @@ class Episodes:
             self._answers.append((job.row, failed(why)))
 
     def _lost(self, worker: Worker, why: str, *, hung: bool = False) -> None:
-        """The turn that a process was at, and with it the process."""
+        """Handle the loss of a process and of the turn that it was answering."""
         prepared = worker.prepared
         numbers = list(worker.numbers)
         self._remove(worker, why="" if prepared and numbers else why)
@@ -374,7 +373,7 @@ class Episodes:
                 continue
             job.row.losses += prepared
             if not prepared or (not hung and job.row.losses == 1):
-                self._again(job)  # perhaps somebody else has killed it
+                self._again(job)  # another program may have killed it
             else:
                 lost = _late if hung else failed
                 self._answers.append((job.row, lost(f"{_name(job.row)}: {why}")))

@@ -1,4 +1,4 @@
-"""Verifier that is a function of the user's."""
+"""A verifier that calls a function of the user."""
 
 import importlib
 from collections.abc import Callable as Function
@@ -11,13 +11,13 @@ from scsdpo.prompt import Prompt, Verdict, Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class Callable(Verifier):
-    """Whatever a function says: `function(prompt, response)` gives a `Verdict`, or a reward.
+    """Calls a function: `function(prompt, response)` returns a `Verdict` or a reward.
 
     Args:
-        function: as `module:function`, with the module in the folder in which the command runs, or
-            on the import path.
-        strip_thinking: give the function only what stands behind the thinking, as `Verifier` says;
-            False: all of the response.
+        function: `module:function`; the module is in the folder in which the command runs, or on
+            the import path.
+        strip_thinking: give the function only the text after the thinking (see `Verifier`); False:
+            the whole response.
 
     Raises:
         ValueError: if there is no such function.
@@ -31,7 +31,7 @@ class Callable(Verifier):
         imported(self.function, _OWNER)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """The function's verdict; of a bare reward, one without an answer."""
+        """The function's verdict; a bare reward becomes a verdict without an answer."""
         result = imported(self.function, _OWNER)(prompt, response)
         return Verdict(reward=float(result)) if isinstance(result, int | float) else result
 
@@ -44,8 +44,8 @@ def imported(name: str, owner: str) -> Function[..., Any]:
     """The function or class `module:name`.
 
     Args:
-        name: as that.
-        owner: who names it, for errors, with {!r} in the place of the name.
+        name: `module:name`.
+        owner: the argument that names it, for errors, with {!r} in the place of the name.
 
     Raises:
         ValueError: if there is none.
@@ -60,7 +60,7 @@ def imported(name: str, owner: str) -> Function[..., Any]:
             function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"{told}: {error}; the module must stand in the folder in which the command runs, or "
+            f"{told}: {error}; the module must be in the folder in which the command runs, or "
             "on PYTHONPATH"
         ) from error
     if not callable(function):

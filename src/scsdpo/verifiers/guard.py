@@ -1,8 +1,8 @@
-"""Processes that verifiers leave behind, and how they are found and ended.
+"""Find and end processes that verifiers leave behind.
 
-Process groups do not do it: whoever calls `setsid` has left. Linux lets a process adopt the orphans
-among its descendants instead of init ("subreaper"); then all that it ever started are its children,
-or become so as those in between die. Elsewhere the group is all there is.
+Process groups do not suffice: a process that calls `setsid` leaves its group. Linux lets a process
+adopt the orphans among its descendants ("subreaper"); then every process that it ever started is
+its child, or becomes one when those in between die. Elsewhere only the group is known.
 """
 
 import ctypes
@@ -19,17 +19,17 @@ from pathlib import Path
 
 LINUX = sys.platform.startswith("linux")
 OWNER_SECONDS = 1.0
-"""Left to a process whose owner is gone."""
+"""Seconds that a process gets to end after its owner is gone."""
 _DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36  # prctl's
 
 
 def guarded() -> None:
-    """Go on in a child of this process, which itself stays to end what the child leaves behind.
+    """Continue in a child; this process stays, to end the processes that the child leaves behind.
 
-    It returns in the child, in a session of its own. This process waits until the child has ended,
-    however that comes about, or until it is told to end it: by SIGTERM, or because standard input
-    has no writer any more, so that its owner is gone. Then it ends all descendants, and itself as
-    the child did. Call it before there are threads.
+    The function returns in the child, which has a new session. This process waits until the child
+    has ended, until SIGTERM, or until standard input has no writer any more, which means that its
+    owner is gone. Then it ends all descendants, and exits with the child's status. Call it before
+    threads are started.
     """
     events = {signal.SIGCHLD, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, events)
@@ -41,7 +41,7 @@ def guarded() -> None:
         _prctl(_ADOPT_ORPHANS, 1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, events)
         return
-    os.close(1)  # it is the child's: its other end waits for it to close it
+    os.close(1)  # the child's alone: the owner sees its end when it is closed
     threading.Thread(target=_watch_owner, daemon=True).start()
     ended = status = 0
     while not ended and signal.sigwait(events) == signal.SIGCHLD:
@@ -57,18 +57,19 @@ def guarded() -> None:
 
 
 def _watch_owner() -> None:
-    """Wait for the other end of standard input to be closed, which the child, inside a C function
-    that never returns, may not notice; then let it end by itself, or end it.
+    """Wait until standard input is closed; then give the child time to end, and end it.
+
+    A child inside a C function that never returns would not notice the closed input.
     """
     poll = select.poll()
-    poll.register(0, 0)  # nothing but the end
+    poll.register(0, 0)  # hang-ups only
     poll.poll()
     time.sleep(OWNER_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def children() -> frozenset[int]:
-    """Processes whose parent is this one, those included that have ended and were not waited for.
+    """Child processes of this one, also those that have ended and were not waited for.
 
     Linux only; elsewhere none is known. Takes microseconds where the kernel lists them
     (CONFIG_PROC_CHILDREN) or there is none, and otherwise reads the table of all processes.
@@ -98,13 +99,13 @@ def children() -> frozenset[int]:
 
 
 def end_children(kept: Set[int] = frozenset()) -> None:
-    """Kill all children but `kept`, and theirs, which become children of this process by that."""
+    """Kill all children but `kept`, and their children, which this process adopts by that."""
     while strays := children() - kept:
         for pid in strays:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for pid in strays:
-            with suppress(ChildProcessError):  # somebody else waited for it
+            with suppress(ChildProcessError):  # other code has waited for it
                 os.waitpid(pid, 0)
 
 
@@ -114,10 +115,10 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_as(code: int) -> None:
-    """End with this exit code or, if it is negative, by that signal."""
+    """Exit with this code; if it is negative, by that signal."""
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with suppress(OSError):  # SIGKILL has no handler to take away
+        with suppress(OSError):  # SIGKILL has no handler to reset
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)

@@ -1,9 +1,9 @@
-"""What code that is not trusted may read, by Landlock: Python's own files, and little of /proc.
+"""Restrict what untrusted code may read, by Landlock: Python's own files, and little of /proc.
 
 A system call filter sees numbers, never paths; Landlock (Linux from 5.13 on, where it is switched
-on) sees the file that a path leads to, whatever links are in between. It also keeps the code from
-the memory and the environment of other processes. It hides no names: whether a file is there, its
-size and its dates can still be asked.
+on) sees the file that a path leads to, through any links. It also denies the code the memory and
+the environment of other processes. It does not hide names: the code can still ask whether a file
+exists, and for its size and dates.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ import sysconfig
 from functools import cache
 
 _CREATE_RULESET, _TELL_VERSION = 444, 1
-# Rights to files by version of the interface: 13 in the first; then REFER, TRUNCATE and, in the
-# fifth, IOCTL_DEV. From the fourth on TCP's bind and connect, from the sixth on abstract Unix
-# sockets and signals, in fields of their own.
+# Number of file rights by version of the interface: 13 in the first; then REFER, TRUNCATE and, in
+# the fifth, IOCTL_DEV. Separate fields hold TCP's bind and connect (from the fourth version on) and
+# abstract Unix sockets and signals (from the sixth on).
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _NEWEST_FILE_RIGHTS = 16
 _TWO_RIGHTS = 3
@@ -33,7 +33,7 @@ _SYSTEM = (
 
 @cache
 def version() -> int:
-    """Of the kernel's Landlock; 0 where there is none."""
+    """Version of the kernel's Landlock; 0: it has none."""
     if not sys.platform.startswith("linux"):
         return 0
     call = ctypes.CDLL(None, use_errno=True).syscall
@@ -41,7 +41,7 @@ def version() -> int:
 
 
 def ruleset(interface: int) -> bytes:
-    """`struct landlock_ruleset_attr`: all that this version of the interface can forbid."""
+    """`struct landlock_ruleset_attr` that handles every right of this version of the interface."""
     files = (1 << _FILE_RIGHTS.get(interface, _NEWEST_FILE_RIGHTS)) - 1
     fields = [files]
     if interface >= 4:
@@ -52,7 +52,7 @@ def ruleset(interface: int) -> bytes:
 
 
 def readable() -> list[str]:
-    """Files and folders that may be read: what a program needs to import and to run."""
+    """Files and folders that may be read: those that a program needs to start and to import."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     python = [sysconfig.get_path(name) for name in names] + site.getsitepackages()
     python.append(os.path.join(sys.base_prefix, "lib"))

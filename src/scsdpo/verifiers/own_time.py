@@ -1,4 +1,4 @@
-"""How long processes had for their work: a deadline that does not run while they cannot."""
+"""A deadline in the time that processes could run, which stands still while they cannot."""
 
 import time
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.1
-"""Between two looks at processes that have not ended."""
+"""Seconds between two looks at processes that have not ended."""
 _LONGEST = 4 * LOOK_SECONDS
-"""Counted of the time between two looks: more has passed only if this very process was stopped, or
-got no processor."""
+"""Most seconds counted between two looks: if more have passed, this process was stopped or had no
+processor."""
 _SHORTEST = LOOK_SECONDS / 2
 _PATIENCE = 10
-"""Times a deadline that processes are waited for which get no processor, or are stopped."""
+"""Multiple of the deadline after which processes without a processor, or stopped, are ended too."""
 
 
 class OwnTime:
     """Seconds left of a deadline, in the own time of some processes.
 
-    Own time is wall-clock time without that in which nothing could be done: this process was
-    stopped, or all were (SIGSTOP, a frozen or suspended machine), or the processes waited for a
-    processor. One that sleeps or computes spends it. Processes that are held up for ten times their
-    deadline are out of it, too. Where there is no /proc, only stops of this process are left out.
+    Own time is wall-clock time without the time in which the processes could not run: this process
+    was stopped, or all were (SIGSTOP, a frozen or suspended machine), or the processes waited for a
+    processor. Sleeping and computing count. Processes that are held up for ten times their
+    deadline have no time left either. Without /proc only stops of this process are subtracted.
 
     Args:
-        pids: the processes; what these have started counts with them.
+        pids: the processes; their descendants count with them.
         seconds: until the deadline.
     """
 
@@ -34,12 +34,12 @@ class OwnTime:
         self.restart(seconds)
 
     def restart(self, seconds: float) -> None:
-        """Begin anew, with so many seconds."""
+        """Start a new deadline of `seconds`."""
         self.left, self._most = seconds, _PATIENCE * seconds
         self._last = time.monotonic()
 
     def over(self) -> bool:
-        """Whether the deadline has passed. Call it at least every `LOOK_SECONDS`."""
+        """True if the deadline has passed. Call it at least every `LOOK_SECONDS`."""
         now = time.monotonic()
         passed = now - self._last
         if passed >= min(_SHORTEST, self.left):
@@ -50,11 +50,11 @@ class OwnTime:
         return min(self.left, self._most) <= 0
 
     def _held_up(self, passed: float) -> float:
-        """Seconds since the last look in which one of the processes could not go on."""
+        """Seconds since the last look in which some process could not run."""
         longest = 0.0
         seen: dict[str, int] = {}
         for thread in _threads(self.pids):
-            with suppress(OSError, ValueError, IndexError):  # it has ended; no such file
+            with suppress(OSError, ValueError, IndexError):  # it has ended, or there is no /proc
                 if (thread / "stat").read_text().rpartition(")")[2].split()[0] in "Tt":
                     return passed
                 waited = seen[str(thread)] = int((thread / "schedstat").read_text().split()[1])
@@ -64,14 +64,14 @@ class OwnTime:
 
 
 class WallTime(OwnTime):
-    """Seconds left of a deadline on the clock, without those in which this process was stopped."""
+    """A wall-clock deadline that stands still while this process is stopped."""
 
     def _held_up(self, passed: float) -> float:
         return 0.0
 
 
 def _threads(pids: list[int]) -> Iterator[Path]:
-    """Those of the processes and of all that these have started."""
+    """Threads (folders in /proc) of the processes and their descendants."""
     for pid in pids:
         with suppress(OSError):
             for thread in Path(f"/proc/{pid}/task").iterdir():

@@ -1,4 +1,4 @@
-"""Verdicts from worker processes, off the training thread, each with a deadline that holds."""
+"""Judge responses in worker processes, off the training thread, each with an enforced deadline."""
 
 import logging
 import math
@@ -20,31 +20,31 @@ from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import verify_all
 
 CHUNK_SECONDS = 0.05
-"""Work sent to a process at a time, as the verifiers' past verdicts let expect."""
+"""Seconds of work sent to a process at a time, as estimated from past verdicts."""
 CHUNK_JOBS = 64
 START_SECONDS = 120.0
-"""Most that a process may take to start, or to prepare a verifier."""
+"""Seconds that a process may take to start, or to prepare a verifier."""
 START_FAILURES = 3
 ROOM_SECONDS = 0.5
-"""Between two tries to start a process for which the machine has no room."""
+"""Seconds between attempts to start a process for which the machine has no room."""
 
 _log = logging.getLogger(__name__)
 
 
 class VerifierPool:
-    """Judges batches of responses in processes that it starts, kills and replaces.
+    """Judges batches of responses in worker processes, which it starts, kills and replaces.
 
-    A verifier that hangs, raises, exits, outgrows its memory or returns nonsense costs its own
-    rollout only. Rollouts are sent in chunks of about 50 ms of work; where one hangs, the rest of
-    its chunk is judged by another process. What a verifier starts and leaves behind is ended, also
-    if it has left its session (on Linux). The processes end with the pool and, because their
-    standard input closes then, with the process that owns it, however that one ends.
+    A verifier that hangs, raises, exits, exceeds its memory or returns an invalid verdict costs its
+    own rollout only. Rollouts are sent in chunks of about 50 ms of work; if one hangs, another
+    process judges the rest of its chunk. Processes that a verifier leaves behind are ended, on
+    Linux also if they have left its session. The workers end with the pool, and with the process
+    that owns it in whatever way it ends, because their standard input closes.
 
-    A verifier that cannot be sent to another process, for its class stands in a function or in the
-    program itself, is judged in this one.
+    A verifier whose class is defined in a function or in the main program cannot be sent to another
+    process; it judges in this one.
 
-    Where the machine has no room for what a verifier wants to start, its verdict is tried again
-    once all others are known.
+    If the machine has no room for a process that a verifier starts, its verdict is tried again
+    after all others.
 
     Args:
         settings: number of processes, deadline, memory, length of feedback.
@@ -66,7 +66,7 @@ class VerifierPool:
     def start(self) -> None:
         """Start the processes that are missing, without waiting for them."""
         for worker in self.workers:
-            if worker.idle and worker.process.poll() is not None:  # killed by somebody else
+            if worker.idle and worker.process.poll() is not None:  # killed by another program
                 self.remove(worker)
         if time.monotonic() < self._room_at:
             return
@@ -79,7 +79,7 @@ class VerifierPool:
             self._full_since = math.inf
 
     def no_room(self, why: str, some: bool) -> None:
-        """Go on with the processes there are, if there are `some`, and try again later."""
+        """Continue with the present processes, if there are `some`, and try again later."""
         now = time.monotonic()
         self._room_at, self._full_since = now + ROOM_SECONDS, min(self._full_since, now)
         if not some and now > self._full_since + START_SECONDS:
@@ -110,7 +110,7 @@ class VerifierPool:
         try:
             judged = iter(_Batch(self, jobs).verdicts() if jobs else ())
         except BaseException:
-            self.close()  # what is still at work belongs to a batch that nobody waits for
+            self.close()  # processes still at work have jobs of an abandoned batch
             raise
         return tuple(
             tuple(next(judged) for _ in group)
@@ -120,7 +120,7 @@ class VerifierPool:
         )
 
     def is_portable(self, prompt: Prompt) -> bool:
-        """Whether another process can judge responses to `prompt`, and there are such."""
+        """True if there are worker processes and they can judge responses to `prompt`."""
         kind = type(prompt.verifier)
         if self.settings.workers == 0:
             return False
@@ -128,31 +128,31 @@ class VerifierPool:
             self._portable[kind] = _can_travel(prompt)
             if not self._portable[kind]:
                 _log.warning(
-                    "%s judges in the training process, without a deadline: its class must stand "
-                    "in a module of its own to be sent to another process",
+                    "%s judges in the training process, without a deadline: define its class in a "
+                    "module of its own, so that it can be sent to another process",
                     kind.__name__,
                 )
         return self._portable[kind]
 
     def expected(self, prompt: Prompt) -> float:
-        """Seconds that a verdict on a response to `prompt` takes, by those that were taken."""
+        """Expected seconds of a verdict on a response to `prompt`, from past verdicts."""
         kind = type(prompt.verifier)
         count = self._verdicts[kind]
         return self._seconds[kind] / count if count else CHUNK_SECONDS
 
     def took(self, prompt: Prompt, seconds: float) -> None:
-        """Note how long a verdict took."""
+        """Record how long a verdict took."""
         kind = type(prompt.verifier)
         self._seconds[kind] += seconds
         self._verdicts[kind] += 1
         self._failures = 0
 
     def remove(self, worker: Worker, *, why: str = "") -> None:
-        """End a process; `why` it is not to be had, if it never was ready."""
+        """End a process; `why`: the reason why it never became ready, if so."""
         worker.kill()
-        if worker in self._workers:  # and not one of an episode's own
+        if worker in self._workers:  # not the process of a single episode
             self._workers.remove(worker)
-        if why:  # perhaps for want of room, which others may leave
+        if why:  # the machine may have had no room, so try again later
             self._failures += 1
             self._room_at = time.monotonic() + self._failures * ROOM_SECONDS
         if self._failures >= START_FAILURES:
@@ -163,12 +163,12 @@ class VerifierPool:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        """The processes, those that are still starting included."""
+        """The processes, also those that are still starting."""
         return tuple(self._workers)
 
 
 def _can_travel(prompt: Prompt) -> bool:
-    """Whether another process can unpickle the verifier: not if it would import this program."""
+    """True if another process can unpickle the verifier without importing the main program."""
     if type(prompt.verifier).__module__ == "__main__":
         return False
     try:
@@ -179,14 +179,14 @@ def _can_travel(prompt: Prompt) -> bool:
 
 
 def _close(workers: list[Worker], owner: int) -> None:
-    if os.getpid() == owner:  # a forked child has copies of the handles, but no right to use them
+    if os.getpid() == owner:  # a forked child must not use its copies of the handles
         for worker in workers:
             worker.kill()
     workers.clear()
 
 
 class _Batch:
-    """One batch of responses on its way through the pool."""
+    """One batch of responses that the pool judges."""
 
     def __init__(self, pool: VerifierPool, jobs: Sequence[tuple[Prompt, str]]) -> None:
         self.pool, self.jobs = pool, jobs
@@ -197,7 +197,7 @@ class _Batch:
         self.alone: set[int] = set()
 
     def verdicts(self) -> list[Verdict]:
-        """In the order of the jobs."""
+        """The verdicts, in the order of the jobs."""
         while len(self.done) < len(self.jobs):
             if self.crowded and not self.todo and all(w.idle for w in self.pool.workers):
                 self.todo.append(self.crowded.popleft())
@@ -208,7 +208,7 @@ class _Batch:
                 if worker.idle and self.todo:
                     self._send(worker)
             self._attend()
-        self.pool.start()  # those that were lost, while the batch is learned from
+        self.pool.start()  # replaces lost processes while the batch is trained on
         return [self.done[number] for number in range(len(self.jobs))]
 
     def _send(self, worker: Worker) -> None:
@@ -224,7 +224,7 @@ class _Batch:
         worker.send(numbers, pickle.dumps(chunk), START_SECONDS)
 
     def _attend(self) -> None:
-        """Wait for an event of some process, or for the first deadline."""
+        """Wait for an event of a process, or for the first deadline."""
         at_work = [worker for worker in self.pool.workers if not worker.idle]
         first = min((worker.time_left.left for worker in at_work), default=LOOK_SECONDS)
         heard = wait([worker.out for worker in at_work], min(max(0.001, first), LOOK_SECONDS))
@@ -233,7 +233,7 @@ class _Batch:
             if worker.out in heard:
                 for event in worker.events():
                     self._note(worker, *event)
-            # Also after it was heard: one that never stops writing is heard every time.
+            # Also after its events were read: a process that never stops writing always has some.
             if worker.alive and not worker.idle and worker.time_left.over():
                 deadline = self.pool.settings.deadline if worker.prepared else START_SECONDS
                 self._lost(worker, f"no verdict within {deadline:g} s")
@@ -252,7 +252,7 @@ class _Batch:
 
     def _judged(self, worker: Worker, final: bool, number: int, *fields: Any) -> None:
         if not worker.numbers or number != worker.numbers[0]:
-            return  # it has answered twice
+            return  # a second verdict on the same job
         reward, answer, feedback, error, seconds = fields
         worker.judged(number, self.pool.settings.deadline)
         if final or number in self.alone:
@@ -265,7 +265,7 @@ class _Batch:
             self.pool.remove(worker)
 
     def _lost(self, worker: Worker, why: str) -> None:
-        """The verdict that a process was at, and with it the process; the others are still due."""
+        """Handle the loss of a process and of its present verdict; its other jobs are still due."""
         blamed = worker.prepared and bool(worker.numbers)
         if blamed:
             number = worker.numbers.popleft()

@@ -1,4 +1,4 @@
-"""A worker process, as its owner sees it."""
+"""The owner's handle of a worker process."""
 
 import json
 import os
@@ -17,28 +17,28 @@ from scsdpo.verifiers.stage import MAX_MESSAGES, MAX_OPENING
 from scsdpo.verifiers.verification import Verification
 from scsdpo.verifiers.verify import MAX_ANSWER, MAX_ERROR
 
-# Not `multiprocessing`: to fork beside torch's threads is unsafe, and its other ways of starting
-# run the user's program once more.
+# Not `multiprocessing`: a fork beside torch's threads is unsafe, and its other start methods run
+# the user's main program again.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from scsdpo.verifiers.worker import main; main(*json.loads(sys.argv[2]))"
 )
 END_SECONDS = 2.0
-"""Most that a process may take to end what a verifier has started, before it is killed itself."""
+"""Seconds that a process gets to end a verifier's processes, before it is killed itself."""
 _READ_BYTES = 1 << 20
 _BYTES_A_CHARACTER = 12
-"""At most, in JSON: two halves of a surrogate pair."""
+"""Largest size of a character in JSON: two halves of a surrogate pair."""
 _OTHER_CHARACTERS = 200
-"""At most: token, numbers and brackets of a verdict."""
+"""Largest size of a verdict's token, numbers and brackets."""
 
 
 class Worker:
     """A process that judges one chunk of jobs at a time.
 
-    `process` guards another one, which judges, and ends what that one leaves behind.
+    `process` guards a child that judges, and ends the processes that the child leaves behind.
 
     Args:
-        settings: what the process itself keeps of memory and length of feedback.
+        settings: limits on memory and length of feedback, which the process enforces.
         seconds: own time in which it must be ready.
 
     Raises:
@@ -64,7 +64,7 @@ class Worker:
         self._wall_time = WallTime([self.process.pid], seconds)
         self.time_left = self._own_time
         self.numbers: deque[int] = deque()
-        """Jobs that it has and has not judged yet, in order."""
+        """Jobs that it has not judged yet, in order."""
         self.started = self.prepared = False
         self._judge = self.process.pid
         self._token, self._rest = token.encode(), b""
@@ -74,19 +74,19 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Started, and without a job."""
+        """True if the process has started and has no job."""
         return self.started and not self.numbers
 
     def send(
         self, numbers: list[int], chunk: bytes, seconds: float, *, on_the_clock: bool = False
     ) -> None:
-        """Give an idle process a chunk; it has so long to prepare its verifiers.
+        """Send a chunk to an idle process.
 
         Args:
-            numbers: of the jobs in it.
+            numbers: of the jobs in the chunk.
             chunk: the jobs, pickled.
-            seconds: to prepare.
-            on_the_clock: deadlines are wall-clock time, and not its own.
+            seconds: time limit to prepare the verifiers.
+            on_the_clock: deadlines are in wall-clock time, not in own time.
         """
         self.time_left = self._wall_time if on_the_clock else self._own_time
         self.numbers.extend(numbers)
@@ -95,23 +95,23 @@ class Worker:
         try:
             self.input.write(len(chunk).to_bytes(8, "big") + chunk)
             self.input.flush()
-        except BrokenPipeError:  # it died since; its end of the other pipe says so
+        except BrokenPipeError:  # it has died; the other pipe reports that
             return
 
     def ready(self, judge: int, seconds: float) -> None:
-        """It has started or, with jobs, prepared; it has so long for the first verdict."""
+        """Note that it has started or, with jobs, prepared; a verdict is due in `seconds`."""
         self._judge = judge
         self.started, self.prepared = True, bool(self.numbers)
         self.time_left.restart(seconds)
 
     def judged(self, number: int, seconds: float) -> None:
-        """It has judged the first of its jobs; it has so long for the next."""
+        """Note that it has judged its first job; the next verdict is due in `seconds`."""
         first = self.numbers.popleft()
         assert first == number
         self.time_left.restart(seconds)
 
     def events(self) -> Iterator[list[Any]]:
-        """What it has said, as far as it can be read at once; lines without the token are not its.
+        """The events that can be read without waiting; lines without the token are ignored.
 
         The last event of all is `["gone", how]`.
         """
@@ -129,7 +129,7 @@ class Worker:
             if not self.alive:
                 return
         if len(self._rest) > self._most_bytes:
-            yield ["gone", "it writes without end to the pipe that verdicts come by"]
+            yield ["gone", "it writes without end to the pipe of its verdicts"]
 
     def _event(self, line: bytes) -> list[Any]:
         try:
@@ -146,7 +146,7 @@ class Worker:
         return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
     def resident(self) -> int:
-        """Bytes of memory that it holds; 0 where the system does not say (other than Linux)."""
+        """Bytes of its resident memory; 0 if unknown (on other systems than Linux)."""
         try:
             pages = Path(f"/proc/{self._judge}/statm").read_text().split()[1]
         except (FileNotFoundError, ProcessLookupError):
@@ -155,18 +155,18 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Not killed by its owner."""
+        """True until its owner kills it."""
         return not self.input.closed
 
     def kill(self) -> None:
-        """End the process and all that it started; it leaves no zombie."""
+        """End the process and all processes that it started, and wait for it."""
         self.process.terminate()
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        with suppress(BrokenPipeError):  # what it had not read yet
+        with suppress(BrokenPipeError):  # input that it had not read yet
             self.input.close()
         assert self.process.stdout is not None
         self.process.stdout.close()

@@ -1,4 +1,4 @@
-"""Verifier that runs the tests of a program."""
+"""A verifier that runs tests on the response's program."""
 
 import array
 import atexit
@@ -30,58 +30,57 @@ from scsdpo.verifiers.remote import subjects
 from scsdpo.verifiers.verify import NO_ROOM
 
 _READ_ANY_FILE = 1 << 2
-"""CAP_DAC_READ_SEARCH: root's Python may stand in another user's folder."""
+"""CAP_DAC_READ_SEARCH: root's Python may be in another user's folder."""
 SANDBOX = Path(__file__).with_name("sandbox.py")
 THREADS = 64
-"""That a response may have at a time, give or take those that start at the same moment."""
+"""Threads that a response may have at a time, up to a few that start at the same moment."""
 _REFUSALS = 1000
-"""Threads too many after which a response is ended: to refuse costs time, too."""
+"""Number of refused threads after which a response is ended: each refusal takes time."""
 _PAUSES = (0.05, 0.2, 0.5)
-"""Seconds before another attempt, where the machine had no room for the processes."""
+"""Seconds before each further attempt, if the machine had no room for the processes."""
 _PREPARATIONS = 20
-"""Times that, before any verdict, such attempts are made."""
+"""Number of such rounds of attempts before the first verdict."""
 _REPORT_BYTES = 1 << 20
-# Possessive, lest a long run of blanks be divided in every way.
+# Possessive quantifiers, so that long runs of blanks take linear time.
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+(?:python|py)?[ \t\r]*+$", re.MULTILINE | re.IGNORECASE)
 _END = re.compile(r"^[ \t]*+```[ \t\r]*+$", re.MULTILINE)
 
 _log = logging.getLogger(__name__)
 
 Test = str | dict[str, str]
-"""Statements; or the input of a program, and the output it must have."""
+"""Statements, or the input of a program and its expected output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonTests(Verifier):
     """Right iff the Python code of the response passes every test of `prompt.answer`.
 
-    The code is the last closed ```python block. The tests are a JSON list, run one after the other
-    until one fails: of statements, such as `["assert add(1, 2) == 3"]`, in which names of the
-    code's can be used; or of `{"input": ..., "output": ...}`, for which the code runs as a program
-    that reads the one from `sys.stdin` and must print the other, blanks at the ends of lines and
-    of the text aside.
+    The code is the last closed ```python block. The tests are a JSON list and run in order until
+    one fails. They are statements, such as `["assert add(1, 2) == 3"]`, which use the code's names;
+    or `{"input": ..., "output": ...}`: the code runs as a program that reads the input from
+    `sys.stdin` and must print the output. Blanks at the ends of lines and of the text are ignored.
 
     The code and the tests run in two processes. A call in a test sends its arguments to the code's
-    process, which sends back what the function returns, as plain data: numbers, text, containers,
-    numpy arrays. Whatever else it returns stays there; its attributes, items and methods can be
-    used, and it equals nothing. The tests compare values of their own process. So what is expected
-    never enters the code's process, and the code cannot reach that which compares
+    process, which returns the function's result as plain data: numbers, text, containers, numpy
+    arrays. Any other result stays there as an object whose attributes, items and methods can be
+    used, and which equals nothing. The tests compare values in their own process. So expected
+    values never enter the code's process, and the code cannot change the comparison
     (`scsdpo.verifiers.remote`).
 
     Both processes have limits on CPU time, wall-clock time, memory and threads, an empty
-    environment and no descriptor but their own, and are under a system call filter: the kernel lets
-    them compute and read, and refuses the network, other programs and processes, signals, locks and
-    every change of a file (`scsdpo.verifiers.seccomp`). Where the kernel has Landlock, they can
-    open Python's own files alone (`scsdpo.verifiers.landlock`); where it has not, whatever the user
-    can read, which is logged. Linux on x86-64 or arm64 only.
+    environment, no descriptors but their own, and a system call filter: the kernel lets them
+    compute and read, and refuses the network, other programs and processes, signals, locks and
+    every change of a file (`scsdpo.verifiers.seccomp`). If the kernel has Landlock, they can open
+    Python's own files only (`scsdpo.verifiers.landlock`); otherwise all files that the user can
+    read, which is logged. Linux on x86-64 or arm64 only.
 
     Args:
-        seconds: of code and tests together, in their own time (`scsdpo.verifiers.own_time`); CPU
-            time of each. Keep it below `Verification(deadline=...)`.
-        memory_mb: MiB of address space of each, Python itself (about 30) included.
+        seconds: limit on the own time (`scsdpo.verifiers.own_time`) of code and tests together, and
+            on the CPU time of each. Keep it below `Verification(deadline=...)`.
+        memory_mb: limit on the address space of each process in MiB, with Python's own 30 or so.
         reveal: the feedback quotes the test that failed.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Raises:
         ValueError: if a limit is too small, or the system has no such filter.
@@ -101,12 +100,12 @@ class PythonTests(Verifier):
         _report_missing_layer()
 
     def prepare(self) -> None:
-        """Run an empty program, so that a system without the means is found at the start."""
+        """Run an empty program, so that an unsuitable system is reported at the start."""
         _check_system()
-        _starter()  # what a verdict starts would end with it
+        _starter()  # started here, because processes of a verdict end with the verdict
 
     def check(self, prompt: Prompt) -> None:
-        """Whether it is a list of tests, and they can be kept apart from the response."""
+        """Raise if the answer is no list of tests, or they cannot be separated from the code."""
         _tests(prompt.answer)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
@@ -122,7 +121,7 @@ class PythonTests(Verifier):
         ends, timed_out = _run(code, prompt.answer, self.seconds, self.memory_mb)
         if len(ends) == len(tests) + 1 and ends[-1] is None:
             return Verdict(reward=1.0, answer=code)
-        if not ends or ends[-1] is None:  # it came to no end
+        if not ends or ends[-1] is None:  # the run was cut off
             late = f"it did not end within {self.seconds:g} s of time"
             why = late if timed_out else "the process ended: too much time or memory, or an exit"
             number = len(ends)
@@ -152,7 +151,7 @@ def last_code(response: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _tests(answer: str) -> tuple[list[Test], list[str], dict[str, tuple[str, str]], list[str]]:
-    """The tests, and what `subjects` says of them."""
+    """The tests, and the result of `subjects` for them."""
     try:
         tests = json.loads(answer)
     except (ValueError, RecursionError):
@@ -174,10 +173,10 @@ def _is_test(test: object) -> bool:
 
 
 def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[str | None], bool]:
-    """How code and tests came to their ends, as far as they did, and whether time ran out.
+    """Failures of the code and of each finished test (None: passed), and whether time ran out.
 
     Raises:
-        OSError: if the machine had no room for the processes, several times.
+        OSError: if the machine had no room for the processes in several attempts.
     """
     tests, own, libraries, cases = _tests(answer)
     names = {"own": own, "libraries": libraries, "cases": cases}
@@ -190,7 +189,7 @@ def _run(code: str, answer: str, seconds: float, memory_mb: int) -> tuple[list[s
         except OSError as error:
             fault = error
         else:
-            # The code may raise that error itself: unless it is so now, it is the code's own.
+            # The code may raise that error itself: it counts only if threads cannot start now.
             if not attempt.short_of_threads(ends) or (pause is None and _can_start_thread()):
                 return ends, timed_out
             fault = OSError(errno.EAGAIN, "no thread could be started")
@@ -218,8 +217,8 @@ class _Attempt:
     """One run of a job in two fresh processes.
 
     Args:
-        seconds: own time that it may take.
-        memory_mb: of each process.
+        seconds: limit on its own time.
+        memory_mb: limit of each process, in MiB.
     """
 
     def __init__(self, seconds: float, memory_mb: int) -> None:
@@ -229,10 +228,10 @@ class _Attempt:
         self._granted = self._refused = 0
 
     def run(self, job: bytes) -> tuple[list[str | None], bool]:
-        """As `_run`.
+        """Run the job; returns the same as `_run`.
 
         Raises:
-            OSError: if the processes did not start, or one was killed by somebody else.
+            OSError: if the processes did not start, or another program killed one.
         """
         request = {
             **_restrictions(),
@@ -256,7 +255,7 @@ class _Attempt:
                         timed_out = self._attend(time_left, job, to_tests, from_tests, counter)
                         endings = starter.ask({}, [])
             except BaseException:
-                starter.close()  # with all that it has started
+                starter.close()  # ends all processes that it has started
                 raise
             finally:
                 for descriptor in list(self._descriptors):
@@ -273,7 +272,7 @@ class _Attempt:
         return ends, timed_out
 
     def short_of_threads(self, ends: list[str | None]) -> bool:
-        """Whether the code was granted threads, and says that there was none to be had."""
+        """True if threads were granted to the code, and it reports that none could be started."""
         said = "start new thread" in (ends[-1] or "") if ends else False
         return said and self._granted > 0 and not self._refused
 
@@ -288,9 +287,7 @@ class _Attempt:
     def _attend(
         self, time_left: OwnTime, job: bytes, to_tests: int, from_tests: int, counter: socket.socket
     ) -> bool:
-        """Hand the job over, grant threads, and read the report until it ends or time runs out;
-        whether time ran out.
-        """
+        """Send the job, grant threads, and read the report to its end; True if time ran out."""
         os.set_blocking(to_tests, False)
         poll = select.poll()
         poll.register(to_tests, select.POLLOUT)
@@ -307,7 +304,7 @@ class _Attempt:
                 elif descriptor == to_tests:
                     try:
                         job = job[os.write(to_tests, job) :]
-                    except BrokenPipeError:  # the end of the report will say it
+                    except BrokenPipeError:  # the report will show it
                         job = b""
                     if not job:
                         poll.unregister(to_tests)
@@ -324,7 +321,7 @@ class _Attempt:
         return True
 
     def _grant(self, listener: int, response: int) -> bool:
-        """Say whether a thread may start; False if the response asks without end."""
+        """Answer requests for threads; False if the response asks without end."""
         question = array.array("B", bytes(_QUESTION_BYTES))
         try:
             fcntl.ioctl(listener, _RECEIVE, question)
@@ -342,7 +339,7 @@ class _Attempt:
                 refusal = struct.pack("=QqiI", number, 0, -errno.EAGAIN, 0)
                 fcntl.ioctl(listener, _ANSWER, refusal)
                 granted = False
-        except OSError:  # it has ended meanwhile; the report will say so
+        except OSError:  # the process has ended; the report will show it
             return True
         self._granted += granted
         self._refused += not granted
@@ -350,10 +347,10 @@ class _Attempt:
 
 
 _ONE_AT_A_TIME = threading.Lock()
-# Of seccomp's notifications: requests of ioctl, the size of a question, and an answer's flag.
+# Seccomp's notifications: requests of ioctl, the size of a question, and an answer's flag.
 _RECEIVE, _ANSWER, _QUESTION_BYTES, _GO_ON = 0xC0502100, 0xC0182101, 80, 1
 _THREADS_FIELD = 17
-"""Of /proc/PID/stat behind the name."""
+"""Index of the number of threads in /proc/PID/stat, after the name."""
 
 
 def _killed(status: float) -> bool:
@@ -361,7 +358,7 @@ def _killed(status: float) -> bool:
 
 
 def _end(line: bytes) -> str | None:
-    """What a line of the report says; anything but null is a failure."""
+    """The failure that a line of the report states; None: it states none."""
     try:
         end = json.loads(line)
     except (ValueError, RecursionError):
@@ -370,7 +367,7 @@ def _end(line: bytes) -> str | None:
 
 
 class _Starter:
-    """The process that starts those of responses and tests; it ends with this one."""
+    """The process that starts the processes of responses and tests; it ends with this process."""
 
     def __init__(self) -> None:
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -386,7 +383,7 @@ class _Starter:
             )
 
     def ask(self, request: dict[str, object], descriptors: list[int]) -> Any:
-        """Its answer; raises OSError if it has ended."""
+        """Its answer to a request; raises OSError if it has ended."""
         socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
         answer = self._socket.recv(1 << 12)
         if not answer:
@@ -395,11 +392,11 @@ class _Starter:
 
     @property
     def alive(self) -> bool:
-        """Not closed, and not ended."""
+        """True if it was not closed and has not ended."""
         return self._socket.fileno() >= 0 and self._process.poll() is None
 
     def close(self) -> None:
-        """End it, and with it all that it has started."""
+        """End it and all processes that it has started."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
@@ -409,7 +406,7 @@ _starters: dict[int, _Starter] = {}
 
 
 def _starter() -> _Starter:
-    """The one of this process; a forked copy of this process needs one of its own."""
+    """The starter of this process; a forked copy of this process needs its own."""
     starter = _starters.get(os.getpid())
     if starter is None or not starter.alive:
         starter = _starters[os.getpid()] = _Starter()
@@ -419,7 +416,7 @@ def _starter() -> _Starter:
 
 @cache
 def _restrictions() -> dict[str, object]:
-    """What the kernel is told to hold the code to."""
+    """The restrictions that the kernel enforces on the code."""
     interface = landlock.version()
     machine = platform.machine()
     return {
@@ -429,7 +426,7 @@ def _restrictions() -> dict[str, object]:
         "ruleset": landlock.ruleset(interface).hex() if interface else "",
         "readable": landlock.readable(),
         "capabilities": _READ_ANY_FILE,
-        # Without Landlock, users of its own keep a process from the memory of the user's others.
+        # Without Landlock, a user namespace denies the memory of the user's other processes.
         "own_users": not interface and os.geteuid() != 0,
     }
 
@@ -438,10 +435,10 @@ def _restrictions() -> dict[str, object]:
 def _report_missing_layer() -> None:
     if sys.platform.startswith("linux") and not landlock.version():
         _log.warning(
-            "PythonTests: this kernel has no Landlock, or has it switched off. The code that is "
-            "judged can change and reach nothing, but it can read what this user can read: files, "
-            "and, unless the user is root or may have namespaces, the environment and the memory "
-            "of the user's processes, in which the tests are"
+            "PythonTests: this kernel has no Landlock, or it is switched off. The judged code can "
+            "change and reach nothing, but it can read what this user can read: files and, unless "
+            "the user is root or may create namespaces, the environment and the memory of the "
+            "user's processes, which hold the tests"
         )
 
 
@@ -449,7 +446,7 @@ def _report_missing_layer() -> None:
 def _check_system() -> None:
     if not sys.platform.startswith("linux") or platform.machine() not in seccomp.ARCHITECTURES:
         raise ValueError(
-            "PythonTests runs on Linux on x86-64 or arm64 only, for there it can shut code in"
+            "PythonTests runs only on Linux on x86-64 or arm64, where it can isolate code"
         )
     ends: list[str | None] = []
     for _ in range(_PREPARATIONS):

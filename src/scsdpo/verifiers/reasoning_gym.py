@@ -31,7 +31,7 @@ DENIED = {
     "rubiks_cube": "its own answers are not scored 1",
     "rush_hour": "its own answers are not scored 1",
 }
-"""Tasks of reasoning-gym 0.1.25 whose rewards cannot be trained on, and why."""
+"""Tasks of reasoning-gym 0.1.25 that are refused, with the reason."""
 _LISTS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 """Tasks whose scorer calls `eval` on the answer, where it expects a list."""
 _FORMULAS = frozenset(
@@ -78,19 +78,19 @@ _MISSING = (
 class ReasoningGymAnswer(Verifier):
     """The score that reasoning-gym gives the last <answer> block.
 
-    Scores lie in [0, 1], and 1 is right. Some tasks give part of it to an answer that is near, or
-    .01 to any answer at all.
+    Scores are in [0, 1], and 1 is right. Some tasks give a part for a near answer, or .01 for any
+    answer.
 
-    Some scorers run an answer as Python. So an answer that is no plain list, where a list is read,
-    or no plain formula, where a formula is read, is scored 0 and is not run. An unevaluated
-    `Integral(...)`, which names the solution without finding it, is no plain formula.
+    Some scorers evaluate an answer as Python. So an answer that is no plain list, where a list is
+    read, or no plain formula, where a formula is read, gets 0 and is not evaluated. `Integral(...)`
+    is no plain formula: it names the solution without finding it.
 
     Args:
         task: name of the task.
-        settings: the task's, as JSON.
+        settings: settings of the task, as JSON.
         entry: the question with its solution, pickled.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Source:
         Stojanovski et al. 2025, arXiv:2505.24760; reasoning-gym 0.1.25.
@@ -111,13 +111,13 @@ class ReasoningGymAnswer(Verifier):
         return f"<answer>{prompt.answer}</answer>"
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """The score; the verdict's answer is the block's text."""
+        """The task's score; the verdict's answer is the block's text."""
         answer = last_answer(response)
         if answer is None:
             return Verdict(reward=0.0, feedback=NO_ANSWER)
         score = 0.0
         if is_harmless(self.task, answer):
-            # Scorers raise on answers that they cannot read: those are wrong.
+            # Scorers raise on answers that they cannot read: such answers are wrong.
             with redirect_stdout(sys.stderr), suppress(Exception):
                 dataset = _dataset(self.task, self.settings)
                 score = float(dataset.score_answer(answer, pickle.loads(self.entry)))
@@ -126,13 +126,13 @@ class ReasoningGymAnswer(Verifier):
 
 
 def is_harmless(task: str, answer: str) -> bool:
-    """Whether the scorer of `task` runs no code of the answer's beyond what the task asks for."""
+    """True if the scorer of `task` evaluates only the list or formula that the task asks for."""
     if task not in _LISTS | _FORMULAS:
         return True
     try:
         tree = ast.parse(answer.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        # `eval` fails on it as well. `parse_expr` knows a syntax of its own.
+        # `eval` would fail on it too. `parse_expr` has its own syntax.
         return task in _LISTS
     if task in _LISTS:
         return all(isinstance(node, (*_PLAIN, ast.List, ast.Tuple)) for node in ast.walk(tree))
@@ -143,7 +143,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         plain = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
         return plain and not node.keywords
-    if isinstance(node, ast.Constant):  # sympy reads a text as a formula of its own
+    if isinstance(node, ast.Constant):  # sympy would parse a string as a formula
         return isinstance(node.value, int | float)
     return isinstance(node, _PLAIN)
 
@@ -153,9 +153,9 @@ def generated(
 ) -> list[tuple[str, str, str, bytes]]:
     """Questions of `tasks` in turn, as (task, question, answer, pickled entry).
 
-    They are generated in a process of its own. Some tasks iterate over sets of texts, whose order
-    depends on Python's hash seed; that process fixes it, so that the questions are the same on
-    every rank and after a restart.
+    A separate process generates them. Some tasks iterate over sets of strings, whose order depends
+    on Python's hash seed; that process fixes it, so that the questions are the same on every rank
+    and after a restart.
 
     Args:
         tasks: settings by name.
@@ -185,7 +185,7 @@ def _generate(tasks: Mapping[str, Mapping[str, Any]], size: int, base: int) -> A
     datasets: list[tuple[str, Any]] = []
     each = -(-size // len(tasks))
     for name, settings in tasks.items():
-        # Entry i is drawn with seed + i: neighbouring seeds would share their questions.
+        # Entry i is drawn with seed + i, so neighbouring seeds would share questions.
         seed = stable_hash("reasoning-gym", base, name) % 2**31
         try:
             dataset = _package().create_dataset(name, **settings, size=each, seed=seed)
@@ -200,10 +200,10 @@ def _generate(tasks: Mapping[str, Mapping[str, Any]], size: int, base: int) -> A
     for number in range(size):
         name, dataset = datasets[number % len(datasets)]
         index = number // len(datasets)
-        if index >= len(dataset):  # a task with a size of its own
+        if index >= len(dataset):  # a task of fixed size
             return "value", (
                 f"`ReasoningGym(size={size})`: {name!r} has {len(dataset)} questions only; lower "
-                f"size to {len(dataset) * len(datasets)}, or leave the task out"
+                f"size to {len(dataset) * len(datasets)}, or remove the task"
             )
         entry = dataset[index]
         found.append((name, entry["question"], str(entry["answer"]), pickle.dumps(entry)))
@@ -220,12 +220,12 @@ def _package() -> Any:
 
 @lru_cache(maxsize=256)
 def _dataset(task: str, settings: str) -> Any:
-    """The task, for its scorer; the entry holds all that is particular to a question."""
+    """The task's data set, for its scorer; the entry holds everything of a question."""
     return _package().create_dataset(task, **json.loads(settings), size=1, seed=0)
 
 
 def main() -> None:
-    """Generate what standard input asks for."""
+    """Generate the questions that standard input asks for."""
     asked = json.load(sys.stdin)
     sink = os.fdopen(os.dup(1), "wb")
     with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Verifier of an answer that a regular expression finds."""
+"""A verifier of an answer that a regular expression finds."""
 
 import re
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from scsdpo.prompt import Prompt, Verdict, Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class Regex(Verifier):
-    """Right iff the first match of `pattern` in the response is `prompt.answer`, outer space aside.
+    """Right iff the first match of `pattern` in the response, stripped, equals `prompt.answer`.
 
     Args:
         pattern: in RE2's syntax, which takes time linear in the response whatever the pattern; it
             has no lookaround and no back references. If it has a group, the first one is the
             answer. For the last match begin it with `(?s).*`: `(?s).*answer: (-?[0-9]+)`.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Raises:
-        ValueError: if the pattern is not one of RE2.
+        ValueError: if RE2 does not accept the pattern.
     """
 
     pattern: str
@@ -39,7 +39,7 @@ class Regex(Verifier):
             ) from error
 
     def check(self, prompt: Prompt) -> None:
-        """Whether the pattern, or its group, can match the answer."""
+        """Raise if the pattern, or its group, can never match the answer."""
         gold = prompt.answer.strip()
         padded = (f"{a}{gold}{b}" for a in ("", " ", "\n") for b in ("", " ", "\n"))
         answer = _answer_alone(self.pattern)
@@ -50,7 +50,7 @@ class Regex(Verifier):
             )
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """Reward 1 or 0; the verdict's answer is what was found."""
+        """Reward 1 or 0; the verdict's answer is the match."""
         # RE2 reads UTF-8, which has no lone surrogates.
         match = _compiled(self.pattern).search(response.encode(errors="replace").decode())
         found = match[min(1, match.re.groups)] if match else None
@@ -71,13 +71,13 @@ _TOKEN = re.compile(
 
 @lru_cache
 def _answer_alone(pattern: str) -> Any:
-    """The pattern of the answer: of the first group, with its flags, or all of it."""
+    """The pattern that an answer must match: the first group with its flags, or all of it."""
     if not _compiled(pattern).groups:
         return _compiled(pattern)
     flags, depth, start = "", 0, -1
     for token in _TOKEN.finditer(pattern):
         if token["flags"] and start < 0:
-            # One that has ended counts too: rather too much is matched.
+            # A group that has closed counts too: matching too much is safe here.
             flags += f"(?{token['flags']})"
         if token["open"] and start < 0:
             start, depth = token.end(), 0
@@ -87,7 +87,7 @@ def _answer_alone(pattern: str) -> Any:
             if start >= 0 and depth == 0:
                 return _compiled(flags + pattern[start : token.start()])
             depth -= 1
-    return _compiled("(?s).*")  # not found: anything
+    return _compiled("(?s).*")  # no group was found: accept anything
 
 
 @lru_cache

@@ -1,13 +1,13 @@
-"""A response's functions, called from the process of the tests over a pair of pipes.
+"""Call a response's functions from the process of the tests, over a pair of pipes.
 
-Two processes run this file. The one of the response (`Response`) runs the code that is not trusted
-and does what it is asked: call this function, read that attribute. The one of the tests (`Tests`)
-runs the tests, in which each name of the response's is a `Remote`. Only the inputs of calls go to
-the response. What comes back is plain data, of which the tests' process makes values of its own, so
-a comparison is between values of the tests' process: no method of the response's has a part in it.
+Two processes run this file. The process of the response (`Response`) runs the untrusted code and
+executes requests: call this function, read that attribute. The process of the tests (`Tests`) runs
+the tests, in which each name of the response is a `Remote`. Only the inputs of calls go to the
+response. Results come back as plain data, from which the tests' process builds its own values. So
+comparisons are between values of the tests' process, and no method of the response takes part.
 
-All that comes from the response is hostile: what is no valid message, too long, too deep or cut off
-ends the tests as failed, whatever the tests do about it.
+Everything from the response is treated as hostile: a message that is invalid, too long, too deep or
+cut off makes the tests fail, and no test can catch that.
 
 This file imports nothing of the package, so that the sandbox can run it.
 """
@@ -32,9 +32,9 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 MESSAGE = 200
-"""Characters of a failure that are kept."""
+"""Number of characters of a failure that are kept."""
 _SHORT_INT = 1 << 60
-"""Integers from here on are written in hexadecimal, whose length Python does not limit."""
+"""Integers from this on are written in hexadecimal, whose length Python does not limit."""
 _PLAIN = (bool, str, float)
 _ITEMS: dict[type, str] = {
     list: "list",
@@ -43,7 +43,7 @@ _ITEMS: dict[type, str] = {
     frozenset: "frozenset",
     collections.deque: "deque",
 }
-# Subclasses that equal a value of their base and are mostly used as one.
+# Subclasses that equal a value of their base class and are mostly used like it.
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _TEXTUAL: dict[type, tuple[str, Callable[[Any], str], Callable[[str], object]]] = {
     bytes: ("bytes", bytes.hex, bytes.fromhex),
@@ -56,23 +56,23 @@ _READ_ITEMS: dict[str, Callable[[list[Any]], object]] = {
     tag: kind for kind, tag in _ITEMS.items()
 } | {"complex": lambda parts: complex(*parts), "range": lambda parts: range(*parts)}
 _NUMBERS = re.compile(r"[<>|=][biufc]\d{1,2}")
-"""numpy's names of truth values, integers, floats and complex numbers."""
+"""numpy's type codes of booleans, integers, floats and complex numbers."""
 _BUILTINS = frozenset(
     {name for name, kind in vars(builtins).items() if isinstance(kind, type)}
     | {"abs", "all", "any", "bin", "chr", "divmod", "hex", "len", "max", "min", "oct", "ord"}
     | {"pow", "repr", "round", "sorted", "sum"}
 )
-"""Built-ins that are passed by name, and each process has its own."""
+"""Built-ins that are passed by name; each process uses its own."""
 MOST_BYTES = 32 << 20
-"""Of one message from the response."""
+"""Largest size of a message from the response, in bytes."""
 
 
 def pack(value: Any, other: Callable[[Any], list[Any]]) -> Any:
-    """A value as JSON can hold it, its type kept.
+    """Encode a value for JSON, with its type.
 
     Args:
         value: None, a number, text, bytes, a container of these, a numpy number or array.
-        other: makes a reference of anything else.
+        other: makes a reference to any other value.
     """
     kind = type(value)
     if value is None or kind in _PLAIN:
@@ -101,11 +101,11 @@ def pack(value: Any, other: Callable[[Any], list[Any]]) -> Any:
 
 
 def unpack(data: Any, other: Callable[[str, list[Any]], object]) -> Any:
-    """The value that `pack` wrote.
+    """Decode a value that `pack` encoded.
 
     Args:
-        data: what JSON held.
-        other: finds what a reference, by its tag and the rest, refers to.
+        data: the value that JSON held.
+        other: resolves a reference, given its tag and the rest.
 
     Raises:
         ValueError, TypeError, ArithmeticError, RecursionError: if `pack` cannot have written it.
@@ -156,7 +156,7 @@ class Line:
 
         Raises:
             EOFError: if the other process has closed the pipe.
-            ValueError: if it is longer than it may be, or no message.
+            ValueError: if it is too long, or no message.
         """
         parts = [self._rest]
         size = len(self._rest)
@@ -192,9 +192,9 @@ def _one_text(error: BaseException) -> bool:
 
 
 class Response:
-    """Runs the code that is not trusted, and does what the tests ask.
+    """Runs the untrusted code, and executes the tests' requests.
 
-    Nothing here is a defence: the code can take it over, and then says to the tests what it likes.
+    Nothing here is a defence: the code can take the process over and send any message.
     """
 
     def __init__(self, line: Line) -> None:
@@ -271,7 +271,7 @@ class Response:
         return call_back
 
     def _run(self, code: str) -> str | None:
-        """Why the code failed; None if it did not."""
+        """Run the code; the reason why it failed, or None."""
         sys.modules["solution"] = self._module
         try:
             exec(compile(code, "<solution>", "exec"), vars(self._module))
@@ -280,7 +280,7 @@ class Response:
         return None
 
     def _program(self, code: str, text: str) -> tuple[str, str | None]:
-        """What the code prints when it reads `text`, and why it failed."""
+        """The output of the code when it reads `text`, and the reason if it failed."""
         sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode(errors="replace")), "utf-8")
         sys.stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="replace", write_through=True)
         failure = None
@@ -301,15 +301,15 @@ class Response:
 
 
 class Broken(BaseException):
-    """The response's process has ended, or says what makes no sense."""
+    """The response's process has ended, or sent an invalid message."""
 
 
 class Remote:
-    """Something of the response's that is no plain data: a function, a class, an object.
+    """A function, class or object of the response that is no plain data.
 
-    It equals nothing but itself: that two of them are one object could only be said by the
-    response. It has no arithmetic, no order and no `in` of its own: these would show it the values
-    that it is compared with.
+    It equals only itself, because only the response could tell whether two of them are one object.
+    It has no arithmetic, order or `in`: these would show the response the values it is compared
+    with.
     """
 
     __slots__ = ("_ask", "_number", "_origin", "_shows")
@@ -333,7 +333,7 @@ class Remote:
         return value
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # by which libraries find protocols, such as addresses of arrays
+        if name.startswith("__"):  # libraries look for protocols, such as addresses of arrays
             raise AttributeError(name)
         if name in _PREDICATES and not self._origin[:1].isupper():
             raise AttributeError(f"{name}, which would let the response judge itself")
@@ -379,12 +379,12 @@ _PREDICATES = frozenset(
     name for kind in (str, set, float) for name in dir(kind) if name[:2] == "is"
 )
 _PREDICATES |= {"startswith", "endswith", "equals", "all", "any"}
-"""Methods of plain data that say yes or no. Where a function returns something else, the tests ask
-them of the response. Not so of an object of a class that the tests name, such as Trie()."""
+"""Methods of plain data that give a truth value. The tests refuse to call them on a result that is
+no plain data; on an object of a class that the tests name, such as Trie(), they may."""
 
 
 def _become(mine: Any, shown: Any) -> None:
-    """Change a container in place to what it has become on the other side."""
+    """Change a container in place to its state in the other process."""
     if isinstance(mine, list | bytearray):
         mine[:] = shown
     elif isinstance(mine, dict | set):
@@ -396,17 +396,17 @@ def _become(mine: Any, shown: Any) -> None:
 
 
 def shown(function: Any) -> Any:
-    """A function of the response's whose call also shows what becomes of its arguments."""
+    """A function of the response whose call also updates its arguments here."""
     if type(function) is not Remote:
         return function
     return Remote(function._ask, function._number, function._origin, True)
 
 
 def raised(kinds: Any, words: Any) -> Exception:
-    """The exception that the other process has raised, as the nearest built-in kind.
+    """The exception that the other process has raised, as the nearest built-in class.
 
-    Those that steer loops and exits (StopIteration, SystemExit) become a RuntimeError, lest the
-    response end a test's loop before it has compared everything.
+    Exceptions that control loops and exits (StopIteration, SystemExit) become a RuntimeError, so
+    that the response cannot end a test's loop before everything is compared.
     """
     names = [name for name in kinds if isinstance(name, str)] if isinstance(kinds, list) else []
     base: type[Exception] = RuntimeError
@@ -428,10 +428,10 @@ class Tests:
     """Runs tests on a response in another process.
 
     Args:
-        line: to that process.
-        own: names of the tests that are the response's, as `subjects` finds them.
-        libraries: names of the tests that they take for imported.
-        cases: functions of the tests that nothing calls.
+        line: the connection to that process.
+        own: names in the tests that belong to the response, from `subjects`.
+        libraries: names in the tests that belong to libraries, which the tests do not import.
+        cases: test functions that nothing calls.
     """
 
     def __init__(
@@ -452,16 +452,16 @@ class Tests:
                 self._names[name] = getattr(library, attribute) if attribute else library
 
     def begin(self) -> None:
-        """Wait until the other process is shut in.
+        """Wait until the other process is restricted.
 
         Raises:
-            Broken: if it never will be.
+            Broken: if it ends before that.
         """
         if self._receive() != ["value", "ready"]:
             raise self._break("it does not start")
 
     def run(self, code: str) -> str | None:
-        """Run the response's code; why it failed, or None."""
+        """Run the response's code; the reason why it failed, or None."""
         return self._said(lambda: self.ask("run", code))
 
     def program(self, code: str, text: str, expected: str) -> str | None:
@@ -487,7 +487,7 @@ class Tests:
         return None if failure is None else str(failure)[:MESSAGE]
 
     def test(self, source: str) -> str | None:
-        """Run one test; why it failed, or None."""
+        """Run one test; the reason why it failed, or None."""
         tree = ast.parse(source)
         try:
             self._refresh()
@@ -505,7 +505,7 @@ class Tests:
         return self._broken or None
 
     def _refresh(self) -> None:
-        """Bind the response's names to what they are now, but for those the tests have bound."""
+        """Bind the response's names to their present values, unless the tests have bound them."""
         values = self.ask("names", self._own)
         if not isinstance(values, dict):
             raise self._break("it names nothing")
@@ -519,7 +519,7 @@ class Tests:
                     self._names[name] = self._bound[name] = value
 
     def _instead(self, source: str) -> str:
-        """For `assert left == right`, what the side with the response's name is instead."""
+        """The actual value of the response's side of a failed `assert left == right`."""
         try:
             last = ast.parse(source).body[-1]
             if isinstance(last, ast.Assert) and isinstance(last.test, ast.Compare):
@@ -532,7 +532,7 @@ class Tests:
         return ""
 
     def ask(self, operation: str, *arguments: Any) -> Any:
-        """What the other process answers, as a value of this one."""
+        """The other process's answer, as a value of this process."""
         if self._broken:
             raise Broken
         packed = [pack(argument, self._reference) for argument in arguments]
@@ -617,13 +617,13 @@ _SOLUTION = "solution"
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without blanks at their ends, and without empty ones at the end."""
+    """Lines without trailing blanks, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 class _Prepared(ast.NodeTransformer):
-    """A call whose value nobody reads is made for what it does to its arguments: show them. What is
-    imported from the response is there.
+    """Rewrites tests: a call whose value is not used updates its arguments here (`shown`), because
+    it is made for its effect on them; imports from the response are dropped.
     """
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
@@ -637,7 +637,7 @@ class _Prepared(ast.NodeTransformer):
         return node
 
 
-# --- which names of the tests are the response's --------------------------------------------------
+# --- which names in the tests belong to the response ----------------------------------------------
 
 _COMMON = {
     "math": "isclose isnan isinf sqrt ceil floor pi inf nan fabs gcd lcm comb factorial prod log",
@@ -656,19 +656,19 @@ _RUNS_TEXT = frozenset({"eval", "exec", "compile", "__import__", "pickle", "mars
 
 
 def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]], list[str]]:
-    """Names of the tests that are the response's, and those that are a library's.
+    """Names in the tests that belong to the response, and those that belong to a library.
 
-    A global name that the tests use and do not bind is the response's, unless it is a built-in, a
-    common name of the standard library, or a module whose attributes alone are used. Where all
-    names are such ones, it is the only one of them that a library would have to be asked for, or
-    else the only one that is called.
+    A global name that the tests use and do not bind belongs to the response, unless it is a
+    built-in, a common name of the standard library, or a module of which only attributes are used.
+    If no other name is left, the response's is the only such name of the standard library, or else
+    the only name that is called.
 
     Returns:
-        The response's names; each name of a library's with its module and attribute, the latter
-        empty for the module itself; and functions named `test...` that nothing calls.
+        The response's names; each library name with its module and attribute, which is empty for
+        the module itself; and functions named `test...` that nothing calls.
 
     Raises:
-        ValueError: if the tests cannot be kept apart from the response; says why.
+        ValueError: if the tests cannot be separated from the response; with the reason.
     """
     top: list[ast.stmt] = []
     nodes: list[ast.AST] = []
@@ -682,7 +682,7 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]], l
             tables = [symtable.symtable(test, "<test>", "exec")]
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"`{test[:MESSAGE]}` is no Python: {error}") from error
-        for table in tables:  # grows
+        for table in tables:  # the loop appends to it
             tables += table.get_children()
             outer = table.get_type() == "module"
             for symbol in table.get_symbols():
@@ -742,8 +742,8 @@ def subjects(tests: list[str]) -> tuple[list[str], dict[str, tuple[str, str]], l
 
 
 def _cases(top: list[ast.stmt], used: set[str]) -> list[str]:
-    """Functions that pytest would call; refuses those that need more of it, or that nothing calls,
-    for these would let everything pass.
+    """Functions that pytest would call. Functions and classes that need more of pytest are refused,
+    and uncalled functions too, because every response would pass them.
     """
     cases = []
     for node in top:

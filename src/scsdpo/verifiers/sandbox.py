@@ -1,10 +1,10 @@
-"""The program from which code that is not trusted is started. It imports nothing of this package.
+"""The program that starts untrusted code. It imports nothing of this package.
 
 `python -I -B sandbox.py` reads requests from the socket that is its standard input. For each it
-makes two copies of itself, which shut themselves in: one runs a response, the other its tests
-(`remote.py`). A copy takes a millisecond, a new Python twenty. This process never sees a response
-or a test, so that no copy has anything of an earlier one, or of what the response is compared with.
-It ends when the socket is closed, and its copies with it.
+forks two copies of itself, which restrict themselves: one runs a response, the other its tests
+(`remote.py`). A fork takes a millisecond, a new Python twenty. This process never reads a response
+or a test, so no copy holds anything of earlier ones, or expected values. When the socket is closed
+it ends, and its copies with it.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ CAPABILITIES = 0x20080522  # the version of capset's interface
 REQUEST_BYTES = 1 << 17
 FILE_BYTES = 1 << 16
 DESCRIPTORS = 64
-"""That a process may have."""
+"""Number of descriptors that a process may have."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,10 +48,10 @@ class Program(ctypes.Structure):
 def main() -> None:
     """Start and end copies until the socket is closed.
 
-    A request is a JSON object. One with restrictions comes with three descriptors: the tests' job,
-    their report, and a socket for whoever counts the response's threads; the answer has the numbers
-    of the two processes, or that of the error. One without ends them; the answer has how each had
-    ended by itself, if it had: its status and its seconds of CPU time.
+    A request is a JSON object. A request with restrictions starts two processes. It comes with
+    three descriptors: the tests' job, their report, and a socket over which threads are counted;
+    the answer has the ids of the processes, or the error's number. A request without restrictions
+    ends them; the answer has exit status and seconds of CPU time of each that had ended by itself.
     """
     owner = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def start(request: dict[str, Any], descriptors: list[int], owner: socket.socket) -> list[int]:
-    """A process for the response and one for the tests, joined by two pipes."""
+    """Start a process for the response and one for the tests, joined by two pipes."""
     job, report, counter = descriptors
     from_tests, to_response = os.pipe()
     from_response, to_tests = os.pipe()
@@ -106,9 +106,7 @@ def start(request: dict[str, Any], descriptors: list[int], owner: socket.socket)
 
 
 def end(started: list[int]) -> list[list[float] | None]:
-    """Kill the copies. How each had ended before: status and seconds of CPU time; None: it had
-    not.
-    """
+    """Kill the copies; returns status and seconds of CPU time of each that had ended, else None."""
     endings: list[list[float] | None] = []
     for pid in started:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
@@ -121,7 +119,7 @@ def end(started: list[int]) -> list[list[float] | None]:
 
 
 def act(request: dict[str, Any], own: list[int]) -> NoReturn:
-    """In a copy: shut in, then run the response, which has three descriptors, or the tests."""
+    """Apply the restrictions in a copy, then run the response (three descriptors) or the tests."""
     try:
         limit(request["cpu_seconds"], request["memory_mb"])
         if request["own_users"]:  # where it may
@@ -140,8 +138,9 @@ def act(request: dict[str, Any], own: list[int]) -> NoReturn:
 
 
 def test(job: int, report: int, line: remote.Line) -> NoReturn:
-    """Run one job. A line of the report for each part of it that has come to its end: first that
-    both processes are shut in, then the code, then each test; null, or why it failed.
+    """Run one job, and report each finished part in a line: null, or the reason why it failed.
+
+    The parts are the restriction of both processes, the code, and each test.
     """
     with open(job, "rb") as file:
         given = json.load(file)
@@ -167,7 +166,7 @@ def test(job: int, report: int, line: remote.Line) -> NoReturn:
 
 
 def limit(cpu_seconds: int, memory_mb: int) -> None:
-    """Set the limits that the kernel keeps by itself."""
+    """Set the limits that the kernel enforces (rlimits)."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_mb << 20,
@@ -176,16 +175,16 @@ def limit(cpu_seconds: int, memory_mb: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for which, value in limits.items():
-        # At the soft limit of CPU time comes SIGXCPU, at the hard one SIGKILL.
+        # The soft limit of CPU time sends SIGXCPU, the hard one SIGKILL.
         hard = value + 1 if which == resource.RLIMIT_CPU else value
         resource.setrlimit(which, (value, hard))
 
 
 def count_threads(counter: int, asking: str, refusing: str) -> None:
-    """Give the owner a descriptor by which it is asked before each new thread, and says yes or no.
+    """Send the owner a descriptor over which the kernel asks it before each new thread.
 
-    Where the kernel has none to give, threads are refused: no limit of its own counts those of one
-    process, and RLIMIT_NPROC does not bind root.
+    If the kernel cannot do that, threads are refused: it has no limit on the threads of one
+    process, and RLIMIT_NPROC does not apply to root.
     """
     check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
     number = 277 if os.uname().machine == "aarch64" else 317
@@ -201,7 +200,7 @@ def count_threads(counter: int, asking: str, refusing: str) -> None:
 
 
 def shut_in(code: bytes, ruleset: bytes, readable: list[str], capabilities: int) -> None:
-    """All that cannot be undone, the filter last; raises OSError if the kernel refuses."""
+    """Apply the restrictions, which cannot be undone; raises OSError if the kernel refuses one."""
     check(libc.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0))
     check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
     check(libc.prctl(DUMPABLE, 0, 0, 0, 0))  # the response must not read the memory of the tests
@@ -213,7 +212,7 @@ def shut_in(code: bytes, ruleset: bytes, readable: list[str], capabilities: int)
 
 
 def filter_program(code: bytes) -> Program:
-    """What the kernel takes a filter as; `kept` holds on to the memory that it points to."""
+    """The filter as the kernel takes it; `kept` keeps its memory alive."""
     array = ctypes.create_string_buffer(code, len(code))
     kept.append(array)
     return Program(len(code) // 8, ctypes.addressof(array))
@@ -223,7 +222,7 @@ kept: list[object] = []
 
 
 def read_only(ruleset: bytes, readable: list[str]) -> None:
-    """By Landlock: of all files, these and what is in these folders can be opened, for reading."""
+    """Let Landlock allow opening only these files and folders, and only for reading."""
     handle = check(libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0))
     for path in filter(os.path.exists, readable):
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -235,7 +234,7 @@ def read_only(ruleset: bytes, readable: list[str]) -> None:
 
 
 def keep_capabilities(kept: int) -> None:
-    """Of what root may and a user may not, keep no more than this."""
+    """Drop all of root's capabilities but these."""
     header = struct.pack("=Ii", CAPABILITIES, 0)
     sets = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: low words, high
     check(libc.capget(header, sets))
@@ -244,7 +243,7 @@ def keep_capabilities(kept: int) -> None:
 
 
 def check(result: int) -> int:
-    """The result of a call of the C library's, unless it failed."""
+    """The result of a C library call; raises OSError if it failed."""
     if result == -1:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

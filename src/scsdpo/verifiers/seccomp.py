@@ -1,23 +1,23 @@
-"""A system call filter for code that is not trusted: it may compute and read, and no more.
+"""A system call filter for untrusted code, which may compute and read, and nothing else.
 
-An allow-list: the kernel refuses every call that is not named here, and some of those by their
-arguments. Threads, reading of files and writing to what was open before remain. What reaches
-outside the process is refused: sockets, other programs and processes, signals, locks and changes of
-files, shared memory, namespaces, clocks, and the lifting of its own limits. The filter cannot be
-taken off again.
+The filter is an allow-list: the kernel refuses every call that is not named here, and some named
+ones by their arguments. Allowed are threads, reading files, and writing to descriptors that were
+open before. Refused is everything that reaches outside the process: sockets, other programs and
+processes, signals, locks and changes of files, shared memory, namespaces, clocks, and raising its
+own limits. The filter cannot be removed again.
 """
 
 import errno
 import struct
 
 ARCHITECTURES = {"x86_64": 0, "aarch64": 1}
-"""Machines whose system calls are known here, and their column in the tables below."""
+"""Architectures whose system calls are listed, with their column in the tables below."""
 
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _NONE = -1
 # x86_64, aarch64: from asm/unistd_64.h and asm-generic/unistd.h.
 _ALLOWED = {
-    # what is open, and what files there are
+    # open descriptors, and metadata of files
     "read": (0, 63),
     "write": (1, 64),
     "readv": (19, 65),
@@ -70,7 +70,7 @@ _ALLOWED = {
     "setitimer": (38, 103),
     "alarm": (37, _NONE),
     "pause": (34, _NONE),
-    # time, and what it is
+    # time and clocks
     "nanosleep": (35, 101),
     "clock_nanosleep": (230, 115),
     "clock_gettime": (228, 113),
@@ -120,28 +120,28 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, little-
 Instruction = tuple[int, int, int, int]
 """`struct sock_filter`: operation, jump if true, jump if false, operand."""
 Check = tuple[int, int, int, bool]
-"""A word of the arguments, an operation, its operand, and what must come out."""
+"""Index of an argument's word, an operation, its operand, and the required result."""
 Rule = tuple[tuple[int, int], tuple[Check, ...]]
-"""A call by its numbers, and the checks that all must hold."""
+"""A call by its numbers, and the checks that must all hold."""
 
 _ALL_BITS = 0xFFFFFFFF
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC; O_TMPFILE needs one
 _ASYNC = 0o20000  # O_ASYNC: signals to whomever F_SETOWN named
 _THREAD = 0x10000
-# Those of pthread_create: VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID,
-# and musl's DETACHED. Not the namespaces, which a thread, too, could have of its own.
+# Flags of pthread_create: VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID,
+# and musl's DETACHED. Flags for new namespaces, which threads may use too, are refused.
 _THREAD_FLAGS = 0x7D0F00
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
 _FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421  # other requests type into terminals
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _AF_UNIX, _SOCK_STREAM = 1, 1
-# Rarely used doors to the kernel that have had holes.
+# Rarely used parts of the kernel that have had vulnerabilities.
 _MSG_OOB, _O_NOTIFICATION_PIPE = 0x1, 0o200
 _MADV_GUARD_INSTALL, _MADV_GUARD_REMOVE = 102, 103
 
 
 def _is(argument: int, value: int) -> Check:
-    """Of arguments that are ints, the kernel reads the low word alone."""
+    """Check that an int argument has this value; the kernel reads its low word only."""
     return (2 * argument, _EQUAL, value, True)
 
 
@@ -171,18 +171,18 @@ _CHECKED: tuple[Rule, ...] = (
     (_FCNTL, (_is(1, _F_SETFL), _without(2, _ASYNC))),
     *((_IOCTL, (_is(1, request),)) for request in (_FIONBIO, _FIOCLEX, _FIONCLEX)),
     *((_PRCTL, (_is(0, option),)) for option in (_PR_SET_NAME, _PR_GET_NAME)),
-    # From 100 on there are some that take pages of memory from the machine.
+    # Values from 100 on include some that take pages of memory from the machine.
     (_MADVISE, (_without(2, _ALL_BITS ^ 31),)),
     *((_MADVISE, (_is(2, advice),)) for advice in (_MADV_GUARD_INSTALL, _MADV_GUARD_REMOVE)),
-    # A connected pair, whose messages have no address: asyncio wakes itself up by one.
+    # A connected pair, whose messages have no address; asyncio uses one to wake itself.
     ((53, 199), (_is(0, _AF_UNIX), _with(1, _SOCK_STREAM), _without(1, 0xF ^ _SOCK_STREAM))),
     ((44, 206), (_without(3, _MSG_OOB), *_null(4))),  # sendto
     ((45, 207), (_without(3, _MSG_OOB),)),  # recvfrom
     ((293, 59), (_without(1, _O_NOTIFICATION_PIPE),)),  # pipe2
-    # prlimit64: read limits, its own.
+    # prlimit64: only to read its own limits.
     ((302, 261), (_is(0, 0), *_null(2), _with(3, _ALL_BITS))),
 )
-# C libraries fall back to the older call, whose arguments a filter can read.
+# Refused with ENOSYS: C libraries fall back to the older call, whose arguments can be checked.
 _ABSENT = {"clone3": (435, 435), "openat2": (437, 437)}
 _KNOWN = 464
 """System calls from this number on are newer than the tables."""
@@ -201,7 +201,7 @@ def program(machine: str) -> bytes:
         for numbers in table.values():
             if numbers[column] != _NONE:
                 code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, answer)]
-    # Numbers of the x32 ABI, from 0x40000000 on, are among those that nothing here knows.
+    # Numbers of the x32 ABI, from 0x40000000 on, are unknown here and so refused.
     code += [(_LEAST, 0, 1, _KNOWN), (_RETURN, 0, 0, _UNKNOWN)]
     for numbers, checks in _CHECKED:
         if numbers[column] != _NONE:
@@ -211,12 +211,12 @@ def program(machine: str) -> bytes:
 
 
 def threads(machine: str, *, asking: bool) -> bytes:
-    """A filter beside `program` that says of nothing but a new thread what becomes of it.
+    """A second filter beside `program`, which decides on new threads only.
 
     Args:
         machine: one of `ARCHITECTURES`.
-        asking: whoever holds the filter's descriptor is asked; otherwise it is refused as where the
-            machine has room for no more (EAGAIN).
+        asking: the holder of the filter's descriptor decides; otherwise new threads are refused
+            with EAGAIN, as if the machine had no room.
     """
     answer = _ASK if asking else _NO_MORE
     code = [
@@ -235,7 +235,7 @@ def _checked(number: int, checks: tuple[Check, ...]) -> list[Instruction]:
     size = 2 + 2 * len(checks) + 1
     code = [(_LOAD, 0, 0, _NUMBER), (_EQUAL, 0, size - 2, number)]
     for word, operation, operand, wanted in checks:
-        left = size - len(code) - 2  # instructions of this rule behind the jump
+        left = size - len(code) - 2  # instructions of this rule after the jump
         code.append((_LOAD, 0, 0, _ARGUMENTS + 4 * word))
         code.append((operation, *((0, left) if wanted else (left, 0)), operand))
     return [*code, (_RETURN, 0, 0, _ALLOW)]

@@ -1,4 +1,4 @@
-"""Episodes in the process that judges: the states of environments, and what these answer."""
+"""Episodes in a worker process: states of environments, and their answers."""
 
 import errno
 import hashlib
@@ -13,48 +13,48 @@ from scsdpo.verifiers.text import capped, valid
 from scsdpo.verifiers.verify import attempted, is_number, tidy_verdict
 
 MAX_MESSAGES = 16
-"""Most with which an environment answers one response."""
+"""Most messages with which an environment answers one response."""
 MAX_OPENING = 400_000
-"""Characters of the turns that open an episode."""
+"""Most characters of the messages that open an episode."""
 _MAX_NAME = 200
 _ANSWERING: tuple[str, ...] = ("tool", "user")
-"""Roles in which the world answers."""
+"""Roles in which an environment may answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What an environment is asked, with all that it takes to rebuild the episode's state."""
+    """A response for an environment, with all data to rebuild the episode's state."""
 
     episode: int
     act: Literal["begin", "step", "finish", "drop"]
     past: tuple[str, ...] = ()
-    """Responses on which steps were taken."""
+    """Earlier responses, on which steps were taken."""
     seen: tuple[str, ...] = ()
     """`digest` of the opening, and of the observation after each of `past`."""
     response: str = ""
     why: str = ""
-    """An episode is finished before its end."""
+    """Reason why the episode must end with this response; empty: it need not."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Held:
-    """The state of an episode that goes on here."""
+    """The state of an episode in this process."""
 
     environment: Environment
     state: Any
     steps: int = 0
     pids: frozenset[int] = frozenset()
-    """Processes that it has started."""
+    """Processes that the episode has started."""
 
 
 class Stage:
     """The episodes of one process.
 
     Args:
-        max_feedback: characters of feedback that are kept.
-        max_observation: characters of a message that are kept.
-        alone: this process does nothing else, so that whatever appears among its children while an
-            environment acts was started by it, and ends with the episode.
+        max_feedback: number of characters of feedback that are kept.
+        max_observation: number of characters of a message that are kept.
+        alone: this process does nothing else, so every child process that appears while an
+            environment acts belongs to its episode, and is ended with it.
     """
 
     def __init__(self, max_feedback: int, max_observation: int, *, alone: bool) -> None:
@@ -63,10 +63,10 @@ class Stage:
         self._held: dict[int, _Held] = {}
 
     def answer(self, prompt: Prompt, turn: Turn) -> Observation | Verdict:
-        """The observation, or the verdict with which the episode has ended.
+        """The environment's observation, or the verdict that ends the episode.
 
         Raises:
-            NoRoom: if the machine had no room for what it wanted to start; the state is gone.
+            NoRoom: if the machine had no room for a process or memory; the state is lost.
         """
         if turn.act == "drop":
             self._close(turn.episode)
@@ -97,11 +97,11 @@ class Stage:
             result = environment.step(prompt, held.state, turn.response)
             held.steps += 1
             return result
-        except MemoryError as error:  # perhaps for what others hold in this process
+        except MemoryError as error:  # other episodes in this process may hold the memory
             raise OSError(errno.ENOMEM, "not enough memory") from error
 
     def _state(self, prompt: Prompt, turn: Turn) -> _Held:
-        """The episode's state; one that is not here is rebuilt."""
+        """The episode's state; it is rebuilt if it is not in this process."""
         held = self._held.get(turn.episode)
         if held and held.steps == len(turn.past):
             return held
@@ -130,7 +130,7 @@ class Stage:
         held = self._held.pop(episode, None)
         if held is None:
             return
-        # Nobody is left to whom an error here could be told.
+        # The episode is over, so an error here is of no use to anyone.
         attempted("close", lambda: held.environment.close(held.state), lambda _: Verdict(reward=0))
         if held.pids:
             end_children(children() - held.pids)
@@ -187,6 +187,6 @@ def _is_message(message: object, roles: Sequence[str]) -> bool:
 
 
 def digest(messages: Sequence[Message]) -> str:
-    """Equal for equal messages, and for those alone."""
+    """A digest that is equal for equal messages only."""
     said = json.dumps([sorted(message.items()) for message in messages])
     return hashlib.blake2b(valid(said).encode(), digest_size=16).hexdigest()

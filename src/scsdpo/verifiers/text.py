@@ -1,27 +1,27 @@
-"""What verifiers say, as text that can go anywhere: valid and of a bounded length."""
+"""Make verifiers' texts safe to store: valid Unicode of bounded length."""
 
 import hashlib
 
 CUT = " [cut]"
-"""Ends a text that was longer than it may be."""
+"""End of a text that was cut."""
 _DIGEST_BYTES = 8
 
 
 def valid(text: str) -> str:
-    """The same text with halves of surrogate pairs joined, and U+FFFD for one that is alone."""
+    """The text with surrogate pairs joined, and U+FFFD for each lone surrogate."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def capped(text: str, most: int) -> str:
-    """Valid text of at most `most` characters; the end of a longer one gives way to " [cut]"."""
+    """Valid text of at most `most` characters; a longer one is cut and ends in " [cut]"."""
     return valid(text if len(text) <= most else text[: most - len(CUT)] + CUT)
 
 
 def capped_distinct(text: str, most: int) -> str:
-    """`capped`, but texts that differ behind the cut still differ: they end in " [cut ...]" with a
-    hash of the whole.
+    """`capped`, but a cut text ends in " [cut ...]" with a hash of the whole: different texts stay
+    different.
     """
     if len(text) <= most:
         return valid(text)

@@ -1,4 +1,4 @@
-"""Verifier of tool calls."""
+"""A verifier of tool calls."""
 
 import json
 from collections import Counter
@@ -33,13 +33,13 @@ class ToolCall(Verifier):
     of `{"name": <tool>, "arguments": <JSON>}`, which may stand within "function".
 
     Args:
-        reveal: the feedback on calls that are wrong says which would have been right.
+        reveal: the feedback on wrong calls names the right ones.
         compatibility: `reference` gives the reward of the published grader instead, for numbers
             that compare with published ones. It stops at the first "}" of an input and merges all
             inputs, and so rejects some gold answers and accepts swapped arguments. It reads the
             thinking too.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Raises:
         ValueError: if `compatibility` is neither `none` nor `reference`.
@@ -62,11 +62,11 @@ class ToolCall(Verifier):
             )
 
     def check(self, prompt: Prompt) -> None:
-        """Whether it is a list of calls."""
+        """Raise if the answer is no list of calls."""
         gold_calls(prompt.answer)
 
     def graded(self, prompt: Prompt, response: str) -> str:
-        """What stands behind the thinking; for the published grader, all."""
+        """The text after the thinking; for the published grader, the whole response."""
         if self.compatibility == "reference":
             return response
         return super().graded(prompt, response)
@@ -74,7 +74,7 @@ class ToolCall(Verifier):
     def written(self, prompt: Prompt) -> str:
         """The calls in the form of the gold answer: `Action:` lines, or JSON in <tool_call> tags.
 
-        None for the published grader, which rejects some gold answers.
+        It is empty for the published grader, which rejects some gold answers.
         """
         if self.compatibility == "reference":
             return ""
@@ -140,11 +140,11 @@ def _gold_call(call: dict[str, Any]) -> tuple[str, str]:
 
 
 def calls_of(prompt: Prompt, response: str) -> list[Call]:
-    """The calls, by the tokenizer's response template where it has one and that finds any.
+    """The calls, read by the tokenizer's response template if it finds any, else by known forms.
 
     Raises:
         MalformedCall: in words for the teacher, at the first malformed one.
-        NoCall: if there is none.
+        NoCall: if there is no call.
     """
     if prompt.response_template:
         from transformers.utils.chat_parsing import parse_response  # takes a second
@@ -160,7 +160,7 @@ def calls_of(prompt: Prompt, response: str) -> list[Call]:
 
 
 def _comparable(call: Call, gold: list[tuple[str, str]]) -> tuple[str, str]:
-    """(tool, input in canonical spelling); a bare text is a text where the gold answer has one."""
+    """(tool, canonical input); an untyped value is a string if the gold answer has a string."""
     arguments = call.arguments
     if call.texts:
         wanted = [json.loads(text) for tool, text in gold if tool == call.tool]
@@ -182,7 +182,7 @@ def _spelled(calls: list[tuple[str, str]]) -> str:
 
 
 def _difference(calls: list[tuple[str, str]], gold: list[tuple[str, str]]) -> str:
-    """What is wrong, without the tools and inputs that were wanted."""
+    """Describe the fault without naming the right tools and inputs."""
     if len(calls) != len(gold):
         return f"There are too {'few' if len(calls) < len(gold) else 'many'} tool calls."
     if Counter(tool for tool, _ in calls) != Counter(tool for tool, _ in gold):

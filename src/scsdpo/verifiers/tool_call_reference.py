@@ -1,4 +1,4 @@
-"""The published grading of tool calls, flaws included, for numbers that compare."""
+"""The published grader of tool calls with its flaws, for comparable numbers."""
 
 import json
 import re
@@ -10,12 +10,12 @@ _INPUT = re.compile(r"Action Input:\s*(?=\{)")
 
 
 def reference_verdict(answer: str, response: str) -> tuple[bool, str]:
-    r"""Whether the published grader takes the response, and what it read, in canonical spelling.
+    r"""The published grader's verdict on the response, and the calls it read, in canonical form.
 
-    Tools are the words after `Action:`; inputs are what stands from `{` to the next `}` after
-    `Action Input:`, and all of a response's inputs are merged into one. So nested objects are not
-    read, tools whose names begin with a bracket are not seen, inputs may change places between
-    calls, and 1, 1.0 and true are equal.
+    Tools are the words after `Action:`. An input is the text from `{` to the next `}` after
+    `Action Input:`, and all inputs of a response are merged into one. So nested objects are not
+    read, tools whose names begin with a bracket are missed, inputs may be swapped between calls,
+    and 1, 1.0 and true are equal.
 
     Source:
         Hübotter et al. 2026, arXiv:2601.20802, and its code: lasgroup/SDPO,
@@ -35,7 +35,7 @@ def _merged(response: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     position = 0
     while match := _INPUT.search(response, position):
-        # Where no brace closes, none does later either: a regular expression would look each time.
+        # Without a closing brace later inputs have none either: stop, or time would be quadratic.
         end = response.find("}", match.end())
         if end < 0:
             break
@@ -47,7 +47,7 @@ def _merged(response: str) -> dict[str, Any]:
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-        json.dumps(value)  # deeper than it can be written, it cannot be compared either
+        json.dumps(value)  # a value too deep to write cannot be compared either
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""Forms in which models write tool calls, read without the model's tokenizer.
+"""Read tool calls in the forms that models write, without the model's tokenizer.
 
 | form | of |
 |---|---|
@@ -14,8 +14,8 @@
 | `[f(x=1)]`, alone or in tags or a tool_code block | Gemma, Llama 4, LFM2, OLMo 3 |
 | `<start_function_call>call:f{x:<escape>a<escape>}<end_function_call>` | FunctionGemma, Gemma 4 |
 
-The first form that a response begins to write is the one that is read; calls in it may be many. Text
-around calls is ignored, but for forms without tags, which must be all of the answer.
+The form that a response uses first is the one that is read, with all its calls. Text around calls is
+ignored; only a form without tags must be the whole answer.
 """  # noqa: E501
 
 import ast
@@ -50,7 +50,7 @@ _CLOSED = {
     "```tool_code": "```",
     "```tool_call": "```",
 }
-"""What stands around calls, and what ends it; at the end of a response that may be left out."""
+"""Opening and closing tags of calls; the closing tag may be missing at the end of a response."""
 _UNCLOSED = (r"<\|python_tag\|>", r"\[TOOL_CALLS\]", r"functools(?=\[)")
 _XML = (
     r"<(?:｜DSML｜)?(?P<tag>function|invoke)(?:=|\s+name\s*=\s*)"
@@ -90,27 +90,27 @@ _PYTHON_SIGN = re.compile(
 )
 _BETWEEN = re.compile(r"[\s,;]*")
 _DEEPEST, _LONGEST = 100, 100_000
-"""Of Python's brackets and characters: what is beyond is no call that a model means."""
+"""Limits on nested brackets and characters of a Python call; a call beyond them is malformed."""
 
 
 class MalformedCall(ValueError):
-    """A call that no reader of its form would take, in words for the teacher."""
+    """A malformed call; the message is feedback for the teacher."""
 
 
 class NoCall(MalformedCall):
-    """There is none, malformed or not."""
+    """The response has no call, also no malformed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call as it is written."""
+    """One call, as the response writes it."""
 
     tool: str
     """Name of the tool."""
     arguments: Any
     """JSON value; keywords and their values, as a rule."""
     texts: frozenset[str] = field(default_factory=frozenset)
-    """Keys of values that are written as bare texts, so that 1 and "1" look the same."""
+    """Keys of values that are written without a type, so that 1 and "1" look the same."""
 
 
 def read_calls(response: str) -> list[Call]:
@@ -118,7 +118,7 @@ def read_calls(response: str) -> list[Call]:
 
     Raises:
         MalformedCall: at the first one that is malformed.
-        NoCall: if there is none.
+        NoCall: if there is no call.
     """
     try:
         header, opening = _HEADER.search(response), _OPENING.search(response)
@@ -156,22 +156,22 @@ def canonical(value: Any) -> str:
 
 
 def read_json(text: str, position: int) -> tuple[Any, int]:
-    """The JSON value at `position` or behind the space there, and where it ends.
+    """The JSON value at `position`, after any white space, and its end.
 
     Raises:
-        ValueError: if there is none; also of numbers that are out of range.
+        ValueError: if there is none, or a number is out of range.
     """
     return _DECODER.raw_decode(text, _behind(_SPACE, text, position))
 
 
-# --- one form after the other ---------------------------------------------------------------------
+# --- the forms ------------------------------------------------------------------------------------
 
 
 def _action_calls(response: str) -> list[Call]:
     calls: list[Call] = []
     tool, position = "", 0
-    # `position` jumps over each input, so that headers inside its strings are not calls. Reading
-    # ends at the first error: finding the line of an error costs the decoder the whole text.
+    # `position` skips each input, so that headers inside its strings are not calls. Reading ends at
+    # the first error, because the decoder scans the whole text to find the line of an error.
     while header := _HEADER.search(response, position):
         position = header.end()
         if header[1] == "Action":
@@ -200,7 +200,7 @@ def _action_calls(response: str) -> list[Call]:
 def _bare(response: str, *, tagged: bool) -> list[Call]:
     """Calls without a tag: JSON objects or lists, or a Python list of calls, and nothing else.
 
-    None where that is malformed and there is a tag further on.
+    It is empty if that is malformed and a tag follows later.
     """
     text, position = response.strip(), 0
     calls: list[Call] = []
@@ -228,7 +228,7 @@ def _tagged(response: str) -> Iterator[Call]:
             if closing and response.startswith(closing, position):
                 position += len(closing)
                 break
-            # Where nothing ends the calls, another JSON object is one more, and all else is text.
+            # Without a closing tag, another JSON object is a further call, and all else is text.
             if not closing and response[position] != "{":
                 break
             calls, position = _value(response, position)
@@ -236,7 +236,7 @@ def _tagged(response: str) -> Iterator[Call]:
 
 
 def _value(text: str, position: int) -> tuple[list[Call], int]:
-    """The call or list of calls at `position`, in whatever form stands there, and its end."""
+    """The call or list of calls at `position`, in any form, and its end."""
     position = _behind(_SPACE, text, position)
     if call := _HARMONY_CALL.match(text, position):
         arguments, position = _object(text, call.end(), call["to"])
@@ -303,7 +303,7 @@ def _glm_call(text: str, call: re.Match[str]) -> tuple[list[Call], int]:
 
 
 def _gemma_call(text: str, call: re.Match[str]) -> tuple[list[Call], int]:
-    """Spelled as JSON: keys and strings have other quotes there."""
+    """A call with keys and strings in its own kind of quotes, read as JSON."""
     parts: list[str] = []
     depth, position = 0, call.end()
     while depth or not parts:
@@ -337,7 +337,7 @@ def _python_calls(text: str, position: int) -> tuple[list[Call], int]:
         raise MalformedCall("A call is not finished, too long or too deep.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in a text
+            warnings.simplefilter("ignore")  # of invalid escapes such as "\d"
             tree = ast.parse(text[position:end].strip(), mode="eval").body
     except (SyntaxError, ValueError):
         raise MalformedCall("A call is not valid Python.") from None
@@ -378,7 +378,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _behind(pattern: re.Pattern[str], text: str, position: int) -> int:
-    """Where the match at `position` ends, which may be empty."""
+    """The end of the match at `position`; the match may be empty."""
     return pattern.match(text, position).end()  # type: ignore[union-attr]
 
 
@@ -397,7 +397,7 @@ def _decoded(text: str, tool: str) -> Any:
 
 
 def typed(text: str, wanted: list[Any]) -> Any:
-    """The value of a bare text: the text itself where that is wanted, else what it is in JSON."""
+    """The value of an untyped text: the text itself if that is wanted, else its JSON value."""
     if text in wanted:
         return text
     if text.strip() in _NAMES:

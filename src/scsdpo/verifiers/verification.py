@@ -1,4 +1,4 @@
-"""How responses are judged."""
+"""Settings of the processes that judge responses."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from scsdpo.verifiers.verify import MAX_FEEDBACK
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
 class Verification:
-    """How responses are judged.
+    """Settings of the processes that judge responses.
 
     Args:
         workers: processes that judge, on each rank. 0: the training process does, and a verifier

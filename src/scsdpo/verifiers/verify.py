@@ -1,4 +1,4 @@
-"""From response texts to verdicts, in this very process."""
+"""Judge response texts in this process."""
 
 import errno
 import logging
@@ -13,12 +13,12 @@ from scsdpo.prompt import Environment, Prompt, Verdict, Verifier
 from scsdpo.verifiers.text import capped, capped_distinct
 
 MAX_FEEDBACK = 4000
-"""Characters, unless told otherwise."""
+"""Default number of characters of feedback that are kept."""
 MAX_ANSWER, MAX_ERROR = 20_000, 500
 NO_ROOM = (errno.EAGAIN, errno.ENOMEM)
-"""Numbers of an OSError with which the machine refuses a process, a thread or memory."""
+"""Error numbers of an OSError that mean: no room for a process, a thread or memory."""
 ENOUGH = 8
-"""Verdicts of a verifier from which on it is known that it fails."""
+"""Least number of verdicts of a verifier after which its failures stop the run."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ def verify_all(
 ) -> tuple[tuple[Verdict, ...], ...]:
     """Verdicts [Q][G] on the responses `texts` [Q][G] to `prompts` [Q].
 
-    A verifier that raises, exits or returns something else than a verdict with a finite reward
-    costs its own rollout only: reward 0, and the reason in `error`. One that hangs, hangs:
-    `VerifierPool` has deadlines.
+    A verifier that raises, exits or returns anything but a verdict with a finite reward costs its
+    own rollout only: reward 0, and the reason in `error`. There is no time limit here;
+    `VerifierPool` has one.
     """
     prepare_all(prompt.verifier for prompt in prompts)
 
@@ -49,10 +49,10 @@ def verify_all(
 
 
 class NoRoom(Exception):
-    """The machine had no room for what a verifier wanted to start: it may have later.
+    """The machine had no room for a process or memory of a verifier; later it may have.
 
     Args:
-        verdict: if it never has.
+        verdict: the verdict if it never has.
     """
 
     def __init__(self, verdict: Verdict) -> None:
@@ -61,10 +61,9 @@ class NoRoom(Exception):
 
 
 def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
-    """The verdict, or one with an `error` if the verifier did not give any.
+    """The verifier's verdict, or one with an `error` if it gave none.
 
-    Its texts are valid, and cut where they are longer than `MAX_ANSWER`, `max_feedback` and
-    `MAX_ERROR` characters.
+    Its texts are valid, and cut to `MAX_ANSWER`, `max_feedback` and `MAX_ERROR` characters.
 
     Raises:
         NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
@@ -81,12 +80,12 @@ def contained(prompt: Prompt, response: str, max_feedback: int) -> Verdict:
 def attempted(
     name: str, act: Callable[[], object], tidy: Callable[[object], T | None]
 ) -> T | Verdict:
-    """What `tidy` makes of the result of `act`, or a verdict with an `error` if that is none.
+    """The result of `act` after `tidy`, or a verdict with an `error` if there is none.
 
     Args:
-        name: of whoever acts, for the error.
+        name: of the environment, for the error.
         act: may raise anything, or exit.
-        tidy: valid texts of a bounded length; None of an unsound result.
+        tidy: makes texts valid and bounds their length; gives None for an invalid result.
 
     Raises:
         NoRoom: if a process or thread could not be started (EAGAIN), or got no memory (ENOMEM).
@@ -116,18 +115,18 @@ def _attempted(
 
 
 def failed(why: str) -> Verdict:
-    """The verdict of an environment that did not give any."""
+    """The verdict for an environment that gave none."""
     return Verdict(reward=0.0, error=capped(why, MAX_ERROR))
 
 
 def _end_copy(home: int) -> None:
-    """Where a verifier has forked and let the child return, the child ends here."""
+    """End this process if it is a forked child that a verifier let return."""
     if os.getpid() != home:
         os._exit(0)
 
 
 def tidy_verdict(verdict: object, max_feedback: int) -> Verdict | None:
-    """The verdict with valid texts of a bounded length; None if it is none, or not a sound one."""
+    """The verdict with valid texts of bounded length; None if it is no valid verdict."""
     if not isinstance(verdict, Verdict) or not _is_sound(verdict):
         return None
     return Verdict(
@@ -141,12 +140,12 @@ def tidy_verdict(verdict: object, max_feedback: int) -> Verdict | None:
 
 
 def is_number(thing: object) -> bool:
-    """Whether it can be a reward."""
+    """True for a finite number, as a reward must be."""
     return isinstance(thing, int | float) and math.isfinite(thing)
 
 
 def _shown(thing: object) -> str:
-    """Its `repr`, which may do anything."""
+    """Its `repr`, guarded: the method may do anything."""
     try:
         return repr(thing)
     except Exception:
@@ -165,10 +164,10 @@ def _is_sound(verdict: Verdict) -> bool:
 
 
 def prepare_all(verifiers: Iterable[Environment]) -> None:
-    """`prepare` each kind of verifier once.
+    """Call `prepare` once for each class of verifier.
 
     Raises:
-        ConfigurationError: if one cannot.
+        ConfigurationError: if one raises.
     """
     for verifier in {id(verifier): verifier for verifier in verifiers}.values():
         home = os.getpid()
@@ -181,9 +180,9 @@ def prepare_all(verifiers: Iterable[Environment]) -> None:
 
 
 class Failures:
-    """Verdicts that failed, of each kind of verifier: said of a few, and a stop at many.
+    """Counts failed verdicts by class of verifier: logs a few, and stops the run at many.
 
-    Their reward of 0 says nothing of a response, so a run learns nothing right from them.
+    Their reward of 0 says nothing about a response, so a run would learn from wrong rewards.
     """
 
     def __init__(self) -> None:
@@ -193,8 +192,8 @@ class Failures:
         """Log, in one line, how many verdicts [Q][G] of a batch failed, and why.
 
         Raises:
-            TrainingStopped: if of one kind of verifier more than half of the batch's verdicts
-                failed, or all those of the last batches, out of at least `ENOUGH`.
+            TrainingStopped: if, for one class of verifier with at least `ENOUGH` verdicts, more
+                than half of the batch's failed, or all those of the last batches.
         """
         kinds: dict[str, list[Verdict]] = {}
         for prompt, group in zip(prompts, verdicts, strict=True):
@@ -211,7 +210,7 @@ class Failures:
             most_failed = len(failed) > len(judged) / 2 and len(judged) >= ENOUGH
             if most_failed or self._in_a_row[kind] >= ENOUGH:
                 raise TrainingStopped(
-                    f"the verifier {kind} does not judge: {said}. Mend it, or what it was given; a "
-                    "failed verdict is no wrong answer, and nothing right is learned from it"
+                    f"the verifier {kind} does not judge: {said}. Fix the verifier or its data: a "
+                    "failed verdict does not mean a wrong answer, so training on it is of no use"
                 )
             _log.warning("%s", said)

@@ -1,14 +1,14 @@
-"""What a worker process of `VerifierPool` runs.
+"""The program of a worker process of `VerifierPool`.
 
 It reads pickled chunks of (prompt, response), or (prompt, turn of an episode), from its standard
-input, each behind its length, and writes a line an event: a token, by which the owner tells its
-lines from whatever else a verifier may write to the pipe, and JSON: `["ready", pid]`,
+input, each preceded by its length, and writes one line an event: a token, which distinguishes its
+lines from anything that a verifier writes to the pipe, and JSON: `["ready", pid]`,
 `["verdict", ...]`, `["turn", ...]`, `["no room", ...]`, `["broken", why]`. The verifiers' own
 prints go to standard error.
 
-What a verifier starts while it prepares may stay; what it starts for a verdict and leaves behind is
-ended before the verdict is told, and what an environment starts ends with its episode. The process
-above this one (`guarded`) ends the rest.
+Processes that a verifier starts while it prepares may stay. Those it starts for a verdict are ended
+before the verdict is sent, and those of an environment end with its episode. The parent process
+(`guarded`) ends the rest.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(token: str, memory_mb: int, max_feedback: int, max_observation: int) ->
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    streams.guard()  # what a verifier prints may have no reader any more
+    streams.guard()  # a verifier's prints may have no reader any more
     sys.stdout = sys.stderr
     _limit_memory(memory_mb)
     chunks: SimpleQueue[bytes] = SimpleQueue()
@@ -88,7 +88,7 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _receive(source: BinaryIO, chunks: "SimpleQueue[bytes]") -> None:
-    """Queue chunks; the end of the pipe is the end of the owner, and so of this process."""
+    """Queue chunks. When the pipe ends, the owner has ended, and this process exits."""
     while len(head := source.read(8)) == 8:
         chunks.put(source.read(int.from_bytes(head, "big")))
     os._exit(0)

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from precision import allowed
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.rollout import HFRollout
-from scsdpo.rollout.hf import merged
+from scsdpo.rollout.hf import rollout as hf_rollout
 from scsdpo.rollout.hf.kv_cache import KVCache, Size
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Scheduler
@@ -195,7 +195,7 @@ def test_lora_samples_from_merged_weights_and_leaves_the_policy_as_it_was(qwen3,
         name: id(m) for name, m in modules.items()
     }
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
-    monkeypatch.setattr(merged, "_free_bytes", lambda _: 0)
+    monkeypatch.setattr(hf_rollout, "free_bytes", lambda _: 0)
     steps.clear()
     adapted = HFRollout().sample(policy, prompts, SAMPLING)
     assert all(steps)

@@ -10,7 +10,7 @@ from canned_vllm import error, serving
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Nccl
 from scsdpo.rollout.servers.event_loop import EventLoop
-from scsdpo.rollout.servers.nccl import Group, Source, TransferFailed
+from scsdpo.rollout.servers.nccl import TransferFailed, TransferGroup, WeightSource
 from scsdpo.rollout.servers.server import Server, Unreachable
 from scsdpo.rollout.weights.hashing import StreamHash
 
@@ -22,7 +22,7 @@ def sent(source):
 
 
 def test_what_was_declared_is_sent_and_hashed():
-    source = Source()
+    source = WeightSource()
     source.declare(lambda: iter(WEIGHTS))
     assert [tuple(each) for each in source.metadata()] == [
         (name, torch.float32, tuple(value.shape)) for name, value in WEIGHTS
@@ -50,7 +50,7 @@ def broken():
     ids=["left out", "too few", "shape", "dtype", "raises"],
 )
 def test_workers_never_wait_for_a_tensor_that_does_not_come(comes, wrong):
-    source = Source()
+    source = WeightSource()
     source.declare(lambda: iter(WEIGHTS))
     source.declare(broken if comes is None else lambda: iter(comes))
     zeros = [("b", [[0.0, 0.0], [0.0, 0.0]]), ("c", [0.0, 0.0, 0.0])]
@@ -82,13 +82,15 @@ def loop():
 
 def test_workers_have_ranks_of_their_own(loop):
     servers = {Endpoint(): 2, Endpoint(): 3, Endpoint(): 1}
-    Group(servers, loop, 1.0).init_weight_transfer_engine({"world_size": 7, "rank_offset": 1})
+    TransferGroup(servers, loop, 1.0).init_weight_transfer_engine(
+        {"world_size": 7, "rank_offset": 1}
+    )
     offsets = [server.asked[0]["rank_offset"] for server in servers]
     assert offsets == [1, 3, 6] and 1 + sum(servers.values()) == 7
 
 
 def test_a_server_that_does_not_join_ends_the_wait_for_the_others(loop):
-    group = Group({Endpoint(): 1, Endpoint(fails=True): 1}, loop, timeout=3600.0)
+    group = TransferGroup({Endpoint(): 1, Endpoint(fails=True): 1}, loop, timeout=3600.0)
     with pytest.raises(Unreachable, match="is gone"):
         group.init_weight_transfer_engine({})
     with pytest.raises(TransferFailed, match="is gone"):
@@ -102,7 +104,7 @@ def test_a_server_without_the_engine_is_refused_with_the_flag():
             "/shutdown_weight_transfer_engine": (200, {}),
             "/init_weight_transfer_engine": error(500, said),
         }
-        flag = r"started without --weight-transfer-config '\{\"backend\": \"nccl\"\}'; start it"
+        flag = r"started without --weight-transfer-config '\{\"backend\": \"nccl\"\}': start it"
         with pytest.raises(ConfigurationError, match=flag):
             asyncio.run(Server(server.url).join({}, 5.0))
 

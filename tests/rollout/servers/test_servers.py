@@ -62,7 +62,7 @@ def sample(policy, engine, questions=1, close=True):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({}, "was started without VLLM_SERVER_DEV_MODE=1; start it with"),
+        ({}, "was started without VLLM_SERVER_DEV_MODE=1: start it with"),
         (
             {
                 "/collective_rpc": error(
@@ -79,11 +79,11 @@ def sample(policy, engine, questions=1, close=True):
         ),
         (
             {"/collective_rpc": (200, {"results": [GOOD | {"quantization": "fp8"}]})},
-            r"holds its weights quantised \(fp8\)",
+            r"quantises its weights \(fp8\)",
         ),
         (
             {"/collective_rpc": (401, {"error": "Unauthorized"})},
-            "engine.key: .* wants a key, one, and none is in VLLM_API_KEY: set this environment",
+            "engine.key: .* needs a key, .* variable VLLM_API_KEY is not set: set it",
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_servers_of_different_dtypes_are_refused(policy, canned, other):
 
 def test_nobody_at_the_url_ends_the_run_with_its_name(policy):
     gone = "http://127.0.0.1:9"
-    with pytest.raises(TrainingStopped, match=f"no vLLM server is of use since .* s .{gone}: "):
+    with pytest.raises(TrainingStopped, match=f"no vLLM server could be used for .* s .{gone}: "):
         sample(policy, Servers([gone], Download(), patience=0.2))
 
 
@@ -253,7 +253,7 @@ def test_the_key_is_sent_and_a_wrong_one_is_said_to_be(policy, canned, monkeypat
     sample(policy, Servers([canned.url], Download(), key="KEY_OF_MINE"))
     assert {headers["Authorization"] for _, headers in canned.asked} == {"Bearer open sesame"}
     canned.answers[GENERATE] = (401, {"error": "Unauthorized"})
-    with pytest.raises(ConfigurationError, match="another than that in KEY_OF_MINE"):
+    with pytest.raises(ConfigurationError, match="KEY_OF_MINE holds another key"):
         sample(policy, Servers([canned.url], Download(), key="KEY_OF_MINE"))
 
 
@@ -279,9 +279,9 @@ OLD = [{"version": LABEL, "start": 0, "end": 1}, {"version": "x", "start": 1, "e
     [
         ({"weight_versions": OLD}, "sampled from weights x, not"),
         ({"weight_versions": []}, "sampled from weights without a label, not"),
-        ({"finish_reason": "abort"}, r"not finished \(finish reason abort\)"),
-        ({"token_ids": [], "logprobs": None, "finish_reason": "abort"}, "not finished"),
-        ({"token_ids": [], "logprobs": None, "weight_versions": []}, "gave an empty response"),
+        ({"finish_reason": "abort"}, r"unfinished response \(finish reason abort\)"),
+        ({"token_ids": [], "logprobs": None, "finish_reason": "abort"}, "unfinished response"),
+        ({"token_ids": [], "logprobs": None, "weight_versions": []}, "returned an empty response"),
     ],
     ids=["other weights", "no label", "aborted", "aborted at once", "empty"],
 )
@@ -301,7 +301,7 @@ def test_faulty_responses_are_never_returned(policy, canned, fault, message):
 
 def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks):
     canned.answers |= ready() | {"/weight_info": (200, {"weight_version": "default"})}
-    with pytest.raises(TrainingStopped, match="'default', and not yet these from rank 0"):
+    with pytest.raises(TrainingStopped, match="'default', and has not got rank 0's yet"):
         sample(policy, Servers([canned.url], Download(), patience=0.1, timeout=0.1))
 
 

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from scsdpo.rollout import Download, RequireKey, SharedFolder
-from scsdpo.rollout.servers.delivery import _Quiet
-from scsdpo.rollout.servers.run_folder import RunFolder
+from scsdpo.rollout.servers.delivery import RunFolder, _Quiet
 from scsdpo.rollout.servers.server import Unreachable
 from scsdpo.rollout.weights.files import write_weights
 from scsdpo.rollout.weights.hashing import StreamHash
@@ -124,7 +123,7 @@ def test_files_stay_while_a_server_reads_them_and_go_when_it_is_done(tmp_path):
     asyncio.run(run())
     assert [path.parent.name for path in tmp_path.glob("*/*/*.safetensors")] == ["2"]
     delivery.close()
-    with pytest.raises(Unreachable, match="there are no weights"):
+    with pytest.raises(Unreachable, match="no weights are published"):
         asyncio.run(delivery.bring(Loading(), 1.0))
 
 
@@ -143,7 +142,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from scsdpo.rollout.servers.delivery import _Quiet
-from scsdpo.rollout.servers.run_folder import RunFolder
+from scsdpo.rollout.servers.delivery import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 (folder.path / "weights").write_bytes(b"16 GB")
 os.kill(os.getpid(), 9)

@@ -49,12 +49,14 @@ def test_without_vllm_the_remedy_is_named(policy, monkeypatch):
 
 
 def test_sleep_on_cpu_is_refused(policy):
-    with pytest.raises(ConfigurationError, match=r"engine\.sleep: vLLM ignores it on CPU"):
+    with pytest.raises(ConfigurationError, match=r"engine\.sleep: vLLM frees no memory on CPU"):
         sample(policy, Colocated(sleep=True))
 
 
 def test_ranks_that_cannot_be_grouped_are_refused(policy, ranks):
-    with pytest.raises(ConfigurationError, match=r"tensor_parallel: 3 must divide .* ranks, 2:"):
+    with pytest.raises(
+        ConfigurationError, match=r"tensor_parallel: 3 does not divide .* ranks, 2:"
+    ):
         sample(policy, Colocated(tensor_parallel=3))
 
 

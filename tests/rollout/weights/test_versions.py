@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.vllm.rollout import Answer, sampled
-from scsdpo.rollout.weights.hashing import StreamHash, digest, refusal, tensor_hash
+from scsdpo.rollout.vllm.rollout import Answer, answers_without_faults
+from scsdpo.rollout.weights.hashing import StreamHash, refusal, tensor_hash, weights_digest
 from scsdpo.rollout.weights.versions import Versions
 
 
@@ -49,7 +49,7 @@ def test_steps_count_and_the_digest_is_taken_every_so_many(policy, fused):
     assert len(set(runs)) == 1
     assert [m - moves[0] for m in moves] == [0, 1, 2, 3, 4]
     assert contents[0] == contents[1] == contents[2] != contents[3] == contents[4]
-    assert contents[3] != digest(policy) and contents[0] != digest(policy)
+    assert contents[3] != weights_digest(policy) and contents[0] != weights_digest(policy)
 
 
 def test_two_runs_never_share_a_label(policy):
@@ -63,7 +63,7 @@ def test_a_load_is_noticed_and_the_digest_taken_anew(policy):
     step(policy)
     policy.load_state_dict(state, strict=False)
     again = versions.of(policy)
-    assert parts(again)[1] == parts(first)[1] == digest(policy)
+    assert parts(again)[1] == parts(first)[1] == weights_digest(policy)
     assert parts(again)[2] == parts(first)[2] + 2
 
 
@@ -79,10 +79,10 @@ def test_weights_written_by_hand_get_another_label(policy):
 def test_a_single_element_is_seen_by_the_digest_and_told_to_the_label(policy):
     versions = Versions()
     weight = trained(policy)[0]
-    first = versions.of(policy), digest(policy)
+    first = versions.of(policy), weights_digest(policy)
     with torch.no_grad():
         weight.view(-1)[1] += 1
-    assert digest(policy) != first[1]
+    assert weights_digest(policy) != first[1]
     versions.moved()
     assert versions.of(policy) != first[0]
 
@@ -173,7 +173,7 @@ def test_other_or_missing_weights_are_refused():
         {"hash": "y", "missing": []}, "x"
     )
     many = refusal({"hash": "x", "missing": ["a", "b", "c", "d"]}, "x")
-    assert many == "got no complete weights for 4 of its modules (a, b, c, ...)"
+    assert many == "got incomplete weights for 4 of its modules (a, b, c, ...)"
 
 
 def answer(**changed):
@@ -204,9 +204,9 @@ def test_faulty_answers_are_sampled_again_and_a_few_times_only(bad):
 
         return asks
 
-    assert sampled(ask(2), ["q0", "q1", "q2"], "v") == [[good, good]] * 3
+    assert answers_without_faults(ask(2), ["q0", "q1", "q2"], "v") == [[good, good]] * 3
     assert asked == [["q0", "q1", "q2"], ["q1"], ["q1"]]
     asked.clear()
     with pytest.raises(TrainingStopped, match=r"^vLLM .*, 3 times in a row; no step was taken"):
-        sampled(ask(3), ["q0", "q1", "q2"], "v")
+        answers_without_faults(ask(3), ["q0", "q1", "q2"], "v")
     assert len(asked) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.weights.hashing import digest
+from scsdpo.rollout.weights.hashing import weights_digest
 from scsdpo.rollout.weights.stream import merged_weights
 
 
@@ -37,19 +37,19 @@ def step(policy, make):
 @pytest.mark.parametrize("adapter", [{}, {"adapter": Lora(r=2)}], ids=["full", "lora"])
 def test_every_optimizer_step_changes_the_digest(qwen3, make, adapter):
     policy = load(qwen3, **adapter)
-    first = digest(policy)
-    assert digest(policy) == first == digest(copy.deepcopy(policy))
+    first = weights_digest(policy)
+    assert weights_digest(policy) == first == weights_digest(copy.deepcopy(policy))
     step(policy, make)
-    assert digest(policy) != first
+    assert weights_digest(policy) != first
 
 
 def test_weights_that_are_all_equal_change_the_digest_too(qwen3):
     """The exclusive or of an even number of equal values is 0, whatever they are."""
     policy = load(qwen3)
-    first = digest(policy)
+    first = weights_digest(policy)
     with torch.no_grad():
         policy.language_model.get_decoder().norm.weight.fill_(0.999)
-    assert digest(policy) != first
+    assert weights_digest(policy) != first
 
 
 @pytest.mark.parametrize("folder", ["qwen3", "qwen3_untied", "olmo3"])
@@ -70,9 +70,9 @@ def test_merged_weights_do_what_the_adapted_model_does(qwen3, settings):
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zeros at the start: nothing to merge
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-    before = digest(policy)
+    before = weights_digest(policy)
     weights = dict(merged_weights(policy))
-    assert digest(policy) == before
+    assert weights_digest(policy) == before
     plain = load(qwen3)
     with_none_left = plain.language_model.load_state_dict(weights, strict=False)
     assert with_none_left.missing_keys == ["lm_head.weight"]  # tied

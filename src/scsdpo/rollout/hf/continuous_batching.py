@@ -1,4 +1,4 @@
-"""Continuous batching: which responses are being drawn, and when others take their place."""
+"""Continuous batching: responses are drawn together, and others start as soon as some end."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,29 +14,29 @@ from scsdpo.policy.attention import run_decoder
 from scsdpo.policy.experts import per_token, routers, split_states
 from scsdpo.rollout.hf.kv_cache import KVCache, Move, Size, blocks
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
-from scsdpo.rollout.hf.scheduler import Group, Request, Scheduler
+from scsdpo.rollout.hf.scheduler import Group, ResponseRequest, Scheduler
 from scsdpo.rollout.hf.shared_prefix import Decode, Extend, Prefill
 
 _PREFILL_TOKENS = 8192
-"""Most tokens (padding included) of one prompt pass; bounds its activations."""
+"""Most tokens (with padding) of one forward of prompts; it bounds the activations."""
 _READ_TOKENS = 65536
-"""Most tokens of one pass of what environments answered, those before them included, whose keys and
+"""Most tokens of one forward of environments' answers, with the tokens before them, whose keys and
 values are gathered for it."""
 _STEPS_BETWEEN_RETIRING = 2
-"""Finished responses leave every so many steps; on a GPU the host waits for the device there."""
+"""Finished responses leave after this many steps; on a GPU the host waits for the device then."""
 _PROMPT_GAPS = 4
-"""Prompts close ranks when one slot in so many is empty."""
+"""The prompts' table is compacted when one slot in this many is empty."""
 
 
 class ContinuousBatcher:
-    """Draws responses. Those that run stand in buckets by length, the longest bucket first.
+    """Draws responses. Running responses are in buckets by length, the longest bucket first.
 
     Args:
-        model: in eval mode, attending by layouts.
-        buffer: decides and keeps the draws.
-        scheduler: has what is to be drawn.
-        cache: of the scheduler's `max_tokens`.
-        notes_experts: keep the experts of every token, if the model has any.
+        model: in eval mode, and attends by layouts.
+        buffer: chooses and keeps the tokens.
+        scheduler: holds the responses to draw.
+        cache: with the scheduler's `max_tokens`.
+        notes_experts: record the experts of every token, if the model has any.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class ContinuousBatcher:
         self.cache = cache
         self.tables = Buffers()
         self.step = 0
-        self.buckets: list[list[Request]] = [[] for _ in cache.limits]
-        """What runs, by slot. The [R] tensors go from the last bucket to the first."""
+        self.buckets: list[list[ResponseRequest]] = [[] for _ in cache.limits]
+        """Running responses of each bucket, by slot. [R] tensors go from last bucket to first."""
         self.prompts: list[Group | None] = []
-        """By slot; None is a gap."""
+        """Group in each prompt slot; None: the slot is empty."""
         self.prompt_hidden: list[Tensor] = []
-        """[D] by prompt slot: what predicts the first token of every response."""
+        """[D] for each prompt slot: the hidden state that predicts the first token."""
         none = buffer.ids.new_zeros(0)
         self.rows = none
         """[R] rows of the buffer."""
@@ -69,73 +69,72 @@ class ContinuousBatcher:
         self.ended = none.bool()
         """[R] an end of sequence was drawn."""
         self.has_room = True
-        """Responses have left since others were last let in."""
+        """Responses have left since others were last started."""
         self.first_started: dict[int, int] = {}
         """Step at which the longest response of each bucket in use started."""
         self.layout: Decode | None = None
-        """Made anew when responses came, left or moved."""
+        """None after responses came, left or moved: it must be built again."""
         self.next_event = 0
         """Step at which a response fills its bucket or reaches the cap."""
         self.dialogue = buffer.dialogue
-        self.waiting: dict[int, Request] = {}
-        """By row, responses in their places that an environment has to answer. Each step reads
-        their last token once more, which writes the same keys and values."""
+        self.waiting: dict[int, ResponseRequest] = {}
+        """Row -> response that waits for its environment. It keeps its place, and each step runs
+        its last token again, which writes the same keys and values."""
         self.extended: dict[int, tuple[int, ...]] = {}
-        """By row, what environments answered since the last step: it is run at once."""
+        """Row -> answer of its environment since the last step, which runs in one forward."""
 
     def run(self) -> None:
         """Draw all responses."""
         hidden: list[Tensor] = []
         while self.scheduler.waiting or self.is_running or self.dialogue.due:
             interrupt.check()
-            if self.has_room and (new := self._admit()):
-                hidden.append(self._start(new))
-            if not self.is_running:  # verdicts of those that are full
-                self._hear()
+            if self.has_room:
+                drawn = [self._tokens(request) for request in self._running()]
+                held, prompts = self._held(self.buckets), self._prompt_size()
+                if new := self.scheduler.admit(drawn, held, prompts):
+                    hidden.append(self._start(new))
+            if not self.is_running:  # full responses wait for verdicts only
+                self._take_answers()
                 continue
             ids = self._draw(torch.cat(hidden))
             self.has_room = False
             if self.dialogue.is_played:
-                self._turn()
-                ids = self._extend(ids[self._settle()])
+                self._end_turns()
+                ids = self._extend(ids[self._rearrange()])
             elif self.step % _STEPS_BETWEEN_RETIRING == 0 or self.step >= self.next_event:
-                ids = ids[self._settle()]
+                ids = ids[self._rearrange()]
             hidden = [self._decode(ids)] if self.is_running else []
 
     @property
     def is_running(self) -> bool:
-        """Whether a response is being drawn."""
+        """True if a response is being drawn."""
         return any(self.buckets)
 
-    def _admit(self) -> list[Request]:
-        running = [self._tokens(request) for request in self._running()]
-        return self.scheduler.admit(running, self._held(self.buckets), self._prompt_size())
-
-    def _running(self) -> Iterator[Request]:
+    def _running(self) -> Iterator[ResponseRequest]:
         for bucket in reversed(self.buckets):
             yield from bucket
 
-    def _tokens(self, request: Request) -> int:
+    def _tokens(self, request: ResponseRequest) -> int:
         return self.step - request.started
 
     def _prompt_size(self) -> Size:
         lengths = [len(group.ids) for group in self.prompts if group]
         return Size(len(self.prompts), max(lengths, default=0))
 
-    def _sizes(self, buckets: Sequence[Sequence[Request]]) -> list[Size]:
-        """What the tokens drawn so far need of each bucket."""
+    def _sizes(self, buckets: Sequence[Sequence[ResponseRequest]]) -> list[Size]:
+        """The size that each bucket needs for the tokens drawn so far."""
         sizes = []
         for bucket, limit in zip(buckets, self.cache.limits, strict=True):
             longest = max((self._tokens(request) for request in bucket), default=0)
             sizes.append(Size(len(bucket), min(blocks(max(longest, 1)), limit)))
         return sizes
 
-    def _held(self, buckets: Sequence[Sequence[Request]]) -> int:
-        """Tokens, as places in rectangles."""
+    def _held(self, buckets: Sequence[Sequence[ResponseRequest]]) -> int:
+        """Number of places in the buckets' rectangles."""
         return sum(size.tokens for size in self._sizes(buckets))
 
-    def _start(self, requests: list[Request]) -> Tensor:
-        """Let `requests` run; [r, D], what predicts the first token of each."""
+    def _start(self, requests: list[ResponseRequest]) -> Tensor:
+        """Start `requests`; return [r, D], the hidden states that predict their first tokens."""
         new = dict.fromkeys(r.group for r in requests if r.group.slot < 0)
         for group in new:
             group.slot = len(self.prompts)
@@ -170,7 +169,7 @@ class ContinuousBatcher:
         self.prompt_hidden.extend(hidden[at, lengths - 1])
 
     def _draw(self, hidden: Tensor) -> Tensor:
-        """[R]: the next token of each response."""
+        """Draw the next token [R] of each response from hidden states [R, D]."""
         if self.routers:
             width = self.model.config.get_text_config().hidden_size
             hidden, routes = split_states(hidden, len(self.routers), width)
@@ -195,8 +194,8 @@ class ContinuousBatcher:
         self.ended |= ended
         return ids
 
-    def _turn(self) -> None:
-        """Give environments the responses that have ended, and go on with those they answered."""
+    def _end_turns(self) -> None:
+        """Send ended responses to their environments, and take the answers that are there."""
         self.ended |= self.buffer.is_stopped(self.rows, self.drawn)
         for place, (request, ended) in enumerate(
             zip(list(self._running()), self.ended.tolist(), strict=True)
@@ -207,20 +206,21 @@ class ContinuousBatcher:
                 continue
             if self.dialogue.plays(request.row):
                 self.buffer.respond(request.row, tokens, ended=ended)
-                if not full:  # else it leaves: nothing could follow
+                if not full:  # a full response leaves: no token could follow
                     self.waiting[request.row] = request
                     self.ended[place] = False
-        self._hear()
+        self._take_answers()
 
-    def _hear(self) -> None:
-        """Take what environments have answered; wait for it if nothing else is to be done."""
+    def _take_answers(self) -> None:
+        """Take the environments' answers; wait for one if no response can be drawn."""
         idle = len(self.waiting) == sum(map(len, self.buckets))
         over = set()
         for row, ids in self.dialogue.answers(wait=idle):
             request = self.waiting.pop(row, None)
             if request and ids:
                 self.buffer.extend(row, self._tokens(request), ids)
-                # Layers with states of another kind read it token by token, with the draws.
+                # With linear attention or convolutions its tokens run one by one instead, while
+                # other responses are drawn.
                 if not self.cache.states.prompts:
                     request.started -= len(ids)
                     self.extended[row] = ids
@@ -231,10 +231,11 @@ class ContinuousBatcher:
                 [request.row in over for request in self._running()], device=self.rows.device
             )
 
-    def _settle(self) -> Tensor:
-        """Finished responses leave, grown ones move on, and the youngest give way to a shortage.
+    def _rearrange(self) -> Tensor:
+        """Remove finished responses, move grown ones to the next bucket, preempt if memory lacks.
 
-        Returns the [R'] old places of those that stay.
+        Returns:
+            [R'] old places of the responses that stay.
         """
         self.ended |= self.buffer.is_stopped(self.rows, self.drawn)
         before = list(self._running())
@@ -257,9 +258,9 @@ class ContinuousBatcher:
         return order
 
     def _extend(self, ids: Tensor) -> Tensor:
-        """Run what environments answered, all but its last token; [R], the tokens to run next.
+        """Run the environments' answers except their last tokens; return [R] tokens to run next.
 
-        A response's last token is run with it: it may not have been.
+        The last token of the response before an answer runs with it, because it may not have run.
         """
         places = {request.row: place for place, request in enumerate(self._running())}
         for bucket, requests in enumerate(self.buckets):
@@ -289,9 +290,9 @@ class ContinuousBatcher:
         positions = (start + before)[:, None] + torch.arange(ids.shape[1], device=device)
         run_decoder(self.model, layout, input_ids=ids, position_ids=positions)
 
-    def _retire(self, running: list[Request]) -> list[Request]:
-        """Those that go on; the others are complete."""
-        stay: list[Request] = []
+    def _retire(self, running: list[ResponseRequest]) -> list[ResponseRequest]:
+        """Finish the complete responses of `running`; return the others."""
+        stay: list[ResponseRequest] = []
         for request, ended in zip(running, self.ended.tolist(), strict=True):
             tokens = self._tokens(request)
             if ended or tokens == self.buffer.ids.shape[1]:
@@ -310,7 +311,10 @@ class ContinuousBatcher:
                 self.prompts[slot] = None
 
     def _close_gaps(self) -> None:
-        """Prompts keep their order: neighbours are of an age, and lose responses alike."""
+        """Remove empty slots of the prompts' table.
+
+        Prompts keep their order, because neighbours started together and end together.
+        """
         kept = [group for group in self.prompts if group]
         slots = [group.slot for group in kept]
         self.cache.keep_prompts(slots)
@@ -320,18 +324,13 @@ class ContinuousBatcher:
             group.slot = slot
         self.layout = None
 
-    def _sort(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """By the bucket that has room for the next token, in no order within."""
-        buckets: list[list[Request]] = [[] for _ in self.buckets]
-        for request in requests:
-            buckets[self.cache.bucket_of(self._tokens(request))].append(request)
-        return buckets
-
-    def _make_room(self, requests: list[Request]) -> list[list[Request]]:
-        """Buckets of what stays: all, if they fit beside their prompts, else the oldest."""
+    def _make_room(self, requests: list[ResponseRequest]) -> list[list[ResponseRequest]]:
+        """Buckets of the responses that stay: all if they fit beside prompts, else the oldest."""
         by_age = sorted(requests, key=self._tokens, reverse=True)
         while True:
-            buckets = self._sort(by_age)
+            buckets: list[list[ResponseRequest]] = [[] for _ in self.buckets]
+            for request in by_age:
+                buckets[self.cache.bucket_of(self._tokens(request))].append(request)
             if self._held(buckets) + self._prompt_size().tokens <= self.cache.max_tokens:
                 return buckets
             if not all(group and group.running for group in self.prompts):
@@ -346,7 +345,7 @@ class ContinuousBatcher:
             else:
                 return buckets
 
-    def _moves(self, buckets: list[list[Request]]) -> list[Move]:
+    def _moves(self, buckets: list[list[ResponseRequest]]) -> list[Move]:
         """Put each of `buckets` in the order of slots that copies least; the copies to make.
 
         The last bucket comes first: what a response leaves behind is overwritten after it left.
@@ -357,7 +356,7 @@ class ContinuousBatcher:
         moves: list[Move] = []
         for target in reversed(range(len(buckets))):
             requests = buckets[target]
-            seats: list[Request | None] = [None] * len(requests)
+            seats: list[ResponseRequest | None] = [None] * len(requests)
             arriving = []
             for request in requests:
                 origin, slot = old[request]
@@ -375,19 +374,19 @@ class ContinuousBatcher:
         return moves
 
     def _copies(self, target: int, copies: Sequence[tuple[int, int, int]]) -> Iterator[Move]:
-        """From (bucket, slot) to slot of `target`; within the bucket first."""
+        """Copies (bucket, slot, slot of `target`), those within the bucket first."""
         for origin in sorted({origin for origin, _, _ in copies}, reverse=True):
             pairs = [(slot, seat) for bucket, slot, seat in copies if bucket == origin]
             sources, targets = torch.tensor(pairs, device=self.rows.device).unbind(1)
             yield Move(origin=origin, target=target, sources=sources, targets=targets)
 
     def _expire(self) -> None:
-        """Responses came, left or moved: what was derived from who they are is void."""
+        """Drop all that depends on the set of running responses, which has changed."""
         self.layout = None
         self._refresh()
 
     def _refresh(self) -> None:
-        """Find anew which responses are the longest: those that wait do not grow."""
+        """Find the longest response of each bucket again; those that wait do not grow."""
         first = {
             b: min(r.started for r in bucket) for b, bucket in enumerate(self.buckets) if bucket
         }
@@ -397,9 +396,15 @@ class ContinuousBatcher:
         self.next_event = min([*full, *capped], default=self.step)
 
     def _decode(self, ids: Tensor) -> Tensor:
-        """Run one token of each response; [R, D], what predicts the next."""
+        """Run one token of each response; return the hidden states [R, D] after it."""
         if self.layout is None:
-            self.layout = self._layout()
+            slots = [request.group.slot for request in self._running()]
+            self.layout = Decode(
+                self.cache,
+                torch.tensor(slots, device=self.rows.device),
+                [len(group.ids) if group else 0 for group in self.prompts],
+                [(b, len(self.buckets[b])) for b in reversed(self.first_started)],
+            )
         columns = self.drawn - 1
         self.layout.at(columns, [self.step - s for s in reversed(self.first_started.values())])
         positions = self.layout.starts + columns
@@ -411,18 +416,9 @@ class ContinuousBatcher:
             position_ids=positions[:, None],
         )[:, 0]
 
-    def _layout(self) -> Decode:
-        slots = [request.group.slot for request in self._running()]
-        return Decode(
-            self.cache,
-            torch.tensor(slots, device=self.rows.device),
-            [len(group.ids) if group else 0 for group in self.prompts],
-            [(b, len(self.buckets[b])) for b in reversed(self.first_started)],
-        )
-
 
 def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
-    """Runs of `groups` that fit one prompt pass."""
+    """Cut `groups` into runs that fit in one forward of prompts."""
     chunk: list[Group] = []
     for group in groups:
         longest = max(len(g.ids) for g in [*chunk, group])
@@ -435,7 +431,7 @@ def _chunks(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def _padded(slots: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Runs of `slots`, the shortest of `lengths` first, that fit one pass when they are padded."""
+    """Cut `slots`, sorted by `lengths`, into runs that fit in one forward when padded."""
     chunk: list[int] = []
     for slot in sorted(slots, key=lambda slot: lengths[slot]):
         if chunk and (len(chunk) + 1) * lengths[slot] > _READ_TOKENS:
@@ -447,11 +443,11 @@ def _padded(slots: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _refuse_other_layers(model: PreTrainedModel, cache: KVCache) -> None:
-    """Every layer must have come by a layout; some keep another kind of state."""
+    """Raise if a layer used no layout because it keeps another kind of state."""
     layers = model.config.get_text_config().num_hidden_layers
     if others := layers - len(cache.layers.keys() | cache.states.prompts.keys()):
         raise ConfigurationError(
-            f"model.rollout: HFRollout keeps keys and values, and the states of linear attention "
-            f"and convolutions of Qwen3.5, Qwen3-Next and LFM2; {others} of the {layers} layers "
-            f"of {type(model).__name__} have neither: use VLLMRollout"
+            f"model.rollout: HFRollout supports softmax attention, and the linear attention and "
+            f"convolutions of Qwen3.5, Qwen3-Next and LFM2; {others} of the {layers} layers of "
+            f"{type(model).__name__} have neither: use VLLMRollout"
         )

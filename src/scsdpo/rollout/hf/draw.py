@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform each, looked up in the cumulative distribution."""
+"""Drawing tokens by inverse transform: one uniform number each, looked up in the cumulative sum."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Sampling, stable_hash
 
 _CANDIDATES = 1024
-"""Most likely tokens among which a top-p set is looked for before the vocabulary is sorted."""
+"""Number of most likely tokens that are tried as a top-p set before the vocabulary is sorted."""
 
 _BLOCK = 128
-"""Vocabulary entries that are summed before they are searched."""
+"""Vocabulary entries of a block; sums of blocks are searched first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -26,15 +26,14 @@ class Draw:
     sampling_logprobs: Tensor
     """[n], nats: under the distribution drawn from, after min-p, top-k and top-p."""
     policy_logprobs: Tensor
-    """[n], nats: under softmax(logits), nothing cut."""
+    """[n], nats: under softmax(logits), without cuts."""
 
 
 def uniforms(prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
-    """[Q G, max_new_tokens] float64 in [0, 1): what decides every token of every response.
+    """[Q G, max_new_tokens] float64 in [0, 1): the random numbers of every token.
 
-    A row depends on the seed, the prompt's key and the response's number among those to the
-    question only, and its start does not depend on `max_new_tokens`. Torch's global state is left
-    alone.
+    A row depends only on the seed, the prompt's key and the response's number in its group. A
+    larger `max_new_tokens` only appends to it. torch's global generator is not used.
     """
     generator = torch.Generator()
     rows = torch.empty(len(prompts) * sampling.n, sampling.max_new_tokens, dtype=torch.float64)
@@ -53,14 +52,18 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     Args:
         logits: [n, V] float32 or float64, already divided by the temperature.
         uniform: [n] float64 in [0, 1).
-        sampling: its min_p, top_k and top_p.
+        sampling: gives min_p, top_k and top_p.
     """
     if not sampling.cuts:
         probs = logits.softmax(-1)
         ids = _search(probs, uniform)
         logprobs = probs.gather(-1, ids).log()[:, 0]
         return Draw(ids=ids[:, 0], sampling_logprobs=logprobs, policy_logprobs=logprobs)
-    kept, vocabulary = _cut(_likely(logits, sampling.min_p), sampling)
+    likely = logits
+    if sampling.min_p:
+        least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        likely = logits.masked_fill(logits < least, -torch.inf)
+    kept, vocabulary = _cut(likely, sampling)
     probs = kept.softmax(-1)
     place = _search(probs, uniform)
     ids = place if vocabulary is None else vocabulary.gather(-1, place)
@@ -71,17 +74,10 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     )
 
 
-def _likely(logits: Tensor, min_p: float) -> Tensor:
-    """[n, V]: -inf where the probability is below `min_p` times the largest."""
-    if min_p == 0:
-        return logits
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
-
-
 def _cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Logits [n, k] of the top-k, most likely first, -inf beyond top-p; and their ids [n, k].
+    """(logits [n, k] of the top-k, most likely first, -inf beyond top-p; their ids [n, k]).
 
-    No ids: the logits [n, V] as they came, because neither cuts.
+    If neither cuts, it is (`logits` [n, V], None).
     """
     if sampling.top_p == 1:
         if sampling.top_k == 0:
@@ -93,15 +89,15 @@ def _cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
         kept, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))
         share = kept.softmax(-1)
     mass_before = share.cumsum(-1) - share
-    # The first token stays whatever top_p is: no mass comes before it.
+    # The first token always stays: no mass comes before it.
     return kept.masked_fill(mass_before >= sampling.top_p, -torch.inf), ids
 
 
 def _top_p_candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, ids and probabilities [n, k] of the k most likely tokens, whose mass exceeds `top_p`.
 
-    A trained policy's distributions are peaked: few candidates do, and the vocabulary is not
-    sorted. Where they do not reach, it is.
+    Distributions of a trained policy are peaked, so few candidates suffice. The whole vocabulary is
+    sorted only if they do not.
     """
     total = logits.logsumexp(-1, keepdim=True)
     if logits.shape[-1] > _CANDIDATES:
@@ -114,11 +110,11 @@ def _top_p_candidates(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _search(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[n, 1]: the first place where the cumulative sum exceeds `uniform` of the total.
+    """[n, 1]: the first place where the cumulative sum exceeds `uniform` times the total.
 
-    Blocks of the vocabulary are summed and searched first, then one block: float64 sums over all
-    of it take longer than the softmax. A place of probability 0 is never returned: the sum does not
-    grow there, and each target stays below the total of what is searched.
+    Sums of blocks are searched first, then one block, because a float64 sum over the vocabulary
+    takes longer than the softmax. A place of probability 0 is never returned: the sum does not grow
+    there, and each target stays below the total of the searched range.
     """
     n, vocabulary = probs.shape
     if vocabulary % _BLOCK:
@@ -133,8 +129,8 @@ def _search(probs: Tensor, uniform: Tensor) -> Tensor:
         -1, dtype=torch.float64
     )
     target = target - (before - sums).gather(-1, block)
-    # The block's float32 sum and the sum of its places differ by rounding: of the block's mass
-    # the same share is taken.
+    # The block's float32 sum and the float64 sum of its places differ by rounding, so the target
+    # is scaled to the same share of the block.
     target = target / sums.gather(-1, block) * within[:, -1:]
     target = torch.minimum(target, _below(within[:, -1:])).clamp(min=0)
     place = block * _BLOCK + torch.searchsorted(within, target, right=True)
@@ -142,5 +138,5 @@ def _search(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _below(total: Tensor) -> Tensor:
-    """The next smaller number."""
+    """The next smaller floating-point number."""
     return total.nextafter(torch.zeros_like(total))

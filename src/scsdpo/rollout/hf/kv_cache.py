@@ -1,8 +1,9 @@
 """Keys and values of the prompts and responses in flight, held by actual length.
 
-Responses of similar length share a bucket, a rectangle as wide as its longest; a response that
-outgrows its bucket moves to the next. So a straggler widens nobody else's rectangle, a batched
-matrix product reads few dead places, and memory follows what is held, not `max_new_tokens`.
+Responses of similar length share a bucket, a rectangle as wide as its longest. A response that
+outgrows its bucket moves to the next. So a long response does not widen the rectangle of short
+ones, a batched matrix product reads few empty places, and memory follows the tokens that are held,
+not `max_new_tokens`.
 
 Shapes: S slots of a table, t its width in tokens, K key/value heads, d head size.
 """
@@ -14,29 +15,29 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Tokens by which rectangles grow; the width of the first bucket."""
+"""Tokens by which rectangles grow; also the width of the first bucket."""
 _RATIO = 4
-"""Each bucket's limit over that of the one before: few buckets, for each costs kernels."""
+"""Ratio of the limits of neighbouring buckets. It is large, because each bucket costs kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of a rectangle."""
+    """Size of a rectangle."""
 
     slots: int = 0
-    """Sequences."""
+    """Number of sequences."""
     width: int = 0
-    """Tokens of each."""
+    """Tokens of each sequence."""
 
     @property
     def tokens(self) -> int:
-        """Places for keys and values, a layer."""
+        """Number of places for keys and values in each layer."""
         return self.slots * self.width
 
     def roomy(self, need: "Size", limit: int) -> "Size":
-        """The old size if it serves `need` without much waste, else `need` and room to grow in.
+        """The same size if `need` fits in it without much waste, else `need` with spare room.
 
-        Growing by a share copies each token a bounded number of times.
+        Spare room in proportion to the size bounds the number of times that a token is copied.
         """
         if need.tokens == 0:
             return Size()
@@ -49,46 +50,46 @@ class Size:
 
 
 def blocks(tokens: int) -> int:
-    """`tokens`, rounded up to whole blocks."""
+    """`tokens` rounded up to a multiple of `BLOCK`."""
     return -(-tokens // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Move:
-    """Copies whole sequences from one bucket to another, or within one."""
+    """A copy of whole sequences from one bucket to another, or within one."""
 
     origin: int
-    """Bucket."""
+    """Number of the bucket that is read."""
     target: int
-    """Bucket."""
+    """Number of the bucket that is written."""
     sources: Tensor
     """[m] slots of `origin`."""
     targets: Tensor
     """[m] slots of `target`."""
 
 
-class Table:
+class KVTable:
     """One layer's keys and values of one rectangle.
 
     A sliding layer keeps its window only: place c % window of a response holds token c, and a
-    prompt's last `window` tokens stand at the left. Zeros where nothing was written: a masked
-    place must not hold NaN.
+    prompt's last `window` tokens stand at the left. Unwritten places hold zeros, because a masked
+    place must not hold nan.
     """
 
     def __init__(self, key: Tensor, value: Tensor, window: int | None, size: Size) -> None:
         self.window = window
-        # Under autocast a key norm gives float32 keys; the update attends to rounded ones too.
+        # Keys get the values' dtype: autocast makes float32 keys, which the update also rounds.
         self.keys = value.new_zeros(0, key.shape[1], 0, key.shape[3])
         self.values = value.new_zeros(0, value.shape[1], 0, value.shape[3])
         self.resize(size)
 
     def resize(self, size: Size) -> None:
-        """Make it `size`, keeping what both have room for."""
+        """Change to `size`; keep the sequences and places that both sizes have."""
         width = size.width if self.window is None else min(size.width, self.window)
         self.keys = _resized(self.keys, size.slots, width)
         self.values = _resized(self.values, size.slots, width)
 
-    def copy(self, origin: "Table", sources: Tensor, targets: Tensor) -> None:
+    def copy(self, origin: "KVTable", sources: Tensor, targets: Tensor) -> None:
         """Copy the sequences `sources` of `origin` over the slots `targets`."""
         tokens = min(self.keys.shape[2], origin.keys.shape[2])
         self.keys[targets, :, :tokens] = origin.keys[sources, :, :tokens]
@@ -105,33 +106,33 @@ def _resized(table: Tensor, slots: int, width: int) -> Tensor:
 
 
 class LayerCache:
-    """One layer's tables."""
+    """One layer's tables of prompts and of each bucket."""
 
-    def __init__(self, prompts: Table, buckets: list[Table]) -> None:
+    def __init__(self, prompts: KVTable, buckets: list[KVTable]) -> None:
         self.prompts = prompts
         self.buckets = buckets
 
 
 class StateCache:
-    """What layers without keys and values end with, after prompts and after responses so far.
+    """States of linear attention and convolutions, after prompts and after responses so far.
 
-    A sequence takes as much as `scsdpo.policy.layout.Kept.states` says, however long it is. Those
-    of responses stand in the order in which these run.
+    `scsdpo.policy.layout.Kept.states` says what a sequence takes, however long it is. States of
+    responses stand in the order of the running responses.
     """
 
     def __init__(self) -> None:
         self.prompts: dict[int, list[Tensor]] = {}
-        """By layer, states [P, ...] by slot."""
+        """Layer -> states [P, ...] by prompt slot."""
         self.rows: dict[int, list[Tensor]] = {}
-        """By layer, states [R, ...]."""
+        """Layer -> states [R, ...] of the running responses."""
         self.read = torch.zeros(0, dtype=torch.long)
-        """[R] tokens of each response that its states have read."""
+        """[R] number of tokens that the states of each response have read."""
         self.fresh = self.read.bool()
-        """[R] the token of this step is one more; a response that waits reads its last one again,
-        which must not change its states."""
+        """[R]: True if the token of this step is new. A response that waits runs its last token
+        again, which must not change its states."""
 
     def keep(self, layer: int, which: int, ends: Tensor) -> None:
-        """Append the states `which` of new prompts [p, ...]."""
+        """Append states [p, ...] of new prompts; `which` numbers the layer's states."""
         states = self.prompts.setdefault(layer, [])
         if which == len(states):
             states.append(ends)
@@ -139,11 +140,11 @@ class StateCache:
             states[which] = torch.cat([states[which], ends])
 
     def keep_prompts(self, slots: Sequence[int]) -> None:
-        """Close the gaps between the prompts in `slots`."""
+        """Keep only the prompts in `slots`, in this order."""
         self.prompts = {n: [x[[*slots]] for x in states] for n, states in self.prompts.items()}
 
     def start(self, slots: Tensor) -> None:
-        """Append rows that go on from the prompts in `slots`."""
+        """Append responses that start after the prompts in `slots`."""
         self.read = torch.cat([self.read.to(slots.device), torch.zeros_like(slots)])
         for layer, states in self.prompts.items():
             new = [x[slots] for x in states]
@@ -151,21 +152,21 @@ class StateCache:
             self.rows[layer] = [torch.cat(x) for x in zip(old, new, strict=True)] if old else new
 
     def order(self, rows: Tensor) -> None:
-        """Let only `rows` go on, in this order."""
+        """Keep only the responses `rows`, in this order."""
         self.read = self.read[rows]
         self.rows = {n: [x[rows] for x in states] for n, states in self.rows.items()}
 
     def at(self, columns: Tensor) -> None:
-        """Each row reads the token of its response at the place `columns` [R]."""
+        """Note that each response runs the token at its place `columns` [R]."""
         self.fresh = columns >= self.read
         self.read = columns + 1
 
 
 class KVCache:
-    """Every layer's prompts and buckets of responses; layers are made when first asked for.
+    """Keys and values of all layers: prompts and buckets of responses.
 
     Args:
-        max_tokens: room, in tokens; sizes that need more get no room to grow in.
+        max_tokens: room in tokens; larger sizes get no spare room.
         longest: most tokens of a response that are ever held.
     """
 
@@ -175,33 +176,33 @@ class KVCache:
         while self.limits[-1] < longest:
             self.limits.append(self.limits[-1] * _RATIO)
         self.limits[-1] = max(longest, 1)
-        """Tokens of a response that each bucket has room for."""
+        """Most tokens of a response in each bucket."""
         self.prompts = Size()
         self.buckets = [Size() for _ in self.limits]
         self.layers: dict[int, LayerCache] = {}
         self.states = StateCache()
-        """Of the layers that have other states."""
+        """States of linear attention and convolutions."""
 
     def layer(self, index: int, key: Tensor, value: Tensor, window: int | None) -> LayerCache:
-        """The tables of layer `index`, made to fit `key` and `value`."""
+        """The tables of layer `index`; the first call makes them in the shapes of its arguments."""
         if index not in self.layers:
             self.layers[index] = LayerCache(
-                Table(key, value, window, self.prompts),
-                [Table(key, value, window, size) for size in self.buckets],
+                KVTable(key, value, window, self.prompts),
+                [KVTable(key, value, window, size) for size in self.buckets],
             )
         return self.layers[index]
 
     @property
     def tokens(self) -> int:
-        """Places held, a layer."""
+        """Number of places that each layer holds."""
         return self.prompts.tokens + sum(size.tokens for size in self.buckets)
 
     def bucket_of(self, tokens: int) -> int:
-        """The bucket of a response that holds so many tokens."""
+        """Number of the bucket for a response that holds `tokens` tokens."""
         return next(b for b, limit in enumerate(self.limits) if tokens <= limit)
 
     def keep_prompts(self, slots: Sequence[int]) -> None:
-        """Close the gaps between the prompts in `slots`, which keep their order."""
+        """Keep only the prompts in `slots`, in this order."""
         self.states.keep_prompts(slots)
         for layer in self.layers.values():
             index = torch.tensor(slots, dtype=torch.long, device=layer.prompts.keys.device)
@@ -210,9 +211,9 @@ class KVCache:
         self.prompts = Size(len(slots), self.prompts.width)
 
     def fit(self, prompts: Size, buckets: Sequence[Size], moves: Sequence[Move] = ()) -> None:
-        """Make `moves`, in their order, on the way to sizes that serve `prompts` and `buckets`.
+        """Change to sizes with room for `prompts` and `buckets`, and make `moves` in their order.
 
-        One layer is in two sizes at a time, so that little more than the larger is ever held.
+        Layers change one after another, so that only one layer is held in both sizes at a time.
         """
         limits = zip(self.buckets, buckets, self.limits, strict=True)
         roomy = [size.roomy(need, limit) for size, need, limit in limits]

@@ -1,7 +1,7 @@
-"""Drawing responses with the model's own cache, where prompts cannot be shared.
+"""Drawing responses with transformers' own cache, for models whose prompts cannot be shared.
 
-Rows of equal length run together and grow together, so that no row is ever padded: right for any
-cache, recurrent states included, that transformers can generate with.
+Rows of equal length run together, so no row is ever padded. This is right for every cache that
+transformers can generate with, recurrent states included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +23,15 @@ from scsdpo.rollout.hf.scheduler import Group
 
 
 class OwnCache:
-    """Draws responses by transformers' `generate`, each prompt run once a response.
+    """Draws responses by transformers' `generate`; a prompt runs once for each response.
 
     Args:
         model: in eval mode.
-        buffer: decides and keeps the draws.
-        max_tokens: of the rows in flight, those that they may still draw included.
+        buffer: chooses and keeps the tokens.
+        max_tokens: most tokens of the rows in flight, with those that they may still draw.
         max_rows: most rows in flight.
-        reads_back: keep a cache. Otherwise the whole row runs again for every token, which is right
-            where frequencies depend on a row's length, and slow.
+        reads_back: use a cache. False: the whole row runs again for every token, which is slow but
+            right if rotary frequencies depend on a row's length.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class OwnCache:
         self.max_tokens, self.max_rows, self.reads_back = max_tokens, max_rows, reads_back
 
     def run(self, groups: Sequence[Group]) -> None:
-        """Draw all responses of `groups`; of episodes turn by turn, and each turn runs what stands
-        before it.
+        """Draw all responses of `groups`.
+
+        Episodes are drawn turn by turn, and each turn runs all tokens before it again.
         """
         prompts = {row: group.ids for group in groups for row in group.rows}
         dialogue = self.buffer.dialogue
@@ -71,7 +72,7 @@ class OwnCache:
                         todo[row] = (*prompts[row], *so_far)
 
     def _batches(self, todo: Mapping[int, Sequence[int]]) -> Iterator[dict[int, Sequence[int]]]:
-        """Rows with equally many ids before them, as many as fit."""
+        """Batches of rows with equally many ids before them, as large as fits."""
         batch: dict[int, Sequence[int]] = {}
         for row, ids in sorted(todo.items(), key=lambda one: -len(one[1])):
             longest = len(ids) + self.buffer.ids.shape[1]
@@ -96,7 +97,7 @@ class OwnCache:
             use_cache=self.reads_back,
             pad_token_id=self.buffer.chat.pad_id,
         )
-        # What the checkpoint asks of `generate`, a penalty on repetitions for one, is none of ours.
+        # The checkpoint's own settings, such as a repetition penalty, must not apply.
         own, self.model.generation_config = self.model.generation_config, settings
         try:
             self.model.generate(
@@ -111,7 +112,7 @@ class OwnCache:
 
 
 class _Draws(LogitsProcessor):
-    """Draws a token of each row, and leaves it the only one there is."""
+    """Draws a token for each row, and sets all other scores to -inf."""
 
     def __init__(self, buffer: ResponseBuffer, rows: Tensor, prompts: Tensor) -> None:
         self.buffer, self.rows, self.prompts = buffer, rows, prompts
@@ -124,13 +125,13 @@ class _Draws(LogitsProcessor):
             only[:, self.buffer.chat.pad_id] = 0
             return only
         temperature = self.buffer.sampling.temperature
-        # Nothing is drawn of rows that have ended; transformers pads them.
+        # Rows that have ended draw nothing; transformers pads them.
         drawn = self.buffer.draw(scores / temperature, self.rows, places).clamp(min=0)
         return only.scatter_(1, drawn[:, None], 0)
 
 
 class _Ends(StoppingCriteria):
-    """Which rows have ended."""
+    """Tells transformers which rows have ended."""
 
     def __init__(self, buffer: ResponseBuffer, rows: Tensor, prompts: Tensor) -> None:
         self.buffer, self.rows, self.prompts = buffer, rows, prompts
@@ -138,7 +139,7 @@ class _Ends(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **others: object) -> Tensor:
         lengths = input_ids.shape[1] - self.prompts
         ended = self.buffer.has_end(self.rows) | self.buffer.is_stopped(self.rows, lengths)
-        if self.buffer.dialogue.is_played:  # what follows is not drawn any more
+        if self.buffer.dialogue.is_played:  # later tokens must not be kept
             full = lengths >= self.buffer.ids.shape[1]
             self.buffer.waits[self.rows] |= ended | full
             ended |= self.buffer.waits[self.rows]

@@ -1,4 +1,4 @@
-"""What decides the draws of a batch of responses, and what was drawn."""
+"""The random numbers and the drawn tokens of a batch of responses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +15,19 @@ from scsdpo.types import Responses, Sampling
 T = TypeVar("T")
 
 _SLACK = 8
-"""Tokens read before the shortest stretch that could hold a stop string: ends have no text."""
+"""More tokens to decode before a search for stop strings, because some tokens have no text."""
 _UNDRAWN = -1
-"""Stands where no token was drawn; no vocabulary has it."""
+"""Id at places where no token was drawn; no vocabulary has it."""
 
 
 class ResponseBuffer:
-    """One row a response, one place a token.
+    """A table with one row for each response and one place for each token.
 
     Args:
-        dialogue: has the Q questions, and what environments answered; response i to question q is
-            row q G + i.
-        sampling: how to draw; its `max_new_tokens` is the number of places.
+        dialogue: the Q questions and their environments; response i to question q is row q G + i.
+        sampling: the distribution; `max_new_tokens` is the number of places.
         chat: knows the ids that end a response.
-        device: where it lies.
+        device: device of the tables.
     """
 
     def __init__(
@@ -45,29 +44,30 @@ class ResponseBuffer:
         self.sampling_logprobs = torch.zeros(self.ids.shape, device=device)
         self.policy_logprobs = torch.zeros(self.ids.shape, device=device)
         self.experts = self.ids.new_zeros((*self.ids.shape, 0, 0), dtype=torch.int16)
-        """[Q G, L, layers, k] at the places that predict; layers is 0 until any are kept."""
+        """[Q G, L, layers, k] experts where each token is predicted; layers is 0 before the first
+        record."""
         self.searched = [0] * len(self.stops)
-        """[Q G] tokens of each response that were searched for stop strings."""
+        """[Q G] number of tokens of each response that were searched for stop strings."""
         self.stopped = torch.full((len(self.stops),), self.ids.shape[1] + 1, device=device)
-        """[Q G] tokens when a stop string was complete; more than there are places: none was."""
+        """[Q G] number of tokens at which a stop string was complete; places + 1: none yet."""
         self.given = torch.zeros_like(self.ids, dtype=torch.bool)
-        """[Q G, places]: written by an environment, and not drawn."""
+        """[Q G, places]: True where an environment wrote the token."""
         self.turns = torch.zeros_like(self.ids, dtype=torch.int32)
-        """[Q G, places] number of the turn that a token belongs to."""
+        """[Q G, places] number of the turn of each token."""
         self.turn_starts = torch.zeros_like(self.stopped)
-        """[Q G] place at which the turn begins that is drawn or answered."""
+        """[Q G] place at which the current turn begins."""
         self.waits = torch.zeros_like(self.stopped, dtype=torch.bool)
-        """[Q G]: an environment has not answered yet, and nothing is drawn."""
+        """[Q G]: True while the environment has not answered and no token is drawn."""
 
     def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """[R]: a token for place `places` [R] of each of `rows` [R], drawn and kept.
+        """Draw and keep the token [R] at place `places` [R] of each of `rows` [R].
 
         Args:
             logits: [R, V], divided by the temperature.
-            rows: which responses.
-            places: which token of each is next.
+            rows: rows of the responses.
+            places: place of the next token of each.
         """
-        places = places.clamp(max=self.ids.shape[1] - 1)  # full, and waiting for a verdict
+        places = places.clamp(max=self.ids.shape[1] - 1)  # full rows may wait for a verdict
         drawn = draw(logits, self.uniforms[rows, places], self.sampling)
         tables = (self.ids, self.sampling_logprobs, self.policy_logprobs)
         new = [drawn.ids, drawn.sampling_logprobs.float(), drawn.policy_logprobs.float()]
@@ -79,32 +79,32 @@ class ResponseBuffer:
         return new[0]
 
     def keeps(self, rows: Tensor, places: Tensor) -> Tensor:
-        """[R]: what stands at `places` [R] of `rows` [R] is not drawn."""
+        """[R]: True where the token at `places` [R] of `rows` [R] must not be drawn."""
         return self.waits[rows] | self.given[rows, places.clamp(max=self.ids.shape[1] - 1)]
 
     def used(self, row: int) -> int:
-        """Tokens that stand behind the prompt of row `row`, whoever wrote them."""
+        """Number of tokens after the prompt in `row`, drawn or written by an environment."""
         return int((self.ids[row] != _UNDRAWN).sum())
 
     def has_end(self, rows: Tensor) -> Tensor:
-        """[R]: an end of sequence stands in the last turn of `rows` [R]."""
+        """[R]: True if the last turn of `rows` [R] has an end-of-sequence token."""
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
         own = places >= self.turn_starts[rows, None]
         return (self.is_end(self.ids[rows]) & own).any(-1)
 
     def has_ended(self, row: int) -> bool:
-        """Whether the last turn of row `row` has ended by itself, and not by the cap."""
+        """True if the last turn of `row` ended by itself, not at `max_new_tokens`."""
         at = torch.tensor([row], device=self.ids.device)
         return bool(self.has_end(at)) or bool(self.stopped[row] <= self.ids.shape[1])
 
     def respond(self, row: int, used: int, *, ended: bool) -> None:
-        """The turn that row `row` drew, up to `used` tokens behind the prompt, wants an answer."""
+        """Send the turn of `row` that ends after `used` tokens to its environment."""
         self.waits[row] = True
         ids = self.ids[row, int(self.turn_starts[row]) : used].tolist()
         self.dialogue.respond(row, ids, used=used, ended=ended)
 
     def extend(self, row: int, used: int, ids: Sequence[int]) -> None:
-        """An environment has answered row `row`: after these `ids` the next turn is drawn."""
+        """Append the environment's answer `ids` to `row`; its next turn is drawn after them."""
         end = used + len(ids)
         self.ids[row, used:end] = torch.tensor(ids, device=self.ids.device)
         self.given[row, used:end] = True
@@ -114,7 +114,7 @@ class ResponseBuffer:
         self.waits[row] = False
 
     def keep_experts(self, chosen: Tensor, rows: Tensor, places: Tensor) -> None:
-        """Note the experts [R, layers, k] at what predicts the tokens at `places` [R] of `rows`."""
+        """Record the experts [R, layers, k] of the states that predict `places` [R] of `rows`."""
         if not self.experts.shape[2]:
             self.experts = self.experts.new_zeros((*self.ids.shape, *chosen.shape[1:]))
         places = places.clamp(max=self.ids.shape[1] - 1)
@@ -125,7 +125,7 @@ class ResponseBuffer:
         self.experts[rows, places] = new
 
     def forget(self, row: int) -> None:
-        """Row `row` will be drawn again from its start."""
+        """Clear `row`, which will be drawn again from its start."""
         self.ids[row] = _UNDRAWN
         self.searched[row] = 0
         self.stopped[row] = self.ids.shape[1] + 1
@@ -135,11 +135,11 @@ class ResponseBuffer:
             self.dialogue.forget(row)
 
     def is_end(self, ids: Tensor) -> Tensor:
-        """Whether each of `ids` ends a response."""
+        """True where one of `ids` ends a response; the shape of `ids`."""
         return (ids[..., None] == self.ends).any(-1)
 
     def is_stopped(self, rows: Tensor, drawn: Tensor) -> Tensor:
-        """[R]: whether a stop string stands in the `drawn` [R] tokens so far of `rows` [R]."""
+        """[R]: True if the first `drawn` [R] tokens of `rows` [R] contain a stop string."""
         if any(self.stops):
             for row, n in zip(rows.tolist(), drawn.tolist(), strict=True):
                 if self.stops[row]:
@@ -147,8 +147,8 @@ class ResponseBuffer:
         return (self.stopped[rows] <= drawn) & ~self.waits[rows]
 
     def _search(self, row: int, drawn: int) -> None:
-        """Read what was drawn since the last search, and as much before as a string may need."""
-        # A token with text has at least one byte of it.
+        """Search the tokens since the last search, and as many before as a stop string may span."""
+        # A token with text has at least one byte.
         longest = max(len(stop.encode()) for stop in self.stops[row])
         start = self.searched[row]
         if drawn <= start:
@@ -168,13 +168,13 @@ class ResponseBuffer:
         return any(stop in text for stop in self.stops[row])
 
     def responses(self, version: str) -> Responses:
-        """Everything up to the first end of each response, that one included.
+        """The responses, each up to its first end, which is included.
 
         Args:
-            version: of the weights that were sampled from.
+            version: label of the weights that were sampled from.
         """
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        # Of the last turn: an end of an earlier one stands before its answer.
+        # Ends of the last turn only: an end of an earlier turn stands before its answer.
         ends = self.is_end(self.ids) & (places >= self.turn_starts[:, None])
         ends |= places == self.stopped[:, None] - 1
         mask = (self.ids != _UNDRAWN) & (ends.cumsum(-1) - ends.long() == 0)
@@ -188,15 +188,17 @@ class ResponseBuffer:
         cut[list(self.dialogue.cut)] = True
         ended = (ends[:, :longest] & mask).any(-1) & ~cut
         records = [self.dialogue.record(row) for row in range(len(self.ids))]
+        lengths, ids = mask.sum(-1).tolist(), self.ids[:, :longest].tolist()
+        texts = [self.dialogue.text(row, ids[row][:n]) for row, n in enumerate(lengths)]
         responses = Responses.of_one_turn(
             prompts=self.prompts,
             ids=batch(self.ids[:, :longest].masked_fill(~mask, self.chat.pad_id)),
             sampled=batch(mask & ~self.given[:, :longest]),
-            # Steps between an end and its being noticed drew on: drop their log-probs too.
+            # Tokens were drawn after an end until it was noticed: drop their log-probs too.
             sampling_logprobs=batch(self.sampling_logprobs[:, :longest] * mask),
             policy_logprobs=batch(self.policy_logprobs[:, :longest] * mask),
             ended=ended.view(-1, self.sampling.n),
-            texts=self._grouped(self._texts(mask)),
+            texts=self._grouped(texts),
             temperature=self.sampling.temperature,
             version=version,
         )
@@ -208,14 +210,6 @@ class ResponseBuffer:
             episodes=self._grouped(records),
             experts=self.experts[:, :longest].reshape(shape),
         )
-
-    def _texts(self, mask: Tensor) -> list[str]:
-        lengths = mask.sum(-1).tolist()
-        rows = self.ids[:, : mask.shape[1]].tolist()
-        return [
-            self.dialogue.text(row, ids[:n])
-            for row, (ids, n) in enumerate(zip(rows, lengths, strict=True))
-        ]
 
     def _grouped(self, rows: Sequence[T]) -> tuple[tuple[T, ...], ...]:
         n = self.sampling.n

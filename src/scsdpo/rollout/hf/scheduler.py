@@ -1,4 +1,4 @@
-"""Which responses are drawn next, and which give way when memory runs out."""
+"""Which responses start next, by the memory that they are expected to need."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scsdpo.rollout.hf.kv_cache import Size, blocks
 
 _WORTH_ADMITTING = 4
-"""New responses are let in when they are a quarter of those that run, or all that wait."""
+"""New responses start when they are at least a quarter of those that run, or all that wait."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -15,39 +15,40 @@ class Group:
     """A distinct prompt and all responses to it."""
 
     ids: tuple[int, ...]
+    """The prompt's token ids."""
     rows: list[int]
-    """Its responses' rows of the response buffer."""
+    """Rows of its responses in the response buffer."""
     running: int = 0
-    """Responses being drawn."""
+    """Number of responses that are being drawn."""
     slot: int = -1
-    """Where the prompt's keys and values are; -1: nowhere."""
+    """Slot of the prompt's keys and values; -1: they are not held."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Request:
-    """One response that is to be drawn."""
+class ResponseRequest:
+    """One response that waits or is being drawn."""
 
     row: int
-    """Of the response buffer."""
+    """Row in the response buffer."""
     group: Group
     started: int = 0
-    """Steps that were made before its first."""
+    """Number of steps before its first one."""
 
 
 class Scheduler:
-    """Lets responses in by the memory that they are expected to need, in the order of groups.
+    """Starts responses by the memory that they are expected to need, in the order of groups.
 
-    A response that holds d tokens is expected to hold d + m in the end, m the mean length: tokens
-    drawn so far over responses finished, which counts those still running rightly if lengths are
-    geometric. Before any has finished, m is `max_new_tokens`, counted as one response. Where more
-    is needed than was expected, the youngest responses give way and are drawn again later, from
-    the same uniforms.
+    A response that holds d tokens is expected to hold d + m at its end, where m is the mean length:
+    tokens drawn so far over responses finished. For geometric lengths this treats running responses
+    correctly. One response of `max_new_tokens` counts as finished from the start. If more memory is
+    needed than expected, the youngest responses are preempted and drawn again later, with the same
+    random numbers.
 
     Args:
-        groups: by falling prompt length.
-        max_tokens: room for keys and values.
-        max_rows: most responses that run.
-        max_new_tokens: longest response.
+        groups: sorted by prompt length, longest first.
+        max_tokens: room for keys and values, in tokens.
+        max_rows: most responses that run at a time.
+        max_new_tokens: length of the longest response.
     """
 
     def __init__(
@@ -56,17 +57,17 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.max_new_tokens = max_new_tokens
-        self.waiting = deque(Request(row=row, group=g) for g in groups for row in g.rows)
+        self.waiting = deque(ResponseRequest(row=row, group=g) for g in groups for row in g.rows)
         self._finished = 0
         self._tokens = 0
 
-    def admit(self, running: Sequence[int], held: int, prompts: Size) -> list[Request]:
-        """Take from those that wait what is worth starting now.
+    def admit(self, running: Sequence[int], held: int, prompts: Size) -> list[ResponseRequest]:
+        """Take the waiting responses that should start now.
 
         Args:
-            running: tokens drawn of each response that runs.
-            held: places that they take.
-            prompts: what is held of prompts.
+            running: number of tokens drawn for each running response.
+            held: places that the running responses take.
+            prompts: size of the prompts' table.
         """
         mean = self._mean(running)
         expected = sum(self._expected(drawn, mean) for drawn in running)
@@ -92,19 +93,19 @@ class Scheduler:
             request.group.running += 1
         return admitted
 
-    def finish(self, request: Request, tokens: int) -> None:
-        """A response is complete, with so many tokens."""
+    def finish(self, request: ResponseRequest, tokens: int) -> None:
+        """Count a complete response of `tokens` tokens."""
         request.group.running -= 1
         self._finished += 1
         self._tokens += tokens
 
-    def put_back(self, request: Request) -> None:
-        """A response gives way; it waits at the head."""
+    def put_back(self, request: ResponseRequest) -> None:
+        """Preempt a response; it waits as the first one."""
         request.group.running -= 1
         self.waiting.appendleft(request)
 
     def needs_prompt(self, group: Group) -> bool:
-        """Whether a response to it runs or is next."""
+        """True if a response of `group` runs or is the next to start."""
         return group.running > 0 or (bool(self.waiting) and self.waiting[0].group is group)
 
     def _mean(self, running: Sequence[int]) -> float:
@@ -112,5 +113,5 @@ class Scheduler:
         return drawn / (self._finished + 1)
 
     def _expected(self, drawn: int, mean: float) -> int:
-        longest = max(self.max_new_tokens - 1, 1)  # the last token is never read back
+        longest = max(self.max_new_tokens - 1, 1)  # the last token never runs
         return min(blocks(drawn + int(mean)), longest)

@@ -1,10 +1,10 @@
 """Attention of a group of responses to one prompt whose keys and values are stored once.
 
-The buffers live here, so no transformers cache and no attention mask is built, and the padding of
-prompts is on the right. Scores are float32 whatever the model's dtype.
+The layouts here keep keys and values themselves, so transformers builds no cache and no attention
+mask. Prompts are padded on the right. Scores are float32 whatever the model's dtype.
 
-Shapes: P prompts in flight, R responses in flight, T longest prompt, t most tokens of a response
-of a bucket so far, K key/value heads, q query heads to each of them, d head size.
+Shapes: P prompts in flight, R responses in flight, T tokens of the longest prompt, t most tokens of
+a response of a bucket so far, K key/value heads, q query heads for each of them, d head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,21 +26,21 @@ from scsdpo.policy.segment_states import (
     delta_rule_one,
 )
 from scsdpo.private.transformers import attention_of
-from scsdpo.rollout.hf.kv_cache import KVCache, LayerCache, Table
+from scsdpo.rollout.hf.kv_cache import KVCache, KVTable, LayerCache
 
 _STRIP_COST = 4096
-"""Pairs of a query and a prompt token whose scores take as long as a product of their own."""
+"""Cost of one more product, as the number of (query, prompt token) pairs with the same cost."""
 _MOST_HALVINGS = 2
-"""Prompts are cut into at most 2 to the power of so many strips."""
+"""Prompts are cut into at most 2 to this power strips."""
 
 
 class Prefill(AttentionLayout):
     """Prompts, padded on the right, attend causally; their keys and values are kept.
 
     Args:
-        cache: the buffers.
+        cache: takes the keys and values.
         first: slot of the first prompt; the others follow.
-        lengths: [p] tokens in each.
+        lengths: [p] tokens of each prompt.
     """
 
     def __init__(self, cache: KVCache, first: int, lengths: Tensor) -> None:
@@ -81,7 +81,7 @@ class Prefill(AttentionLayout):
         window: int | None,
         sinks: Tensor,
     ) -> Tensor:
-        """By the update's attention, which needs no table of scores for sinks."""
+        """Attention with sinks by `SegmentAttention`, which needs no table of scores."""
         rows, tokens = len(query), query.shape[2]
         if self._attention is None:
             places = (slice(row * tokens, (row + 1) * tokens) for row in range(rows))
@@ -106,17 +106,17 @@ class Prefill(AttentionLayout):
         return mixed.view_as(inputs.value)
 
     def _spans(self, width: int) -> SegmentStates:
-        """The prompts among rows of `width` tokens laid end to end."""
+        """The prompts as spans among rows of `width` tokens laid end to end."""
         if self._segments is None:
             lengths = self.lengths.tolist()
             spans = [Span(row * width, length, above=None) for row, length in enumerate(lengths)]
             self._segments = SegmentStates(spans, len(lengths) * width, self.lengths.device)
         return self._segments
 
-    def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
+    def _keep(self, table: KVTable, key: Tensor, value: Tensor) -> None:
         tokens = key.shape[2]
         if table.window is not None and table.window < tokens:
-            # The window before the response starts; a shorter prompt stands there whole.
+            # The last `window` tokens of each prompt; a shorter prompt is there completely.
             first = (self.lengths - table.window).clamp(min=0)
             places = first[:, None] + torch.arange(table.window, device=key.device)
             index = places[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
@@ -128,41 +128,44 @@ class Prefill(AttentionLayout):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Strip:
-    """Neighbouring prompts whose responses meet them in one matrix product."""
+    """Neighbouring prompts whose responses attend to them in one batched matrix product."""
 
     prompts: slice
+    """Slots of the prompts."""
     tokens: int
-    """Longest of them."""
+    """Tokens of the longest of them."""
     members: int
     """Most responses to one of them."""
     rows: Tensor | slice
     """[r] their responses."""
     place: tuple[Tensor, slice, Tensor]
-    """Of each of `rows` in the product: its prompt within the strip, all heads, its member."""
+    """Index of each of `rows` in the product: (prompt within the strip, all heads, member)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bucket:
-    """Responses that share a rectangle."""
+    """The n responses of one bucket."""
 
     index: int
+    """Number of the bucket."""
     rows: slice
+    """Its responses among all R."""
     slots: Tensor
-    """[n] 0, 1, ..."""
+    """[n] their slots: 0, 1, ..."""
 
 
 class Decode(AttentionLayout):
     """One new token of every response attends to its prompt and to its own tokens so far.
 
-    The scores against a prompt are one matrix product for all responses to it, so its keys are
-    read once, not once a response. Neighbouring prompts share a batched product, a strip, padded
-    to the most responses that one of them has; where that wastes much, strips are cut.
+    The scores of all responses to a prompt are one matrix product, so its keys are read once.
+    Neighbouring prompts form a strip and share one batched product, padded to the most responses
+    that one of them has. If this wastes much, the strip is cut.
 
     Args:
-        cache: the buffers.
+        cache: holds keys and values.
         prompt_of: [R] prompt slot of each response.
-        prompt_lengths: [P] tokens of the prompt in each slot; 0 where there is none.
-        buckets: (bucket, responses in it); responses come in this order.
+        prompt_lengths: [P] tokens of the prompt in each slot; 0: the slot is empty.
+        buckets: (bucket, number of responses in it); responses come in this order.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class Decode(AttentionLayout):
             first += rows
 
     def at(self, columns: Tensor, tokens: Sequence[int]) -> None:
-        """Set the places `columns` [R] of the new tokens, each below `tokens` of its bucket."""
+        """Set the places `columns` [R] of the new tokens, below `tokens` of each bucket."""
         self.columns = columns
         self.cache.states.at(columns)
         self.tokens = tokens
@@ -214,7 +217,7 @@ class Decode(AttentionLayout):
 
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
         flat, fresh = DeltaInputs(*(x[:, 0] for x in inputs)), self.cache.states.fresh[:, None]
-        # Nothing fades and nothing is written where a token is read again.
+        # A token that runs again must not change the state: no decay, no write.
         flat = flat._replace(decay=flat.decay * fresh, rate=flat.rate * fresh)
         return delta_rule_one(flat, self.cache.states.rows[layer][1])[:, None]
 
@@ -249,8 +252,8 @@ class Decode(AttentionLayout):
         self._add_values(result, _cat(to_own), layer.prompts)
         return result.view(len(query), 1, -1, result.shape[-1]).to(value.dtype)
 
-    def _scores(self, query: Tensor, prompts: Table) -> Tensor:
-        """[R, K, q, T] float32: of each response's query against its prompt."""
+    def _scores(self, query: Tensor, prompts: KVTable) -> Tensor:
+        """[R, K, q, T] float32: scores of each response's query against its prompt."""
         scores: Tensor | None = None
         width = prompts.keys.shape[2]
         for strip in self.strips:
@@ -264,8 +267,8 @@ class Decode(AttentionLayout):
         assert scores is not None
         return scores
 
-    def _add_values(self, mixed: Tensor, weights: Tensor, prompts: Table) -> None:
-        """Add to `mixed` [R, K, q, d] what `weights` [R, K, q, T] read of the prompts."""
+    def _add_values(self, mixed: Tensor, weights: Tensor, prompts: KVTable) -> None:
+        """Add `weights` [R, K, q, T] times the prompts' values to `mixed` [R, K, q, d]."""
         for strip in self.strips:
             values = prompts.values[strip.prompts, :, : strip.tokens]
             product = _by_prompt(strip, weights[..., : values.shape[2]], values)
@@ -275,19 +278,19 @@ class Decode(AttentionLayout):
                 mixed[strip.rows] += product
 
     def _hidden_places(self, window: int | None) -> list[Tensor]:
-        """[n, 1, 1, T + t] for each bucket: what its new tokens do not see."""
+        """[n, 1, 1, T + t] for each bucket: True where its new tokens do not see a key."""
         if window not in self._hidden:
             device = self.columns.device
             width = self.prompt_tokens if window is None else min(self.prompt_tokens, window)
             positions = torch.arange(width, device=device).expand(len(self.starts), -1)
-            if window is not None:  # prompts keep their last tokens, so many were dropped
+            if window is not None:  # only a prompt's last `window` tokens are held
                 positions = positions + (self.starts - window).clamp(min=0)[:, None]
             hidden = positions >= self.starts[:, None]
             if window is not None:
                 hidden |= positions <= (self.starts + self.columns - window)[:, None]
             self._hidden[window] = []
             for bucket, tokens in zip(self.buckets, self.tokens, strict=True):
-                # A full window is a ring: all that it holds is seen.
+                # A full window is a ring buffer: all that it holds is seen.
                 own = torch.arange(tokens if window is None else min(tokens, window), device=device)
                 ahead = own > self.columns[bucket.rows, None]
                 of_bucket = torch.cat([hidden[bucket.rows], ahead], dim=1)
@@ -296,18 +299,18 @@ class Decode(AttentionLayout):
 
 
 class Extend(AttentionLayout):
-    """Several new tokens of some responses of a bucket attend to all that stands before them.
+    """Several new tokens of some responses of a bucket attend to all tokens before them.
 
-    Their keys and values are kept behind those that are held; padding is on the right.
+    Their keys and values are appended to those that are held. Padding is on the right.
 
     Args:
-        cache: the buffers.
-        bucket: in which the responses are.
-        slots: [r] of the responses, in the bucket.
+        cache: holds keys and values.
+        bucket: number of the responses' bucket.
+        slots: [r] slots of the responses in the bucket.
         prompt_of: [r] prompt slot of each.
         starts: [r] tokens of each prompt.
-        held: [r] tokens of each response whose keys and values are kept.
-        new: [r] tokens that come.
+        held: [r] tokens of each response whose keys and values are held.
+        new: [r] number of new tokens.
     """
 
     def __init__(
@@ -356,13 +359,13 @@ class Extend(AttentionLayout):
             return mixed.transpose(1, 2)
 
     def convolve(self, layer: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise AssertionError("states read one token after the other")
+        raise AssertionError("models with states run these tokens one by one")
 
     def delta_rule(self, layer: int, inputs: DeltaInputs) -> Tensor:
-        raise AssertionError("states read one token after the other")
+        raise AssertionError("models with states run these tokens one by one")
 
     def _mask(self, window: int | None, widths: tuple[int, int, int]) -> Tensor:
-        """[r, 1, N, T + t + N]: which keys each new token sees, by their positions."""
+        """[r, 1, N, T + t + N]: True where a new token sees a key."""
         if window not in self._masks:
             device = self.starts.device
             starts, held = self.starts[:, None], self.held[:, None]
@@ -370,8 +373,8 @@ class Extend(AttentionLayout):
             if window is None:
                 first, columns = torch.zeros_like(starts), own.expand(len(starts), -1)
             else:
-                # Prompts keep their last tokens at the left; of a response place c % window holds
-                # the last token c that was written there.
+                # A prompt's last tokens stand at the left. A response's place p holds the last
+                # token c with c % window = p.
                 first = (starts - window).clamp(min=0)
                 columns = held - 1 - (held - 1 - own) % window
             at = [prompt + first, starts + columns, starts + held + new]
@@ -386,15 +389,15 @@ class Extend(AttentionLayout):
             sees = exist[:, None] & (ahead >= 0)
             if window is not None:
                 sees &= ahead < window
-            # Padding sees something, lest it be NaN.
+            # Padding sees all keys: without any, softmax would give nan.
             sees |= (new >= self.new[:, None])[:, :, None]
             self._masks[window] = sees[:, None]
         return self._masks[window]
 
-    def _keep(self, table: Table, key: Tensor, value: Tensor) -> None:
+    def _keep(self, table: KVTable, key: Tensor, value: Tensor) -> None:
         places = torch.arange(key.shape[2], device=key.device)
         written = places < self.new[:, None]
-        if table.window is not None:  # of two for one place the later
+        if table.window is not None:  # if two tokens have one place, the later is kept
             written &= places >= self.new[:, None] - table.window
         row, place = written.nonzero(as_tuple=True)
         columns = self.held[row] + place
@@ -405,7 +408,7 @@ class Extend(AttentionLayout):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b for [n, K, x, y] and [n, K, y, z], float32 if they are narrower."""
+    """A @ b for [n, K, x, y] and [n, K, y, z]; the result is float32 if they are narrower."""
     if a.dtype.itemsize >= torch.float32.itemsize:
         return a @ b
     if a.is_cuda:
@@ -419,7 +422,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _by_prompt(strip: _Strip, rows: Tensor, of_prompt: Tensor) -> Tensor:
-    """[R, K, q, a] times the response's prompt's [p, K, a, b] -> [r, K, q, b]."""
+    """[R, K, q, a] of responses times [p, K, a, b] of their prompts -> [r, K, q, b]."""
     _, heads, queries, inner = rows.shape
     prompts = strip.prompts.stop - strip.prompts.start
     packed = rows.new_empty(prompts, heads, strip.members, queries, inner)
@@ -448,11 +451,11 @@ def _strips(prompt_of: Tensor, lengths: Sequence[int]) -> list[_Strip]:
 def _cuts(
     members: Sequence[int], lengths: Sequence[int], bounds: tuple[int, int], halvings: int
 ) -> list[tuple[int, int]]:
-    """Cut the prompts within `bounds` where most of a padded product is saved, and again."""
+    """Cut the prompts within `bounds` where it saves most padding, up to `halvings` times."""
     first, last = bounds
 
     def costs(order: range) -> list[int]:
-        """Of a strip that ends with each prompt of `order`."""
+        """Cost of the strip from the first prompt of `order` to each of them."""
         most = longest = 0
         found = []
         for size, i in enumerate(order, start=1):
@@ -474,7 +477,7 @@ def _cuts(
 
 
 def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
-    """[R]: how many earlier entries of `group` [R] equal this one; `sizes`: of each group."""
+    """[R]: number of earlier entries of `group` [R] with the same value; `sizes`: of each group."""
     order = group.argsort(stable=True)
     rank = torch.empty_like(group)
     rank[order] = (
@@ -485,7 +488,7 @@ def _rank_in_group(group: Tensor, sizes: Tensor) -> Tensor:
 
 @contextmanager
 def shared_prefix_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend by layouts, whatever its attention implementation is outside."""
+    """Let `model` attend by layouts while the context is open."""
     before = attention_of(model)
     use_layouts(model)
     try:

@@ -1,16 +1,22 @@
-"""Ways for weights from the trainer to vLLM servers."""
+"""Sending weights from the trainer to vLLM servers: by a shared folder or by download."""
 
+import atexit
+import fcntl
 import functools
 import http.server
+import os
 import secrets
+import shutil
+import socket
 import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 import torch
@@ -18,22 +24,25 @@ from torch import Tensor
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.servers.event_loop import EventLoop
-from scsdpo.rollout.servers.run_folder import RunFolder, remove
 from scsdpo.rollout.servers.server import ADAPTERS, Server, Unreachable
 from scsdpo.rollout.weights.files import write_adapter, write_weights
 from scsdpo.rollout.weights.stream import Sink, Weights
 
 _IDLE = 60.0
-"""Seconds after which a connection that does nothing is closed."""
+"""Seconds without traffic after which a connection is closed."""
+_PREFIX = "scsdpo-run-"
+"""Start of the names of runs' folders."""
+_OWNER = "owner"
+"""File in a run's folder that its process locks."""
 
 
 class Delivery(ABC):
-    """A way to the servers for weights. On rank 0 alone."""
+    """A way to send weights to servers. Only rank 0 uses it."""
 
     due = False
-    """Servers need another `publish`, though the weights are the same."""
+    """True: servers need another `publish`, although the weights are the same."""
     at_once = False
-    """`publish` itself changes the weights of servers; else `bring` does."""
+    """True: `publish` changes the servers' weights. False: `bring` does."""
 
     @abstractmethod
     def publish(
@@ -45,33 +54,34 @@ class Delivery(ABC):
         servers: Sequence[Server],
         loop: EventLoop,
     ) -> None:
-        """Make these the weights that servers get.
+        """Publish the weights that servers get from now on.
 
         Args:
-            weights: any number of passes; each is iterated to its end.
-            version: their label.
-            dtype: of the servers.
-            servers: those that answered when they were looked at last.
-            loop: where their endpoints are called.
+            weights: makes a pass over them; call it any number of times, and read each pass to its
+                end.
+            version: label of the weights.
+            dtype: dtype of the servers' weights.
+            servers: servers that answered at the last check.
+            loop: event loop in which to call their endpoints.
         """
 
     @abstractmethod
     async def bring(self, server: Server, timeout: float) -> None:
-        """Let one server load what was published last, and label it.
+        """Let one server load the weights that were published last, and label them.
 
         Raises:
-            NotNow: if only another `publish` can.
-            Unreachable: if it does not.
+            NotNow: if the server needs another `publish`.
+            Unreachable: if the server does not load them.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Stop and tidy up; `publish` may begin again."""
+        """Free all resources; a later `publish` may start again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Offer:
-    """Files that servers can load."""
+    """Files that servers can load now."""
 
     version: str
     folder: Path
@@ -82,26 +92,26 @@ class _Offer:
 
 
 class Files(Delivery):
-    """Weights as safetensors files in a folder of this run, one version at a time.
+    """Sends weights as safetensors files in a folder of this run, one version at a time.
 
-    The files of the last version are removed before the next ones are written; if a server is
-    still reading them, then when it is done. An adapter can lie beside them.
+    The files of the last version are removed before the next ones are written, or once the last
+    server has read them. Files of an adapter can be published beside them.
     """
 
     def __init__(self) -> None:
         self._folder: RunFolder | None = None
         self._offers: dict[str, _Offer] = {}
-        """By what they are: weights, and an adapter."""
+        """`weights` or `adapter` -> their files."""
         self._readers: Counter[Path] = Counter()
         self._lock = threading.Lock()
 
     @abstractmethod
     def open(self) -> Path:
-        """The folder to write into; it exists. A second call gives the same one."""
+        """The existing folder to write into; each call returns the same one."""
 
     @abstractmethod
     def locations(self, files: Sequence[Path]) -> list[str]:
-        """Where a server finds `files` of that folder: paths or URLs."""
+        """Paths or URLs by which a server reads `files` of that folder."""
 
     def publish(
         self,
@@ -119,11 +129,11 @@ class Files(Delivery):
             await server.load(offer.locations, offer.hash, offer.version, timeout)
 
     def publish_adapter(self, weights: dict[str, Tensor], version: str) -> None:
-        """Make this the adapter that servers get, with the label of base and adapter together."""
+        """Publish the adapter that servers get; `version` labels base and adapter together."""
         self._offer("adapter", version, f"adapter-{version}", lambda f: write_adapter(weights, f))
 
     async def bring_adapter(self, server: Server, timeout: float) -> None:
-        """Let one server load the adapter that was published last, and label it."""
+        """Let one server load the adapter that was published last, and label its weights."""
         with self._reading("adapter") as offer:
             await server.load_adapter(offer.locations, offer.hash, offer.version, timeout)
 
@@ -135,7 +145,7 @@ class Files(Delivery):
             self._folder = None
 
     def withdraw(self, kind: str) -> None:
-        """Remove files that are offered, unless a server reads them, who gets the next ones."""
+        """Stop offering the files of `kind`; remove them unless a server is reading them."""
         with self._lock:
             offer = self._offers.pop(kind, None)
             if offer is not None and not self._readers[offer.folder]:
@@ -146,7 +156,7 @@ class Files(Delivery):
     ) -> None:
         self.withdraw(kind)
         folder = self.open() / name
-        remove(folder)  # an earlier try
+        remove(folder)  # left by an earlier try
         try:
             files, sent = write(folder)
         except BaseException:
@@ -157,11 +167,11 @@ class Files(Delivery):
 
     @contextmanager
     def _reading(self, kind: str) -> Iterator[_Offer]:
-        """The files stay until the end of the block."""
+        """Keep the offered files until the end of the block."""
         with self._lock:
             offer = self._offers.get(kind)
             if offer is None:
-                raise Unreachable("there are no weights for it at the moment")
+                raise Unreachable("no weights are published at the moment")
             self._readers[offer.folder] += 1
         try:
             yield offer
@@ -173,12 +183,11 @@ class Files(Delivery):
 
 
 class SharedFolder(Files):
-    """Files in a folder that trainer and servers see under the same path.
+    """Sends files in a folder that trainer and servers see under the same path.
 
     Args:
-        path: the folder, absolute; it is made if it is not there. Each run writes into a folder of
-            its own in it, so several can share it. In `/dev/shm` weights of one machine need no
-            disk.
+        path: absolute path of the folder; created if it does not exist. Each run writes into its
+            own subfolder, so several runs can share it. On one machine `/dev/shm` needs no disk.
 
     Raises:
         ValueError: if `path` is not absolute.
@@ -188,8 +197,8 @@ class SharedFolder(Files):
         super().__init__()
         if not Path(path).is_absolute():
             raise ValueError(
-                f"`SharedFolder(path=...)` must be absolute, got {path!r}: a server has a working "
-                "directory of its own"
+                f"`SharedFolder(path=...)` must be absolute, got {path!r}: a server has another "
+                "working directory"
             )
         self.path = Path(path)
 
@@ -206,10 +215,10 @@ class Download(Files):
 
     Args:
         host: name or address under which the servers reach the trainer; it listens there only.
-        port: 0: any that is free.
+        port: port to listen on; 0: any free one.
 
     Raises:
-        ValueError: if `port` is not one.
+        ValueError: if `port` is not in [0, 65535].
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -218,7 +227,7 @@ class Download(Files):
             raise ValueError(f"`Download(port=...)` must be in [0, 65535], got {port}")
         self.host, self.port = host, port
         self._secret = secrets.token_hex(16)
-        """Whoever knows it can read the weights."""
+        """Part of the URLs: clients that know it can read the weights."""
         self._server: _FileServer | None = None
 
     def open(self) -> Path:
@@ -254,11 +263,11 @@ class _FileServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """No traceback: the client is gone or too slow, and notices it."""
+        """Print no traceback: the client is gone or too slow, and reports that itself."""
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a line on the terminal for each, and no listing of folders."""
+    """Serves files without log lines, and lists no folders."""
 
     timeout = _IDLE
 
@@ -270,19 +279,19 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 class ServerSink(Sink):
-    """Servers' end of the stream: weights by the delivery, an adapter always as files.
+    """Loads weights into servers by a delivery, and adapters always as files.
 
     Args:
-        delivery: brings weights.
-        helper: brings adapters if `delivery` has no files of its own.
-        loop: where the servers' endpoints are called.
+        delivery: sends weights.
+        helper: sends adapters if `delivery` is not `Files`.
+        loop: event loop in which the servers' endpoints are called.
     """
 
     def __init__(self, delivery: Delivery, helper: Download, loop: EventLoop) -> None:
         super().__init__()
         self.delivery, self.loop = delivery, loop
         self.servers: Sequence[Server] = ()
-        """Those that answered when they were looked at last."""
+        """Servers that answered at the last check."""
         self._files = delivery if isinstance(delivery, Files) else helper
         self._has_adapter = False
 
@@ -302,12 +311,12 @@ class ServerSink(Sink):
         self._has_adapter = True
 
     async def bring(self, server: Server, timeout: float) -> None:
-        """Let one server load what was sent last, and label it.
+        """Let one server load the weights, and the adapter, that were sent last, and label them.
 
         Raises:
-            NotNow: if it can get its weights only when they are sent again.
-            Unreachable: if it does not.
-            ConfigurationError: if it was started without what adapters need.
+            NotNow: if the server needs another `publish`.
+            Unreachable: if the server does not load them.
+            ConfigurationError: if the server was started without support for adapters.
         """
         if not self._has_adapter:
             await self.delivery.bring(server, timeout)
@@ -315,9 +324,62 @@ class ServerSink(Sink):
         seen = await server.describe()
         if not seen["adapters"] or not seen["adapters"]["updates"]:
             raise ConfigurationError(
-                f"model.rollout.engine.adapter: the vLLM server {server.url} takes no adapters: "
-                f"start it with {ADAPTERS}, or set adapter to merged"
+                f"model.rollout.engine.adapter: the vLLM server {server.url} was started without "
+                f"support for adapters: start it with {ADAPTERS} R, or set adapter to merged"
             )
         if seen["loaded"] != self.base_hash.hexdigest():
             await self.delivery.bring(server, timeout)
         await self._files.bring_adapter(server, timeout)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with its contents; do nothing if it does not exist."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class RunFolder:
+    """A new folder under `parent`.
+
+    It holds a file with the host's name, which is locked while this process lives. The constructor
+    removes folders whose lock is free and that this host made: those of killed runs.
+
+    Args:
+        parent: parent folder; created if it does not exist.
+        mode: permissions of the new folder.
+    """
+
+    def __init__(self, parent: Path, mode: int = 0o777) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
+        self.path = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        self.path.mkdir(mode=mode)
+        self._owner = self._claim()
+        self._pid = os.getpid()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Remove the folder with its contents; the interpreter's exit does so too."""
+        atexit.unregister(self.close)
+        if os.getpid() == self._pid:  # a forked process must not remove it
+            remove(self.path)
+        self._owner.close()
+
+    def _claim(self) -> IO[str]:
+        """Write and lock the owner's file, then rename it, so that it is never seen unlocked."""
+        unnamed = self.path / "claim"
+        owner = unnamed.open("w")
+        with suppress(OSError):  # no locks on this file system: only `close` removes the folder
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.write(socket.gethostname())
+            owner.flush()
+            unnamed.rename(self.path / _OWNER)
+        return owner
+
+
+def _remove_if_left(folder: Path) -> None:
+    # An OSError means that we may not read it, that it is gone, or that its lock is held.
+    with suppress(OSError), (folder / _OWNER).open("r+") as owner:
+        if owner.read() == socket.gethostname():
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(folder)

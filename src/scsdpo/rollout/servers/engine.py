@@ -1,4 +1,4 @@
-"""vLLM servers found by URL: prompts spread over them, weights brought to them."""
+"""vLLM servers by URL: requests are spread over them, and weights are sent to them."""
 
 import asyncio
 import time
@@ -9,47 +9,52 @@ from urllib.parse import urlsplit
 
 import torch
 
-from scsdpo.distributed import place
+from scsdpo.distributed import rank_and_size
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.policy.sharding import is_sharded
 from scsdpo.rollout.servers.delivery import Delivery, Download, ServerSink
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.nccl import Nccl
-from scsdpo.rollout.servers.request_queue import RequestQueue, Stranded, agreed_dtype, useless
+from scsdpo.rollout.servers.request_queue import (
+    RequestQueue,
+    Stranded,
+    agreed_dtype,
+    no_usable_server,
+)
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.vllm.rollout import Answer, Asked, Engine, Request
+from scsdpo.rollout.vllm.rollout import Answer, Engine, PendingAnswers, Request
 from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
 class Servers(Engine):
-    """One or several vLLM servers, each with the whole model; prompts are spread over them.
+    """One or several vLLM servers, each with the whole model; requests are spread over them.
 
-    Each server takes the next prompt when it has room. One that does not answer, was restarted or
-    holds other weights is set aside, its prompts go to the others, and it is given the weights
-    again in the background; only when no server is of use for `patience` seconds the run stops and
-    says why. Rank 0 brings the weights, to servers that were restarted at any time, and other
-    ranks use a server once it has theirs: all call weights by the same label (`Versions`). A server
-    belongs to one run at a time.
+    Each server takes the next request when it has room. A server that does not answer, was
+    restarted or has other weights is set aside: its requests go to the others, and it gets the
+    weights again in the background. The run stops, and says why, only if no server can be used for
+    `patience` seconds. Rank 0 sends the weights, at any time also to servers that were restarted.
+    The other ranks use a server once it has their weights, which they recognise by the label
+    (`Versions`). A server belongs to one run at a time.
 
     Args:
         urls: e.g. `[http://node1:8000, http://node2:8000]`.
-        delivery: how weights get there, `SharedFolder(...)`, `Download(...)` or `Nccl(...)`.
-        patience: seconds for which no server may be of use before the run stops. One that holds
-            prompts and says nothing for as long is set aside.
-        timeout: seconds that one prompt's responses, or one load of weights, may take. The run
-            stops within patience + 2 timeout after the last response, whatever fails.
-        key: environment variable with the servers' key; unset: they want none.
-        adapter: of a LoRA policy: `merged` into the weights, which all go over at each step, or
-            `alone`, beside the base. `auto`: alone if all servers take adapters.
+        delivery: how weights are sent: `SharedFolder(...)`, `Download(...)` or `Nccl(...)`.
+        patience: seconds without a usable server after which the run stops. A server that has
+            requests and does not answer for as long is set aside.
+        timeout: seconds for one request, or for one load of weights. The run stops at the latest
+            patience + 2 timeout seconds after the last response.
+        key: environment variable with the servers' key; if it is unset, no key is sent.
+        adapter: how the LoRA of a policy is sent: `merged` into the weights, which are all sent at
+            each step, or `alone`, beside the base. `auto`: alone if all servers support it.
 
     Raises:
-        ValueError: if there is no URL, one is not http, a number is not positive, or `key` is no
-            variable's name.
-        ConfigurationError: from `generate`, if a server was started without what is needed.
-        TrainingStopped: from `generate`, if no server is of use.
+        ValueError: if there is no URL, one is not http, a number is not positive, or `key` cannot
+            be the name of a variable.
+        ConfigurationError: from `generate`, if a server was started without a flag that is needed.
+        TrainingStopped: from `generate`, if no server can be used.
     """
 
     def __init__(
@@ -84,14 +89,14 @@ class Servers(Engine):
         self._version = ""
         """Label of the weights that servers get."""
         self._together = False
-        """Weights are gathered by all ranks."""
+        """Weights are sharded, so that all ranks gather them together."""
         self._loop: EventLoop | None = None
         self._changed = asyncio.Event()
         self._watched: list[WatchedServer] = []
         self._published: list[str] = []
-        """Labels of the weights that servers got, oldest first; those that requests wait for."""
-        self._behind: list[_Asked] = []
-        """Requests that are answered while the trainer does other things, in their order."""
+        """Labels of published weights, oldest first, from those of the oldest open request on."""
+        self._behind: list[_PendingAnswers] = []
+        """Requests that servers answer while the trainer does other things, in their order."""
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
@@ -109,9 +114,9 @@ class Servers(Engine):
     def answers_behind(self) -> bool:
         return True
 
-    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> PendingAnswers:
         loop = self._loop
-        assert loop is not None and version == self._version, "inside `hold_weights` alone"
+        assert loop is not None and version == self._version, "call it inside `hold_weights`"
         for watched in self._watched:
             watched.draws_behind, watched.within = True, within
         queue = self._queue(
@@ -120,7 +125,7 @@ class Servers(Engine):
             published=self._published,
             before=[each.queue for each in self._behind],
         )
-        self._behind.append(_Asked(queue, loop))
+        self._behind.append(_PendingAnswers(queue, loop))
         return self._behind[-1]
 
     def _queue(
@@ -146,7 +151,7 @@ class Servers(Engine):
     def hold_weights(
         self, policy: CausalLM, version: str, *, barrier: bool = True
     ) -> Iterator[None]:
-        """Publishes the weights, on all ranks: inside, each may sample as often as it likes."""
+        """Publish the weights, on all ranks; inside, each rank may sample any number of times."""
         self._publish(self._loop or self._start(), policy, version)
         yield
 
@@ -166,7 +171,7 @@ class Servers(Engine):
         self._watched = [
             WatchedServer(
                 server=server,
-                bring=self._bring if place()[0] == 0 else None,
+                bring=self._bring if rank_and_size()[0] == 0 else None,
                 patience=self.patience,
                 timeout=self.timeout,
                 changed=self._changed,
@@ -187,15 +192,18 @@ class Servers(Engine):
             raise
 
     def _publish(self, loop: EventLoop, policy: CausalLM, version: str) -> None:
-        """Make these the weights that servers get, unless they are; all ranks under shards."""
+        """Publish the weights that servers get, unless they are published already.
+
+        If weights are sharded, this is a collective.
+        """
         self._together = is_sharded(policy)
         self._behind = [each for each in self._behind if not each.is_done]
         needed = self._behind[0].queue.version if self._behind else ""
         while self._published and self._published[0] != needed:
             del self._published[0]
-        if self._published[-1:] != [version]:  # before any server may answer with them
+        if self._published[-1:] != [version]:  # before a server can answer with them
             self._published.append(version)
-        leads = place()[0] == 0
+        leads = rank_and_size()[0] == 0
         with closing(WeightStream(policy, self.adapter, led=True)) as stream:
             if leads and (version != self._version or self.delivery.due):
                 self._version = ""
@@ -216,12 +224,12 @@ class Servers(Engine):
 
     @contextmanager
     def _paused(self, loop: EventLoop) -> Iterator[None]:
-        """Servers end what they draw before their weights change."""
+        """Let servers complete their responses, and pause them while their weights change."""
         assert self._sink is not None
         servers = self._sink.servers
 
         async def every(act: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
-            # One that fails is found out by what follows.
+            # The calls that follow find a server that failed.
             await asyncio.gather(*map(act, servers), return_exceptions=True)
 
         loop.run(every(lambda server: server.pause(self.timeout)))
@@ -242,16 +250,16 @@ class Servers(Engine):
         self._sink.send(stream, version, dtype, supported)
 
     def _adaptable(self, rank: int, described: dict[Server, dict[str, Any]]) -> list[str] | None:
-        """Modules of which every server takes adapters; None if one of them takes none."""
+        """Last parts of names of modules that every server can adapt; None if one supports none."""
         found: set[str] | None = None
         for server, said in described.items():
             takes = said["adapters"]
             if not takes or not takes["updates"] or takes["rank"] < rank:
                 if self.adapter == "alone":
                     raise ConfigurationError(
-                        f"model.rollout.engine.adapter: the vLLM server {server.url} takes no "
-                        f"adapters of rank {rank}: start it with {ADAPTERS} {rank}, or set adapter "
-                        "to merged"
+                        f"model.rollout.engine.adapter: the vLLM server {server.url} does not "
+                        f"support adapters of rank {rank}: start it with {ADAPTERS} {rank}, or set "
+                        "adapter to merged"
                     )
                 return None
             found = set(takes["modules"]) if found is None else found & set(takes["modules"])
@@ -262,9 +270,7 @@ class Servers(Engine):
             watched.want(version)
 
     async def _known(self) -> tuple[torch.dtype, dict[Server, dict[str, Any]]]:
-        """The servers' dtype (in a wider one weights would be rounded to it anyway), and what each
-        that is not away says of itself; at one moment, for any can be set aside at the next.
-        """
+        """(dtype of the servers' weights, server -> its description), of those that answer now."""
         start = time.monotonic()
         while True:
             dtype = agreed_dtype(self._watched)
@@ -272,19 +278,19 @@ class Servers(Engine):
                 said = {each.server: each.described for each in self._watched if each.described}
                 return getattr(torch, dtype), said
             if (waited := time.monotonic() - start) > self.patience:
-                raise useless(self._watched, waited)
+                raise no_usable_server(self._watched, waited)
             self._changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE):
                     await self._changed.wait()
 
 
-class _Asked(Asked):
-    """A queue that runs in the event loop.
+class _PendingAnswers(PendingAnswers):
+    """The answers of a queue that runs in the event loop.
 
     Args:
-        queue: of the requests.
-        loop: where it runs.
+        queue: queue of the requests.
+        loop: event loop in which to run it.
     """
 
     def __init__(self, queue: RequestQueue, loop: EventLoop) -> None:
@@ -297,7 +303,7 @@ class _Asked(Asked):
 
     def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
         if self._run.done() and isinstance(self._run.exception(), TrainingStopped):
-            # Nobody waited for it, and servers may be well by now.
+            # Nobody waited for it until now, and servers may work again.
             self.queue.forgive()
             self._run = self._loop.start(self.queue.run())
         while True:
@@ -308,7 +314,7 @@ class _Asked(Asked):
 
 
 def _is_http(url: str) -> bool:
-    """True if a request can go there; a port has 16 bits."""
+    """True if `url` is a valid HTTP URL; reading its port raises if that is out of range."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

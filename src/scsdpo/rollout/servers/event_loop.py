@@ -11,7 +11,7 @@ from scsdpo import interrupt
 T = TypeVar("T")
 
 _LOOK = 0.1
-"""Seconds between two looks whether the run was asked to stop."""
+"""Seconds between two checks if the run was asked to stop."""
 
 
 class EventLoop:
@@ -23,7 +23,7 @@ class EventLoop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` and return its result; a run that is asked to stop does not wait for it."""
+        """Run `work` and return its result. Raise if the run is asked to stop meanwhile."""
         future = self.start(work)
         try:
             return self.result(future)
@@ -31,17 +31,17 @@ class EventLoop:
             future.cancel()
 
     def result(self, future: Future[T]) -> T:
-        """What was started, once it is done; a run that is asked to stop does not wait for it."""
+        """Wait for the result of `future`. Raise if the run is asked to stop meanwhile."""
         while wait([future], _LOOK).not_done:
             interrupt.check()
         return future.result()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Let `work` run until it ends or the loop is closed; from any thread."""
+        """Start `work`, which runs until it ends or the loop is closed. Any thread may call it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, action: Callable[[], None]) -> None:
-        """Do something in the loop's thread, and wait until it is done."""
+        """Call `action` in the loop's thread, and wait for it."""
 
         async def act() -> None:
             action()
@@ -49,15 +49,15 @@ class EventLoop:
         self.start(act()).result()
 
     def close(self) -> None:
-        """Cancel all that runs, and end the thread."""
-        self.start(_cancel_others()).result()
+        """Cancel all coroutines, and end the thread."""
+
+        async def cancel() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.start(cancel()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

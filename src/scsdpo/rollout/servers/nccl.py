@@ -1,7 +1,7 @@
-"""Weights over NCCL, by vLLM's own weight transfer engine.
+"""Sending weights over NCCL, by vLLM's own weight transfer engine.
 
-`Nccl` is the delivery. It joins trainer and workers in a `Group`, whose `Source` is what vLLM's
-engine reads the weights from.
+`Nccl` is the delivery. It joins trainer and workers in a `TransferGroup`. vLLM's engine reads the
+weights from the group's `WeightSource`.
 """
 
 import asyncio
@@ -27,29 +27,30 @@ from scsdpo.rollout.weights.hashing import Receipt, StreamHash, refusal
 from scsdpo.rollout.weights.stream import Pairs, Weights
 
 _TRIES = 3
-"""Transfers of one version, before the run stops."""
+"""Number of tries to transfer one version before the run stops."""
 _LOOK = 0.1
-"""Seconds between two looks at a transfer."""
+"""Seconds between two checks of a transfer."""
 
 
 class Nccl(Delivery):
-    """Weights from GPU to GPU, by vLLM's weight transfer engine; no files.
+    """Sends weights from GPU to GPU, by vLLM's weight transfer engine, without files.
 
-    All servers get them at the same time, before sampling. One that is restarted meanwhile gets
-    them at the next sampling, or when no other is left (under shards the run stops then). A
-    transfer that fails is made again, with a new group of those servers that still answer. The
-    servers are started with `--weight-transfer-config`, and the trainer has vLLM installed too.
+    All servers get the weights at the same time, before sampling. A server that is restarted
+    meanwhile gets them at the next sampling, or as soon as no other server is left (if weights are
+    sharded, the run stops instead). After a failure a new group of the servers that still answer
+    tries again. Servers must be started with `--weight-transfer-config`, and the trainer needs vLLM
+    too.
 
     Args:
         host: name or address under which the servers reach the trainer.
-        timeout: seconds that a transfer may take; also those after which a worker that was left
-            alone in one can be reached again.
-        buffer_gib: tensors are sent in parts of this size, GiB; two of it are held on each GPU.
+        timeout: seconds for a transfer. A worker whose transfer failed answers again after this
+            time.
+        buffer_gib: size of the parts in which tensors are sent, in GiB; each GPU holds two parts.
 
     Raises:
         ValueError: if a number is not positive.
         ConfigurationError: from `publish`, without vLLM or a GPU.
-        TrainingStopped: from `publish`, if no transfer comes to its end.
+        TrainingStopped: from `publish`, if no transfer succeeds.
     """
 
     at_once = True
@@ -61,13 +62,13 @@ class Nccl(Delivery):
             if value <= 0:
                 raise ValueError(f"`Nccl({name}=...)` must be > 0, got {value}")
         self.host, self.timeout, self.buffer_gib = host, timeout, buffer_gib
-        self._group: Group | None = None
+        self._group: TransferGroup | None = None
         self._sent = ""
         self._lacking: set[str] = set()
 
     @property
     def due(self) -> bool:  # type: ignore[override]
-        """A server came back that has no weights."""
+        """True if a server came back without the weights."""
         return bool(self._lacking)
 
     def publish(
@@ -83,19 +84,20 @@ class Nccl(Delivery):
         self._lacking = set()
         for attempt in range(_TRIES):
             found = loop.run(self._found(servers, self.timeout + SHORT if attempt else 0.0))
-            # Those that have them may be sampled from by other ranks.
+            # Other ranks may be sampling from servers that have the weights.
             found = {server: each for server, each in found.items() if each[1] != version}
             if not found:
-                return  # those away are watched, and the run stops if it stays so
+                return  # `WatchedServer` watches those that do not answer
             try:
                 self._send(weights, version, dtype, found, loop)
                 return
             except TransferFailed as error:
                 why = str(error)
-                rank_zero_info(f"weights over NCCL: {why}; once more, to servers that answer")
+                rank_zero_info(f"weights over NCCL: {why}; trying again, with servers that answer")
         raise TrainingStopped(
-            f"weights did not get over NCCL, {_TRIES} times in a row ({why}); no step was taken on "
-            "this batch: restart the vLLM servers and go on with --ckpt_path, or use SharedFolder"
+            f"sending weights over NCCL failed {_TRIES} times in a row ({why}); no step was taken "
+            "on this batch: restart the vLLM servers and resume with --ckpt_path, or use "
+            "SharedFolder"
         )
 
     async def bring(self, server: Server, timeout: float) -> None:
@@ -122,7 +124,7 @@ class Nccl(Delivery):
         try:
             if self._group is None or self._group.servers != members or stale:
                 self.close()
-                self._group = Group(members, loop, self.timeout)
+                self._group = TransferGroup(members, loop, self.timeout)
                 self._group.join(self.host, int(self.buffer_gib * 2**30))
             self._group.send(lambda: weights(dtype), version)
             if (error := self._group.source.error) is not None:
@@ -135,7 +137,10 @@ class Nccl(Delivery):
     async def _found(
         self, servers: Sequence[Server], patience: float
     ) -> dict[Server, tuple[int, str]]:
-        """Servers that answer: their workers and label. One may still wait in a lost transfer."""
+        """Server -> (number of workers, label) of those that answer within `patience` seconds.
+
+        A worker that still waits in a failed transfer needs that long.
+        """
         deadline = time.monotonic() + patience
 
         async def look(server: Server) -> tuple[int, str] | None:
@@ -153,7 +158,7 @@ class Nccl(Delivery):
 
 
 class Declared(NamedTuple):
-    """A weight as it is announced to vLLM before it comes."""
+    """Name, dtype and shape of a weight, which vLLM wants before the weight."""
 
     name: str
     dtype: torch.dtype
@@ -161,25 +166,26 @@ class Declared(NamedTuple):
 
 
 class TransferFailed(Exception):
-    """A transfer did not reach its end; its group is of no use any more."""
+    """A transfer failed; its group cannot be used any more."""
 
 
-class Source:
-    """The weights of a transfer, as vLLM's trainer engine reads them.
+class WeightSource:
+    """The weights of a transfer, in the form that vLLM's trainer engine reads.
 
-    All that was declared is sent, with zeros in place of what does not come: workers that wait for
-    a tensor for ever could not be reached any more. `error` then says what was wrong.
+    Every declared weight is sent, with zeros if the real one does not come: a worker would wait
+    forever for a missing tensor and answer no other call. `error` then says what was wrong.
     """
 
     def __init__(self) -> None:
         self.declared: list[Declared] = []
         self.error: Exception | None = None
+        """Why the last pass sent zeros; None: all weights came."""
         self.hash = StreamHash()
         self._start: Callable[[], Pairs] = lambda: iter(())
         self._device = torch.device("cpu")
 
     def declare(self, start: Callable[[], Pairs]) -> None:
-        """Take the weights from `start`; the first time a pass finds out what there is."""
+        """Read weights from passes of `start`; the first call makes one pass to declare them."""
         self._start = start
         if not self.declared:
             for name, value in start():
@@ -187,7 +193,7 @@ class Source:
                 self._device = value.device
 
     def metadata(self) -> list[Declared]:
-        """The declared weights, under vLLM's name for them."""
+        """The declared weights; vLLM calls this method."""
         return self.declared
 
     def __iter__(self) -> Pairs:
@@ -211,22 +217,23 @@ class Source:
         return torch.zeros(expected.shape, dtype=expected.dtype, device=self._device)
 
 
-class Group:
-    """The trainer and all workers of some servers, joined for transfers; vLLM's client of them.
+class TransferGroup:
+    """The trainer and all workers of some servers, joined for transfers.
 
-    Ranks: the trainer is 0, then come the workers of one server after the other.
+    It is also the client by which vLLM's trainer engine calls the servers. The trainer has rank 0,
+    then come the workers of one server after another.
 
     Args:
-        servers: and how many workers each has.
-        loop: where their endpoints are called.
+        servers: server -> number of its workers.
+        loop: event loop in which their endpoints are called.
         timeout: seconds for joining, and for a transfer.
     """
 
     def __init__(self, servers: dict[Server, int], loop: EventLoop, timeout: float) -> None:
         self.servers, self.loop, self.timeout = servers, loop, timeout
-        self.source = Source()
+        self.source = WeightSource()
         self.refused: dict[str, str] = {}
-        """Servers that must not be sampled from, and why."""
+        """URL of a server that must not be sampled from -> why."""
         self._version = ""
         self._received: dict[Server, list[Receipt]] = {}
         self._engine: Any = None
@@ -234,18 +241,21 @@ class Group:
         self._leaving = threading.Lock()
 
     def join(self, host: str, buffer_bytes: int) -> None:
-        """Make it.
+        """Form the group.
 
         Raises:
-            TransferFailed: if a server does not come.
+            TransferFailed: if a server does not join.
         """
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
         info = NCCLTrainerInitInfo(
             master_address=host,
-            master_port=_free_port(),
+            master_port=port,
             world_size=1 + sum(self.servers.values()),
             packed_buffer_size_bytes=buffer_bytes,
             rank=0,
@@ -259,10 +269,10 @@ class Group:
         self._wait(_in_thread(make))
 
     def send(self, start: Callable[[], Pairs], version: str) -> None:
-        """Send the weights to all, and label them.
+        """Send the weights to all servers, and label them.
 
         Raises:
-            TransferFailed: if a server does not come to the end.
+            TransferFailed: if a server does not receive all of them.
         """
         self._version, self.refused = version, {}
         self.source.declare(start)
@@ -271,18 +281,18 @@ class Group:
             self._wait(work)
         except BaseException:
             self.leave()
-            wait([work], SHORT)  # then it takes no more from this pass over the weights
+            wait([work], SHORT)  # until it has stopped reading this pass over the weights
             raise
 
     def leave(self) -> None:
-        """Give it up; a transfer that hangs is let go."""
+        """Leave the group; a transfer that hangs is aborted."""
         with self._leaving:
             engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
 
     def _wait(self, work: Future[None]) -> None:
-        """Until it is done, or a server failed: the other side may then wait for ever."""
+        """Wait until `work` is done or a server failed, after which `work` may never be done."""
         deadline = time.monotonic() + self.timeout + SHORT
         while self._failure is None and wait([work], _LOOK).not_done:
             interrupt.check()
@@ -297,18 +307,18 @@ class Group:
     # ------------------------------------------------- called by vLLM, in its threads
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every server join, after the workers of those before it."""
+        """Let every server join, with ranks after the workers of the servers before it."""
         offsets, offset = {}, 1
         for server, workers in self.servers.items():
             offsets[server], offset = offset, offset + workers
         self._all(lambda s: s.join(init_info | {"rank_offset": offsets[s]}, self.timeout))
 
     def start_weight_update(self) -> None:
-        """From now on they have no policy's weights."""
+        """Label the servers as loading: they have no policy's weights now."""
         self._all(lambda server: server.label(f"loading {self._version}"))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Let them receive; if one does not, the sender must not wait for it."""
+        """Let the servers receive; if one fails, leave, so that the sender does not wait for it."""
 
         async def receive(server: Server) -> None:
             self._received[server] = await server.receive(update_info, self.timeout)
@@ -320,7 +330,7 @@ class Group:
             raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Label those that have what was sent."""
+        """Label the servers that received the weights."""
         if self.source.error is None:
             self._all(self._finish)
 
@@ -350,7 +360,7 @@ class Group:
 
 
 def _in_thread(work: Callable[[], None]) -> Future[None]:
-    """Do it where it can be left alone if it hangs."""
+    """Do `work` in a thread, which can be abandoned if it hangs."""
     future: Future[None] = Future()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -368,22 +378,16 @@ def _in_thread(work: Callable[[], None]) -> Future[None]:
     return future
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
 def _check_place() -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
-            "model.rollout.engine.delivery: Nccl sends by vLLM's own engine, and vLLM is not "
-            f"installed here ({error}): pip install 'scsdpo[vllm]', or use SharedFolder or Download"
+            "model.rollout.engine.delivery: Nccl needs vLLM in the trainer's environment too "
+            f"({error}): pip install 'scsdpo[vllm]', or use SharedFolder or Download"
         ) from error
     if not torch.cuda.is_available():
         raise ConfigurationError(
-            "model.rollout.engine.delivery: Nccl sends from a GPU, and the trainer has none: use "
-            "SharedFolder or Download"
+            "model.rollout.engine.delivery: Nccl needs a GPU in the trainer: use SharedFolder or "
+            "Download"
         )

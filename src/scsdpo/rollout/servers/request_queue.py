@@ -1,4 +1,4 @@
-"""The requests of one sampling, which servers take in turn."""
+"""The requests of one sampling, which servers take one after another."""
 
 import asyncio
 import math
@@ -15,23 +15,23 @@ from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
 from scsdpo.rollout.vllm.rollout import Answer, Request, check_length
 
 _FILLED = 2
-"""Sequences that a server is given, over those that it runs at a time: it never waits for us."""
+"""Ratio of the sequences that a server gets to those that it runs at a time; it is never idle."""
 
 
-def useless(servers: Sequence[WatchedServer], seconds: float) -> TrainingStopped:
-    """The error of a run that no server could be used for."""
+def no_usable_server(servers: Sequence[WatchedServer], seconds: float) -> TrainingStopped:
+    """The error of a run that could use no server for `seconds` seconds."""
     said = "; ".join(f"{each.server.url}: {each.problem or 'no answer yet'}" for each in servers)
     return TrainingStopped(
-        f"no vLLM server is of use since {seconds:.3g} s ({said}); no step was taken on this "
-        f"batch. Are they running? They start with `{START}`; go on with --ckpt_path"
+        f"no vLLM server could be used for {seconds:.3g} s ({said}); no step was taken on this "
+        f"batch: check that they run (start them with `{START}`), and resume with --ckpt_path"
     )
 
 
 def agreed_dtype(servers: Sequence[WatchedServer]) -> str:
-    """The dtype of their weights; '' if no server has said it yet.
+    """The dtype of the servers' weights; '' if no server has answered yet.
 
     Raises:
-        ConfigurationError: if they differ, or one of them cannot be used.
+        ConfigurationError: if they differ, or a server can never be used.
     """
     for server in servers:
         if server.refusal is not None:
@@ -39,29 +39,29 @@ def agreed_dtype(servers: Sequence[WatchedServer]) -> str:
     dtypes = sorted({server.described["dtype"] for server in servers if server.described})
     if len(dtypes) > 1:
         raise ConfigurationError(
-            "model.rollout.engine: the vLLM servers hold weights of different dtypes "
+            "model.rollout.engine: the vLLM servers have weights of different dtypes "
             f"({', '.join(dtypes)}): start them with the same --dtype"
         )
     return dtypes[0] if dtypes else ""
 
 
 class Stranded(Exception):
-    """No server works, and one would if the weights were published again."""
+    """No server can be used, but one could if the weights were published again."""
 
 
 class RequestQueue:
-    """Each server takes the next request when it has room; what fails goes back, for any of them.
+    """Each server takes the next request when it has room; a request that fails goes back.
 
     Args:
-        requests: in the order of the answers.
-        version: label of the weights that they must be answered with.
-        published: labels of all weights so far, while others come: those after `version` will do
-            as well. Empty: it alone will do.
-        before: queues whose requests go first, those that are still there.
-        servers: all that there are, well or not.
-        patience: seconds without any server of use before the run stops.
+        requests: the requests, in the order of the answers.
+        version: label of the weights that must answer.
+        servers: all servers, whether they work or not.
+        published: labels of all published weights, which grows: those after `version` may answer
+            too. Empty: only `version` may.
+        before: earlier queues, whose requests go first.
+        patience: seconds without a usable server after which the run stops.
         timeout: seconds for one request.
-        changed: set whenever a server's state is new.
+        changed: set whenever a server's state has changed.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class RequestQueue:
         self.requests, self.version, self.servers = requests, version, servers
         self.published, self.before = published, before
         self._tasks: dict[WatchedServer, set[asyncio.Task[None]]] = defaultdict(set)
-        """Those of this queue, by server."""
+        """Server -> its running requests from this queue."""
         self.patience, self.timeout, self.changed = patience, timeout, changed
         self._todo = deque(range(len(requests)))
         self._answers: dict[int, list[Answer]] = {}
         self._refusal: Exception | None = None
         self._idle = 0.0
-        """Seconds without an answer in which no server had anything to do for us."""
+        """Seconds since the last answer in which no server had a request or loaded weights."""
         self._runs = False
         self._failing: float | None = None
-        """The first failure since the last answer."""
+        """Time of the first failure since the last answer; None: there was none."""
 
     async def run(self) -> list[list[Answer]]:
-        """Answers to all requests; a second call goes on where the first was interrupted.
+        """Wait for answers to all requests; a second call goes on where the first was interrupted.
 
         Raises:
-            Stranded: if only weights are missing.
-            ConfigurationError: at once, if a server cannot do what is asked for.
-            TrainingStopped: if no server is of use.
+            Stranded: if the weights must be published again.
+            ConfigurationError: at once, if a server cannot serve the requests.
+            TrainingStopped: if no server can be used for `patience` seconds.
         """
         last, self._runs = time.monotonic(), True
         try:
@@ -120,12 +120,12 @@ class RequestQueue:
         return [self._answers[q] for q in range(len(self.requests))]
 
     def forgive(self) -> None:
-        """Let `run` have patience again."""
+        """Start `patience` anew."""
         self._idle, self._failing = 0.0, None
 
     @property
     def waits(self) -> bool:
-        """Whether it runs, and has requests that no server has taken."""
+        """True if it runs and has requests that no server has taken."""
         return self._runs and bool(self._todo)
 
     @property
@@ -150,7 +150,7 @@ class RequestQueue:
             task.add_done_callback(partial(self._ended, server, q))
 
     def _room(self, server: WatchedServer) -> int:
-        """Requests that it can take; a share is left to those that are about to be ready."""
+        """Number of requests that `server` can take; a share is left for servers that get ready."""
         assert server.described is not None
         holds = _FILLED * server.described["max_num_seqs"] // self.requests[0].parameters["n"]
         left = len(self.requests) - len(self._answers)
@@ -173,7 +173,7 @@ class RequestQueue:
             self._idle, self._failing = 0.0, None
         except Unreachable as error:
             server.fail(str(error))
-        except Exception as error:  # raised where it is waited for
+        except Exception as error:  # `run` raises it
             self._refusal = error
 
     def _ended(self, server: WatchedServer, q: int, task: asyncio.Task[None]) -> None:
@@ -190,10 +190,10 @@ class RequestQueue:
         if self._failing is None and any(server.problem for server in self.servers):
             self._failing = now
         self._idle += idle
-        # The second is of servers that fail slowly: one is brought the weights, and asked.
+        # `failing` counts servers that fail slowly: after a load of weights and a request.
         failing = 0.0 if self._failing is None else now - self._failing
         if self._idle > self.patience or failing > self.patience + 2 * self.timeout:
-            raise useless(self.servers, max(self._idle, failing))
+            raise no_usable_server(self.servers, max(self._idle, failing))
         works = any(each.ready or each.loading or each.underway for each in self.servers)
         if not works and any(each.waits for each in self.servers):
             raise Stranded

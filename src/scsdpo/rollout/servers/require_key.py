@@ -1,4 +1,4 @@
-"""A key for all of a vLLM server: its own leaves out the endpoints that load weights."""
+"""A key for all endpoints of a vLLM server; vLLM's own does not protect those that load weights."""
 
 import hmac
 import os
@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 KEY_VARIABLE = "VLLM_API_KEY"
-"""Environment variable with the key, vLLM's own."""
+"""Environment variable with the key; vLLM reads it too."""
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Scope]]
@@ -14,13 +14,13 @@ _Send = Callable[[_Scope], Awaitable[None]]
 
 
 class RequireKey:
-    """ASGI middleware: answers 401 to whoever does not send the key in `VLLM_API_KEY`.
+    """ASGI middleware that answers 401 to requests without the key in `VLLM_API_KEY`.
 
-    vLLM takes it by name (`--middleware scsdpo.rollout.RequireKey`). The key is a bearer token, as
-    vLLM wants it itself; only `/health` is open.
+    vLLM imports it by name (`--middleware scsdpo.rollout.RequireKey`). Clients send the key as a
+    bearer token, as for vLLM's own check. Only `/health` needs no key.
 
     Raises:
-        ValueError: if there is no key, in which case the server does not start.
+        ValueError: if there is no key; the server then does not start.
     """
 
     def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""One vLLM server: its HTTP endpoints, and the ways in which it can fail."""
+"""One vLLM server: its HTTP endpoints, and its errors."""
 
 import asyncio
 import functools
@@ -19,19 +19,19 @@ from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised
 from scsdpo.rollout.weights.hashing import Receipt, refusal
 
 SHORT = 10.0
-"""Seconds in which a server that is alive answers a question about itself."""
+"""Seconds in which a server that works answers a request for its state."""
 _PAUSE = 0.2
 """Seconds between two tries to empty its prefix cache."""
 
 _PLAIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Endpoints whose answers are no JSON."""
+"""Endpoints whose answers are not JSON."""
 
 START = (
     "VLLM_API_KEY=... VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
     "--model MODEL --host 127.0.0.1 --middleware scsdpo.rollout.RequireKey --worker-extension-cls "
     "scsdpo.rollout.WeightReceiver --logprobs-mode processed_logprobs --enable-scale-out"
 )
-"""The command that starts a server; in the CPU build `vllm serve` does not start."""
+"""The command that starts a server. (`vllm serve` does not start in the CPU build.)"""
 
 TRANSFER = '{"backend": "nccl"}'
 """A server's `--weight-transfer-config` for the delivery `Nccl`."""
@@ -42,26 +42,26 @@ ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank
 
 
 class Unreachable(Exception):
-    """No answer, or one that says that the server is not well: worth another try."""
+    """The server did not answer, or answered with an error that may pass: try again."""
 
 
 class Silent(Unreachable):
-    """No answer in time: it hangs, or has something else to do, as while it loads weights."""
+    """The server did not answer in time: it hangs or is busy, for example with loading weights."""
 
 
 class NotNow(Unreachable):
-    """It answers, and gets its weights only when they are published again."""
+    """The server answers, but can get its weights only when they are published again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A vLLM server's endpoints; holds no connection.
+    """A vLLM server's endpoints; it holds no connection.
 
     Args:
         url: e.g. `http://host:8000`.
-        key: environment variable with the server's key; none is sent if it is not set.
-        freezes: whether a pause freezes the responses that it draws, which go on behind it with
-            the weights that are there then.
+        key: environment variable with the server's key; no key is sent if it is unset.
+        freezes: True: `pause` freezes running responses, and after `resume` they go on with the
+            weights of that time. False: `pause` waits until they are complete.
     """
 
     url: str
@@ -69,38 +69,38 @@ class Server:
     freezes: bool = False
 
     async def version(self) -> str:
-        """Label of the weights that it says it has."""
+        """Label of the server's weights."""
         return str((await self._call("/weight_info", timeout=SHORT))["weight_version"])
 
     async def describe(self) -> dict[str, Any]:
-        """`WeightReceiver.scsdpo_describe`, checked.
+        """`WeightReceiver.scsdpo_describe` of its first worker, checked.
 
         Raises:
-            ConfigurationError: naming the flag with which it must be started.
+            ConfigurationError: if the server needs another flag; it names the flag.
         """
         seen = (await self._rpc("scsdpo_describe", {}, timeout=SHORT))[0]
         if seen["logprobs_mode"] != "processed_logprobs":
             raise ConfigurationError(
-                f"model.rollout.engine: the vLLM server {self.url} reports log-probs of logits "
-                f"without temperature (logprobs_mode {seen['logprobs_mode']}): start it with "
+                f"model.rollout.engine: the vLLM server {self.url} returns log-probs before "
+                f"temperature and cuts (logprobs_mode {seen['logprobs_mode']}): start it with "
                 "--logprobs-mode processed_logprobs"
             )
         not_quantised(seen["quantization"], f"the vLLM server {self.url}")
         return seen
 
     async def load(self, locations: Sequence[str], sent: str, version: str, timeout: float) -> None:
-        """Let it fetch weights and forget what it remembers of the old ones.
+        """Let the server load weights from files, and empty its prefix cache.
 
-        While it loads, and if that fails midway, its label is one that no policy has.
+        While it loads, and after a failure, its label is one that no policy has.
 
         Args:
-            locations: of the files.
-            sent: the `StreamHash` of what they hold.
-            version: its label afterwards.
-            timeout: seconds until it has loaded them.
+            locations: paths or URLs of the files.
+            sent: `StreamHash` of the weights in the files.
+            version: label of the weights.
+            timeout: seconds for loading them.
 
         Raises:
-            Unreachable: if other weights arrived, or not all that its model has.
+            Unreachable: if other weights arrived, or modules of the model did not get theirs.
         """
         await self.label(f"loading {version}")
         fetched = await self._rpc("scsdpo_fetch", {"locations": list(locations)}, timeout=timeout)
@@ -113,16 +113,16 @@ class Server:
     async def load_adapter(
         self, locations: Sequence[str], sent: str, version: str, timeout: float
     ) -> None:
-        """Let it put an adapter, called `version`, beside the weights that it has.
+        """Let the server load an adapter with the name `version` beside its weights.
 
         Args:
-            locations: of its files.
-            sent: their `adapter_hash`.
-            version: its label afterwards.
-            timeout: seconds until it has loaded them.
+            locations: paths or URLs of the adapter's files.
+            sent: `adapter_hash` of the files.
+            version: label of weights and adapter together.
+            timeout: seconds for loading it.
 
         Raises:
-            Unreachable: if another adapter is in force than was sent.
+            Unreachable: if another adapter is active than was sent.
         """
         await self.label(f"loading {version}")
         arguments = {"locations": list(locations), "place": secrets.token_hex(8)}
@@ -139,14 +139,14 @@ class Server:
         await self.label(version)
 
     async def label(self, version: str) -> None:
-        """Give its weights a label, which answers carry."""
+        """Set the label of its weights, which its answers carry."""
         await self._call("/update_weight_version", {"new_version": version}, timeout=SHORT)
 
     async def forget(self) -> None:
         """Empty its prefix cache.
 
-        Requests that nobody waits for any more may hold a part of it for a while. Frozen ones let
-        go of theirs, and all their keys and values are made anew by the weights that go on.
+        Requests whose client is gone may hold a part of the cache for a while. Frozen requests drop
+        their keys and values, which are computed again with the new weights.
         """
         frozen = "?reset_running_requests=true" if self.freezes else ""
         path = f"/reset_prefix_cache{frozen}"
@@ -155,45 +155,47 @@ class Server:
                 while not (await self._call(path, {}, timeout=SHORT))["success"]:
                     await asyncio.sleep(_PAUSE)
         except TimeoutError as error:
-            said = "did not reset its prefix cache; is someone else sampling from it?"
+            said = "did not reset its prefix cache; perhaps another program samples from it"
             raise Unreachable(said) from error
 
     async def pause(self, timeout: float) -> None:
-        """Let it end the responses that it draws, or freeze them, and keep what is asked meanwhile
-        for later.
+        """Let it complete running responses, or freeze them, and hold back new requests.
 
         Args:
-            timeout: seconds until it has ended them.
+            timeout: seconds for completing them.
         """
         mode = "keep" if self.freezes else "wait"
         await self._call(f"/pause?mode={mode}", {}, timeout=timeout)
 
     async def resume(self) -> None:
-        """Let it go on; one that was not paused does so anyway."""
+        """Let it go on after a pause; this does nothing if it was not paused."""
         await self._call("/resume", {}, timeout=SHORT)
 
     async def world_size(self) -> int:
-        """Its workers."""
+        """Number of its workers."""
         return int((await self._call("/get_world_size", timeout=SHORT))["world_size"])
 
     async def join(self, init_info: dict[str, Any], timeout: float) -> None:
-        """Let its workers join a group of vLLM's weight transfer engine, and leave any other."""
+        """Let its workers join a group of vLLM's weight transfer engine, and leave any old one."""
         await self._call("/shutdown_weight_transfer_engine", {}, timeout=SHORT)
         body = {"init_info": init_info}
         await self._call("/init_weight_transfer_engine", body, timeout=timeout)
 
     async def receive(self, update_info: dict[str, Any], timeout: float) -> list[Receipt]:
-        """`WeightReceiver.scsdpo_receive` of each worker."""
+        """Call `WeightReceiver.scsdpo_receive` of each worker; return their receipts."""
         arguments = {"update_info": update_info, "timeout": timeout}
         return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
 
     async def generate(self, request: Request, timeout: float, adapter: str = "") -> list[Answer]:
-        """Responses to the request.
+        """Answers to a request.
 
         Args:
-            request: a prompt, and how many responses to it.
-            timeout: seconds for all of them, from now until the last byte.
-            adapter: name of the adapter that answers; '': none.
+            request: a prompt with its sampling parameters.
+            timeout: seconds until the last byte of the answers.
+            adapter: name of the adapter to sample with; '': none.
+
+        Raises:
+            Unreachable: if the server fails, or returns another number of responses.
         """
         body = {"token_ids": list(request.ids), "sampling_params": request.parameters}
         if adapter:
@@ -201,7 +203,7 @@ class Server:
         answer = await self._call("/inference/v1/generate", body, timeout=timeout)
         choices = answer["choices"]
         if len(choices) != request.parameters["n"]:
-            raise Unreachable(f"gave {len(choices)} of {request.parameters['n']} responses")
+            raise Unreachable(f"returned {len(choices)} of {request.parameters['n']} responses")
         return [_answer(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     async def _rpc(self, method: str, arguments: dict[str, Any], *, timeout: float) -> list[Any]:
@@ -210,15 +212,15 @@ class Server:
         return (await self._call("/collective_rpc", body, timeout=timeout))["results"]
 
     async def _call(self, path: str, body: Any = None, *, timeout: float) -> Any:
-        """A GET, or with `body` a POST of JSON, past any proxy.
+        """Send a GET, or with `body` a POST of JSON, without a proxy.
 
-        It has a connection of its own, which is closed as soon as the caller is cancelled.
+        Each call has its own connection, which is closed as soon as the caller is cancelled.
         """
         key = os.environ.get(self.key, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         client = httpx2.AsyncClient(trust_env=False, timeout=None, verify=_certificates())
         try:
-            # The client's own timeouts are of single reads: an answer that trickles has none.
+            # The client's own timeouts limit single reads only, not a slow answer as a whole.
             async with asyncio.timeout(timeout), client:
                 verb, url = "GET" if body is None else "POST", self.url.rstrip("/") + path
                 answer = await client.request(verb, url, json=body, headers=headers)
@@ -231,7 +233,7 @@ class Server:
         raise self._explain(answer.status_code, _message(answer.text), path)
 
     def _explain(self, status: int, said: str, path: str) -> Exception:
-        """A status of 4xx will not change by itself, one of 5xx may."""
+        """The error for an HTTP status: most of 4xx are configuration errors, 5xx may pass."""
         if "scsdpo_" in said and "no attribute" in said:
             return self._misses("--worker-extension-cls scsdpo.rollout.WeightReceiver")
         if "Weight transfer not configured" in said:
@@ -239,13 +241,13 @@ class Server:
         if status >= 500:
             return Unreachable(f"{path}: status {status}: {said}")
         if status == 401:
-            sent = "another than that in" if os.environ.get(self.key) else "one, and none is in"
+            wrong = "holds another key" if os.environ.get(self.key) else "is not set"
             return ConfigurationError(
-                f"model.rollout.engine.key: the vLLM server {self.url} wants a key, {sent} "
-                f"{self.key}: set this environment variable to the server's {KEY_VARIABLE}"
+                f"model.rollout.engine.key: the vLLM server {self.url} needs a key, and the "
+                f"environment variable {self.key} {wrong}: set it to the server's {KEY_VARIABLE}"
             )
         if status == 404 and "does not exist" in said:
-            return Unreachable(said)  # another rank's adapter came, or none yet
+            return Unreachable(said)  # rank 0 has loaded another adapter, or none yet
         if status == 404:
             return self._misses("VLLM_SERVER_DEV_MODE=1")
         if "--enable-scale-out" in said:
@@ -257,14 +259,14 @@ class Server:
 
     def _misses(self, flag: str) -> ConfigurationError:
         return ConfigurationError(
-            f"model.rollout.engine: the vLLM server {self.url} was started without {flag}; start "
+            f"model.rollout.engine: the vLLM server {self.url} was started without {flag}: start "
             f"it with `{START}`"
         )
 
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """The system's, read once."""
+    """The system's certificates, read once."""
     return ssl.create_default_context()
 
 

@@ -1,4 +1,4 @@
-"""A server that is kept at the weights that the run samples from."""
+"""Watching a vLLM server: it gets the run's weights, and is set aside while it does not answer."""
 
 import asyncio
 import time
@@ -12,66 +12,70 @@ from lightning.pytorch.utilities import rank_zero_info
 from scsdpo.rollout.servers.server import NotNow, Server, Silent, Unreachable
 
 PAUSE = 0.5
-"""Seconds between two tries."""
+"""Seconds between two tries after a failure."""
 _LOOK = 5.0
-"""Seconds between two looks at a server that has the weights."""
+"""Seconds between two checks of a server that has the weights."""
 
 Bring = Callable[[Server], Awaitable[None]]
 
 
 @dataclass(kw_only=True, eq=False)
 class WatchedServer:
-    """Looks after one server, in the event loop, from the first sampling to the last.
+    """Watches one server, in the event loop, from the first sampling to the last.
 
-    Rank 0 brings it the weights whenever it has others: at a new version, and after it was
-    restarted. Other ranks wait for that.
+    Rank 0 sends it the weights whenever it has others: at a new version, and after a restart. The
+    other ranks wait for that.
     """
 
     server: Server
     bring: Bring | None
-    """Lets it load the wanted weights; None: rank 0 does."""
+    """Sends it the wanted weights; None: rank 0 does."""
     patience: float
+    """Seconds without an answer before a server that had the weights is set aside."""
     timeout: float
+    """Seconds for one load of weights."""
     changed: asyncio.Event
-    """Set whenever something here is new."""
+    """Set whenever an attribute has changed."""
 
     wanted: str = ""
     """Label of the weights that it should have; '': none yet."""
     ready: bool = False
-    """It has them, and answers."""
+    """It has the wanted weights and answers."""
     loading: bool = False
-    """It gets them, or rank 0 may be bringing them."""
+    """It is loading weights, or rank 0 may be sending them."""
     problem: str = ""
-    """Why it was of no use when it was asked last; '': it answered, or was not asked."""
+    """Why the last call failed; '': it succeeded, or there was none."""
     refusal: Exception | None = None
-    """It is none that can be used."""
+    """Error that shows that this server can never be used."""
     described: dict[str, Any] | None = None
-    """Its last `describe`, asked anew after it was away: it may be another one."""
+    """Its last `describe`. It is asked again after a failure, because it may have been restarted
+    with other settings."""
     looked: bool = False
-    """At least once."""
+    """It was checked at least once."""
     waits: bool = False
-    """For its weights to be published again."""
+    """It can get weights only when they are published again."""
     there: bool = False
-    """It answered when it was looked at last, whatever weights it has."""
+    """It answered at the last check, with whatever weights."""
     underway: set[asyncio.Task[None]] = field(default_factory=set)
+    """Requests that it is answering."""
     draws_behind: bool = False
-    """It may be drawing when it gets other weights: of any rank, for batches whose turn comes."""
+    """It may be drawing for later batches, of any rank, when its weights change."""
     within: bool = False
-    """Its responses then go on with those; False: it ends them first."""
+    """True: such responses go on with the new weights. False: it completes them first."""
     _brought: bool = False
-    """Weights were brought to it at least once."""
+    """Weights were sent to it at least once."""
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _silent: float | None = None
-    """Since when it is silent, or waits for rank 0."""
+    """Time since which it has not answered, or waits for rank 0."""
 
     def want(self, version: str) -> None:
-        """From now on these weights; '': leave it alone for a while."""
+        """Set the label of the weights that it should have; '': do not touch it for a while."""
         if version != self.wanted:
             self.wanted, self.ready, self.waits, self._silent = version, False, False, None
             self._wake.set()
 
     def fail(self, problem: str) -> None:
-        """It is of no use until the next look finds it well."""
+        """Set the server aside until a later check succeeds."""
         if not self.problem and self.bring is not None:
             rank_zero_info(f"the vLLM server {self.server.url} is set aside: {problem}")
         self.ready = self.loading = False
@@ -81,27 +85,27 @@ class WatchedServer:
         self._wake.set()
 
     def answered(self) -> None:
-        """It is of use."""
+        """Note that it answered a request."""
         if self.problem and self.bring is not None:
             rank_zero_info(f"the vLLM server {self.server.url} is used again")
         self.problem = ""
 
     async def keep(self) -> None:
-        """Look after it until cancelled, or until it turns out to be none that can be used."""
+        """Watch the server until cancelled, or until an error shows that it can never be used."""
         while self.refusal is None:
             try:
                 await self._look()
             except Unreachable as error:
                 self.waits = isinstance(error, NotNow)
                 self._doubt(error)
-            except Exception as error:  # raised where it is waited for
+            except Exception as error:  # raised in the thread that waits for the server
                 self.refusal = error
             self.looked = True
             self.changed.set()
             await self._pause()
 
     async def _pause(self) -> None:
-        """Until the next look: after a failure soon, but never at once."""
+        """Wait for the next check; after a failure for `PAUSE` seconds."""
         if self.ready or not self.problem:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK if self.ready else PAUSE):
@@ -122,7 +126,7 @@ class WatchedServer:
                     await self._get(label)
                 except Unreachable:
                     if self.draws_behind and wanted != self.wanted:
-                        return  # the files went: newer weights are being published
+                        return  # newer weights are being published, so the files are gone
                     raise
                 label = await self.server.version()
         if self.described is None:
@@ -132,13 +136,13 @@ class WatchedServer:
             self.ready, self.waits, self.loading, self._silent = True, False, False, None
 
     async def _get(self, label: str) -> None:
-        """Have the weights brought."""
+        """Send the wanted weights to the server, or wait for rank 0 to do it."""
         if self.bring is None:
-            raise Silent(f"has the weights {label!r}, and not yet these from rank 0")
+            raise Silent(f"has the weights {label!r}, and has not got rank 0's yet")
         self.described = await self.server.describe()
         self.loading = True
         try:
-            # Requests that name an adapter cannot go on with another one.
+            # A request names its adapter, so it cannot go on with another one.
             freezes = self.within and not self.described["adapter"]
             server = replace(self.server, freezes=freezes)
             if self.draws_behind:
@@ -150,10 +154,10 @@ class WatchedServer:
                 with suppress(Unreachable):
                     await self.server.resume()
         self._brought = True
-        self.described = await self.server.describe()  # another adapter is there
+        self.described = await self.server.describe()  # it has another adapter now
 
     def _doubt(self, error: Unreachable) -> None:
-        """It failed, unless it may merely be busy: a server that loads does not answer."""
+        """Set the server aside, unless it may be busy: a server that loads does not answer."""
         now = time.monotonic()
         self._silent = self._silent or now
         others_load = self.bring is None and not self.ready
@@ -162,5 +166,5 @@ class WatchedServer:
             self.loading = others_load
             return
         self.fail(str(error))
-        for task in self.underway:  # hangs: others may do what it has begun
+        for task in self.underway:  # other servers answer these requests
             task.cancel()

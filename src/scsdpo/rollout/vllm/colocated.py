@@ -1,9 +1,9 @@
-"""vLLM in every rank of the trainer: weights stay in memory, the device is shared."""
+"""vLLM in every rank of the trainer: both share the device, and weights stay in memory."""
 
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from scsdpo.rollout.vllm.rollout import (
     Answer,
     Engine,
     Request,
+    answers_without_faults,
     check_length,
     not_quantised,
-    sampled,
 )
 from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 from scsdpo.rollout.weights.files import folder_in_memory, write_adapter
@@ -33,39 +33,40 @@ from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightSt
 
 _GIB = 2**30
 _WORK = _GIB
-"""Bytes that vLLM takes besides, roughly: activations, logits, graphs."""
+"""Rough number of bytes that vLLM takes in addition: activations, logits, CUDA graphs."""
 _ADAPTER = "policy"
-"""The adapter's name in vLLM."""
+"""Name of the adapter in vLLM."""
 
 
 class Colocated(Engine):
-    """vLLM in this process, on the trainer's device; on several ranks in each of them.
+    """vLLM in this process, on the trainer's device, in every rank.
 
-    The engine starts empty at the first sampling and gets the policy's weights then, a layer at a
-    time, from shards too. Each rank samples for its own prompts with an engine of its own, or, with
-    `tensor_parallel` t, each t neighbouring ranks with one engine between them. What one rank
-    refuses or fails at is an error on all. vLLM uses the trainer's process group and leaves it
-    alone; where there is none, one of a single rank is there until the engine closes. Torch's and
-    Python's random state are those from before.
+    The engine starts without weights at the first sampling, and then gets the policy's, a layer at
+    a time; shards are gathered. Each rank samples for its own prompts with its own engine. With
+    `tensor_parallel` t each t neighbouring ranks share one engine. An error on one rank is raised
+    on all. vLLM uses the trainer's process group and does not destroy it; if there is none, a group
+    of one rank exists until the engine closes. The random states of torch and Python are restored
+    after sampling.
 
     Args:
-        dtype: of its weights. `auto`: bfloat16 on GPU and float32 on CPU.
-        max_model_len: room for a prompt and its response, in tokens.
-        kv_cache_gib: memory for keys and values, in GiB a rank; beside it come the weights once
-            more, on each rank 1 / `tensor_parallel` of them.
-        enforce_eager: no compilation and no CUDA graphs: starts sooner, samples more slowly.
-        sleep: give all of the memory back between samplings; GPU only.
-        tensor_parallel: ranks that share an engine; must divide their number, and should be within
-            one machine.
-        adapter: of a LoRA policy: `merged` into the weights, which all go over at each step, or
-            `alone`, beside the base. `auto`: alone where vLLM can.
+        dtype: dtype of vLLM's weights. `auto`: bfloat16 on GPU and float32 on CPU.
+        max_model_len: most tokens of a prompt with its response.
+        kv_cache_gib: memory for keys and values, in GiB for each rank. vLLM's own copy of the
+            weights comes on top, 1 / `tensor_parallel` of them on each rank.
+        enforce_eager: no compilation and no CUDA graphs: vLLM starts sooner and samples more
+            slowly.
+        sleep: free all of vLLM's memory between samplings; GPU only.
+        tensor_parallel: number of ranks that share an engine. It must divide the number of ranks,
+            which should be on one machine.
+        adapter: how the LoRA of a policy is sent: `merged` into the weights, which are all sent at
+            each step, or `alone`, beside the base. `auto`: alone if vLLM supports it.
 
     Raises:
         ValueError: if a number is not positive.
-        ConfigurationError: from `generate`, if vLLM is not installed, the ranks cannot be grouped,
-            memory does not suffice, there is nothing to put to sleep, or vLLM would compile the
-            policy's own class.
-        TrainingStopped: from `generate`, if the ranks of an engine ask for different things.
+        ConfigurationError: from `generate`, if vLLM is not installed, `tensor_parallel` does not
+            divide the number of ranks, memory does not suffice, `sleep` is set on CPU, or vLLM
+            would compile the policy's own class.
+        TrainingStopped: from `generate`, if ranks that share an engine have different requests.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Colocated(Engine):
         self._llm: Any = None
         self._sink: InProcess | None = None
         self._supported: list[str] | None = None
-        """Modules that the engine can adapt; None: LoRA is merged."""
+        """Last parts of the names of modules that vLLM can adapt; None: LoRA is merged."""
         self._queue: TensorParallelQueue | None = None
         self._version = ""
         self._held = self._begun = self._asleep = self._made_world = False
@@ -147,7 +148,7 @@ class Colocated(Engine):
         return self.max_model_len
 
     def close(self) -> None:
-        """Stop the engine, one that started by half too, and leave torch.distributed as it was."""
+        """Stop the engine, even if its start failed, and leave torch.distributed as it was."""
         if self._begun:
             from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -163,7 +164,7 @@ class Colocated(Engine):
             dist.destroy_process_group()
 
     def _start(self, policy: CausalLM) -> None:
-        """The engine, if it is not there; on all ranks or none."""
+        """Start the engine unless it runs; if it fails on one rank, it fails on all."""
         if self._llm is not None:
             return
         device = policy.language_model.device
@@ -174,12 +175,15 @@ class Colocated(Engine):
         with ExitStack() as undo:
             undo.callback(self.close)
             with share_errors():
-                with launched(device), self._class_kept(policy), _explained():
+                decoder = type(decoder_of(policy.language_model))
+                kept = class_kept(decoder, self.enforce_eager)
+                with launched(device), kept, _explained():
                     self._llm = kind(**self._settings(policy))
                 self._llm.llm_engine.step = self._looking(self._llm.llm_engine.step)
                 (described,) = self._llm.collective_rpc("scsdpo_describe")
-                told = "vLLM, told so by the checkpoint's config,"
-                not_quantised(described["quantization"], told)
+                not_quantised(
+                    described["quantization"], "vLLM, because of the checkpoint's config,"
+                )
                 self._sink = InProcess(self._llm)
                 self._supported = (described["adapters"] or {}).get("modules")
             undo.pop_all()
@@ -188,15 +192,12 @@ class Colocated(Engine):
 
             self._queue = TensorParallelQueue(get_tp_group().cpu_group, self._refuse, self._answers)
 
-    def _class_kept(self, policy: CausalLM) -> AbstractContextManager[None]:
-        return class_kept(type(decoder_of(policy.language_model)), self.enforce_eager)
-
     def _check(self, policy: CausalLM) -> None:
-        """Refuse settings that cannot work, before anything is begun."""
+        """Raise for settings that cannot work, before anything starts."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % self.tensor_parallel:
             raise ConfigurationError(
-                f"model.rollout.engine.tensor_parallel: {self.tensor_parallel} must divide the "
+                f"model.rollout.engine.tensor_parallel: {self.tensor_parallel} does not divide the "
                 f"number of ranks, {world}: change it, or trainer.devices"
             )
         device = policy.language_model.device
@@ -205,8 +206,7 @@ class Colocated(Engine):
             return
         if self.sleep:
             raise ConfigurationError(
-                "model.rollout.engine.sleep: vLLM ignores it on CPU, nothing would be given back: "
-                "set it to false"
+                "model.rollout.engine.sleep: vLLM frees no memory on CPU: set it to false"
             )
         _warn_of_spinning()
 
@@ -214,19 +214,19 @@ class Colocated(Engine):
         rank = rank_for(policy, self.adapter)
         return {
             "model": policy.chat.tokenizer.name_or_path,
-            "load_format": "dummy",  # the policy's come before anything is sampled
+            "load_format": "dummy",  # the policy's weights are sent before the first sampling
             "dtype": str(self._weight_dtype(policy)).removeprefix("torch."),
             "max_model_len": self.max_model_len,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * _GIB),
-            # It asks for that share of the device to be free, whatever the cache is given.
+            # vLLM wants this share of the device to be free, although the cache has its own size.
             "gpu_memory_utilization": self._share(policy),
             "enforce_eager": self.enforce_eager,
             "enable_sleep_mode": self.sleep,
-            # vLLM's default is of the logits before temperature and cuts.
+            # By default log-probs are under the distribution before temperature and cuts.
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": "scsdpo.rollout.WeightReceiver",
             "disable_log_stats": True,
-            # One engine a process, which takes its rank from the trainer's group.
+            # One engine in each process, which takes its rank from the trainer's group.
             "distributed_executor_backend": "external_launcher",
             "tensor_parallel_size": self.tensor_parallel,
             **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
@@ -239,7 +239,7 @@ class Colocated(Engine):
         return torch.bfloat16 if on_gpu else torch.float32
 
     def _bytes(self, policy: CausalLM) -> int:
-        """Bytes of its weights, its keys and values, and to work with, on a rank."""
+        """Bytes that vLLM takes on a rank: weights, keys and values, and working memory."""
         elements = sum(plain_elements(p) for p in policy.language_model.parameters())
         weights = elements * self._weight_dtype(policy).itemsize / self.tensor_parallel
         return int(weights + self.kv_cache_gib * _GIB) + _WORK
@@ -247,16 +247,16 @@ class Colocated(Engine):
     def _share(self, policy: CausalLM) -> float:
         device = policy.language_model.device
         if device.type != "cuda":
-            return 0.01  # it looks at it no further
+            return 0.01  # has no effect
         return self._bytes(policy) / torch.cuda.mem_get_info(device)[1]
 
     def _synchronize(self, policy: CausalLM, version: str) -> None:
-        """Wake the engine, and bring the weights if it has others; on all ranks or none."""
+        """Wake the engine and send weights that it lacks; an error is raised on all ranks."""
         if version == self._version:
             return
         sink, dtype = self._sink, self._weight_dtype(policy)
         assert sink is not None
-        self._version = ""  # if it fails midway, nothing is known of the engine's weights
+        self._version = ""  # after an error the engine's weights are unknown
         try:
             with share_errors():
                 if self._asleep:
@@ -266,7 +266,7 @@ class Colocated(Engine):
                 if self._asleep:
                     self._llm.wake_up(tags=["kv_cache"])
                     self._asleep = False
-                # Keys and values of prompts are those of the old weights.
+                # The prefix cache holds keys and values of the old weights.
                 if not self._llm.reset_prefix_cache():
                     raise RuntimeError("vLLM did not reset its prefix cache after new weights")
                 self._llm.update_weight_version(version)
@@ -276,13 +276,13 @@ class Colocated(Engine):
         self._version = version
 
     def _leave(self, device: torch.device) -> None:
-        """Answer what the other ranks of the engine still ask for."""
+        """Take part in the requests of the other ranks of the engine until they have none."""
         if self._queue is not None:
             with contained(device):
                 self._queue.leave(self._version)
 
     def _rest(self, device: torch.device) -> None:
-        """Give the memory back; the weights are dropped, for the next step changes them."""
+        """Put the engine to sleep if `sleep`; it drops the weights, which the next step changes."""
         if self.sleep and self._llm is not None and self._sink is not None:
             self._version, self._asleep = "", True
             self._sink.forget()
@@ -293,7 +293,7 @@ class Colocated(Engine):
         check_length(requests, self.max_model_len, "raise model.rollout.engine.max_model_len")
 
     def _answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        return sampled(self._ask, requests, self._version)
+        return answers_without_faults(self._ask, requests, self._version)
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Answer]]:
         from vllm import SamplingParams
@@ -309,13 +309,13 @@ class Colocated(Engine):
                 use_tqdm=False,
                 lora_request=adapter,
             )
-        except BaseException:  # what is under way would be answered the next time
+        except BaseException:  # otherwise the next call would return these responses too
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
         return [[_answer(completion) for completion in output.outputs] for output in outputs]
 
     def _looking(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """The engine's step, which looks first whether the run was asked to stop."""
+        """The engine's step, after a check if the run was asked to stop."""
 
         def looking() -> Any:
             if self._queue is None:
@@ -328,10 +328,10 @@ class Colocated(Engine):
 
 
 class InProcess(Sink):
-    """The stream's end in this process: vLLM's worker reads the weights where they are.
+    """Loads weights into vLLM in this process, without a copy between processes.
 
     Args:
-        llm: vLLM's, with one worker in this process.
+        llm: vLLM's `LLM`, with one worker in this process.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -354,11 +354,13 @@ class InProcess(Sink):
 
 def _check(why: str) -> None:
     if why:
-        raise TrainingStopped(f"vLLM in this process {why}: it is not sampled from")
+        raise TrainingStopped(
+            f"vLLM in this process {why}, so no responses are drawn: resume with --ckpt_path"
+        )
 
 
 def _lora_request(path: Path, load_inplace: bool = False) -> Any:
-    """The adapter, with a path that is read when it is loaded and only then."""
+    """VLLM's request for the adapter; its path is read only when the adapter is loaded."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(_ADAPTER, 1, str(path), load_inplace=load_inplace)
@@ -367,7 +369,7 @@ def _lora_request(path: Path, load_inplace: bool = False) -> Any:
 def _vllm() -> Callable[..., Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights pass by reference
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Lightning takes a world of one for several devices.
+    # A process group of one rank makes Lightning warn as on several devices.
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     try:
         from vllm import LLM
@@ -381,13 +383,13 @@ def _vllm() -> Callable[..., Any]:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say in one line what vLLM says of settings that it cannot start with; its knobs are ours."""
+    """Turn vLLM's errors at its start into one line that names our settings."""
     try:
         yield
     except (ValueError, torch.OutOfMemoryError) as error:
         raise ConfigurationError(
-            "model.rollout.engine: vLLM does not start with these kv_cache_gib, max_model_len, "
-            f"dtype and tensor_parallel: change them ({first_line(error)})"
+            "model.rollout.engine: vLLM cannot start with these kv_cache_gib, max_model_len, dtype "
+            f"and tensor_parallel: change them ({first_line(error)})"
         ) from error
 
 
@@ -409,7 +411,7 @@ def _check_memory(needed: int, device: torch.device) -> None:
     if needed > free:
         raise ConfigurationError(
             f"model.rollout.engine.kv_cache_gib: vLLM needs {needed / _GIB:.1f} GiB on {device}, "
-            f"its weights included, and beside the trainer {free / _GIB:.1f} GiB are free: lower "
+            f"with its weights, but beside the trainer only {free / _GIB:.1f} GiB are free: lower "
             "it, raise tensor_parallel, or shard the trainer's weights"
         )
 
@@ -417,7 +419,7 @@ def _check_memory(needed: int, device: torch.device) -> None:
 def _warn_of_spinning() -> None:
     if "OMP_NUM_THREADS" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
         warnings.warn(
-            "vLLM and torch wait for each other's threads by spinning when they share cores: start "
-            "with OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE",
+            "vLLM and torch slow each other down, because their threads spin on the same cores: "
+            "start with OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""vLLM in a process that is not its own: what it changes there is undone."""
+"""vLLM in the trainer's process: contexts that undo what it changes there."""
 
 import os
 import random
@@ -17,10 +17,10 @@ from scsdpo.private.vllm import drop_world, number_group
 
 @contextmanager
 def contained(device: torch.device) -> Iterator[None]:
-    """Work with the engine: no autocast and no inference mode of Lightning's reaches it.
+    """Call the engine without Lightning's autocast and inference mode; undo its side effects.
 
-    It seeds every generator and, on CPU, replaces `torch.set_num_threads` with a function that does
-    nothing: undone at the end.
+    vLLM seeds every random generator. On CPU it replaces `torch.set_num_threads` by a function that
+    does nothing.
     """
     before = random.getstate(), np.random.get_state(), torch.set_num_threads
     cuda = [device] if device.type == "cuda" else []
@@ -36,11 +36,11 @@ def contained(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[None]:
-    """Set what vLLM's external launcher reads when an engine starts; every rank comes here.
+    """Set what vLLM's external launcher reads when an engine starts; a collective.
 
-    `LOCAL_RANK` is the trainer's own device: with `trainer.devices: [2, 3]` rank 0 is on 2. The
-    number of its tensor-parallel group names shared memory on CPU, where that of another run, or of
-    one that was killed, would be in the way.
+    `LOCAL_RANK` is the index of the trainer's device: with `trainer.devices: [2, 3]` rank 0 has 2.
+    On CPU the number of the tensor-parallel group names shared memory. It is drawn at random, so
+    that it does not clash with that of another run or of a killed one.
     """
     number_group("tp", all_gather([secrets.randbits(31)])[0])
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": device.index or 0}
@@ -57,7 +57,7 @@ def launched(device: torch.device) -> Iterator[None]:
 
 
 def make_world(device: torch.device) -> bool:
-    """Initialise torch.distributed with a world of one, where there is none; whether it did."""
+    """Initialise torch.distributed with one rank unless it is; return True if this did it."""
     if dist.is_initialized():
         return False
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -67,7 +67,7 @@ def make_world(device: torch.device) -> bool:
 
 @contextmanager
 def group_spared() -> Iterator[None]:
-    """Let vLLM's shutdown drop its own groups, and leave the trainer's, which it would destroy."""
+    """Let vLLM's shutdown destroy its own process groups only, and not the trainer's."""
     from vllm.distributed import parallel_state
 
     before = parallel_state.destroy_distributed_environment
@@ -80,11 +80,14 @@ def group_spared() -> Iterator[None]:
 
 @contextmanager
 def class_kept(decoder: type, enforce_eager: bool) -> Iterator[None]:
-    """Give the policy's class back as it was.
+    """Restore the policy's class after vLLM has started.
 
-    An architecture that vLLM has no code of its own for (OLMo-3 in 0.32) runs from transformers'
-    class, which vLLM changes in place for its compiler: objects made before, such as the policy,
-    can then not be called any more. Without compilation the unchanged class does as well.
+    vLLM runs an architecture that it does not implement (OLMo-3 in 0.32) from transformers' class,
+    and changes this class in place for its compiler. Existing objects, such as the policy, can then
+    no longer be called. Without compilation vLLM works with the unchanged class too.
+
+    Raises:
+        ConfigurationError: if vLLM changed the class and `enforce_eager` is false.
     """
     bases, own = decoder.__bases__, dict(vars(decoder))
     try:
@@ -100,6 +103,6 @@ def class_kept(decoder: type, enforce_eager: bool) -> Iterator[None]:
                     delattr(decoder, name)
     if changed and not enforce_eager:
         raise ConfigurationError(
-            f"model.rollout.engine.enforce_eager: vLLM compiles {decoder.__name__} in place, the "
-            "policy's own class: set it to true, or use the engine Servers"
+            f"model.rollout.engine.enforce_eager: vLLM would compile {decoder.__name__}, the "
+            "policy's own class, in place: set it to true, or use the engine Servers"
         )

@@ -1,4 +1,4 @@
-"""VLLMRollout: what it asks of a vLLM engine, and rollouts from what comes back."""
+"""VLLMRollout: requests to a vLLM engine, and rollouts from its answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,23 +19,24 @@ from scsdpo.seeds import resolved
 from scsdpo.types import Prompt, Responses, Sampling, stable_hash
 
 TESTED = "0.32.0"
-"""The vLLM that the tests run with; the extra `vllm` of this package names it too."""
+"""Version of vLLM that the tests run with; the extra `vllm` of this package pins it too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A prompt, and how vLLM is to answer it."""
+    """A prompt, and the parameters with which vLLM samples responses to it."""
 
     ids: tuple[int, ...]
+    """Token ids of the prompt."""
     parameters: dict[str, Any]
-    """Fields of `vllm.SamplingParams`; plain values, so that they travel as JSON too."""
+    """Fields of `vllm.SamplingParams`, as plain values that JSON can hold."""
 
     @classmethod
     def of(cls, prompt: Prompt, sampling: Sampling, policy: CausalLM) -> "Request":
-        """`sampling.n` responses to `prompt`.
+        """A request for `sampling.n` responses to `prompt`.
 
-        vLLM seeds response i with `seed` + i: it depends on (seed, prompt key, i) only, where i
-        counts on over copies of the prompt.
+        vLLM seeds response i with `seed` + i, so a response depends on (seed, prompt key, i) only.
+        i counts on over copies of the prompt.
         """
         stops = sampling.stops(prompt)
         return cls(
@@ -53,20 +54,20 @@ class Request:
                 "stop": list(stops),
                 "include_stop_str_in_output": True,
                 "detokenize": bool(stops),
-                "skip_special_tokens": False,  # a stop string may be one, as </tool_call> is
-                # It refuses ids that no token has.
+                "skip_special_tokens": False,  # a stop string may be special, as </tool_call>
+                # vLLM refuses ids beyond the vocabulary.
                 "stop_token_ids": [i for i in policy.chat.eos_ids if i < policy.vocabulary],
-                "ignore_eos": True,  # it would end at one id only, and not say at which
-                "logprobs": 0,  # of the drawn token alone
+                "ignore_eos": True,  # vLLM knows one id only, and does not return it
+                "logprobs": 0,  # of the drawn token only
             },
         )
 
     def after(self, ids: Sequence[int], *, number: int, turn: int) -> "Request":
-        """One response where an episode goes on behind `ids`, drawn from a seed of its own.
+        """A request for the next turn of an episode, with a seed of its own.
 
         Args:
-            ids: what stands behind the prompt so far, whoever wrote it.
-            number: of the episode, among the prompt's.
+            ids: tokens after the prompt so far, drawn or written by the environment.
+            number: number of the episode among those of the prompt.
             turn: number of the turn, from 1.
         """
         seed = stable_hash(self.parameters["seed"] + number, "turn", turn) >> 1
@@ -77,47 +78,48 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One response as vLLM gives it."""
+    """One response as vLLM returns it."""
 
     ids: Sequence[int]
     """The ids that were drawn, the end included."""
     logprobs: Sequence[float]
-    """Log-prob of each id, nats, under the distribution it was drawn from."""
+    """Log-prob of each id in nats, under the distribution that it was drawn from."""
     finish_reason: str | None
-    """`stop`: an id or a string ended it; `length`: the cap; anything else: it was not finished."""
+    """`stop`: an id or a string ended it; `length`: `max_tokens` did; else it is unfinished."""
     versions: frozenset[str]
-    """Labels of the weights that its tokens were drawn with; more than one: they changed midway."""
+    """Labels of the weights that drew its tokens; several if weights changed during the response.
+    """
     by_token: tuple[str, ...] = ()
-    """The label of each token, where they changed midway."""
+    """The label for each token, if weights changed during the response."""
 
     def fault(self, *versions: str) -> str:
-        """Why it must not be learned from as one of these weights' responses; '' if it may."""
+        """Why it cannot be used as a response of the weights `versions`; '' if it can."""
         if self.finish_reason not in ("stop", "length"):
-            return f"gave a response that was not finished (finish reason {self.finish_reason})"
+            return f"returned an unfinished response (finish reason {self.finish_reason})"
         if not self.ids:
-            return "gave an empty response"
+            return "returned an empty response"
         if not self.versions or not self.versions <= {*versions}:
             others = ", ".join(sorted(self.versions - {*versions})) or "without a label"
             return f"sampled from weights {others}, not {' or '.join(versions)}"
         if len(self.versions) > 1 and len(self.by_token) != len(self.ids):
-            return "does not say which weights drew which token"
+            return "did not return which weights drew which token"
         return ""
 
 
-class Asked(ABC):
-    """Requests that an engine answers while the trainer does other things."""
+class PendingAnswers(ABC):
+    """The answers of an engine that works while the trainer does other things."""
 
     @property
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether all answers are there."""
+        """True once all answers are there."""
 
     @abstractmethod
     def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
         """Wait for the answers [Q][G].
 
         Args:
-            publish: brings the policy's present weights, if the engine has lost all it had.
+            publish: sends the policy's current weights again, if the engine has lost its weights.
 
         Raises:
             ConfigurationError: as `Engine.generate`.
@@ -126,95 +128,96 @@ class Asked(ABC):
 
 
 class Engine(ABC):
-    """Where vLLM runs."""
+    """A place where vLLM runs: in this process (`Colocated`) or on servers (`Servers`)."""
 
     @abstractmethod
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
     ) -> list[list[Answer]]:
-        """Responses [Q][G] under the policy's weights as they are now.
+        """Answers [Q][G] under the policy's current weights.
 
-        Weights that the engine does not have yet are brought to it first, and what it remembers of
-        the old ones is forgotten. Responses with a `fault` are never returned.
+        If the engine does not have these weights yet, they are sent first and its prefix cache is
+        emptied. Answers with a `fault` are never returned.
 
         Args:
-            policy: whose weights are brought.
-            requests: what is asked for.
-            version: their label; the engine's once it has them.
+            policy: its weights are sent.
+            requests: Q requests.
+            version: label of the policy's weights.
 
         Raises:
-            ConfigurationError: if the engine cannot do what is asked for, naming the key.
-            TrainingStopped: if it does not answer in time, naming it.
+            ConfigurationError: if the engine cannot serve the requests; it names the key.
+            TrainingStopped: if the engine does not answer in time; it names the engine.
         """
 
     @declared
     def answers_behind(self) -> bool:
-        """Whether it has `begin`."""
+        """True if the engine defines `begin`."""
         return False
 
-    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> Asked:
-        """Ask, and do not wait. Inside `hold_weights`.
+    def begin(self, requests: Sequence[Request], version: str, *, within: bool) -> PendingAnswers:
+        """Send requests without waiting for their answers. Call it inside `hold_weights`.
 
-        Each token of the answers is of the weights `version`, or of some that came later.
+        Each token of the answers is drawn with the weights `version` or with later ones.
 
         Args:
-            requests: what is asked for.
+            requests: Q requests.
             version: label of the weights that are held.
-            within: whether weights may change amid a response.
+            within: True: weights may change in the middle of a response.
         """
         raise NotImplementedError(type(self).__name__)
 
     def hold_weights(
         self, policy: CausalLM, version: str, *, barrier: bool = True
     ) -> AbstractContextManager[object]:
-        """`Rollout.hold_weights`, for weights that are called `version`."""
+        """`Rollout.hold_weights`, for weights with the label `version`."""
         return nullcontext()
 
     def check(self, requests: Sequence[Request]) -> None:  # noqa: B027 - some cannot know yet
-        """Refuse what cannot be answered, on all ranks, before anything is begun."""
+        """Raise on all ranks if a request cannot be served, before anything starts."""
 
     def generate_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
-        """`Rollout.sample_nothing`: answer no request of this rank's, in step with the others."""
+        """`Rollout.sample_nothing`: take part in the other ranks' collectives without requests."""
 
     def max_length(self) -> int | None:
-        """`Rollout.max_length`: tokens of a prompt and its response together; None: no limit."""
+        """`Rollout.max_length`: most tokens of a prompt and its response; None: no limit."""
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of processes, files and connections; `generate` may make them again."""
+        """Stop processes and close files and connections; `generate` may start them again."""
 
 
 class VLLMRollout(DialogueRollout):
-    """Samples with vLLM, from the policy's weights of this moment.
+    """Samples with vLLM, from the policy's current weights.
 
-    The weights go to the engine before sampling whenever they changed (each optimizer step), LoRA
-    merged in float32, rounded once to the engine's dtype and never quantised. Ids and log-probs
-    are the engine's; `policy_logprobs` are known only while nothing is cut (top-p, top-k and min-p
-    off), and nan otherwise: the engine returns those of the cut distribution alone.
+    Weights are sent to the engine before sampling whenever they changed (after each optimizer
+    step). LoRA is merged in float32 or sent alone; weights are rounded once to the engine's dtype
+    and never quantised. Ids and log-probs are the engine's. `policy_logprobs` are known only
+    without cuts (top-p, top-k and min-p off) and nan otherwise, because the engine returns only
+    those of the cut distribution.
 
-    Which token is drawn depends on (seed, prompt key, number in the group, position), and to the
-    rounding of batched matrix products on nothing else; it is not the token that `HFRollout` draws.
+    The choice of a token depends on (seed, prompt key, number in the group, position) and, up to
+    rounding of batched matrix products, on nothing else. `HFRollout` draws other tokens.
 
-    Episodes of several turns go turn by turn: all that go on are asked together, by their ids,
-    whose keys and values vLLM's prefix cache keeps.
+    Episodes are drawn turn by turn. One request holds the next turn of all episodes that go on;
+    vLLM's prefix cache keeps the keys and values of their earlier turns.
 
     Args:
-        engine: `Colocated(...)`, in this process, or `Servers(...)`, found by URL.
-        digest_every: optimizer steps after which the label of the weights (`Versions`) is made of
-            all their bits anew. Must be >= 1.
+        engine: `Colocated(...)`, in this process, or `Servers(...)`, by URL.
+        digest_every: optimizer steps after which all weights are hashed again for their label
+            (`Versions`). Must be >= 1.
 
     Raises:
         ValueError: if `digest_every` < 1.
-        ConfigurationError: from `sample`, if the engine cannot do what is asked for.
-        TrainingStopped: from `sample`, if it does not answer in time.
+        ConfigurationError: from `sample`, if the engine cannot serve the requests.
+        TrainingStopped: from `sample`, if the engine does not answer in time.
     """
 
     def __init__(self, engine: Engine, digest_every: int = 100) -> None:
         self.engine = engine
         self.versions = Versions(digest_every)
         self._version = ""
-        """Label of the weights that are held; '': none are."""
+        """Label of the weights inside `hold_weights`; '' outside."""
 
     @property
     def draws_behind(self) -> bool:
@@ -300,20 +303,20 @@ class VLLMRollout(DialogueRollout):
 def _requests(policy: CausalLM, dialogue: Dialogue, sampling: Sampling) -> list[Request]:
     for prompt in dialogue.prompts:
         if not prompt.ids:
-            raise ValueError(f"prompt {prompt.key!r} has no ids; render it with `Chat.render`")
+            raise ValueError(f"prompt {prompt.key!r} has no ids: render it with `Chat.render`")
     return [Request.of(prompt, sampling, policy) for prompt in dialogue.prompts]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawing(Drawing):
-    """Responses that an engine draws beside the trainer."""
+    """Responses that an engine draws while the trainer does other things."""
 
     rollout: VLLMRollout
     policy: CausalLM
     dialogue: Dialogue
     sampling: Sampling
     version: str
-    asked: Asked
+    asked: PendingAnswers
 
     @property
     def is_done(self) -> bool:
@@ -337,12 +340,12 @@ class _Drawing(Drawing):
 
 
 def _plain(policy: CausalLM) -> AbstractContextManager[object]:
-    """Without autocast: vLLM's arithmetic would be that of the trainer's precision."""
+    """Turn autocast off, which would change the precision of vLLM's arithmetic."""
     return torch.autocast(policy.language_model.device.type, enabled=False)
 
 
 class _Row:
-    """A response as it grows."""
+    """The tokens of one response or episode, turn by turn."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -350,19 +353,19 @@ class _Row:
         self.sampled: list[bool] = []
         self.turns: list[int] = []
         self.versions: list[str] = []
-        """The label of each token; of one that was not sampled, of the one before it."""
+        """The label for each token; a token of the environment has that of the token before it."""
         self.turn = 0
         self.ended = False
 
     def draw(self, answer: Answer) -> None:
-        """The policy said something."""
+        """Append a turn that the policy drew."""
         self._add(answer.ids, answer.logprobs, sampled=True)
         several = len(answer.versions) > 1
         self.versions += answer.by_token if several else [*answer.versions] * len(answer.ids)
         self.ended = answer.finish_reason == "stop"
 
     def read(self, ids: Sequence[int]) -> None:
-        """An environment answered; the next turn begins."""
+        """Append an environment's answer; the next turn begins after it."""
         self._add(ids, [0.0] * len(ids), sampled=False)
         self.versions += self.versions[-1:] * len(ids)
         self.turn += 1
@@ -418,16 +421,22 @@ def _responses(
     )
 
 
-def sampled(
+def answers_without_faults(
     ask: Callable[[Sequence[Request]], list[list[Answer]]],
     requests: Sequence[Request],
     version: str,
     tries: int = 3,
 ) -> list[list[Answer]]:
-    """The answers of `ask`; requests with a faulty one are asked again.
+    """The answers of `ask`; requests with a faulty answer are asked again.
+
+    Args:
+        ask: calls the engine.
+        requests: Q requests.
+        version: label that the answers must have.
+        tries: number of tries for each request.
 
     Raises:
-        TrainingStopped: if a request has a faulty answer in each of so many `tries`.
+        TrainingStopped: if a request has a faulty answer in every try.
     """
     answers = ask(requests)
     for left in reversed(range(tries)):
@@ -451,25 +460,28 @@ def sampled(
 
 
 def check_length(requests: Sequence[Request], longest: int, remedy: str) -> None:
-    """Refuse prompts that leave no room for `max_new_tokens`: vLLM would cut responses short.
+    """Raise if a prompt leaves no room for `max_new_tokens`: vLLM would cut its responses short.
 
     Args:
-        requests: what is asked for.
-        longest: tokens of prompt and response that the engine has room for.
-        remedy: what to raise.
+        requests: the requests.
+        longest: most tokens of a prompt with its response in the engine.
+        remedy: end of the error message.
+
+    Raises:
+        ConfigurationError: if a request may need more tokens.
     """
     needed = max((len(r.ids) + r.parameters["max_tokens"] for r in requests), default=0)
     if needed > longest:
         raise ConfigurationError(
-            f"model.rollout.engine: a prompt and its response may take {needed} tokens, and vLLM "
+            f"model.rollout.engine: a prompt and its response may take {needed} tokens, but vLLM "
             f"has room for {longest}: {remedy}"
         )
 
 
 def not_quantised(quantization: object, where: str) -> None:
-    """Refuse an engine that rounds the weights to fewer bits than their dtype has."""
+    """Raise if an engine quantises its weights, because it then samples from another policy."""
     if quantization is not None:
         raise ConfigurationError(
-            f"model.rollout.engine: {where} holds its weights quantised ({quantization}), and what "
-            "it samples from is not the policy: use a checkpoint and settings without quantization"
+            f"model.rollout.engine: {where} quantises its weights ({quantization}), so it would "
+            "not sample from the policy: use a checkpoint and settings without quantization"
         )

@@ -1,4 +1,4 @@
-"""Ranks that share one engine: requests of all are gathered, answered and handed back."""
+"""Ranks that share one engine: their requests are gathered, answered together and returned."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from scsdpo.rollout.vllm.rollout import Answer, Request
 T = TypeVar("T")
 
 _STEPS = 16
-"""Steps of the engine between two questions to the group whether the run was asked to stop."""
+"""Steps of the engine between two collectives that check if the run was asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,19 +25,21 @@ class _Part:
 
     requests: tuple[Request, ...]
     left: bool
+    """True: the rank has no more requests."""
     error: RemoteError | None
+    """Error that the rank has raised."""
 
 
 class TensorParallelQueue:
     """The requests of a tensor-parallel group of ranks, gathered round by round.
 
-    In each round every rank runs the engine on the requests of all of them, for the engine's layers
-    wait for each other. A rank without requests takes part until all have left.
+    In each round every rank runs the engine on the requests of all ranks, because the engine's
+    layers communicate. A rank without requests takes part until all ranks have left.
 
     Args:
-        group: of the ranks that share an engine, on the host.
-        refuse: raises `ConfigurationError` for requests that cannot be answered.
-        ask: the engine.
+        group: process group of the ranks that share an engine, for tensors of the host.
+        refuse: raises `ConfigurationError` for requests that the engine cannot serve.
+        ask: calls the engine.
     """
 
     def __init__(
@@ -52,12 +54,12 @@ class TensorParallelQueue:
         self._steps = 0
 
     def answers(self, version: str, requests: Sequence[Request]) -> list[list[Answer]]:
-        """Responses to this rank's requests, which may be none; one round.
+        """Run one round; return the answers to this rank's requests, which may be none.
 
         Raises:
-            ConfigurationError: on every rank, if any of them asks for what cannot be answered.
-            TrainingStopped: on every rank, if they do not all ask for the same of the same weights;
-                `LocalError`, if the engine fails in here: the others wait in its layers.
+            ConfigurationError: on every rank, if one of them has a request that cannot be served.
+            TrainingStopped: on every rank, if their requests or weights differ.
+            LocalError: if the engine fails on this rank, while the others wait in its layers.
         """
         parts = self._parts(requests)
         answers = self._run(version, parts)
@@ -65,7 +67,7 @@ class TensorParallelQueue:
         return answers[start : start + len(requests)]
 
     def leave(self, version: str) -> None:
-        """Take part until no rank asks any more."""
+        """Take part in rounds until no rank has requests."""
         while not self._broken:
             parts = self._parts((), left=True)
             if all(part.left for part in parts):
@@ -73,7 +75,7 @@ class TensorParallelQueue:
             self._run(version, parts)
 
     def check_interrupt(self) -> None:
-        """Before each step of the engine: all ranks give up before the same one."""
+        """Call it before each step of the engine, so that all ranks stop before the same step."""
         self._steps += 1
         if self._steps % _STEPS:
             return
@@ -104,21 +106,21 @@ class TensorParallelQueue:
         marks = self._gather(hashlib.blake2b(asked, digest_size=8).hexdigest())
         if len(set(marks)) > 1:
             raise TrainingStopped(
-                "the ranks of a tensor-parallel vLLM engine ask it for different responses, or "
-                f"have different weights ({', '.join(marks)}), and what it returns would be of "
-                "neither; no step was taken on this batch: go on with --ckpt_path"
+                "the ranks of a tensor-parallel vLLM engine have different requests or different "
+                f"weights ({', '.join(marks)}), so its responses would be wrong; no step was taken "
+                "on this batch: resume with --ckpt_path"
             )
         try:
             return self._ask(requests) if requests else []
-        except TrainingStopped:  # of the answers, and on every rank
+        except TrainingStopped:  # the answers are faulty on every rank
             raise
         except Exception as error:
             self._broken = True
             if isinstance(error, interrupt.RankLost):
                 raise
             raise LocalError(
-                f"vLLM failed on rank {dist.get_rank()} while the ranks that share its engine "
-                f"wait for it ({type(error).__name__}: {first_line(error)}); go on with --ckpt_path"
+                f"vLLM failed on rank {dist.get_rank()} while the other ranks of its engine wait "
+                f"({type(error).__name__}: {first_line(error)}); resume with --ckpt_path"
             ) from error
 
     def _gather(self, item: T) -> list[T]:

@@ -20,7 +20,7 @@ _PEFT = "base_model.model."
 """The prefix of layers' names in peft's files."""
 
 _SHARD_BYTES = 2**31
-"""Size from which the next tensor goes into another file; twice of it is held in memory."""
+"""Bytes after which a file is complete; twice as much is held in memory."""
 
 
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[list[Path], str]:
@@ -29,11 +29,11 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[
     While one file is written, the tensors of the next are gathered and copied to the host.
 
     Args:
-        weights: is iterated to its end.
+        weights: the pairs.
         folder: must not exist yet.
 
     Returns:
-        The files, and the `StreamHash` of what they hold.
+        The files, and the `StreamHash` of the pairs.
 
     Raises:
         OSError: if a file cannot be written.
@@ -68,16 +68,16 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[
 
 
 def _on_host(value: Tensor) -> Tensor:
-    """A copy in memory of the host; from a GPU it is under way when this returns."""
+    """A copy in memory of the host; a copy from a GPU is not complete when this returns."""
     host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
     return host.copy_(value, non_blocking=True)
 
 
 def write_adapter(weights: dict[str, Tensor], folder: Path) -> tuple[list[Path], str]:
-    """Write what vLLM loads, as peft would, into a new `folder`.
+    """Write an adapter in peft's format, which vLLM loads, into a new `folder`.
 
     Args:
-        weights: of `adapter_weights`. The scale is in B already, hence alpha = r.
+        weights: from `adapter_weights`. B includes the scale, hence alpha = r.
         folder: must not exist yet.
 
     Returns:
@@ -101,7 +101,7 @@ def write_adapter(weights: dict[str, Tensor], folder: Path) -> tuple[list[Path],
 
 
 def adapter_hash(weights: dict[str, Tensor]) -> str:
-    """`StreamHash` of factors by the place of their layer, which an engine may prefix otherwise."""
+    """`StreamHash` of factors; names count from `layers.` on, because engines change prefixes."""
     stream = StreamHash()
     for name, value in weights.items():
         stream.add(name[name.find("layers.") :], value)
@@ -110,13 +110,13 @@ def adapter_hash(weights: dict[str, Tensor]) -> str:
 
 @contextmanager
 def folder_in_memory(needed: int) -> Iterator[Path]:
-    """A folder in memory, where there is room for so many bytes; else on the disk."""
+    """A temporary folder for `needed` bytes, in memory if they fit, else on the disk."""
     parent = memory_or_disk(needed)
     with tempfile.TemporaryDirectory(prefix="scsdpo-adapter-", dir=parent) as folder:
         yield Path(folder)
 
 
 def memory_or_disk(needed: int) -> Path:
-    """Where files of so many bytes can lie for a while."""
+    """Parent folder for `needed` bytes of temporary files: /dev/shm if they fit, else the disk."""
     in_memory = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 2 * needed
     return _MEMORY if in_memory else Path(tempfile.gettempdir())

@@ -1,4 +1,4 @@
-"""Hashes of weights: whether two copies are the same, and whether a stream arrived whole."""
+"""Hashes of weights: they tell if two copies are equal, and if a transfer arrived completely."""
 
 import functools
 import hashlib
@@ -16,8 +16,8 @@ from scsdpo.policy.sharding import is_sharded, local, reshard
 class StreamHash:
     """A hash of (name, value) pairs: of names, dtypes, shapes and every bit of the values.
 
-    Sender and receiver each keep one, on the device where the values lie, and compare: what was
-    left out, doubled, renamed or changed on the way shows; the order does not matter.
+    Sender and receiver each compute one, on the device of the values, and compare. It changes if a
+    pair is left out, doubled, renamed or altered; the order does not matter.
     """
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class StreamHash:
         self._hashes: list[Tensor] = []
 
     def over(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The pairs of `weights`, as they pass by."""
+        """Add each pair of `weights`, and pass it on."""
         for name, value in weights:
             self.add(name, value)
             yield name, value
 
     def add(self, name: str, value: Tensor) -> None:
-        """One more pair passes by."""
+        """Add one pair."""
         self._names.append(f"{name} {value.dtype} {tuple(value.shape)}")
         self._hashes.append(tensor_hash(value))
 
@@ -42,10 +42,10 @@ class StreamHash:
 
 
 class Receipt(TypedDict):
-    """A worker's word on weights or on an adapter that it loaded."""
+    """What a worker reports after it loaded weights or an adapter."""
 
     hash: str
-    """`StreamHash` of the weights that came, `adapter_hash` of an adapter."""
+    """`StreamHash` of the received weights, or `adapter_hash` of the adapter."""
     missing: list[str]
     """Modules of its model that did not get all of their parameters."""
 
@@ -54,40 +54,39 @@ def refusal(receipt: Receipt, sent: str, *, adapter: bool = False) -> str:
     """Why an engine must not be sampled from after a load; '' if it may.
 
     Args:
-        receipt: what `WeightReceiver` returned.
+        receipt: `WeightReceiver`'s.
         sent: the sender's hash.
-        adapter: what was loaded is an adapter.
+        adapter: True: an adapter was loaded; False: weights.
     """
     if receipt["hash"] != sent:
         did = "holds another adapter" if adapter else "received other weights"
         return f"{did} ({receipt['hash']}) than {'was' if adapter else 'were'} sent ({sent})"
     if missing := receipt["missing"]:
         return (
-            f"got no complete weights for {len(missing)} of its modules "
+            f"got incomplete weights for {len(missing)} of its modules "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
     return ""
 
 
 GLIMPSE = 1024
-"""Elements of each parameter that are compared where reading all of them would take too long."""
+"""Elements of each parameter that are compared when reading all of them would take too long."""
 
 
 @torch.no_grad()
-def digest(
+def weights_digest(
     policy: nn.Module, most: int | None = None, among: Callable[[str], bool] = lambda name: True
 ) -> str:
-    """`StreamHash` of a model's parameters: 16 digits that tell these weights from any others.
+    """`StreamHash` of a model's parameters: 16 hexadecimal digits.
 
-    Of weights in 4 bits, of the packed bytes and their scales.
-
-    It is the same on every rank, after a restart, and in every process and on every device that
-    holds these weights. Shards are not gathered: each rank hashes its own.
+    Weights in 4 bits are hashed as their packed bytes and scales. The digest is the same on every
+    rank, after a restart, and in every process and on every device with these weights. Shards are
+    not gathered: each rank hashes its own. If weights are sharded, this is a collective.
 
     Args:
-        policy: under shards every rank must ask, in step.
-        most: of each parameter's elements that are read, evenly spread; None: all.
-        among: whether a parameter of that name is read.
+        policy: the model.
+        most: elements of each parameter to read, evenly spread; None: all.
+        among: True for the name of a parameter that is read.
     """
     reshard(policy)
     stream = StreamHash()
@@ -104,21 +103,21 @@ def digest(
 
 _COLUMNS = 2**12
 _SLAB, _SLAB_ON_CPU = 2**12, 2**6
-"""Rows of so many columns that are multiplied at a time: 128 MiB of products; in a cache on CPU."""
+"""Rows multiplied at a time, on a GPU (128 MiB of products) and on a CPU (to fit its cache)."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-"""By bytes of an element. Halves of 8 bytes: 2^63 times any odd number is 2^63, and pairs of signs
-would cancel."""
+"""Bytes of an element -> integer type. 8 bytes are read as two halves: as one, 2^63 times any odd
+number is 2^63, and two changed signs would cancel."""
 
 
 @torch.no_grad()
 def tensor_hash(value: Tensor) -> Tensor:
-    """sum_rc bits_rc u_c v_r modulo 2^64, on the value's device: a number for a tensor's bits.
+    """Hash of a tensor's bits: sum_rc bits_rc u_c v_r modulo 2^64, on the value's device.
 
     u and v are fixed pseudo-random numbers, so that other values, signs and orders give another
-    number; integers are the same on every device. An empty tensor gives 0.
+    hash. Integer arithmetic gives the same hash on every device. An empty tensor gives 0.
 
     Args:
-        value: of any shape and dtype of 1, 2, 4 or 8 bytes.
+        value: any shape; a dtype of 1, 2, 4 or 8 bytes.
     Shapes:
         value, read as rows r of 4,096 columns c -> [] int64.
     """

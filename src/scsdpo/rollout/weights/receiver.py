@@ -1,7 +1,7 @@
-"""A mixin of vLLM's worker class, which takes the policy's weights.
+"""A mixin of vLLM's worker class, which receives the policy's weights.
 
-vLLM finds it by name (`--worker-extension-cls scsdpo.rollout.WeightReceiver`) and calls its methods
-on every worker (`collective_rpc`). Nothing of vLLM is imported until one is called.
+vLLM imports it by name (`--worker-extension-cls scsdpo.rollout.WeightReceiver`) and calls its
+methods on every worker (`collective_rpc`). Only its methods import vLLM.
 """
 
 import logging
@@ -22,14 +22,14 @@ from scsdpo.rollout.weights.files import adapter_hash, memory_or_disk
 from scsdpo.rollout.weights.hashing import Receipt, StreamHash
 
 TIMEOUT = 60.0
-"""Seconds without a byte after which a download of weights is given up."""
+"""Seconds without a byte after which a download of weights fails."""
 
 Take = Callable[[Iterable[tuple[str, Tensor]]], Any]
-"""Takes some of the (name, value) pairs of a load."""
+"""Loads some (name, value) pairs into the model."""
 
 
 class WeightReceiver:
-    """Methods of each vLLM worker; `self` is the worker."""
+    """Methods for each vLLM worker; `self` is the worker."""
 
     if TYPE_CHECKING:
         vllm_config: Any
@@ -37,11 +37,11 @@ class WeightReceiver:
         weight_transfer_engine: Any
 
     _scsdpo_loaded = ""
-    """`StreamHash` of the weights of the last whole load."""
+    """`StreamHash` of the weights of the last complete load."""
     _scsdpo_adapter = ""
-    """Name of the adapter beside them."""
+    """Name of the adapter beside them; '': none."""
     _scsdpo_folder = ""
-    """Where its files were fetched to, until they are read."""
+    """Folder with the downloaded files of an adapter, until they are read; '': none."""
 
     def scsdpo_describe(self) -> dict[str, Any]:
         """Settings of the engine that decide whether its rollouts can be trained on."""
@@ -58,10 +58,10 @@ class WeightReceiver:
         }
 
     def _scsdpo_adapters(self) -> dict[str, Any] | None:
-        """The adapters that it has room for; None if it takes none.
+        """The adapters that the worker accepts; None if it was started without LoRA.
 
-        `rank`: the largest; `modules`: last parts of names of what can be adapted; `updates`:
-        whether a server that this worker is of has the endpoint for them.
+        `rank` is the largest rank. `modules` are the last parts of the names of modules that can be
+        adapted. `updates` is true if its server has the endpoints that load adapters.
         """
         from vllm.envs import VLLM_ALLOW_RUNTIME_LORA_UPDATING
 
@@ -78,10 +78,10 @@ class WeightReceiver:
         }
 
     def scsdpo_fetch_adapter(self, locations: Sequence[str], place: str) -> str:
-        """Put the files of an adapter where this machine's workers can read them; says where.
+        """Download the files of an adapter if they are URLs; return the folder that holds them.
 
         Args:
-            locations: paths, which are read where they are, or URLs.
+            locations: paths or URLs of the files.
             place: a random name for the folder, the same for all workers of a server.
         """
         self._scsdpo_adapter = ""
@@ -98,20 +98,20 @@ class WeightReceiver:
                 tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
             ):
                 shutil.copyfileobj(body, file, 2**20)
-            Path(file.name).replace(file_place)  # whole at once: other workers may read it
+            Path(file.name).replace(file_place)  # atomic: other workers may read it
         return str(folder)
 
     def _scsdpo_tidy(self) -> None:
-        """Remove the files of an adapter that were fetched."""
+        """Remove the downloaded files of an adapter."""
         if self._scsdpo_folder:
             shutil.rmtree(self._scsdpo_folder, ignore_errors=True)
             self._scsdpo_folder = ""
 
     def scsdpo_held(self, name: str) -> Receipt:
-        """Receipt of the adapter that was loaded last; its hash is '' if it is not in force.
+        """Receipt of the adapter that was loaded last; its hash is '' if it is not active.
 
         Args:
-            name: what it is called from now on.
+            name: name to give to the adapter.
         """
         self._scsdpo_adapter = name
         self._scsdpo_tidy()
@@ -130,20 +130,21 @@ class WeightReceiver:
         return {"hash": adapter_hash(found), "missing": []}
 
     def scsdpo_fetch(self, locations: Sequence[str]) -> Receipt:
-        """Load safetensors files, by path or URL.
+        """Load safetensors files.
 
         Args:
-            locations: files that hold, together, every weight by its checkpoint's name.
+            locations: paths or URLs of files that together hold every weight, under the
+                checkpoint's names.
         """
         return self.scsdpo_load(pair for location in locations for pair in _read(location))
 
     def scsdpo_receive(self, update_info: dict[str, Any], timeout: float) -> Receipt:
-        """Load what the trainer sends by vLLM's weight transfer engine.
+        """Load the weights that the trainer sends by vLLM's weight transfer engine.
 
         Args:
-            update_info: vLLM's: names, dtypes and shapes.
-            timeout: seconds after which the group is left: a worker that waits for a trainer that
-                is gone would be deaf for ever.
+            update_info: vLLM's description of the weights: names, dtypes and shapes.
+            timeout: seconds after which the worker leaves the group. Otherwise it would wait
+                forever for a trainer that is gone, and answer no other call.
         """
         engine = self.weight_transfer_engine
         watchdog = threading.Timer(timeout, engine.shutdown)
@@ -162,31 +163,31 @@ class WeightReceiver:
         return self._reload(receive)
 
     def scsdpo_load(self, weights: Iterable[tuple[str, Tensor]]) -> Receipt:
-        """Load (name, value) pairs in the checkpoint's names."""
+        """Load (name, value) pairs; names are the checkpoint's."""
         return self._reload(lambda take: take(weights))
 
     def _reload(self, load: Callable[[Take], None]) -> Receipt:
-        """`load` gives its pairs to the function that it gets, at once or in parts."""
+        """Reload the weights; `load` calls its argument with pairs, once or several times."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import (
             finalize_layerwise_reload,
             initialize_layerwise_reload,
         )
 
-        # It warns at each reload of what has no weights (rotary positions) or shares them (the
-        # tied head, below).
+        # vLLM warns at each reload of modules without weights (rotary positions) and with shared
+        # ones (tied heads, which `_shared` handles).
         noisy = "vllm.model_executor.model_loader.reload.layerwise"
         logging.getLogger(noisy).setLevel(logging.ERROR)
         self._scsdpo_loaded = self._scsdpo_adapter = ""
         stream, model = StreamHash(), self.model_runner.get_model()
         shared = _shared(model)
-        # What the worker's reload_weights does, which does not tell what was loaded.
+        # As the worker's own reload_weights, which does not report what it loaded.
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
             try:
                 load(lambda pairs: model.load_weights(stream.over(pairs)))
                 missing = [name for name in _unfilled(model) if name not in shared]
-            finally:  # or the next load would count this one's parts as its own
+            finally:  # otherwise the next load would count the parts of this one
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             self.model_runner.reset_lora_state()
         _repack_heads(model)
@@ -196,7 +197,7 @@ class WeightReceiver:
 
 
 def _shared(model: nn.Module) -> set[str]:
-    """Modules whose parameters are all another's: tied heads."""
+    """Names of modules that share all their parameters with another: tied heads."""
     owners: dict[int, str] = {}
     found = set()
     for name, module in model.named_modules():
@@ -207,10 +208,10 @@ def _shared(model: nn.Module) -> set[str]:
 
 
 def _unfilled(model: nn.Module) -> Iterator[str]:
-    """Modules that have not got every element of their parameters, before the load is finalized.
+    """Names of modules that did not get all elements of their parameters; ask before finalizing.
 
-    vLLM counts elements as they come and puts a module in place with its last one; fused
-    parameters (q, k and v in one) are full only with all of their parts.
+    vLLM counts elements as they come, and puts a module in place when the last one came. A fused
+    parameter (q, k and v in one) is complete only with all of its parts.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -220,13 +221,13 @@ def _unfilled(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
         if not info.can_load():
-            continue  # in place
+            continue  # complete
         wanted = sum(
             get_tensor_load_numel(parameter)
             for leaf, parameter in module.named_parameters(recurse=False)
             if leaf not in SKIP_LOAD_TENSORS
         )
-        if isinstance(module, VocabParallelEmbedding):  # its rows are padded
+        if isinstance(module, VocabParallelEmbedding):  # padded rows are not loaded
             places = module.shard_indices
             rows = places.org_vocab_end_index - places.org_vocab_start_index
             wanted = wanted // module.num_embeddings_per_partition * rows
@@ -235,10 +236,10 @@ def _unfilled(model: nn.Module) -> Iterator[str]:
 
 
 def _repack_heads(model: nn.Module) -> None:
-    """Let heads follow their weight: the CPU build multiplies with a packed copy of it.
+    """Update the packed copies of heads' weights, with which vLLM's CPU build multiplies.
 
-    Reloading makes that copy anew for layers that got a weight, and a tied head gets none: its
-    weight is the embedding's. Without this its logits stay those of the first weights.
+    A reload renews the copies of layers that got a weight. A tied head gets none, because its
+    weight is the embedding's; without this its logits would stay those of the first weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -1,16 +1,15 @@
-"""The stream of a policy's weights to an engine.
+"""Sending a policy's weights to an engine.
 
-A view says which weights: all of them with LoRA merged, the base, or the adapter. It is a generator
-of (name, value) pairs, rounded to the engine's dtype, a layer at a time. Names are those of the
-checkpoint, which may hold apart what transformers has fused, such as the matrices of each expert.
-Under shards every rank must read a view to its end, in step, for weights are gathered. The policy's
-own weights are not touched.
+A view is a generator of (name, value) pairs, rounded to the engine's dtype, a layer at a time:
+all weights with LoRA merged, the base, or the adapter. Names are those of the checkpoint, which may
+split what transformers has fused, such as the matrices of each expert. If weights are sharded, a
+view gathers them, so all ranks must read it to its end. The policy's own weights do not change.
 
-A `WeightStream` reads views on all ranks together. A `Sink` is an engine's end: what it still needs
-of a policy's weights, and how it gets them.
+A `WeightStream` reads views on all ranks together. A `Sink` belongs to an engine: it decides which
+weights the engine still needs, and loads them there.
 
-An adapter alone is 2 percent of the merged weights at rank 32, and its small updates are not lost
-to the rounding of the weights that they are added to.
+At rank 32 an adapter has 2 percent of the bytes of the merged weights. Sent alone, its small
+updates are not lost to the rounding of the weights that they are added to.
 """
 
 from abc import ABC, abstractmethod
@@ -24,29 +23,29 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from scsdpo.distributed import place
+from scsdpo.distributed import rank_and_size
 from scsdpo.errors import ConfigurationError
 from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.adapter import STUDENT, adapted_ends, adapted_layers, is_tied, merged_layer
 from scsdpo.policy.names import is_factor, plain_name
 from scsdpo.policy.shard_loading import as_stored
 from scsdpo.policy.sharding import is_sharded, reshard, whole_weight
-from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, digest
+from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, weights_digest
 
 Pairs = Iterator[tuple[str, Tensor]]
 View = Callable[[CausalLM, torch.dtype], Pairs]
-"""Some of the policy's weights; a function that pickles."""
+"""Yields some of the policy's weights; a function that pickles."""
 Weights = Callable[[torch.dtype], Pairs]
-"""A pass over all weights that are sent, rounded to a dtype."""
+"""Makes a pass over all weights to send, rounded to a dtype."""
 LoraTransport = Literal["auto", "merged", "alone"]
-"""The way that LoRA reaches an engine: the engine's argument `adapter`."""
+"""How LoRA is sent to an engine; the engine's argument `adapter`."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's `max_lora_rank` may have."""
 
 
 @torch.no_grad()
 def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
-    """Every weight of the plain model; LoRA factors are merged into them.
+    """Every weight of the model without adapters, with LoRA factors merged.
 
     A tied head comes once, as the embedding, unless one of the two is adapted: then they are two
     tables.
@@ -76,7 +75,7 @@ def merged_weights(policy: CausalLM, dtype: torch.dtype | None = None) -> Pairs:
 
 @torch.no_grad()
 def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
-    """Every weight of the model without its adapters, in plain numbers."""
+    """Every weight of the model without its adapters, dequantised."""
     model = policy.language_model
     reshard(model)
     plain = (
@@ -88,16 +87,15 @@ def base_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
 
 
 def base_digest(policy: CausalLM) -> str:
-    """Tells the base from another; of evenly spread elements, for nothing trains it."""
-    return digest(policy, GLIMPSE, lambda name: not is_factor(name))
+    """Digest of the base weights, from evenly spread elements: the base is never trained."""
+    return weights_digest(policy, GLIMPSE, lambda name: not is_factor(name))
 
 
 @torch.no_grad()
 def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
     """Every adapted layer's A and scale B, named after the layer.
 
-    The scale (alpha / r, or alpha / sqrt(r)) is multiplied into B in float32, before the one
-    rounding.
+    B is multiplied by the scale (alpha / r, or alpha / sqrt(r)) in float32, and then rounded once.
     """
     reshard(policy.language_model)
     for name, layer in policy.language_model.named_modules():
@@ -110,38 +108,38 @@ def adapter_weights(policy: CausalLM, dtype: torch.dtype) -> Pairs:
 
 
 def why_not_alone(policy: CausalLM) -> str:
-    """Why the policy's adapter cannot be brought by itself, naming the key; '' if it can."""
+    """Why the adapter cannot be sent without the merged weights, with the key; '' if it can."""
     adapter = policy.adapter
     if not isinstance(adapter, Lora):
-        return "model.policy.adapter is no Lora, all weights are trained"
+        return "model.policy.adapter is not a Lora, all weights are trained"
     if adapter.use_dora:
-        return "vLLM does not know DoRA (model.policy.adapter.use_dora)"
+        return "vLLM does not support DoRA (model.policy.adapter.use_dora)"
     if adapter.r > RANKS[-1]:
-        return f"vLLM knows ranks up to {RANKS[-1]} (model.policy.adapter.r is {adapter.r})"
+        return f"vLLM supports ranks up to {RANKS[-1]} (model.policy.adapter.r is {adapter.r})"
     for name, layer in adapted_layers(policy.language_model).items():
         if isinstance(layer, ParamWrapper):
-            return f"{name} is no layer (model.policy.adapter.target_parameters)"
+            return f"{name} is not a layer (model.policy.adapter.target_parameters)"
         if name in adapted_ends(policy.language_model):
-            return f"vLLM adapts no embedding and no head, and {name} has an adapter"
+            return f"vLLM adapts neither embedding nor head, and {name} has an adapter"
     return ""
 
 
 def rank_for(policy: CausalLM, adapter: LoraTransport) -> int | None:
-    """`max_lora_rank` of an engine with room for the adapter; None if it is merged.
+    """`max_lora_rank` that an engine needs for the policy's adapter; None if LoRA is merged.
 
     Args:
-        policy: whose adapter; loaded, for its layers are looked at.
+        policy: with loaded weights.
         adapter: the engine's argument.
 
     Raises:
-        ConfigurationError: if it is to be `alone`, and cannot be; if embedding or head is adapted
-            and they are one table.
+        ConfigurationError: if `adapter` is `alone` and that is not possible; if embedding and head
+            are tied and one of them is adapted.
     """
     model, why_not = policy.language_model, why_not_alone(policy)
     if (ends := adapted_ends(model)) and is_tied(model):
         raise ConfigurationError(
-            f"model.policy.adapter.target_modules: {ends[0]} has an adapter, and embedding and "
-            "head of this model are one table, which vLLM reads for both: leave it out, or sample "
+            f"model.policy.adapter.target_modules: {ends[0]} has an adapter, but embedding and "
+            "head of this model are one table, and vLLM cannot untie them: leave it out, or sample "
             "with HFRollout"
         )
     if adapter == "alone" and why_not:
@@ -153,35 +151,39 @@ def rank_for(policy: CausalLM, adapter: LoraTransport) -> int | None:
 
 
 def check_targets(weights: dict[str, Tensor], supported: list[str]) -> None:
-    """Refuse layers that the engine has no adapters for.
+    """Raise if the engine does not support adapters of some layers.
 
     Args:
-        weights: of `adapter_weights`.
-        supported: last parts of names of modules, as `WeightReceiver.scsdpo_describe` says.
+        weights: from `adapter_weights`.
+        supported: last parts of modules' names, from `WeightReceiver.scsdpo_describe`.
+
+    Raises:
+        ConfigurationError: if a layer is not among them.
     """
     targets = {name.split(".")[-3] for name in weights}
     if others := sorted(targets - set(supported)):
         raise ConfigurationError(
-            f"model.policy.adapter.target_modules: vLLM has no adapters for {', '.join(others)} of "
-            "this model: leave them out (exclude_modules), or set model.rollout.engine.adapter to "
-            "merged"
+            "model.policy.adapter.target_modules: vLLM does not support adapters for "
+            f"{', '.join(others)} of this model: leave them out (exclude_modules), or set "
+            "model.rollout.engine.adapter to merged"
         )
 
 
 class MergeRounding:
-    """Says once what of LoRA's change is lost when it is merged into rounded weights."""
+    """Reports once how much of LoRA's change is lost when it is merged into rounded weights."""
 
     _LAYERS, _ENOUGH = 8, 0.9
+    """Number of layers to measure; share of changed weights below which it reports."""
 
     def __init__(self) -> None:
         self._looked = False
 
     def look(self, policy: CausalLM, dtype: torch.dtype) -> None:
-        """At the first delivery that changes anything; not under shards or DoRA.
+        """Measure the first change, unless weights are sharded or the adapter is DoRA.
 
         Args:
-            policy: about to be merged.
-            dtype: of the engine's weights.
+            policy: the policy that will be merged.
+            dtype: dtype of the engine's weights.
         """
         adapter = policy.adapter
         if self._looked or dtype.itemsize >= 4 or is_sharded(policy):
@@ -196,18 +198,18 @@ class MergeRounding:
         self._looked = share is not None
         if share is not None and share < self._ENOUGH:
             rank_zero_info(
-                f"LoRA merged into {str(dtype).removeprefix('torch.')} weights for vLLM: of the "
-                f"weights that it changes {share:.0%} come out changed, the rest is lost to "
-                "rounding; model.rollout.engine.adapter: alone loses none"
+                f"LoRA is merged into {str(dtype).removeprefix('torch.')} weights for vLLM: "
+                f"{share:.0%} of the weights that it changes differ after rounding, the other "
+                "changes are lost; model.rollout.engine.adapter: alone loses none"
             )
 
 
 @torch.no_grad()
 def share_kept(layers: Sequence[LoraLayer], dtype: torch.dtype) -> float | None:
-    """Among weights with W + scale B A != W, the share that differs after both are rounded.
+    """Among weights with W + scale B A != W, the share that still differs after rounding both.
 
     Returns:
-        In [0, 1]; None if nothing is changed.
+        In [0, 1]; None if no weight is changed.
     """
     changed = kept = 0
     for layer in layers:
@@ -220,32 +222,32 @@ def share_kept(layers: Sequence[LoraLayer], dtype: torch.dtype) -> float | None:
 
 
 class WeightStream:
-    """Passes over views of a policy's weights, which in shards all ranks make together.
+    """Passes over views of a policy's weights, which all ranks make together if it is sharded.
 
-    All ranks make one, and close it. Without `led` every rank asks for the same passes. With it
-    rank 0 alone asks, and closing lets the other ranks take part in what it asks for.
+    All ranks construct a stream and close it. Without `led` every rank must ask for the same
+    passes. With it only rank 0 asks, and in `close` the other ranks take part in its passes.
 
     Args:
-        policy: whose weights.
+        policy: the policy.
         adapter: the engine's argument.
-        led: by rank 0.
+        led: rank 0 decides which passes are made.
 
     Raises:
-        ConfigurationError: if the adapter is to go `alone`, and cannot.
+        ConfigurationError: if `adapter` is `alone` and that is not possible.
     """
 
     def __init__(self, policy: CausalLM, adapter: LoraTransport, *, led: bool) -> None:
         self.policy = policy
         self.rank = rank_for(policy, adapter)
-        """`max_lora_rank` of an engine with room for the adapter; None: it is merged."""
+        """`max_lora_rank` that the engine needs; None: LoRA is merged."""
         self.base = "" if self.rank is None else base_digest(policy)
-        """Tells the base from another."""
+        """Digest of the base; '' if LoRA is merged."""
         self._sharded = is_sharded(policy)
         self._led = led and self._sharded
         self._pass: Pairs = iter(())
 
     def read(self, view: View, dtype: torch.dtype) -> Pairs:
-        """(name, value) pairs of a view, rounded to `dtype`; the last pass ends before."""
+        """Pass over a view: (name, value) pairs rounded to `dtype`. It ends the pass before."""
         self._finish()
         if self._led:
             _from_rank_0((view, dtype))
@@ -257,7 +259,7 @@ class WeightStream:
         self._finish()
         if not self._led:
             return
-        if place()[0] == 0:
+        if rank_and_size()[0] == 0:
             _from_rank_0(None)
             return
         while (asked := _from_rank_0(None)) is not None:
@@ -266,24 +268,24 @@ class WeightStream:
                 pass
 
     def _finish(self) -> None:
-        """Go on to the end, for the other ranks gather with this one until then."""
+        """Read the last pass to its end, because the other ranks gather in it too."""
         if self._sharded:
             for _ in self._pass:
                 pass
 
 
 def _from_rank_0(asked: tuple[View, torch.dtype] | None) -> tuple[View, torch.dtype] | None:
-    """Rank 0's next pass, on all ranks; None: there is none."""
+    """Broadcast rank 0's next pass to all ranks; None: there is none."""
     said = [asked]
     dist.broadcast_object_list(said)
     return said[0]
 
 
 class Sink(ABC):
-    """An engine's end of the stream: in this process, files, or NCCL."""
+    """Loads weights into an engine: in this process, by files, or by NCCL."""
 
     due = False
-    """The engine lost what it had, though the policy's weights are the same."""
+    """True: the engine lost its weights, so they must be sent again although they are the same."""
 
     def __init__(self) -> None:
         self._base = ""
@@ -293,36 +295,38 @@ class Sink(ABC):
 
     @abstractmethod
     def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
-        """Let the engine have these weights.
+        """Load weights into the engine.
 
         Args:
-            weights: any number of passes; each is iterated to its end.
-            version: their label.
-            dtype: of the engine.
+            weights: makes a pass over them; call it any number of times, and read each pass to its
+                end.
+            version: label of the weights.
+            dtype: dtype of the engine's weights.
         """
 
     @abstractmethod
     def load_adapter(self, weights: dict[str, Tensor], version: str) -> None:
-        """Let the engine have an adapter beside the weights that were loaded last.
+        """Load an adapter into the engine, beside the weights that were loaded last.
 
         Args:
-            weights: of `adapter_weights`.
+            weights: from `adapter_weights`.
             version: label of base and adapter together.
         """
 
     def send(
         self, stream: WeightStream, version: str, dtype: torch.dtype, supported: list[str] | None
     ) -> None:
-        """Bring the policy's weights: all of them, or the base if it changed, and the adapter.
+        """Send all merged weights; or the adapter alone, after the base if that changed.
 
         Args:
-            stream: of the policy.
-            version: label of its weights.
-            dtype: of the engine.
-            supported: last parts of names of modules that it can adapt; None: LoRA is merged.
+            stream: reads the policy's weights.
+            version: label of the policy's weights.
+            dtype: dtype of the engine's weights.
+            supported: last parts of the names of modules that the engine can adapt; None: LoRA is
+                merged.
 
         Raises:
-            ConfigurationError: if the engine has no adapters for layers that have one.
+            ConfigurationError: if the engine does not support adapters of some adapted layers.
         """
         if supported is None:
             self.forget()
@@ -343,5 +347,5 @@ class Sink(ABC):
         self.load_adapter(weights, version)
 
     def forget(self) -> None:
-        """Nothing is known of what the engine has."""
+        """Forget which base the engine has, so that `send` sends it again."""
         self._base = ""

@@ -1,4 +1,4 @@
-"""Labels of the policy's weights, by which trainer and engine tell whether they have the same."""
+"""Labels of the policy's weights. Trainer and engine compare them to tell if theirs are equal."""
 
 import secrets
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from scsdpo.distributed import place
+from scsdpo.distributed import rank_and_size
 from scsdpo.private.torch import default_store, load_hooks
-from scsdpo.rollout.weights.hashing import GLIMPSE, digest
+from scsdpo.rollout.weights.hashing import GLIMPSE, weights_digest
 
 
 class _Moves:
-    """Counts of optimizer steps and of loads in this process: the same on every rank."""
+    """Numbers of optimizer steps and of loaded state dicts in this process; equal on all ranks."""
 
     steps = 0
     loads = 0
@@ -27,7 +27,7 @@ def _loaded(*_: object) -> None:
     _Moves.loads += 1
 
 
-# In-place counters would not do: fused optimizers write without being counted.
+# A tensor's `_version` would not do: fused optimizers write without increasing it.
 register_optimizer_step_post_hook(_stepped)
 
 
@@ -36,26 +36,28 @@ class _Seen:
     """State of weights as far as it is known without reading all of them."""
 
     steps: int
+    """Number of optimizer steps."""
     others: tuple[int, int, int]
-    """Which policy, loads, and moves by hand."""
+    """(id of the policy, number of loads, calls of `moved`)."""
     glimpse: str
+    """Digest of `GLIMPSE` elements of each parameter."""
 
     def only_stepped_since(self, before: "_Seen | None") -> bool:
-        """True if nothing but optimizer steps may have changed them."""
+        """True if only optimizer steps can have changed the weights."""
         return before is not None and self.steps > before.steps and self.others == before.others
 
 
 class Versions:
-    """Labels `RUN.DIGEST.MOVES`; weights that differ never have the same.
+    """Labels `RUN.DIGEST.MOVES` of weights; weights that differ never have the same label.
 
     RUN is drawn at random, once for all ranks. MOVES counts optimizer steps, loads of state dicts
-    and calls of `moved`. DIGEST is `hashing.digest` as it was last taken: at the start, after a
-    load, every `digest_every` optimizer steps, and when weights were written by hand. The latter
-    is noticed by comparing `GLIMPSE` evenly spread elements of each parameter at every call; who
-    writes fewer than all elements of a parameter says so with `moved`.
+    and calls of `moved`. DIGEST is the last `weights_digest`: it is computed at the start, after a
+    load, every `digest_every` optimizer steps, and after other code wrote weights. To notice that,
+    each call compares `GLIMPSE` evenly spread elements of each parameter. Code that writes only
+    some elements of a parameter must call `moved`.
 
     Args:
-        digest_every: optimizer steps after which all bits are looked at again. Must be >= 1.
+        digest_every: optimizer steps after which all weights are hashed again. Must be >= 1.
 
     Raises:
         ValueError: if `digest_every` < 1.
@@ -71,32 +73,32 @@ class Versions:
         self._digest, self._digested_at = "", 0
 
     def of(self, policy: nn.Module) -> str:
-        """The label of the policy's weights as they are now; under shards all ranks ask in step."""
+        """The label of the policy's current weights; a collective if they are sharded."""
         if _loaded not in load_hooks(policy).values():
             policy.register_load_state_dict_post_hook(_loaded)
             self._seen = None
         seen = _Seen(
             steps=_Moves.steps,
             others=(id(policy), _Moves.loads, self._by_hand),
-            glimpse=digest(policy, GLIMPSE),
+            glimpse=weights_digest(policy, GLIMPSE),
         )
         if seen != self._seen:
             if not seen.only_stepped_since(self._seen) or (
                 seen.steps - self._digested_at >= self.digest_every
             ):
-                self._digest, self._digested_at = digest(policy), seen.steps
+                self._digest, self._digested_at = weights_digest(policy), seen.steps
             self._seen = seen
         return f"{self._agreed()}.{self._digest}.{seen.steps + _Moves.loads + self._by_hand}"
 
     def moved(self) -> None:
-        """The weights were written by other means than an optimizer or a state dict."""
+        """Say that weights were written by other means than an optimizer or a state dict."""
         self._by_hand += 1
 
     def _agreed(self) -> str:
-        """RUN, the same on every rank: whoever asks first decides. No collective."""
+        """RUN, the same on every rank: the first rank to ask decides. It is no collective."""
         if not self._run:
             drawn = secrets.token_hex(4)
-            if place()[1] > 1:
+            if rank_and_size()[1] > 1:
                 store: Any = default_store()
                 drawn = store.compare_set("scsdpo/weights", "", drawn).decode()
             self._run = drawn

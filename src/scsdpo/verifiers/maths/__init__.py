@@ -1,4 +1,4 @@
-"""The reward of mathematics: where the answer stands, of which kind it is, and if it is right."""
+"""The reward of mathematics: find the answer, read its kind, and compare it."""
 
 from scsdpo.verifiers.maths.finding import final_answer
 from scsdpo.verifiers.maths.verifier import MathAnswer

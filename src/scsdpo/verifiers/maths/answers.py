@@ -1,8 +1,8 @@
-r"""Kinds of answers, and when two are the same.
+r"""Kinds of answers, and the comparison of two answers.
 
 `read_answer` decides the kind of a text: a number or expression, a quantity with a unit, a number
 of a base, a relation, a tuple or interval, a set, a union, a matrix, several answers, or a text.
-What is no mathematics is a text, and texts are the same only letter for letter.
+Anything that is no mathematics is a text; texts are equal only letter for letter.
 """
 
 # ruff: noqa: RUF001
@@ -26,7 +26,7 @@ _SIX_DIGITS = 100_000
 
 @dataclass(frozen=True)
 class Rules:
-    """What `same` is told: how far decimals may be off, and if units count."""
+    """Settings of `same`: the tolerance of decimals, and whether units count."""
 
     tolerance: Fraction = Fraction(0)
     compare_units: bool = True
@@ -34,7 +34,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Text:
-    """What is no mathematics, and mathematics that is beyond `expression`."""
+    """A text that is no mathematics, or mathematics that `expression` cannot read."""
 
     written: str
 
@@ -58,7 +58,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Based:
-    """Digits of a base other than ten."""
+    """A number in a base other than ten."""
 
     written: str
     digits: str
@@ -67,7 +67,7 @@ class Based:
 
 @dataclass(frozen=True)
 class Relation:
-    """Sides, and the signs between them: = ≠ < > ≤ ≥, or ∈ alone."""
+    """Sides, with the signs between them: = ≠ < > ≤ ≥, or a single ∈."""
 
     written: str
     signs: tuple[str, ...]
@@ -76,7 +76,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Group:
-    """A tuple or an interval: parts in order, between brackets that count."""
+    """A tuple or an interval: parts in order, and the kinds of its brackets."""
 
     written: str
     brackets: str
@@ -172,7 +172,7 @@ _EXPRESSION_WITH_UNIT = re.compile(
 
 
 def read_answer(text: str) -> Answer:
-    """The answer that a text states; at worst a `Text`. Takes a bounded time."""
+    """The answer that a text states, a `Text` if nothing else. Takes bounded time."""
     if len(text) > MAX_CHARACTERS:
         return Text(flat(text))
     if re.fullmatch(r"-?\d+(?:\.\d+)?", text, re.ASCII):  # most answers
@@ -211,7 +211,7 @@ def _read(text: str, depth: int, brackets: bool = False) -> Answer:
 
 
 def _joined_thousands(text: str) -> str:
-    """1,234 is a number where it stands in no bracket; (1,234) are two."""
+    """Join thousands: 1,234 is one number outside brackets; (1,234) holds two."""
 
     def joined(match: re.Match[str]) -> str:
         before = text[: match.start()]
@@ -222,7 +222,7 @@ def _joined_thousands(text: str) -> str:
 
 
 def _moment(text: str) -> str:
-    """Dates and times in one spelling, and what looks like a sum or a quotient but is none."""
+    """Write dates and times in one form, also those that look like a sum or a quotient."""
     text = re.sub(r"\s+", " ", text).strip()
     clock = _CLOCK.fullmatch(text.lower())
     if clock:
@@ -255,7 +255,7 @@ def _month(name: str) -> int:
 
 
 def _arranged(text: str, written: str, depth: int) -> Answer | None:
-    r"""A matrix, or a system of equations: what stands between \begin and \end."""
+    r"""A matrix or a system of equations, from the text between \begin and \end."""
     if r"\begin" not in text:
         return None
     named = re.fullmatch(rf"({_NAME.pattern})\s*=\s*(.*\\begin.*)", text, re.DOTALL)
@@ -289,7 +289,7 @@ def _listed(text: str, written: str, depth: int) -> Answer | None:
 
 
 def _both(text: str, written: str, depth: int) -> Answer | None:
-    """Both answers that a ± stands for, unless it stands within a list."""
+    """The two answers of a ±, unless it is inside a list."""
     is_list = text[0] in "([⦃" and closing(text, 0) == len(text) - 1
     if not re.search("[±∓]", text) or (is_list and len(split(text[1:-1], _INNER_COMMA)) > 1):
         return None
@@ -299,7 +299,7 @@ def _both(text: str, written: str, depth: int) -> Answer | None:
 
 
 def _named_alike(parts: Sequence[str]) -> list[str]:
-    """`x = 1, 2` is `x = 1, x = 2`."""
+    """Repeat a name: `x = 1, 2` becomes `x = 1, x = 2`."""
     name = re.match(rf"\s*({_NAME.pattern}|\([A-Za-z, ]+\))\s*=", parts[0])
     if name is None or any(_SIGN.search(part) for part in parts[1:]):
         return list(parts)
@@ -307,7 +307,7 @@ def _named_alike(parts: Sequence[str]) -> list[str]:
 
 
 def _many(written: str, parts: Iterable[Answer], sort: str = "several") -> Many:
-    """With the parts of its parts."""
+    """Several answers; parts that hold several themselves are flattened."""
     found: list[Answer] = []
     for part in parts:
         is_flat = isinstance(part, Many) and part.sort == "several"
@@ -322,7 +322,7 @@ def _related(text: str, written: str, depth: int) -> Answer | None:
         signs = [text[place] for place in _places(text, _SIGN)]
         if not sides[0] and signs[0] in "=≈":
             sides, signs = sides[1:], signs[1:]
-        if "≈" in signs:  # what stands before it is exact
+        if "≈" in signs:  # the side before it is exact
             place = signs.index("≈")
             if place or not _NAME.fullmatch(sides[0]):
                 sides, signs = sides[: place + 1], signs[:place]
@@ -348,7 +348,7 @@ def _related(text: str, written: str, depth: int) -> Answer | None:
 
 
 def _places(text: str, separator: re.Pattern[str]) -> list[int]:
-    """Where `split` splits."""
+    """Positions at which `split` splits."""
     places, place = [], 0
     for part in split(text, separator)[:-1]:
         place += len(part)
@@ -420,7 +420,7 @@ def _based(match: re.Match[str], written: str) -> Answer | None:
 
 
 def _node(text: str) -> Node | None:
-    """The tree of an expression, or of a number as people write it outside mathematics."""
+    """The tree of an expression, or of a number in everyday notation."""
     scientific = _POWER_OF_TEN.fullmatch(text)
     if scientific and abs(int(scientific[2][:9])) <= _MOST_EXPONENT:
         power = int(scientific[2])
@@ -475,7 +475,7 @@ def _of(number: str, unit: str, written: str, *, any_words: bool) -> Answer | No
 
 
 def same(gold: Answer, said: Answer, rules: Rules) -> bool:
-    """Whether `said` is a right way to state `gold`. A set of one number is that number."""
+    """True if `said` states `gold`. A set of one number equals that number."""
     return _same(_of_one(gold), _of_one(said), rules)
 
 
@@ -511,7 +511,7 @@ def _same(gold: Answer, said: Answer, rules: Rules) -> bool:
 
 
 def _lone(answer: Answer) -> Answer:
-    """The only part of several answers."""
+    """The part of several answers if there is only one."""
     while isinstance(answer, Many) and len(answer.parts) == 1 and answer.sort != "set":
         answer = answer.parts[0]
     return answer
@@ -524,7 +524,7 @@ def _in_order(golds: Sequence[Answer], saids: Sequence[Answer], rules: Rules) ->
 
 
 def _as_product(answer: Answer, other: Answer) -> Answer:
-    """Letters, where the other answer is an expression."""
+    """A text of letters as a product, if the other answer is an expression."""
     letters = isinstance(answer, Text) and re.fullmatch(r"[A-Za-z]{1,3}", answer.written)
     if letters and isinstance(other, Value):
         node = _node(answer.written)
@@ -533,7 +533,7 @@ def _as_product(answer: Answer, other: Answer) -> Answer:
 
 
 def _same_number(gold: Answer, said: Answer, rules: Rules) -> bool:
-    """Numbers and expressions; a unit that only one of the two has is given up."""
+    """Compare numbers and expressions; a unit that only one of them has is ignored."""
     if not isinstance(gold, Value | Quantity) or not isinstance(said, Value | Quantity):
         return False
     if isinstance(gold, Quantity) and isinstance(said, Quantity):
@@ -566,9 +566,9 @@ def _equal(gold: Node, said: Node, rules: Rules) -> bool:
 
 
 def _nearly(gold: Node, said: Node, rules: Rules) -> bool:
-    """Whether a decimal is within the tolerance of a number, or that number rounded.
+    """True if a decimal is within the tolerance of a number, or is that number rounded.
 
-    Without a tolerance a decimal of six digits or more is the same as a number that no decimal is
+    Without a tolerance, a decimal of six digits or more equals a number without a finite decimal
     (1/3, √2) if it is that number rounded to the decimal's last digit.
     """
     if not (expression.has_decimal(gold) or expression.has_decimal(said)):
@@ -590,7 +590,7 @@ def _nearly(gold: Node, said: Node, rules: Rules) -> bool:
 
 
 def _same_many(gold: Answer, said: Answer, rules: Rules) -> bool:
-    """In any order, each part once. A set and several answers are the same; a union is neither."""
+    """Compare parts in any order. A set equals several answers; a union equals neither."""
     if isinstance(gold, Many) and isinstance(said, Many):
         if "union" in (gold.sort, said.sort) and gold.sort != said.sort:
             one, two = _as_union(gold), _as_union(said)
@@ -607,7 +607,7 @@ def _same_many(gold: Answer, said: Answer, rules: Rules) -> bool:
 
 
 def _joint(many: Many) -> str:
-    """The word between inequalities, which says what they describe together; else nothing."""
+    """The word ("and", "or") between inequalities; '' without one."""
     if all(isinstance(part, Relation) and "=" not in part.signs for part in many.parts):
         word = re.search(r"and|or", many.written)
         return word[0] if word else ""
@@ -615,7 +615,7 @@ def _joint(many: Many) -> str:
 
 
 def _parts(many: Many, rules: Rules) -> list[Answer]:
-    """Of a set, each element once."""
+    """The parts; those of a set without repetitions."""
     if many.sort != "set":
         return list(many.parts)
     kept: list[Answer] = []
@@ -638,7 +638,7 @@ def _matched(golds: Sequence[Answer], saids: Sequence[Answer], rules: Rules) -> 
 
 
 def _without_names(golds: Sequence[Answer], saids: Sequence[Answer]) -> list[Answer] | None:
-    """Values of `a = 1, b = 2`, if those said have no names: then their order counts."""
+    """Values of `a = 1, b = 2` in order, if the other answer has no names; else None."""
     if any(isinstance(said, Relation) for said in saids):
         return None
     named = [_assigned(gold) if isinstance(gold, Relation) else None for gold in golds]
@@ -649,7 +649,7 @@ def _without_names(golds: Sequence[Answer], saids: Sequence[Answer]) -> list[Ans
 
 
 def _assigned(relation: Relation) -> tuple[str, Answer] | None:
-    """Name and value of `x = 5`, `5 = x`, `f(x) = ... = 2x` or `x ∈ S`; None of others."""
+    """Name and value of `x = 5`, `5 = x`, `f(x) = ... = 2x` or `x ∈ S`; None for others."""
     if relation.signs == ("∈",):
         return relation.sides[0].written, relation.sides[1]
     if set(relation.signs) != {"="}:
@@ -704,7 +704,7 @@ def _same_relation(gold: Relation, said: Relation, rules: Rules) -> bool:
 
 
 def _variable(relation: Relation) -> str:
-    """The letter of which a membership or an inequality says something."""
+    """The letter that a membership or an inequality restricts."""
     names = [side.written for side in relation.sides if _is_name(side)]
     return names[0] if names else ""
 
@@ -713,7 +713,7 @@ _FLIPPED = {">": "<", "≥": "≤"}
 
 
 def _ascending(relation: Relation) -> Relation:
-    """With its sides in an order that needs < and ≤ only, if there is one."""
+    """The relation with its sides reordered to use < and ≤ only, if possible."""
     if all(sign in _FLIPPED for sign in relation.signs):
         signs = tuple(_FLIPPED[sign] for sign in reversed(relation.signs))
         return Relation(relation.written, signs, relation.sides[::-1])
@@ -721,9 +721,9 @@ def _ascending(relation: Relation) -> Relation:
 
 
 def _same_equation(gold: Relation, said: Relation) -> bool:
-    """Left - right of one is a multiple of the other's; a positive one for < and ≤.
+    """True if left - right of one is a multiple of the other's; a positive multiple for < and ≤.
 
-    What holds for every value, or for none, states nothing and is the same as nothing else.
+    A relation that holds for every value, or for none, states nothing and equals no other.
     """
     one, other = _ascending(gold), _ascending(said)
     if one.signs != other.signs:
@@ -753,7 +753,7 @@ def _difference(relation: Relation) -> Node | None:
 
 
 def _same_as_relation(gold: Relation, said: Answer, rules: Rules) -> bool:
-    """Gold is a relation and the answer is none: the value of a name, or the set it describes."""
+    """Compare a gold relation with an answer that is none: a name's value, or the set described."""
     pair = _assigned(gold)
     if pair is not None:
         name, value = pair
@@ -764,7 +764,7 @@ def _same_as_relation(gold: Relation, said: Answer, rules: Rules) -> bool:
 
 
 def _stated_by(gold: Answer, said: Relation, rules: Rules) -> bool:
-    """Gold is no relation: the answer gives a name to it, works it out, or describes it."""
+    """Compare a gold answer that is no relation with one that names, derives or describes it."""
     pair = _assigned(said)
     if pair is not None:
         return _same(gold, pair[1], rules)
@@ -777,7 +777,7 @@ def _stated_by(gold: Answer, said: Relation, rules: Rules) -> bool:
 
 
 def _as_union(many: Many) -> Many | None:
-    """Several inequalities as the union of what they describe; a union as it is."""
+    """Several inequalities as the union of the sets they describe; a union unchanged."""
     if many.sort == "union":
         return many
     parts = [_as_set(part) if isinstance(part, Relation) else None for part in many.parts]
@@ -790,7 +790,7 @@ _TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
 
 
 def _is_measured(side: Answer) -> bool:
-    """What questions ask the value of: m+n (but x+y = 1 is a line), cos A."""
+    """True for an expression whose value a question may ask: m+n (but x+y = 1 is a line), cos A."""
     if not isinstance(side, Value):
         return False
     node = side.node
@@ -823,7 +823,7 @@ def _as_set(answer: Answer) -> Answer | None:
 
 
 def spelling(answer: Answer) -> str:
-    """One spelling for equal answers, for votes: a number's digits, a set in one order.
+    """A text that is the same for equal answers, for votes: digits of a number, a set in order.
 
     An expression with letters is written as its value at a fixed point.
     """

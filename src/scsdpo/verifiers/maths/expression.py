@@ -1,9 +1,9 @@
 r"""One expression: numbers, letters, + - * / ^ !, roots, binomials and the elementary functions.
 
-It is read in linear time into a tree of bounded size. A tree without letters and irrational parts
-has an exact value, a fraction. Any other is compared by its values at points, to as many digits as
-its own sizes ask for; equal trees agree at every point, and different ones at none of them but by
-a chance that is not worth a thought. Nothing is simplified, so nothing takes long.
+An expression is read in linear time into a tree of bounded size. A tree without letters and
+irrational parts has an exact value, a fraction. Other trees are compared by their values at points,
+with as many digits as their sizes need. Equal trees agree at every point; different trees agree at
+all points only with negligible probability. Nothing is simplified, so all steps are fast.
 """
 
 import re
@@ -18,20 +18,20 @@ from typing import Any
 MAX_TOKENS = 300
 MAX_DEPTH = 24
 _BITS = 40_000
-"""Of an exact value: 12,000 decimal digits."""
+"""Largest size of an exact value in bits, about 12,000 decimal digits."""
 _DIGITS = 60
 _MOST_DIGITS = 1_000
 _SIGNS = ((1, 1), (1, 1), (-1, -1), (-1, 1), (1, -1))
-"""Of the letters, in turn, at each point where trees are compared."""
+"""Signs of the letters, in turn, at each point where trees are compared."""
 
 
 class Unreadable(ValueError):
-    """The text is no expression of this language, or its value cannot be had."""
+    """The text is no expression of this language, or its value cannot be computed."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it is written, and how many digits stand after its point."""
+    """A number as written, with the number of digits after its point."""
 
     value: Fraction
     places: int = 0
@@ -46,7 +46,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Apply:
-    """An operator or a function, and what it is applied to."""
+    """An operator or a function, and its arguments."""
 
     what: str
     to: tuple["Node", ...]
@@ -66,7 +66,7 @@ _FUNCTIONS = [
 ]  # fmt: skip
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 _CALLED = frozenset("fghFGHPQ")
-"""Letters that name functions where a bracket follows at once."""
+"""Letters that name a function if a bracket follows at once."""
 _TOKEN = re.compile(
     r"""\s*(?:
     (?P<repeating>\d*\.\d*\\overline\ *\{\d+\})
@@ -128,7 +128,7 @@ class _Reader:
         return node
 
     def sign(self, signs: str) -> bool:
-        """Whether one of `signs` comes next."""
+        """True if one of `signs` comes next."""
         return self.peek().kind == "sign" and self.peek().text in signs
 
     def peek(self, ahead: int = 0) -> _Token:
@@ -173,7 +173,7 @@ class _Reader:
                 return node
 
     def joined(self, node: Node) -> Node:
-        """A product without a sign; of a whole number and a fraction of numbers, their sum."""
+        """A product without a sign; a whole number before a fraction of numbers is added to it."""
         token, before = self.peek(), self.tokens[self.place - 1]
         if token.kind in ("number", "repeating"):
             raise Unreadable("a number behind something else")
@@ -189,7 +189,7 @@ class _Reader:
         return Apply("*", (node, other))
 
     def starts(self) -> bool:
-        """Whether something comes that can be a factor."""
+        """True if the next token can begin a factor."""
         token = self.peek()
         if token.kind == "sign":
             return token.text in "([{" or (token.text == "|" and not self.in_bars)
@@ -198,7 +198,7 @@ class _Reader:
         return token.kind != "end"
 
     def signed(self) -> Node:
-        """A factor, or one behind a sign: -2 3/4 is -(2 3/4)."""
+        """A factor, or one after a sign: -2 3/4 is -(2 3/4)."""
         if not self.sign("+-"):
             return self.power()
         minus = self.take().text == "-"
@@ -245,7 +245,7 @@ class _Reader:
         return node
 
     def argument(self) -> Node:
-        r"""Of \frac and \sqrt: a group, or one digit or letter."""
+        r"""The argument of \frac or \sqrt: a group, or one digit or letter."""
         if self.sign("{"):
             return self.braced()
         token = self.peek()
@@ -279,7 +279,7 @@ class _Reader:
         raise Unreadable(f"{token.text!r} is not expected here")
 
     def named(self, token: _Token) -> Node:
-        """A letter with what belongs to its name."""
+        """A letter with its index, primes and arguments."""
         name, call = token.text, self.peek()
         if name in _CALLED and call.text == "(" and call.start == token.start + len(name):
             return Symbol(name + self.raw_group("(", ")"))
@@ -299,7 +299,7 @@ class _Reader:
         return "_" + self.take().text
 
     def raw_group(self, opening: str, closing: str) -> str:
-        """The text of a bracket, as it is written."""
+        """The text inside a bracket, as written."""
         depth, text = 0, ""
         while True:
             token = self.take()
@@ -371,7 +371,7 @@ class _Reader:
         return node if power is None else Apply("^", (node, power))
 
     def bare_argument(self) -> Node:
-        r"""What \sin 2x is the sine of: factors without a sign, up to a bracket or a function."""
+        r"""The argument of \sin 2x: factors without a sign, up to a bracket or a function."""
         node = self.power()
         while self.starts() and not self.sign("([|"):
             token = self.peek()
@@ -405,14 +405,14 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def has_decimal(node: Node) -> bool:
-    """Whether a number with digits after a point is in it."""
+    """True if the tree holds a number with digits after a point."""
     if isinstance(node, Apply):
         return any(map(has_decimal, node.to))
     return isinstance(node, Number) and node.places > 0
 
 
 def exact(node: Node) -> Fraction | None:
-    """The value as a fraction; None if it is none, or one of too many digits.
+    """The value as a fraction; None if it is no fraction, or has too many digits.
 
     Raises:
         Unreadable: if it divides by zero.
@@ -505,7 +505,7 @@ def _mp() -> ModuleType:
 
 @dataclass
 class _Sizes:
-    """What a computation met: decimal exponents, and the largest addend."""
+    """Sizes met in a computation: decimal exponents, and the largest addend."""
 
     exponent: float = 0.0
     addend: Any = 0
@@ -516,16 +516,16 @@ def value(node: Node) -> Any:
     """The value of a tree without letters, to 40 digits or more.
 
     Raises:
-        Unreadable: if there is none, or it is too large.
+        Unreadable: if it has no value, or is too large.
     """
     return _values([node], {})[0][0]
 
 
 def _values(nodes: Sequence[Node], point: Mapping[str, Fraction]) -> list[tuple[Any, Any]]:
-    """The values of trees at a point, and how far rounding may have moved them.
+    """The values of trees at a point, with bounds on their rounding errors.
 
-    What a number of some size can change in another may be as small as its cube: all of them are
-    computed to as many digits as the largest and the smallest number in any of them asks for.
+    A number of some size may change another by as little as its cube, so all values are computed
+    with as many digits as the largest and the smallest number in any of them need.
     """
     mp, digits = _mp(), _DIGITS
     while digits <= _MOST_DIGITS:
@@ -602,7 +602,7 @@ def _applied(node: Apply, parts: Sequence[Any]) -> Any:
 
 
 def _power(base: Any, exponent: Any, fraction: Fraction | None) -> Any:
-    """Of a negative number, its real root where the root's index is odd."""
+    """A power; an odd root of a negative number is its real root."""
     mp = _mp()
     size = abs(float(mp.mag(base))) if base else 0.0
     if exponent and (mp.mag(exponent) > 40 or abs(exponent) * (size + 1) > 4e6):
@@ -615,7 +615,7 @@ def _power(base: Any, exponent: Any, fraction: Fraction | None) -> Any:
 
 
 def points(names: frozenset[str]) -> list[dict[str, Fraction]]:
-    """Where trees with these names are compared: at positive values, at negative ones, at both."""
+    """Points at which trees with these names are compared: positive, negative and mixed values."""
     if not names:
         return [{}]
     draw = Random(7)
@@ -634,7 +634,7 @@ def _close(one: Any, other: Any, noise: Any) -> bool:
 
 
 def same_value(one: Node, other: Node) -> bool:
-    """Whether two trees are equal wherever they have a value."""
+    """True if two trees are equal wherever they have a value."""
     exactly = exact(one), exact(other)
     if exactly[0] is not None and exactly[1] is not None:
         return exactly[0] == exactly[1]
@@ -661,7 +661,7 @@ def _has_value(node: Node, point: Mapping[str, Fraction]) -> bool:
 
 
 def ratio(one: Node, other: Node) -> Any:
-    """The constant c with one = c * other at every point; None if there is none, or it is 0."""
+    """The constant c with one = c * other at every point; None: there is none, or it is 0."""
     agreed, found, noise = 0, None, _mp().mpf(0)
     where = points(symbols(one) | symbols(other))
     for point in where:

@@ -1,8 +1,8 @@
-r"""Where the final answer stands in a response.
+r"""Find the final answer in a response.
 
-In this order: the last \boxed{...} that is closed and not empty (with those that it is listed
-with), the last <answer> block, what follows the last "the answer is", "Answer:" or "####", and at
-last the response's last line, if that is mathematics or ends in it. Takes linear time.
+It is, in this order: the last \boxed{...} that is closed and not empty (with the boxes that it is
+listed with), the last <answer> block, the text after the last "the answer is", "Answer:" or "####",
+or the response's last line, if that is mathematics or ends in it. Finding it takes linear time.
 """
 
 # ruff: noqa: RUF001
@@ -13,10 +13,10 @@ from itertools import pairwise
 from scsdpo.verifiers.answer import last_answer
 
 MAX_ANSWER = 1_000
-r"""Characters of a final answer: a longer one is no answer, and its parsing would take its time."""
+r"""Most characters of a final answer; a longer one is not read, because parsing would take long."""
 _MOST_BOXES = 24
 _TAIL = 6_000
-"""Characters at the end in which an answer is looked for that stands in no box."""
+"""Number of characters at the end that are searched for an answer without a box."""
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"[0-9]|[A-Za-z](?![A-Za-z])")
 _LINK_WORDS = frozenset(["and", "or"])
@@ -46,7 +46,7 @@ def final_answer(response: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """Start, end and text of the last boxes that are closed and hold something, in order."""
+    """Start, end and text of the last closed and non-empty boxes, in order."""
     found: list[tuple[int, int, str]] = []
     place = len(text)
     for _ in range(_MOST_BOXES):
@@ -71,7 +71,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _close(text: str, start: int) -> int:
-    r"""The brace that closes the one at `start`; \{ and \} are none. 0 if there is none."""
+    r"""Index of the brace that closes the one at `start`, without \{ and \}; 0: there is none."""
     depth, place = 0, start
     most = min(len(text), start + MAX_ANSWER + 2)
     while place < most:
@@ -86,7 +86,7 @@ def _close(text: str, start: int) -> int:
 
 
 def _listed(text: str, boxes: list[tuple[int, int, str]]) -> str:
-    """The last box, and those before it that are joined to it: together they are one answer."""
+    """The last box and the boxes joined to it, which together are one answer."""
     parts = [boxes[-1][2]]
     for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _is_link(text[before[1] : after[0]]):
@@ -97,7 +97,7 @@ def _listed(text: str, boxes: list[tuple[int, int, str]]) -> str:
 
 
 def _is_link(text: str) -> bool:
-    r"""Whether it only lists: ", ", " and ", "$ and $x_2 = ", a \quad, nothing."""
+    r"""True for a text that only joins a list: ", ", " and ", "$ and $x_2 = ", a \quad, nothing."""
     if len(text) > 80:
         return False
     text = re.sub(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|[,;: ])", r" \1 ", text)
@@ -175,7 +175,7 @@ _KNOWN_WORDS = frozenset([
 
 
 def _said(text: str) -> str:
-    """What follows the last words that announce an answer; empty if there are none."""
+    """The text after the last words that announce an answer; '': there are none."""
     cues = [(match.end(), match) for match in _CUE.finditer(text)]
     cues += [(match.end(), match) for match in _HEADING.finditer(text)]
     for place, match in sorted(cues, key=lambda cue: cue[0], reverse=True)[:6]:
@@ -224,12 +224,12 @@ def _statement(text: str) -> str:
 
 
 def _blanked(text: str) -> str:
-    """With its mathematics blank, so that a word in it is none."""
+    """The text with blanks for its mathematics, so that letters there are not read as words."""
     return _MATH.sub(lambda match: "0" * len(match[0]), text)
 
 
 def _sentence(text: str) -> str:
-    """Up to the end of the first sentence or line that is not in mathematics."""
+    """The text up to the first end of a sentence or line outside mathematics."""
     end = _END.search(_blanked(text))
     return text[: end.start()] if end else text
 
@@ -252,13 +252,13 @@ def _last_line(text: str) -> str:
         if has_math and not [w for w in words if w.lower() not in _KNOWN_WORDS]:
             return bare.rstrip(".!,") if len(bare) <= MAX_ANSWER else ""
         if not has_math:
-            continue  # a courtesy
+            continue  # a polite phrase
         return _concluded(line)
     return ""
 
 
 def _concluded(line: str) -> str:
-    """What the last sentence with mathematics in a line states."""
+    """The statement of the last sentence with mathematics in a line."""
     sentences = [s for s in _sentences(line) if _MATH_SIGN.search(s)]
     if not sentences:
         return ""

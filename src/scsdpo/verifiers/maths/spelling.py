@@ -1,7 +1,7 @@
-r"""One spelling of a text of mathematics: Unicode and LaTeX become a small language.
+r"""Rewrite mathematics in Unicode and LaTeX into one small language.
 
-In it * and / multiply and divide, ⦃ ⦄ are the braces of a set, «...» is a text, ° % $ are units,
-and ≤ ≥ ≠ ≈ ± ∪ ∩ ∖ ∈ ∞ ∅ mean what they show. Letters and commands that it does not know stay.
+In that language * and / multiply and divide, ⦃ ⦄ are the braces of a set, «...» is a text, ° % $
+are units, and ≤ ≥ ≠ ≈ ± ∪ ∩ ∖ ∈ ∞ ∅ have their usual meaning. Unknown letters and commands stay.
 """
 
 # ruff: noqa: RUF001
@@ -65,7 +65,7 @@ _PLAIN = re.compile(
 
 def clean(text: str) -> str:
     """The text in the small language."""
-    text = re.sub(r"[\x00-\x08]", " ", text)  # ours alone
+    text = re.sub(r"[\x00-\x08]", " ", text)  # used as markers below
     text = _latex(_unicode(_undollared(text)))
     text = re.sub(r"\s+", " ", text).strip()
     while True:
@@ -76,7 +76,7 @@ def clean(text: str) -> str:
 
 
 def _undollared(text: str) -> str:
-    r"""Without the signs that open and end mathematics; \$ and a lone $ are a currency."""
+    r"""The text without $ around mathematics; \$ and a lone $ are a currency."""
     text = text.replace(r"\$", "\x01").replace("$$", " ")
     if text.count("$") % 2:
         text = re.sub(r"\$(?=\s*[\d.])", "\x01", text, count=1)
@@ -109,7 +109,7 @@ def _unicode(text: str) -> str:
 
 def _latex(text: str) -> str:
     text = re.sub(r"\\(?:boxed|fbox|(?:text)?color\s*\{[a-z]*\})\s*(?=\{|[\d-])", "", text)
-    if r"\begin" not in text:  # no row can end: the backslashes were escaped twice
+    if r"\begin" not in text:  # there are no rows, so the backslashes were escaped twice
         text = re.sub(r"\\\\(?=[A-Za-z(\[{}\])])", r"\\", text)
     text = text.replace(r"\\", "\x02")  # the end of a row
     text = text.replace(r"\{", "⦃").replace(r"\}", "⦄").replace(r"\%", "%").replace(r"\_", "_")
@@ -133,7 +133,7 @@ def _latex(text: str) -> str:
     text = re.sub(r"°\s*(?:«\s*([CF])\s*»|([CF])(?![a-z]))", r"«deg\1\2»", text)
     text = re.sub(r"\{([:;=<>≤≥])\}", r"\1", text)
     text = re.sub(r"(?<=[)\]⦄])\s*U\s*(?=[(\[⦃])", "∪", text)
-    if re.search(r"[<>≤≥=]", text):  # between relations, and no operation of logic
+    if re.search(r"[<>≤≥=]", text):  # it joins relations, and is no logical operator
         text = text.replace("∧", " «and» ").replace("∨", " «or» ")
     return text.replace("\x02", r" \\ ")
 
@@ -161,7 +161,7 @@ def _command(match: re.Match[str]) -> str:
 
 
 def stripped(text: str) -> str:
-    """Without outer braces, quotes and closing marks."""
+    """The text without outer braces, quotes and final punctuation."""
     text = text.strip().strip('"`').strip()
     text = re.sub(r"\*\*(.*)\*\*", r"\1", text) if text.startswith("**") else text
     text = re.sub(r"(?:\s*\\\\)+$", "", re.sub(r"(?<=[^.])[.,;:]$", "", text)).strip()
@@ -177,7 +177,7 @@ OPENING, CLOSING = "([{⦃«", ")]}⦄»"
 
 
 def closing(text: str, start: int) -> int:
-    """The place of the bracket that ends the one at `start`, of any kind; -1 if there is none."""
+    """Index of the bracket of any kind that closes the one at `start`; -1: there is none."""
     depth = 0
     for place in range(start, len(text)):
         if text[place] in OPENING:
@@ -190,7 +190,7 @@ def closing(text: str, start: int) -> int:
 
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
-    """The parts between the matches of `separator` that stand in no bracket."""
+    """The parts between the matches of `separator` outside brackets."""
     parts, depth, start, place = [], 0, 0, 0
     while place < len(text):
         match = separator.match(text, place) if depth == 0 else None
@@ -204,7 +204,7 @@ def split(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def flat(text: str) -> str:
-    """What is left of a cleaned text if nothing but spaces, braces and case of words is given up.
+    """A cleaned text without spaces and braces, and with words in lower case.
 
     Names of one letter or of capitals keep their case: A is not a, and AB is not ab.
     """

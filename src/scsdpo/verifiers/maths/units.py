@@ -1,4 +1,4 @@
-"""Units of quantities: what they measure, and how large they are."""
+"""Units of quantities, with their dimensions and sizes."""
 
 import re
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ PERCENT = "%"
 
 @dataclass(frozen=True)
 class Unit:
-    """Powers of what is measured, and the size in units of our own."""
+    """Powers of its dimensions, and its size in base units."""
 
     powers: tuple[tuple[str, int], ...]
     size: Fraction
@@ -77,11 +77,11 @@ class Unit:
 
 
 def read_unit(text: str, *, any_words: bool) -> Unit | None:
-    """The unit that a text of nothing else names: "cm^2", "miles per hour", "square feet".
+    """The unit that the whole text names: "cm^2", "miles per hour", "square feet"; None: no unit.
 
     Args:
         text: cleaned, and without the marks of a text.
-        any_words: take up to three words that are no known unit, such as "blue apples", for one.
+        any_words: accept up to three unknown words, such as "blue apples", as a unit.
     """
     words = re.sub(r"\bper\b", "/", text.replace("square units", "").replace("cubic units", ""))
     words = re.sub(r"(?:degrees?|°)\s*([Cc]elsius|[Ff]ahrenheit)", r"\1", words)

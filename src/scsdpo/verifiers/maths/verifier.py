@@ -1,4 +1,4 @@
-"""Verifier of mathematical answers."""
+"""A verifier of mathematical answers."""
 
 import logging
 import re
@@ -18,10 +18,10 @@ from scsdpo.verifiers.maths.finding import MAX_ANSWER, final_answer
 class MathAnswer(Verifier):
     r"""Right iff the final answer equals `prompt.answer` as mathematics.
 
-    The final answer is the last \boxed{...} that is closed and holds something, together with the
-    boxes that it is listed with (\boxed{1} and \boxed{2}); else the last <answer> block; else what
-    follows the last "the answer is", "Answer:" or ####; else the last line, if it is mathematics or
-    ends in it. Then the kind of both answers is decided, and they are compared by kind:
+    The final answer is the last closed and non-empty \boxed{...}, together with the boxes that it
+    is listed with (\boxed{1} and \boxed{2}); else the last <answer> block; else the text after the
+    last "the answer is", "Answer:" or ####; else the last line, if it is mathematics or ends in it.
+    Both answers are read as one of these kinds, and compared by kind:
 
     * numbers and expressions by their values, exactly: 1/2^70 is not 1/2^71. A decimal of six
       digits or more equals a number that no decimal is (1/3, the root of 2) if it is that number
@@ -43,8 +43,8 @@ class MathAnswer(Verifier):
         tolerance: how far a number may be from the gold one, relative to it, where one of the two
             is written with a decimal point. 0: not at all, but for rounding as above.
         units: `compared`: 5 cm is not 5 km, and is 50 mm. `ignored`: only the numbers count.
-        strip_thinking: judge only what stands behind the thinking, as `Verifier` says; False: all
-            of the response.
+        strip_thinking: judge only the text after the thinking (see `Verifier`); False: the whole
+            response.
 
     Raises:
         ValueError: if `tolerance` is not in [0, 1).
@@ -64,12 +64,12 @@ class MathAnswer(Verifier):
             )
 
     def prepare(self) -> None:
-        """Import what computes."""
+        """Import the library that computes values."""
         read = read_answer(r"\sqrt{2}")
         same(read, read_answer("1.5"), Rules())
 
     def check(self, prompt: Prompt) -> None:
-        """Whether a response that has it in a box would be right."""
+        """Raise if a response with the answer in a box would not be right."""
         if not _is_met(prompt.answer):
             raise ValueError(_unreadable(prompt.answer))
 
@@ -78,7 +78,7 @@ class MathAnswer(Verifier):
         return _boxed(prompt.answer)
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """Reward 1 or 0; the verdict's answer is the same for equal answers, however spelled."""
+        """Reward 1 or 0; the verdict's answer is the same text for equal answers."""
         if not _is_met(prompt.answer):
             return Verdict(reward=0.0, error=_unreadable(prompt.answer))
         gold, written = _gold(prompt.answer), final_answer(response)
@@ -95,13 +95,13 @@ class MathAnswer(Verifier):
 
 @lru_cache(4096)
 def _gold(answer: str) -> Answer:
-    """Of a worked solution what it has in a box."""
+    """The gold answer; of a worked solution, the text of its box."""
     return read_answer(final_answer(answer) if "\\boxed" in answer else answer)
 
 
 @lru_cache(20_000)
 def _is_met(answer: str) -> bool:
-    """Whether a response with the same text in a box is right."""
+    """True if a response with the same text in a box is right."""
     if not answer.strip() or not _is_whole(answer):
         return False
     gold = _gold(answer)
@@ -115,7 +115,7 @@ def _boxed(answer: str) -> str:
 
 
 def _is_whole(text: str) -> bool:
-    r"""Whether braces, \left and \begin are closed: a torn text is no answer."""
+    r"""True if braces, \left and \begin are closed; a cut text is no answer."""
     bare = re.sub(r"\\[\\{}]", " ", text)
     pairs = ((r"\{", r"\}"), (r"\\left\b", r"\\right\b"), (r"\\begin\b", r"\\end\b"))
     return all(len(re.findall(a, bare)) == len(re.findall(b, bare)) for a, b in pairs)
@@ -133,10 +133,10 @@ _MAX_SYMBOLS = 60
 
 
 def _same_by_library(gold: str, written: str) -> bool:
-    """Whether math-verify takes one for the other, where both have the same symbols.
+    """True if math-verify finds both equal, and both have the same symbols.
 
-    Its parser does not tell R from r and drops what it does not know. It is asked only of texts
-    that differ by the order of their symbols.
+    Its parser does not distinguish R from r, and drops unknown commands. So it is asked only about
+    texts that differ in nothing but the order of their symbols.
     """
     if not _BEYOND.search(gold):
         return False
@@ -153,7 +153,7 @@ def _same_by_library(gold: str, written: str) -> bool:
 def _library() -> ModuleType:
     import math_verify  # slow: it brings sympy
 
-    # It warns, each time, that its timeouts are off. They are signals, which work in a main thread
-    # only; the pool's deadline is the one that holds.
+    # It warns at each call that its timeouts are off. They use signals, which work in a main thread
+    # only; the pool's deadline is enforced instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return math_verify

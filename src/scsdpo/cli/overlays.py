@@ -1,6 +1,7 @@
-"""What a class keeps of another that stood in its place in an earlier file.
+"""Values that an earlier configuration file leaves behind when a later one is laid over it.
 
-jsonargparse carries arguments of the same name over, wherever a class is swapped.
+jsonargparse carries arguments of the same name over, wherever a class is swapped. A method file
+replaces the learning rate of the base file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,25 +11,25 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from scsdpo.cli.front import read_config
+from scsdpo.cli.front import configuration_files, read_config
 
 Tree = Mapping[str, Any]
 _ABSENT = object()
 
 
 def kept(args: Sequence[str], config: Tree) -> list[str]:
-    """Keys of the arguments that were set for a class which a later file or option has replaced.
+    """Keys of arguments that were set for a class which a later file or option has replaced.
 
     Args:
         args: of the command, files first.
-        config: what was parsed of them.
+        config: the configuration that was parsed of them.
     """
     layers = list(_layers(args))
     return list(_kept(layers, config, ()))
 
 
 def _layers(args: Sequence[str]) -> Iterator[Tree]:
-    """What each file and option says, the later ones over the earlier ones."""
+    """The tree of keys of each file and option, in the order in which they override."""
     for arg, after in pairwise([*args, ""]):
         flag, given, value = arg.partition("=")
         text = value if given else after
@@ -68,7 +69,7 @@ def _swapped(layers: Sequence[Tree], key: tuple[str, ...]) -> int:
 
 
 def _at(tree: Any, key: Sequence[str]) -> Any:
-    """What a layer says at a key; arguments stand below `init_args` or, by option, beside it."""
+    """A layer's value at a key; arguments are below `init_args` or, in an option, beside it."""
     for name in key:
         if not isinstance(tree, Mapping):
             return _ABSENT
@@ -81,13 +82,43 @@ def _at(tree: Any, key: Sequence[str]) -> Any:
 
 
 def _class(said: Any) -> str:
-    """Last part of the class's path; '' if none is named."""
+    """Last part of the class's path; '': no class is named."""
     path = said.get("class_path", "") if isinstance(said, Mapping) else said
     return path.rpartition(".")[2] if isinstance(path, str) else ""
 
 
 def _agree(said: Any, value: Any) -> bool:
-    """Whether what was said is what is there, as far as a text shows it."""
+    """True if a layer's value is that of the configuration, as far as its text shows."""
     if isinstance(value, Mapping):
         return not _class(said) or _class(said) == _class(value)
     return isinstance(value, list) or str(said) == str(value) or said == value
+
+
+def replaced_rate(args: Sequence[str], now: object) -> str:
+    """One line that names the learning rate in use and the one it replaced; '': none was replaced.
+
+    A method file carries the rate of its paper, which suits the paper's model: over a base file of
+    another model the user should know.
+
+    Args:
+        args: of the command line, with the configuration files in order.
+        now: `model.optimizer.init_args.lr` in use. If an option set it, nothing is said.
+    """
+    rates = [(path, rate) for path in configuration_files(args) if (rate := _rate(path))]
+    if len(rates) < 2 or rates[-1][1] != now:
+        return ""
+    (*_, (below, before), (above, after)) = rates
+    if before == after:
+        return ""
+    return (
+        f"model.optimizer.lr is {after:g}, of {above}, and not {before:g}, of {below}: the rate of "
+        f"a method's paper is of the paper's model; --model.optimizer.lr={before:g} puts it back"
+    )
+
+
+def _rate(path: Path) -> float:
+    """The learning rate that a file states; 0: none."""
+    inside: Any = read_config(path)
+    for key in ("model", "optimizer", "init_args", "lr"):
+        inside = inside.get(key) if isinstance(inside, dict) else None
+    return float(inside) if isinstance(inside, int | float) else 0.0
