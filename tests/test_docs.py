@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -64,6 +65,7 @@ def test_the_strategies_of_extending_train_from_the_command_line(tmp_path, monke
                     "parts": [
                         {"advantage": "SelfDistillation", "weight": 1.0},
                         {"advantage": "mine.Curiosity", "weight": 1.0},
+                        {"advantage": "mine.OverMedian", "weight": 1.0},
                     ]
                 },
             },
@@ -229,6 +231,16 @@ def test_an_advantage_in_the_docs_is_constructed(content):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--advantage", type=Advantage)
     assert isinstance(parser.instantiate(parser.parse_object(content)).advantage, Blend | Routed)
+
+
+def test_the_scalar_advantage_of_extending_is_the_distance_from_the_median():
+    (text,) = [text for text in blocks("docs/extending.md", "python") if "OverMedian" in text]
+    made: dict[str, object] = {"__name__": "mine"}
+    exec(text, made)
+    advantages = made["OverMedian"]().advantages(torch.tensor([[0.0, 0.2, 1.0], [1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(
+        advantages, torch.tensor([[-0.2, 0.0, 0.8], [0.0, 0.0, 0.0]]).double(), atol=1e-7, rtol=0
+    )
 
 
 def test_the_fields_that_extending_md_names_exist():

@@ -1,7 +1,7 @@
 """scsdpo: self-distillation policy optimization of language models.
 
-The names below are what a first script needs. Each is imported when it is first asked for, so that
-`import scsdpo` and `scsdpo --help` need no torch.
+The names below are those that a first script needs. Each is imported when it is first used, so that
+`import scsdpo` and `scsdpo --help` do not import torch.
 """
 
 import importlib
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from scsdpo.weighting import PassRate as PassRate
     from scsdpo.weighting import Uniform as Uniform
 
-# Where bitsandbytes is installed, peft imports it, and on some CPUs that says that a kernel is
-# missing, which nothing here uses.
+# peft imports bitsandbytes where that is installed, and on some CPUs it logs an error about a
+# missing kernel, which nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 HOMES = {
@@ -43,7 +43,7 @@ HOMES = {
     "types": ("Sampling",),
     "weighting": ("PassRate", "Uniform"),
 }
-"""Package -> names that it lends to the top level."""
+"""Package -> its names that are available at the top level."""
 
 __all__ = [
     "EMA",
@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # with it no misspelled name would be an error
+if not TYPE_CHECKING:  # for type checkers it would make every misspelled name valid
 
     def __getattr__(name: str) -> object:
         home = next((home for home, names in HOMES.items() if name in names), None)

@@ -1,5 +1,6 @@
-"""Questions, verdicts and who gives them, without torch: the processes that judge responses import
-this alone.
+"""Questions, verdicts, verifiers and environments.
+
+This module does not import torch, for the processes that judge responses import it.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ Tool = dict[str, Any]
 
 
 def stable_hash(*parts: object) -> int:
-    """A 63-bit hash of `parts` that is the same in every process (unlike `hash`)."""
+    """A 63-bit hash of `parts` that is equal in all processes (unlike `hash`)."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -29,106 +30,107 @@ class Prompt:
     """One question, as a data source yields it."""
 
     key: str
-    """Stable identity of the question: the same after a restart, on every rank, in every order."""
+    """Identity of the question: the same after a restart, on every rank, in every order."""
     messages: tuple[Message, ...]
     """Chat turns; the last one is the user's."""
     verifier: "Environment"
-    """Turns responses to this prompt into a `Verdict`: a `Verifier`, after one turn; another
-    `Environment`, after several."""
+    """Gives responses to this prompt a `Verdict`: a `Verifier` after one turn, or another
+    `Environment` after several."""
     answer: str
-    """The gold answer in the form that `verifier` compares with; never shown to the policy."""
+    """The gold answer, in the form that `verifier` compares with; the policy never reads it."""
     tools: tuple[Tool, ...] = ()
-    """Functions that the policy may call; the chat template writes them into the prompt. Left
-    empty: those that the environment offers."""
+    """Functions that the policy may call, which the chat template writes into the prompt. If empty,
+    those that the environment offers."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """Further columns of its row, which the environment reads."""
+    """Further columns of the question's row, which the environment reads."""
     category: str = ""
-    """Stratum whose validation accuracy is reported on its own (a difficulty, a domain)."""
+    """A category, such as a difficulty or a domain, whose validation accuracy is reported
+    separately."""
     stop: tuple[str, ...] = ()
     """Strings that end a response to this prompt, beside those of `Sampling.stop`."""
     response_template: Mapping[str, Any] = field(default_factory=dict)
-    """How the tokenizer reads its model's responses (`parse_response` of transformers); empty: it
-    does not say."""
+    """The tokenizer's template to parse responses (`parse_response` of transformers); empty: it has
+    none."""
     ids: tuple[int, ...] = ()
-    """The rendered prompt, generation header included; empty until the data module rendered it."""
+    """Token ids of the rendered prompt, generation header included; empty until it is rendered."""
     copy: int = 0
-    """How often the same question stands before it in the training batch, over all ranks, or in the
-    validation: its response i is drawn, and recorded, as response copy G + i to the question."""
+    """Number of times that the same question stands before this one in the training batch, over all
+    ranks, or in the validation. Its response i is drawn and recorded as response copy G + i."""
     thinking: str = ""
-    """Tags of thinking that the rendered prompt leaves open, such as <think>: the response begins
-    with thinking."""
+    """Thinking tags that the rendered prompt leaves open, such as <think>, so that the response
+    begins with thinking."""
 
     def __post_init__(self) -> None:
-        # Here, and not in each source: a source of the user's own must not forget them.
+        # Done here, so that a user's own data source cannot forget it.
         if not self.tools and isinstance(self.verifier, Environment):
             object.__setattr__(self, "tools", tuple(self.verifier.offered(self)))
 
     @property
     def has_turns(self) -> bool:
-        """Whether the environment may answer a response, so that another one follows."""
+        """True if the environment may answer a response, so that another one follows."""
         return isinstance(self.verifier, Environment) and not isinstance(self.verifier, Verifier)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What the world answers to a response that does not end the episode."""
+    """The environment's answer to a response that does not end the episode."""
 
     messages: tuple[Message, ...]
     """Chat turns in the roles `tool` (with a `name`) or `user`; at least one."""
     feedback: str = ""
-    """What was wrong with the response, in words that the teacher may be shown and the policy does
-    not see; empty: nothing to say."""
+    """Says what was wrong with the response, for the teacher; the policy does not read it. May be
+    empty."""
     reward: float = 0.0
-    """What the turn earned, for credit by turn (`TurnRelative`). The reward of the episode is its
-    verdict's alone, whatever its turns earned."""
+    """Reward of the turn, for credit by turn (`TurnRelative`). The episode's reward is its
+    verdict's; turn rewards do not change it."""
     calls: int = 0
-    """Calls of tools in the response, for figures."""
+    """Number of tool calls in the response, for figures."""
     failed: int = 0
-    """How many of them could not be read or made, or raised."""
+    """Number of these calls that could not be parsed or made, or raised."""
 
     @classmethod
     def said(cls, text: str, *, feedback: str = "", reward: float = 0.0) -> "Observation":
-        """One turn of the user's."""
+        """An observation of one user turn."""
         said = {"role": "user", "content": text}
         return cls(messages=(said,), feedback=feedback, reward=reward)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What one side said in a turn of an episode."""
+    """One message of an episode: a response of the policy, or an answer of the environment."""
 
     role: str
-    """`assistant`: the policy; otherwise the world: `tool`, `user`."""
+    """`assistant` for the policy; `tool` or `user` for the environment."""
     text: str
     name: str = ""
-    """The tool that answered."""
+    """Name of the tool that answered."""
     feedback: str = ""
-    """On the response before it: `Observation.feedback`."""
+    """`Observation.feedback` on the response before it."""
     reward: float = 0.0
-    """That the response before it earned: `Observation.reward`."""
+    """`Observation.reward` of the response before it."""
     calls: int = 0
-    """In the response before it: `Observation.calls`."""
+    """`Observation.calls` of the response before it."""
     failed: int = 0
-    """Of these calls: `Observation.failed`."""
+    """`Observation.failed` of the response before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """What was said in a rollout of several turns, and what came of it."""
+    """The messages of a rollout of several turns, and its verdict."""
 
     parts: tuple[Part, ...] = ()
-    """In order; none: a rollout of one turn."""
+    """Messages in order; none: a rollout of one turn."""
     verdict: "Verdict | None" = None
-    """The environment's; None: the verifier has not been asked yet."""
+    """The environment's verdict; None: not judged yet."""
 
     @property
     def turns(self) -> int:
-        """Responses of the policy."""
+        """Number of responses of the policy."""
         return sum(part.role == "assistant" for part in self.parts) or 1
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """What each turn earned by its observation; the verdict's reward is not among them."""
+        """`Observation.reward` of each turn; the verdict's reward is not in them."""
         earned: list[float] = []
         for part in self.parts:
             if part.role == "assistant":
@@ -138,10 +140,10 @@ class Episode:
         return tuple(earned)
 
     def transcript(self, change: Callable[[str], str] = str) -> str:
-        """All of it as one text.
+        """All messages as one text.
 
         Args:
-            change: of what the policy said in a turn, such as to leave out its thinking.
+            change: is applied to each of the policy's responses, e.g. to drop its thinking.
         """
         said = []
         for part in self.parts:
@@ -154,7 +156,7 @@ class Episode:
 
     @property
     def feedback(self) -> str:
-        """What the environment said of each turn, and of the whole."""
+        """The environment's feedback on each turn, and that of its verdict."""
         said, turn = [], 0
         for part in self.parts:
             turn += part.role == "assistant"
@@ -167,31 +169,31 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a verifier says of one response."""
+    """A verifier's judgement of one response."""
 
     reward: float
-    """In [0, 1] for the tasks shipped here; 1 is right."""
+    """The reward; for the shipped tasks it is in [0, 1], where 1 is right."""
     answer: str | None = None
-    """The extracted answer in canonical spelling, for majority votes; None: there was none."""
+    """The extracted answer in canonical spelling, for majority votes; None: there is none."""
     feedback: str = ""
-    """What is wrong, in words that the teacher may be shown; empty: nothing to say."""
+    """Says what is wrong with the response, for the teacher; may be empty."""
     error: str = ""
-    """Why the verifier itself failed; counted and logged, never a silent zero."""
+    """Why the verifier itself failed; it is counted and logged."""
     earned: float = 0.0
-    """How much of `reward` the observations of earlier turns have given already
-    (`Observation.reward`). Credit by turn gives the last turn the rest: all of it where turns earn
-    something beside the episode's reward, and nothing but its own share where that is their sum."""
+    """The part of `reward` that earlier turns have got already as `Observation.reward`. Credit by
+    turn gives the last turn the rest. 0: turn rewards are paid beside the episode's reward. Their
+    sum: the episode's reward is made of them."""
     stopped: Literal["", "turns", "time"] = ""
-    """What ran out before the policy had done, if anything: the turns that the environment gives,
-    or the time of a turn or of the episode."""
+    """The limit that ended the episode before the policy was done: the environment's number of
+    turns, or the time of a turn or the episode; "": none."""
 
 
 def _behind_thinking(act: Callable[..., Any], place: int) -> Any:
-    """`verify`, `step` or `finish`; what is `graded` of the response stands in its place."""
+    """Wrap `verify`, `step` or `finish`, so that it receives `Environment.graded` of a response."""
 
     @wraps(act)
     def graded_act(self: "Environment", prompt: Prompt, *given: Any, **named: Any) -> Any:
-        # Nothing is open before what is graded, for an `act` that calls another one.
+        # `graded` has closed the thinking, which an `act` that calls another one must not repeat.
         bare = replace(prompt, thinking="") if prompt.thinking else prompt
         if "response" in named:
             named["response"] = self.graded(prompt, named["response"])
@@ -203,34 +205,34 @@ def _behind_thinking(act: Callable[..., Any], place: int) -> Any:
 
 
 _RESPONSES = {"verify": 0, "step": 1, "finish": 1}
-"""Where methods of an environment have the response, behind the prompt."""
+"""Method of an environment -> place of the response among its arguments behind the prompt."""
 
 
 class Environment(ABC):
-    """A world that answers responses: games, tools, code with tests.
+    """Answers the policy's responses turn by turn: a game, tools, code with tests.
 
-    From a prompt comes a state (`begin`); from a response the next `Observation`, or the end, a
-    `Verdict` (`step`). A `Verifier` is an environment that ends after one turn.
+    `begin` makes a state from a prompt. `step` answers a response with an `Observation`, or ends
+    the episode with a `Verdict`. A `Verifier` is an environment that ends after one turn.
 
-    An environment is a frozen dataclass in a module that can be imported: prompts carry it to the
-    processes that judge. What belongs to an episode stands in its state, which lives in one of
-    them and never leaves it. `step` may be slow, hang, raise or exit: that costs its own episode.
-    Where a process is lost, the episode goes on in another one, in which its responses are given to
-    a new state once more; so equal responses must be answered alike, and one that cannot do that
-    sets `replays = False` and gets processes of its own, one an episode.
+    An environment is a frozen dataclass in a module that can be imported, for prompts carry it to
+    the processes that judge. All that changes in an episode is in its state, which stays in one
+    process. `step` may be slow, hang, raise or exit: only its own episode fails. If a process is
+    lost, the episode goes on in another one, where its responses are given to a new state again. So
+    equal responses must get equal answers. An environment that cannot do that sets
+    `replays = False`, and each of its episodes gets a process of its own.
 
-    `step` and `finish` receive what is `graded` of a response: the text behind the last end of
-    thinking, or "" where thinking has not ended.
+    `step` and `finish` receive what `graded` makes of a response: the text behind the last end of
+    thinking, or "" if thinking has not ended.
     """
 
     reads_json: ClassVar[bool] = False
-    """Whether gold answers are JSON: then a list, or a value with columns of its own, is one."""
+    """True if gold answers are JSON, so that a list or a struct in the data is an answer."""
     needs_answer: ClassVar[bool] = False
-    """Whether it compares with a gold answer, so that rows without one are refused."""
+    """True if it compares with a gold answer, so that rows without one are refused."""
     strip_thinking: bool = True
-    """Whether it receives only what stands behind the thinking (`scsdpo.thinking`)."""
+    """True if it receives only the text behind the thinking (`scsdpo.thinking`)."""
     replays: bool = True
-    """Whether equal responses get equal observations, in whichever process."""
+    """True if equal responses get equal observations, in every process."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -239,31 +241,30 @@ class Environment(ABC):
                 setattr(cls, name, _behind_thinking(vars(cls)[name], place))
 
     def graded(self, prompt: Prompt, response: str) -> str:
-        """What `step` and `finish` receive of a response."""
+        """The part of a response that `step` and `finish` receive."""
         return behind_thinking(prompt.thinking + response) if self.strip_thinking else response
 
     def prepare(self) -> None:  # noqa: B027
-        """Whatever takes long the first time, such as imports; off the clock of any turn.
+        """Do what takes long the first time, such as imports; this time counts for no turn.
 
-        Called in each process that judges, at least once before anything else. What it raises ends
-        the run: an environment that cannot work at all is a mistake in the configuration. Processes
-        that help it start here: what a verdict leaves behind is ended with it.
+        It is called in each process that judges, at least once before anything else. An exception
+        ends the run, since an environment that cannot work at all is a mistake in the
+        configuration. Start helper processes here: those that are started later end with the
+        verdict.
         """
 
     def check(self, prompt: Prompt) -> None:  # noqa: B027
-        """Whether it can work with `prompt`: its gold answer, its row; without this, with any.
-
-        Called in the training process, before training.
+        """Check the prompt's gold answer and row; called in the training process before training.
 
         Raises:
-            ValueError: if it cannot, so that no response to the prompt would ever be right.
+            ValueError: if no response to the prompt could ever be right.
         """
 
     def written(self, prompt: Prompt) -> str:
         """A response that gives the gold answer in the form that the task asks for.
 
-        Before training it is judged, and a gold answer that is judged wrong is refused. Empty:
-        this environment cannot say, and nothing is proved.
+        It is judged before training, and a gold answer that is judged wrong is refused. "": the
+        environment cannot write one, and gold answers are not checked.
         """
         return ""
 
@@ -272,7 +273,7 @@ class Environment(ABC):
         return ()
 
     def roles(self, prompt: Prompt) -> tuple[str, ...]:
-        """In which roles it answers; the chat template must have such turns."""
+        """The roles of its answers; the chat template must have such turns."""
         return ("tool",) if self.offered(prompt) else ("user",)
 
     @abstractmethod
@@ -280,59 +281,59 @@ class Environment(ABC):
         """The state of a new episode."""
 
     def opening(self, prompt: Prompt, state: Any) -> tuple[Message, ...]:
-        """The chat turns that the policy is asked; without this, those of the prompt.
+        """The chat turns of the question; by default those of the prompt.
 
-        Equal for all episodes of a prompt: they are the question.
+        They must be equal for all episodes of a prompt.
         """
         return prompt.messages
 
     @abstractmethod
     def step(self, prompt: Prompt, state: Any, response: str) -> "Observation | Verdict":
-        """What the world answers to what is `graded` of a response; a verdict ends the episode."""
+        """Answer the `graded` part of a response; a verdict ends the episode."""
 
     def finish(self, prompt: Prompt, state: Any, response: str, why: str) -> Verdict:
         """The verdict on an episode that cannot go on.
 
         Args:
             prompt: the question.
-            state: after all steps so far.
-            response: what is `graded` of a response that was cut, on which no step was taken; "":
-                all were, and the last observation has no room.
-            why: in words.
+            state: the state after all steps.
+            response: the `graded` part of a response that was cut and got no step; "": all
+                responses got a step, and the last observation does not fit.
+            why: the reason, in words.
         """
         return Verdict(reward=0.0, feedback=f"The episode has not come to its end: {why}.")
 
     def close(self, state: Any) -> None:  # noqa: B027 - most states hold nothing
-        """Give back what the state holds; called once, whatever happened."""
+        """Free the state's resources; called once for each episode, also after an error."""
 
 
 class Verifier(Environment):
     """Judges a response: (prompt, response text) -> `Verdict`.
 
-    Whoever calls `verify` gives the whole response, and `verify` receives what is `graded` of it:
-    the text behind the last end of thinking, or "" where thinking has not ended. So a draft is
-    never an answer. This holds for every subclass; one with `strip_thinking = False` receives all.
+    Callers give the whole response, and `verify` receives the part that `graded` makes of it: the
+    text behind the last end of thinking, or "" if thinking has not ended. So a draft is never an
+    answer. A subclass with `strip_thinking = False` receives all of it.
 
-    A verifier is a frozen dataclass in a module that can be imported: prompts carry it to the
-    processes that judge. It has no state, so that its verdicts do not depend on what was judged
-    before.
+    A verifier is a frozen dataclass in a module that can be imported, for prompts carry it to the
+    processes that judge. It has no state, so that a verdict does not depend on earlier ones.
     """
 
     needs_answer: ClassVar[bool] = True
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """The verdict on what is `graded` of a response. It may be slow, hang, raise or exit:
-        `VerifierPool` contains all of that.
+        """The verdict on the `graded` part of a response.
+
+        It may be slow, hang, raise or exit; `VerifierPool` contains all of that.
         """
 
     def begin(self, prompt: Prompt) -> None:
-        """Nothing is to be remembered."""
+        """Return None: a verifier has no state."""
 
     def step(self, prompt: Prompt, state: Any, response: str) -> Verdict:
-        """The verdict."""
+        """Return the verdict."""
         return self.verify(prompt, response)
 
     def finish(self, prompt: Prompt, state: Any, response: str, why: str) -> Verdict:
-        """The verdict on what was said."""
+        """Return the verdict on the response as it is."""
         return self.verify(prompt, response)

@@ -1,4 +1,4 @@
-"""The data that flows between the strategies: frozen, keyword-only, never annotated in place.
+"""The data that flows between the strategies: frozen dataclasses, never changed in place.
 
 Shape suffixes: Q questions in the batch, G rollouts a question, L the longest response of the batch
 (responses are padded on the right), V vocabulary, D hidden size, n tokens in a chunk.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class _ToDevice:
-    """Mixin: `.to(device)` for a frozen dataclass of tensors (Lightning moves batches with it)."""
+    """Mixin: `.to(device)` for a frozen dataclass of tensors. Lightning moves batches with it."""
 
     __slots__ = ()
 
@@ -47,23 +47,24 @@ class _ToDevice:
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
 class Sampling:
-    """How responses are drawn: from softmax(logits / temperature), cut to min-p, top-k, top-p.
+    """How responses are drawn: from softmax(logits / temperature), cut by min-p, top-k, top-p.
 
-    The cuts come in this order, and each but min-p counts mass within what the ones before left.
+    The cuts are applied in this order. Top-p counts the mass of the tokens that the cuts before it
+    have left.
 
     Args:
         n: responses per prompt, G.
-        max_new_tokens: cap on a response's length in tokens, end-of-sequence included; of an
-            episode, on all that stands behind the prompt, whoever wrote it.
-        temperature: in (0, 100], above it is noise; the trainer's distributions use the same one.
+        max_new_tokens: cap on a response's length in tokens, end-of-sequence included. In an
+            episode it is a cap on all tokens behind the prompt, the world's too.
+        temperature: in (0, 100]; the trainer's distributions use the same one.
         top_p: keep the smallest set of most likely tokens whose mass reaches `top_p`; 1 keeps all.
         top_k: keep the `top_k` most likely tokens; 0 keeps all.
         min_p: keep tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
-        stop: strings that end a response. The token that completes one is the response's last;
-            ids and text keep it. The ends of a sequence have no text.
-        seed: the draw of response i to a prompt depends on (seed, prompt key, i) and on nothing
-            else: not on the batch, its order, or the device count. `auto`: in training the run's
-            seed (`seed_everything`), in validation 0, so that runs stay comparable in pairs.
+        stop: strings that end a response. The token that completes one is the last token of the
+            response, and is in its ids and its text. End-of-sequence tokens have no text.
+        seed: the draw of response i to a prompt depends on (seed, prompt key, i) alone, and not on
+            the batch, its order, or the number of devices. `auto`: in training the run's seed
+            (`seed_everything`), in validation 0, so that runs can be compared in pairs.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -101,7 +102,7 @@ class Sampling:
 
     @property
     def cuts(self) -> bool:
-        """Whether some tokens are left out, so that what is drawn from is not the policy."""
+        """True if a cut changes the distribution, so that it is not the policy's."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def stops(self, prompt: Prompt) -> tuple[str, ...]:
@@ -109,30 +110,30 @@ class Sampling:
         return (*self.stop, *prompt.stop)
 
     def seeded(self, auto: int) -> "Sampling":
-        """The same sampling with `auto` in the place of a seed that was left open."""
+        """A copy with the seed `auto`, if the seed was left "auto"."""
         return replace(self, seed=auto) if self.seed == "auto" else self
 
     def at(self, step: int) -> "Sampling":
-        """The same sampling with a seed of its own for `step`, so that steps draw afresh."""
+        """A copy with a seed for `step`, so that each step draws new responses."""
         return replace(self, seed=stable_hash(resolved(self.seed), step))
 
 
 class Moment(NamedTuple):
-    """How far training had come."""
+    """A moment of training."""
 
     step: int
-    """Optimizer steps taken."""
+    """Optimizer steps taken until then."""
     batch: int
-    """Batches from which one was taken, at least."""
+    """Batches until then that took at least one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Responses(_ToDevice):
     """Q x G responses, as the token ids that stand after their prompts.
 
-    A token is `present` if it stands there, and `sampled` if the policy drew it. A token that is
-    present and not sampled, such as a tool's answer, is attended to and never learned from: losses,
-    log-probs, entropies, denominators and lengths are of sampled tokens.
+    A token is `present` if it is no padding, and `sampled` if the policy drew it. Tokens that are
+    present but not sampled, such as a tool's answer, are attended to and never learned from:
+    losses, log-probs, entropies, denominators and lengths are of sampled tokens alone.
     """
 
     prompts: tuple[Prompt, ...]
@@ -140,34 +141,34 @@ class Responses(_ToDevice):
     ids: Tensor
     """[Q, G, L] int64: the sampler's own ids, never tokenised again; then padding."""
     present: Tensor
-    """[Q, G, L] bool: a token stands here, sampled or written by somebody else; a prefix of L."""
+    """[Q, G, L] bool: a token and no padding; the first entries of L."""
     sampled: Tensor
-    """[Q, G, L] bool: the policy drew this token, an end of sequence included. May be nowhere."""
+    """[Q, G, L] bool: the policy drew this token; end-of-sequence tokens count. May be empty."""
     sampling_logprobs: Tensor
-    """[Q, G, L] float32, nats: under the distribution drawn from (temperature and cuts)."""
+    """[Q, G, L] float32, nats: under the distribution that was drawn from, with all cuts."""
     policy_logprobs: Tensor
-    """[Q, G, L] float32, nats: under softmax(logits / temperature), nothing cut; nan: unknown."""
+    """[Q, G, L] float32, nats: under softmax(logits / temperature) without cuts; nan: unknown."""
     ended: Tensor
-    """[Q, G] bool: ended by an end of sequence or a stop string, not by the length cap."""
+    """[Q, G] bool: ended by an end-of-sequence token or a stop string, not by the length cap."""
     texts: tuple[tuple[str, ...], ...]
-    """[Q][G] as `Chat.decode` gives them, and transcripts of episodes; for verifiers and
+    """[Q][G] text from `Chat.decode`, or transcript of an episode; for verifiers and
     demonstrations only."""
     temperature: float
     """The sampling temperature."""
     turns: Tensor
-    """[Q, G, L] int32: number, from 0, of the turn that a token belongs to. What answers a turn
-    has the turn's number."""
+    """[Q, G, L] int32: number, from 0, of the turn that a token belongs to. The world's answer to a
+    turn has the turn's number."""
     labels: tuple[str, ...]
     """Labels of the weights that were sampled from, oldest first."""
     versions: Tensor
-    """[Q, G, L] int32: which of `labels` drew a token."""
+    """[Q, G, L] int32: index into `labels` of the weights that drew the token."""
     experts: Tensor
-    """[Q, G, L, layers, k] int16: experts that the sampler chose, at the place that predicts the
-    token; layers is 0 if it says none."""
+    """[Q, G, L, layers, k] int16: experts that the sampler chose at the position that predicts the
+    token; layers is 0 if it reports none."""
     episodes: tuple[tuple[Episode, ...], ...]
-    """[Q][G] what was said turn by turn; without parts where the response is all."""
+    """[Q][G] turns of the episode; without parts if the response is the only turn."""
     drawn_at: tuple[Moment, ...] = ()
-    """Of each of `labels`, when those were the policy's weights; empty: they still are."""
+    """For each of `labels`, the moment when they were the policy's weights; empty: now."""
 
     @classmethod
     def of_one_turn(
@@ -183,7 +184,7 @@ class Responses(_ToDevice):
         temperature: float,
         version: str = "",
     ) -> "Responses":
-        """Responses of one turn under one set of weights: what is present was sampled."""
+        """Responses of one turn from one set of weights, so that all present tokens are sampled."""
         zeros = torch.zeros_like(ids, dtype=torch.int32)
         return cls(
             prompts=prompts,
@@ -204,12 +205,12 @@ class Responses(_ToDevice):
 
     @property
     def lengths(self) -> Tensor:
-        """[Q, G] int64: tokens that the policy sampled."""
+        """[Q, G] int64: number of sampled tokens."""
         return self.sampled.sum(-1)
 
     @property
     def extents(self) -> Tensor:
-        """[Q, G] int64: tokens that stand after the prompt, whoever wrote them."""
+        """[Q, G] int64: number of tokens after the prompt, sampled or not."""
         return self.present.sum(-1)
 
     @property
@@ -223,8 +224,10 @@ class Responses(_ToDevice):
         return self.labels[max(drew)] if drew else self.version
 
     def ages(self, now: Moment) -> Tensor:
-        """[Q, G, L, 2] int32: optimizer steps, and batches with one, between the weights that drew
-        a token and those of `now`; 0 where nothing was sampled.
+        """[Q, G, L, 2] int32: ages of tokens in optimizer steps, and in batches with such a step.
+
+        An age counts from the weights that drew the token to those of `now`; it is 0 for tokens
+        that were not sampled.
         """
         if not self.drawn_at:
             return self.versions.new_zeros((*self.versions.shape, 2))
@@ -244,9 +247,9 @@ class Responses(_ToDevice):
         )
 
     def cat(self, others: "Sequence[Responses]") -> "Responses":
-        """The questions of this and of others, one after the other, on this one's device.
+        """The questions of this batch, then those of others, on this batch's device.
 
-        Tables are as wide as the longest response of those that have questions.
+        Tables are as wide as the widest one of a batch that has questions.
         """
         every = [self, *(other.to(self.ids.device) for other in others)]
         known = {
@@ -297,9 +300,9 @@ def _tensors(batch: Responses) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Judged(_ToDevice):
-    """A batch of responses with their verdicts: what strategies, selections and callbacks see.
+    """A batch of responses with their verdicts, which strategies, selections and callbacks read.
 
-    In a run of several ranks, one rank's share.
+    In a run of several ranks it is one rank's share.
     """
 
     responses: Responses
@@ -310,7 +313,7 @@ class Judged(_ToDevice):
     successes: Tensor
     """[Q, G] bool: reward >= the success threshold."""
     split: Literal["train", "val", "test"] = "train"
-    """What the responses were sampled for."""
+    """The purpose of the responses: training, validation or test."""
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -319,7 +322,7 @@ class Judged(_ToDevice):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """[Q] `Prompt.key` of each question, for strategies that remember questions."""
+        """[Q] `Prompt.key` of each question, under which strategies remember it."""
         return tuple(prompt.key for prompt in self.responses.prompts)
 
     @property
@@ -329,7 +332,7 @@ class Judged(_ToDevice):
 
     @property
     def lengths(self) -> Tensor:
-        """[Q, G] int64: tokens that the policy sampled in each response."""
+        """[Q, G] int64: number of sampled tokens of each response."""
         return self.responses.lengths
 
     @property
@@ -339,8 +342,10 @@ class Judged(_ToDevice):
 
     @property
     def turn_rewards(self) -> Tensor:
-        """[Q, G, T] float64: what each turn earned, T the most turns of a response; nan: it has no
-        such turn. The last one earns what its verdict has not given to earlier ones.
+        """[Q, G, T] float64: reward of each turn, T the most turns of a response; nan: no turn.
+
+        The last turn's reward has the verdict's reward less `Verdict.earned`, the part that earlier
+        turns got.
         """
         responses = self.responses
         counts = torch.where(responses.present, responses.turns + 1, 1).amax(-1).tolist()
@@ -373,7 +378,7 @@ class Judged(_ToDevice):
         )
 
     def cat(self, others: "Sequence[Judged]") -> "Judged":
-        """The questions of this and of others, one after the other, on this one's device."""
+        """The questions of this batch, then those of others, on this batch's device."""
         device = self.rewards.device
         return replace(
             self,
@@ -384,11 +389,11 @@ class Judged(_ToDevice):
         )
 
     def alone(self, rows: Sequence[int], prompts: Sequence[Prompt]) -> "Judged":
-        """Some responses, each as the only one to a question of its own, [N, 1, L].
+        """Some responses, each as the only one to its question, [N, 1, L].
 
         Args:
-            rows: their numbers q * G + g, in the order wanted.
-            prompts: what each is a response to.
+            rows: numbers q * G + g of the responses, in the order wanted.
+            prompts: the question of each.
         """
         group, index = self.rewards.shape[1], list(rows)
         places = [divmod(row, group) for row in index]
@@ -408,7 +413,7 @@ class Judged(_ToDevice):
         )
 
     def best_first(self, question: int) -> list[int]:
-        """The successes of a question: the highest reward first, of equals the first in order."""
+        """Numbers of a question's successes by falling reward, equal ones in the group's order."""
         rewards = self.rewards[question].tolist()
         good = self.successes[question].nonzero()[:, 0].tolist()
         return sorted(good, key=lambda g: -rewards[g])
@@ -416,10 +421,10 @@ class Judged(_ToDevice):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherContexts:
-    """What the teacher reads before each response."""
+    """The prompts that a teacher reads before each response."""
 
     ids: tuple[tuple[tuple[int, ...], ...], ...]
-    """[Q][G] rendered teacher prompts; empty: the rollout has no teacher."""
+    """[Q][G] token ids of the rendered prompt; empty: the rollout has no teacher."""
 
     @property
     def available(self) -> Tensor:

@@ -15,7 +15,7 @@ from rich.console import Console
 from scsdpo.advantage import GroupRelative, LeaveOneOut, SelfDistillation, Unscaled
 from scsdpo.analysis.directions import Directions, cosine, directions
 from scsdpo.analysis.readiness import Answers, Readiness, _formed, area
-from scsdpo.analysis.telling import Telling, tellings
+from scsdpo.analysis.teacher_gains import TeacherGain, teacher_gains
 from scsdpo.analysis.verdict import verdict
 from scsdpo.cli.check import show
 from scsdpo.records.jsonl import finite
@@ -138,7 +138,7 @@ RATES = {"own": 0.25, "configured": 0.75, "another": 0.5, "gold": 0.875, "feedba
 
 
 def told(context, monkeypatch):
-    """`tellings` of two halves, with pass rates by the way of telling, and what was asked."""
+    """`teacher_gains` of two halves, with pass rates by kind of prompt, and what was asked."""
     model = optimizer(SelfDistillation(), EMA(context=context))
     halves = [judged(seed=0), judged(seed=1)]
     asked = {}
@@ -157,7 +157,7 @@ def told(context, monkeypatch):
     monkeypatch.setattr(model, "sample", sample)
     monkeypatch.setattr(model, "judge", judge)
     contexts = [context.render(TableChat(), half) for half in halves]
-    return tellings(model, halves, contexts), asked, halves
+    return teacher_gains(model, halves, contexts), asked, halves
 
 
 def renamed(rollouts):
@@ -225,7 +225,7 @@ def telling(without, told):
     """Of four times as many questions: three that gain alike tell nothing of the next ones."""
     many = without * 4, told * 4
     rates = (score_interval(each) for each in many)
-    return Telling(without=next(rates), told=next(rates), gain=paired_interval(*many))
+    return TeacherGain(without=next(rates), told=next(rates), gain=paired_interval(*many))
 
 
 def pointing(low, high, n=8, shift=1e-3):
@@ -273,18 +273,18 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         (
             {"told": WORSE},
             "mind",
-            "the teacher is worse for what it is told",
+            "the teacher's prompt makes it worse",
         ),
         (
             {"told": WORSE, "directions": pointing(-0.1, 0.1)},
             "stop",
-            "the teacher is worse for what it is told",
+            "the teacher's prompt makes it worse",
         ),
-        ({"told": WORSE, "directions": None}, "stop", "the teacher is worse"),
+        ({"told": WORSE, "directions": None}, "stop", "the teacher's prompt makes it worse"),
         (
             {"told": {"configured": telling([0.1, 0.2], [0.1, 0.3])}},
             "mind",
-            "the teacher does not use what it is told",
+            "the teacher does not use its prompt",
         ),
         (
             {"told": also_told(beyond=[0.0, 0.2, -0.1])},
@@ -306,10 +306,18 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
             "the first step points away from the reward: cosine -0.150 (-0.200 to -0.100; 8 "
             "questions)",
         ),
-        ({"directions": pointing(-0.2, 0.001)}, "mind", "nowhere that can be seen"),
-        ({"directions": pointing(-0.001, 0.2)}, "mind", "nowhere that can be seen"),
-        ({"directions": pointing(math.nan, math.nan, n=1)}, "mind", "nowhere that can be seen"),
-        ({"directions": pointing(math.nan, math.nan, n=0)}, "mind", "no first step to look at"),
+        ({"directions": pointing(-0.2, 0.001)}, "mind", "the first step cannot be seen"),
+        ({"directions": pointing(-0.001, 0.2)}, "mind", "the first step cannot be seen"),
+        (
+            {"directions": pointing(math.nan, math.nan, n=1)},
+            "mind",
+            "the first step cannot be seen",
+        ),
+        (
+            {"directions": pointing(math.nan, math.nan, n=0)},
+            "mind",
+            "there is no first step to measure",
+        ),
     ],
 )
 def test_each_thing_in_the_way_is_said_first_and_with_its_number(figures, level, text):
@@ -331,7 +339,10 @@ def test_a_teacher_that_uses_nothing_is_offered_what_it_was_seen_to_use():
     others = {"gold": telling([0.1, 0.2, 0.3], [0.6, 0.7, 0.8]), "feedback": useless}
     found = Readiness(answers=answers(), told={"configured": useless, **others})
     (remark,) = verdict(found)
-    assert "tell it gold solutions (GoldSolution: +50 points), teach the policy" in remark.remedy
+    assert (
+        "show the teacher gold solutions (GoldSolution: +50 points), warm the policy"
+        in remark.remedy
+    )
     assert "Feedback" not in remark.remedy
 
 
@@ -375,7 +386,7 @@ def test_too_few_questions_are_refused(scsdpo, capsys):  # noqa: F811
 def test_one_question_is_refused_wherever_it_comes_from(scsdpo, capsys):  # noqa: F811
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     assert scsdpo("check", "--config", TINY, "--data.train.size=1", *quiet) == 2
-    assert "needs two questions at least, and it gives 1, less" in capsys.readouterr().err
+    assert "needs at least two questions that are not longer than" in capsys.readouterr().err
 
 
 def test_what_is_not_known_is_null_in_the_file_and_a_dash_on_the_screen():

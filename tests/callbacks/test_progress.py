@@ -7,7 +7,7 @@ import pytest
 
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import Progress
-from scsdpo.callbacks.progress import _left, _telling
+from scsdpo.callbacks.progress import _batches_left, _wrong_and_right_in_turn
 from test_health import Tables
 
 
@@ -36,7 +36,7 @@ def test_figures_speed_time_left_and_responses_are_said_and_logged(qwen3, tmp_pa
 
 
 def test_wrong_and_right_responses_are_shown_in_turn():
-    assert _telling([True, True, False, True]) == [2, 0, 1, 3]
+    assert _wrong_and_right_in_turn([True, True, False, True]) == [2, 0, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_wrong_and_right_responses_are_shown_in_turn():
 )
 def test_batches_left_follow_from_epochs_and_steps(limits, left):
     given = SimpleNamespace(num_training_batches=10, **limits)
-    assert _left(given, 7) == left
+    assert _batches_left(given, 7) == left
 
 
 @pytest.mark.parametrize("name", ["every", "responses", "responses_every"])

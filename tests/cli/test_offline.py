@@ -44,7 +44,7 @@ def test_rates_are_written_once_and_train_the_run_that_they_belong_to(qwen3, scs
         (
             ["analyze", "--config", TINY, "--out", "x", "--model.teacher=NoTeacher",
              "--model.advantage=GroupRelative"],
-            "NoTeacher says nothing to measure",
+            "NoTeacher has no distance to measure",
         ),
     ],
 )  # fmt: skip

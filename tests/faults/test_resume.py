@@ -170,8 +170,8 @@ def test_a_new_run_in_an_old_folder_sets_the_old_checkpoints_aside(commands, tmp
 def test_a_metric_that_nobody_logs_is_refused_before_weights_are_loaded(commands, tmp_path):
     best = ["--checkpoint.monitor=val/mean@16", "--checkpoint.save_top_k=1"]
     assert refusal(commands, tmp_path, *best) == (
-        "checkpoint.monitor: nothing logs val/mean@16, for model.val_sampling.n is 2; did you mean "
-        "val/mean@2?"
+        "checkpoint.monitor: val/mean@16 is never logged, because model.val_sampling.n is 2; did "
+        "you mean val/mean@2?"
     )
     assert "Loading weights" not in error(tmp_path)
 

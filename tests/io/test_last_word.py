@@ -19,7 +19,7 @@ import scsdpo.__main__ as main
 from made_up_runs import made_up_run
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
-from scsdpo.callbacks.progress import _informative, _print
+from scsdpo.callbacks.progress import _most_informative, _print
 from scsdpo.checkpoints import Checkpoint, newest_whole, read_back
 from scsdpo.checkpoints.choosing import highest_number
 from scsdpo.cli import lightning_cli
@@ -133,8 +133,8 @@ def test_what_is_said_above_richs_bar_is_no_markup():
 
 
 def test_the_question_that_is_shown_is_the_one_that_teaches_most():
-    assert _informative([0.0, 1.0, 0.125, 0.625, 0.375, 0.0]) == 3
-    assert _informative([0.0, 1.0]) == 0
+    assert _most_informative([0.0, 1.0, 0.125, 0.625, 0.375, 0.0]) == 3
+    assert _most_informative([0.0, 1.0]) == 0
 
 
 def test_a_warning_of_the_command_is_one_line_of_text():

@@ -290,7 +290,7 @@ def test_the_gradient_is_given_away_once():
     problem = Problem.draw(3)
     loss = problem.kernel(SelfDistillation(), NoImportance()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call backward once only"):
+    with pytest.raises(RuntimeError, match="one backward: call it once"):
         loss.backward()
 
 

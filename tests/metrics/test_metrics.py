@@ -11,7 +11,7 @@ from rich.console import Console
 from kernel_inputs import of_rewards
 from runs import Toys, data, module, trainer
 from scsdpo.callbacks import BeforeAfter, before_after_table
-from scsdpo.callbacks.no_steps import why_none
+from scsdpo.callbacks.before_after import why_no_steps
 from scsdpo.metrics import episode_metrics, rollout_metrics
 from scsdpo.types import Episode, Part
 from scsdpo.weighting import PassRate, Uniform
@@ -98,7 +98,7 @@ def test_before_and_after_are_printed_and_written(qwen3, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("asked", "counts", "figures", "said"),
     [
-        (0, {}, {}, "no batch was asked for"),
+        (0, {}, {}, "no batch was sampled"),
         (3, {"skipped": 3, "bad": 3}, {}, "none of 3 batches had a finite loss"),
         (3, {}, {}, "model.selection had not collected"),
         (3, {"skipped": 3}, {"solve_none": 1, "solve_all": 0}, "no response of the last one"),
@@ -111,7 +111,7 @@ def test_a_run_without_a_step_says_why(asked, counts, figures, said):
     steps = SimpleNamespace(**({"skipped": 0, "bad": 0} | counts))
     shown = {f"train/{name}": value for name, value in figures.items()}
     trainer = SimpleNamespace(callback_metrics=shown)
-    assert said in why_none(trainer, SimpleNamespace(batches=asked, steps=steps))
+    assert said in why_no_steps(trainer, SimpleNamespace(batches=asked, steps=steps))
 
 
 def test_the_reason_for_no_step_and_questions_that_were_trained_on_are_printed(

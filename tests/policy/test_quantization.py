@@ -163,7 +163,7 @@ def test_student_average_and_reference_read_one_base(qwen3):
     student = dict(base_weights(policy, torch.float32))
     plain = AutoModelForCausalLM.from_pretrained(qwen3)
     plain.load_state_dict(student, strict=False)
-    (weights,), (base,) = average.trunks(policy), frozen.trunks(policy)
+    (weights,), (base,) = average.weights_to_run(policy), frozen.weights_to_run(policy)
     with torch.no_grad():
         for each, name in (
             (base, None),

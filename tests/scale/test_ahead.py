@@ -344,3 +344,26 @@ def test_what_a_server_draws_with_weights_of_another_run_is_learned_from_on_no_r
     }
     assert "another run's" not in labels
     assert not server.jumps and "is set aside: sampled from weights another run's" in said(tmp_path)
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_ranks_keep_step_over_validations_and_weights_that_change_amid_responses(
+    runs, servers, of_one, tmp_path, kind
+):
+    """Of three validation questions one rank has more than the other."""
+    for server, seconds in zip(servers, (0.2, 0.5), strict=True):
+        server.seconds = seconds
+    more = (
+        "--model.ahead.within_responses=true",
+        "--model.val_sampling={n: 2, max_new_tokens: 8}",
+        *("--data.val=runs.Toys", "--data.val.size=3", "--data.val_questions_per_batch=2"),
+        *("--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"),
+        "--trainer.num_sanity_val_steps=0",
+    )
+    runs.begin(tmp_path, kind, servers, *more, steps=6)
+    assert runs.end() == [0, 0], said(tmp_path)
+    assert responses(tmp_path) == {number: of_one[number] for number in range(1, 7)}
+    assert all(told["oldest"] <= 2 for ranks in seen(tmp_path).values() for told in ranks)
+    assert any(first != last for server in servers for *_, first, last in server.paced.drew)
+    made = sorted(path.name for path in tmp_path.rglob("val-*.json"))
+    assert made == ["val-2.json", "val-4.json", "val-6.json"]

@@ -24,7 +24,7 @@ from scsdpo.statistics import (
     t_quantile,
     t_test_p,
 )
-from scsdpo.statistics.beta import beta_quantile
+from scsdpo.statistics.distributions import beta_quantile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import coverage

@@ -290,9 +290,9 @@ def test_trust_region_is_the_geometric_mix():
 
 
 def test_trunks_are_the_student_the_first_policy_or_both(policy):
-    assert len(Live().trunks(policy)) == 1
-    assert len(configured(TrustRegion(), policy).trunks(policy)) == 2
-    assert NoTeacher().trunks(policy) == () and not NoTeacher().exists
+    assert len(Live().weights_to_run(policy)) == 1
+    assert len(configured(TrustRegion(), policy).weights_to_run(policy)) == 2
+    assert NoTeacher().weights_to_run(policy) == () and not NoTeacher().exists
 
 
 def test_rates_outside_the_unit_interval_are_refused():

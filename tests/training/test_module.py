@@ -433,9 +433,9 @@ def test_bf16_mixed_precision_trains_with_float32_masters(qwen3, tmp_path):
     ("settings", "message"),
     [
         ({"teacher": NoTeacher()}, "SelfDistillation needs a teacher, but model.teacher is NoTeac"),
-        ({"advantage": GroupRelative()}, "model.teacher: EMA is not used"),
+        ({"advantage": GroupRelative()}, "model.teacher: EMA is never used"),
         ({"sampling": Sampling(n=1)}, "model.weighting: PassRate compares the rollouts"),
-        ({"reference": Frozen(context=PlainPrompt())}, "model.reference: Frozen is not used"),
+        ({"reference": Frozen(context=PlainPrompt())}, "model.reference: Frozen is never used"),
         (
             {"advantage": ReferenceAnchor(), "teacher": NoTeacher()},
             "ReferenceAnchor needs a reference",

@@ -119,7 +119,7 @@ def test_positions_that_do_not_begin_anew_are_found(qwen3, monkeypatch):
 
     monkeypatch.setattr(decoder, "forward", shifted)
     first = check(policy)[0]
-    assert first.others == 0 and "differ from each alone" in first.fault
+    assert first.others == 0 and "differ from each row alone" in first.fault
     assert policy.known.path is RowPath.PADDED
 
 
@@ -134,7 +134,7 @@ def test_a_gradient_that_does_not_reach_the_prompt_is_found(qwen3, monkeypatch):
 def test_a_teacher_that_is_wrong_makes_rows_run_apart(qwen3):
     policy, teacher = policy_of(qwen3), Frozen()
     teacher.configure(policy, "teacher")
-    copy = teacher.trunks(policy)[0].copy
+    copy = teacher.weights_to_run(policy)[0].copy
     plain = copy.model.layers[1].self_attn
     forward = plain.forward
     plain.forward = lambda *args, layout=None, **kwargs: forward(*args, **kwargs)
@@ -148,7 +148,7 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path):
     policy = made(tmp_path, BertLMHeadModel, BertConfig(**size, is_decoder=False))
     head = policy.language_model.cls.predictions
     head.transform = torch.nn.Identity()
-    with pytest.raises(ConfigurationError, match="BertLMHeadModel is not causal: a token sees"):
+    with pytest.raises(ConfigurationError, match="BertLMHeadModel is not causal: a token reads"):
         check(policy)
 
 
@@ -170,7 +170,7 @@ def test_a_constant_behind_the_head_is_that_of_the_class(tmp_path, kind, config)
 def test_logits_that_are_scaled_otherwise_behind_the_head_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(_SCALES, "CohereForCausalLM", lambda config: 1.0)
     policy = made(tmp_path, CohereForCausalLM, CohereConfig(**SIZE, logit_scale=0.5))
-    with pytest.raises(ConfigurationError, match="CohereForCausalLM makes its logits of hidden"):
+    with pytest.raises(ConfigurationError, match="logits of CohereForCausalLM are not its head"):
         check(policy)
 
 

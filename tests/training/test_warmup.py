@@ -17,7 +17,7 @@ from scsdpo.policy import Lora
 from scsdpo.statistics import Estimate
 from scsdpo.teacher import EMA, Feedback, Frozen, GoldSolution, NoTeacher, SiblingDemonstration
 from scsdpo.training import Limits
-from scsdpo.training.teacher_gain import TeacherCheck, Telling, pass_rates, told_against_alone
+from scsdpo.training.teacher_gain import TeacherCheck, TeacherGain, measure_teacher_gain, pass_rates
 from scsdpo.training.warmup import GoldAnswers, Warmup, WarmupStage
 from scsdpo.types import Prompt, Sampling
 
@@ -136,8 +136,8 @@ def test_after_the_last_step_the_teacher_is_the_policy_and_training_begins(
     moved = {n for n in trained if not torch.equal(seen[0][n], weights(policy)[n])}
     assert moved  # the third step
     # A teacher of rate 0 stays what the policy was at the end of the warm-up.
-    model.teacher.trunks(policy)[0]
-    with model.teacher.trunks(policy)[0].active(policy.wrapped) as teacher:
+    model.teacher.weights_to_run(policy)[0]
+    with model.teacher.weights_to_run(policy)[0].active(policy.wrapped) as teacher:
         ids = torch.arange(8)[None]
         told = teacher(ids).logits.clone()
     for name, parameter in policy.named_parameters():
@@ -171,8 +171,8 @@ def test_the_stage_ends_early_when_the_gain_is_enough(qwen3, tmp_path, monkeypat
     )
     flat = Estimate(value=0.5, low=0.4, high=0.6, n=8)
     monkeypatch.setattr(
-        "scsdpo.training.module.told_against_alone",
-        lambda *_: Telling(without=flat, told=flat, gain=next(gain)),
+        "scsdpo.training.module.measure_teacher_gain",
+        lambda *_: TeacherGain(without=flat, told=flat, gain=next(gain)),
     )
     model = module(qwen3, warmup=Warmup(steps=9, enough=0.3, measure_every=1))
     run = trainer(tmp_path, max_steps=3)
@@ -229,10 +229,10 @@ def test_told_against_alone_is_paired_by_question(qwen3):
     policy = double_policy(qwen3)
     asked = [question(policy.chat, str(i), f"q{i}") for i in range(5)]
     asked.append(question(policy.chat, "", "nothing to tell"))
-    telling = told_against_alone(Half(policy, 1.0), GoldSolution(), asked, "x", 10**6)
+    telling = measure_teacher_gain(Half(policy, 1.0), GoldSolution(), asked, "x", 10**6)
     assert (telling.told.value, telling.without.value, telling.gain.value) == (1.0, 0.5, 0.5)
     assert telling.gain.n == 5 and telling.gain.low > 0
-    short = told_against_alone(Half(policy, 1.0), GoldSolution(), asked, "x", 3)
+    short = measure_teacher_gain(Half(policy, 1.0), GoldSolution(), asked, "x", 3)
     assert short.gain.n == 0  # no prompt has room
     assert pass_rates(Half(policy, 1.0), "own", []) == {}
 
@@ -247,8 +247,8 @@ def test_a_teacher_that_is_worse_for_what_it_is_told_stops_a_run_before_its_firs
 
     policy = double_policy(qwen3)
     asked = [question(policy.chat, str(i), f"q{i}") for i in range(8)]
-    telling = told_against_alone(Half(policy, told), GoldSolution(), asked, "x", 10**6)
-    monkeypatch.setattr("scsdpo.training.module.told_against_alone", lambda *_: telling)
+    telling = measure_teacher_gain(Half(policy, told), GoldSolution(), asked, "x", 10**6)
+    monkeypatch.setattr("scsdpo.training.module.measure_teacher_gain", lambda *_: telling)
     check = TeacherCheck(stop=stops)
     model = module(qwen3, teacher=EMA(context=GoldSolution()), warmup=Warmup(check=check))
     run = trainer(tmp_path, max_steps=40, max_epochs=60, limit_train_batches=2)
@@ -259,12 +259,13 @@ def test_a_teacher_that_is_worse_for_what_it_is_told_stops_a_run_before_its_firs
         return
     if stops:
         with pytest.raises(
-            TrainingStopped, match=r"answers worse for .* model\.warmup\.steps .*stop: false"
+            TrainingStopped,
+            match=r"makes the policy answer worse: .* model\.warmup\.steps .*stop: false",
         ):
             run.fit(model, data(Answers()))
         assert run.global_step == 0
         return
     run = trainer(tmp_path, max_epochs=60, limit_train_batches=1)
     model.steps.learn = lambda *_: None
-    with pytest.warns(UserWarning, match="answers worse for what its teacher is told"):
+    with pytest.warns(UserWarning, match="teacher's prompt makes the policy answer worse"):
         run.fit(model, data(Answers()))

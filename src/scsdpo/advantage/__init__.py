@@ -1,4 +1,4 @@
-"""Advantage: what credit does each vocabulary entry get at each position?"""
+"""Advantages: the credit of each vocabulary entry at each position."""
 
 from scsdpo.advantage._base import Advantage, Plan
 from scsdpo.advantage._composed import Composed

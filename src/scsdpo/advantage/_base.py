@@ -1,4 +1,4 @@
-"""The contract of an advantage: plan from verdicts alone, then credit chunk by chunk."""
+"""The contract of an advantage: a plan from verdicts alone, then credit chunk by chunk."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,18 +19,18 @@ NOBODY = torch.tensor(False)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Plan:
-    """Who can get credit, known before any forward; the rest is not computed at all."""
+    """The rollouts that can get credit, known before any forward. Others are not computed."""
 
     active: Tensor
     """[Q, G] bool: rollouts whose credit may be other than zero."""
     credit: Callable[[Chunk], Credit]
-    """Credit of a chunk of tokens of active rollouts."""
+    """Gives the credit of a chunk of tokens of active rollouts."""
     needs_teacher: Tensor = NOBODY
-    """[Q, G] bool: rollouts whose credit reads the teacher; a scalar counts for all of them."""
+    """[Q, G] bool: rollouts whose credit reads the teacher; a scalar holds for all rollouts."""
     needs_reference: Tensor = NOBODY
-    """[Q, G] bool: rollouts whose credit reads the reference; a scalar counts for all of them."""
+    """[Q, G] bool: rollouts whose credit reads the reference; a scalar holds for all rollouts."""
     derivations: tuple[Derivation, ...] = ()
-    """Tables like those of `Advantage.derivations`, if they depend on the batch's verdicts."""
+    """Further `Advantage.derivations`, whose tables depend on the batch's verdicts."""
 
     def __post_init__(self) -> None:
         for name in ("needs_teacher", "needs_reference"):
@@ -39,54 +39,58 @@ class Plan:
                 object.__setattr__(self, name, mask.to(self.active.device).expand_as(self.active))
 
 
-def chosen(mask: Tensor) -> frozenset[int]:
-    """Flat indices of the rollouts that `mask` [Q, G] names: told to the host once a batch, so that
-    no chunk need ask a GPU.
+def rows_of(mask: Tensor) -> frozenset[int]:
+    """Flat indices q * G + g of the rollouts in `mask` [Q, G].
+
+    The host gets them once a batch, so that it does not wait for a GPU in each chunk.
     """
     return frozenset(mask.flatten().nonzero()[:, 0].tolist())
 
 
 class Advantage(NeedsSignals, ABC):
-    """What credit does each vocabulary entry get at each position?"""
+    """Gives credit c(v) to each vocabulary entry at each position of a response.
+
+    The loss's gradient is d loss / d theta = -sum_v c(v) d log S(v) / d theta, c detached.
+    """
 
     @declared
     def needs_teacher(self) -> bool:
-        """Whether it is meaningless without a teacher."""
+        """True if the credit reads a teacher, so that the configuration must have one."""
         return False
 
     @declared
     def needs_reference(self) -> bool:
-        """Whether it is meaningless without a reference."""
+        """True if the credit reads a reference, so that the configuration must have one."""
         return False
 
     @declared
     def contexts(self) -> int:
-        """How many contexts its teacher must have (`Contexts`); 1: any."""
+        """Number of contexts that the teacher must have (`Contexts`)."""
         return 1
 
     @declared
     def needs_group(self) -> bool:
-        """Whether it compares the rollouts of a question, so that one alone gives no signal."""
+        """True if it compares the rollouts of a question, so that G must be above 1."""
         return False
 
     @declared
     def has_ratio(self) -> bool:
-        """Whether its credit has the ratio S / S_old to the policy before the first update."""
+        """True if the credit has the ratio S / S_old to the policy before the first update."""
         return False
 
     @declared
     def weightings(self) -> tuple[Weighting, ...]:
-        """Those of its parts: they are shown the policy and the questions before training."""
+        """The weightings of its parts, which are configured before training as all others."""
         return ()
 
     @declared
     def objective_name(self) -> str:
-        """What the mean objective is called in the log."""
+        """Name of the mean objective in the log."""
         return "objective"
 
     @abstractmethod
     def plan(self, judged: Judged, available: Tensor) -> Plan:
-        """The plan for one batch of rollouts; it may be asked several times and changes nothing.
+        """The plan for one batch of rollouts. It may be called several times, and changes nothing.
 
         Args:
             judged: the responses and their verdicts.
@@ -94,10 +98,10 @@ class Advantage(NeedsSignals, ABC):
         """
 
     def planned(self, judged: Judged, available: Tensor) -> Plan:
-        """What `plan` gives, checked; and its first credit, before it is used.
+        """Return `plan` with its shapes checked. Its first credit is checked when it is made.
 
         Raises:
-            ConfigurationError: if masks or credit are not of the shapes that a `Plan` says.
+            ConfigurationError: if masks or credit do not have the shapes of a `Plan`.
         """
         plan, name = self.plan(judged, available), type(self).__name__
         shape = tuple(judged.rewards.shape)
@@ -109,7 +113,7 @@ class Advantage(NeedsSignals, ABC):
 
 
 class _CheckedCredit:
-    """A plan's credit; the first chunk's is checked, so that a batch pays once."""
+    """A plan's credit. The first chunk's is checked, once a batch."""
 
     def __init__(self, name: str, credit: Callable[[Chunk], Credit]) -> None:
         self.name, self.credit, self.checked = name, credit, False

@@ -1,4 +1,4 @@
-"""Advantages made of others, each with a weight and a weighting of its own."""
+"""Advantages that add up others, each with a weight and a weighting of its own."""
 
 import math
 from abc import abstractmethod
@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scsdpo.advantage._base import Advantage, Plan, chosen
+from scsdpo.advantage._base import Advantage, Plan, rows_of
 from scsdpo.loss import Chunk, Credit, Derivation, SparseCredit, SumCredit
 from scsdpo.types import Judged
 from scsdpo.weighting import Uniform, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Component:
     """An advantage, and how much its credit counts."""
 
     advantage: Advantage
@@ -36,12 +36,12 @@ class Part:
 
 
 class Composed(Advantage):
-    """What its parts need, it needs."""
+    """An advantage made of others. It needs all that they need."""
 
     @property
     @abstractmethod
-    def inner(self) -> Sequence[Part]:
-        """The parts, in order."""
+    def inner(self) -> Sequence[Component]:
+        """The components, in order."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,7 +77,7 @@ class Composed(Advantage):
 
 
 def combined(plans: Sequence[tuple[Tensor, Plan]], available: Tensor) -> Plan:
-    """One plan of several, each with weights [Q, G]; a plan is not asked where its weight is 0."""
+    """Add up several plans, each with weights [Q, G]. Where a plan's weight is 0 it is not used."""
     nobody = torch.zeros_like(available)
 
     def union(masks: list[Tensor]) -> Tensor:
@@ -87,13 +87,13 @@ def combined(plans: Sequence[tuple[Tensor, Plan]], available: Tensor) -> Plan:
         active=union([plan.active & (w != 0) for w, plan in plans]),
         needs_teacher=union([plan.needs_teacher & (w != 0) for w, plan in plans]),
         needs_reference=union([plan.needs_reference & (w != 0) for w, plan in plans]),
-        credit=partial(_sum, tuple(_Term.of(w * plan.active, plan) for w, plan in plans)),
+        credit=partial(_sum_of_terms, tuple(_Term.of(w * plan.active, plan) for w, plan in plans)),
         derivations=tuple(make for _, plan in plans for make in plan.derivations),
     )
 
 
 class _Term(NamedTuple):
-    """A plan, its weights [R], and the rollouts in which it has a say."""
+    """A plan, its weights [R], and the rollouts in which its weight is not 0."""
 
     weights: Tensor
     plan: Plan
@@ -101,15 +101,15 @@ class _Term(NamedTuple):
 
     @classmethod
     def of(cls, weights: Tensor, plan: Plan) -> "_Term":
-        return cls(weights.flatten(), plan, chosen(weights != 0))
+        return cls(weights.flatten(), plan, rows_of(weights != 0))
 
 
-def _sum(terms: tuple[_Term, ...], chunk: Chunk) -> Credit:
+def _sum_of_terms(terms: tuple[_Term, ...], chunk: Chunk) -> Credit:
     dtype = chunk.student.logits.dtype
-    # A part without a say in this chunk is not asked: its teacher may not have run.
-    said = tuple(
+    # A plan without weight in this chunk must not be called: its teacher may not have run.
+    parts = tuple(
         (term.weights[chunk.rollout].to(dtype), term.plan.credit(chunk))
         for term in terms
         if not term.rollouts.isdisjoint(chunk.rollouts)
     )
-    return SumCredit(parts=said) if said else SparseCredit.nothing(chunk)
+    return SumCredit(parts=parts) if parts else SparseCredit.nothing(chunk)

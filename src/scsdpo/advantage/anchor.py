@@ -1,4 +1,4 @@
-"""Regularisers: a KL to the reference at the sampled tokens, and the student's own entropy."""
+"""Regularisers: an estimated KL to the reference, and the student's entropy."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Estimator(ABC):
 class K1(Estimator):
     """Value x, unbiased; c(y) = -x, whose mean is the gradient of KL(S || R).
 
-    Credit is that of x as a cost in a policy gradient. Differentiated as a loss, x would give
-    c(y) = -1: zero on average.
+    The credit is that of x as a cost in a policy gradient. As a loss, x would give c(y) = -1, with
+    a gradient of 0 on average.
     """
 
     def value(self, log_ratio: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class K1(Estimator):
 
 @dataclass(frozen=True)
 class K2(Estimator):
-    """Value x^2 / 2, biased and >= 0; c(y) = -x as a loss: the gradient of KL(S || R) on average.
+    """Value x^2 / 2, biased and >= 0; c(y) = -x, on average the gradient of KL(S || R).
 
     Source:
         SDPG, arXiv:2606.04036, as its first choice.
@@ -55,10 +55,10 @@ class K2(Estimator):
 
 @dataclass(frozen=True)
 class K3(Estimator):
-    """Value exp(-x) - 1 + x, unbiased and >= 0; as a loss c(y) = exp(-x) - 1.
+    """Value exp(-x) - 1 + x, unbiased and >= 0; c(y) = exp(-x) - 1.
 
-    The mean of its gradient is that of KL(R || S), the other direction: what GRPO's published
-    loss descends.
+    Its mean gradient is that of KL(R || S), the other direction, which GRPO's published loss
+    descends.
 
     Source:
         GRPO, arXiv:2402.03300, eq. (4).
@@ -73,9 +73,9 @@ class K3(Estimator):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceKL(Advantage):
-    """KL to the reference, estimated at the sampled tokens. c(y) by the estimator, else 0
+    """KL to the reference, estimated at the sampled tokens. c(y) is the estimator's, else 0
 
-    Blend it with a coefficient; `ReferenceAnchor` is the same without an estimator's noise.
+    Blend it with a coefficient. `ReferenceAnchor` has no estimator's noise.
 
     Args:
         estimator: `K1()`, `K2()` or `K3()`.
@@ -106,7 +106,7 @@ class ReferenceKL(Advantage):
 
 @dataclass(frozen=True)
 class EntropyBonus(Advantage):
-    """Keep the policy uncertain. objective = -H(S); c(v) = S(v) (A(v) - E_S[A]), A = -log S
+    """Entropy bonus. objective = -H(S); c(v) = S(v) (A(v) - E_S[A]), A = -log S
 
     Blend it with a coefficient. H is in nats; the gradient is 0 iff S is uniform.
     """

@@ -1,4 +1,4 @@
-"""A judged batch, ready to be learned from."""
+"""A judged batch with its plan, weights and contexts, ready for the optimizer steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,23 +13,26 @@ from scsdpo.types import Judged, Moment, TeacherContexts
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """What is known of R = Q * G judged responses before the first forward. Rows are q * G + g."""
+    """R = Q * G judged responses with plan, weights and contexts. Row q * G + g is rollout (q, g).
+
+    All of it is known before the first forward.
+    """
 
     judged: Judged
     plan: Plan
     weights: Tensor
     """[Q, G] float64 question and rollout weights."""
     contexts: Mapping[str, TeacherContexts]
-    """By slot, what is read before each response: `teacher`, `reference`, and where a context has
-    further parts (`Contexts`) `teacher/NAME`."""
+    """Slot -> teacher prompts. Slots are `teacher`, `reference`, and `teacher/NAME` for the further
+    parts of `Contexts`."""
     questions: tuple[int, ...]
-    """Of each optimizer step, how many; the first ones first."""
+    """Number of questions of each optimizer step, which takes them in order."""
     objective_name: str
-    """What the advantage calls its objective."""
+    """Name of the mean objective in the log."""
     old_logprobs: Tensor
-    """[R, L]: log-probs under the policy before the batch's first update; nan: not measured."""
+    """[R, L] nats: log-probs under the policy before the batch's first update; nan: unknown."""
     now: Moment = Moment(0, 0)
-    """When that policy's weights were the newest; told by batches that may be of older weights."""
+    """The moment of that policy; set if older weights may have sampled the batch."""
 
     @classmethod
     def of(
@@ -57,11 +60,11 @@ class Batch:
 
     @property
     def teacher(self) -> TeacherContexts:
-        """What the teacher reads before each response, the first of its contexts."""
+        """Prompts of the teacher's first context."""
         return self.contexts["teacher"]
 
     def reads(self, slot: str) -> Tensor:
-        """[R] bool: rollouts whose credit reads what is said after the slot's context."""
+        """[R] bool: rollouts whose credit reads the distribution after the slot's context."""
         of = self.plan.needs_reference if slot.startswith("reference") else self.plan.needs_teacher
         if slot in ("teacher", "reference"):
             return of.flatten()
@@ -79,7 +82,7 @@ class Batch:
 
     @property
     def sampled(self) -> Tensor:
-        """[R, L] bool: the policy drew this token; the others are read and never learned from."""
+        """[R, L] bool: the policy drew this token. Other tokens are attended to, never learned."""
         return self.judged.responses.sampled.flatten(0, 1)
 
     @property

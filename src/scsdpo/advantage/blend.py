@@ -1,4 +1,4 @@
-"""Sums of advantages."""
+"""Weighted sums of advantages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scsdpo.advantage._base import Plan
-from scsdpo.advantage._composed import Composed, Part, combined
+from scsdpo.advantage._composed import Component, Composed, combined
 from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighted(Part):
+class Weighted(Component):
     """One term of a `Blend`. Its credit counts weight * W_i for rollout i
 
     Args:
-        advantage: what gives the credit.
-        weight: its coefficient; finite.
+        advantage: gives the credit.
+        weight: coefficient of the credit; finite.
         weighting: W [Q, G], how much each question and rollout counts in this term alone;
             `model.weighting` multiplies all terms.
 
@@ -29,13 +29,13 @@ class Weighted(Part):
 class Blend(Composed):
     """Weighted sum of credits. c_i = sum_k weight_k W_ki c_ki at rollout i
 
-    A rollout is run if any part wants it; each part speaks only where its own plan is active and
-    its W is not 0. SDPO's hybrid with GRPO is weights (l, 1 - l), l = .9; with
-    `weighting: PassRate` on the second part alone it is SC-SDPO's; a KL anchor is a
+    A rollout is run if any part gives it credit. A part gives credit only where its own plan is
+    active and its W is not 0. SDPO's hybrid with GRPO has weights (l, 1 - l), l = .9. With
+    `weighting: PassRate` on the second part alone it is SC-SDPO's hybrid. A KL anchor is a
     `ReferenceAnchor` with a small weight.
 
     Args:
-        parts: at least one.
+        parts: the terms; at least one.
 
     Raises:
         ValueError: if there are no parts.
@@ -51,7 +51,7 @@ class Blend(Composed):
             raise ValueError("`Blend(parts=...)` must name at least one advantage, got none")
 
     @property
-    def inner(self) -> Sequence[Part]:
+    def inner(self) -> Sequence[Component]:
         return self.parts
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:

@@ -1,4 +1,4 @@
-"""Credit from a divergence to a target distribution: the teacher's, or the reference's."""
+"""Credit from a divergence to the teacher's or the reference's distribution."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from scsdpo.types import Judged
 
 @dataclass(frozen=True, kw_only=True)
 class _Distillation(Advantage):
-    """Shared by the two targets: what divergence, on what support."""
+    """Distillation to `goal`: a divergence on a support."""
 
     divergence: FDivergence = Divergence()
     support: Support = TopK()
@@ -45,11 +45,11 @@ class _Distillation(Advantage):
 class SelfDistillation(_Distillation):
     """Distillation from the self-teacher. c(v) = S(v) (A(v) - sum_u S(u) A(u))
 
-    with A = T/S (alpha = 0, forward KL), log T - log S (alpha = 1, reverse KL) or
-    (1 - a) (log M - log S), M = (1 - a) S + a T (otherwise, skewed JSD), or as another divergence
-    says; on a truncated support
-    S and T are those of the support. S is the student after the question, T the teacher after
-    question and privileged context, both on the student's own response.
+    A = T/S for the forward KL (alpha = 0), log T - log S for the reverse KL (alpha = 1), and
+    (1 - a) (log M - log S), M = (1 - a) S + a T, for the skewed JSD (otherwise); other divergences
+    have their own. On a truncated support S and T are distributions over the support. S is the
+    student after the question, T the teacher after question and privileged context, both on the
+    student's own response.
 
     A rollout without a teacher prompt gets no credit and is not run. With a frozen teacher equal
     to the student and the same prompt, objective and gradient are 0.
@@ -57,15 +57,15 @@ class SelfDistillation(_Distillation):
     Args:
         divergence: `Divergence(alpha)`, 0.5 is the JSD of the paper, or `SquaredHellinger()`.
         support: `Full()`, `TopK(k, tail)` or, with alpha = 1 and no clip, `Sampled()`.
-        target: what of the teacher is moved towards: `AsTaught()`, `LogitMix`, `DivergenceMix`,
-            `PriorAtForks`, `Purified`.
+        target: the distribution that the student is moved towards: `AsTaught()`, `LogitMix`,
+            `DivergenceMix`, `PriorAtForks`, `Purified`.
 
     Shapes:
         logits [n, V] -> credit on [n, B]; objective [n] in nats, >= 0 (with `Sampled` only its
         mean is).
 
     Raises:
-        ValueError: if `Sampled` meets another divergence than the reverse KL.
+        ValueError: if the support is `Sampled` and the divergence is not the reverse KL.
 
     Source:
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802; SC-SDPO, arXiv:2605.27765; OPSD,
@@ -108,11 +108,11 @@ class SelfDistillation(_Distillation):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceAnchor(_Distillation):
-    """Exact divergence to the reference policy, every rollout. alpha = 1: KL(S || R)
+    """Exact divergence to the reference policy, in every rollout. alpha = 1: KL(S || R)
 
-    The KL term of PPO and GRPO without an estimator's noise: blend it with a coefficient, e.g.
-    `Blend` of `GroupRelative` (1.0) and `ReferenceAnchor` (0.001). The gradient is that of the
-    per-token divergence at the sampled prefixes.
+    It is the KL term of PPO and GRPO without an estimator's noise. Blend it with a coefficient,
+    e.g. `Blend` of `GroupRelative` (1.0) and `ReferenceAnchor` (0.001). The gradient is that of the
+    divergence at each sampled prefix.
 
     Args:
         divergence: as in `SelfDistillation`; alpha = 1 is the usual KL(S || R), and there is

@@ -9,39 +9,39 @@ from torch import Tensor
 
 
 class FDivergence(ABC):
-    """How far the student S is from the target T; >= 0, 0 iff S = T, finite supports."""
+    """A divergence of the student S from the target T: >= 0, and 0 iff S = T; finite supports."""
 
     @abstractmethod
     def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         """Credit [n, B], centred, and value [n] of the divergence at n positions.
 
         Args:
-            log_s: [n, B] log-probs that sum to one in the exponent; -inf allowed.
-            log_t: [n, B] of the target, on the same places.
+            log_s: [n, B] the student's log-probs; their exponentials sum to 1; -inf is allowed.
+            log_t: [n, B] the target's log-probs, of the same entries.
         """
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults off `__dict__`
 class Divergence(FDivergence):
-    """How far S is from T, in nats.
+    """Forward KL, reverse KL or skewed JSD, in nats.
 
         alpha = 0   forward KL   sum_v T log(T / S)                        A = T / S
         alpha = 1   reverse KL   sum_v S log(S / T)                        A = log T - log S
         else        skewed JSD   (1 - a) sum_v S log(S / M) + a sum_v T log(T / M)
                                  with M = (1 - a) S + a T                  A = (1 - a) log(M / S)
 
-    and in each case c(v) = S(v) (A(v) - sum_u S(u) A(u)), which is minus the gradient w.r.t.
-    log S. Note the sign: d JSD / d S(v) = (1 - a) log(S / M) is the descent coefficient; as an
-    advantage it is (1 - a) log(M / S). The skewed form vanishes as a -> 0 or 1, so the two ends
-    are cases of their own. Entries with S = 0 get no credit; >= 0, 0 iff S = T.
+    In each case c(v) = S(v) (A(v) - sum_u S(u) A(u)), which is minus the gradient w.r.t. log S.
+    Note the sign: d JSD / d S(v) = (1 - a) log(S / M) is the descent coefficient; as an advantage
+    it is (1 - a) log(M / S). The skewed form vanishes as a -> 0 or 1, so the two ends are separate
+    cases. Entries with S = 0 get no credit. The value is >= 0, and 0 iff S = T.
 
     With `summand_clip` every summand f_v is clipped from above: sum_v min(f_v, clip), which may be
-    negative. A clipped summand gives no credit, the others T, -S (log(S/T) + 1) or
-    (1 - a) S log(M/S), minus the derivative w.r.t. log S(v); then c is centred.
+    negative. A clipped summand gives no credit. The others give minus the derivative w.r.t.
+    log S(v), which is T, -S (log(S/T) + 1) or (1 - a) S log(M/S). Then c is centred.
 
     Args:
         alpha: a in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 the JSD of the paper.
-        summand_clip: largest summand of the sum over the vocabulary, > 0. inf: none.
+        summand_clip: largest summand of the sum over the vocabulary, > 0. inf: no clipping.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -102,7 +102,7 @@ class Divergence(FDivergence):
             own = (1 - alpha) * _expect(s, log_s - log_m)
             summands, values = own + alpha * _expect(t, log_t - log_m), -own
         values = torch.where(summands < self.summand_clip, values, 0.0)
-        # Centred, as S may be renormalised on its support; where it is not, S adds no gradient.
+        # Centring is the gradient of S's normalisation, on a truncated support too.
         centred = values - s * values.sum(-1, keepdim=True)
         return centred, summands.clamp(max=self.summand_clip).sum(-1)
 
@@ -111,8 +111,8 @@ class Divergence(FDivergence):
 class SquaredHellinger(FDivergence):
     """H^2 = 1/2 sum_v (sqrt S - sqrt T)^2 = 1 - b, b = sum_v sqrt(S T).   A = 1/2 sqrt(T / S)
 
-    In [0, 1]. c(v) = 1/2 (sqrt(S T) - S b): where the student has no mass the teacher's pull
-    fades as sqrt S, and does not stay at T as with the forward KL.
+    It is in [0, 1]. c(v) = 1/2 (sqrt(S T) - S b): as S(v) -> 0 the credit falls as sqrt S, where
+    that of the forward KL stays at T.
 
     Source:
         GeoSD, arXiv:2607.06855.
@@ -124,17 +124,17 @@ class SquaredHellinger(FDivergence):
 
 @dataclass(frozen=True)
 class SquaredFisherRao(FDivergence):
-    """d^2 = 4 arccos(b)^2, b = sum_v sqrt(S T): the geodesic between S and T.
+    """d^2 = 4 arccos(b)^2, b = sum_v sqrt(S T): squared length of the geodesic between S and T.
 
-    c(v) = 4 phi / sin(phi) (sqrt(S T) - S b), phi = arccos b. Near S = T it is 8 H^2, in
-    [0, pi^2]. As a `ReferenceAnchor` to a `Restart` it holds drift from the last copy.
+    It is in [0, pi^2], and near S = T it is 8 H^2. c(v) = 4 phi / sin(phi) (sqrt(S T) - S b),
+    phi = arccos b. As a `ReferenceAnchor` to a `Restart` it limits the drift from the last copy.
 
     Source:
         GeoSD, arXiv:2607.06855.
     """
 
     def credit(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-        # 1 - cos(phi) = 2 sin(phi / 2)^2; arccos itself is inexact near 1.
+        # From 1 - cos(phi) = 2 sin(phi / 2)^2; arccos itself is inexact near 1.
         phi = 2 * (_hellinger(log_s, log_t).clamp(max=1) / 2).sqrt().asin()
         stretch = 4 / torch.sinc(phi / math.pi)
         return stretch[:, None] * _overlap_credit(log_s, log_t), 4 * phi.square()
@@ -152,5 +152,5 @@ def _overlap_credit(log_s: Tensor, log_t: Tensor) -> Tensor:
 
 
 def _expect(p: Tensor, x: Tensor) -> Tensor:
-    """P * x with 0 * anything = 0: an impossible event has no say, whatever its log-ratio."""
+    """P * x, and 0 where p = 0, though x may be infinite there."""
     return torch.where(p > 0, p * x, 0.0)

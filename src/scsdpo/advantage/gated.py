@@ -1,4 +1,4 @@
-"""The sampled token, raised as far as the teacher likes it better."""
+"""Raises the sampled token, the more the teacher prefers it to the student."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from scsdpo.types import Judged
 class GatedGap(Advantage):
     """objective = g D, D = log T(y) - log S(y), g = sigmoid(sharpness D);   c(y) = g, else 0
 
-    g and T are detached, hence a likelihood objective: every sampled token is raised, by nearly 1
-    where the teacher likes it much better and by nearly 0 where it does not. Beside a policy
-    gradient (`Blend`), with a small weight. sharpness = 0 is g = 1/2 everywhere.
+    g and T are detached, so this is a likelihood objective: every sampled token is raised, with a
+    credit near 1 where the teacher gives it much more probability than the student, and near 0
+    where it gives much less. It stands beside a policy gradient (`Blend`), with a small weight.
+    sharpness = 0 gives g = 1/2 everywhere.
 
     A rollout without a teacher prompt gets no credit and is not run.
 

@@ -1,7 +1,7 @@
-"""Advantages from a group's rewards, by episode and by turn, under the PPO clip: the GRPO family.
+"""The GRPO family: advantages from a group's rewards, by rollout or by turn, with the PPO clip.
 
 Baselines and scales compare along the last axis, G. In tables by turn, nan stands where a rollout
-has no such turn: it is compared with nobody, and nobody with it.
+has no such turn. It is left out of the comparison.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scsdpo.advantage._base import Advantage, Plan, chosen
+from scsdpo.advantage._base import Advantage, Plan, rows_of
 from scsdpo.advantage.modulator import Modulator, Unmodulated
 from scsdpo.distributed import all_sum
 from scsdpo.errors import ConfigurationError
@@ -27,7 +27,7 @@ from scsdpo.types import Judged
 
 
 class Baseline(ABC):
-    """What a rollout's reward is compared with."""
+    """The value that a rollout's reward is compared with."""
 
     @abstractmethod
     def centre(self, rewards: Tensor) -> Tensor:
@@ -46,26 +46,27 @@ class GroupMean(Baseline):
 class LeaveOneOut(Baseline):
     """r_i - mean_{j != i} r_j = G / (G - 1) (r_i - mean_j r_j); needs G > 1.
 
-    By turn G is the number of rollouts that have the turn. One that alone has it keeps its return:
-    with the baseline 0 there the gradient is unbiased (`TurnRelative`).
+    By turn, G is the number of rollouts that have the turn. Where only one has it, its baseline is
+    0, so that the gradient stays unbiased (`TurnRelative`).
 
     Source:
         Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
 
     def centre(self, rewards: Tensor) -> Tensor:
-        group = _counted(rewards)
+        group = _group_size(rewards)
         centred = (rewards - rewards.nanmean(-1, keepdim=True)) * group / (group - 1)
         return torch.where(group > 1, centred, rewards)
 
 
 class Scale(ABC):
-    """What a centred reward is divided by."""
+    """The number that a centred reward is divided by."""
 
     @abstractmethod
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        """[..., G] centred rewards -> [..., G] advantages, of a group without spread exactly 0;
-        nan stays nan.
+        """[..., G] centred rewards -> [..., G] advantages; nan stays nan.
+
+        In a group whose rewards are all equal, advantages are exactly 0.
         """
 
 
@@ -109,13 +110,13 @@ class GroupStd(Scale):
 
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
         squares = (rewards - rewards.nanmean(-1, keepdim=True)).square().nansum(-1, keepdim=True)
-        std = (squares / (_counted(rewards) - self.ddof)).sqrt()
+        std = (squares / (_group_size(rewards) - self.ddof)).sqrt()
         return _where_spread(rewards, centred / (std + self.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStd(Scale):
-    """A = (r - baseline) / (std over every centred reward of the batch, all ranks, + eps).
+    """A = (r - baseline) / (std of all centred rewards of the batch, over all ranks, + eps).
 
     Args:
         eps: added to the std, in reward units. Must be >= 0.
@@ -131,7 +132,8 @@ class BatchStd(Scale):
             raise ValueError(f"`BatchStd(eps=...)` must be >= 0, got {self.eps}")
 
     def divide(self, centred: Tensor, rewards: Tensor) -> Tensor:
-        sums = [centred.square().nansum(), centred.nansum(), _counted(centred).sum().to(centred)]
+        known = _group_size(centred).sum().to(centred)
+        sums = [centred.square().nansum(), centred.nansum(), known]
         squares, total, count = all_sum(torch.stack(sums))
         std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
         return _where_spread(rewards, centred / (std + self.eps))
@@ -139,7 +141,7 @@ class BatchStd(Scale):
 
 @dataclass(frozen=True)
 class GroupPassRate(Scale):
-    """A = (r - p) / p with p the group's mean reward: hard questions weigh more.
+    """A = (r - p) / p with p the group's mean reward, so that hard questions weigh more.
 
     sum_i |A_i| = 2 G (1 - p) for binary rewards; p <= 0 gives 0.
 
@@ -152,14 +154,15 @@ class GroupPassRate(Scale):
         return _where_spread(rewards, torch.where(rate > 0, centred / rate, 0 * centred))
 
 
-def _counted(rewards: Tensor) -> Tensor:
-    """[..., 1] int64: how many of a group are compared."""
+def _group_size(rewards: Tensor) -> Tensor:
+    """[..., 1] int64: number of a group's rewards that are not nan."""
     return (~rewards.isnan()).sum(-1, keepdim=True)
 
 
 def _where_spread(rewards: Tensor, advantages: Tensor) -> Tensor:
-    """The advantages, and 0 where the group's rewards are equal. Their std is not asked: it may
-    round above 0.
+    """The advantages, and 0 where the group's rewards are all equal.
+
+    Rewards are compared, and not their std, which may round above 0.
     """
     highest = rewards.nan_to_num(-torch.inf).amax(-1, keepdim=True)
     lowest = rewards.nan_to_num(torch.inf).amin(-1, keepdim=True)
@@ -167,7 +170,7 @@ def _where_spread(rewards: Tensor, advantages: Tensor) -> Tensor:
 
 
 class RatioLevel(NeedsSignals, ABC):
-    """Over what the importance ratio rho of the PPO clip is taken."""
+    """The importance ratio rho of the PPO clip: by token or by sequence."""
 
     @abstractmethod
     def log_ratio(self, chunk: Chunk) -> Tensor:
@@ -184,9 +187,10 @@ class TokenLevel(RatioLevel):
 
 @dataclass(frozen=True)
 class SequenceLevel(RatioLevel):
-    """rho = exp(mean_t log S(y_t) / S_old(y_t)), one per rollout; needs a measuring pass.
+    """rho = exp(mean_t log S(y_t) / S_old(y_t)), one per rollout.
 
-    With `SequenceMean` its token gradients add up to that of the sequence's ratio.
+    It needs a pass without gradient before the loss. With `SequenceMean` the gradients of a
+    rollout's tokens add up to that of its ratio.
 
     Source:
         Zheng et al. 2025 (GSPO), arXiv:2507.18071.
@@ -208,9 +212,11 @@ class SequenceLevel(RatioLevel):
 class GroupRelative(Advantage):
     """Clipped policy gradient. loss_t = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
 
-    A is one number per rollout, made from its group's rewards by `baseline` and `scale`. Credit
-    is zero but at the sampled token: c(y_t) = rho A, and 0 where the clip binds. A group whose
-    rewards are all equal has A = 0 and is not run at all.
+    A is one number per rollout, computed from its group's rewards by `baseline` and `scale`. Credit
+    is 0 except at the sampled token: c(y_t) = rho A, and 0 where the clip binds. A group whose
+    rewards are all equal has A = 0 and is not run.
+
+    For a scalar advantage of your own, subclass this and override `advantages`.
 
     | method | baseline | scale | clip |
     |---|---|---|---|
@@ -221,13 +227,13 @@ class GroupRelative(Advantage):
     | MaxRL | GroupMean | GroupPassRate | .2 / .2 |
 
     Args:
-        baseline: what a reward is compared with.
-        scale: what the difference is divided by.
-        clip_low: eps_low of the PPO clip, in [0, 1]. It binds only from a batch's second update.
+        baseline: the value that a reward is compared with.
+        scale: the number that the difference is divided by.
+        clip_low: eps_low of the PPO clip, in [0, 1]. It can bind from a batch's second update on.
         clip_high: eps_high of the PPO clip, >= 0.
         level: `TokenLevel()`, or `SequenceLevel()` (GSPO).
-        modulator: a factor on A at each token, e.g. from the teacher; where the rollout has no
-            teacher it is 1.
+        modulator: factor on A at each token, e.g. from the teacher; 1 where the rollout has no
+            teacher.
 
     Shapes:
         rewards [Q, G] -> A [Q, G].
@@ -279,32 +285,32 @@ class GroupRelative(Advantage):
         return (*self.level.derivations, *self.modulator.derivations)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """A [..., G] float64 of rewards [..., G]."""
+        """A [..., G] float64, one per rollout, from rewards [..., G] along the last axis."""
         wide = rewards.double()
         return self.scale.divide(self.baseline.centre(wide), wide)
 
     def of_tokens(self, judged: Judged) -> Tensor:
-        """A [Q, G, L] float64 of each token."""
+        """A [Q, G, L] float64, one per token."""
         return self.advantages(judged.rewards)[..., None].expand(judged.responses.ids.shape)
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:
         advantages = self.of_tokens(judged)
         active = (advantages != 0).any(-1)
-        asked = available & active & self.needs_teacher
+        taught = available & active & self.needs_teacher
         return Plan(
             active=active,
-            needs_teacher=asked,
-            credit=partial(self._credit, advantages.flatten(), asked.flatten(), chosen(asked)),
+            needs_teacher=taught,
+            credit=partial(self._credit, advantages.flatten(), taught.flatten(), rows_of(taught)),
         )
 
     def _credit(
-        self, advantages: Tensor, asked: Tensor, taught: frozenset[int], chunk: Chunk
+        self, advantages: Tensor, taught: Tensor, rows: frozenset[int], chunk: Chunk
     ) -> Credit:
         log_ratio = self.level.log_ratio(chunk)
         advantage = chunk.at(advantages)
-        if not taught.isdisjoint(chunk.rollouts):
+        if not rows.isdisjoint(chunk.rollouts):
             factor = self.modulator.factor(chunk, advantage)
-            modulated = asked[chunk.rollout] & (advantage != 0)  # of 0 a factor may be undefined
+            modulated = taught[chunk.rollout] & (advantage != 0)  # where A = 0 it may be undefined
             advantage = torch.where(modulated, factor * advantage, advantage)
         ratio = log_ratio.exp()
         plain = ratio * advantage
@@ -316,21 +322,21 @@ class GroupRelative(Advantage):
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRelative(GroupRelative):
-    """Clipped policy gradient by turn. Turn k of rollout i has A_{i,k} of the returns R_{i,k}
+    """Clipped policy gradient by turn. A_{i,k} compares the returns R_{i,k} of turn k in the group
 
         R_{i,k} = sum_{s >= k} discount^(s - k) r_{i,s}
 
-    of the group's rollouts that have a turn k, by `baseline` and `scale` as in `GroupRelative`. So
-    a turn gets no credit for what earlier ones earned, and is compared with turns as far into their
-    episodes. r_{i,s} is what `Environment.step` gave turn s, `Observation.reward`; the last turn
-    earns its verdict's reward, less what that has given to earlier turns (`Verdict.earned`). Where
-    no turn but the last earns anything and discount = 1, R is the episode's reward in each turn.
-    With one turn a rollout it is `GroupRelative`.
+    The group's rollouts that have a turn k are compared by `baseline` and `scale`, as in
+    `GroupRelative`. So a turn gets no credit for rewards of earlier turns, and is compared with
+    turns of the same number. r_{i,s} is `Observation.reward` of turn s, from `Environment.step`.
+    The last turn earns its verdict's reward, less `Verdict.earned`, the part that earlier turns got
+    already. If only the last turn earns a reward and discount = 1, R is the episode's reward in
+    each turn. With one turn per rollout this is `GroupRelative`.
 
-    With `LeaveOneOut`, `Unscaled` and discount = 1 the gradient, summed over tokens, is that of the
-    expected sum of turn rewards, unbiased. `GroupMean` shrinks turn k's share of it by the
-    expectation of m / (m + 1), m the other rollouts that have the turn; one that alone has it gets
-    nothing.
+    With `LeaveOneOut`, `Unscaled` and discount = 1 the gradient, summed over tokens, is an unbiased
+    estimate of the gradient of the expected sum of turn rewards. `GroupMean` shrinks turn k's part
+    of it by the expectation of m / (m + 1), where m is the number of other rollouts that have the
+    turn; where there are none, the turn gets no credit.
 
     Args:
         baseline: as in `GroupRelative`.
@@ -338,8 +344,9 @@ class TurnRelative(GroupRelative):
         clip_low: as in `GroupRelative`.
         clip_high: as in `GroupRelative`.
         level: as in `GroupRelative`.
-        modulator: as in `GroupRelative`; its factor is on the turn's A.
-        discount: of a reward that comes a turn later, in [0, 1]; 0 keeps each turn's own.
+        modulator: as in `GroupRelative`; a factor on the turn's A.
+        discount: factor on a reward that comes a turn later, in [0, 1]; 0: a turn's own reward
+            alone counts.
 
     Shapes:
         `Judged.turn_rewards` [Q, G, T] -> A [Q, G, T].
@@ -377,8 +384,8 @@ class TurnRelative(GroupRelative):
         if bool((by_turn.isnan() & ~returns.isnan()).any()):
             raise ConfigurationError(
                 f"`TurnRelative`: {type(self.baseline).__name__} and {type(self.scale).__name__} "
-                "give nan for a turn that a rollout has: where another one of the group has no "
-                "such turn its return is nan, and must be left out (`torch.nanmean`)"
+                "give nan for a turn that a rollout has: a rollout of the group without that turn "
+                "has the return nan, which they must leave out (use `torch.nanmean`)"
             )
-        # Padding has the number of some turn or other; no token there is learned from.
+        # Padding has some turn's number, too; no token there is learned from.
         return by_turn.nan_to_num(0.0).gather(-1, judged.responses.turns.long())

@@ -1,4 +1,4 @@
-"""Factors on a rollout's advantage at each token: where in the response the credit belongs."""
+"""Factors on a rollout's advantage at each token, which place the credit within the response."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from scsdpo.weighting.tokens import check_contrast, contrast
 
 
 class Modulator(NeedsSignals, ABC):
-    """A factor on the sequence's advantage, token by token; inside the PPO clip."""
+    """A factor on the rollout's advantage at each token. The PPO clip applies to the product."""
 
     @declared
     def needs_teacher(self) -> bool:
-        """Whether it reads the teacher."""
+        """True if it reads the teacher."""
         return True
 
     @declared
     def contexts(self) -> int:
-        """How many contexts the teacher must have (`Contexts`)."""
+        """Number of contexts that the teacher must have (`Contexts`)."""
         return 1
 
     @abstractmethod
     def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
-        """[n] >= 0, for the advantage [n]; read only where the rollout has a teacher."""
+        """The factor [n] >= 0 on `advantage` [n]; used only where the rollout has a teacher."""
 
 
 @dataclass(frozen=True)
 class Unmodulated(Modulator):
-    """1 everywhere."""
+    """The factor 1 everywhere."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -45,13 +45,13 @@ class Unmodulated(Modulator):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRatio(Modulator):
-    """RLSD's. factor = (1 - mix) + mix clip(exp(sign(A) (log T(y) - log S(y))), 1 -+ band)
+    """RLSD's factor: (1 - mix) + mix clip(exp(sign(A) (log T(y) - log S(y))), 1 -+ band)
 
-    Credit goes to the tokens of a success that the teacher likes better than the student, and
-    blame to those of a failure that it likes less. Detached. mix = 0 is `Unmodulated`.
+    More credit goes to those tokens of a success that the teacher prefers to the student, and more
+    blame to those tokens of a failure that it prefers less. Detached. mix = 0 is `Unmodulated`.
 
     Args:
-        mix: share of the teacher's say, in [0, 1].
+        mix: weight of the teacher's ratio, in [0, 1].
         band: half width of the clip around 1, >= 0.
 
     Raises:
@@ -78,17 +78,17 @@ class TeacherRatio(Modulator):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfluence(Modulator):
-    """SC-GRPO's. factor = D_t / (D_t + c), D_t = KL(T_t || S_t) over the whole vocabulary
+    """SC-GRPO's factor: D_t / (D_t + c), D_t = KL(T_t || S_t) over the whole vocabulary
 
         c = max(the `quantile` of D over the step's tokens with a teacher, on all ranks; floor)
 
-    Credit goes to the tokens at which what the teacher was told changes its distribution; the
-    policy gradient alone decides its sign, in right and wrong rollouts alike. Detached, in [0, 1).
-    D is measured before the loss, which makes a second pass over the vocabulary.
+    Credit goes to the tokens where the teacher's context changes its distribution. The policy
+    gradient alone gives its sign, in right and wrong rollouts alike. Detached, in [0, 1). D is
+    measured before the loss, in a second pass over the vocabulary.
 
     Args:
-        quantile: in [0, 1]; between two values it is interpolated linearly.
-        floor: nats, > 0.
+        quantile: quantile of D, in [0, 1]; it is interpolated linearly between two values.
+        floor: least c, in nats, > 0.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -119,10 +119,10 @@ class TeacherInfluence(Modulator):
     def influence(self, signals: Signals) -> Tensor:
         """[R, L] in [0, 1): D / (D + c)."""
         kl = signals.teacher_kl
-        told = kl[signals.mask & (kl > 0)]  # 0 in rows without a teacher
-        everyone = all_values(told.cpu()).numpy()  # torch's quantile has a limit
-        most = float(np.quantile(everyone, self.quantile)) if len(everyone) else 0.0
-        return kl / (kl + max(most, self.floor))
+        taught = kl[signals.mask & (kl > 0)]  # rows without a teacher have 0
+        everyone = all_values(taught.cpu()).numpy()  # torch.quantile refuses large tensors
+        c = float(np.quantile(everyone, self.quantile)) if len(everyone) else 0.0
+        return kl / (kl + max(c, self.floor))
 
     def factor(self, chunk: Chunk, advantage: Tensor) -> Tensor:
         return chunk.derived(self.influence)
@@ -132,14 +132,14 @@ class TeacherInfluence(Modulator):
 class SignAgreement(Modulator):
     """factor = 1 where sign(A) (log T(y) - log S(y)) >= margin, else `otherwise`
 
-    A token of a success keeps its credit where the teacher likes it at least as well as the student
-    does, and a token of a failure its blame where the teacher likes it no better. The policy
-    gradient decides the direction; where the teacher contradicts it, nobody is followed. Detached.
+    A token of a success keeps its credit where the teacher gives it at least the student's
+    probability, and a token of a failure keeps its blame where the teacher gives it at most that.
+    The policy gradient gives the direction, and the teacher can only veto it. Detached.
     otherwise = 1 is `Unmodulated`.
 
     Args:
-        margin: nats by which they must agree; below 0, by which they may differ.
-        otherwise: factor where they do not agree, in [0, 1].
+        margin: least value of sign(A) (log T(y) - log S(y)), in nats; it may be negative.
+        otherwise: factor where teacher and policy gradient do not agree, in [0, 1].
 
     Raises:
         ValueError: if `otherwise` is outside its range.
@@ -167,12 +167,12 @@ class SignAgreement(Modulator):
 class Surprise(Modulator):
     """factor = min(exp(sharpness d), cap), d = max(log S(y) - log T(y) - margin, 0)
 
-    Tokens at which the student went its own way weigh more, formatting and connectives included:
-    DRIFT multiplies it by a gate (`Rhythm`). Detached; >= 1.
+    Tokens that the student gives more probability than the teacher weigh more, formatting and
+    connectives too. DRIFT adds a gate (`Rhythm`). Detached; >= 1.
 
     Args:
-        sharpness: per nat, >= 0; 0 is `Unmodulated`.
-        margin: nats that do not count yet.
+        sharpness: slope of the exponent, per nat, >= 0; 0 is `Unmodulated`.
+        margin: a log-ratio up to this, in nats, does not count.
         cap: largest factor, >= 1.
 
     Raises:
@@ -201,10 +201,10 @@ class Surprise(Modulator):
 
 @dataclass(frozen=True, kw_only=True)
 class Rhythm(Surprise):
-    """DRIFT's. factor = 1 + gate_t (s_t - 1), s_t the factor of `Surprise`; detached, in [1, cap]
+    """DRIFT's factor: 1 + gate_t (s_t - 1), s_t the factor of `Surprise`; detached, in [1, cap]
 
-    The gate opens where the teacher's uncertainty falls and the student's does not, at a token at
-    which the student is the less certain one. With H the entropy and m the student or the teacher,
+    The gate opens at tokens where the teacher's entropy falls, the student's does not, and the
+    student's is the larger one. With H the entropy and m the student or the teacher,
 
         drop_m(t) = max(mean of H_m over `window` tokens before t - the mean over those after t, 0)
         a_t       = max(drop_T(t) - drop_S(t), 0) max(H_S(t) - H_T(t), 0)
@@ -215,19 +215,20 @@ class Rhythm(Surprise):
     Only tokens above the response's mean have a gate above 0. The paper's lower clip m_min <= 1 of
     r_t / mean r cannot change the gate, and is left out.
 
-    Windows leave out t itself and end where the response does; where one has no token the drop is
-    0, and so is z where a does not vary. These choices are ours, the paper's are not stated.
+    Windows leave out t itself and end where the response does. The drop is 0 where a window has no
+    token, and z is 0 where a does not vary. These choices are ours; the paper does not state its
+    own.
 
-    It measures both entropies before the loss, which makes a second pass over the vocabulary.
+    Both entropies are measured before the loss, in a second pass over the vocabulary.
 
     Args:
-        sharpness: of `Surprise`.
-        margin: of `Surprise`.
-        cap: of `Surprise`.
-        window: tokens on each side, >= 1.
-        steepness: of the sigmoid, > 0.
-        gain: of the anchor, > 0.
-        highest: r_t / mean r from which the gate is 1, > 1.
+        sharpness: as in `Surprise`.
+        margin: as in `Surprise`.
+        cap: as in `Surprise`.
+        window: number of tokens on each side, >= 1.
+        steepness: steepness of the sigmoid, > 0.
+        gain: factor in r_t, > 0.
+        highest: value of r_t / mean r from which the gate is 1, > 1.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -261,7 +262,7 @@ class Rhythm(Surprise):
 
     def gate(self, signals: Signals) -> Tensor:
         """[R, L] in [0, 1]; 0 where the policy drew no token."""
-        # Of an episode the tokens that were drawn come first, so that windows hold no others.
+        # In episodes, sort the sampled tokens to the front, so that windows hold no other tokens.
         order = signals.mask.logical_not().int().argsort(dim=-1, stable=True)
         mask = signals.mask.gather(-1, order)
         student = torch.where(mask, signals.student_entropy.gather(-1, order), 0.0)
@@ -277,7 +278,7 @@ class Rhythm(Surprise):
         return torch.zeros_like(gate).scatter(-1, order, gate)
 
     def _drop(self, entropy: Tensor, mask: Tensor) -> Tensor:
-        """[R, L]: how far the mean entropy after a token is below that before it; >= 0."""
+        """[R, L] >= 0: mean entropy before each token minus the mean after it."""
         sums = torch.nn.functional.pad(entropy.cumsum(-1), (1, 0))
         counts = torch.nn.functional.pad(mask.double().cumsum(-1), (1, 0))
         here = torch.arange(mask.shape[1], device=mask.device)
@@ -294,26 +295,27 @@ class Rhythm(Surprise):
 
 
 def _row_mean(table: Tensor, mask: Tensor) -> Tensor:
-    """[R, 1]: the mean over each row's tokens; 0 without any."""
+    """[R, 1]: the mean over each row's tokens; 0 in rows without tokens."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(mask, table, 0.0).sum(-1, keepdim=True) / count
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiblingContrast(Modulator):
-    """RLCSD's. factor = max(0, 1 + r_t / A): A becomes A + r_t, and never changes its sign
+    """RLCSD's factor: max(0, 1 + r_t / A), so that A becomes A + r_t and never changes its sign
 
         e_t = log T(y_t | a right sibling) - mean_k log T(y_t | wrong sibling k)
         r_t = scale tanh(e_t / width), and 0 where |r_t| <= threshold
 
     The teacher's contexts are a right sibling and one or more wrong ones (`Contexts` of
-    `SiblingDemonstration` and `FailedSibling`); the mean is over those that the rollout has. Its
-    tokens with r_t = 0 keep A. `ContrastPaths` normalises the two kinds of tokens apart. Detached.
+    `SiblingDemonstration` and `FailedSibling`); the mean is over those that the rollout has. Tokens
+    with r_t = 0 keep A. `ContrastPaths` normalises tokens with and without r_t separately.
+    Detached.
 
     Args:
-        scale: of r_t, in units of the advantage, > 0.
-        width: nats at which tanh bends, > 0.
-        threshold: of |r_t|, >= 0.
+        scale: scale of r_t, in units of the advantage, > 0.
+        width: width of the tanh, in nats, > 0.
+        threshold: |r_t| up to this counts as 0, >= 0.
 
     Raises:
         ValueError: if an argument is outside its range.

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from scsdpo import contracts
 from scsdpo.advantage._base import Plan
-from scsdpo.advantage._composed import Composed, Part, combined
+from scsdpo.advantage._composed import Component, Composed, combined
 from scsdpo.advantage.router import Every, Router
 from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
-class Route(Part):
+class Route(Component):
     """One route of a `Routed`. Its credit counts weight * W_i for rollout i
 
     Args:
-        advantage: what gives the credit.
-        weight: its coefficient; finite.
+        advantage: gives the credit.
+        weight: coefficient of the credit; finite.
         weighting: W [Q, G], how much each question and rollout counts on this route alone, e.g. by
-            the question's pass rate: `RatePower(failed=1)`, `PassRate()`. It is made of the whole
-            batch, questions that do not take the route included.
-        where: the rollouts that take this route, of those that no earlier route claimed.
+            the question's pass rate: `RatePower(failed=1)`, `PassRate()`. It is computed from the
+            whole batch, questions that do not take the route included.
+        where: chooses the rollouts of this route, among those that no earlier route claimed.
 
     Raises:
         ValueError: if `weight` is not finite.
@@ -36,16 +36,16 @@ class Route(Part):
 class Routed(Composed):
     """Each rollout takes the first route that claims it. c_i = weight W_i c_i of that route
 
-    A rollout that no route claims gets no credit and is not run, nor is one whose W is 0. Every
-    advantage is planned on the whole batch and its credit used on its own rollouts: a
-    `GroupRelative` compares with the whole group, siblings on other routes included.
+    A rollout that no route claims, or whose W is 0, gets no credit and is not run. Each advantage
+    plans on the whole batch, and its credit is used on its own rollouts: `GroupRelative` compares
+    with the whole group, siblings on other routes included.
 
     SRPO is (`Failed` and `HasTeacher` -> `SelfDistillation`, else `GroupRelative`). GRPO's credit
     times 1 - p on successes is
     `Route(where=Succeeded(), advantage=GroupRelative(), weighting=RatePower(failed=1))`.
 
     Args:
-        routes: at least one, in the order in which they are asked.
+        routes: at least one; earlier routes claim first.
 
     Raises:
         ValueError: if there are no routes.
@@ -61,7 +61,7 @@ class Routed(Composed):
             raise ValueError("`Routed(routes=...)` must name at least one route, got none")
 
     @property
-    def inner(self) -> Sequence[Part]:
+    def inner(self) -> Sequence[Component]:
         return self.routes
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:

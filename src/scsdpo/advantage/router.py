@@ -1,4 +1,4 @@
-"""Which rollouts a route claims: by outcome, by group, by running pass rate, by time."""
+"""Routers choose the rollouts of a route: by outcome, group, pass rate or time."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,16 +11,21 @@ from scsdpo.types import Judged
 
 
 class Router(ABC):
-    """Says of each rollout whether it is claimed."""
+    """Decides for each rollout whether the route takes it."""
 
     @abstractmethod
     def claims(self, judged: Judged, available: Tensor) -> Tensor:
-        """[Q, G] bool; `available` [Q, G]: the rollout has a teacher prompt. Changes nothing."""
+        """[Q, G] bool: rollouts that the route takes. Changes nothing.
+
+        Args:
+            judged: the responses and their verdicts.
+            available: [Q, G] bool: the rollout has a teacher prompt.
+        """
 
 
 @dataclass(frozen=True)
 class Every(Router):
-    """Every rollout: the last route, for what no other claims."""
+    """Every rollout; for the last route, which takes all that no other route does."""
 
     def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return torch.ones_like(available)
@@ -28,7 +33,7 @@ class Every(Router):
 
 @dataclass(frozen=True)
 class Never(Router):
-    """No rollout: switches a route off."""
+    """No rollout; it turns a route off."""
 
     def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return torch.zeros_like(available)
@@ -60,7 +65,7 @@ class GroupFailed(Router):
 
 @dataclass(frozen=True)
 class HasTeacher(Router):
-    """Rollouts whose teacher has something to be told."""
+    """Rollouts that have a teacher prompt."""
 
     def claims(self, judged: Judged, available: Tensor) -> Tensor:
         return available
@@ -71,9 +76,10 @@ class RateWithin(Router):
     """Questions whose pass rate is in [low, high], both included.
 
     Args:
-        low: in [0, 1].
-        high: in [low, 1].
-        rates: of this batch (`Instant`), or with a memory (`MovingAverage`, `DecayedBeta`).
+        low: least pass rate, in [0, 1].
+        high: largest pass rate, in [low, 1].
+        rates: the pass rates: of this batch (`Instant`), or with earlier ones (`MovingAverage`,
+            `DecayedBeta`).
 
     Raises:
         ValueError: if the band is not within [0, 1].
@@ -99,7 +105,7 @@ class Warmup(Router, Stateful):
     """Every rollout during the first `steps` optimizer steps, then none.
 
     Args:
-        steps: >= 0.
+        steps: number of optimizer steps, >= 0.
 
     Raises:
         ValueError: if `steps` < 0.
@@ -122,10 +128,10 @@ class Warmup(Router, Stateful):
 
 @dataclass(frozen=True, kw_only=True)
 class AllOf(Router):
-    """Rollouts that each of several routers claims.
+    """Rollouts that all of several routers claim.
 
     Args:
-        routers: at least one.
+        routers: the routers; at least one.
 
     Raises:
         ValueError: if there are none.

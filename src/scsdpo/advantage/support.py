@@ -13,11 +13,11 @@ from scsdpo.loss import Credit, DenseCredit, SparseCredit, TokenLogits
 
 
 class Support(ABC):
-    """Where a divergence between student S and target T is evaluated."""
+    """The entries of the vocabulary on which a divergence between S and T is computed."""
 
     @declared
     def sampled(self) -> bool:
-        """Whether it looks at the sampled token only, which estimates the reverse KL only."""
+        """True if it is the sampled token alone, which can estimate the reverse KL alone."""
         return False
 
     @abstractmethod
@@ -40,15 +40,15 @@ class Full(Support):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Support):
-    """The student's k most likely tokens, and what is left as one tail bucket.
+    """The student's k most likely tokens, and one tail bucket for all others.
 
-    With the tail the buckets are (S(v_1), ..., S(v_k), 1 - sum_i S(v_i)), the same places for the
-    teacher; without it both are renormalised on the k tokens. k >= V is the full support. The
-    tail's credit spreads over its tokens in proportion to S.
+    With the tail, the buckets are (S(v_1), ..., S(v_k), 1 - sum_i S(v_i)), and the teacher's are of
+    the same tokens. Without it, both are renormalised on the k tokens. k >= V is the full support.
+    The tail's credit is spread over its tokens in proportion to S.
 
     Args:
-        k: tokens. Must be >= 1.
-        tail: keep the rest as a bucket.
+        k: number of tokens. Must be >= 1.
+        tail: have a bucket for all other tokens.
 
     Raises:
         ValueError: if `k` < 1.
@@ -88,9 +88,9 @@ class TopK(Support):
 def largest(logits: Tensor, k: int) -> Tensor:
     """[n, k] ids of the k largest of [n, V] in falling order, k < V.
 
-    The k largest lie in the k columns of a table [w, V / w] whose largest entries are largest:
-    with w about sqrt(V / k), both searches are through sqrt(V k) entries and not through V, which
-    on CPU takes a quarter of the time where V is 150,000.
+    Seen as a table [w, V / w], the k largest entries lie in the k columns with the largest maxima.
+    With w about sqrt(V / k), both searches go through sqrt(V k) entries instead of V. On CPU this
+    takes a quarter of the time where V is 150,000.
     """
     rows, vocabulary = logits.shape
     height = math.isqrt(vocabulary // k)
@@ -106,10 +106,10 @@ def largest(logits: Tensor, k: int) -> Tensor:
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
-    """[n, 1]: log(1 - sum exp log_probs), at least the rounding of a sum near 1.
+    """[n, 1]: log(1 - sum exp log_probs), at least the rounding error of a sum near 1.
 
-    Where float32 rounds the rest of one side to 0 and not the other's, a log-ratio would be
-    infinite, and with it the reverse KL.
+    Otherwise float32 could round the tail of S or T to 0 and not the other one, and the log-ratio
+    and the reverse KL would be infinite.
     """
     inside = log_probs.logsumexp(-1, keepdim=True)
     return torch.log(-torch.expm1(inside.clamp(max=-torch.finfo(inside.dtype).eps)))

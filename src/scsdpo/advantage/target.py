@@ -1,4 +1,4 @@
-"""Targets of distillation: the teacher's distribution, or one between it and the student's."""
+"""Targets of distillation: the teacher's distribution, or one made from it."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,16 +15,16 @@ from scsdpo.state import Constant, Schedule
 
 
 class Target(NeedsSignals, ABC):
-    """What the student is moved towards; detached, though it may look at the student."""
+    """The distribution that the student is moved towards. It is detached, but may read S."""
 
     @declared
     def needs_reference(self) -> bool:
-        """Whether it reads the reference."""
+        """True if it reads the reference."""
         return False
 
     @declared
     def contexts(self) -> int:
-        """How many contexts the teacher must have (`Contexts`)."""
+        """Number of contexts that the teacher must have (`Contexts`)."""
         return 1
 
     @abstractmethod
@@ -44,10 +44,10 @@ class AsTaught(Target):
 class LogitMix(Target):
     """Z = (1 - share) z_S + share z_T: the target is ~ S^(1 - share) T^share.
 
-    share = 1 is `AsTaught`; at 0 there is nothing to learn.
+    share = 1 is `AsTaught`; share = 0 is S itself, with no credit.
 
     Args:
-        share: of the teacher, in [0, 1]; it may change with the steps.
+        share: the teacher's share, in [0, 1]; a schedule may change it with the steps.
 
     Raises:
         ValueError: if `share` leaves [0, 1].
@@ -70,13 +70,13 @@ class LogitMix(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceMix(Target):
-    """Less of the teacher where it is far away. target ~ T^(1 - a) S^a
+    """A mix with less of the teacher where it is far from the student. target ~ T^(1 - a) S^a
 
     a = 2 most (sigmoid(sharpness JSD(S, T)) - 1/2) in [0, most), JSD at that position in nats.
 
     Args:
         most: largest share of the student, in [0, 1].
-        sharpness: per nat, >= 0; 0 is `AsTaught`.
+        sharpness: slope of a, per nat, >= 0; 0 is `AsTaught`.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -98,30 +98,31 @@ class DivergenceMix(Target):
         student, teacher = chunk.student, chunk.teacher()
         _, jsd = Divergence(alpha=0.5).credit(student.log_probs, teacher.log_probs)
         share = 2 * self.most * (torch.sigmoid(self.sharpness * jsd) - 0.5)
-        # Of log-probs and not of logits: an offset of one of them must not matter.
+        # A mix of log-probs, for logits may have different offsets at each position.
         return TokenLogits(torch.lerp(teacher.log_probs, student.log_probs, share[:, None]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorAtForks(Target):
-    """AD-OPSD's. target = U R + (1 - U) T, R the reference: what is unlearned at forks is held
+    """AD-OPSD's target: the reference R instead of the teacher at forks. target = U R + (1 - U) T
 
         U_t = sigmoid(S(y) (log S(y) - log T(y)) / temperature)   if S(y) > T(y) at a fork, else 0
 
-    A fork is a token whose H(S) is among the highest `fork_share` of those that the optimizer step
-    runs, over all ranks. The teacher that knows the answer would suppress what is sampled there
-    ("wait"); U, in [1/2, 1), gives that place to the first policy. fork_share = 0 is `AsTaught`.
+    A fork is a token whose entropy H(S) is among the highest `fork_share` of the tokens that the
+    optimizer step runs, over all ranks. A teacher that knows the answer would suppress tokens such
+    as "wait" there. U, in [1/2, 1), keeps them as likely as the first policy has them.
+    fork_share = 0 is `AsTaught`.
 
     Args:
-        fork_share: of the tokens, in [0, 1].
-        temperature: of the gate, > 0.
+        fork_share: share of the tokens that are forks, in [0, 1].
+        temperature: temperature of the gate U, > 0.
 
     Raises:
         ValueError: if an argument is outside its range.
 
     Source:
-        AD-OPSD, arXiv:2607.10805, eq. (5): the gate is that of the sampled token, so that the
-        target sums to one; .2 and 1.
+        AD-OPSD, arXiv:2607.10805, eq. (5), with .2 and 1. The gate is that of the sampled token, so
+        that the target sums to one.
     """
 
     fork_share: float = 0.2
@@ -150,7 +151,7 @@ class PriorAtForks(Target):
     def forks(self, signals: Signals) -> Tensor:
         """[R, L]: 1 at forks, else 0."""
         entropy = signals.student_entropy
-        run = entropy[signals.mask & (entropy > 0)]  # rows that are not run have none
+        run = entropy[signals.mask & (entropy > 0)]  # rows that are not run have entropy 0
         everyone = all_values(run)
         highest = everyone.topk(math.ceil(self.fork_share * len(everyone))).values
         lowest = highest[-1] if len(highest) else math.inf
@@ -168,17 +169,17 @@ class PriorAtForks(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class Purified(Target):
-    """What the solution says of the answer beyond its own words. target ~ P0 exp(d / sharpness)
+    """The solution's effect beyond that of its own words. target ~ P0 exp(d / sharpness)
 
         d = log T - log R, minus its mean over the vocabulary, then bound tanh(d / bound)
 
     The teacher has three contexts, in this order: question and solution (T), the solution without
-    the question (R), the question alone (P0). What the solution's words make likely whatever was
-    asked falls out of d. Use it with `Full()` support: mean and target are over the vocabulary.
+    the question (R), the question alone (P0). Tokens that the solution's words make likely for any
+    question cancel in d. Use it with `Full()` support: mean and target are over the vocabulary.
 
     Args:
-        bound: of |d|, in nats, > 0.
-        sharpness: divides d, > 0.
+        bound: bound of |d|, in nats, > 0.
+        sharpness: divisor of d, > 0.
 
     Raises:
         ValueError: if an argument is not above 0.

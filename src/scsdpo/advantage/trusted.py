@@ -1,47 +1,44 @@
-"""Another advantage's credit where the teacher was seen to tell right from wrong."""
+"""Another advantage's credit, in the groups whose teacher prefers right rollouts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from scsdpo.advantage._base import Advantage, Plan
-from scsdpo.advantage._composed import Composed, Part
+from scsdpo.advantage._composed import Component, Composed
 from scsdpo.loss import Chunk, Credit, Signals, SumCredit
 from scsdpo.types import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trusted(Composed):
-    """Credit in the groups in which the teacher prefers right rollouts. c_i = g_q c_i
+    """Credit only in groups whose teacher prefers right rollouts. c_i -> g_q c_i
 
         m_i    = mean_t (log T(y_t) - log S(y_t))                over the tokens of rollout i
         gain_q = mean of m_i over the group's right rollouts - mean of m_i over its wrong ones
         g_q    = 1 if gain_q > threshold, else 0
 
-    T is what the teacher says after the context of rollout i itself. So a group is trusted if what
-    the teacher was told makes it raise right answers more than wrong ones. Rollouts without a
-    teacher are left out of the means. Where no right one or no wrong one is left, the gain cannot
-    be measured, and g_q is `unmeasured`. With `SiblingDemonstration` that is so in groups with one
-    success, which is not shown to itself.
+    T is the teacher's distribution after rollout i's own context. So a group is trusted if the
+    context makes the teacher raise right rollouts more than wrong ones. Rollouts without a teacher
+    are left out of the means. If no right one or no wrong one is left, the gain cannot be measured,
+    and g_q is `unmeasured`. With `SiblingDemonstration` this holds for groups with one success,
+    which is not shown to itself.
 
     g is detached. It multiplies credit and objective; tokens with g = 0 are run and stay in the
-    denominators. Both log-probs are measured before the loss, which makes a second pass over the
-    vocabulary.
+    denominators. Both log-probs are measured before the loss, in a second pass over the vocabulary.
 
     Args:
-        advantage: what gives the credit.
-        threshold: nats a token.
+        advantage: gives the credit.
+        threshold: least gain of a trusted group, in nats per token.
         unmeasured: g of a group whose gain cannot be measured, in [0, 1].
 
     Raises:
         ValueError: if `unmeasured` is outside its range.
 
     Source:
-        Ours. That a teacher harms where it does not know better is measured in
-        docs/will-it-work.md.
+        Ours. docs/will-it-work.md measures that a teacher which knows no better does harm.
     """
 
     advantage: Advantage
@@ -53,8 +50,8 @@ class Trusted(Composed):
             raise ValueError(f"`Trusted(unmeasured=...)` must be in [0, 1], got {self.unmeasured}")
 
     @property
-    def inner(self) -> Sequence[Part]:
-        return (Part(advantage=self.advantage),)
+    def inner(self) -> Sequence[Component]:
+        return (Component(advantage=self.advantage),)
 
     @property
     def needs_teacher(self) -> bool:
@@ -76,18 +73,22 @@ class Trusted(Composed):
         plan = self.advantage.planned(judged, available)
         taught = plan.active & available
         gate = _Gate(self.threshold, self.unmeasured, judged.successes, taught)
+
+        def credit(chunk: Chunk) -> Credit:
+            return SumCredit(parts=((chunk.derived(gate), plan.credit(chunk)),))
+
         return Plan(
             active=plan.active,
             needs_teacher=plan.needs_teacher | taught,
             needs_reference=plan.needs_reference,
-            credit=partial(_gated, gate, plan),
+            credit=credit,
             derivations=(*plan.derivations, gate),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Gate:
-    """g at each token, from the measured tables of a step."""
+    """Computes g at each token, [R, L], from a step's measured tables."""
 
     threshold: float
     unmeasured: float
@@ -107,7 +108,3 @@ class _Gate:
         trusted = (means[0] - means[1] > self.threshold).double()
         gate = torch.where(measured, trusted, self.unmeasured)
         return gate[:, None].expand(shape).reshape(-1, 1).expand(mask.shape)
-
-
-def _gated(gate: _Gate, plan: Plan, chunk: Chunk) -> Credit:
-    return SumCredit(parts=((chunk.derived(gate), plan.credit(chunk)),))

@@ -1,1 +1,1 @@
-"""Analysis: what a policy's teacher says, measured without training."""
+"""Analyses of a policy and its teacher, without training."""

@@ -1,4 +1,4 @@
-"""What the policy can do when it is shown a right response: whether it can be its own teacher."""
+"""Measures how well the policy answers with a right response in its prompt, as its own teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from scsdpo.analysis.told import told
+from scsdpo.analysis.module import GivenPrompts
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Question
@@ -22,14 +22,16 @@ def with_demonstrations(
 ) -> dict[str, Any]:
     """Accuracy with a right response of its own in the prompt, and with one to another question.
 
-    Follows an evaluation by the same trainer, whose best right response to each question is the
-    demonstration, put in the words of the model's teacher. The policy's weights read it: not those
-    of an EMA. The control shows each question the demonstration of the next question that has one
-    (the first one's to the last): what it gains is not owed to what the demonstration says.
+    It follows an evaluation by the same trainer. The best right response to each question is its
+    demonstration, in the words of the model's teacher. The policy's own weights read it, and not
+    those of an EMA. The control shows each question the demonstration of the next question that has
+    one (the last one that of the first): a gain there does not come from the demonstration's
+    content.
 
     Returns:
-        `questions`: how many have a demonstration; estimates of mean@k over them: `without`,
-        `own`, `another`; and paired differences `own_gain`, `another_gain`, `own_over_another`.
+        `questions`: number of questions with a demonstration; estimates of mean@k over them:
+        `without`, `own`, `another`; and paired differences `own_gain`, `another_gain`,
+        `own_over_another`.
 
     Raises:
         ConfigurationError: if fewer than two questions have a demonstration.
@@ -47,8 +49,8 @@ def with_demonstrations(
     shown = [(p, q, text) for p, q, text in solved if text.strip()]
     if len(shown) < 2:
         raise ConfigurationError(
-            f"--demonstrations: {len(shown)} of {len(found)} questions were solved, nothing can be "
-            "shown; take easier questions, more responses or a better policy"
+            f"--demonstrations: {len(shown)} of {len(found)} questions were solved, and at least "
+            "two must be; take easier questions, more responses or a better policy"
         )
     texts = [text for _, _, text in shown]
     own, another = (
@@ -71,10 +73,10 @@ def _evaluated(
     context: SiblingDemonstration,
     pairs: Sequence[tuple[Prompt, str]],
 ) -> Sequence[Question]:
-    """An evaluation in which each prompt shows a demonstration."""
-    # Keys by place: two prompts may be the same question with another demonstration.
+    """Evaluate prompts with a demonstration in each."""
+    # Keys have the place in them, for a question may come twice with different demonstrations.
     data.val_sources = [
-        told(
+        GivenPrompts(
             replace(
                 prompt,
                 key=f"{place}/{prompt.key}",
@@ -97,7 +99,7 @@ def _summary(
     own: Sequence[tuple[str, float]],
     another: Sequence[tuple[str, float]],
 ) -> dict[str, Any]:
-    """Over the questions whose prompts were short enough with either demonstration."""
+    """Estimates over the questions whose prompts were short enough with both demonstrations."""
     plain = {f"{place}/{key}": value for place, (key, value) in enumerate(without)}
     left, right = dict(own), dict(another)
     keys = [key for key in plain if key in left and key in right]

@@ -1,4 +1,4 @@
-"""Where the first step of a configuration points, and where the expected reward grows."""
+"""Compares the first step of a configuration with the gradient of the expected reward."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ Direction = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """Cosines between directions of ascent, over all trained parameters.
+    """Cosines between directions in the space of all trained parameters.
 
-    The reward's direction g is a sum over questions, and so is its cosine with another direction d:
-    cos = mean over q of n <d, g_q> / (|d| |g|). That each question has a part of its own gives
-    Student's interval. d is taken on one half of the questions and g on the other, both ways, and
-    the parts of both are one sample; a half that has no d, or no g, is left out.
+    The reward's gradient g is a sum over questions, and so is its cosine with another direction d:
+    cos = mean over q of n <d, g_q> / (|d| |g|). Student's interval is that of these n parts. d is
+    computed on one half of the questions and g on the other, and vice versa; the parts of both are
+    one sample. A half without d, or without g, is left out.
 
     Source:
         g_q: REINFORCE with a leave-one-out baseline, sum_i (r_i - mean of the others)
@@ -34,11 +34,12 @@ class Directions:
     """
 
     step: Estimate
-    """Minus the configured loss's gradient with the gradient of the expected reward."""
+    """Cosine of minus the configured loss's gradient with the gradient of the expected reward."""
     length: Estimate
-    """The same with the gradient of the expected length: above 0, responses grow."""
+    """Cosine of minus the configured loss's gradient with the gradient of the expected length;
+    above 0, responses grow."""
     reward: float
-    """The reward's gradient on one half with that on the other: how much of it is seen."""
+    """Cosine of the reward's gradient on one half with that on the other; near 0 it is noise."""
     shift: float
     """How far the first step moves the policy, in nats a token: see `shift_of`; nan: no step."""
     lr: float
@@ -46,14 +47,14 @@ class Directions:
 
 
 def directions(model: PolicyOptimizer, halves: Sequence[Judged]) -> Directions:
-    """Compare the configured first step with the way up, each on questions that the other lacks.
+    """Compare the configured first step with the reward's gradient, on disjoint questions.
 
-    On the same rollouts the two would agree or not by chance alike; on disjoint questions a cosine
-    below 0 says that the step lowers the reward elsewhere, to first order. Takes six backward
-    passes, and memory for four gradients. Needs gradients enabled.
+    On the same rollouts both would have the same noise. On disjoint questions, a cosine below 0
+    says that the step lowers the reward of other questions, to first order. This takes six backward
+    passes, and memory for four gradients. Gradients must be enabled.
 
     Args:
-        model: configured.
+        model: with its weights loaded.
         halves: two sets of rollouts, of different questions.
     """
     batches = [model.prepare(half) for half in halves]
@@ -132,7 +133,7 @@ def _logprobs(model: PolicyOptimizer, batch: Batch) -> Tensor:
 
 
 def cosine(a: Direction, b: Direction) -> float:
-    """<a, b> / (|a| |b|); nan where one is 0."""
+    """<a, b> / (|a| |b|); nan if one is 0."""
     size = (_dot(a, a) * _dot(b, b)) ** 0.5
     return _dot(a, b) / size if size > 0 else math.nan
 
@@ -150,8 +151,11 @@ def _step(model: PolicyOptimizer, batch: Batch) -> Direction:
 def _ascent(
     model: PolicyOptimizer, batch: Batch, rewards: Tensor, along: Direction
 ) -> tuple[list[float], Direction]:
-    """Where the mean of `rewards` [Q, G] over responses grows, and each question's part of its
-    cosine with `along`; no parts where one of the two is 0.
+    """The gradient of the mean of `rewards` [Q, G] over responses.
+
+    Returns:
+        Each question's part of the gradient's cosine with `along` (none if one of the two is 0),
+        and the gradient.
     """
     nobody = torch.zeros_like(batch.judged.successes)
     rewarded = replace(batch.judged, rewards=rewards)
@@ -177,14 +181,14 @@ def _ascent(
 
 
 def _backward(model: PolicyOptimizer, batch: Batch, update: Update, rows: Sequence[int]) -> None:
-    """Add the gradient of these rows' share of the loss."""
+    """Add the gradient of these rows' part of the loss."""
     budget = model.limits.token_budget(model.policy)
     for output, _ in update.losses(model.policy, batch, rows, budget):
         output.loss.backward()
 
 
 def _gradients(model: PolicyOptimizer) -> Direction:
-    """What `_backward` has added up, flat: views, as long as it is float32."""
+    """The gradients that `_backward` has summed, flat; views where they are float32."""
     return [
         torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
         for p in trained_parameters(model.policy)
@@ -192,7 +196,7 @@ def _gradients(model: PolicyOptimizer) -> Direction:
 
 
 def _taken(model: PolicyOptimizer) -> Direction:
-    """Minus what `_backward` has added up, which starts anew."""
+    """Minus the gradients that `_backward` has summed; the sum starts at 0 again."""
     found = [gradient.neg_() for gradient in _gradients(model)]
     for p in trained_parameters(model.policy):
         p.grad = None

@@ -1,4 +1,4 @@
-"""Plots, with matplotlib from the extra `report`."""
+"""Plots of `scsdpo analyze`; needs matplotlib, which the extra `report` installs."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ TITLES = {
 
 
 def plot_analysis(report: dict[str, Any], path: Path) -> None:
-    """Above: density of each measure by correctness; below: mean and std by pass rate."""
+    """Plot the density of each measure by correctness (above), and mean and std by pass rate."""
     figure = Figure(figsize=(4 * len(TITLES), 6), layout="constrained")
     axes = figure.subplots(2, len(TITLES))
     for column, (name, title) in enumerate(TITLES.items()):

@@ -1,4 +1,4 @@
-"""What a configuration would learn from at first, and whether its teacher knows more."""
+"""Measures, before training, what a configuration would learn from and how good its teacher is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from scsdpo.analysis.directions import Directions, directions
-from scsdpo.analysis.looking import Looking
-from scsdpo.analysis.teacher_distance import distances
-from scsdpo.analysis.telling import tellings
-from scsdpo.analysis.told import told
+from scsdpo.analysis.module import AnalysisModule, GivenPrompts
+from scsdpo.analysis.teacher_distance import teacher_distances
+from scsdpo.analysis.teacher_gains import teacher_gains
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.statistics import Estimate, score_interval
 from scsdpo.training import PolicyOptimizer
-from scsdpo.training.teacher_gain import Telling
+from scsdpo.training.teacher_gain import TeacherGain
 from scsdpo.types import Judged, Prompt, Verdict
 
 
@@ -29,14 +28,14 @@ class Answers:
     questions: int
     group: int
     formed: float
-    """Share of responses that are right, or in which the verifier found an answer; nan if it finds
-    none in right ones, so that it does not say."""
+    """Share of responses that are right, or in which the verifier found an answer; nan if it
+    reports no answer even for right responses."""
     truncated: float
     """Share of responses that reach the cap on their length."""
     length: float
-    """Mean, in tokens."""
+    """Mean length, in tokens."""
     pass_rate: Estimate
-    """Over questions."""
+    """Mean over questions."""
     mastered: float
     """Share of questions all of whose responses are right."""
     hopeless: float
@@ -45,25 +44,25 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Readiness:
-    """All that was measured before training; nan and None: there was nothing to measure."""
+    """All measurements before training; nan and None: there was nothing to measure."""
 
     answers: Answers
     taught: float = float("nan")
-    """Share of rollouts that have a teacher; nan: nobody is one."""
+    """Share of rollouts that have a teacher prompt; nan: the configuration has no teacher."""
     taught_truncated: float = float("nan")
-    """Of the tokens that are taught, those in responses that were cut off."""
+    """Share of the tokens with a teacher that are in responses which were cut off."""
     preference: float = float("nan")
     """Probability that the teacher's mean log T(y) / S(y) is larger on a right response than on a
-    wrong one (the area under the ROC curve; 1/2: it does not tell them apart)."""
-    told: dict[str, Telling] = field(default_factory=dict)
-    """`configured`: what the configured context tells; `another`: another question's
-    demonstration in its place, which no teacher should gain from (OP2SD, arXiv:2608.09228), where
-    it shows one; `gold`: the data's answer, where there is one; `feedback`: the verifier's on a
-    failure, where it gives any."""
+    wrong one (area under the ROC curve; 1/2: it does not distinguish them)."""
+    told: dict[str, TeacherGain] = field(default_factory=dict)
+    """Gain by the prompt that the policy reads. `configured`: that of the configured context;
+    `another`: with another question's demonstration in it, from which no teacher should gain
+    (OP2SD, arXiv:2608.09228), if the context shows one; `gold`: the data's answer, if there is
+    one; `feedback`: the verifier's feedback on a failure, if it gives any."""
     directions: Directions | None = None
 
 
-def measure(
+def measure_readiness(
     trainer: L.Trainer,
     model: PolicyOptimizer,
     data: TaskDataModule,
@@ -71,33 +70,34 @@ def measure(
     *,
     with_directions: bool = True,
 ) -> Readiness:
-    """Ask training questions, let the teacher answer them, and look where the first step points.
+    """Measure the policy on training questions, its teacher's gain, and its first step.
 
     Args:
-        trainer: of one device.
-        model: not yet configured.
-        data: its first training questions in a fixed random order are asked.
-        questions: at most so many; at least two.
-        with_directions: also take the six backward passes of `Directions`.
+        trainer: a Trainer of one device.
+        model: without its weights yet.
+        data: its first training questions, in a fixed random order, are asked.
+        questions: number of questions, at most; at least two.
+        with_directions: also run the six backward passes of `Directions`.
 
     Raises:
         ConfigurationError: if there are fewer than two questions.
     """
     chosen = data.some(questions, "scsdpo.check")
-    data.val_sources = [told(chosen)]
+    data.val_sources = [GivenPrompts(chosen)]
     data.val_questions_per_batch = len(chosen)
     check = _Check(model, with_directions)
     trainer.predict(check, data, return_predictions=False)
     if check.found is None:
         raise ConfigurationError(
-            f"data.train: `scsdpo check` needs two questions at least, and it gives {len(chosen)}, "
-            "less those longer than data.max_prompt_tokens"
+            f"data.train: `scsdpo check` needs at least two questions that are not longer than "
+            f"data.max_prompt_tokens, got {len(chosen)} questions in all; raise --questions, or "
+            "data.max_prompt_tokens"
         )
     return check.found
 
 
-class _Check(Looking):
-    """Runs a `PolicyOptimizer`'s parts over one batch of questions."""
+class _Check(AnalysisModule):
+    """Runs the measurements on one batch of questions."""
 
     def __init__(self, model: PolicyOptimizer, with_directions: bool) -> None:
         super().__init__(model)
@@ -105,14 +105,11 @@ class _Check(Looking):
         self.found: Readiness | None = None
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Readiness]:
-        """Measure everything; nothing to be collected."""
+        """Run all measurements; the result is in `found`."""
         if len(prompts) > 1:
-            self._measure(prompts)
+            with torch.inference_mode(False), torch.enable_grad():
+                self.found = _readiness(self.model, prompts, self.with_directions)
         return []
-
-    def _measure(self, prompts: Sequence[Prompt]) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            self.found = _readiness(self.model, prompts, self.with_directions)
 
 
 def _readiness(
@@ -157,7 +154,7 @@ def _formed(verdicts: Sequence[Verdict], right: Sequence[bool]) -> float:
 
 def _taught(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, Any]:
     contexts = [model.teacher.context.render(model.policy.chat, half) for half in halves]
-    rows = [row for half in halves for row in distances(model, half)]
+    rows = [row for half in halves for row in teacher_distances(model, half)]
     available = [
         context.available.to(half.rewards.device)
         for context, half in zip(contexts, halves, strict=True)
@@ -170,12 +167,12 @@ def _taught(model: PolicyOptimizer, halves: Sequence[Judged]) -> dict[str, Any]:
         "taught": float(torch.cat(available).double().mean()),
         "taught_truncated": cut / total if total else float("nan"),
         "preference": area([v for v, c in values if c], [v for v, c in values if not c]),
-        "told": tellings(model, halves, contexts),
+        "told": teacher_gains(model, halves, contexts),
     }
 
 
 def area(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """P(a right one's value > a wrong one's), ties count half; nan if there are none."""
+    """P(value of a right response > value of a wrong one), ties count half; nan without both."""
     if not right or not wrong:
         return float("nan")
     a, b = torch.tensor(right).double()[:, None], torch.tensor(wrong).double()

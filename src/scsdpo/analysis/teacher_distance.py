@@ -1,4 +1,4 @@
-"""How far the teacher is, by correctness and pass rate (Figure 4 of SC-SDPO)."""
+"""Measures the teacher's distance by correctness and pass rate (Figure 4 of SC-SDPO)."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage import Batch, Divergence, Plan, TopK
-from scsdpo.analysis.looking import Looking
+from scsdpo.analysis.module import AnalysisModule
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.loss import Chunk, Credit, DenseCredit, TokenLogits
@@ -19,28 +19,30 @@ from scsdpo.training import PolicyOptimizer
 from scsdpo.types import Judged, Prompt, Sampling
 
 MEASURES = ("reverse_kl", "jsd", "log_teacher_over_student", "half_log_student_over_mixture")
-"""sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the token."""
+"""sum S log(S/T) and JSD(S, T) on the support; log T(y)/S(y) and 1/2 log S(y)/M(y) at the sampled
+token y; nats."""
 BINS = 40
+"""Bins of a histogram."""
 
 
 @dataclass
 class Row:
-    """One response that has a teacher."""
+    """One response that has a teacher prompt."""
 
     key: str
     pass_rate: float
     correct: bool
     tokens: int
     values: dict[str, float]
-    """Mean over its tokens of each of `MEASURES`, nats."""
+    """Each of `MEASURES` -> its mean over the response's tokens, nats."""
 
 
 @dataclass
 class Probe:
-    """Credit of zero everywhere, that writes down the four measures on the way.
+    """Gives credit 0, and writes the four measures of each token into tables.
 
     Args:
-        mask: [R, L] sampled tokens; the tables have its shape.
+        mask: [R, L] bool: sampled tokens; the tables have its shape.
     """
 
     mask: Tensor
@@ -51,7 +53,7 @@ class Probe:
 
     def credit(self, chunk: Chunk) -> Credit:
         """Write the measures of the chunk's tokens into the tables."""
-        # In float64, or the rounding of a tail near 0 would show in the reverse KL.
+        # In float64: rounding of a tail near 0 would show in the reverse KL.
         student = TokenLogits(chunk.student.logits.double())
         teacher, ids = TokenLogits(chunk.teacher().logits.double()), chunk.ids
         support = TopK(k=100, tail=True)
@@ -69,8 +71,8 @@ class Probe:
         return DenseCredit(values=zeros, objective=torch.zeros_like(chunk.logprob))
 
 
-class _Analysis(Looking):
-    """Runs a `PolicyOptimizer`'s policy and teacher over batches of questions."""
+class _Analysis(AnalysisModule):
+    """Measures batches of questions, so many in all."""
 
     def __init__(self, model: PolicyOptimizer, rollouts: int, questions: int) -> None:
         super().__init__(model)
@@ -78,7 +80,7 @@ class _Analysis(Looking):
         self.sampling = replace(model.sampling.at(0), n=rollouts)
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Row]:
-        """A row for each response that has a teacher."""
+        """One row per response that has a teacher prompt."""
         prompts = prompts[: self.left]
         self.left -= len(prompts)
         return measure_batch(self.model, prompts, self.sampling) if prompts else []
@@ -87,12 +89,12 @@ class _Analysis(Looking):
 def measure_batch(
     model: PolicyOptimizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[Row]:
-    """Sample, judge, and measure the teacher on every response that it has something to say on."""
-    return distances(model, model.judge(model.sample(prompts, sampling)))
+    """Sample, judge, and measure the teacher on each response that has a teacher prompt."""
+    return teacher_distances(model, model.judge(model.sample(prompts, sampling)))
 
 
-def distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
-    """Measure the teacher on every response that it has something to say on."""
+def teacher_distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
+    """Measure the teacher on each response that has a teacher prompt."""
     prompts, group = judged.prompts, judged.rewards.shape[1]
     chat = model.policy.chat
     contexts = contexts_of(model.teacher, NoTeacher(), chat, judged)
@@ -121,7 +123,7 @@ def distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
     return rows
 
 
-def measure(
+def measure_distances(
     trainer: L.Trainer,
     model: PolicyOptimizer,
     data: TaskDataModule,
@@ -130,21 +132,21 @@ def measure(
 ) -> dict[str, Any]:
     """The four measures of each response, their densities and their means by pass rate.
 
-    Questions without a success are left out, as in the paper, whatever the context says of them.
+    Questions without a success are left out, as in the paper, whatever the context shows for them.
 
     Raises:
-        ConfigurationError: if there is no teacher, or nothing was solved.
+        ConfigurationError: if there is no teacher, or no question was solved.
     """
     if not model.teacher.exists:
         raise ConfigurationError(
-            "model.teacher: NoTeacher says nothing to measure; choose EMA, Frozen or Live"
+            "model.teacher: NoTeacher has no distance to measure; choose EMA, Frozen or Live"
         )
     predicted = trainer.predict(_Analysis(model, rollouts, questions), data) or []
     rows = [row for batch in predicted for row in batch if row.pass_rate > 0]
     if not rows:
         raise ConfigurationError(
-            f"no question of {questions} was solved in {rollouts} tries, so that no teacher had "
-            "anything to say: take easier questions or a better policy"
+            f"none of {questions} questions was solved in {rollouts} tries, so that there is no "
+            "teacher to measure: take easier questions or a better policy"
         )
     return {
         "policy": model.policy.name_or_path,

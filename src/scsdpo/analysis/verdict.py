@@ -1,4 +1,4 @@
-"""What was measured before training, in words: what is in the way, and what to change."""
+"""Says in words what `Readiness` shows: what is in the way, and what to change."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ HYBRID = "configs/methods/sdpo-hybrid.yaml or srpo.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """From where on something is in the way; docs/will-it-work.md shows what they foretell."""
+    """Limits beyond which a figure gets a remark; docs/will-it-work.md shows what they predict."""
 
     formed: float = 0.5
     """Least share of responses with an answer."""
     unformed: float = 0.05
-    """The share below which there is nothing to begin with."""
+    """Least share of responses with an answer with which a run can begin at all."""
     hopeless: float = 0.8
     """Largest share of questions without a right response."""
     lost: float = 0.95
-    """The share above which there is nothing to begin with."""
+    """Largest share of questions without a right response with which a run can begin at all."""
     mastered: float = 0.8
-    """Largest share of questions without a wrong one."""
+    """Largest share of questions without a wrong response."""
     truncated: float = 0.3
     """Largest share of responses that reach the cap."""
     shift: float = 0.02
@@ -37,17 +37,17 @@ class Remark:
     """One line of the verdict."""
 
     level: Level
-    """`stop`: do not train like this; `mind`: it may be in the way; `good`."""
+    """`stop`: do not train like this; `mind`: this may be a problem; `good`."""
     text: str
     remedy: str = ""
 
 
 def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]:
-    """What the figures say, the worst first.
+    """Remarks on the measurements, the worst first.
 
     Args:
-        found: what was measured.
-        limits: from where on a figure is in the way.
+        found: the measurements.
+        limits: limits beyond which a figure gets a remark.
     """
     remarks = [
         *_answers(found, limits),
@@ -98,7 +98,7 @@ def _taught(found: Readiness) -> Iterator[Remark]:
     if found.taught == 0:
         yield Remark(
             level="mind",
-            text="no response has a teacher: there is nothing that it could be told",
+            text="no response has a teacher: the context has nothing to show",
             remedy=f"ask more questions (--questions) or more often (model.sampling.n)"
             f"{_or(_used(found))}, or rely on rewards: {HYBRID}",
         )
@@ -116,13 +116,13 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         return
     gain = told.gain
     text = (
-        f"told what it is told the teacher is right in {told.told.value:.0%}, the policy in "
+        f"with the teacher's prompt {told.told.value:.0%} of the responses are right, without it "
         f"{told.without.value:.0%} (difference {100 * gain.value:+.0f} points, "
         f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}; {gain.n} questions)"
     )
     better = " or ".join(_used(found)) or "more"
     remedy = (
-        f"tell it {better}, teach the policy to use it before (model.warmup.steps), or rely on "
+        f"show the teacher {better}, warm the policy up first (model.warmup.steps), or rely on "
         f"rewards: {HYBRID}"
     )
     if gain.low > 0:
@@ -131,13 +131,13 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
         up = found.directions is not None and found.directions.step.low > 0
         yield Remark(
             level="mind" if up else "stop",
-            text=f"the teacher is worse for what it is told: {text}",
+            text=f"the teacher's prompt makes it worse: {text}",
             remedy=remedy,
         )
     else:
         yield Remark(
             level="mind",
-            text=f"the teacher does not use what it is told: {text}",
+            text=f"the teacher does not use its prompt: {text}",
             remedy=remedy,
         )
     another, beyond = found.told.get("another"), told.beyond_another
@@ -146,14 +146,14 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
             level="mind",
             text=f"another question's demonstration helps, too ({another.told.value:.0%}), and not "
             f"clearly less (difference {100 * beyond.value:+.0f} points, "
-            f"{100 * beyond.low:+.0f} to {100 * beyond.high:+.0f}): the gain may not be owed to "
-            "what is said",
+            f"{100 * beyond.low:+.0f} to {100 * beyond.high:+.0f}): the gain may not come from the "
+            "demonstration's content",
             remedy="compare a run with a few examples in every prompt",
         )
 
 
 def _used(found: Readiness) -> list[str]:
-    """What the teacher was seen to use and is not told."""
+    """Information that the policy gains from and the configured context does not show."""
     kinds = {"gold": "gold solutions (GoldSolution", "feedback": "feedback (Feedback"}
     return [
         f"{kind}: {100 * found.told[name].gain.value:+.0f} points)"
@@ -163,7 +163,7 @@ def _used(found: Readiness) -> list[str]:
 
 
 def _or(remedies: list[str]) -> str:
-    return "".join(f", or tell the teacher {remedy}" for remedy in remedies)
+    return "".join(f", or show the teacher {remedy}" for remedy in remedies)
 
 
 def _step(found: Readiness) -> Iterator[Remark]:
@@ -177,7 +177,7 @@ def _step(found: Readiness) -> Iterator[Remark]:
     if step.n == 0:
         yield Remark(
             level="mind",
-            text="no first step to look at: loss or reward gives no gradient",
+            text="there is no first step to measure: the loss or the reward has no gradient",
             remedy="ask more questions (--questions)",
         )
     elif step.high < 0:
@@ -192,8 +192,8 @@ def _step(found: Readiness) -> Iterator[Remark]:
     else:
         yield Remark(
             level="mind",
-            text=f"the first step points nowhere that can be seen: {text}",
-            remedy="ask more questions (--questions), to see it clearer",
+            text=f"the direction of the first step cannot be seen: {text}",
+            remedy="ask more questions (--questions), which narrows the interval",
         )
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: what a run shows and writes."""
+"""Callbacks that show a run's progress and write its files."""
 
 from scsdpo.callbacks.before_after import BeforeAfter, before_after_table
 from scsdpo.callbacks.prediction_writer import PredictionWriter

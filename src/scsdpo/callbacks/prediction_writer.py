@@ -1,4 +1,4 @@
-"""Predictions as a file."""
+"""Writes predictions to a file."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from scsdpo.records import JsonLines, recorded
 
 SCHEMA_VERSION = 1
 FORMATS = (".jsonl", ".parquet")
-"""By their suffixes."""
+"""Suffixes of the formats."""
 _ABOUT = ".about.json"
 _PART = ".part-"
 
@@ -24,16 +24,16 @@ _PART = ".part-"
 class PredictionWriter(BasePredictionWriter):
     """Write each response of `scsdpo predict` with its question and verdict, and say where.
 
-    While it runs, each rank appends to `PATH.part-RANK`, a batch at a time and durably; at the end
-    they become PATH, in the order of the questions. A prediction that was stopped goes on with the
-    questions that are missing, on any number of ranks, when it is run again for the same PATH.
-    What it is of (policy, checkpoint, sampling) is beside it in `PATH.about.json`.
+    While it runs, each rank appends each batch to `PATH.part-RANK`, durably. At the end these parts
+    become PATH, in the order of the questions. A prediction that was stopped goes on with the
+    missing questions when it is run again for the same PATH, on any number of ranks. Policy,
+    checkpoint and sampling are written to `PATH.about.json`.
 
     Args:
-        path: file to write; `.parquet`: a table of the same rows; `.jsonl`: a JSON object a line.
+        path: file to write; `.jsonl`: one JSON object per line; `.parquet`: a table of these rows.
 
     Raises:
-        ValueError: if it has the suffix of another format, or a table cannot be written here.
+        ValueError: if the path has another suffix, or pyarrow is missing for a table.
         ConfigurationError: from `setup`, if the file is complete, or was begun with another policy
             or another sampling.
     """
@@ -90,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
         before = parsed(file.read_bytes())
         if before is None:
             raise ConfigurationError(
-                f"predictions: {file} is torn; delete {self.path.name}* or choose another path"
+                f"predictions: {file} is damaged; delete {self.path.name}* or choose another path"
             )
         odd = [name for name in about if before.get(name) != about[name]]
         if odd:
@@ -100,7 +100,7 @@ class PredictionWriter(BasePredictionWriter):
             )
 
     def _begin(self, about: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> None:
-        """What is complete becomes one part."""
+        """Make one part of the complete rows, and write the `about` file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._beside(_ABOUT), json.dumps(about, indent=1) + "\n")
         whole = self._beside(f"{_PART}done")
@@ -155,7 +155,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _complete(rows: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """The rows of questions all k responses of which are there; of copies each by itself."""
+    """The rows of questions that have all k responses; each copy of a question counts by itself."""
     found = list(rows)
     counts = Counter((row["key"], row["sample"] // k) for row in found)
     return [row for row in found if counts[row["key"], row["sample"] // k] == k]

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: time left, speed, first figures, responses."""
+"""Prints a run's progress while it trains: time left, speed, figures, responses."""
 
 import math
 import time
@@ -12,6 +12,7 @@ from rich.text import Text
 from scsdpo.advantage import Batch
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.io.text import in_one_line
+from scsdpo.metrics import MODEL_PHASES
 from scsdpo.records import TextLog, recorded
 
 FIRST = (
@@ -25,24 +26,24 @@ FIRST = (
     ("divergence", "divergence"),
     ("logprob_gap", "gap"),
 )
-"""Figures in the order in which they are looked at, and their short names."""
-PHASES = ("rollout", "teacher", "student")
+"""(figure, short name), in the order of the line."""
 _SHOWN = 600
-"""Characters of a text on the console; loggers get all of it."""
+"""Characters of a text on the console, at most; loggers get the whole text."""
 
 
 class Progress(RolloutCallback):
-    """A line of figures, and a few responses with their verdicts, every so many batches.
+    """Print a line of figures, and a few responses with their verdicts, every so many batches.
 
-    Figures are means since the last line. Responses are those of a question that teaches, of rank
-    0's share: the pass rate nearest to 1/2, of several the first; a wrong and a right one in turn.
-    TensorBoard and W&B get them too, and keep them all. On the console what a text holds beside
-    letters is spelled out, so that nothing in a response acts on the terminal.
+    Figures are means since the last line. Responses are those of the question of rank 0's share
+    whose pass rate is nearest to 1/2 (the first of equal ones), a wrong and a right one in turn.
+    TensorBoard and W&B get them too, and keep all of them. On the console control characters are
+    escaped, so that nothing in a response acts on the terminal.
 
     Args:
-        every: batches from one line to the next, beginning with the first; 0: none.
-        responses: shown at a time; 0: none.
-        responses_every: batches from one showing to the next, beginning with the first; 0: never.
+        every: a line is printed every so many batches, beginning with the first; 0: never.
+        responses: number of responses that are shown at a time; 0: none.
+        responses_every: responses are shown every so many batches, beginning with the first; 0:
+            never.
 
     Raises:
         ValueError: if an argument is negative.
@@ -72,8 +73,8 @@ class Progress(RolloutCallback):
         if not trainer.is_global_zero or not judged.prompts:
             return
         if self.responses and _due(now, self.responses_every):
-            q = _informative(judged.pass_rates.tolist())
-            for g in _telling(judged.successes[q].tolist())[: self.responses]:
+            q = _most_informative(judged.pass_rates.tolist())
+            for g in _wrong_and_right_in_turn(judged.successes[q].tolist())[: self.responses]:
                 self._show(trainer, batch, q, g, now)
 
     def _show(self, trainer: L.Trainer, batch: Batch, q: int, g: int, now: int) -> None:
@@ -118,11 +119,10 @@ class Progress(RolloutCallback):
 
     def _line(self, trainer: L.Trainer, now: int) -> str:
         spent, done = time.monotonic() - self._since, now - self._began
-        left, total = _left(trainer, now), _total(trainer, now)
-        place = f"batch {now}" + (f" of {total}" if total else "")
+        left, place = _batches_left(trainer, now), f"batch {now}"
         if left < math.inf:
-            rest = timedelta(seconds=round(left * spent / done))
-            place += f", {rest} left"
+            total, rest = now + round(left), timedelta(seconds=round(left * spent / done))
+            place += f" of {total}, {rest} left" if total else f", {rest} left"
         figures = [
             f"{short} {total / count:.3g}"
             for name, short in FIRST
@@ -132,7 +132,7 @@ class Progress(RolloutCallback):
         ]
         speeds = [
             f"{phase} {self._sums[f'tokens/{phase}'][0] / seconds:,.0f}"
-            for phase in PHASES
+            for phase in MODEL_PHASES
             for seconds, _ in [self._sums.get(f"seconds/{phase}", (0.0, 0))]
             if seconds > 0
         ]
@@ -143,12 +143,12 @@ def _due(now: int, every: int) -> bool:
     return bool(every) and (now - 1) % every == 0
 
 
-def _informative(pass_rates: list[float]) -> int:
-    """The question whose responses tell most: p (1 - p) is largest, of several the first."""
+def _most_informative(pass_rates: list[float]) -> int:
+    """The question with the largest p (1 - p), the first of equal ones."""
     return max(range(len(pass_rates)), key=lambda q: pass_rates[q] * (1 - pass_rates[q]))
 
 
-def _telling(successes: list[bool]) -> list[int]:
+def _wrong_and_right_in_turn(successes: list[bool]) -> list[int]:
     """Numbers of the responses, wrong and right ones in turn."""
     turns = {False: 0, True: 0}
     order = []
@@ -158,10 +158,10 @@ def _telling(successes: list[bool]) -> list[int]:
     return [g for *_, g in sorted(order)]
 
 
-def _left(trainer: L.Trainer, now: int) -> float:
-    """Batches until the run ends, as far as its limits on epochs and steps say; inf: they do not.
+def _batches_left(trainer: L.Trainer, now: int) -> float:
+    """Batches until the run's limit on epochs or steps; inf: it has none.
 
-    Steps to go take as many batches as those before did.
+    It is assumed that a step takes as many batches as steps did until now.
     """
     left = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
@@ -171,19 +171,13 @@ def _left(trainer: L.Trainer, now: int) -> float:
     return max(left, 0.0)
 
 
-def _total(trainer: L.Trainer, now: int) -> int:
-    """Batches of the whole run; 0: not known."""
-    left = _left(trainer, now)
-    return now + round(left) if left < math.inf else 0
-
-
 def _short(text: str) -> str:
     text = in_one_line(text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _print(trainer: L.Trainer, text: str) -> None:
-    """Above the bar, if there is one."""
+    """Print above the progress bar, if there is one."""
     bar = trainer.progress_bar_callback
-    # rich's bar reads markup in a string.
+    # As `Text`, since rich's bar reads a string as markup.
     (bar.print if bar is not None else print)(Text(text))

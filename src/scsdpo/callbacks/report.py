@@ -1,4 +1,4 @@
-"""The report of a run at its end."""
+"""Writes the report of a run at its end."""
 
 import json
 from functools import partial
@@ -13,14 +13,14 @@ from scsdpo.report import read_runs, write
 
 
 class Report(L.Callback):
-    """Write `report.html` among the run's files when `fit` ends, and print where it is.
+    """Write `report.html` in the run's folder when `fit` ends, and print where it is.
 
-    It is the page of `scsdpo report RUN`. What it says of versions and machine is written into
-    `environment.json` when `fit` begins. What cannot be written costs a warning.
+    It is the page of `scsdpo report RUN`. Versions and machine, which are on it, are written to
+    `environment.json` when `fit` begins. A file that cannot be written gives a warning.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+        folder = run_folder(trainer)  # may be a collective: all ranks must call it
         if trainer.is_global_zero:
             found = environment(trainer)
             Outage("environment.json", OSError).attempt(partial(_note, folder, found))

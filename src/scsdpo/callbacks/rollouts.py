@@ -1,4 +1,4 @@
-"""The place for figures and records of one's own."""
+"""The base class for callbacks that read judged batches: for figures and records of your own."""
 
 import lightning as L
 
@@ -7,9 +7,9 @@ from scsdpo.types import Judged
 
 
 class RolloutCallback(L.Callback):
-    """Looks at every judged batch; for metrics, records and alarms of one's own.
+    """Reads every judged batch; the base class for metrics, records and alarms of your own.
 
-    Inside its hooks a figure is logged as anywhere in Lightning, and is in `metrics.jsonl` too:
+    Log a figure in its hooks as anywhere in Lightning. It is in `metrics.jsonl`, too:
 
         class Diversity(RolloutCallback):
             def on_rollouts(self, trainer, module, judged):
@@ -19,27 +19,27 @@ class RolloutCallback(L.Callback):
     """
 
     def on_rollouts(self, trainer: L.Trainer, module: L.LightningModule, judged: Judged) -> None:
-        """Called on each rank with its share: in training before the optimizer steps on the batch,
-        in validation and test after each batch was judged. Change nothing in it.
+        """Called on each rank with its share of a judged batch, which must not be changed.
 
-        With a pool (`InformativePool`) it is called with what is learned from, when it is.
+        In training it is called before the optimizer steps on the batch; with `InformativePool`,
+        for the batches that the pool gives. In validation and test it is called after each batch.
         """
 
     def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
-        """Called in training after `on_rollouts`, with what the loss will read: weights, plan and
-        contexts beside the judged responses. Change nothing in it.
+        """Called in training after `on_rollouts`, with plan, weights and contexts beside the judged
+        responses. The batch must not be changed.
         """
 
 
 def show_rollouts(module: L.LightningModule, judged: Judged) -> None:
-    """Hand judged responses to every `RolloutCallback` of the module's trainer."""
+    """Call `on_rollouts` of every `RolloutCallback` of the module's trainer."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RolloutCallback):
             callback.on_rollouts(module.trainer, module, judged)
 
 
 def show_batch(module: L.LightningModule, batch: Batch) -> None:
-    """Hand what is learned from to every `RolloutCallback`: all `on_rollouts`, then `on_batch`."""
+    """Call `on_rollouts` of every `RolloutCallback` of the trainer, then `on_batch`."""
     show_rollouts(module, batch.judged)
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RolloutCallback):

@@ -1,4 +1,4 @@
-"""What a run said and learned from it, as files."""
+"""Writes a run's responses, verdicts and token traces to files."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,41 +21,43 @@ FOLDERS = ("rollouts", "tokens")
 
 
 @dataclass(order=True)
-class _Group:
-    """A question's responses, as a candidate for the record."""
+class _Candidate:
+    """A question whose responses may be written."""
 
     draw: int
+    """Random number; questions with the smallest ones are written."""
     rank: int
     question: int
-    """On that rank."""
+    """Number of the question on that rank."""
     active: list[bool] = field(compare=False)
     successes: list[bool] = field(compare=False)
 
 
 @dataclass
 class _Batch:
-    """What is to be written of a batch that is being learned from."""
+    """The present batch, and the part of it that will be written."""
 
     batch: Batch
     where: dict[str, Any]
-    chosen: list[_Group]
-    """Of all ranks."""
+    """Run, batch and step, as they stand in each record."""
+    chosen: list[_Candidate]
+    """The questions that are written, of all ranks."""
     traced: set[tuple[int, int]]
-    """Draw of the question and number of the response."""
+    """(question's draw, number of the response) of the responses whose tokens are traced."""
     trace: TokenTrace | None
 
 
 class RunRecords(RolloutCallback):
-    """Responses with their verdicts, and tokens with their credit: docs/records.md.
+    """Write responses with their verdicts, and tokens with their credit: docs/records.md.
 
     Args:
-        questions: of each batch and each validation that are written, with all their responses;
-            `all`, or 0: none.
-        traces: responses whose tokens are traced, of those that are written.
-        trace_every: batches from one trace to the next, beginning with the first; 0: never.
-        candidates: most likely tokens of student and teacher in a trace.
-        max_megabytes: of the responses, and of the tokens; beyond it, what is written of the run
-            is thinned out evenly.
+        questions: number of questions of each batch and each validation that are written, with all
+            their responses; `all`, or 0: none.
+        traces: number of the written responses whose tokens are traced.
+        trace_every: tokens are traced every so many batches, beginning with the first; 0: never.
+        candidates: number of the most likely tokens of student and teacher in a trace.
+        max_megabytes: size of the responses, and of the tokens, at most. Beyond it the run's
+            batches are thinned out evenly.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -87,7 +89,7 @@ class RunRecords(RolloutCallback):
         self._run = ""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+        folder = run_folder(trainer)  # may be a collective: all ranks must call it
         self._run = "/".join(folder.parts[-2:])
         self._batch, self._validated = None, []
         if not trainer.is_global_zero or self.questions == 0:
@@ -108,14 +110,14 @@ class RunRecords(RolloutCallback):
             self._keep_validation(module, judged, self._where(trainer, module))
 
     def on_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
-        """Choose what to write of a batch, and what to trace; its kernel has not run yet."""
+        """Choose the responses to write and to trace, before the kernel runs on the batch."""
         if self.questions == 0:
             return
         where, judged = self._where(trainer, module), batch.judged
         active = batch.active.view_as(judged.successes).tolist()
         successes = judged.successes.tolist()
         mine = [
-            _Group(
+            _Candidate(
                 draw=stable_hash(where["batch"], prompt.key, *judged.texts[q], *_copy(prompt)),
                 rank=module.global_rank,
                 question=q,
@@ -164,8 +166,8 @@ class RunRecords(RolloutCallback):
             self._write("rollouts", "train", now.where["batch"], rollouts)
             self._write("tokens", "train", now.where["batch"], tokens)
 
-    def _lines(self, now: _Batch, group: _Group, chat: Chat) -> list[tuple[int, int, Any, Any]]:
-        """Per response of a question: its place in the file, its record and that of its tokens."""
+    def _lines(self, now: _Batch, group: _Candidate, chat: Chat) -> list[tuple[int, int, Any, Any]]:
+        """(draw, number, record, record of its tokens or None) of each response of a question."""
         lines, q, samples = [], group.question, len(group.active)
         for g in range(samples):
             made: dict[str, Any] = {"where": now.where, "chat": chat}
@@ -189,7 +191,7 @@ class RunRecords(RolloutCallback):
     def _keep_validation(
         self, module: L.LightningModule, judged: Judged, where: dict[str, Any]
     ) -> None:
-        """The questions that come first in a draw that is the same at every validation."""
+        """Keep the questions with the smallest draws, which are the same at every validation."""
         made: dict[str, Any] = {"where": where, "chat": _chat(module), "traced": False}
         for q, prompt in enumerate(judged.prompts):
             draw = stable_hash("validation", prompt.key, *_copy(prompt))
@@ -201,7 +203,7 @@ class RunRecords(RolloutCallback):
         self._validated = self._validated[: self.questions]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Not at the epoch's end, before which a rank may give the validation up."""
+        """Write the validation. At the epoch's end a rank might still drop it."""
         kept, self._validated = self._validated, []
         if trainer.state.fn != "fit" or self.questions == 0:
             return
@@ -215,9 +217,10 @@ class RunRecords(RolloutCallback):
             self._outage.attempt(partial(self._files[name].write, split, batch, records))
 
 
-def _traced(groups: list[_Group], count: int) -> list[tuple[int, int]]:
-    """Draw and number of responses with credit: of each question a failure and a success, before
-    a second one of either.
+def _traced(groups: list[_Candidate], count: int) -> list[tuple[int, int]]:
+    """(draw, number) of the `count` responses with credit that are traced.
+
+    Of each question, one failure and one success come before a second one of either.
     """
     ranked = []
     for place, group in enumerate(groups):
@@ -232,7 +235,7 @@ def _traced(groups: list[_Group], count: int) -> list[tuple[int, int]]:
 
 
 def _copy(prompt: Prompt) -> tuple[int, ...]:
-    """Tells copies of a question apart, and leaves the first as if it were alone."""
+    """Distinguishes copies of a question; empty for the first one, as if it were the only one."""
     return (prompt.copy,) if prompt.copy else ()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from scsdpo.analysis.teacher_distance import measure
+from scsdpo.analysis.teacher_distance import measure_distances
 from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import own_parser
 from scsdpo.data import TaskDataModule
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     plot = None if given.no_plot else _plotter()
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
-        report = measure(trainer, model, data, given.questions, given.rollouts)
+        report = measure_distances(trainer, model, data, given.questions, given.rollouts)
         write_whole(given.out / "analysis.json", json.dumps(report, indent=1) + "\n")
         if plot is not None:
             plot(report, given.out / "analysis.png")

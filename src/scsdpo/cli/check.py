@@ -11,7 +11,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from scsdpo.analysis.readiness import Readiness, measure
+from scsdpo.analysis.readiness import Readiness, measure_readiness
 from scsdpo.analysis.verdict import Remark, verdict
 from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import new_file, own_parser
@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     out = new_file(given.out, ".json")
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
-        found = measure(
+        found = measure_readiness(
             trainer, model, data, given.questions, with_directions=not given.no_direction
         )
         remarks = verdict(found)

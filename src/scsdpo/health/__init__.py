@@ -1,4 +1,4 @@
-"""Health: what in a run's figures says that it goes wrong, and what to do."""
+"""Health: rules that warn when a run's figures show that it goes wrong."""
 
 from scsdpo.health._base import Finding, Rule, Series
 from scsdpo.health.callback import Health

@@ -1,4 +1,4 @@
-"""The contract of a rule."""
+"""The contract of a rule, and the figures that it reads."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ class Series:
         self._values: dict[str, array[float]] = {}
 
     def add(self, figures: Mapping[str, object]) -> None:
-        """The figures of one more batch or validation; what is not finite is left out."""
+        """Add the figures of one batch or validation; figures that are not finite are left out."""
         for name, value in figures.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 kept = name.removeprefix("train/")
@@ -30,21 +30,21 @@ class Series:
         return self._values.get(name, array("d"))
 
     def last(self, name: str, count: int) -> float:
-        """Mean of the last `count`; nan if there are fewer."""
+        """Mean of the last `count` values; nan if there are fewer."""
         values = self[name][-count:]
         return fmean(values) if len(values) == count else math.nan
 
     def first_and_last(self, name: str, count: int) -> tuple[float, float]:
-        """Means of the first and of the last `count`; nan if they would overlap."""
+        """Means of the first and of the last `count` values; nan if they would overlap."""
         values = self[name]
         if len(values) < 2 * count:
             return math.nan, math.nan
         return fmean(values[:count]), fmean(values[-count:])
 
     def fall(self, name: str, count: int) -> float:
-        """By how many standard errors the last `count` are below the first. Welch's t
+        """Fall from the first to the last `count` values, in standard errors. Welch's t
 
-        (m_1 - m_2) / sqrt((s_1^2 + s_2^2) / count); nan if they would overlap.
+        t = (m_1 - m_2) / sqrt((s_1^2 + s_2^2) / count); nan if they would overlap.
         """
         first, last = self.first_and_last(name, count)
         if math.isnan(first):
@@ -56,24 +56,24 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a rule noticed."""
+    """A warning that a rule gives."""
 
     message: str
-    """With the numbers."""
+    """The warning, with its numbers."""
     values: dict[str, float]
-    """The numbers that were compared, thresholds included."""
+    """The numbers that were compared, with the thresholds."""
 
 
 class Rule(ABC):
-    """Looks at a run's figures after each batch. It speaks once in a run, under its class's name.
+    """Checks a run's figures after each batch. It warns once in a run, under its class's name.
 
-    A rule keeps nothing: what it finds depends on the figures alone, so that a record of them can
-    be judged afterwards.
+    A rule has no state: its finding depends on the figures alone, so that recorded figures can be
+    checked afterwards.
     """
 
     remedy: str
-    """What to do."""
+    """Advice to the user."""
 
     @abstractmethod
     def look(self, past: Series) -> Finding | None:
-        """What is wrong now; None: nothing, or it is too early to say."""
+        """The finding; None: nothing is wrong, or there are too few figures."""

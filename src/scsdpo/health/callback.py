@@ -1,4 +1,4 @@
-"""Says, once, what the rules find."""
+"""The callback that checks the rules and warns."""
 
 import time
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ NAME = "health.jsonl"
 
 
 class Health(L.Callback):
-    """Looks at a run's figures after each batch and validation, and warns: docs/health.md.
+    """Checks a run's figures after each batch and validation, and warns: docs/health.md.
 
-    A warning is given once in a run, on standard error, in the logger and in `health.jsonl`. A run
-    that goes on from a checkpoint goes on with its figures.
+    Each rule warns once in a run, on standard error, in the logger and in `health.jsonl`. A run
+    that goes on from a checkpoint keeps the figures of its earlier parts.
 
     Args:
-        rules: what is looked for; null: all that ship, []: nothing.
+        rules: the rules; null: all shipped ones, []: none.
     """
 
     def __init__(self, rules: tuple[Rule, ...] | None = None) -> None:
@@ -43,7 +43,7 @@ class Health(L.Callback):
         self._folder = Path()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._folder, self._file = run_folder(trainer), None  # everyone must ask
+        self._folder, self._file = run_folder(trainer), None  # may be a collective
         self._past, self._said = Series(), set()
         if trainer.is_global_zero and self.rules:
             file = JsonLines(self._folder / NAME)
@@ -52,7 +52,7 @@ class Health(L.Callback):
             self._file = file
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The figures until here, once `metrics.jsonl` is cut at the checkpoint."""
+        """Read the figures of earlier parts, now that `metrics.jsonl` is cut at the checkpoint."""
         if self._file is not None:
             for line in whole_lines(self._folder / "metrics.jsonl"):
                 self._past.add(line)
@@ -73,7 +73,7 @@ class Health(L.Callback):
             self._look(trainer, pl_module)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """At what was logged since the last record of it."""
+        """Check the figures that were logged since the last call."""
         if self._file is None:
             return
         module, metrics = recorded(pl_module), trainer.callback_metrics

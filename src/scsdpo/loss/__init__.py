@@ -1,4 +1,4 @@
-"""Loss: one kernel that turns credit into gradients, whatever the objective."""
+"""The loss: one kernel that turns credit into gradients, for every objective."""
 
 from scsdpo.loss.credit import Chunk, Credit, DenseCredit, SparseCredit, SumCredit
 from scsdpo.loss.importance import (
@@ -12,7 +12,7 @@ from scsdpo.loss.kernel import (
     HeadGradient,
     LossOutput,
     Objective,
-    Observation,
+    ObservedBlock,
     Observer,
     TeacherOutput,
     Tokens,
@@ -36,7 +36,7 @@ __all__ = [
     "NeedsSignals",
     "NoImportance",
     "Objective",
-    "Observation",
+    "ObservedBlock",
     "Observer",
     "SamplerImportance",
     "SequenceImportance",

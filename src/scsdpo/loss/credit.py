@@ -14,7 +14,7 @@ from scsdpo.loss.signals import Derivation, Signals
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Chunk:
-    """What an advantage may look at: n tokens, their distributions, and where they come from."""
+    """A chunk of n tokens with their distributions, from which an advantage computes credit."""
 
     student: TokenLogits
     """S, the distribution that is being trained."""
@@ -23,8 +23,8 @@ class Chunk:
     reference: Callable[[], TokenLogits]
     """The anchor's distribution, computed when first asked for."""
     others: tuple[Callable[[], TokenLogits], ...]
-    """What the teacher's weights say after each further context of a `Contexts`, in order. Where a
-    rollout does not have the context, the logits are equal."""
+    """Distributions of the teacher's weights after each further context of `Contexts`, in order.
+    Where a rollout does not have the context, all logits are equal."""
     ids: Tensor
     """[n] int64: the sampled tokens y."""
     logprob: Tensor
@@ -32,9 +32,9 @@ class Chunk:
     places: Tensor
     """[n] int64: flat index i * L + t into the step's tables [R, L]."""
     rollouts: frozenset[int]
-    """The rollouts i that the tokens belong to, which the host knows without asking a GPU."""
+    """The rollouts i that the tokens belong to, known on the host."""
     signals: Signals
-    """Tables of the whole step."""
+    """Tables of the whole optimizer step."""
 
     @property
     def rollout(self) -> Tensor:
@@ -52,15 +52,15 @@ class Chunk:
         return table.reshape(-1)[self.places].to(self.logprob.dtype)
 
     def derived(self, make: Derivation) -> Tensor:
-        """[n]: the entries of a derived table."""
+        """[n]: the entries of a derived table at this chunk's tokens."""
         return self.at(self.signals.derive(make))
 
 
 class Credit(ABC):
-    """Coefficients on log S of one chunk, and the value of the objective for the log.
+    """Coefficients on log S at one chunk of tokens, and the objective's value for the log.
 
-    d loss / d z(v) = S(v) * mass - own(v), z the temperature-scaled logits: `mass` is a number a
-    position, and `own` is sparse where it can be, so that adding credits up touches few places.
+    d loss / d z(v) = S(v) * mass - own(v), z the logits divided by the temperature. `mass` is one
+    number per position. `own` is sparse where it can be, so that sums of credits touch few entries.
     """
 
     objective: Tensor
@@ -71,12 +71,12 @@ class Credit(ABC):
         """Check the tables against (n, V) = `shape`.
 
         Raises:
-            ConfigurationError: naming `of`, what came and what was expected.
+            ConfigurationError: if they do not fit. It names `of`, what came and what was expected.
         """
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> "Credit":
-        """The same with its numbers in `dtype`, in which the chunk is computed."""
+        """Convert its numbers to `dtype`, that of the chunk."""
 
     @abstractmethod
     def mass(self, student: TokenLogits) -> Tensor:
@@ -84,7 +84,10 @@ class Credit(ABC):
 
     @abstractmethod
     def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
-        """Take weight [n] * own off `gradient` [n, V]. Where a weight is 0 nothing is read."""
+        """Subtract weight [n] * own from `gradient` [n, V], in place.
+
+        Where a weight is 0 nothing is read.
+        """
 
     def logits_gradient(self, student: TokenLogits) -> Tensor:
         """[n, V]: d loss / d z(v) = S(v) sum_u c(u) - c(v)."""
@@ -161,19 +164,19 @@ class SparseCredit(Credit):
 
     @staticmethod
     def nothing(chunk: Chunk) -> "SparseCredit":
-        """No credit for any token of the chunk."""
+        """Credit 0 for all tokens of the chunk."""
         zero = torch.zeros_like(chunk.logprob)
         return SparseCredit.at_sampled(chunk, zero, zero)
 
     def mass(self, student: TokenLogits) -> Tensor:
-        # sum_u c(u) - rest, for rest * S is subtracted everywhere and put back at `ids`.
+        # sum_u c(u) - rest: rest * S is subtracted at all tokens, and added again at `ids`.
         return self._own(student).sum(-1)
 
     def subtract(self, gradient: Tensor, weight: Tensor, student: TokenLogits) -> None:
         gradient.scatter_add_(-1, self.ids, -weighted(weight[:, None], self._own(student)))
 
     def _own(self, student: TokenLogits) -> Tensor:
-        """[n, k]: what c has at `ids` beyond rest * S."""
+        """[n, k]: c - rest * S at `ids`."""
         return self.values - self.rest[:, None] * student.log_probs_at(self.ids).exp()
 
 
@@ -213,10 +216,10 @@ def _numbers(table: Tensor, of: str, axes: str, shape: tuple[int, ...]) -> None:
 
 
 def _where_counted(weight: Tensor, values: Tensor, out: Tensor) -> None:
-    """Out = values [n, V], and 0 in the rows whose weight [n] is 0, whatever stands there.
+    """Write values [n, V] into `out`, and 0 into the rows whose weight [n] is 0, nan or not.
 
-    0 * nan is nan, asking for the rows makes the host wait for a GPU, and `torch.where` takes a CPU
-    six times as long: so all bits of these rows are cleared.
+    0 * nan is nan, indexing rows makes the host wait for a GPU, and `torch.where` takes a CPU six
+    times as long. So the bits of these rows are cleared.
     """
     bits = torch.int32 if values.element_size() == 4 else torch.int64
     kept = -(weight != 0).to(bits)  # all ones, or all zeros

@@ -1,4 +1,4 @@
-"""Correction for rollouts that were drawn from another distribution than the one being trained."""
+"""Corrections for rollouts that were drawn from another distribution than the trained one."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,12 +17,12 @@ class Importance(NeedsSignals, ABC):
 
     @declared
     def most(self) -> float:
-        """What a factor is truncated to; inf: it is not."""
+        """Cap on the factor; inf: there is none."""
         return math.inf
 
     @declared
     def of_current(self) -> bool:
-        """Whether its factor has the ratio S / S_old of later updates in it."""
+        """True if the ratio S / S_old of later updates is in the factor."""
         return False
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Importance(NeedsSignals, ABC):
 
 @dataclass(frozen=True)
 class NoImportance(Importance):
-    """Every token counts once."""
+    """The factor 1 for every token."""
 
     def weigh(self, chunk: Chunk) -> Tensor:
         return torch.ones_like(chunk.logprob)
@@ -55,9 +55,9 @@ class _Truncated(Importance):
 class TokenImportance(_Truncated):
     """Truncated weights of the current policy. w_t = min(S(y_t) / S_rollout(y_t), cap), detached.
 
-    1 where sampler and trainer agree. S is the current policy, so that later updates on the same
-    rollouts are corrected too: SDPO's choice, for an objective without a ratio of its own. With
-    `GroupRelative` and several updates it would count that ratio twice, and is refused: use
+    It is 1 where sampler and trainer agree. S is the current policy, so that later updates on the
+    same rollouts are corrected, too. This is SDPO's choice, for an objective without a ratio. With
+    `GroupRelative` and several updates the ratio would count twice, so that is refused: use
     `SamplerImportance`.
 
     Args:
@@ -83,12 +83,12 @@ class TokenImportance(_Truncated):
 class SamplerImportance(_Truncated):
     """Truncated importance sampling. w_t = min(S_old(y_t) / S_rollout(y_t), cap), detached.
 
-    S_old is the trainer's policy before the batch's first update: the weight corrects what sets
-    sampler and trainer apart (another engine, another dtype, top-k, stale weights) and stays the
-    same in later updates, whose own ratio S / S_old the PPO clip takes care of.
+    S_old is the trainer's policy before the batch's first update. The weight corrects the
+    difference of sampler and trainer (another engine, another dtype, top-k, stale weights). It is
+    the same in later updates, whose ratio S / S_old the PPO clip handles.
 
-    Where batches are drawn ahead, S_rollout is that of the weights that drew the token, which may
-    differ from token to token, and with `GroupRelative` this is decoupled PPO:
+    Where batches are sampled ahead, S_rollout is the distribution of the weights that drew the
+    token, which may differ from token to token. With `GroupRelative` this is decoupled PPO:
 
         loss_t = -min(S_old / S_rollout, cap) min(u A, clip(u, 1 - eps, 1 + eps) A),  u = S / S_old
 
@@ -101,8 +101,8 @@ class SamplerImportance(_Truncated):
     Source:
         Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
         Decoupled PPO: Hilton et al. 2021, arXiv:2110.00641; Fu et al. 2025 (AReaL),
-        arXiv:2505.24298. Differs from AReaL's code, which drops tokens whose weight is above its
-        cap where here the weight is cut to it.
+        arXiv:2505.24298. Differs: AReaL's code drops tokens whose weight is above its cap; here the
+        weight is cut to the cap.
     """
 
     def weigh(self, chunk: Chunk) -> Tensor:
@@ -113,13 +113,14 @@ class SamplerImportance(_Truncated):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceImportance(_Truncated):
-    """The same for whole responses. w = min(prod_t S_old(y_t) / S_rollout(y_t), cap), detached.
+    """Truncated weights of whole responses. w = min(prod_t S_old(y_t) / S_rollout(y_t), cap)
 
-    Unbiased for the sequence's distribution where the cap does not bind, also where older weights
-    drew some or all of its tokens; needs a measuring pass in a batch's first update.
+    w is detached. It is unbiased for the sequence's distribution where the cap does not bind, also
+    if older weights drew some or all of its tokens. It needs a pass without gradient in a batch's
+    first update.
 
     Args:
-        cap: largest weight. Must be > 0; inf: none.
+        cap: largest weight. Must be > 0; inf: no cap.
 
     Raises:
         ValueError: if `cap` <= 0.

@@ -1,4 +1,4 @@
-"""The one loss: credit in, gradients out, a chunk of tokens at a time."""
+"""The loss kernel: it turns credit into gradients, a chunk of tokens at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from scsdpo.loss.logits import Buffers, Head, TokenLogits, add_product, multiply
 from scsdpo.loss.signals import Signals
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
-"""Most of one [n, V] table of logits: one for the student, whose gradient takes its place, and one
-a trunk of its teachers are alive. Each chunk adds to the head's whole gradient. On a GPU it is at
-most a 128th of the memory, if that is more than a block."""
+"""Largest table of logits [n, V] of a chunk, in bytes. One table is alive for the student, whose
+gradient replaces it, and one for each set of teachers' weights. On a GPU the limit is a 128th of
+the memory, if that is smaller but still more than a block."""
 FEWEST_ROWS = 128
-"""Tokens of a chunk even if the vocabulary is large: each chunk passes over the whole head."""
+"""Least number of tokens of a chunk, for each chunk reads the head and adds to its gradient."""
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
-"""Of the part of a chunk that everything between the products works on; on CPU it stays in the
-cache."""
+"""Largest block of a chunk's rows, in bytes. All operations between the matrix products run block
+by block; on CPU a block stays in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Tokens:
     rollouts: Sequence[int]
     """[N] the rollouts that they belong to, on the host."""
     scale: Tensor
-    """[N]: question weight / denominator, the same at every token of a rollout."""
+    """[N]: weight of the rollout / denominator, equal at all tokens of a rollout."""
     weight: Tensor
     """[N]: token weight."""
     signals: Signals
@@ -44,17 +44,18 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherOutput:
-    """A teacher's side of the kernel: trunks already run, and a rule that combines their logits."""
+    """Hidden states of a teacher's weights, and the rule that combines their logits."""
 
     hidden: tuple[Tensor, ...]
-    """Per trunk [N, D]."""
+    """[N, D] for each set of weights."""
     heads: tuple[Head, ...]
-    """Per trunk, the head that goes with it."""
+    """The head of each set of weights."""
     combine: Callable[[Callable[[], TokenLogits], tuple[TokenLogits, ...]], TokenLogits]
-    """(student, computed when asked for; trunks) -> the target distribution."""
+    """`Teacher.combine`: (the student's logits, computed if called; logits of each set of weights)
+    -> the target distribution."""
 
     def logits(self, part: slice, temperature: float, buffers: Buffers) -> tuple[Tensor, ...]:
-        """Per trunk, the logits [n, V] at the tokens of `part`."""
+        """Logits [n, V] of each set of weights at the tokens of `part`."""
         return tuple(
             TokenLogits.of(hidden[part], head, temperature, buffers).logits
             for hidden, head in zip(self.hidden, self.heads, strict=True)
@@ -62,79 +63,82 @@ class TeacherOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Observation:
-    """A block of n tokens as the kernel saw it; its tables [n, V] are written over afterwards."""
+class ObservedBlock:
+    """A block of n tokens with its gradient, for an `Observer`.
+
+    Its tables [n, V] are overwritten when the observer has returned.
+    """
 
     chunk: Chunk
     gradient: Tensor
-    """[n, V]: d loss / d (h W^T + b), with all that multiplies the loss."""
+    """[n, V]: d loss / d (h W^T + b), with all factors of the loss."""
     temperature: float
     objective: Tensor
-    """[n]: the token's loss before any of these factors."""
+    """[n]: the token's loss without any factor."""
     entropy: Tensor
-    """[n]: H(S)."""
+    """[n]: H(S), nats."""
     scale: Tensor
-    """[n]: question weight / denominator."""
+    """[n]: weight of the rollout / denominator."""
     token_weight: Tensor
-    """[n]."""
+    """[n]: token weight."""
     importance: Tensor
-    """[n]."""
+    """[n]: importance weight."""
 
     @property
     def credit(self) -> Tensor:
-        """[n, V]: -d loss / d z, z the temperature-scaled logits; a table of its own."""
+        """[n, V]: -d loss / d z, z the logits divided by the temperature; a new table."""
         return self.gradient * -self.temperature
 
 
-Observer = Callable[[Observation], None]
-"""Looks at a block of tokens, and changes nothing in it."""
+Observer = Callable[[ObservedBlock], None]
+"""Is called with each block of tokens; it must not change anything in it."""
 
 
-def unobserved(seen: Observation) -> None:
-    """Nobody looks."""
+def unobserved(seen: ObservedBlock) -> None:
+    """The observer that does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Objective:
-    """What the kernel needs to know of the strategies."""
+    """The strategies' part of the loss: credit, importance, and the teachers' outputs."""
 
     credit: Callable[[Chunk], Credit]
-    """The advantage's plan."""
+    """`Plan.credit` of the advantage."""
     importance: Callable[[Chunk], Tensor]
     """Detached factor [n] on the token's loss."""
     teacher: TeacherOutput
     reference: TeacherOutput
     temperature: float
     others: tuple[TeacherOutput, ...] = ()
-    """The teacher's, after its further contexts."""
+    """Outputs of the teacher after its further contexts."""
     observe: Observer = unobserved
 
 
 class LossOutput(NamedTuple):
-    """The loss and, per token [N] and detached, what the log shows.
+    """The loss, and detached figures [N] of each token for the log.
 
-    A plain tuple: in it FSDP2 finds the loss, at which a backward will start.
+    It is a plain tuple, in which FSDP2 finds the loss, where the backward will start.
     """
 
     loss: Tensor
     """Scalar: sum of scale * importance * objective, with a gradient."""
     objective: Tensor
     logprob: Tensor
-    """log S(y)."""
+    """log S(y), nats."""
     entropy: Tensor
     """H(S), nats."""
     importance: Tensor
     elsewhere: Tensor = torch.zeros(0, dtype=torch.bool)
-    """The sampler sent this token to other experts; [0] where it did not say."""
+    """[N] the sampler sent this token to other experts; [0] if it did not report its experts."""
 
 
 class HeadGradient:
     """The head's gradient, summed in one table over the micro-batches of a step.
 
-    The last of their backwards gives it away; all of them must be scaled alike.
+    The last micro-batch's backward returns it, so that all must have the same factor on the loss.
 
     Args:
-        micro_batches: how many there will be.
+        micro_batches: number of micro-batches of the step.
     """
 
     def __init__(self, micro_batches: int) -> None:
@@ -143,7 +147,7 @@ class HeadGradient:
         self.bias: Tensor | None = None
 
     def start(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Make the tables, in float32 at least; a frozen head gets none, and costs nothing."""
+        """Allocate the tables, in float32 at least; a frozen head needs none."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         if self.weight is None and weight.requires_grad:
             self.weight = torch.zeros_like(weight, dtype=wide)
@@ -151,7 +155,10 @@ class HeadGradient:
             self.bias = torch.zeros_like(bias, dtype=wide)
 
     def give(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Weight's and bias's gradient, times `factor`, in the last backward; before, none."""
+        """Gradients of weight and bias times `factor`, in the last backward; None in earlier ones.
+
+        The tables are freed.
+        """
         self.left -= 1
         if self.left:
             return None, None
@@ -171,19 +178,19 @@ def credit_loss(
 ) -> LossOutput:
     """Loss = sum_t scale_t * importance_t * objective_t, with the gradient that credit defines.
 
-    The gradient w.r.t. hidden states and head is made in the forward, chunk by chunk, so that
-    never more than one chunk of logits per model is alive: memory is O(chunk * V), not O(N * V).
+    The gradient w.r.t. hidden states and head is computed in the forward, chunk by chunk, so that
+    at most one chunk of logits per model is alive: memory is O(chunk * V), not O(N * V).
 
     Args:
-        hidden: of the student.
-        linear: its head, which gets the gradient.
+        hidden: the student's hidden states.
+        linear: the student's head, which gets the gradient.
         head: `linear` in the dtype of its product.
-        tokens: of the micro-batch.
-        objective: of the micro-batch.
-        gradient: of the head, over the step.
+        tokens: the micro-batch's tokens.
+        objective: the strategies' part of the loss.
+        gradient: sums the head's gradient over the step.
 
     Shapes:
-        hidden [N, D] -> scalar loss and four [N] logs; N = 0 gives 0 and zero gradients.
+        hidden [N, D] -> scalar loss and four figures [N]; N = 0 gives 0 and zero gradients.
     """
     arguments = (hidden, linear.weight, linear.bias, head, gradient, tokens, objective)
     loss, objective_values, logprob, entropy, importance = _CreditLoss.apply(*arguments)
@@ -204,7 +211,13 @@ def chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]
 
 
 def chunk_rows(vocabulary: int, kind: str, memory: int) -> int:
-    """Tokens of a chunk on a device of a kind, `cpu` or `cuda`, with so many bytes."""
+    """Tokens of a chunk.
+
+    Args:
+        vocabulary: V.
+        kind: type of the device, `cpu` or `cuda`.
+        memory: memory of a GPU, in bytes.
+    """
     most = CHUNK_BYTES[kind]
     if kind == "cuda":
         most = max(min(most, memory // 128), BLOCK_BYTES[kind])
@@ -229,30 +242,30 @@ class _CreditLoss(torch.autograd.Function):
         objective: Objective,
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            work = _Work(hidden.detach(), head, tokens, objective)
+            runner = _ChunkRunner(hidden.detach(), head, tokens, objective)
             gradient.start(weight, bias)
             gradients = _Gradients(torch.empty_like(hidden), gradient, weight.dtype)
             for part in chunks(len(hidden), len(weight), hidden.device):
-                gradients.add(part, work.hidden[part], work.run(part), head.weight)
+                gradients.add(part, runner.hidden[part], runner.run(part), head.weight)
         ctx.gradients = gradients
         ctx.set_materialize_grads(False)
         kept = torch.promote_types(hidden.dtype, torch.float32)
-        rows = torch.cat(work.logs, dim=1) if work.logs else hidden.new_zeros((4, 0), dtype=kept)
-        logs = rows.unbind()
+        empty = hidden.new_zeros((4, 0), dtype=kept)
+        logs = (torch.cat(runner.logs, dim=1) if runner.logs else empty).unbind()
         ctx.mark_non_differentiable(*logs)
-        return work.loss.to(kept), *logs
+        return runner.loss.to(kept), *logs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the credit loss gave its gradients away: call backward once only")
+            raise RuntimeError("the credit loss keeps its gradients for one backward: call it once")
         return (*gradients.times(grad_loss), None, None, None, None)
 
 
-class _Work:
-    """Runs chunk after chunk in the same buffers; sums the loss and keeps what the log shows."""
+class _ChunkRunner:
+    """Runs chunk after chunk in the same buffers, sums the loss, and keeps the tokens' figures."""
 
     def __init__(self, hidden: Tensor, head: Head, tokens: Tokens, objective: Objective) -> None:
         self.hidden = hidden.to(head.weight.dtype)
@@ -262,24 +275,21 @@ class _Work:
         self.logs: list[Tensor] = []
 
     def run(self, part: slice) -> Tensor:
-        """[n, V]: d loss / d (h W^T + b) at the tokens of `part`, until the next chunk."""
+        """[n, V]: d loss / d (h W^T + b) at the tokens of `part`; valid until the next chunk."""
         self.products.recycle()
-        objective = self.objective
-
-        def ask(output: TeacherOutput) -> Callable[[], tuple[Tensor, ...]]:
-            """The output's products for this chunk, made when first asked for."""
-            return cache(partial(output.logits, part, objective.temperature, self.products))
-
-        made = TokenLogits.of(self.hidden[part], self.head, objective.temperature, self.products)
+        objective, temperature = self.objective, self.objective.temperature
+        made = TokenLogits.of(self.hidden[part], self.head, temperature, self.products)
         outputs = (objective.teacher, objective.reference, *objective.others)
-        tables = [ask(output) for output in outputs]
-        for block in _slices(*self._block_size(made.logits)):
+        # Computed once a chunk, if a credit asks for it.
+        tables = [cache(partial(each.logits, part, temperature, self.products)) for each in outputs]
+        rows = max(BLOCK_BYTES[made.logits.device.type] // (4 * made.logits.shape[1]), 1)
+        for block in _slices(len(made.logits), rows):
             self.between.recycle()
             student = TokenLogits(made.logits[block], self.between)
             inside = slice(part.start + block.start, part.start + block.stop)
             teacher, reference, *others = (
-                cache(partial(self._target, output, made_of, block, student))
-                for output, made_of in zip(outputs, tables, strict=True)
+                cache(partial(self._target, output, logits, block, student))
+                for output, logits in zip(outputs, tables, strict=True)
             )
             gradient = self._gradient(
                 Chunk(
@@ -298,10 +308,6 @@ class _Work:
             made.logits[block] = gradient
         return made.logits
 
-    def _block_size(self, logits: Tensor) -> tuple[int, int]:
-        rows = BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1])
-        return len(logits), max(rows, 1)
-
     def _target(
         self,
         output: TeacherOutput,
@@ -309,12 +315,12 @@ class _Work:
         block: slice,
         student: TokenLogits,
     ) -> TokenLogits:
-        """The distribution that a teacher or reference gives at the tokens of a block."""
-        trunks = tuple(TokenLogits(table[block], self.between) for table in tables())
-        return output.combine(lambda: student, trunks)
+        """The distribution of a teacher or reference at the tokens of a block."""
+        teachers = tuple(TokenLogits(table[block], self.between) for table in tables())
+        return output.combine(lambda: student, teachers)
 
     def _gradient(self, chunk: Chunk, inside: slice) -> Tensor:
-        """[n, V] of a block: d loss / d (h W^T + b)."""
+        """[n, V]: d loss / d (h W^T + b) of a block."""
         student, credit = chunk.student, self.objective.credit(chunk)
         importance, entropy = self.objective.importance(chunk), student.entropy()
         scale, weight = self.tokens.scale[inside], self.tokens.weight[inside]
@@ -323,13 +329,13 @@ class _Work:
         self.loss += weighted(factor, credit.objective).sum()
         factor = factor / self.objective.temperature
         mass = weighted(factor, credit.mass(student))
-        watched = self.objective.observe is not unobserved
-        # The last use of the student's probabilities, unless somebody looks: the gradient takes
-        # their place.
-        gradient = (student.probs.clone() if watched else student.probs).mul_(mass[:, None])
+        observed = self.objective.observe is not unobserved
+        # Without an observer nothing reads the student's probabilities afterwards, so the gradient
+        # overwrites them.
+        gradient = (student.probs.clone() if observed else student.probs).mul_(mass[:, None])
         credit.subtract(gradient, factor, student)
-        if watched:
-            seen = Observation(
+        if observed:
+            seen = ObservedBlock(
                 chunk=chunk,
                 gradient=gradient,
                 temperature=self.objective.temperature,
@@ -345,15 +351,22 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Gradients:
-    """Of the loss w.r.t. hidden states and head."""
+    """Gradients of the loss w.r.t. hidden states and head."""
 
     hidden: Tensor
     head: HeadGradient
     dtype: torch.dtype
-    """Of the head."""
+    """dtype of the head's gradient."""
 
     def add(self, part: slice, hidden: Tensor, logits: Tensor, weight: Tensor) -> None:
-        """Through the head's product, from the gradient w.r.t. the logits of `part` [n, V]."""
+        """Add the gradients of one chunk.
+
+        Args:
+            part: the chunk's tokens.
+            hidden: [n, D] their hidden states.
+            logits: [n, V] gradient w.r.t. h W^T + b.
+            weight: W, the head's weight.
+        """
         narrow, head = logits.to(weight.dtype), self.head
         multiply(narrow, weight, self.hidden[part])
         if head.weight is not None:
@@ -362,6 +375,6 @@ class _Gradients:
             head.bias.add_(logits.sum(0))
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Chain rule with d / d loss; called once, and the tables are given away."""
+        """Gradients of hidden states, weight and bias times d / d loss; called once."""
         hidden = self.hidden.mul_(factor.to(self.hidden.dtype))
         return (hidden, *self.head.give(factor, self.dtype))

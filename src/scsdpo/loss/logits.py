@@ -1,4 +1,4 @@
-"""Logits of one chunk of tokens and what is read off them; natural logs, no graph."""
+"""Logits of one chunk of tokens, and log-probs and entropies from them; natural logs, no graph."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """Memory for [n, V] tables that one chunk after another writes over.
+    """Memory for tables [n, V], which all chunks use one after the other.
 
-    The pages of a fresh table of some MiB cost a CPU more time than the matrix product that fills
-    it. Tables are handed out in the order of asking, until `recycle` starts over.
+    On CPU the pages of a new table of some MiB cost more time than the matrix product that fills
+    it. `take` hands out one table after the other, until `recycle` makes all of them free again.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Buffers:
         self._taken = 0
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised [rows, columns] table that nobody else holds until `recycle`."""
+        """An uninitialised table [rows, columns], reserved until `recycle`."""
         mine, self._taken = self._taken, self._taken + 1
         if mine == len(self._tables):
             self._tables.append(torch.empty(rows, columns, dtype=dtype, device=device))
@@ -29,7 +29,7 @@ class Buffers:
         return kept[:rows]
 
     def recycle(self) -> None:
-        """Whatever was taken may be written over."""
+        """Free all tables; the next `take` may overwrite them."""
         self._taken = 0
 
 
@@ -44,7 +44,7 @@ class Head:
 
     @staticmethod
     def of(linear: nn.Linear) -> "Head":
-        """Under autocast its dtype: cast here once, and not for every chunk."""
+        """The head of `linear`, under autocast in autocast's dtype, cast once for all chunks."""
         kind = linear.weight.device.type
         narrow = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if narrow else linear.weight.dtype
@@ -52,7 +52,7 @@ class Head:
         return Head(linear.weight.detach().to(dtype), bias)
 
     def first(self, rows: int) -> "Head":
-        """Without the rows behind: a teacher's table may have more padding than the student's."""
+        """The first rows: a teacher's vocabulary may be padded further than the student's."""
         if len(self.weight) == rows:
             return self
         return Head(self.weight[:rows], None if self.bias is None else self.bias[:rows])
@@ -62,12 +62,12 @@ class Head:
 class TokenLogits:
     """Logits over the vocabulary at n positions, already divided by the sampling temperature.
 
-    They are at least float32, whatever the model's dtype: a normaliser rounded to bf16 clamps the
-    tail of a top-k support and can multiply the divergence tenfold.
+    They are at least float32, whatever the model's dtype. A normaliser rounded to bf16 would clamp
+    the tail of a top-k support, and could multiply the divergence by ten.
 
     Args:
         logits: [n, V] float32 or float64; -inf forbids a token.
-        buffers: where further [n, V] tables are made.
+        buffers: memory for further tables [n, V].
     """
 
     logits: Tensor
@@ -89,13 +89,13 @@ class TokenLogits:
         return TokenLogits(logits if temperature == 1 else logits.div_(temperature), buffers)
 
     def table(self) -> Tensor:
-        """[n, V], uninitialised, of the buffers."""
+        """An uninitialised table [n, V] from the buffers."""
         n, vocabulary = self.logits.shape
         return self.buffers.take(n, vocabulary, self.logits.dtype, self.logits.device)
 
     @cached_property
     def log_normalizer(self) -> Tensor:
-        """[n, 1]: log sum_v exp z(v) = max z - log max S; largest entries, so nothing is lost."""
+        """[n, 1]: log sum_v exp z(v) = max z - log max S; exact, since both are largest entries."""
         return self.logits.amax(-1, keepdim=True) - self.probs.amax(-1, keepdim=True).log()
 
     @cached_property
@@ -119,14 +119,15 @@ class TokenLogits:
     def entropy(self) -> Tensor:
         """[n]: H(S) = log_normalizer - sum_v S(v) z(v), nats; a forbidden token contributes 0."""
         products = torch.mul(self.probs, self.logits, out=self.table())
-        # 0 * -inf is nan and counts as 0; what else is nan makes the normaliser nan, too.
+        # `nansum` drops 0 * -inf of forbidden tokens. Any other nan is in the normaliser, too.
         return self.log_normalizer[:, 0] - products.nansum(-1)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Out = left @ right, in the dtype of `out`, whatever that of the two; in place.
+    """Write left @ right into `out`, whose dtype may be wider.
 
-    CUDA sums and keeps products of bfloat16 in float32; elsewhere they are rounded on the way.
+    CUDA sums products of bfloat16 in float32 and can return them so. Elsewhere the product is
+    rounded to the dtype of `left` first.
     """
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
@@ -137,7 +138,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Out += left @ right; as `multiply`."""
+    """Add left @ right to `out`, as `multiply` computes it."""
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, out=out)
     elif _keeps_sums(left, out):
@@ -147,6 +148,6 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _keeps_sums(narrow: Tensor, out: Tensor) -> bool:
-    """Whether a product of such tensors is given as it was summed."""
+    """True if the product of such tensors is returned in the dtype of its sums."""
     halves = torch.bfloat16, torch.float16
     return narrow.is_cuda and narrow.dtype in halves and out.dtype == torch.float32

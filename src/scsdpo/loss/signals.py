@@ -1,4 +1,4 @@
-"""Per-token scalars of a whole optimizer step, for strategies that look beyond a chunk."""
+"""Tables of per-token scalars of a whole optimizer step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,19 +13,19 @@ from scsdpo.contracts import declared
 class Signals:
     """Tables [R, L] float64 of the R = Q * G rollouts of an optimizer step, in nats.
 
-    The first four are always there. A strategy names those of the others that it `needs`; the
-    update fills them in a pass without gradient before the loss, with 0 where nothing was measured.
-    A strategy that names none costs nothing.
+    The first four are always known. A strategy names those of the others that it `needs`, and the
+    update measures them in a pass without gradient before the loss. Entries that are not measured
+    are 0. If no strategy names one, there is no such pass.
     """
 
     mask: Tensor
-    """[R, L] bool: tokens that the policy sampled. All other tables are of these."""
+    """[R, L] bool: tokens that the policy sampled. All other tables are of these tokens."""
     ended: Tensor
     """[R] bool: the response ended by itself, not by the length cap."""
     sampling_logprob: Tensor
     """log-prob of y_t under the distribution that it was drawn from."""
     old_logprob: Tensor
-    """log S(y_t) before the batch's first update; nan: this is the first, old and current agree."""
+    """log S(y_t) before the batch's first update; nan in the first update, where S is that."""
     student_logprob: Tensor
     """log S(y_t) under the current policy."""
     student_entropy: Tensor
@@ -40,8 +40,8 @@ class Signals:
     """[P, R, L]: log-prob of y_t under the teacher's weights after each of its P further contexts
     (`Contexts`); nan where the rollout does not have the context."""
     objective: Tensor
-    """The advantage's at the token under the current policy: its loss before any weight. Only of an
-    advantage that needs no table itself."""
+    """The advantage's objective at each token under the current policy, without any weight. It can
+    be measured only if the advantage needs no table itself."""
     _derived: "dict[Derivation, Tensor]" = field(default_factory=dict)
 
     @staticmethod
@@ -52,7 +52,7 @@ class Signals:
         old_logprob: Tensor,
         others: int = 0,
     ) -> "Signals":
-        """What is known before any forward; zeros (nan for `others`) where a pass would write."""
+        """Signals before any forward: unknown tables are 0 (nan in `others`)."""
         zeros = [torch.zeros(mask.shape, dtype=torch.float64, device=mask.device) for _ in range(6)]
         return Signals(
             mask=mask,
@@ -69,10 +69,10 @@ class Signals:
         )
 
     def derive(self, make: "Derivation") -> Tensor:
-        """`make(self)` [R, L], made once: a return-to-go, a softmax over the group, a mean ratio.
+        """`make(self)` [R, L], computed once: e.g. a return-to-go, a softmax over the group.
 
-        What a strategy or a plan lists as its `derivations` is made on every rank before the first
-        backward, and may therefore sum over ranks.
+        Functions that a strategy or plan lists as its `derivations` are called on every rank before
+        the first backward, so that they may sum over ranks.
         """
         if make not in self._derived:
             self._derived[make] = make(self)
@@ -80,31 +80,31 @@ class Signals:
 
 
 Derivation = Callable[[Signals], Tensor]
-"""From measured tables to a table [R, L] of one's own. Compared by identity: name a function, or a
+"""A function from measured tables to a table [R, L]. It is a dictionary key: use a function, or a
 method of a frozen dataclass."""
 
 
 class NeedsSignals:
-    """Mixin: a strategy that may look beyond a chunk."""
+    """Mixin for strategies that read tables of the whole optimizer step."""
 
     @declared
     def needs(self) -> frozenset[str]:
-        """Fields of `Signals` that a measuring pass must fill; none: no pass, no cost."""
+        """Fields of `Signals` that must be measured before the loss."""
         return frozenset()
 
     @declared
     def derivations(self) -> tuple[Derivation, ...]:
-        """Tables made from them before the first backward, on every rank: they may sum over ranks.
+        """Functions of `Signals`, whose tables the strategy reads with `chunk.derived`.
 
-        Read with `chunk.derived`.
+        They are called on every rank before the first backward, and may sum over ranks.
         """
         return ()
 
 
 def mean_log_ratio(signals: Signals) -> Tensor:
-    """The mean over a rollout's tokens of log S - log S_old, at each of them; 0 in a first update.
+    """[R, L]: the mean over a rollout's tokens of log S - log S_old; 0 in a first update.
 
-    Needs `student_logprob`.
+    It needs `student_logprob`.
     """
     old = signals.old_logprob
     known = signals.mask & ~old.isnan()
@@ -114,9 +114,9 @@ def mean_log_ratio(signals: Signals) -> Tensor:
 
 
 def sampler_log_ratio(signals: Signals) -> Tensor:
-    """The sum over a rollout's tokens of log S_old - log S_rollout, at each of them.
+    """[R, L]: the sum over a rollout's tokens of log S_old - log S_rollout.
 
-    Needs `student_logprob`, which stands for S_old in a first update.
+    It needs `student_logprob`, which is log S_old in a first update.
     """
     old = torch.where(signals.old_logprob.isnan(), signals.student_logprob, signals.old_logprob)
     difference = torch.where(signals.mask, old - signals.sampling_logprob, 0.0)

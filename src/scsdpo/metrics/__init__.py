@@ -1,10 +1,11 @@
-"""Metrics: what the log shows of a training step and of an evaluation."""
+"""Metrics: figures of training steps and evaluations, as they are logged."""
 
 from scsdpo.metrics.gap import GapCheck
 from scsdpo.metrics.groups import MajAtK, MeanAtK
-from scsdpo.metrics.phases import PhaseTimer
+from scsdpo.metrics.phases import MODEL_PHASES, PHASES, PhaseTimer
 from scsdpo.metrics.training import (
     SHOWN_TURNS,
+    TokenOrigin,
     age_metrics,
     episode_metrics,
     log_figures,
@@ -14,11 +15,14 @@ from scsdpo.metrics.training import (
 )
 
 __all__ = [
+    "MODEL_PHASES",
+    "PHASES",
     "SHOWN_TURNS",
     "GapCheck",
     "MajAtK",
     "MeanAtK",
     "PhaseTimer",
+    "TokenOrigin",
     "age_metrics",
     "episode_metrics",
     "log_figures",

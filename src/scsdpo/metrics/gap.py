@@ -1,4 +1,4 @@
-"""The gap between sampler and trainer: whether what was sampled is what is trained on."""
+"""The gap between the sampler's log-probs and the trainer's, and its limits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from scsdpo.errors import TrainingStopped
 
 @dataclass(frozen=True, kw_only=True)
 class GapCheck:
-    """Each step's gap_t = |log S_trainer(y_t) - log S_sampler(y_t)|, and what is too much of it.
+    """Limits on each step's gap_t = |log S_trainer(y_t) - log S_sampler(y_t)|.
 
-    In nats, >= 0, over the tokens that are trained on; 0 but for rounding if the sampler had the
-    policy's weights and computes as the trainer does. A reward may rise for long while a stale
-    sampler's gap grows, so the mean is judged before the step is taken. What comes from dropout in
-    the trainer, or from another precision in the sampler, is part of it. With several updates on
-    one batch it is that of the weights before the first of them.
+    The gap is in nats, >= 0, over the tokens that are trained on. It is 0 but for rounding if the
+    sampler had the policy's weights and computes as the trainer does. Dropout in the trainer and
+    another precision in the sampler are part of it. The reward may rise for long while a stale
+    sampler's gap grows, so the mean gap is checked before the step is taken. With several updates
+    on one batch the trainer's weights are those before the first of them.
 
     Args:
-        token: gap of a single token, in nats, from which it counts for the logged share.
-        warn: mean gap, in nats, above which a step is warned of. inf: never.
-        stop: mean gap, in nats, above which the run stops. inf: never.
+        token: tokens with a larger gap than this, in nats, count for the logged share.
+        warn: a step with a larger mean gap than this, in nats, gives a warning. inf: none does.
+        stop: a step with a larger mean gap than this, in nats, ends the run. inf: none does.
 
     Raises:
         ValueError: if a limit is negative, or `stop` is below `warn`.
@@ -44,14 +44,14 @@ class GapCheck:
             )
 
     def measure(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Mean, largest and share of gaps over all ranks; empty if none is known.
+        """Mean gap, largest gap and share above `token`, over all ranks; empty if none is known.
 
         Args:
             pairs: log-probs of the same tokens by trainer and sampler, in any shape; nan on
                 either side: not known, left out.
         """
         gaps = [(one.double() - other.double()).abs().flatten() for one, other in pairs]
-        # Figures stay on the device until the end: asking for one waits for all that is queued.
+        # Sums stay on the device until the end: reading one waits for all queued kernels.
         gap = torch.cat(gaps) if gaps else torch.zeros(0, dtype=torch.float64)
         known = gap.where(~gap.isnan(), 0.0)
         sums = known.sum(), (known > self.token).double().sum(), (~gap.isnan()).double().sum()

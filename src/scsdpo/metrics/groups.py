@@ -1,4 +1,4 @@
-"""Metrics over groups of k responses to each question, for any loop: plain torchmetrics."""
+"""torchmetrics over groups of k responses to each question, for any loop."""
 
 from collections.abc import Sequence
 from typing import Any

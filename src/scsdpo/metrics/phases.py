@@ -1,4 +1,4 @@
-"""Seconds and tokens of a step by phase."""
+"""Seconds and tokens of a training step by phase."""
 
 import time
 from collections.abc import Iterator
@@ -6,16 +6,21 @@ from contextlib import contextmanager
 
 import torch
 
+PHASES = ("rollout", "verify", "teacher", "student", "step")
+"""Phases of a training step, in order. The seconds of each are logged."""
+MODEL_PHASES = ("rollout", "teacher", "student")
+"""The phases that run a model. Their tokens are logged too."""
+
 
 class PhaseTimer:
-    """Adds up the time of each phase; inside another one, the inner phase's time is its own alone.
+    """Adds up the time of each phase. A nested phase's time does not count for the outer one.
 
         with timer("student"):
             with timer("teacher"):
                 ...
 
-    On a GPU the marks are events in the stream, which the host does not wait for until `take`: work
-    is counted where it is done, and not where it is asked for.
+    On a GPU the marks are events in the stream, and the host waits for them in `take` alone. So
+    the time of a phase is that of its kernels, and not that of their launch.
     """
 
     def __init__(self) -> None:
@@ -25,7 +30,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The time until the block's end belongs to `phase`."""
+        """Count the time until the block's end for `phase`."""
         self._open.append(phase)
         self._mark(phase)
         try:
@@ -35,7 +40,7 @@ class PhaseTimer:
             self._mark(self._open[-1] if self._open else "")
 
     def _mark(self, phase: str) -> None:
-        """From now on time belongs to `phase`; '': to none."""
+        """Count the time from now on for `phase`; '': for none."""
         if torch.cuda.is_initialized():
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -44,21 +49,21 @@ class PhaseTimer:
             self._marks.append((phase, time.perf_counter()))
 
     def count(self, phase: str, tokens: int) -> None:
-        """Add tokens that went through `phase`."""
+        """Add to the tokens of `phase`."""
         self._tokens[phase] = self._tokens.get(phase, 0) + tokens
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Seconds and tokens by phase since the last time it was asked; forgets them."""
+        """Seconds and tokens of each phase since the last call, which starts both at 0 again."""
         seconds: dict[str, float] = {}
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if phase:
-                seconds[phase] = seconds.get(phase, 0.0) + _between(start, end)
+                seconds[phase] = seconds.get(phase, 0.0) + _seconds_between(start, end)
         self._marks = [(self._open[-1], self._marks[-1][1])] if self._open else []
         tokens, self._tokens = self._tokens, {}
         return seconds, tokens
 
 
-def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
         return start.elapsed_time(end) / 1000  # ms

@@ -1,8 +1,10 @@
-"""What the log shows of a training step: figures of the whole batch, the same on every rank."""
+"""Figures that are logged of a training step: over the whole batch, the same on every rank."""
 
 import math
+import resource
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -10,24 +12,21 @@ from torch import Tensor
 
 from scsdpo.distributed import all_max, all_sum
 from scsdpo.loss import LossOutput
-from scsdpo.metrics.memory import peak_gib
-from scsdpo.metrics.phases import PhaseTimer
+from scsdpo.metrics.phases import MODEL_PHASES, PHASES, PhaseTimer
 from scsdpo.types import Judged
 
-PHASES = ("rollout", "verify", "teacher", "student", "step")
-"""Of a training step, in order; their tokens and seconds are logged."""
 SHOWN_TURNS = 8
-"""Of an episode, whose rewards and lengths are logged turn by turn."""
+"""Rewards and lengths of an episode's first turns are logged turn by turn; so many turns."""
 
 
 def log_figures(
     module: L.LightningModule, prefix: str, figures: Mapping[str, float], *, shown: str = ""
 ) -> None:
-    """Log figures that every rank knows alike, each under `prefix/name`; `shown` in the bar too."""
+    """Log figures that are equal on all ranks, each as `prefix/name`; `shown` in the bar too."""
     for name, value in figures.items():
         module.log(
             f"{prefix}/{name}",
-            # On the host: Lightning would send a number to the device, and wait.
+            # A tensor on the host: Lightning would copy a number to the device, and wait.
             torch.tensor(value, dtype=torch.get_default_dtype()),
             prog_bar=name == shown,
             batch_size=1,
@@ -35,7 +34,7 @@ def log_figures(
 
 
 def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
-    """Of the batch over all ranks: pass rate, lengths, and so on.
+    """Figures of the batch over all ranks: pass rate, lengths, and so on.
 
     Shares of questions: `solve_none` (p = 0), `solve_all` (p = 1), `informative` (0 < p < 1),
     `medium` (1/8 <= p <= 7/8), `central` (2/8 <= p <= 6/8).
@@ -43,7 +42,7 @@ def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
     `effective_questions` is the effective sample size of the question weights,
     (sum_j W_j)^2 / sum_j W_j^2: Q under uniform weights, 0 when all are 0.
 
-    Those of episodes (`episode_metrics`) follow.
+    Figures of episodes (`episode_metrics`) follow.
     """
     p = judged.pass_rates
     of_questions = {
@@ -76,7 +75,7 @@ def rollout_metrics(judged: Judged, weights: Tensor) -> dict[str, float]:
 
 
 def episode_metrics(judged: Judged) -> dict[str, float]:
-    """Of the batch's episodes over all ranks; empty if there are none.
+    """Figures of the batch's episodes over all ranks; empty if there are none.
 
     `turns`, `calls` and `observation_tokens` are means over episodes, `failed_calls` is a share of
     calls, `out_of_turns` and `out_of_time` are shares of episodes (`Verdict.stopped`). For each of
@@ -127,33 +126,42 @@ def episode_metrics(judged: Judged) -> dict[str, float]:
 
 
 def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
-    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all since the last time, and the
-    `memory` of the largest.
+    """`seconds/PHASE` of the slowest rank and `tokens/PHASE` of all ranks since the last call, and
+    `memory`: the largest peak of a rank so far, in GiB.
     """
     seconds, tokens = timer.take()
-    names = ("rollout", "teacher", "student")
-    most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_gib(device)]
+    most = [*(seconds.get(phase, 0.0) for phase in PHASES), _peak_gib(device)]
     taken = torch.tensor(most, dtype=torch.float64)
-    counts = torch.tensor([tokens.get(phase, 0) for phase in names], dtype=torch.float64)
+    counts = torch.tensor([tokens.get(phase, 0) for phase in MODEL_PHASES], dtype=torch.float64)
     *slowest, memory = all_max(taken).tolist()
     everyone = all_sum(counts)
     return {
         **{f"seconds/{phase}": s for phase, s in zip(PHASES, slowest, strict=True)},
         "memory": memory,
-        **{f"tokens/{phase}": n for phase, n in zip(names, everyone.tolist(), strict=True)},
+        **{f"tokens/{phase}": n for phase, n in zip(MODEL_PHASES, everyone.tolist(), strict=True)},
     }
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def token_metrics(
     outputs: Iterable[LossOutput], objective: str, cap: float = math.inf
 ) -> dict[str, float]:
-    """Means over the tokens that were trained on, all ranks; empty if there were none.
+    """Means over the tokens that were trained on, over all ranks; empty if there were none.
 
     Args:
-        outputs: per micro-batch the kernel's output. Of the tokens for which the sampler noted its
-            experts, `experts_differ` is the share that the trainer sends to others, in any layer.
-        objective: name under which the mean objective is shown.
-        cap: of importance weights; the share of them that are there is shown, inf: is not.
+        outputs: per micro-batch the kernel's output. `experts_differ` is the share of tokens that
+            the trainer sends to other experts than the sampler did, in any layer, among those for
+            which the sampler reported its experts.
+        objective: name of the mean objective in the log.
+        cap: cap on importance weights; `importance_capped` is the share of weights that reach it.
+            inf: there is no cap, and no such figure.
     """
     rows = []
     for output in outputs:
@@ -171,18 +179,25 @@ def token_metrics(
     return {n: value / count for n, value in zip(names, total, strict=False)} | shares
 
 
-class _Sampled(Protocol):
-    @property
-    def logprob(self) -> Tensor:
-        """[N] the sampler's log-probs."""
+class TokenOrigin(NamedTuple):
+    """The sampler's log-probs of N tokens, and the tokens' ages."""
+
+    logprob: Tensor
+    """[N] the sampler's log S(y), of the whole distribution, nats; nan: not known."""
+    age: Tensor
+    """[N, 2] int32: `Batch.ages`, in optimizer steps and in batches."""
 
     @property
-    def age(self) -> Tensor:
-        """[N, 2] optimizer steps and batches."""
+    def of_present_weights(self) -> Tensor:
+        """[N] `logprob` where the weights before the batch's first update drew the token, else nan.
+
+        The trainer's log-probs must agree with these.
+        """
+        return self.logprob.where(self.age[:, 0] == 0, torch.nan)
 
 
-def age_metrics(outputs: Iterable[tuple[LossOutput, _Sampled]]) -> dict[str, float]:
-    """How old the tokens are that were trained on, all ranks; empty if there were none.
+def age_metrics(outputs: Iterable[tuple[LossOutput, TokenOrigin]]) -> dict[str, float]:
+    """Ages of the tokens that were trained on, over all ranks; empty if there were none.
 
     With w the importance weights that were used and r = S(y) / S_sampler(y), over the n tokens,
 
@@ -192,12 +207,12 @@ def age_metrics(outputs: Iterable[tuple[LossOutput, _Sampled]]) -> dict[str, flo
     |log r| over the tokens that other weights drew, nats.
 
     Args:
-        outputs: per micro-batch the kernel's output, and what the sampler said.
+        outputs: per micro-batch the kernel's output, and its tokens' origin.
     """
     sums, most = torch.zeros(10, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for output, sampled in outputs:
-        age, w = sampled.age.double(), output.importance.double()
-        drift = output.logprob.double() - sampled.logprob.double()
+    for output, origin in outputs:
+        age, w = origin.age.double(), output.importance.double()
+        drift = output.logprob.double() - origin.logprob.double()
         known = ~drift.isnan()
         drift, old = drift.where(known, 0.0), age[:, 0] > 0
         r = drift.exp().where(known, 0.0)

@@ -341,7 +341,7 @@ def _seconds(
         policy: Any = SimpleNamespace(adapter=noted, wrapped=None)
         made.configure(policy, slot)
         reference.share(teacher)
-        trunks = made.trunks(policy)
+        trunks = made.weights_to_run(policy)
         own = next((each for each in trunks if isinstance(each, _Own)), _Own(shapes))
         found.append(
             SecondWeights(

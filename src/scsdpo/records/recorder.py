@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast
 import lightning as L
 from torch import Tensor
 
-from scsdpo.loss import Observation, Observer, unobserved
+from scsdpo.loss import ObservedBlock, Observer, unobserved
 
 
 class Recorder:
@@ -40,7 +40,7 @@ class Recorder:
         """One observer that calls all those of `watch` since the last call."""
         observers, self._observers = self._observers, []
 
-        def each(seen: Observation) -> None:
+        def each(seen: ObservedBlock) -> None:
             for observer in observers:
                 observer(seen)
 

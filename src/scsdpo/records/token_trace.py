@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scsdpo.loss import Observation, TokenLogits
+from scsdpo.loss import ObservedBlock, TokenLogits
 
 _ROWS = 64
 """Number of tokens processed together; their tables [n, V] are float64."""
@@ -54,7 +54,7 @@ class TokenTrace:
         self._ids = torch.full((places, 2 * candidates), -1)
         self._tops = {n: torch.full(self._ids.shape, torch.nan).double() for n in _CANDIDATES}
 
-    def __call__(self, seen: Observation) -> None:
+    def __call__(self, seen: ObservedBlock) -> None:
         slot = self._slot[seen.chunk.rollout.cpu()]
         for part in (slot >= 0).nonzero()[:, 0].split(_ROWS):
             time = seen.chunk.places.cpu()[part] % self._length
@@ -73,7 +73,7 @@ class TokenTrace:
         tables = self._columns | {"top_ids": self._ids} | self._tops
         return {name: table[at] for name, table in tables.items()}
 
-    def _write(self, seen: Observation, part: Tensor, at: Tensor) -> None:
+    def _write(self, seen: ObservedBlock, part: Tensor, at: Tensor) -> None:
         """Store the values of the tokens `part` of a block at the positions `at`."""
         chunk, here = seen.chunk, part.to(seen.gradient.device)
         student = TokenLogits(chunk.student.logits[here].double())
@@ -139,7 +139,7 @@ class TokenTrace:
             self._tops[name][at, columns] = value.cpu()
 
 
-def _teacher(seen: Observation, here: Tensor) -> TokenLogits:
+def _teacher(seen: ObservedBlock, here: Tensor) -> TokenLogits:
     """The teacher's distributions at `here`."""
     if not len(here):
         return TokenLogits(seen.gradient.new_zeros(seen.gradient[:0].shape).double())

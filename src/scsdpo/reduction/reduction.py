@@ -1,4 +1,4 @@
-"""How token losses add up to one number, with the denominators of the whole optimizer step."""
+"""Reductions add token losses up to one number, with denominators of the whole optimizer step."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from scsdpo.distributed import all_sum
 
 Over = Literal["all", "active"]
-"""Which rollouts a denominator counts: all sampled ones, or those that can get credit."""
+"""The rollouts that a denominator counts: all sampled ones, or those that can get credit."""
 
 
 class Reduction(ABC):
@@ -18,9 +18,13 @@ class Reduction(ABC):
 
     @abstractmethod
     def coefficients(self, lengths: Tensor, active: Tensor) -> Tensor:
-        """Lengths [R] in tokens and active [R] bool, of one optimizer step -> [R] float64.
+        """Coefficients [R] float64 of one optimizer step; those of active rollouts are used.
 
-        Denominators are sums over all ranks. Only active rollouts are read from the result.
+        Denominators are sums over all ranks.
+
+        Args:
+            lengths: [R] sampled tokens of each rollout.
+            active: [R] bool: the rollout can get credit.
         """
 
 
@@ -29,14 +33,14 @@ class TokenMean(Reduction):
     """Mean over tokens. coefficient = 1 / sum_i |y_i|
 
     Args:
-        over: `all` counts every sampled token (the loss then shrinks with the share of rollouts
-            without credit), `active` only those of rollouts with credit.
+        over: `all` counts every sampled token, so that the loss shrinks with the share of rollouts
+            without credit; `active` counts the tokens of rollouts with credit.
     """
 
     over: Over = "all"
 
     def coefficients(self, lengths: Tensor, active: Tensor) -> Tensor:
-        counted = lengths.double() * _counted(self.over, active)
+        counted = lengths.double() * _ones_where_counted(self.over, active)
         tokens = all_sum(counted.sum())
         return torch.ones_like(counted) / tokens.clamp(min=1)
 
@@ -45,11 +49,11 @@ class TokenMean(Reduction):
 class SequenceMean(Reduction):
     """Mean over rollouts of each rollout's token mean. coefficient_i = 1 / (R |y_i|)
 
-    With over = "all" it is what SDPO's published code computes ("token-mean" with micro-batches
-    of one): rollouts without credit count as zeros.
+    With over = "all", SDPO's published code computes the same ("token-mean" with micro-batches of
+    one): rollouts without credit count as zeros.
 
     Args:
-        over: whether R counts `all` rollouts or the `active` ones.
+        over: R counts `all` rollouts, or the `active` ones.
 
     Source:
         Code of arXiv:2601.20802 (lasgroup/SDPO).
@@ -58,7 +62,7 @@ class SequenceMean(Reduction):
     over: Over = "all"
 
     def coefficients(self, lengths: Tensor, active: Tensor) -> Tensor:
-        rollouts = all_sum(_counted(self.over, active).sum())
+        rollouts = all_sum(_ones_where_counted(self.over, active).sum())
         return 1 / (rollouts.clamp(min=1) * lengths.double().clamp(min=1))
 
 
@@ -66,10 +70,11 @@ class SequenceMean(Reduction):
 class TokenSum(Reduction):
     """Sum over tokens, divided by constants. coefficient = 1 / (R constant)
 
-    R counts all rollouts. Without a length in it, long and short responses weigh as their tokens.
+    R counts all rollouts. No length is in it, so that each token counts alike in long and short
+    responses.
 
     Args:
-        constant: tokens, usually the cap on the response length. Must be > 0.
+        constant: number of tokens, usually the cap on the response length. Must be > 0.
 
     Raises:
         ValueError: if `constant` <= 0.
@@ -85,10 +90,10 @@ class TokenSum(Reduction):
             raise ValueError(f"`TokenSum(constant=...)` must be > 0, got {self.constant}")
 
     def coefficients(self, lengths: Tensor, active: Tensor) -> Tensor:
-        rollouts = all_sum(_counted("all", active).sum())
+        rollouts = all_sum(_ones_where_counted("all", active).sum())
         return torch.ones_like(lengths, dtype=torch.float64) / (rollouts * self.constant)
 
 
-def _counted(over: Over, active: Tensor) -> Tensor:
+def _ones_where_counted(over: Over, active: Tensor) -> Tensor:
     """[R] float64 of ones and zeros."""
     return active.double() if over == "active" else torch.ones_like(active, dtype=torch.float64)

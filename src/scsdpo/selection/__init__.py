@@ -1,4 +1,4 @@
-"""Selection: which judged groups go into an optimizer step, and when is it taken?"""
+"""Selections: which judged groups go into an optimizer step, and when the step is taken."""
 
 from scsdpo.selection._base import Everything, Selection
 from scsdpo.selection.pool import InformativePool

@@ -8,28 +8,28 @@ from scsdpo.types import Judged
 
 
 class Selection(ABC):
-    """Which groups of judged responses are learned from, and when."""
+    """Chooses the groups of judged responses that are learned from, and when."""
 
     @declared
     def needs_group(self) -> bool:
-        """Whether it compares the rollouts of a question, so that G must be above 1."""
+        """True if it compares the rollouts of a question, so that G must be above 1."""
         return False
 
     @abstractmethod
     def select(self, judged: Judged) -> tuple[Judged, ...]:
-        """The batch to learn from now, or none yet; the same on every rank.
+        """The batch to learn from now, or none yet; all ranks return one, or all return none.
 
-        Called once for each batch that was sampled: what it holds back, it remembers here.
+        It is called once for each sampled batch, and may keep groups for later.
         """
 
     def preview(self, judged: Judged) -> Judged:
-        """What of one batch would be learned from; nothing is remembered."""
+        """The part of one batch that would be learned from. It changes nothing."""
         return judged
 
 
 @dataclass(frozen=True)
 class Everything(Selection):
-    """What was sampled is learned from, at once."""
+    """Each sampled batch is learned from at once, with all its groups."""
 
     def select(self, judged: Judged) -> tuple[Judged, ...]:
         return (judged,)

@@ -14,7 +14,7 @@ from scsdpo.verifiers import Verifier
 
 @dataclass(frozen=True)
 class _Spent(Verifier):
-    """Stands for the verifier of a prompt whose rollouts were judged before a restart."""
+    """Replaces the verifier of a prompt whose rollouts were judged before a restart."""
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         raise RuntimeError(f"{prompt.key} was judged already")
@@ -23,21 +23,20 @@ class _Spent(Verifier):
 class InformativePool(Selection, Stateful):
     """Learn from full batches of informative groups only.
 
-    Groups whose rewards differ go into a pool; the others are dropped. Each batch of questions is
-    one training step; the optimizer steps when the pool holds `questions` groups over all ranks,
-    or `max_batches` batches after the last time with what is there. What exceeds a full pool is
-    dropped: after the step it would be of an older policy.
+    Groups whose rewards differ go into a pool; others are dropped. The optimizer steps when the
+    pool has `questions` groups over all ranks, or with fewer groups `max_batches` batches after the
+    last step. Further groups are dropped, for after the step they would be of an older policy.
 
-    Which groups stay is drawn anew for each pool, every group with the same chance, whichever
-    batch it came in and whatever its source is called. The draw is by a hash of the run's seed, the
-    number of pools used so far, and the group's question and responses: it does not depend on ranks
-    or on the order in the batch. Groups and that number are in the checkpoint.
+    The groups that stay are drawn at random for each pool, with equal chances for all. The draw is
+    by a hash of the run's seed, the number of pools used so far, and the group's question and
+    responses, so that it does not depend on ranks or on the order in a batch. Groups and that
+    number are in the checkpoint.
 
-    Every rank holds the whole pool and learns from its share of it.
+    Every rank keeps the whole pool and learns from its share of it.
 
     Args:
         questions: groups of a full pool, over all ranks. Must be >= 1.
-        max_batches: batches after which a pool that is not full is used. Must be >= 1.
+        max_batches: a pool that is not full is used after so many batches. Must be >= 1.
 
     Raises:
         ValueError: if an argument is below 1.
@@ -55,7 +54,7 @@ class InformativePool(Selection, Stateful):
         self.groups: list[Judged] = []
         self.batches = 0
         self.used = 0
-        """Pools that were learned from so far."""
+        """Number of pools that were learned from so far."""
 
     @property
     def needs_group(self) -> bool:
@@ -73,11 +72,11 @@ class InformativePool(Selection, Stateful):
         return (judged[[]].cat(mine),)
 
     def _draw(self, group: Judged) -> int:
-        """The group's place in the pool, by a number drawn for it."""
+        """A random number for the group, by which the pool is sorted."""
         responses = group.responses
         pairs = zip(responses.ids[0], responses.sampled[0], strict=True)
-        said = [ids[sampled].tolist() for ids, sampled in pairs]
-        return stable_hash(run_seed(), self.used, group.keys[0], said)
+        ids = [row[sampled].tolist() for row, sampled in pairs]
+        return stable_hash(run_seed(), self.used, group.keys[0], ids)
 
     def preview(self, judged: Judged) -> Judged:
         return judged[_informative(judged)]
@@ -88,12 +87,12 @@ class InformativePool(Selection, Stateful):
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
         self.batches = remembered["batches"]
-        self.used = remembered.get("used", 0)  # earlier checkpoints did not count
+        self.used = remembered.get("used", 0)  # missing in checkpoints of earlier versions
         self.groups = [_restored(*group) for group in remembered["groups"]]
 
 
 def _informative(judged: Judged) -> list[int]:
-    """The questions whose rewards differ."""
+    """Numbers of the questions whose rewards differ."""
     spread = (judged.rewards != judged.rewards[:, :1]).any(-1)
     return spread.nonzero()[:, 0].tolist()
 
@@ -101,9 +100,9 @@ def _informative(judged: Judged) -> list[int]:
 def _plain(group: Judged) -> tuple[dict[str, Any], dict[str, Any]]:
     """A group as tensors and primitives."""
     (prompt,), (verdicts,) = group.prompts, group.verdicts
-    told = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
+    question = {f.name: getattr(prompt, f.name) for f in fields(prompt) if f.name != "verifier"}
     return (
-        plain(group.responses) | {"prompts": told},
+        plain(group.responses) | {"prompts": question},
         {
             "verdicts": [asdict(verdict) for verdict in verdicts],
             "rewards": group.rewards,

@@ -1,4 +1,4 @@
-"""State: what is remembered over steps, and what changes with them."""
+"""State that strategies keep over steps, and numbers that change with them."""
 
 from scsdpo.state.pass_rates import DecayedBeta, Instant, MovingAverage, PassRates
 from scsdpo.state.plain import plain, restored

@@ -1,4 +1,4 @@
-"""Pass rates of questions: of this batch alone, or with what is remembered of earlier ones."""
+"""Pass rates of questions, from this batch alone or with earlier ones."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ class PassRates(ABC):
 
     @abstractmethod
     def rates(self, judged: Judged) -> Tensor:
-        """The estimate [Q] float64 for the batch's questions, this batch included.
+        """The estimate [Q] float64 for the batch's questions, with this batch in it.
 
-        It may be asked several times: what is remembered changes in `Stateful.observe` alone.
+        It may be called several times. State changes in `Stateful.observe` alone.
         """
 
 
@@ -33,7 +33,7 @@ class Instant(PassRates):
 
 
 class _Remembered(PassRates, Stateful):
-    """Keeps a few numbers for each question's key, the same on every rank.
+    """Keeps a few numbers for each question's key, the same ones on every rank.
 
     Memory grows with the number of distinct questions.
     """
@@ -53,11 +53,11 @@ class _Remembered(PassRates, Stateful):
         self.batches += 1
 
     def _after(self, judged: Judged) -> dict[str, list[float]]:
-        """What will be kept of the questions of this batch, those of all ranks."""
+        """Question's key -> numbers to keep after this batch, for the questions of all ranks."""
         counts = judged.successes.double().sum(-1).tolist()
         group = judged.successes.shape[-1]
         after: dict[str, list[float]] = {}
-        # Copies of a question come in an order that does not depend on which rank has which.
+        # Sorted, so that the order of a question's copies does not depend on their ranks.
         for key, right in sorted(all_gather(list(zip(judged.keys, counts, strict=True)))):
             kept = after.get(key, self.kept.get(key, []))
             after[key] = self._follow(kept, right, group, self.batches + 1)
@@ -71,21 +71,25 @@ class _Remembered(PassRates, Stateful):
 
     @abstractmethod
     def _follow(self, kept: Sequence[float], right: float, group: int, batch: int) -> list[float]:
-        """What to keep of a question after a group with `right` successes in batch `batch`.
+        """The numbers to keep after a group of `group` rollouts with `right` successes.
 
-        `kept` is empty where the question is met for the first time.
+        Args:
+            kept: the numbers before; empty at the question's first visit.
+            right: successes.
+            group: rollouts.
+            batch: number of the batch.
         """
 
     @abstractmethod
     def _rate(self, kept: Sequence[float]) -> float:
-        """The estimate."""
+        """The estimate from the kept numbers."""
 
 
 class MovingAverage(_Remembered):
-    """p <- (1 - follow) p + follow k / G at each visit; the first visit gives p = k / G.
+    """p <- (1 - follow) p + follow k / G at each visit of a question; at the first, p = k / G.
 
     Args:
-        follow: share of the new pass rate, in (0, 1]; 1 is `Instant`.
+        follow: weight of the new pass rate, in (0, 1]; 1 is `Instant`.
 
     Raises:
         ValueError: if `follow` is outside (0, 1].
@@ -113,7 +117,7 @@ class DecayedBeta(_Remembered):
 
     Args:
         prior: pseudo-successes, and as many pseudo-failures. Must be >= 0.
-        decay: what is left of a count after one batch, in (0, 1].
+        decay: factor on the counts at each batch, in (0, 1].
 
     Raises:
         ValueError: if an argument is outside its range.

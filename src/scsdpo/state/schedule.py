@@ -25,7 +25,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same number at every step.
+    """A number that does not change.
 
     Args:
         at: the number.
@@ -42,14 +42,14 @@ class Constant(Schedule):
 
 
 class Ramp(Schedule, Stateful):
-    """From one number to another in a straight line, then constant.
+    """Linear from one number to another, then constant.
 
     value(n) = start + (end - start) min(n / steps, 1), n optimizer steps taken.
 
     Args:
-        start: before the first step.
-        end: from step `steps` on.
-        steps: must be >= 1.
+        start: the value before the first step.
+        end: the value from step `steps` on.
+        steps: number of optimizer steps, >= 1.
 
     Raises:
         ValueError: if `steps` < 1.

@@ -1,4 +1,4 @@
-"""Strategies that remember: what they keep is checkpointed, wherever they are nested."""
+"""Strategies with state, which is checkpointed however deep they are nested."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -12,63 +12,63 @@ from scsdpo.types import Judged
 class Stateful(nn.Module):
     """A part of a strategy that changes during training.
 
-    What it keeps in buffers, and what `remembered` gives, is in the checkpoint. Every rank keeps
-    the same: what depends on a rank's questions is gathered first.
+    Its buffers and `remembered` are in the checkpoint. The state must be the same on every rank:
+    gather first what depends on a rank's questions.
     """
 
     def observe(self, judged: Judged) -> None:
-        """Remember of a batch what later ones are to know; called once for each batch.
+        """Update the state from a batch; called once for each batch.
 
-        It is called before the batch's first optimizer step, on every rank with its share. Asking
-        a strategy (`plan`, `weigh`, `claims`, `render`, `rates`) never changes what it remembers.
+        It is called before the batch's first optimizer step, on every rank with its share. Other
+        methods (`plan`, `weigh`, `claims`, `render`, `rates`) never change the state.
         """
 
     def after_step(self) -> None:
         """Called once after each optimizer step that was taken."""
 
     def remembered(self) -> dict[str, Any]:
-        """What to save beyond buffers: tensors and primitives only.
+        """State beside the buffers, in tensors and primitives.
 
-        Not `get_extra_state`, which a sharded load loses without a word.
+        `get_extra_state` is not used, since a sharded load drops it without an error.
         """
         return {}
 
     def remember(self, remembered: Mapping[str, Any]) -> None:
-        """Take back what `remembered` gave."""
+        """Load the state that `remembered` returned."""
 
 
 def all_remembered(owner: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each `Stateful` in `owner` remembers, by the module's name."""
+    """Module's name -> `remembered` of each `Stateful` in `owner` that has any."""
     parts = {n: m.remembered() for n, m in owner.named_modules() if isinstance(m, Stateful)}
     return {name: kept for name, kept in parts.items() if kept}
 
 
 def remember_all(owner: nn.Module, remembered: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give back what `all_remembered` gave.
+    """Load the states that `all_remembered` returned.
 
     Raises:
-        ValueError: if something belongs to no part of `owner`, or a part has nothing.
+        ValueError: if a state belongs to no part of `owner`, or a part has no state.
     """
     parts = {n: m for n, m in owner.named_modules() if isinstance(m, Stateful)}
     odd = remembered.keys() ^ {name for name, part in parts.items() if part.remembered()}
     if odd:
         raise ValueError(
-            f"what strategies remember does not fit this configuration, e.g. {min(odd)!r}"
+            f"the saved state of strategies does not fit this configuration, e.g. {min(odd)!r}"
         )
     for name, kept in remembered.items():
         parts[name].remember(kept)
 
 
 def memory(owner: nn.Module, strategies: Iterable[object]) -> nn.ModuleList:
-    """What `nested_state` finds and `owner` has not registered by itself."""
+    """The modules of `nested_state` that are not registered in `owner` yet."""
     known = set(owner.modules())
     return nn.ModuleList(part for part in nested_state(strategies) if part not in known)
 
 
 def nested_state(strategies: Iterable[object]) -> Iterator[nn.Module]:
-    """The outermost modules inside strategies that are dataclasses, in the order of their fields.
+    """The outermost modules inside strategies, in the order of fields.
 
-    A module registers what is in it by itself; a dataclass does not.
+    A module registers the modules in it, but a dataclass does not.
     """
     for strategy in strategies:
         if isinstance(strategy, nn.Module):

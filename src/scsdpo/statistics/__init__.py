@@ -1,9 +1,10 @@
 """Statistics of evaluations and comparisons, with numpy alone.
 
-The unit is the question (its score over k responses), or the seed (a whole run). What the intervals
-cover is simulated in `tests/statistics/test_statistics.py`, and stated in docs/evaluation.md.
+The unit is the question (its score over k responses), or the seed (a whole run). Tests simulate the
+coverage of the intervals, and docs/evaluation.md states it.
 """
 
+from scsdpo.statistics.distributions import detectable, t_cdf, t_quantile, t_test_p
 from scsdpo.statistics.intervals import (
     Estimate,
     detectable_difference,
@@ -16,7 +17,6 @@ from scsdpo.statistics.intervals import (
     score_interval,
 )
 from scsdpo.statistics.scores import majority, pass_at_k, pass_ks
-from scsdpo.statistics.student import detectable, t_cdf, t_quantile, t_test_p
 
 __all__ = [
     "Estimate",

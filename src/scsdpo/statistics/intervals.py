@@ -1,4 +1,4 @@
-"""Means over questions or over seeds, and what they are known to."""
+"""Means over questions or seeds, with their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -7,42 +7,45 @@ from statistics import NormalDist
 
 import numpy as np
 
-from scsdpo.statistics.beta import beta_quantile
-from scsdpo.statistics.student import detectable, t_quantile
+from scsdpo.statistics.distributions import beta_quantile, detectable, t_quantile
 
 Numbers = Sequence[float] | np.ndarray
 _END = 0.125
-"""Of a question at each end of the range, in the variance of scores; chosen by what it covers."""
+"""Share of a question that is added at each end of the range in the variance of scores; chosen by
+the coverage of the intervals."""
 _MOST = 1e6
-"""Yes-or-no questions that a sample can be worth."""
+"""Largest effective number of yes-or-no questions."""
 _ALIKE = 0.05
-"""From an end of the range: both scores of a pair within it show nothing that sets them apart."""
+"""If both scores of a pair are within this distance of one end, the pair shows no difference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A mean and its interval; nan where too little is known."""
+    """A mean and its interval; nan where there are too few values."""
 
     value: float
     low: float
     high: float
     n: int
-    """Questions, or seeds, that it is the mean of."""
+    """Number of questions, or seeds."""
 
     @property
     def tells(self) -> bool:
-        """Whether 0 lies outside the interval."""
+        """True if 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def interval(values: Numbers, *, level: float = 0.95) -> Estimate:
-    """Of a mean, by its values alone: `score_interval` if all lie in [0, 1], else Student's."""
+    """`score_interval` if all values lie in [0, 1], else `mean_interval`."""
     sample = np.asarray(values, dtype=np.float64)
     return (score_interval if _are_scores(sample) else mean_interval)(sample, level=level)
 
 
 def paired_interval(first: Numbers, second: Numbers, *, level: float = 0.95) -> Estimate:
-    """Of the mean of second - first, by the values of both alone: as `interval`."""
+    """Interval of the mean of second - first.
+
+    `score_difference` if all values lie in [0, 1], else `mean_interval` of the differences.
+    """
     a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if _are_scores(a) and _are_scores(b):
         return score_difference(a, b, level=level)
@@ -56,37 +59,39 @@ def _are_scores(sample: np.ndarray) -> bool:
 def mean_interval(values: Numbers, *, level: float = 0.95) -> Estimate:
     """Student's interval of a mean: m +- t(n - 1) s / sqrt(n), s the sample's deviation.
 
-    For values without ends: lengths, seeds. Covers `level` exactly if the values are normal,
-    whatever their number. Equal values say nothing of how far others lie apart: bounds are nan.
+    It is for values that are not bounded, such as lengths or differences between seeds. Its
+    coverage is exactly `level` if the values are normal, for any n. If all values are equal, their
+    spread is unknown and the bounds are nan.
 
     Args:
         values: [n], independent; a question's mean over its k responses, a seed's difference, ...
-        level: of the interval.
+        level: level of the interval.
     """
     sample = np.asarray(values, dtype=np.float64)
     n = len(sample)
     mean = float(sample.mean()) if n else math.nan
     spread = float(sample.std(ddof=1)) if n > 1 else 0.0
-    if not spread > 1e-12 * np.abs(sample).max(initial=0.0):  # less is rounding
+    if not spread > 1e-12 * np.abs(sample).max(initial=0.0):  # a smaller spread is rounding
         return Estimate(value=mean, low=math.nan, high=math.nan, n=n)
     half = t_quantile((1 + level) / 2, n - 1) * spread / math.sqrt(n)
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
 
 
 def score_interval(scores: Numbers, *, level: float = 0.95) -> Estimate:
-    """Interval of the mean of scores in [0, 1]: Clopper and Pearson's, of as many yes-or-no
-    questions as tell as much.
+    """Interval of the mean of scores in [0, 1]: Clopper and Pearson's, for an effective number of
+    yes-or-no questions.
 
-    With m and v the mean and the variance of the scores and an eighth of a question at either end,
-    the sample tells as much as e = n m (1 - m) / v yes-or-no questions, e >= n, of which the mean's
-    share are right; of what e exceeds n, (z / t(n - 1))^2 counts, since v is estimated. Bounds are
-    the beta quantiles of Clopper and Pearson. Scores of 0 and 1 alone have e = n, hence their exact
-    interval, which covers at least `level`; others tend to Student's. It stays within [0, 1], and
-    has a width where all questions scored alike. docs/evaluation.md has what it covers.
+    Let m and v be the mean and the variance of the scores together with an eighth of a question at
+    either end. The effective number is e = n m (1 - m) / v >= n. Since v is estimated, only
+    (z / t(n - 1))^2 of the excess e - n counts. The bounds are Clopper and Pearson's beta
+    quantiles for e questions, of which a share equal to the mean is right. For scores of 0 and 1
+    alone e = n, and the interval is the exact one, which covers at least `level`. Otherwise it
+    tends to Student's. It stays within [0, 1], and has a width even if all scores are equal.
+    docs/evaluation.md states its coverage.
 
     Args:
-        scores: [n] in [0, 1], one a question: mean@k, maj@k, pass@k, a share of its responses.
-        level: of the interval.
+        scores: [n] in [0, 1], one per question: mean@k, maj@k, pass@k, a share of its responses.
+        level: level of the interval.
 
     Raises:
         ValueError: if a score lies outside [0, 1].
@@ -106,7 +111,7 @@ def score_interval(scores: Numbers, *, level: float = 0.95) -> Estimate:
 
 
 def score_bounds(scores: np.ndarray, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of `score_interval`, [S] and [S], of S samples of n >= 2 scores each, [S, n]."""
+    """Bounds of `score_interval`, [S] and [S], for S samples of n >= 2 scores each, [S, n]."""
     n, mean = scores.shape[1], scores.mean(1)
     weight, upper = n + 2 * _END, (1 + level) / 2
     center = (scores.sum(1) + _END) / weight
@@ -114,7 +119,9 @@ def score_bounds(scores: np.ndarray, *, level: float = 0.95) -> tuple[np.ndarray
     known = n * center * (1 - center) / variance
     shrunk = (NormalDist().inv_cdf(upper) / t_quantile(upper, n - 1)) ** 2
     effective = np.clip(n + (known - n) * shrunk, n, max(_MOST, n))
-    of = effective * np.stack([mean, 1 - mean])  # right, and wrong, whose bound is the upper one
+    of = effective * np.stack(
+        [mean, 1 - mean]
+    )  # right ones (lower bound), wrong ones (upper bound)
     some = of > 1e-9 * effective
     quantiles = beta_quantile(1 - upper, np.where(some, of, 1.0), of[::-1] + 1)
     low, rest = np.where(some, quantiles, 0.0)
@@ -124,27 +131,28 @@ def score_bounds(scores: np.ndarray, *, level: float = 0.95) -> tuple[np.ndarray
 def score_difference(first: Numbers, second: Numbers, *, level: float = 0.95) -> Estimate:
     """Interval of the mean of second - first, two scores in [0, 1] of the same questions.
 
-    Student's, with one more question in the sum of squares, so that what was not met is left open:
+    It is Student's, with one more question in the sum of squares for differences that the sample
+    did not have:
 
         v = (sum_i (d_i - mean d)^2 + j) / (n - 1)
         half = max(t(n - 1) sqrt(v / n), r (1 - ((1 - level) / 2)^(1/n)))
 
-    r^2 is the mean square of the differences that are not 0 (1 where all are), and
-    j = max(r^2, f^2 / 2) with f the share of pairs whose scores both lie within .05 of the same
-    end: mastered or hopeless for both, they show nothing of what could set them apart. The second
-    bound is what n questions without a difference of that size cannot exclude. For scores of 0 and
-    1 j is 1: half a question won and half a one lost.
+    r^2 is the mean square of the differences that are not 0 (1 if all are 0), and
+    j = max(r^2, f^2 / 2), where f is the share of pairs whose scores both lie within .05 of the
+    same end: questions that are mastered or hopeless for both cannot show a difference. The second
+    term of the maximum is the mean that n questions without a difference of size r cannot exclude.
+    For scores of 0 and 1, j = 1: half a question won and half a question lost.
 
     Args:
-        first: [n] in [0, 1], one a question.
-        second: [n], of the same questions in the same order.
-        level: of the interval.
+        first: [n] in [0, 1], one per question.
+        second: [n] in [0, 1], of the same questions in the same order.
+        level: level of the interval.
 
     Raises:
         ValueError: if a score lies outside [0, 1].
 
     Source:
-        Of yes-or-no answers: half a pair in each discordant cell, Agresti and Min 2005.
+        For yes-or-no answers: half a pair in each discordant cell, Agresti and Min 2005.
     """
     a, b = (np.asarray(scores, dtype=np.float64) for scores in (first, second))
     if not (_are_scores(a) and _are_scores(b)):
@@ -160,7 +168,7 @@ def score_difference(first: Numbers, second: Numbers, *, level: float = 0.95) ->
 def difference_bounds(
     first: np.ndarray, second: np.ndarray, *, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of `score_difference`, [S] and [S], of S samples of n >= 2 pairs each, [S, n]."""
+    """Bounds of `score_difference`, [S] and [S], for S samples of n >= 2 pairs each, [S, n]."""
     gaps, n = second - first, first.shape[1]
     mean, met = gaps.mean(1), (np.abs(gaps) > 1e-12).sum(1)
     square = np.where(met > 0, (gaps**2).sum(1) / np.maximum(met, 1), 1.0)
@@ -175,16 +183,16 @@ def difference_bounds(
 
 
 def detectable_difference(estimate: Estimate, *, level: float = 0.95, power: float = 0.8) -> float:
-    """The smallest true mean that as many such differences would tell from 0, mostly.
+    """The smallest true mean that an experiment like this one finds with probability `power`.
 
-    `detectable` times the standard deviation of one difference that the interval was made with,
-    half sqrt(n) / t(n - 1); nan where there is no interval. It says what an experiment could have
-    found, and how many pairs the next one needs.
+    It is `detectable` times the standard deviation of one difference, which follows from the
+    interval as half sqrt(n) / t(n - 1); nan where there is no interval. It says what an experiment
+    could have found, and how many pairs the next one needs.
 
     Args:
-        estimate: of the differences' mean.
-        level: of its interval.
-        power: share of experiments that find it.
+        estimate: the mean of the differences.
+        level: level of its interval.
+        power: share of experiments that find the mean.
     """
     n = estimate.n
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)

@@ -1,4 +1,4 @@
-"""What one question's k responses are worth: its scores, each the mean of which is a figure."""
+"""Scores of one question from its k responses; a figure is the mean of scores over questions."""
 
 import math
 from collections import Counter
@@ -15,30 +15,30 @@ def pass_ks(n: int) -> list[int]:
 def pass_at_k(successes: int, n: int, k: int) -> float:
     """Unbiased chance that one of k responses is right: 1 - C(n - c, k) / C(n, k).
 
-    The share of the k-subsets of the n responses that hold a right one, hence its expectation is
-    1 - (1 - p)^k exactly, for every p. (Drawing k of n with replacement is biased: with c = 1 and
-    k = n = 16 it gives .644 in the place of 1.)
+    It is the share of the k-subsets of the n responses that contain a right one, so that its
+    expectation is exactly 1 - (1 - p)^k for every p. (Drawing k of n with replacement is biased:
+    with c = 1 and k = n = 16 it gives .644 instead of 1.)
 
     Args:
-        successes: c of the responses were right.
-        n: responses.
-        k: <= n.
+        successes: c, number of right responses.
+        n: number of responses.
+        k: number of responses that are drawn, <= n.
 
     Source:
         Chen et al. 2021, arXiv:2107.03374, eq. (1).
     """
     if not 0 <= successes <= n or not 1 <= k <= n:
         raise ValueError(f"`pass_at_k` needs 0 <= c <= n and 1 <= k <= n, got {successes, n, k}")
-    # math.comb is exact and 0 where fewer than k were wrong.
+    # math.comb is exact, and 0 where fewer than k responses are wrong.
     return 1 - math.comb(n - successes, k) / math.comb(n, k)
 
 
 def majority(rewards: Sequence[float], answers: Sequence[str | None]) -> float:
     """maj@k of a question: the reward of its most common answer.
 
-    Responses without an answer do not vote. Among equally common answers the score is the mean
-    over the winners, which is the expectation of drawing one at random; no votes score 0. Equal
-    answers of different reward score their mean reward.
+    Responses without an answer do not vote. Among equally common answers the score is their mean,
+    which is the expectation of drawing one at random. Without votes it is 0. If equal answers have
+    different rewards, their mean reward counts.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:

@@ -1,4 +1,4 @@
-"""Teacher: what would the model say, had it known more?"""
+"""Teachers: distributions that know more than the student, by their context or their weights."""
 
 from scsdpo.teacher._base import NoTeacher, Teacher, contexts_of
 from scsdpo.teacher.context import (

@@ -1,4 +1,4 @@
-"""The contract of a teacher: whose weights read which context."""
+"""The contract of a teacher: its weights, and the context that they read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from scsdpo.types import Judged, TeacherContexts
 
 
 class Teacher(nn.Module, ABC):
-    """What would the model say, had it known more?
+    """A distribution T(. | x, f, y<t) that knows more than the student: it reads a context f.
 
-    A teacher is one or two sets of weights (`trunks`) that read the context and then the
-    student's own response, and a rule (`combine`) that makes one distribution of their logits.
-    It is an `nn.Module`, so that weights of its own are checkpointed and moved with the model.
+    A teacher has one or two sets of weights (`weights_to_run`), which read the context and then the
+    student's own response, and a rule (`combine`) that makes one distribution from their logits.
+    It is an `nn.Module`, so that its own weights are checkpointed and moved with the model.
 
     Args:
         context: the privileged information.
@@ -35,24 +35,28 @@ class Teacher(nn.Module, ABC):
         return True
 
     def contexts(self, chat: Chat, judged: Judged) -> dict[str, TeacherContexts]:
-        """What it reads before each response, by the names of `Context.named`."""
+        """Name of each part of the context (`Context.named`) -> teacher prompts."""
         return {name: part.render(chat, judged) for name, part in self.context.named.items()}
 
     def available(self, contexts: Mapping[str, TeacherContexts]) -> Tensor:
-        """[Q, G] bool: rollouts that have what it needs of its contexts, which go by slot."""
+        """[Q, G] bool: rollouts that have all contexts that the teacher needs.
+
+        Args:
+            contexts: slot -> teacher prompts, as `contexts_of` gives them.
+        """
         needed = self.context.needed if isinstance(self.context, Contexts) else 1
         own = [each for slot, each in contexts.items() if slot.startswith("teacher")]
         return torch.stack([each.available for each in own[: needed or len(own)]]).all(0)
 
     def check(self, policy: CausalLM) -> None:
-        """Refuse a policy that it cannot teach, before any weight is loaded.
+        """Check, before any weight is loaded, that the teacher can teach this policy.
 
         Raises:
-            ValueError: in one line, with the remedy.
+            ValueError: if it cannot, in one line with the remedy.
         """
 
     def configure(self, policy: CausalLM, slot: str) -> None:
-        """Make weights of its own once the policy has its own; a second call does nothing.
+        """Make the teacher's own weights; a second call does nothing.
 
         Args:
             policy: with its weights loaded.
@@ -60,32 +64,37 @@ class Teacher(nn.Module, ABC):
         """
 
     def share(self, other: "Teacher") -> None:
-        """Use the weights of `other` if they stay the same for good; called before `configure`."""
+        """Use the weights of `other` if both will never change; called before `configure`."""
 
     @abstractmethod
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        """The sets of weights to run."""
+    def weights_to_run(self, policy: CausalLM) -> tuple[Weights, ...]:
+        """The sets of weights whose logits `combine` needs."""
 
     def combine(
-        self, student: Callable[[], TokenLogits], trunks: tuple[TokenLogits, ...]
+        self, student: Callable[[], TokenLogits], teachers: tuple[TokenLogits, ...]
     ) -> TokenLogits:
-        """The target distribution, from each trunk's logits and, if asked for, the student's."""
-        return trunks[0]
+        """The target distribution T.
+
+        Args:
+            student: gives the student's logits, which are computed if it is called.
+            teachers: the logits of each set of `weights_to_run`.
+        """
+        return teachers[0]
 
     def after_step(self, policy: CausalLM) -> None:
         """Follow the student; called once after each optimizer step that was taken."""
 
     @declared
     def can_begin_anew(self) -> bool:
-        """Whether `begin_anew` makes its weights those of the policy, for good."""
+        """True if `begin_anew` can set the teacher's weights to the policy's."""
         return True
 
     def begin_anew(self, policy: CausalLM) -> None:
-        """Be the policy as it is now; called once, at the end of a warm-up."""
+        """Set the weights to those of the present policy; called once, at a warm-up's end."""
 
 
 class NoTeacher(Teacher):
-    """There is none: for advantages made from rewards alone, and for an unused reference."""
+    """No teacher: for advantages that read rewards alone, and for an unused reference."""
 
     def __init__(self) -> None:
         super().__init__(PlainPrompt())
@@ -98,14 +107,14 @@ class NoTeacher(Teacher):
         questions, group = judged.rewards.shape
         return {"": TeacherContexts(ids=(((),) * group,) * questions)}
 
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+    def weights_to_run(self, policy: CausalLM) -> tuple[Weights, ...]:
         return ()
 
 
 def contexts_of(
     teacher: Teacher, reference: Teacher, chat: Chat, judged: Judged
 ) -> dict[str, TeacherContexts]:
-    """What both read before each response, by slot: `teacher`, `teacher/NAME`, `reference`, ..."""
+    """Slot (`teacher`, `teacher/NAME`, `reference`, ...) -> teacher prompts, for both teachers."""
     found = {}
     for slot, each in (("teacher", teacher), ("reference", reference)):
         for number, (name, context) in enumerate(each.contexts(chat, judged).items()):

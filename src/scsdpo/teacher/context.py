@@ -1,4 +1,4 @@
-"""Contexts: what the teacher is told that the student was not."""
+"""Contexts: the prompts that a teacher reads, with information that the student does not have."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,30 +7,30 @@ from typing import Literal
 
 from scsdpo.contracts import declared
 from scsdpo.policy.chat import Chat
-from scsdpo.teacher.templates import ATTEMPTS, Templates
+from scsdpo.teacher.templates import ATTEMPT_WORDS, Templates
 from scsdpo.thinking import without_thinking
 from scsdpo.types import Judged, Prompt, TeacherContexts
 
 
 class Context(ABC):
-    """Privileged information f for each rollout, as a rendered teacher prompt.
+    """Renders the teacher's prompt for each rollout, with privileged information f in it.
 
-    White space alone is nothing to tell.
+    A text of white space alone counts as no information.
     """
 
     @declared
     def named(self) -> "Mapping[str, Context]":
-        """What the teacher's weights read one by one, by name; the first is the teacher's own."""
+        """Name -> context that the teacher's weights read. The first one is the teacher's own."""
         return {"": self}
 
     @abstractmethod
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
-        """Teacher prompts [Q][G]; an empty one where there is nothing to tell."""
+        """Teacher prompts [Q][G]; an empty one where the rollout has no teacher."""
 
 
 @dataclass(frozen=True)
 class PlainPrompt(Context):
-    """Nothing privileged: the teacher reads what the student reads. For KL anchors."""
+    """No privileged information: the teacher reads the student's prompt. For KL anchors."""
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         group = judged.rewards.shape[1]
@@ -39,15 +39,15 @@ class PlainPrompt(Context):
 
 @dataclass(frozen=True, kw_only=True)
 class Contexts(Context):
-    """Several contexts, each of which the teacher's weights read after the same response.
+    """Several contexts; the teacher's weights run the same response after each of them.
 
-    The first is the teacher's own: T is what the weights say after it. An advantage reads the
-    others by their place, `chunk.others[0]()`, or their log-probs at the sampled tokens, a table
-    `Signals.others`. Pairs of equal weights and equal context run once.
+    The first is the teacher's own: T is the distribution after it. An advantage reads the others by
+    their place, `chunk.others[0]()`, or their log-probs at the sampled tokens, the table
+    `Signals.others`. Equal pairs of weights and context run once.
 
     Args:
-        parts: contexts by name, in order; at least one, none of them `Contexts`.
-        needed: how many of the first ones a rollout must have to have a teacher; 0: all of them.
+        parts: name -> context, in order; at least one, and none of them `Contexts`.
+        needed: a rollout has a teacher if it has so many of the first contexts; 0: all of them.
 
     Raises:
         ValueError: if there are no parts, or `needed` is more than there are.
@@ -77,22 +77,27 @@ class Contexts(Context):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivilegedInfo:
-    """What one rollout's teacher is told and the student was not; both empty: nothing."""
+    """The information that one rollout's teacher reads and the student does not.
+
+    If both texts are empty, the rollout has no teacher.
+    """
 
     demonstration: str = ""
+    """Shown as a correct solution."""
     feedback: str = ""
+    """Shown as feedback on an attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rewritten(Context):
-    """The last user turn rewritten by templates. Subclasses say what to tell, and in what words."""
+    """Rewrites the last user turn with templates. Subclasses give the information and the words."""
 
     max_tokens: int = 10240
 
     @declared
     @abstractmethod
     def words(self) -> Templates:
-        """The words around what is told."""
+        """The words around the information."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -102,35 +107,43 @@ class _Rewritten(Context):
 
     @abstractmethod
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
-        """What to tell the teacher of this rollout."""
+        """The information for the teacher of this rollout.
+
+        Args:
+            question: its number q.
+            rollout: its number g within the question.
+            judged: the batch.
+        """
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         questions, group = judged.rewards.shape
         rendered: dict[tuple[int, PrivilegedInfo], tuple[int, ...]] = {}
         table = []
         for q in range(questions):
-            told = [self.privileged(q, g, judged) for g in range(group)]
-            for one in told:
-                if (q, one) not in rendered:
-                    rendered[q, one] = self._fit(chat, judged.prompts[q], one)
-            table.append(tuple(rendered[q, one] for one in told))
+            infos = [self.privileged(q, g, judged) for g in range(group)]
+            for info in infos:
+                if (q, info) not in rendered:
+                    rendered[q, info] = self._fit(chat, judged.prompts[q], info)
+            table.append(tuple(rendered[q, info] for info in infos))
         return TeacherContexts(ids=tuple(table))
 
     def show(self, chat: Chat, prompt: Prompt, demonstration: str) -> tuple[int, ...]:
-        """The teacher prompt that shows `demonstration`; empty if that cannot be done."""
+        """The teacher prompt with `demonstration`; empty if it does not fit."""
         return self._fit(chat, prompt, PrivilegedInfo(demonstration=demonstration))
 
-    def _fit(self, chat: Chat, prompt: Prompt, told: PrivilegedInfo) -> tuple[int, ...]:
-        return fit(chat, prompt, told, self.words, self.max_tokens)
+    def _fit(self, chat: Chat, prompt: Prompt, info: PrivilegedInfo) -> tuple[int, ...]:
+        return fit(chat, prompt, info, self.words, self.max_tokens)
 
 
 def fit(
-    chat: Chat, prompt: Prompt, told: PrivilegedInfo, templates: Templates, max_tokens: int
+    chat: Chat, prompt: Prompt, info: PrivilegedInfo, templates: Templates, max_tokens: int
 ) -> tuple[int, ...]:
-    """At most `max_tokens` ids. Only what is told is cut, at its beginning (an answer stands at
-    the end); template and question stay whole, or there is no context.
+    """Render a teacher prompt of at most `max_tokens` ids; empty if that cannot be done.
+
+    The information alone is cut, at its beginning, for an answer stands at the end. Template and
+    question stay whole.
     """
-    demonstration, feedback = told.demonstration, told.feedback
+    demonstration, feedback = info.demonstration, info.feedback
     while demonstration.strip() or feedback.strip():
         messages = templates.fill(prompt.messages, demonstration=demonstration, feedback=feedback)
         ids = chat.render(messages, prompt.tools)
@@ -152,10 +165,10 @@ def _cut(chat: Chat, text: str, tokens: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Reprompt(_Rewritten):
-    """The base of a context of one's own: `privileged` says what to tell, in SDPO's words.
+    """The base class for your own contexts: override `privileged`, and it is told in SDPO's words.
 
-    Equal prompts of a question are rendered once. System turn and earlier turns stay, the question
-    and the template are never cut, and what is told is cut at its beginning to `max_tokens`.
+    Equal prompts of a question are rendered once. System turn and earlier turns stay. Question and
+    template are never cut; the information is cut at its beginning to `max_tokens` in all.
 
         @dataclass(frozen=True, kw_only=True)
         class Hint(Reprompt):
@@ -174,18 +187,19 @@ class Reprompt(_Rewritten):
 class SiblingDemonstration(Reprompt):
     """The best successful rollout of the same question, shown as a correct solution.
 
-    The best has the highest reward; of equals, `pick` says which. One that is nothing but thinking
-    is not shown. A rollout without a (different) successful sibling has no teacher and no loss:
-    with `exclude_self` the only success of a group gets none, its failures do.
+    The best one has the highest reward; `pick` chooses among equal rewards. A success that is
+    nothing but thinking is not shown. A rollout without a (different) successful sibling has no
+    teacher and no loss: with `exclude_self`, the only success of a group has none, but its failures
+    have one.
 
     Args:
-        pick: of successes with the same reward the `first` in the group's order, or the `shortest`
-            in tokens (the first of equals).
-        exclude_self: never show a rollout to itself.
+        pick: among successes with the same reward, the `first` in the group's order, or the
+            `shortest` in tokens (the first of equal ones).
+        exclude_self: never show a rollout to its own teacher.
         strip_thinking: drop thinking, in the tags of the common models, from the demonstration.
-        templates: the words around it.
+        templates: the words around the demonstration.
         max_tokens: cap on the rendered teacher prompt. The demonstration is cut, never the
-            template or the question; if those alone are too long there is no context.
+            template or the question; if those alone are too long, the rollout has no teacher.
 
     Source:
         Hübotter et al. 2026 (SDPO), arXiv:2601.20802, and its code.
@@ -206,19 +220,19 @@ class SiblingDemonstration(Reprompt):
         return ""
 
     def demonstrations(self, question: int, judged: Judged) -> Iterator[tuple[int, str]]:
-        """The successes of a question that leave something to show, the one to show first first."""
+        """(rollout, text to show) of a question's successes, the preferred one first."""
         best = judged.best_first(question)
         if self.pick == "shortest":
             rewards = judged.rewards[question].tolist()
             lengths = judged.lengths[question].tolist()
             best.sort(key=lambda g: (-rewards[g], lengths[g]))
         for g in best:
-            text = as_told(judged, question, g, strip_thinking=self.strip_thinking)
+            text = shown_text(judged, question, g, strip_thinking=self.strip_thinking)
             if text.strip():
                 yield g, text
 
     def shown(self, prompt: Prompt, text: str) -> str:
-        """What of a response to `prompt` is shown."""
+        """The part of a response to `prompt` that is shown."""
         return without_thinking(prompt.thinking + text) if self.strip_thinking else text
 
 
@@ -229,7 +243,7 @@ class Feedback(Reprompt):
     Successful rollouts, and failures without feedback, have no teacher.
 
     Args:
-        templates: the words around it.
+        templates: the words around the feedback.
         max_tokens: as in `SiblingDemonstration`.
 
     Source:
@@ -248,8 +262,8 @@ class SiblingOfSeveral(SiblingDemonstration):
         pick: as in `SiblingDemonstration`.
         exclude_self: as in `SiblingDemonstration`.
         strip_thinking: as in `SiblingDemonstration`.
-        least_successes: a group with fewer is told nothing.
-        templates: the words around it.
+        least_successes: rollouts of a group with fewer successes have no teacher.
+        templates: the words around the demonstration.
         max_tokens: as in `SiblingDemonstration`.
 
     Raises:
@@ -275,13 +289,13 @@ class SiblingOfSeveral(SiblingDemonstration):
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationOrFeedback(SiblingDemonstration):
-    """A sibling's success if there is one, else the feedback on the own failure.
+    """A sibling's success if there is one, else the feedback on the rollout's own failure.
 
     Args:
         pick: as in `SiblingDemonstration`.
         exclude_self: as in `SiblingDemonstration`.
         strip_thinking: as in `SiblingDemonstration`.
-        both: show the feedback beside a demonstration too.
+        both: show the feedback beside the demonstration, too.
         templates: the words around them.
         max_tokens: as in `SiblingDemonstration`; the demonstration is cut first.
 
@@ -304,10 +318,10 @@ class DemonstrationOrFeedback(SiblingDemonstration):
 class GoldSolution(Reprompt):
     """The data's own answer (`Prompt.answer`), shown as a correct solution to every rollout.
 
-    Successes are taught as well. A question without an answer has no teacher.
+    Successes have a teacher as well. Rollouts of a question without an answer have none.
 
     Args:
-        templates: the words around it.
+        templates: the words around the answer.
         max_tokens: as in `SiblingDemonstration`.
 
     Source:
@@ -320,12 +334,13 @@ class GoldSolution(Reprompt):
 
 @dataclass(frozen=True, kw_only=True)
 class SolutionAlone(Reprompt):
-    """The gold solution without the question: what the words of a solution alone make likely.
+    """The gold solution without the question.
 
-    The template's {prompt} is empty; system turn and earlier turns stay.
+    It shows what the words of a solution alone make likely. The template's {prompt} is empty;
+    system turn and earlier turns stay.
 
     Args:
-        templates: the words around it.
+        templates: the words around the solution.
         max_tokens: as in `SiblingDemonstration`.
 
     Source:
@@ -335,21 +350,21 @@ class SolutionAlone(Reprompt):
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         return PrivilegedInfo(demonstration=judged.prompts[question].answer)
 
-    def _fit(self, chat: Chat, prompt: Prompt, told: PrivilegedInfo) -> tuple[int, ...]:
+    def _fit(self, chat: Chat, prompt: Prompt, info: PrivilegedInfo) -> tuple[int, ...]:
         *earlier, last = prompt.messages
         alone = replace(prompt, messages=(*earlier, {**last, "content": ""}))
-        return super()._fit(chat, alone, told)
+        return super()._fit(chat, alone, info)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailedSibling(Reprompt):
-    """A wrong rollout of the same question, told as if it were a solution; a contrast.
+    """A wrong rollout of the same question, shown as if it were a solution, for a contrast.
 
     Args:
-        number: which of the other failures, in the group's order, from 0; where there are fewer,
-            the rollout has no such context.
-        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
-        templates: the words around it.
+        number: number of the failure among the others, in the group's order, from 0. Where there
+            are fewer, the rollout does not have this context.
+        strip_thinking: drop thinking, in the tags of the common models, from the failure.
+        templates: the words around the failure.
         max_tokens: as in `SiblingDemonstration`.
 
     Raises:
@@ -370,7 +385,7 @@ class FailedSibling(Reprompt):
     def privileged(self, question: int, rollout: int, judged: Judged) -> PrivilegedInfo:
         wrong = (~judged.successes[question]).nonzero()[:, 0].tolist()
         shown = [
-            as_told(judged, question, g, strip_thinking=self.strip_thinking)
+            shown_text(judged, question, g, strip_thinking=self.strip_thinking)
             for g in wrong
             if g != rollout
         ]
@@ -380,15 +395,15 @@ class FailedSibling(Reprompt):
 
 @dataclass(frozen=True, kw_only=True)
 class ShortestSuccess(_Rewritten):
-    """Only the shortest success of a group has a teacher, which reads another rollout of it.
+    """Only the shortest success of a group has a teacher, which reads another rollout of the group.
 
-    That is the group's shortest failure, or, if all succeeded, the second shortest success; it is
-    told as what it is, and it says something beside thinking. Of successes with different rewards
-    the shortest of the best is taught. The other rollouts, and groups without a success, are not
-    learned from: supervision stands where the student arrived, and needs no reference solution.
+    It reads the group's shortest failure, or the second shortest success if all rollouts succeeded.
+    The words say which of both it is. A rollout that is nothing but thinking is not shown. Among
+    successes with different rewards, the shortest of the best ones has the teacher. Other rollouts,
+    and groups without a success, are not learned from. No reference solution is needed.
 
     Args:
-        strip_thinking: drop thinking, in the tags of the common models, from what is shown.
+        strip_thinking: drop thinking, in the tags of the common models, from the shown rollout.
         attempt_templates: the words around it, {demonstration} if right, {feedback} if wrong.
         max_tokens: as in `SiblingDemonstration`.
 
@@ -397,7 +412,7 @@ class ShortestSuccess(_Rewritten):
     """
 
     strip_thinking: bool = True
-    attempt_templates: Templates = ATTEMPTS
+    attempt_templates: Templates = ATTEMPT_WORDS
 
     @property
     def words(self) -> Templates:
@@ -411,25 +426,25 @@ class ShortestSuccess(_Rewritten):
             return PrivilegedInfo()
         others = [g for g in range(len(lengths)) if g != taught]
         for other in sorted(others, key=lambda g: (g in right, lengths[g])):
-            shown = as_told(judged, question, other, strip_thinking=self.strip_thinking)
+            shown = shown_text(judged, question, other, strip_thinking=self.strip_thinking)
             if shown.strip():
                 return PrivilegedInfo(**{"demonstration" if other in right else "feedback": shown})
         return PrivilegedInfo()
 
 
-def as_told(judged: Judged, question: int, rollout: int, *, strip_thinking: bool) -> str:
-    """A response as it is told: an episode whole, with what its environment answered."""
+def shown_text(judged: Judged, question: int, rollout: int, *, strip_thinking: bool) -> str:
+    """The text of a response that is shown; of an episode, all turns with the world's answers."""
     opened = judged.prompts[question].thinking
 
-    def said(text: str) -> str:
+    def bare(text: str) -> str:
         return without_thinking(opened + text) if strip_thinking else text
 
     episode = judged.responses.episodes[question][rollout]
-    return episode.transcript(said) if episode.parts else said(judged.texts[question][rollout])
+    return episode.transcript(bare) if episode.parts else bare(judged.texts[question][rollout])
 
 
 def own_feedback(question: int, rollout: int, judged: Judged) -> str:
-    """On a failure; of an episode turn by turn, and on the whole."""
+    """Feedback on a failure, "" for a success; for an episode, on each turn and on the whole."""
     if judged.successes[question, rollout]:
         return ""
     episode = judged.responses.episodes[question][rollout]

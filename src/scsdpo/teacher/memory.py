@@ -1,4 +1,4 @@
-"""Contexts that remember earlier attempts."""
+"""Contexts that remember earlier rollouts of a question."""
 
 from collections.abc import Mapping
 from operator import itemgetter
@@ -11,26 +11,26 @@ from scsdpo.teacher.context import (
     Context,
     PrivilegedInfo,
     SiblingDemonstration,
-    as_told,
     fit,
     own_feedback,
+    shown_text,
 )
-from scsdpo.teacher.templates import ATTEMPTS, Templates
+from scsdpo.teacher.templates import ATTEMPT_WORDS, Templates
 from scsdpo.thinking import without_thinking
 from scsdpo.types import Judged, TeacherContexts
 
 
 class RememberedDemonstration(Context, Stateful):
-    """A sibling's success; in a group without any, the best one of earlier visits.
+    """A sibling's success; in a group without one, the best success of earlier batches.
 
-    Groups with a success are told what `demonstration` says. Each question keeps its best `size`
-    different successes, of equals the last ones, and the last of the best is shown; one of which
-    nothing would be shown counts as none. They are checkpointed, and the same on every rank. Memory
-    grows with the number of distinct questions.
+    In groups with a success `demonstration` chooses what is shown. The `size` best different
+    successes of each question are kept, the latest among equal ones, and the latest of the best is
+    shown. A success of which nothing would be shown is not kept. What is kept is checkpointed, and
+    is the same on every rank. Memory grows with the number of distinct questions.
 
     Args:
-        demonstration: how a success is picked and shown.
-        size: successes kept a question. Must be >= 1.
+        demonstration: how a success is chosen and shown.
+        size: number of successes that are kept per question. Must be >= 1.
 
     Raises:
         ValueError: if `size` < 1.
@@ -47,7 +47,7 @@ class RememberedDemonstration(Context, Stateful):
             raise ValueError(f"`RememberedDemonstration(size=...)` must be >= 1, got {size}")
         self.demonstration, self.size = demonstration, size
         self.kept: dict[str, list[tuple[float, str]]] = {}
-        """By question: rewards, and what of the responses is shown; the one to show last."""
+        """Question's key -> (reward, text to show) of its successes; the last one is shown."""
 
     def render(self, chat: Chat, judged: Judged) -> TeacherContexts:
         table = list(self.demonstration.render(chat, judged).ids)
@@ -64,7 +64,7 @@ class RememberedDemonstration(Context, Stateful):
             for q, prompt in enumerate(judged.prompts)
             for g, text in sorted(self.demonstration.demonstrations(q, judged))
         ]
-        # Copies of a question in their order, whichever rank has which.
+        # Sorted, so that the order of a question's copies does not depend on their ranks.
         for _, key, reward, text in sorted(all_gather(good), key=itemgetter(0)):
             others = [kept for kept in self.kept.get(key, []) if kept[1] != text]
             ranked = sorted([*others, (reward, text)], key=lambda kept: kept[0])
@@ -77,7 +77,7 @@ class RememberedDemonstration(Context, Stateful):
         if "shown" in remembered:
             self.kept = dict(remembered["shown"])
             return
-        # Earlier checkpoints have whole responses; the first ones no rewards: all were successes.
+        # Checkpoints of earlier versions have whole responses, and the first of them no rewards.
         for key, responses in remembered["kept"].items():
             pairs = [(1.0, kept) if isinstance(kept, str) else kept for kept in responses]
             if self.demonstration.strip_thinking:
@@ -86,27 +86,27 @@ class RememberedDemonstration(Context, Stateful):
 
 
 class AttemptMemory(Context, Stateful):
-    """The last attempts at a question, right and wrong ones, of this batch and of earlier ones.
+    """The latest right and wrong rollouts of a question, from this batch and earlier ones.
 
-    Every rollout's teacher reads them all but the rollout itself. Each question keeps its last
-    `successes` different right and `failures` different wrong responses, the latter with the
-    verifier's feedback; they are checkpointed, and the same on every rank. Memory grows with the
-    number of distinct questions.
+    Each rollout's teacher reads all of them but the rollout itself. The latest `successes`
+    different right rollouts and `failures` different wrong ones of each question are kept, wrong
+    ones with the verifier's feedback. They are checkpointed, and the same on every rank. Memory
+    grows with the number of distinct questions.
 
     Args:
-        successes: right responses kept a question, >= 0.
-        failures: wrong ones, >= 0.
+        successes: number of right rollouts that are kept per question, >= 0.
+        failures: number of wrong rollouts that are kept per question, >= 0.
         strip_thinking: drop thinking, in the tags of the common models, from what is kept.
         attempt_templates: the words around them, {demonstration} for right ones, {feedback} for
             wrong ones.
-        max_tokens: cap on the rendered teacher prompt; the oldest right ones are cut first.
+        max_tokens: cap on the rendered teacher prompt; the oldest right rollouts are cut first.
 
     Raises:
         ValueError: if nothing would be kept, or an argument is outside its range.
 
     Source:
-        PMD, arXiv:2607.01480: 5 and 3, its memory of raw trajectories. Differs: it has reflections
-        on them too, which the policy writes.
+        PMD, arXiv:2607.01480: 5 and 3, its memory of raw trajectories. Differs: PMD also keeps
+        reflections on them that the policy writes.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class AttemptMemory(Context, Stateful):
         successes: int = 5,
         failures: int = 3,
         strip_thinking: bool = True,
-        attempt_templates: Templates = ATTEMPTS,
+        attempt_templates: Templates = ATTEMPT_WORDS,
         max_tokens: int = 10240,
     ) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class AttemptMemory(Context, Stateful):
         table = self._attempts(judged)
         right, wrong = self._after(judged, table)
 
-        def told(key: str, own: str) -> PrivilegedInfo:
+        def info(key: str, own: str) -> PrivilegedInfo:
             good, bad = (
                 "\n\n".join(entry for entry in kept.get(key, []) if entry != own)
                 for kept in (right, wrong)
@@ -144,7 +144,7 @@ class AttemptMemory(Context, Stateful):
         return TeacherContexts(
             ids=tuple(
                 tuple(
-                    fit(chat, prompt, told(key, own), self.attempt_templates, self.max_tokens)
+                    fit(chat, prompt, info(key, own), self.attempt_templates, self.max_tokens)
                     for key, _, own in group
                 )
                 for prompt, group in zip(judged.prompts, table, strict=True)
@@ -157,7 +157,7 @@ class AttemptMemory(Context, Stateful):
         self.wrong |= wrong
 
     def _attempts(self, judged: Judged) -> list[list[tuple[str, bool, str]]]:
-        """[Q][G]: the question's key, whether the attempt was right, and its entry."""
+        """[Q][G]: (question's key, the rollout was right, its text and feedback)."""
         return [
             [(prompt.key, right, self._entry(q, g, judged)) for g, right in enumerate(successes)]
             for q, (prompt, successes) in enumerate(
@@ -168,7 +168,7 @@ class AttemptMemory(Context, Stateful):
     def _after(
         self, judged: Judged, table: list[list[tuple[str, bool, str]]]
     ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Right and wrong entries of the batch's questions, all ranks', the batch included."""
+        """Right and wrong entries of all ranks' questions in the batch, with this batch's."""
         copies = [prompt.copy for prompt in judged.prompts]
         mine = [
             (copy, *one)
@@ -176,7 +176,7 @@ class AttemptMemory(Context, Stateful):
             for one in group
             if one[-1].strip()
         ]
-        # Copies of a question in their order, whichever rank has which.
+        # Sorted, so that the order of a question's copies does not depend on their ranks.
         attempts = sorted(all_gather(mine), key=itemgetter(0))
         keys = {key for _, key, _, _ in attempts}
         right, wrong = ({k: old[k] for k in keys & old.keys()} for old in (self.right, self.wrong))
@@ -187,7 +187,7 @@ class AttemptMemory(Context, Stateful):
         return right, wrong
 
     def _entry(self, question: int, rollout: int, judged: Judged) -> str:
-        text = as_told(judged, question, rollout, strip_thinking=self.strip_thinking)
+        text = shown_text(judged, question, rollout, strip_thinking=self.strip_thinking)
         feedback = own_feedback(question, rollout, judged)
         return f"{text}\n{feedback}" if feedback.strip() else text
 

@@ -1,5 +1,6 @@
-"""Whose weights teach: the student's, its first ones, an average between, or another model's."""
+"""Teachers by their weights: the student's, the first policy's, an average, or another model's."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -14,7 +15,7 @@ from scsdpo.teacher.context import Context, PlainPrompt, SiblingDemonstration
 
 
 class Live(Teacher):
-    """The student itself, one step behind nothing: T = pi_theta(. | x, f, y<t), detached.
+    """The student's present weights. T = pi_theta(. | x, f, y<t), detached
 
     Known to diverge in long runs (arXiv:2601.20802: 36.1 against EMA's 49.3 on LiveCodeBench).
 
@@ -25,16 +26,65 @@ class Live(Teacher):
     def __init__(self, context: Context = SiblingDemonstration()) -> None:
         super().__init__(context)
 
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
+    def weights_to_run(self, policy: CausalLM) -> tuple[Weights, ...]:
         return (policy.adapter.current(),)
 
 
-class Frozen(Teacher):
+class _OwnWeights(Teacher):
+    """A teacher with a set of weights of its own, which `configure` makes once."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.weights: Weights | None = None
+
+    @abstractmethod
+    def make_weights(self, policy: CausalLM, slot: str) -> Weights:
+        """The teacher's own weights; arguments as in `configure`."""
+
+    def configure(self, policy: CausalLM, slot: str) -> None:
+        if self.weights is None:
+            self.weights = self.make_weights(policy, slot)
+
+    @property
+    def configured(self) -> Weights:
+        """`weights`.
+
+        Raises:
+            RuntimeError: if `configure` was not called.
+        """
+        if self.weights is None:
+            raise RuntimeError(f"{type(self).__name__} has no weights: call `configure` first")
+        return self.weights
+
+    def weights_to_run(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (self.configured,)
+
+
+class _FirstPolicy(_OwnWeights):
+    """A teacher that keeps the weights of the policy before any training."""
+
+    def __init__(self, context: Context, stored: Stored) -> None:
+        super().__init__(context)
+        self.stored = stored
+
+    def share(self, other: Teacher) -> None:
+        if isinstance(other, _FirstPolicy) and other.stored == self.stored:
+            self.weights = other.weights
+
+    def make_weights(self, policy: CausalLM, slot: str) -> Weights:
+        return policy.adapter.initial(policy.wrapped, self.stored)
+
+    @property
+    def can_begin_anew(self) -> bool:
+        return False
+
+
+class Frozen(_FirstPolicy):
     """The policy before any training. theta' = theta_0
 
-    A full fine-tune keeps a copy (not in checkpoints: the policy's name finds it again); under
-    LoRA it is the base with adapters off, and costs nothing. With `PlainPrompt` it is the
-    reference of a KL anchor.
+    A full fine-tune keeps a copy. The copy is not in checkpoints, since the policy's name finds it
+    again. Under LoRA it is the base model without adapters, and costs nothing. With `PlainPrompt`
+    it is the reference of a KL anchor.
 
     Args:
         context: the privileged information.
@@ -44,44 +94,27 @@ class Frozen(Teacher):
     def __init__(
         self, context: Context = SiblingDemonstration(), stored: Stored = Stored()
     ) -> None:
-        super().__init__(context)
-        self.stored = stored
-        self.weights: Weights | None = None
-
-    def share(self, other: Teacher) -> None:
-        if isinstance(other, Frozen | TrustRegion) and other.stored == self.stored:
-            self.weights = other.weights
-
-    def configure(self, policy: CausalLM, slot: str) -> None:
-        if self.weights is None:
-            self.weights = policy.adapter.initial(policy.wrapped, self.stored)
-
-    @property
-    def can_begin_anew(self) -> bool:
-        return False
-
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        return (_configured(self, self.weights),)
+        super().__init__(context, stored)
 
 
-class External(Teacher):
+class External(_OwnWeights):
     """Another model of the same vocabulary, frozen. theta' = phi
 
-    It may have any size and architecture; what it reads are the policy's token ids, as the policy's
-    chat template writes them. Its tokens are the policy's, id by id, or it is refused; rows of its
-    head beyond the policy's (padding) are left out of T. It is read from its folder at each start
-    and is not in checkpoints. Two slots of the same model share one copy of its weights.
+    It may have any size and architecture. It reads the policy's token ids, in the policy's chat
+    template. Its vocabulary must be the policy's, id by id; rows of its head beyond the policy's
+    (padding) are left out of T. It is loaded from its folder at each start, and is not in
+    checkpoints. Two slots with the same model share one copy of its weights.
 
     Args:
         name_or_path: hub name or local folder; `tiny` and `tiny-tools` ship with the package.
-        context: the privileged information; by default it knows more by being another model.
-        dtype: of its weights, kept and run. `auto`: bfloat16 on GPU, float32 on CPU.
-        on_host: keep them in memory of the host, pinned where there is a GPU. They come to the
-            device layer by layer, or under shards unit by unit, in each forward.
+        context: the privileged information; by default none, since another model knows more itself.
+        dtype: of its weights, in memory and in forwards. `auto`: bfloat16 on GPU, float32 on CPU.
+        on_host: keep the weights in the host's memory, pinned where there is a GPU. In each forward
+            they are copied to the device layer by layer, or with shards FSDP unit by unit.
         attn_implementation: as in transformers; prefixes are shared between rollouts with `sdpa`.
 
     Raises:
-        ValueError: if there is no such model, or what it lacks.
+        ValueError: if there is no such model, or it cannot be used; the message says why.
 
     Source:
         On-policy distillation, arXiv:2306.13649.
@@ -105,7 +138,6 @@ class External(Teacher):
             )
         except ValueError as error:
             raise ValueError(f"`External(name_or_path={name_or_path!r})`: {error}") from error
-        self.weights: Weights | None = None
 
     def check(self, policy: CausalLM) -> None:
         with self._named():
@@ -116,21 +148,17 @@ class External(Teacher):
         if isinstance(other, External) and other.source == self.source:
             self.weights = other.weights
 
-    def configure(self, policy: CausalLM, slot: str) -> None:
-        if self.weights is None:
-            with blamed_on(f"model.{slot}"), self._named():
-                self.weights = policy.adapter.other(policy.wrapped, self.source)
+    def make_weights(self, policy: CausalLM, slot: str) -> Weights:
+        with blamed_on(f"model.{slot}"), self._named():
+            return policy.adapter.other(policy.wrapped, self.source)
 
     @property
     def can_begin_anew(self) -> bool:
         return False
 
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        return (_configured(self, self.weights),)
-
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """A mistake inside the block is its model's."""
+        """Name the model in errors that are raised inside the block."""
         try:
             yield
         except ConfigurationError:
@@ -141,7 +169,26 @@ class External(Teacher):
             ) from error
 
 
-class EMA(Teacher):
+class _Moving(_OwnWeights):
+    """A teacher whose weights start as a copy of the student's and follow them."""
+
+    def __init__(self, context: Context, rate: float, stored: Stored) -> None:
+        super().__init__(context)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`{type(self).__name__}(rate=...)` must be in [0, 1], got {rate}")
+        self.rate, self.stored = rate, stored
+
+    def make_weights(self, policy: CausalLM, slot: str) -> Weights:
+        return policy.adapter.moving(policy.wrapped, slot, self.stored)
+
+    def begin_anew(self, policy: CausalLM) -> None:
+        self.configured.follow(policy.wrapped, 1.0)
+
+    def after_step(self, policy: CausalLM) -> None:
+        self.configured.follow(policy.wrapped, self.rate)
+
+
+class EMA(_Moving):
     """Exponential moving average. theta' <- (1 - rate) theta' + rate theta, once per step taken
 
     Starts as a copy of the student; after n steps towards a constant theta the remaining
@@ -166,31 +213,14 @@ class EMA(Teacher):
         context: Context = SiblingDemonstration(),
         stored: Stored = Stored(),
     ) -> None:
-        super().__init__(context)
-        if not 0 <= rate <= 1:
-            raise ValueError(f"`EMA(rate=...)` must be in [0, 1], got {rate}")
-        self.rate, self.stored = rate, stored
-        self.weights: Weights | None = None
-
-    def configure(self, policy: CausalLM, slot: str) -> None:
-        if self.weights is None:
-            self.weights = policy.adapter.moving(policy.wrapped, slot, self.stored)
-
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        return (_configured(self, self.weights),)
-
-    def begin_anew(self, policy: CausalLM) -> None:
-        _configured(self, self.weights).follow(policy.wrapped, 1.0)
-
-    def after_step(self, policy: CausalLM) -> None:
-        _configured(self, self.weights).follow(policy.wrapped, self.rate)
+        super().__init__(context, rate, stored)
 
 
-class Restart(Teacher):
-    """Stands still, then moves. theta' <- (1 - rate) theta' + rate theta, once in `every` steps
+class Restart(_Moving):
+    """An average that moves rarely. theta' <- (1 - rate) theta' + rate theta, once in `every` steps
 
-    Between restarts the target does not drift with the student. rate = 1 is a hard copy; every = 1
-    is `EMA`. Under LoRA the mix is of the factors.
+    Between moves the target does not drift with the student. rate = 1 is a hard copy; every = 1 is
+    `EMA`. Under LoRA the average is over the factors.
 
     Args:
         every: optimizer steps taken between moves. Must be >= 1.
@@ -212,34 +242,23 @@ class Restart(Teacher):
         context: Context = SiblingDemonstration(),
         stored: Stored = Stored(),
     ) -> None:
-        super().__init__(context)
+        super().__init__(context, rate, stored)
         if every < 1:
             raise ValueError(f"`Restart(every=...)` must be >= 1, got {every}")
-        if not 0 <= rate <= 1:
-            raise ValueError(f"`Restart(rate=...)` must be in [0, 1], got {rate}")
-        self.every, self.rate, self.stored = every, rate, stored
-        self.weights: Weights | None = None
+        self.every = every
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.taken: torch.Tensor
-
-    def configure(self, policy: CausalLM, slot: str) -> None:
-        if self.weights is None:
-            self.weights = policy.adapter.moving(policy.wrapped, slot, self.stored)
-
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        return (_configured(self, self.weights),)
-
-    def begin_anew(self, policy: CausalLM) -> None:
-        _configured(self, self.weights).follow(policy.wrapped, 1.0)
 
     def after_step(self, policy: CausalLM) -> None:
         self.taken += 1
         if self.taken % self.every == 0:
-            _configured(self, self.weights).follow(policy.wrapped, self.rate)
+            super().after_step(policy)
 
 
-class TrustRegion(Teacher):
-    """The first policy, moved a little. z_T = (1 - mix) z_0 + mix z_theta, both on (x, f, y<t)
+class TrustRegion(_FirstPolicy):
+    """The first policy with a share of the student. z_T = (1 - mix) z_0 + mix z_theta
+
+    Both sets of logits z are those after (x, f, y<t).
 
     A linear mix of logits is the geometric mix of the distributions,
     T ~ pi_0^(1 - mix) pi_theta^mix. mix = 0 is `Frozen`, mix = 1 is `Live`.
@@ -262,35 +281,16 @@ class TrustRegion(Teacher):
         context: Context = SiblingDemonstration(),
         stored: Stored = Stored(),
     ) -> None:
-        super().__init__(context)
+        super().__init__(context, stored)
         if not 0 <= mix <= 1:
             raise ValueError(f"`TrustRegion(mix=...)` must be in [0, 1], got {mix}")
-        self.mix, self.stored = mix, stored
-        self.weights: Weights | None = None
+        self.mix = mix
 
-    def share(self, other: Teacher) -> None:
-        if isinstance(other, Frozen | TrustRegion) and other.stored == self.stored:
-            self.weights = other.weights
-
-    def configure(self, policy: CausalLM, slot: str) -> None:
-        if self.weights is None:
-            self.weights = policy.adapter.initial(policy.wrapped, self.stored)
-
-    @property
-    def can_begin_anew(self) -> bool:
-        return False
-
-    def trunks(self, policy: CausalLM) -> tuple[Weights, ...]:
-        return (_configured(self, self.weights), policy.adapter.current())
+    def weights_to_run(self, policy: CausalLM) -> tuple[Weights, ...]:
+        return (self.configured, policy.adapter.current())
 
     def combine(
-        self, student: Callable[[], TokenLogits], trunks: tuple[TokenLogits, ...]
+        self, student: Callable[[], TokenLogits], teachers: tuple[TokenLogits, ...]
     ) -> TokenLogits:
-        first, live = trunks
+        first, live = teachers
         return TokenLogits(torch.lerp(first.logits, live.logits, self.mix))
-
-
-def _configured(teacher: Teacher, weights: Weights | None) -> Weights:
-    if weights is None:
-        raise RuntimeError(f"{type(teacher).__name__} has no weights: call `configure` first")
-    return weights

@@ -1,4 +1,4 @@
-"""The words in which privileged information is put to the teacher."""
+"""The words that tell a teacher its privileged information."""
 
 import re
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Templates:
 
     Args:
         turn: the whole turn; must contain {prompt}, {solution} and {feedback}.
-        solution: wraps {demonstration}; left out when there is none.
-        feedback: wraps {feedback}; left out when there is none.
+        solution: text around {demonstration}; left out when there is no demonstration.
+        feedback: text around {feedback}; left out when there is no feedback.
 
     Raises:
         ValueError: if a placeholder is missing.
@@ -48,16 +48,16 @@ class Templates:
             "solution": _insert(self.solution, "demonstration", demonstration),
             "feedback": _insert(self.feedback, "feedback", feedback),
         }
-        # One pass, and not `str.format`: prompts and demonstrations hold braces of their own.
+        # One pass, and not `str.format`: prompts and demonstrations may contain braces.
         turn = re.sub(r"\{(prompt|solution|feedback)\}", lambda place: parts[place[1]], self.turn)
         return [*messages[:-1], {**messages[-1], "content": turn}]
 
 
-ATTEMPTS = Templates(
+ATTEMPT_WORDS = Templates(
     solution="\nAttempts that were right:\n\n{demonstration}\n\n",
     feedback="\nAttempts that were wrong:\n\n{feedback}\n\n",
 )
-"""Around rollouts of which some failed; ours."""
+"""The words around right and wrong rollouts. They are ours."""
 
 
 def _insert(template: str, place: str, text: str) -> str:

@@ -51,7 +51,7 @@ class Ahead:
 
 
 class Host(Protocol):
-    """What sampling ahead asks of the `PolicyOptimizer`."""
+    """The part of the `PolicyOptimizer` that sampling ahead uses."""
 
     batches: torch.Tensor
     sampling: Sampling
@@ -114,9 +114,9 @@ class _Queue:
     asked_again: int = 0
     """Batches that were drawn and could not be learned from."""
     waiting: Mapping[int, _Waiting]
-    """By number of the batch, this rank's share, on the host."""
+    """Number of the batch -> this rank's share, on the host."""
     stored: Mapping[int, Mapping[str, Any]]
-    """The same of a checkpoint and of all ranks, until their questions are known."""
+    """Number of the batch -> all ranks' shares in a checkpoint, until their questions are known."""
 
     @property
     def known(self) -> Set[int]:
@@ -140,7 +140,7 @@ class DrawnAhead:
         self._step = 0
         """Optimizer steps at its end."""
         self._moments: dict[str, Moment] = {}
-        """By label, when weights were the newest: of those that may still be drawing."""
+        """Label of weights that may still be drawing -> when they were the newest."""
 
     @property
     def asked_again(self) -> int:
@@ -192,7 +192,7 @@ class DrawnAhead:
     def _usable(
         self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
     ) -> dict[int, _Waiting]:
-        """By number, what waits and answers the questions that are `asked`, on all ranks."""
+        """Number -> waiting batch, of those that answer the questions `asked` on all ranks."""
         rank, ranks = rank_and_size()
         found: dict[int, _Waiting | None] = {}
         unfit = []

@@ -1,4 +1,4 @@
-"""Questions exchanged between ranks, so that each has nearly as many tokens to train on."""
+"""Exchanges questions between ranks, so that each has nearly as many tokens to train on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,33 +14,35 @@ from scsdpo.types import Judged, TeacherContexts
 Ids = tuple[tuple[int, ...], ...]
 
 
-class _Group(NamedTuple):
-    """A question with its rollouts, and what its rank has made of them."""
+class _PreparedGroup(NamedTuple):
+    """A question with its rollouts, weights and contexts, as its rank prepared them."""
 
     number: tuple[int, int]
-    """In the order of one process: place in its rank's batch, rank."""
+    """(place in its rank's batch, rank): sorted by it, questions stand as in a run of one rank."""
     cost: int
+    """Estimated work, in tokens of a forward."""
     judged: Judged
     weights: Tensor
     contexts: dict[str, Ids]
 
 
 def balance_ranks(home: Batch, advantage: Advantage, teacher: Teacher) -> Batch:
-    """A share of what all ranks have prepared, groups whole, for nearly equal work on each.
+    """Give this rank a share of all ranks' questions, so that ranks have nearly equal work.
 
-    Every rank waits for the slowest in each optimizer step, and what a question costs is known only
-    when its rollouts are. Sums are over all ranks, hence no number depends on who has which.
+    Every rank waits for the slowest one in each optimizer step, and a question's work is known only
+    after its rollouts. All sums are over all ranks, so no number depends on which rank has which
+    question. A question's rollouts stay together.
 
     Args:
-        home: prepared by this rank.
-        advantage: plans again for the share.
-        teacher: says which rollouts have what it needs.
+        home: the batch that this rank has prepared.
+        advantage: makes a new plan for the share.
+        teacher: says which rollouts have the contexts that it needs.
     """
     rank, ranks = rank_and_size()
     if ranks == 1:
         return home
     groups = sorted(all_gather(_groups(home, rank)), key=lambda group: group.number)
-    mine: list[_Group] = []
+    mine: list[_PreparedGroup] = []
     sizes: list[int] = []
     start = 0
     for size in split(len(groups), len(home.questions)):
@@ -66,12 +68,12 @@ def balance_ranks(home: Batch, advantage: Advantage, teacher: Teacher) -> Batch:
 
 
 def split(questions: int, steps: int) -> tuple[int, ...]:
-    """Questions of each step, in nearly equal numbers."""
+    """Number of questions of each step, nearly equal."""
     return tuple(len(part) for part in torch.arange(questions).tensor_split(steps))
 
 
 def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """For each rank, which items it gets, ascending: dearest first, each to who has least."""
+    """Items of each rank, ascending. The most costly item comes first, to the rank with least."""
     loads = [0] * ranks
     given: list[list[int]] = [[] for _ in range(ranks)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -81,13 +83,13 @@ def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(items) for items in given]
 
 
-def _groups(batch: Batch, rank: int) -> list[_Group]:
-    # In tokens forward: a student's token goes forward and back, three times as much work.
+def _groups(batch: Batch, rank: int) -> list[_PreparedGroup]:
+    # In tokens of a forward. The student's tokens run forward and backward, three times the work.
     lengths, active = batch.judged.lengths, batch.active.view_as(batch.weights)
     read = sum(batch.reads(slot).to(lengths).view_as(lengths) for slot in batch.contexts)
     costs = (lengths * active * (3 + read)).sum(-1).tolist()
     return [
-        _Group(
+        _PreparedGroup(
             number=(q, rank),
             cost=cost,
             judged=batch.judged[[q]].to("cpu"),

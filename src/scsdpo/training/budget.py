@@ -1,4 +1,4 @@
-"""Memory that runs out: work is done again with half the budget, which then grows back slowly."""
+"""When memory runs out, work is repeated with half the budget, which then grows back slowly."""
 
 import gc
 import warnings
@@ -16,12 +16,12 @@ from scsdpo.policy.sharding import is_sharded
 T = TypeVar("T")
 
 CALM = 50
-"""Successes in a row after which a budget that was halved is doubled."""
+"""A halved budget is doubled after so many successes in a row."""
 REMEDY = (
     "lower model.limits.max_tokens or model.sampling.max_new_tokens, set "
     "model.policy.gradient_checkpointing to true, or use model.policy.adapter Lora"
 )
-"""Of an update that does not fit."""
+"""Remedy where an update does not fit into memory."""
 SAMPLING_REMEDY = (
     "lower max_new_tokens of model.sampling and model.val_sampling or data.max_prompt_tokens, or "
     "use VLLMRollout"
@@ -34,11 +34,11 @@ _SIGNS = (
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out, and every rank that must know does.
+    """Memory ran out. Where ranks work together, it is raised on all of them.
 
     Args:
         said: the allocator's words.
-        here: whether it ran out on this rank.
+        here: it ran out on this rank.
     """
 
     def __init__(self, said: str, *, here: bool = True) -> None:
@@ -47,15 +47,15 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator raised it."""
+    """True if an allocator raised the error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 @contextmanager
-def noticed() -> Iterator[None]:
-    """Memory that runs out inside the block is `OutOfMemory`, on this rank alone."""
+def as_out_of_memory() -> Iterator[None]:
+    """Raise `OutOfMemory`, on this rank alone, if memory runs out inside the block."""
     said = ""
     try:
         yield
@@ -63,25 +63,25 @@ def noticed() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         said = first_line(error)
-    # Out of the handler the traceback is gone, and with it the tensors of its frames.
+    # Behind the handler the traceback is freed, and with it the tensors of its frames.
     if said:
         raise OutOfMemory(said)
 
 
 @contextmanager
-def agreed(policy: nn.Module) -> Iterator[None]:
-    """Memory that runs out inside the block on one rank is `OutOfMemory` on all, at its end.
+def out_of_memory_on_all_ranks(policy: nn.Module) -> Iterator[None]:
+    """Raise `OutOfMemory` on all ranks, at the block's end, if memory runs out inside it on one.
 
-    Every rank comes here; what may run out between two collectives needs an `agreed` of its own.
+    A collective: every rank must enter. Work between two collectives needs a block of its own.
 
     Raises:
         OutOfMemory: on all ranks.
-        TrainingStopped: on this rank, under shards: the others wait inside a forward's collective,
-            and nothing can be agreed on.
+        TrainingStopped: on this rank alone, if weights are sharded: the others wait in a forward's
+            collective, and cannot be told.
     """
     said = ""
     try:
-        with noticed():
+        with as_out_of_memory():
             yield
     except OutOfMemory as error:
         said = str(error)
@@ -95,12 +95,12 @@ def agreed(policy: nn.Module) -> Iterator[None]:
 
 
 class Budget:
-    """How much is worked on at a time: halved when memory runs out, given back slowly.
+    """How much is worked on at a time. It is halved when memory runs out, and grows back slowly.
 
     Args:
-        what: is counted, e.g. "tokens of a micro-batch".
-        remedy: said when even the least is too much.
-        together: whether all ranks do the work, and begin again, together.
+        what: name of what is counted, e.g. "tokens of a micro-batch".
+        remedy: what the user can do if even the least budget is too much.
+        together: all ranks do the work together, and begin again together.
     """
 
     def __init__(self, what: str, remedy: str, *, together: bool = False) -> None:
@@ -111,12 +111,13 @@ class Budget:
     def run(
         self, work: Callable[[int], T], *, most: int, extent: Callable[[], tuple[int, int]]
     ) -> T:
-        """`work(budget)`, again with half of the budget where it raises `OutOfMemory`.
+        """Return `work(budget)`; call it again with half the budget if it raises `OutOfMemory`.
 
         Args:
-            work: may be called again from the start. Its exception is the same on all ranks.
+            work: can be called again from the start. If `together`, it raises on all ranks alike.
             most: the budget as configured.
-            extent: the budget below which nothing changes, and that above which nothing does.
+            extent: gives two budgets: a smaller one than the first, or a larger one than the
+                second, changes nothing.
 
         Raises:
             TrainingStopped: if memory ran out twice at the least budget.
@@ -132,27 +133,28 @@ class Budget:
             if failure is None:
                 self._recover(most)
                 return result
-            _free_caches()
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
             said, here = failure
             least, useful = extent()
             at_least = here and budget <= least
-            if self._anywhere(at_least and tried_least):
+            hopeless = at_least and tried_least
+            if self.together:
+                hopeless = bool(all_max(torch.tensor(float(hopeless))))
+            if hopeless:
                 raise TrainingStopped(
                     f"out of memory at the smallest budget too ({said}): {self.remedy}"
                 )
             tried_least = at_least
             if here:
-                self._halve(min(budget, max(useful, least)), least, said)
-
-    def _anywhere(self, hopeless: bool) -> bool:
-        return bool(all_max(torch.tensor(float(hopeless)))) if self.together else hopeless
-
-    def _halve(self, used: int, least: int, said: str) -> None:
-        self._cap, self._calm = max(used // 2, least), 0
-        warnings.warn(
-            f"out of memory ({said}): trying again with {self._cap} {self.what} instead of {used}",
-            stacklevel=2,
-        )
+                used = min(budget, max(useful, least))
+                self._cap, self._calm = max(used // 2, least), 0
+                warnings.warn(
+                    f"out of memory ({said}): trying again with {self._cap} {self.what} instead of "
+                    f"{used}",
+                    stacklevel=2,
+                )
 
     def _recover(self, most: int) -> None:
         if self._cap is None:
@@ -162,9 +164,3 @@ class Budget:
             self._cap, self._calm = 2 * self._cap, 0
             if self._cap >= most:
                 self._cap = None
-
-
-def _free_caches() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

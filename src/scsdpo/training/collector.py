@@ -1,4 +1,4 @@
-"""Sampling responses and judging them: the same in training, evaluation and analysis."""
+"""Samples and judges responses, in training, evaluation and analysis alike."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import CausalLM
 from scsdpo.rollout import Drawing, Drawn, Rollout
-from scsdpo.training.budget import SAMPLING_REMEDY, Budget, noticed
+from scsdpo.training.budget import SAMPLING_REMEDY, Budget, as_out_of_memory
 from scsdpo.training.finite import check_sampled
 from scsdpo.types import Judged, Prompt, Responses, Sampling, Verdict
 from scsdpo.verifiers import Episodes, Failures, Verification, VerifierPool
 
 
 class Collector:
-    """Collects judged responses: samples as memory allows, and judges in processes of its own.
+    """Samples responses, as many at a time as memory allows, and judges them in other processes.
 
     Args:
         rollout: the sampler.
-        verification: how many processes judge, and for how long.
-        success_threshold: reward from which a rollout counts as a success.
-        timer: of the phases `rollout` and `verify`.
+        verification: number of processes that judge, and their deadlines.
+        success_threshold: a rollout with at least this reward is a success.
+        timer: measures the phases `rollout` and `verify`.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Collector:
     def sample(
         self, module: nn.Module, policy: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Responses:
-        """Responses of the policy as it is now, with fewer rows in flight where memory is short.
+        """Sample responses of the present policy, with fewer rows at a time if memory runs out.
 
         Args:
-            module: has the policy and its teachers; looked at only if nothing can be sampled.
-            policy: answers.
+            module: holds policy and teachers, whose weights are searched for faults if nothing can
+                be sampled.
+            policy: the language model.
             prompts: the questions.
-            sampling: how often, and how.
+            sampling: how responses are drawn.
 
         Raises:
             TrainingStopped: if memory does not suffice for one row, or logits are not finite.
@@ -58,7 +59,7 @@ class Collector:
 
         def attempt(rows: int) -> Responses:
             sampler = self.rollout.with_max_rows(rows)
-            with noticed():
+            with as_out_of_memory():
                 if not any(prompt.has_turns for prompt in prompts):
                     return sampler.sample(policy, prompts, sampling)
                 with Episodes(self.verifiers, prompts, sampling.n) as episodes:
@@ -67,7 +68,7 @@ class Collector:
         with self.timer("rollout"):
             most = self.rollout.rows_in_flight(len(prompts) * sampling.n)
             least = most if self.rollout.with_max_rows(1) is self.rollout else 1
-            with self.rollout.hold_weights(policy):  # ranks need not try equally often
+            with self.rollout.hold_weights(policy):  # so that ranks may try different times
                 responses = self.room.run(attempt, most=most, extent=lambda: (least, most))
             check_sampled(responses, module)
         self.timer.count("rollout", int(responses.lengths.sum()))
@@ -82,17 +83,17 @@ class Collector:
         *,
         within: bool,
     ) -> Drawing:
-        """Ask for responses, and wait for them only where they cannot be drawn beside the trainer:
-        in this process, and episodes of several turns, whose environments answer meanwhile.
+        """Ask for responses. This waits for them only if the sampler cannot draw while the trainer
+        learns: in this process, and episodes of several turns, whose environments answer meanwhile.
 
         Ranks may have different questions: each begins something, so that the engine knows.
 
         Args:
             module: as for `sample`.
-            policy: answers, as it is now.
+            policy: the language model, whose present weights are sampled from.
             prompts: the questions.
-            sampling: how often, and how.
-            within: whether weights may change amid a response.
+            sampling: how responses are drawn.
+            within: weights may change amid a response.
         """
         if not self.rollout.draws_behind:
             return Drawn(self.sample(module, policy, prompts, sampling))
@@ -107,14 +108,14 @@ class Collector:
         return _Mixed(behind, played, [*alone, *with_turns])
 
     def finish(self, module: nn.Module, drawing: Drawing) -> Responses:
-        """Wait for what was asked for.
+        """Wait for the responses that `begin` asked for.
 
         Args:
             module: as for `sample`.
-            drawing: from `begin`.
+            drawing: what `begin` returned.
 
         Raises:
-            TrainingStopped: if logits are not finite, or the sampler is of no use.
+            TrainingStopped: if logits are not finite, or the sampler has failed.
         """
         if isinstance(drawing, Drawn):
             return drawing.responses()
@@ -127,20 +128,20 @@ class Collector:
         return responses
 
     def check_room(self, key: str, sampling: Sampling, prompt_tokens: int) -> None:
-        """Refuse responses for which the sampler has no room behind the longest prompt.
+        """Check that the sampler has room for the longest prompt and its longest response.
 
         Args:
-            key: of `sampling` in the configuration.
+            key: name of `sampling` in the configuration.
             sampling: how responses are drawn.
             prompt_tokens: `data.max_prompt_tokens`.
 
         Raises:
-            ConfigurationError: then.
+            ConfigurationError: if it has not.
         """
         room = self.rollout.max_length()
         if room is not None and prompt_tokens > self.prompt_room(sampling):
             raise ConfigurationError(
-                f"model.rollout has room for {room} tokens of a prompt and its response, and "
+                f"model.rollout has room for {room} tokens of a prompt and its response, but "
                 f"data.max_prompt_tokens ({prompt_tokens}) and model.{key}.max_new_tokens "
                 f"({sampling.max_new_tokens}) are {prompt_tokens + sampling.max_new_tokens}: raise "
                 "model.rollout.init_args.engine.init_args.max_model_len, or lower one of them"
@@ -152,12 +153,12 @@ class Collector:
         return math.inf if room is None else room - sampling.max_new_tokens
 
     def judge(self, responses: Responses, split: Literal["train", "val", "test"]) -> Judged:
-        """Verdicts of each prompt's verifier; those that failed are logged.
+        """Verdicts by each prompt's verifier; failures of verifiers are logged.
 
-        Episodes of several turns have theirs since they ended.
+        Episodes of several turns got theirs when they ended.
 
         Raises:
-            TrainingStopped: if most of a verifier's failed.
+            TrainingStopped: if most calls of a verifier failed.
         """
         played = [[each.verdict for each in group if each.verdict] for group in responses.episodes]
         with self.timer("verify"):
@@ -165,7 +166,7 @@ class Collector:
             judged = self.verifiers.verify(responses.prompts, texts)
         verdicts = tuple((*p, *v) for p, v in zip(played, judged, strict=True))
         self.failures.count(responses.prompts, verdicts)
-        self._say_what_succeeds(verdicts)
+        self._explain_partial_reward(verdicts)
         rewards = torch.tensor(
             [[verdict.reward for verdict in group] for group in verdicts],
             dtype=torch.float32,
@@ -179,8 +180,8 @@ class Collector:
             split=split,
         )
 
-    def _say_what_succeeds(self, verdicts: Sequence[Sequence[Verdict]]) -> None:
-        """One line at the first reward that is neither wrong nor right."""
+    def _explain_partial_reward(self, verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """Print which reward is a success when the first reward between 0 and 1 comes."""
         partial = (v.reward for group in verdicts for v in group if 0 < v.reward < 1)
         if not self._said and (first := next(partial, None)) is not None:
             self._said = True
@@ -190,7 +191,7 @@ class Collector:
             )
 
     def close(self) -> None:
-        """Let the rollout's engine go, and the processes that judge."""
+        """Close the rollout's engine and the processes that judge."""
         self.rollout.close()
         self.verifiers.close()
 

@@ -1,4 +1,4 @@
-"""Validation, test and prediction: the policy is asked and judged, and learns nothing."""
+"""Validation, test and prediction: the policy's responses are judged, and nothing is learned."""
 
 import re
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _NAME = re.compile(r"val-(\d+)\.json")
 
 
 class Evaluation:
-    """Every question of an epoch with its scores; mean@k and maj@k are logged.
+    """Collects the scores of an epoch's questions, and logs mean@k and maj@k.
 
     Args:
         collector: samples and judges.
@@ -35,11 +35,11 @@ class Evaluation:
     def __init__(self, collector: Collector) -> None:
         self.collector = collector
         self.result = Result(about={}, questions=())
-        """Of the last evaluation that was gone through: all ranks' questions, in order."""
+        """The last whole evaluation: all ranks' questions, in order."""
         self._own: list[Question] = []
 
     def begin(self) -> None:
-        """An evaluation can be given up as a whole; the ranks meet at its end."""
+        """Begin. A signal makes all ranks drop the whole evaluation; they agree at its end."""
         interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window()
         self._own.clear()
@@ -52,8 +52,8 @@ class Evaluation:
         sampling: Sampling,
         split: Literal["val", "test"],
     ) -> None:
-        """Ask a batch of questions, judge, and show it to callbacks."""
-        if not prompts:  # the last batch of fewer questions than ranks
+        """Sample and judge a batch of questions, and pass it to callbacks."""
+        if not prompts:  # the last batch has fewer questions than there are ranks
             self.collector.rollout.sample_nothing()
             return
         responses = self.collector.sample(module, policy, prompts, sampling)
@@ -62,10 +62,10 @@ class Evaluation:
         show_rollouts(module, judged)
 
     def end(self, module: L.LightningModule, split: Literal["val", "test"]) -> None:
-        """Log the figures of all ranks."""
+        """Log the figures over all ranks' questions."""
         interrupt.meet()
         interrupt.close_window()
-        # Rank r of R has asked questions r, r + R, ...
+        # Rank r of R has questions r, r + R, ...
         rounds = zip_longest(*all_gather([self._own]))
         found = tuple(each for each in chain.from_iterable(rounds) if each is not None)
         known = recorded(module)
@@ -73,7 +73,7 @@ class Evaluation:
         self.result = Result(about=about, questions=found)
         k = about["sampling"]["n"]
         log_figures(module, split, means(found), shown=f"mean@{k}")
-        self.collector.timer.take()  # what evaluation took belongs to no training step
+        self.collector.timer.take()  # the time of an evaluation belongs to no training step
 
     def predict(
         self,
@@ -82,7 +82,7 @@ class Evaluation:
         prompts: Sequence[Prompt],
         sampling: Sampling,
     ) -> list[dict[str, Any]]:
-        """Responses and verdicts, one record per rollout."""
+        """Sample and judge; returns one record per rollout."""
         interrupt.begin_run(AbortVote.of_ranks())
         interrupt.open_window(agreed=False)  # ranks may have different numbers of batches
         responses = self.collector.sample(module, policy, prompts, sampling)
@@ -92,14 +92,14 @@ class Evaluation:
 
 
 class EvaluationFiles(L.Callback):
-    """`evaluations/val-BATCH.json` in the run's folder, after each whole validation of a fit.
+    """Writes `evaluations/val-BATCH.json` in the run's folder after each whole validation of a fit.
 
-    A run that goes on from a checkpoint deletes those of later batches, and in another folder than
-    the checkpoint's it begins with copies of those before; one that starts anew in an old folder
-    sets the old ones aside. What cannot be written (a full disk) is said once.
+    A run that goes on from a checkpoint deletes the files of later batches. In another folder than
+    the checkpoint's it first copies the files of earlier batches. A run that starts anew in an old
+    folder moves the old files aside. If a file cannot be written (a full disk), that is said once.
 
     Args:
-        evaluation: of the module.
+        evaluation: the module's evaluation.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -107,7 +107,7 @@ class EvaluationFiles(L.Callback):
         self._outage = Outage(FOLDER, OSError)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer) / FOLDER  # may ask rank 0: everyone must ask
+        folder = run_folder(trainer) / FOLDER  # may be a collective: all ranks must call it
         if trainer.is_global_zero:
             batches = int(recorded(pl_module).batches)
             self._outage.attempt(partial(_begin, folder, batches, trainer.ckpt_path))
@@ -132,9 +132,10 @@ def _begin(folder: Path, batch: int, checkpoint: str | Path | None) -> None:
 
 
 class GatheredWeights(L.Callback):
-    """Keeps a whole copy of the policy from an evaluation's start to its end, if it is sharded.
+    """Keeps a gathered copy of a sharded policy from an evaluation's start to its end.
 
-    Nothing moves the weights meanwhile, and ranks may then sample different numbers of batches.
+    Weights do not change in an evaluation. With the copy ranks may sample different numbers of
+    batches.
     """
 
     def __init__(self) -> None:
@@ -150,7 +151,7 @@ class GatheredWeights(L.Callback):
         self._gathered.close()
 
     on_test_start = on_predict_start = on_validation_start
-    # Behind a prediction's last batch ranks wait for each other, and some may still sample.
+    # At a prediction's end ranks wait for each other while some still sample, so leave before that.
     on_test_end = on_predict_epoch_end = on_validation_end
 
     def on_exception(
@@ -159,8 +160,8 @@ class GatheredWeights(L.Callback):
         """Pass the exception on to the open context, so that it frees its copy without waiting for
         the other ranks.
         """
-        held = self._gathered.pop_all()
-        held.__exit__(type(exception), exception, exception.__traceback__)
+        contexts = self._gathered.pop_all()
+        contexts.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._gathered.close()

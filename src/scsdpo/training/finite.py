@@ -1,4 +1,4 @@
-"""What is not finite, named for what it is: weights of policy or teacher, logits, gradient."""
+"""Finds what is not finite: weights of the policy or a teacher, logits, or the gradient."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,22 +13,22 @@ from scsdpo.policy.sharding import local
 from scsdpo.types import Responses
 
 LARGEST = 1e15
-"""Of a weight; float32 squares overflow at 2e19, and norms with them."""
+"""Largest sound weight. Squares of float32 overflow at 2e19, and norms with them."""
 _OWNERS = ("policy", "teacher", "reference")
 
 
 def non_finite(named: Iterable[tuple[str, Tensor]]) -> str:
-    """In words, which of the model's weights are no finite numbers below `LARGEST`; '': none.
+    """Say in words which of the model's weights are not finite or above `LARGEST`; '': none.
 
     Args:
-        named: parameters or saved tensors of a `PolicyOptimizer`, by name.
+        named: (name, parameter or saved tensor) of a `PolicyOptimizer`.
     """
     kept = [(n, t) for n, t in named if n.split(".")[0] in _OWNERS and t.is_floating_point()]
     parts = [(name, local(tensor.detach())) for name, tensor in kept]
     weights = [(name, tensor) for name, tensor in parts if tensor.numel()]
     if not weights:
         return ""
-    device = weights[0][1].device  # some may be on the host
+    device = weights[0][1].device  # other tensors may be on the host
     pairs = (torch.stack(tensor.aminmax()).double() for _, tensor in weights)
     extremes = torch.stack([pair.to(device) for pair in pairs])
     sound = (extremes.abs() < LARGEST).all(-1).tolist()
@@ -42,7 +42,7 @@ def non_finite(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def non_finite_anywhere(state: Mapping[str, Tensor]) -> str:
-    """`non_finite` of a state to be saved; where it is in shards all ranks hear the same."""
+    """`non_finite` of a state dict; where its tensors are sharded, all ranks get one answer."""
     fault = non_finite(state.items())
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return fault
@@ -50,36 +50,37 @@ def non_finite_anywhere(state: Mapping[str, Tensor]) -> str:
 
 
 def weight_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """The norm of all of them together; inf or nan where an entry is not finite."""
+    """The norm of all parameters together; inf or nan if an entry is not finite."""
     return float(total_norm(parameters))
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them together, all ranks' shards included."""
+    """The norm of all tensors together, over all ranks' shards."""
     norm = torch.nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def all_zero(tensors: Sequence[Tensor]) -> bool:
-    """Whether every entry on every rank is exactly 0; a norm of 0 may be one that underflowed."""
+    """True if every entry on every rank is exactly 0. A norm of 0 may have underflowed."""
     return not bool(all_max(torch.tensor(float(any(bool(local(t).any()) for t in tensors)))))
 
 
 def check_sampled(responses: Responses, model: nn.Module) -> None:
-    """Stop a run whose policy gave no distribution to draw from.
+    """Stop a run whose policy gives no distribution to draw from.
 
     Args:
-        responses: what was sampled.
-        model: has the policy and its teachers; looked at only then.
+        responses: sampled responses.
+        model: holds policy and teachers, whose weights are searched for faults.
 
     Raises:
-        TrainingStopped: saying whether the weights or the logits are at fault.
+        TrainingStopped: if log-probs are not finite. It says whether weights or logits are at
+            fault.
     """
-    # The policy's own log-probs may be unknown: vLLM gives none of a cut distribution.
+    # `policy_logprobs` may be unknown: vLLM gives none where top-k or top-p cuts the distribution.
     if bool(responses.sampling_logprobs.where(responses.sampled, 0.0).isfinite().all()):
         return
     fault = non_finite(model.named_parameters()) or (
-        "the policy's logits are not finite, though its weights are: they overflow on the way"
+        "the policy's logits are not finite, though its weights are: activations overflow"
     )
     raise TrainingStopped(
         f"nothing can be sampled: {fault}. Go on from an older checkpoint with a lower learning "
@@ -90,12 +91,14 @@ def check_sampled(responses: Responses, model: nn.Module) -> None:
 def not_finite_because(
     outputs: Sequence[LossOutput], figures: dict[str, float], model: nn.Module
 ) -> tuple[str, bool]:
-    """In words, what made a step's loss or gradient non-finite; and whether it is weights.
+    """Say in words what made a step's loss or gradient non-finite, and whether it is the weights.
+
+    A collective.
 
     Args:
-        outputs: of this rank's micro-batches; all ranks ask together.
+        outputs: the kernel's outputs of this rank's micro-batches.
         figures: loss and gradient norm.
-        model: has the policy and its teachers.
+        model: holds policy and teachers.
     """
     if fault := non_finite(model.named_parameters()):
         return fault, True
@@ -105,7 +108,7 @@ def not_finite_because(
             output.objective for output in outputs
         ],
     }
-    # Log-probs first: where they are not finite, neither is what is made of them.
+    # Log-probs come first: where they are not finite, the objective is not either.
     bad = torch.tensor(
         [float(any(not bool(t.isfinite().all()) for t in each)) for each in kinds.values()]
     )
@@ -115,5 +118,5 @@ def not_finite_because(
 
 
 def _owner(name: str) -> str:
-    """policy, teacher or reference; under LoRA their factors lie inside the policy."""
+    """`policy`, `teacher` or `reference`. Under LoRA a teacher's factors lie inside the policy."""
     return next(owner for owner in reversed(_OWNERS) if owner in name.split("."))

@@ -1,4 +1,4 @@
-"""The LightningModule: prompts, rollouts, verdicts, teacher, advantage, weighting, one loss."""
+"""The LightningModule that samples, judges and learns, composed of strategies."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -57,7 +57,12 @@ from scsdpo.training.run_checks import (
 from scsdpo.training.self_check import check_model
 from scsdpo.training.step import Limits, OptimizerSteps, trained_parameters
 from scsdpo.training.strategies import Strategies
-from scsdpo.training.teacher_gain import Shown, Telling, shown_by, told_against_alone
+from scsdpo.training.teacher_gain import (
+    DemonstratingContext,
+    TeacherGain,
+    demonstrating_context,
+    measure_teacher_gain,
+)
 from scsdpo.training.trace import BatchTrace, trace_update
 from scsdpo.training.warmup import Warmup, WarmupStage
 from scsdpo.types import Judged, Moment, Prompt, Responses, Sampling
@@ -68,7 +73,8 @@ from scsdpo.weighting import TokenWeighting, Uniform, UniformTokens, Weighting
 class PolicyOptimizer(L.LightningModule):
     """Self-distillation policy optimization, composed of strategies.
 
-    Each batch of questions is answered, judged, and learned from:
+    For each batch of questions the policy samples responses, verifiers judge them, and the policy
+    learns from them:
 
         responses = rollout.sample(policy, prompts, sampling)
         judged    = judge(responses)
@@ -79,16 +85,17 @@ class PolicyOptimizer(L.LightningModule):
 
     Args:
         policy: the language model that is trained.
-        advantage: what credit each vocabulary entry gets at each position.
-        teacher: what the model would have said had it known more.
+        advantage: the credit of each vocabulary entry at each position.
+        teacher: weights and context of a distribution that knows more.
         weighting: how much each question and rollout counts.
-        rollout: which responses are learned from.
-        selection: which groups of them, and when: `Everything()`, or `InformativePool` (DAPO).
+        rollout: the sampler of responses.
+        selection: which judged groups are learned from, and when: `Everything()`, or
+            `InformativePool` (DAPO).
         token_weighting: how much each token counts.
         reduction: how token losses add up.
         importance: correction for the sampler's distribution.
         reference: a second teacher, for anchors.
-        gap: how far sampler and trainer may disagree.
+        gap: how far the log-probs of sampler and trainer may differ.
         sampling: how training responses are drawn; `n` is the group size G.
         val_sampling: how validation responses are drawn; `n` is k of mean@k and maj@k.
         verification: how responses are judged: processes and deadlines.
@@ -96,11 +103,11 @@ class PolicyOptimizer(L.LightningModule):
         lr_scheduler: stepped once per optimizer step taken; Lightning's `ReduceLROnPlateau`, which
             names its `monitor`, after each validation.
         updates_per_rollout: optimizer steps on one batch of rollouts, split by question.
-        success_threshold: reward from which a rollout counts as a success. Of successes with
-            different rewards the best is shown to teachers.
-        limits: clip of the gradient, budget of a micro-batch, and when to give up.
-        ahead: batches that are drawn before their turn.
-        warmup: supervised steps before, in which the policy learns to use what its teacher is told,
+        success_threshold: a rollout with at least this reward is a success. The success with the
+            highest reward is shown to teachers.
+        limits: clip of the gradient, budget of a micro-batch, and when the run stops in vain.
+        ahead: batches that are sampled before they are learned from.
+        warmup: supervised steps at the start, which teach the policy to use its teacher's prompt,
             and the check that it can.
 
     Raises:
@@ -108,7 +115,7 @@ class PolicyOptimizer(L.LightningModule):
     """
 
     batches: Tensor
-    """Of training questions since the run began; not steps, for a batch may take none."""
+    """Batches of training questions since the run began. A batch may take no optimizer step."""
 
     def __init__(
         self,
@@ -127,7 +134,7 @@ class PolicyOptimizer(L.LightningModule):
         val_sampling: Sampling = Sampling(n=16, temperature=0.6, top_p=0.95),
         verification: Verification = Verification(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
-        # Constant; its one argument is no other schedule's, so that none is kept from it.
+        # Constant. No other schedule has its argument, so that none of them inherits it in YAML.
         lr_scheduler: LRSchedulerCallable = lambda o: torch.optim.lr_scheduler.LinearLR(
             o, start_factor=1.0
         ),
@@ -164,7 +171,7 @@ class PolicyOptimizer(L.LightningModule):
         for slot, each in (("teacher", teacher), ("reference", reference)):
             with blamed_on(f"model.{slot}"):
                 each.check(policy)
-        # A bad setting of these fails here, and not after the weights were loaded.
+        # A wrong argument fails here, before the weights are loaded.
         probe = made("model.optimizer", lambda: optimizer([nn.Parameter(torch.zeros(1))]))
         made("model.lr_scheduler", lambda: lr_scheduler(probe))
         self.steps = OptimizerSteps(
@@ -188,14 +195,14 @@ class PolicyOptimizer(L.LightningModule):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.recorder, self.safe_point = Recorder(), SafePoint()
         self.changed: Sequence[Change] = ()
-        """What the configuration has changed since the checkpoint that will be loaded."""
+        """Changes of the configuration since the checkpoint that will be loaded."""
         self.policy_only = False
-        """Whether a checkpoint is loaded for its policy, and not to go on from it."""
+        """True where a checkpoint is loaded for its policy alone, and training starts anew."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every run plans its memory, shows and keeps what happens, and fails well.
+        """The callbacks of every run, but for those that the trainer has already.
 
-        Here too its loggers lose the right to end it, before they open their files.
+        Loggers are guarded here, before they open their files: a failing one does not end the run.
         """
         self.rollout.check_installed()
         for logger in self.trainer.loggers:
@@ -210,11 +217,11 @@ class PolicyOptimizer(L.LightningModule):
         return [one for one in own if not any(isinstance(each, type(one)) for each in given)]
 
     def setup(self, stage: str) -> None:
-        """Start the processes that judge, which are ready before the weights are.
+        """Check the settings against the data, and start the processes that judge.
 
         Raises:
             ConfigurationError: if the longest prompt leaves the sampler no room for a response, or
-                schedule, validations and monitors do not fit the run.
+                schedule, validations and monitors do not fit the length of the run.
         """
         write_whole_files(self.trainer, resumes=stage == "fit")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -233,7 +240,7 @@ class PolicyOptimizer(L.LightningModule):
         self.collector.verifiers.start()
 
     def configure_model(self) -> None:
-        """Load the weights, the teacher's after the policy's; a second call does nothing."""
+        """Load the policy's weights, then the teachers'; a second call does nothing."""
         if self._configured:
             return
         mesh = flat_mesh(self)
@@ -249,7 +256,12 @@ class PolicyOptimizer(L.LightningModule):
         self._configured = True
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over what is trained, in float32."""
+        """One optimizer and its schedule.
+
+        Raises:
+            ConfigurationError: if a trainable parameter is not float32, or checkpoints cannot hold
+                the optimizer's state.
+        """
         parameters = trained_parameters(self.policy)
         wrong = {p.dtype for p in parameters} - {torch.float32, torch.float64}
         if wrong:
@@ -271,7 +283,7 @@ class PolicyOptimizer(L.LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        """From here on a signal asks the run to stop, and does not end it."""
+        """From here on a signal stops the run at its next safe point. Check the model."""
         interrupt.begin_run(AbortVote.of_ranks())
         teachers = {"teacher": self.teacher, "reference": self.reference}
         check_model(self, self.policy, teachers, self.rollout, self.sampling, self.steps.gap)
@@ -282,11 +294,11 @@ class PolicyOptimizer(L.LightningModule):
         self.safe_point.keep(self)
 
     def on_train_batch_start(self, prompts: Sequence[Prompt], batch_idx: int) -> None:
-        """Refuse a batch that cannot be learned from; one that can may be given up until a step.
+        """Check the batch. A signal that comes before its first step makes the run drop it.
 
         Raises:
-            ConfigurationError: if it has fewer questions than optimizer steps.
-            TrainingStopped: if the schedule of the learning rate has failed.
+            ConfigurationError: if the batch has fewer questions than optimizer steps.
+            TrainingStopped: if the learning rate's schedule has failed.
         """
         count_batches(self.trainer)
         if len(prompts) < self.updates_per_rollout:
@@ -315,64 +327,73 @@ class PolicyOptimizer(L.LightningModule):
         log_figures(self, "train", phase_metrics(self.timer, self.device))
 
     def _warms_up(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether the batch was one of the warm-up; before the first other one, whether the policy
-        can use what its teacher is told.
+        """Take a step of the warm-up, if that is not over; True if it did.
+
+        Before the first batch behind the warm-up `TeacherCheck` judges the gain that the policy has
+        from its teacher's context.
         """
-        telling: Telling | None = None
+        gain: TeacherGain | None = None
         if self.warmup is not None and not self.warmup.over:
-            shown, count = self.warmup.context, self.warmup.settings.questions
-            if self.warmup.goes_on(self, partial(self._told, shown, count, prompts)):
+            context, count = self.warmup.context, self.warmup.settings.questions
+            if self.warmup.goes_on(self, partial(self._measure_gain, context, count, prompts)):
                 self.warmup.step(self, prompts)
                 log_figures(self, "train", phase_metrics(self.timer, self.device))
                 return True
-            telling = self.warmup.last
+            gain = self.warmup.last
         elif int(self.batches) == 1:
-            telling = self._teacher_gain(prompts)
-        if telling is not None and self._taught_alone():
-            self.teacher_check.judge(telling)
+            gain = self._gain_before_training(prompts)
+        if gain is not None and self._learns_from_itself_alone():
+            self.teacher_check.judge(gain)
         return False
 
-    def _taught_alone(self) -> bool:
-        """Whether all credit is the teacher's, whose weights are the policy's."""
+    def _learns_from_itself_alone(self) -> bool:
+        """True if all credit comes from a teacher that has the policy's own weights."""
         own = self.teacher.exists and not isinstance(self.teacher, External)
         return own and self.advantage.needs_teacher and not self.advantage.needs_group
 
-    def _teacher_gain(self, prompts: Sequence[Prompt]) -> Telling | None:
-        """Told against alone, if that matters and the run is long enough for it."""
-        shown = shown_by(self.teacher.context)
-        if shown is None or not self._taught_alone() or self.policy.name_or_path == "tiny":
+    def _gain_before_training(self, prompts: Sequence[Prompt]) -> TeacherGain | None:
+        """The teacher's gain; None if it does not matter, or the run is too short to measure it."""
+        context = demonstrating_context(self.teacher.context)
+        own = self._learns_from_itself_alone()
+        if context is None or not own or self.policy.name_or_path == "tiny":
             return None
         batches = self.trainer.estimated_stepping_batches / self.updates_per_rollout
         planned = batches * len(prompts) * rank_and_size()[1]
-        if not (count := self.teacher_check.affordable(planned, shown)):
+        if not (count := self.teacher_check.affordable(planned, context)):
             return None
-        return self._told(shown, count, prompts, "check", "before the first step")
+        return self._measure_gain(context, count, prompts, "check", "before the first step")
 
-    def _told(
-        self, shown: Shown, count: int, prompts: Sequence[Prompt], name: str, said: str
-    ) -> Telling:
-        """Told against alone on training questions, logged and said.
+    def _measure_gain(
+        self,
+        context: DemonstratingContext,
+        count: int,
+        prompts: Sequence[Prompt],
+        name: str,
+        when: str,
+    ) -> TeacherGain:
+        """Measure the teacher's gain on training questions, log it and print it.
 
         Args:
-            shown: tells it.
-            count: of questions, over all ranks.
-            prompts: of the batch.
-            name: of this asking; what stands before a slash is the prefix of its figures.
-            said: when it is.
+            context: shows a demonstration.
+            count: number of questions, over all ranks.
+            prompts: the batch's questions.
+            name: name of this measurement; the part before a slash is the prefix of its figures.
+            when: when it is made, in words.
         """
         room = self.collector.prompt_room(self.sampling)
-        telling = told_against_alone(self, shown, self._asked(count, prompts), name, room)
-        self.timer.take()  # what measuring took belongs to no step
-        log_figures(self, name.partition("/")[0], telling.figures())
-        rank_zero_info(f"{said}: {telling}")
-        return telling
+        asked = self._questions_to_measure(count, prompts)
+        gain = measure_teacher_gain(self, context, asked, name, room)
+        self.timer.take()  # the time of this measurement belongs to no step
+        log_figures(self, name.partition("/")[0], gain.figures())
+        rank_zero_info(f"{when}: {gain}")
+        return gain
 
-    def _asked(self, count: int, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Training questions of this rank to measure, the same ones each time.
+    def _questions_to_measure(self, count: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The training questions that this rank measures, the same ones each time.
 
         Args:
-            count: at least one a rank.
-            prompts: of the batch, which are asked where the data are not a `TaskDataModule`'s.
+            count: number of questions over all ranks; each rank has at least one.
+            prompts: the batch's questions, which are used if the data are not a `TaskDataModule`'s.
         """
         rank, ranks = rank_and_size()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -389,7 +410,7 @@ class PolicyOptimizer(L.LightningModule):
         self.safe_point.keep(self)
 
     def drawn(self, prompts: Sequence[Prompt]) -> Responses:
-        """Responses to the batch whose turn it is, drawn now or before."""
+        """Responses to the questions of this batch, sampled now or ahead."""
         if not self.ahead.batches:
             return self.sample(prompts, self.sampling.at(int(self.batches)))
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -399,27 +420,27 @@ class PolicyOptimizer(L.LightningModule):
         return due.to(self.device)
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
-        """Ask the policy as it is now, and wait for its responses only if that must be."""
+        """Ask for responses of the present policy; wait only where they cannot be drawn beside."""
         within = self.ahead.within_responses
         return self.collector.begin(self, self.policy, prompts, sampling, within=within)
 
     def finish(self, drawing: Drawing) -> Responses:
-        """The responses that were asked for."""
+        """Wait for the responses that `begin` asked for."""
         return self.collector.finish(self, drawing)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        """Responses of the policy as it is now."""
+        """Sample responses of the present policy."""
         return self.collector.sample(self, self.policy, prompts, sampling)
 
     def judge(self, responses: Responses) -> Judged:
-        """Verdicts of each prompt's verifier; those that failed are logged."""
+        """Verdicts by each prompt's verifier; failures of verifiers are logged."""
         return self.collector.judge(responses, "train")
 
     def prepare(self, judged: Judged) -> Batch:
-        """Contexts, weights and plan: everything before the first forward. Changes nothing."""
+        """Make contexts, weights and plan: everything before the first forward. Changes nothing."""
         contexts = contexts_of(self.teacher, self.reference, self.policy.chat, judged)
         available = self.teacher.available(contexts).to(judged.rewards.device)
-        old = judged.responses.drawn_at  # of batches that were drawn at once there is none
+        old = judged.responses.drawn_at  # empty where nothing is sampled ahead
         return Batch.of(
             judged,
             self.advantage.planned(judged, available.view_as(judged.successes)),
@@ -431,20 +452,20 @@ class PolicyOptimizer(L.LightningModule):
         )
 
     def observe(self, judged: Judged) -> None:
-        """Let every strategy that remembers see a batch; once a batch."""
+        """Let every stateful strategy observe a batch; called once a batch."""
         for part in self.modules():
             if isinstance(part, Stateful):
                 part.observe(judged)
 
     def trace(self, prompts: Iterable[Prompt], *, observe: Observer = unobserved) -> BatchTrace:
-        """Answer, judge and learn from `prompts`, all but the step: what would each token get?
+        """Sample, judge and compute the loss of one batch, and return the credit of each token.
 
-        Needs no Trainer, takes no step and changes nothing, neither weights nor what strategies
-        remember. With a pool the batch's own informative groups are traced.
+        It needs no Trainer, takes no step and changes neither weights nor stateful strategies. With
+        `InformativePool` the batch's own informative groups are traced.
 
         Args:
             prompts: the questions of one batch, as a data source yields them.
-            observe: sees each block of tokens with its credit over the whole vocabulary.
+            observe: is called with each block of tokens and its credit over the whole vocabulary.
 
         Returns:
             Rollouts, verdicts, contexts, weights, and tables [Q, G, L] of each token's credit.
@@ -459,13 +480,13 @@ class PolicyOptimizer(L.LightningModule):
         return trace_update(update, self.policy, batch, max_tokens=budget, observe=observe)
 
     def on_train_end(self) -> None:
-        """Say which limit ended the run."""
+        """Print which limit ended the run."""
         say_what_ended(self.trainer, self)
 
     # ---------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the questions of the last evaluation."""
+        """Begin a new evaluation."""
         self.evaluation.begin()
 
     on_test_epoch_start = on_validation_epoch_start
@@ -483,7 +504,7 @@ class PolicyOptimizer(L.LightningModule):
                 self.steps.after_validation(self)
 
     def on_validation_end(self) -> None:
-        """The state after the last finished batch has its figures now."""
+        """Keep the state again: it has this validation's figures now."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.safe_point.keep(self)
 
@@ -496,22 +517,22 @@ class PolicyOptimizer(L.LightningModule):
         self.evaluation.end(self, "test")
 
     def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
-        """Responses and verdicts, one record per rollout."""
+        """Sample with `val_sampling` and judge; returns one record per rollout."""
         return self.evaluation.predict(self, self.policy, prompts, self.val_sampling)
 
     def teardown(self, stage: str) -> None:
-        """Let the rollout's engine go, and the processes that judge."""
+        """Close the rollout's engine and the processes that judge."""
         self.collector.close()
 
     # --------------------------------------------------- records and checkpoints
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, and the name is kept for records."""
+        """Log as Lightning does, and keep the name for the run's records."""
         super().log(name, value, *args, **kwargs)
         self.recorder.note(name)
 
     def described(self) -> dict[str, Any]:
-        """The policy, and how it is asked and judged: what stands beside an evaluation."""
+        """Policy, sampling and success threshold, which are written beside each evaluation."""
         return {
             "policy": self.policy.name_or_path,
             "sampling": asdict(self.val_sampling),
@@ -519,10 +540,10 @@ class PolicyOptimizer(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a state that must not take a good one's place.
+        """Add the state that Lightning does not save; refuse to save a broken one.
 
         Raises:
-            TrainingStopped: if weights are not finite, or a step was broken off.
+            TrainingStopped: if weights are not finite, or a step was interrupted halfway.
         """
         fault = non_finite_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
@@ -539,14 +560,21 @@ class PolicyOptimizer(L.LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse one of another model, and of another method unless that change was said."""
+        """Load the state that Lightning does not, and check that the checkpoint fits.
+
+        Raises:
+            ConfigurationError: if it is of another model, or of another method and the change was
+                not confirmed.
+        """
         self.configure_model()
         other = self.policy_only or any(change.of_memory for change in self.changed)
         fit_weights(checkpoint["state_dict"], self.state_dict(), policy_only=other)
         if self.policy_only:
             return
         self.safe_point.validated = checkpoint.get("validated", -1)
-        if "ahead" in checkpoint:  # also where nothing is drawn ahead any more: pools have ages
+        if (
+            "ahead" in checkpoint
+        ):  # also where nothing is sampled ahead now: pooled tokens have ages
             self.drawn_ahead.load(checkpoint["ahead"])
 
         def renewed() -> tuple[torch.optim.Optimizer, Any]:

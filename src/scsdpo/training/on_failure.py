@@ -1,4 +1,4 @@
-"""What happens when a run fails: other ranks are told, and one that was lost is named."""
+"""Tells the other ranks when a run fails, and names a rank that was lost."""
 
 from pathlib import Path
 
@@ -11,24 +11,24 @@ from scsdpo.training.finite import non_finite
 from scsdpo.training.rank_watch import RankWatch, broke_off
 
 _NEWS = 10.0
-"""Seconds in which a failed collective is explained by the news that a rank is gone."""
+"""Seconds to wait, after a collective has failed, for the news that a rank is gone."""
 
 
 class OnFailure(L.Callback):
-    """Tell the other ranks, and learn which one was lost; refuse non-finite weights at the start.
+    """Tells the other ranks of a failure, and learns which rank was lost.
 
-    That the state is saved is `Checkpoint`'s.
+    It refuses non-finite weights at the start, too. `Checkpoint` saves the state.
     """
 
     def __init__(self) -> None:
         self._watch: RankWatch | None = None
         self.lost: tuple[int, str] | None = None
-        """A rank and what became of it."""
+        """Number of a lost rank, and what became of it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             self._watch = RankWatch(trainer, lambda rank, said: _named(trainer, rank, said))
-            # Behind those that save, which Lightning puts last.
+            # Last of all, behind the callbacks that save, which Lightning puts at the end.
             trainer.callbacks = [*trainer.callbacks, _LastWords(self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,7 +52,7 @@ class OnFailure(L.Callback):
 
 
 class _LastWords(L.Callback):
-    """Names a rank that was lost, and what has been saved since."""
+    """Adds a lost rank's name and the newest checkpoint to the exception."""
 
     def __init__(self, failure: OnFailure) -> None:
         self._failure = failure
@@ -69,7 +69,7 @@ def _named(trainer: L.Trainer, rank: int, said: str) -> str:
 
 
 def newest_checkpoint(trainer: L.Trainer) -> Path | None:
-    """The newest whole checkpoint in the run's folders; found without a collective or a load."""
+    """The newest whole checkpoint in the run's folders, found without a collective or a load."""
     folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoint)]
     return newest_whole(*(Path(folder) for folder in folders if folder is not None))
 

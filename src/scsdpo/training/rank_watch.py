@@ -1,4 +1,4 @@
-"""Knowing that another rank is gone, and ending with its name instead of waiting for it."""
+"""Notices that another rank is gone, and ends this process with its name instead of waiting."""
 
 import os
 import secrets
@@ -16,21 +16,22 @@ from scsdpo.interrupt import RankLost, rank_lost
 from scsdpo.private.lightning import disarm_child_observers
 
 GRACE = 20.0
-"""Seconds that the main thread has to end by itself, by the collective's own error."""
+"""Seconds in which the main thread may end by itself, by the collective's own error."""
 _CONNECT = 60.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""A machine that is gone without a word is noticed after 10 + 4 * 5 s."""
+"""A machine that stops answering is noticed after 10 + 4 * 5 s."""
 
 
 class RankWatch:
-    """A connection between rank 0 and each other rank, which the kernel closes with the process.
+    """TCP connections between rank 0 and each other rank, which the kernel closes with a process.
 
-    A line over it says how a rank ended (`bye`, or `failed` and why); an end without a line is a
-    loss, and rank 0 tells the others. Who is told has `GRACE` seconds, then the process ends.
+    A rank that ends sends one line, `bye` or `failed` and why. A connection that closes without a
+    line means that the rank is lost, and rank 0 tells the others. A rank that learns of a failure
+    or loss has `GRACE` seconds to end by itself; then its process is ended.
 
     Args:
-        trainer: of the run; its strategy spreads the address.
-        report: from (rank, what became of it) to the last words of this process.
+        trainer: the run's Trainer; its strategy broadcasts the address.
+        report: (rank, what became of it) -> the message with which this process ends.
     """
 
     def __init__(self, trainer: L.Trainer, report: Callable[[int, str], str]) -> None:
@@ -42,8 +43,8 @@ class RankWatch:
             self._peers = _connections(trainer)
         except OSError as error:  # a firewall, say
             warnings.warn(
-                f"rank {self.rank} cannot watch the others ({first_line(error)}): a lost one is "
-                "noticed when a collective's own deadline is over",
+                f"rank {self.rank} cannot watch the other ranks ({first_line(error)}): a lost rank "
+                "is noticed only after a collective's own timeout",
                 stacklevel=2,
             )
         os.register_at_fork(after_in_child=self._close)
@@ -51,12 +52,12 @@ class RankWatch:
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
     def lost(self, seconds: float) -> tuple[int, str] | None:
-        """Another rank's number and what became of it; waits so long for the news."""
+        """Number of a lost rank and what became of it; waits for so many seconds. None: no news."""
         self._known.wait(seconds)
         return self._lost
 
     def end(self, said: str) -> None:
-        """Tell the others that this rank ends by itself: `bye`, or `failed ...`."""
+        """Tell the other ranks that this one ends by itself: `bye`, or `failed ...`."""
         if not self._ended.is_set():
             self._ended.set()
             self._tell(said)
@@ -65,7 +66,7 @@ class RankWatch:
         for peer in self._peers.values():
             try:
                 peer.sendall(f"{self.rank} {said}\n".encode())
-            except OSError:  # gone too, and `_watch` knows
+            except OSError:  # gone too; `_watch` notices
                 continue
 
     def _watch(self) -> None:
@@ -78,12 +79,12 @@ class RankWatch:
                     selector.unregister(key.fileobj)
 
     def _read(self, rank: int) -> str:
-        """What a peer says once, as `RANK WORDS`; '' if its connection ended instead."""
+        """Read a peer's one line, `RANK WORDS`; '' if its connection closes without one."""
         said = b""
         try:
             while not said.endswith(b"\n") and (part := self._peers[rank].recv(4096)):
                 said += part
-        except OSError:  # reset, or not alive
+        except OSError:  # the connection was reset, or keep-alive failed
             return ""
         return said.decode(errors="replace").strip()
 
@@ -109,26 +110,26 @@ class RankWatch:
                     continue
 
     def _insist(self) -> None:
-        """A thread of its own: end a process whose main thread waits in a collective for ever."""
+        """End a process whose main thread waits in a collective for ever; a thread runs this."""
         if not self._ended.wait(GRACE) and self._lost is not None:
             print(f"scsdpo: error: {self.report(*self._lost)}", file=sys.stderr, flush=True)
             os._exit(3)
 
     def _close(self) -> None:
-        """In a forked child, whose copies would keep the connections open after our end."""
+        """Close a forked child's copies, which would keep the connections open after our end."""
         for peer in self._peers.values():
             peer.close()
 
 
 def broke_off(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when another rank is gone."""
+    """True if a collective failed in the way it does when another rank is gone."""
     words = ("gloo", "NCCL", "onnection", "TCPStore", "Broken pipe", "Socket")
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return told or isinstance(error, RankLost)
 
 
 def _connections(trainer: L.Trainer) -> dict[int, socket.socket]:
-    """By rank: on rank 0 all others, elsewhere rank 0."""
+    """Rank -> connection: on rank 0 to all other ranks, elsewhere to rank 0."""
     rank, ranks = trainer.global_rank, trainer.world_size
     host = "127.0.0.1" if trainer.num_nodes == 1 else os.environ["MASTER_ADDR"]
     if rank == 0:
@@ -152,7 +153,7 @@ def _accepted(server: socket.socket, count: int, token: str) -> dict[int, socket
         peer.settimeout(_CONNECT)
         said = peer.recv(len(token) + 9, socket.MSG_WAITALL).decode(errors="replace")
         came, _, rank = said.partition(" ")
-        if came != token:  # somebody else's
+        if came != token:  # not a rank of this run
             peer.close()
             continue
         peer.settimeout(None)

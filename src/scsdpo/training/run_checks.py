@@ -1,6 +1,6 @@
-"""What of a run's settings cannot work, said before any weight is loaded.
+"""Finds settings of a run that cannot work, before any weight is loaded.
 
-Lightning and torch take most of it, and fail at the first step, validation or end of an epoch.
+Lightning and torch accept most of them, and fail at the first step, validation or end of an epoch.
 """
 
 import difflib
@@ -41,7 +41,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as PlateauWithoutMonitor
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError, first_line
-from scsdpo.metrics.training import PHASES, SHOWN_TURNS
+from scsdpo.metrics import MODEL_PHASES, PHASES, SHOWN_TURNS
 from scsdpo.policy import Unquantized
 from scsdpo.policy.quantization import IN_SHARDS
 
@@ -52,10 +52,10 @@ _NEED_AUTOMATIC = (
     *(BackboneFinetuning, BaseFinetuning, BatchSizeFinder, GradientAccumulationScheduler),
     *(LearningRateFinder, ModelPruning, SpikeDetection, StochasticWeightAveraging),
 )
-"""They rely on Lightning's automatic optimization, or on a loss that `training_step` returns."""
+"""Callbacks that need Lightning's automatic optimization, or the loss from `training_step`."""
 _NEED_LOGGER = (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor)
 _OURS = ("scsdpo.", "lightning.", "pytorch_lightning.")
-"""Packages whose modules and callbacks log nothing but what is listed here."""
+"""Modules and callbacks of these packages log no other figures than those listed here."""
 _ACCURACY = re.compile(r"(val/(?:(.+)/)?(?:mean|maj))@(\d+)")
 _TRAIN = (
     *("pass_rate", "solve_none", "solve_all", "informative", "medium", "central", "reward"),
@@ -65,20 +65,20 @@ _TRAIN = (
     *("logprob_drift", "importance_ess", "ratio_ess", "asked_again"),
     *("logprob_gap_share", "trained_rollouts", "trained_tokens", "skipped", "memory"),
     *(f"seconds/{phase}" for phase in PHASES),
-    *(f"tokens/{phase}" for phase in ("rollout", "teacher", "student")),
+    *(f"tokens/{phase}" for phase in MODEL_PHASES),
     *("turns", "calls", "failed_calls", "observation_tokens", "out_of_turns", "out_of_time"),
     *(f"turn_{k}/{what}" for k in range(1, SHOWN_TURNS + 1) for what in ("reward", "length")),
 )
-"""Of a training step, beside the mean objective under its name."""
+"""Figures of a training step, without the mean objective, which has a name of its own."""
 _MOST_STEPS = 100_000
-"""Of a longer schedule that are tried."""
+"""Steps of a schedule that are tried, at most."""
 
 
 def check_settings(trainer: L.Trainer, module: Any) -> None:
-    """Check what can be known without the data.
+    """Check the settings that do not depend on the data.
 
     Args:
-        trainer: with its callbacks.
+        trainer: the Trainer, with its callbacks.
         module: the `PolicyOptimizer`.
 
     Raises:
@@ -101,7 +101,7 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
         ),
     ):
         if given != usual:
-            raise ConfigurationError(f"trainer.{key}: {given} is not used here; {remedy}")
+            raise ConfigurationError(f"trainer.{key}: {given} would have no effect; {remedy}")
     if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
         raise ConfigurationError(
             f"trainer.check_val_every_n_epoch: must be >= 1, got {trainer.check_val_every_n_epoch};"
@@ -113,8 +113,8 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
         )
     if trainer.precision not in _PRECISIONS:
         raise ConfigurationError(
-            f"trainer.precision: must be {' or '.join(_PRECISIONS)}, got {trainer.precision}: what "
-            "is trained is kept in float32, and log-probs are computed in it"
+            f"trainer.precision: must be {' or '.join(_PRECISIONS)}, got {trainer.precision}: "
+            "trainable weights are kept in float32, and log-probs are computed in it"
         )
     strategy = trainer.strategy
     check_strategy(type(strategy))
@@ -127,12 +127,12 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
         name = type(callback).__name__
         if isinstance(callback, _NEED_AUTOMATIC):
             raise ConfigurationError(
-                f"trainer.callbacks: {name} needs Lightning's automatic optimization, and here the "
-                "optimizer is stepped by hand: leave it out"
+                f"trainer.callbacks: {name} needs Lightning's automatic optimization, but scsdpo "
+                "uses manual optimization: remove it"
             )
         if isinstance(callback, _NEED_LOGGER) and not trainer.loggers:
             raise ConfigurationError(
-                f"trainer.callbacks: {name} needs a logger: set trainer.logger, or leave it out"
+                f"trainer.callbacks: {name} needs a logger: set trainer.logger, or remove it"
             )
     _try_optimizer(module, trainer.strategy.root_device)
     for key, metric in _monitors(trainer, module):
@@ -153,10 +153,10 @@ def check_strategy(kind: type) -> None:
 
 
 def check_course(trainer: L.Trainer, module: Any) -> None:
-    """Check schedule, validations and monitors against the length of the run; say what ends it.
+    """Check schedule, validations and monitors against the length of the run.
 
     Args:
-        trainer: whose data are set up.
+        trainer: the Trainer, whose data are set up.
         module: the `PolicyOptimizer`.
 
     Raises:
@@ -170,7 +170,9 @@ def check_course(trainer: L.Trainer, module: Any) -> None:
     if not isinstance(loaders, list):
         _limited("val", len(loaders), trainer.limit_val_batches)
     _check_interval(trainer, epoch)
-    batches = _epochs(trainer) * epoch if epoch else 0.0
+    most: int | None = trainer.fit_loop.max_epochs  # -1, or None: no such limit
+    epochs = math.inf if most is None or most < 0 else most
+    batches = epochs * epoch if epoch else 0.0
     steps = batches * module.updates_per_rollout
     if trainer.max_steps >= 0:
         _say_unreached(trainer, module, epoch, batches)
@@ -178,29 +180,30 @@ def check_course(trainer: L.Trainer, module: Any) -> None:
     _try_schedule(module, steps)
     if epoch and _validates(trainer):
         first = _first_validation(trainer, epoch)
-        # A step is not taken where a batch teaches nothing, and then more are asked for.
+        # A batch with nothing to learn from takes no step, and then the run needs more batches.
         last = min(batches, steps / module.updates_per_rollout)
         if first > last:
             rank_zero_info(
-                f"no validation takes place: the first is due after batch {first:g}, and the run "
+                f"there will be no validation: the first is due after batch {first:g}, but the run "
                 f"ends after {math.ceil(last)}; lower trainer.val_check_interval or "
                 "check_val_every_n_epoch"
             )
-    known = {prompt.category for prompt in _val_prompts(data)}
+    parts: Any = data.val_set.datasets if data.val_set else []
+    known = {part.prompts[index].category for part in parts for index in part.kept}
     for key, metric in _monitors(trainer, module):
         found = _ACCURACY.fullmatch(metric)
         if found and found[2] and found[2] not in known and not _foreign(trainer, module):
             raise ConfigurationError(
-                f"{key}: nothing logs {metric}, for no validation question is of category "
+                f"{key}: {metric} is never logged, because no validation question is of category "
                 f"{found[2]!r} (categories: {', '.join(sorted(known - {''})) or 'none'})"
             )
     for callback in _callbacks(trainer):
         if isinstance(callback, EarlyStopping):
-            callback.strict = False  # it is known to come, if not at the first look
+            callback.strict = False  # the metric will come, though perhaps not at the first look
 
 
 def say_what_ended(trainer: L.Trainer, module: Any) -> None:
-    """Name the limit that ended a run, and those that it did not reach."""
+    """Print the limit that ended a run, and the limits that it did not reach."""
     steps, batches = trainer.global_step, int(module.batches)
     progress: Any = trainer.fit_loop.epoch_progress.current
     # Lightning counts an epoch that a limit cut short.
@@ -213,56 +216,56 @@ def say_what_ended(trainer: L.Trainer, module: Any) -> None:
         "max_epochs": (trainer.max_epochs, epochs),
     }
     # -1, or None: no such limit.
-    set_ = {name: pair for name, pair in limits.items() if pair[0] is not None and pair[0] >= 0}
-    reached = [f"trainer.{name}: {most}" for name, (most, now) in set_.items() if now >= most]
+    finite = {name: pair for name, pair in limits.items() if pair[0] is not None and pair[0] >= 0}
+    reached = [f"trainer.{name}: {most}" for name, (most, now) in finite.items() if now >= most]
     if not reached and trainer.should_stop:
         timed = any(isinstance(c, Timer) for c in _callbacks(trainer))
         reached = ["trainer.max_time" if timed else "trainer.should_stop, which a callback has set"]
         if said:
             reached = ["EarlyStopping: " + " ".join(said[0].split())]
-    missed = [f"trainer.{name}: {most}" for name, (most, now) in set_.items() if now < most]
+    missed = [f"trainer.{name}: {most}" for name, (most, now) in finite.items() if now < most]
     if not reached:
         return
     rest = f" ({' and '.join(missed)} not reached)" if missed else ""
     if 0 <= trainer.max_steps < steps:
         rest += "; a batch's steps are all taken"
     rank_zero_info(
-        f"ended by {' and '.join(reached)}, after {_of(batches, 'batch')} and "
-        f"{_of(steps, 'optimizer step')}{rest}"
+        f"ended by {' and '.join(reached)}, after {_counted(batches, 'batch')} and "
+        f"{_counted(steps, 'optimizer step')}{rest}"
     )
 
 
 def _say_unreached(trainer: L.Trainer, module: Any, epoch: int, batches: float) -> None:
-    """Of two limits the later one is of no effect; said where the user may have meant it."""
+    """Print that `max_epochs` ends the run before `max_steps`, where both are set."""
     most = batches * module.updates_per_rollout
     if not 0 < most < trainer.max_steps:
         return
     times = trainer.fit_loop.max_epochs
     rank_zero_info(
-        f"the run ends by trainer.max_epochs: {times}, after {_of(int(batches), 'batch')} ({epoch} "
-        f"an epoch) and at most {_of(int(most), 'optimizer step')}; trainer.max_steps: "
-        f"{trainer.max_steps} is not reached: set trainer.max_epochs: -1 for it to count alone"
+        f"trainer.max_epochs: {times} ends the run after {_counted(int(batches), 'batch')} "
+        f"({epoch} per epoch) and at most {_counted(int(most), 'optimizer step')}, before "
+        f"trainer.max_steps: {trainer.max_steps}; set trainer.max_epochs: -1 if max_steps alone "
+        "shall end it"
     )
 
 
-def _of(number: int, what: str) -> str:
+def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
 
 
-def _epochs(trainer: L.Trainer) -> float:
-    most = trainer.fit_loop.max_epochs
-    return math.inf if most is None or most < 0 else most
-
-
 def _limited(split: str, batches: int, limit: int | float) -> int:
-    """Batches of an epoch; a share of them must be one at least."""
+    """Number of an epoch's batches under `trainer.limit_SPLIT_batches`.
+
+    Raises:
+        ConfigurationError: if the limit is a share that is less than one batch.
+    """
     if isinstance(limit, int):
         return min(batches, limit)
     left = int(batches * limit)
     if batches and limit and not left:
         raise ConfigurationError(
-            f"trainer.limit_{split}_batches: {limit:g} of {_of(batches, 'batch')} is less than one "
-            f"batch: give at least {1 / batches:.3g}, or the number of batches, as an integer"
+            f"trainer.limit_{split}_batches: {limit:g} of {_counted(batches, 'batch')} is less "
+            f"than one batch: give at least {1 / batches:.3g}, or a whole number of batches"
         )
     return left
 
@@ -273,14 +276,14 @@ def _check_interval(trainer: L.Trainer, epoch: int) -> None:
         return
     if every > epoch and trainer.limit_val_batches > 0:
         raise ConfigurationError(
-            f"trainer.val_check_interval: every {every} batches, and an epoch has {epoch}: set "
-            "trainer.check_val_every_n_epoch: null, by which batches are counted over epochs, or "
+            f"trainer.val_check_interval: is {every} batches, but an epoch has {epoch}: set "
+            "trainer.check_val_every_n_epoch: null, which counts batches over epochs, or "
             f"trainer.val_check_interval to {epoch} or less"
         )
 
 
 def _validates(trainer: L.Trainer) -> bool:
-    """Whether validation can take place at all."""
+    """True if there are validation questions and `limit_val_batches` allows some."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return trainer.limit_val_batches > 0 and bool(
         data.val_sources if isinstance(data, TaskDataModule) else True
@@ -288,26 +291,21 @@ def _validates(trainer: L.Trainer) -> bool:
 
 
 def _first_validation(trainer: L.Trainer, epoch: int) -> float:
-    """The batch that it is due after; inf: by the clock, or not known."""
+    """Number of batches before the first validation; 0 where an interval of time is given."""
     every: Any = trainer.val_check_interval
     if not isinstance(every, int | float):
-        return 0.0  # by the clock
+        return 0.0
     if trainer.check_val_every_n_epoch is None:
         return every
     within = every if isinstance(every, int) else max(int(epoch * every), 1)
     return (trainer.check_val_every_n_epoch - 1) * epoch + within
 
 
-def _val_prompts(data: TaskDataModule) -> Iterator[Any]:
-    parts: Any = data.val_set.datasets if data.val_set else []
-    return (part.prompts[index] for part in parts for index in part.kept)
-
-
 # --------------------------------------------------------------------- optimizer and schedule
 
 
 def made(key: str, make: Callable[[], T]) -> T:
-    """What a factory of the configuration makes; whatever it raises is blamed on `key`."""
+    """Call a factory of the configuration; an exception becomes an error that names `key`."""
     try:
         return make()
     except ConfigurationError:
@@ -317,7 +315,7 @@ def made(key: str, make: Callable[[], T]) -> T:
 
 
 def _try_optimizer(module: Any, device: torch.device) -> None:
-    """A step of it on a small matrix."""
+    """Take a step of the configured optimizer on a small matrix."""
     weight = nn.Parameter(torch.zeros(2, 2, device=device))
     optimizer = module.optimizer([weight])
     weight.grad = torch.ones_like(weight)
@@ -331,7 +329,7 @@ def _try_optimizer(module: Any, device: torch.device) -> None:
 
 
 def is_plateau(schedule: object) -> bool:
-    """Whether it is stepped with a figure, after validations."""
+    """True if the schedule is stepped with a figure, after validations."""
     return isinstance(schedule, PlateauWithoutMonitor)
 
 
@@ -339,24 +337,28 @@ def make_schedule(module: Any, optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate's schedule.
 
     Raises:
-        ConfigurationError: if it waits for a figure, and does not say which.
+        ConfigurationError: if it needs a figure and does not name one.
     """
     schedule = module.lr_scheduler(optimizer)
     if is_plateau(schedule) and not isinstance(schedule, ReduceLROnPlateau):
         raise ConfigurationError(
-            "model.lr_scheduler: ReduceLROnPlateau waits for a figure, and torch's does not say "
-            "which: write lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: "
+            "model.lr_scheduler: torch's ReduceLROnPlateau does not name the figure that it "
+            "watches: write lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: "
             f"val/mean@{module.val_sampling.n}, mode: max}}"
         )
     return schedule
 
 
 def _try_schedule(module: Any, steps: float) -> None:
-    """Go through the whole run with it."""
+    """Step the schedule through the whole run, at most `_MOST_STEPS` steps.
+
+    Raises:
+        ConfigurationError: if a step fails, or the learning rate becomes negative or non-finite.
+    """
     optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])
     schedule = make_schedule(module, optimizer)
-    if is_plateau(schedule):
-        return  # no step can fail
+    if is_plateau(schedule):  # its steps cannot fail
+        return
     name = f"model.lr_scheduler: {type(schedule).__name__}"
     whole = f"the run's {steps:g}" if steps < math.inf else "a run without an end"
     with warnings.catch_warnings():
@@ -366,8 +368,8 @@ def _try_schedule(module: Any, steps: float) -> None:
                 schedule.step()
             except Exception as error:
                 raise ConfigurationError(
-                    f"{name} fails at optimizer step {step} of {whole}: {first_line(error)}; let "
-                    "its arguments cover the run, or shorten the run (trainer.max_steps)"
+                    f"{name} fails at optimizer step {step} of {whole}: {first_line(error)}; "
+                    "choose arguments for so many steps, or shorten the run (trainer.max_steps)"
                 ) from error
             for rate in (group["lr"] for group in optimizer.param_groups):
                 if not 0 <= float(rate) < math.inf:
@@ -385,7 +387,7 @@ def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def _monitors(trainer: L.Trainer, module: Any) -> Iterator[tuple[str, str]]:
-    """Key and metric of whatever waits for one."""
+    """(key, metric) of each callback and schedule that monitors a metric."""
     for callback in _callbacks(trainer):
         if isinstance(callback, Checkpoint) and callback.monitor is not None:
             yield "checkpoint.monitor", callback.monitor
@@ -397,7 +399,7 @@ def _monitors(trainer: L.Trainer, module: Any) -> Iterator[tuple[str, str]]:
 
 
 def _foreign(trainer: L.Trainer, module: Any) -> bool:
-    """Whether a class of the user's may log what is not known here."""
+    """True if a class of the user's may log figures that are not listed here."""
     parts = [module, *_callbacks(trainer)]
     return any(not f"{type(part).__module__}.".startswith(_OURS) for part in parts)
 
@@ -409,18 +411,18 @@ def _check_name(key: str, metric: str, trainer: L.Trainer, module: Any) -> None:
     if accuracy and int(accuracy[3]) == k:
         if not _validates(trainer):
             raise ConfigurationError(
-                f"{key}: {metric} comes of validation, and there is none: set data.val and "
+                f"{key}: {metric} is logged by validation, but there is none: set data.val and "
                 "trainer.limit_val_batches, or monitor a figure of training such as train/reward"
             )
         return
     if accuracy:
         raise ConfigurationError(
-            f"{key}: nothing logs {metric}, for model.val_sampling.n is {k}; did you mean "
+            f"{key}: {metric} is never logged, because model.val_sampling.n is {k}; did you mean "
             f"{accuracy[1]}@{k}?"
         )
     if metric in known or _foreign(trainer, module):
         return
     close = difflib.get_close_matches(metric, [*known, f"val/mean@{k}", f"val/maj@{k}"], n=1)
     raise ConfigurationError(
-        f"{key}: nothing logs {metric}; did you mean {close[0] if close else f'val/mean@{k}'}?"
+        f"{key}: {metric} is never logged; did you mean {close[0] if close else f'val/mean@{k}'}?"
     )

@@ -1,21 +1,21 @@
-"""Before the first step: what rows that share a forward say is what each says alone.
+"""Checks, before the first step, that rows which share a forward compute what each does alone.
 
-The packed path is right for layers that mix tokens by attention alone. Others read their
-neighbours, and nothing fails. So a few made-up rows run by the path that the run will take:
+The packed path is right for layers that mix tokens by attention alone. Other layers would read
+across rows without any error. So a few made-up rows run on the path that the run will take:
 
-1. Rows do not read each other. The tokens of one row change, all shapes stay: no other row may
-   move, but for rounding where experts sort tokens by what they are.
-2. Rows are those of plain transformers. Each runs alone too, forward and backward, and the
-   difference of hidden states and gradients is within rounding; so positions are right, and what a
-   prompt hands on to its responses is whole.
-3. A row does not see its own future, and the head is all that makes logits of hidden states.
-4. The sampler draws tokens with the log-probabilities that the trainer says of them, if it is an
-   engine that can be asked (`Rollout.can_be_asked`).
+1. Rows do not read each other. The tokens of one row are changed, all shapes stay the same, and no
+   other row may change, but for rounding where experts group tokens by their values.
+2. Rows are those of plain transformers. Each row also runs alone, forward and backward, and hidden
+   states and gradients must agree within rounding. So positions are right, and responses read the
+   whole prompt that they share.
+3. A row does not see its own future, and logits are the head's product with hidden states.
+4. The sampler's log-probs are those of the trainer, if it is an engine that can be asked
+   (`Rollout.can_be_asked`).
 
-Where the packed path fails, rows run apart; where that fails too, one at a time; and where a row
-alone is wrong, the model is refused. What would not be over in time, by how long the last forwards
-took, is left out; but what a sampler's engine takes to start and to get the weights is not counted,
-for the run's first batch would wait for it too.
+If the packed path fails, rows run padded; if that fails too, one at a time; and if a row alone is
+wrong, the model is refused. A check that would take too long, judged by the time of the last
+forwards, is left out. The time in which a sampler's engine starts and gets the weights does not
+count, since the run's first batch would wait for it too.
 """
 
 import json
@@ -45,78 +45,82 @@ from scsdpo.policy.tree import SHORTEST_SHARED
 from scsdpo.records import Outage, run_folder
 from scsdpo.rollout import HFRollout, Rollout
 from scsdpo.teacher import Teacher
-from scsdpo.training.budget import OutOfMemory, is_out_of_memory, noticed
+from scsdpo.training.budget import OutOfMemory, as_out_of_memory, is_out_of_memory
 from scsdpo.training.step import without_all_reduce
 from scsdpo.types import Prompt, Responses, Sampling
 from scsdpo.verifiers import ExactMatch
 
 NAME = "self_check.json"
 SECONDS = 10.0
-"""What is not expected to be over by nine tenths of this time is left out, and said."""
+"""A check that is not expected to end within nine tenths of this time is left out, and named."""
 NOTHING, EXPERTS = 0.0, 1e-6
-"""How far other rows may move, relative to a hidden state's root mean square in float32."""
+"""Largest change of other rows, relative to the root mean square of a hidden state, in float32:
+without experts, and with experts."""
 EXACT, ROUNDED = 1e-3, 0.15
-"""How far hidden states and gradients may be from those of each row alone, relative to their
-norm: weights in float32, and in bfloat16."""
+"""Largest difference of hidden states and gradients from those of each row alone, relative to their
+norm: for weights in float32, and in bfloat16."""
 GAP, ROUNDED_GAP = 1e-3, 0.2
-"""Mean |log-prob of the trainer - the sampler's|, in nats, for the same two, by `HFRollout`."""
+"""Largest mean |log-prob of the trainer - log-prob of `HFRollout`|, in nats: for weights in
+float32, and in bfloat16."""
 _BACKWARD = 3
-"""Forwards that a backward takes as long as, at most."""
+"""Time of a backward, in forwards, at most."""
 _DRAWN = 4
-"""Tokens of a drawn response."""
+"""Tokens per sampled response."""
 _KEPT = 2**22
-"""Entries of gradients that are compared."""
+"""Number of gradient entries that are compared, at most."""
 _HUGE = 10**6
+"""A budget of tokens that holds all rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one set of weights said by one path. All differences are relative and >= 0."""
+class PathResult:
+    """Result of checking one set of weights on one path. All differences are relative and >= 0."""
 
     weights: str
     """`student`, `teacher`, `reference`."""
     path: str
-    """A `RowPath`, or how the sampler ran."""
+    """A `RowPath`, or the path of the sampler."""
     others: float = 0.0
-    """How far the other rows moved."""
+    """Change of the other rows, when one row was changed."""
     apart: float = 0.0
-    """How far hidden states are from those of each row alone; of a sampler, nats."""
+    """Difference of hidden states from those of each row alone; for a sampler, of log-probs in
+    nats."""
     gradient: float = 0.0
-    """The same of gradients; 0 where there are none."""
+    """Difference of gradients from those of each row alone; 0 where none were computed."""
     fault: str = ""
-    """Why it failed; empty: it passed."""
+    """Why the check failed; empty: it passed."""
 
 
-class _Clock:
-    """What is left out because it would be late; all ranks agree."""
+class _Deadline:
+    """Leaves out checks that would take too long; all ranks leave out the same ones."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._forward: dict[str, float] = {}
-        """By weights, seconds of a forward, of those that ran last."""
+        """Set of weights -> seconds per forward, of those that ran last."""
         self.left_out: list[str] = []
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     @contextmanager
-    def of(self, forwards: int, weights: str) -> Iterator[None]:
-        """Inside, so many forwards run."""
+    def timed(self, forwards: int, weights: str) -> Iterator[None]:
+        """Measure the time of the block, in which so many forwards run."""
         start = self.seconds
         yield
         self._forward[weights] = (self.seconds - start) / forwards
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Inside, the time does not count."""
+        """Do not count the time of the block."""
         start = self.seconds
         yield
         self._start += self.seconds - start
 
-    def is_late(self, what: str, forwards: int, weights: str = "student") -> bool:
-        """Whether `what`, which takes so many forwards, is left out."""
+    def leaves_out(self, what: str, forwards: int, weights: str = "student") -> bool:
+        """True, and `what` is noted, if so many forwards would take too long. A collective."""
         a_forward = self._forward.get(weights, self._forward["student"])
         end = torch.tensor(self.seconds + forwards * a_forward, dtype=torch.float64)
         late = float(all_max(end)) > 0.9 * SECONDS
@@ -133,21 +137,21 @@ def check_model(
     sampling: Sampling,
     gap: GapCheck,
 ) -> None:
-    """Check the run's models, choose how their rows run, and write what was found.
+    """Check the run's models, choose the path of their rows, and write the results to a file.
 
     A collective: every rank checks the same rows, and all choose alike.
 
     Args:
-        host: of a Trainer that is about to fit.
+        host: the module of a Trainer that is about to fit.
         policy: the student, with its weights.
-        teachers: who else reads, by slot.
-        rollout: who samples.
-        sampling: how the run does; its temperature and n are looked at.
-        gap: how far an engine's log-probabilities may be from the trainer's.
+        teachers: slot -> teacher.
+        rollout: the sampler.
+        sampling: the run's sampling; its temperature and n are used.
+        gap: how far an engine's log-probs may be from the trainer's.
 
     Raises:
-        ConfigurationError: if the model is wrong by every path.
-        TrainingStopped: if it does not fit into memory.
+        ConfigurationError: if the model is wrong on every path.
+        TrainingStopped: if the check runs out of memory.
     """
     if not policy.self_check:
         return
@@ -157,28 +161,28 @@ def check_model(
         with (
             trainer.strategy.precision_plugin.forward_context(),
             without_all_reduce(trainer),
-            noticed(),
+            as_out_of_memory(),
         ):
             findings, left_out, seconds = examine(
                 policy, teachers, rollout, sampling.temperature, gap
             )
     except OutOfMemory as error:
         raise TrainingStopped(
-            f"out of memory in the self-check, whose four rows have less than 60 tokens ({error}): "
-            "use model.policy.adapter Lora, a smaller model or more devices"
+            f"out of memory in the self-check, whose four rows have less than 60 tokens each "
+            f"({error}): use model.policy.adapter Lora, a smaller model or more devices"
         ) from None
     name = type(policy.language_model).__name__
     if policy.known.path is not RowPath.SHARED:
         rank_zero_info(
             f"self-check: {name} runs {policy.known.path.value} ({policy.known.reason}); each "
-            f"prompt runs {sampling.n} times a step, once a response, and not once"
+            f"prompt runs {sampling.n} times per step, once per response, instead of once"
         )
     if left_out:
         rank_zero_info(
             f"self-check: {', '.join(left_out)} not checked, for lack of time (limit "
             f"{SECONDS:.0f} s). Training goes on; a slow or busy machine is the usual cause"
         )
-    said = {
+    report = {
         "model": name,
         "expected": started.path.value,
         "path": policy.known.path.value,
@@ -188,10 +192,10 @@ def check_model(
         "left_out": left_out,
         "findings": [asdict(finding) for finding in findings],
     }
-    folder = run_folder(trainer)  # a logger's version may ask rank 0: everyone must ask
+    folder = run_folder(trainer)  # may be a collective: all ranks must call it
     if trainer.is_global_zero and trainer.loggers:
-        write = partial(write_whole, folder / NAME, json.dumps(said, indent=1) + "\n")
-        Outage(NAME, OSError).attempt(write)  # a disk that is full costs no run
+        write = partial(write_whole, folder / NAME, json.dumps(report, indent=1) + "\n")
+        Outage(NAME, OSError).attempt(write)  # a full disk does not end the run
 
 
 def examine(
@@ -200,23 +204,26 @@ def examine(
     rollout: Rollout,
     temperature: float,
     gap: GapCheck,
-) -> tuple[list[Finding], list[str], float]:
-    """All checks, in the order of their worth: findings, what was left out, and seconds.
+) -> tuple[list[PathResult], list[str], float]:
+    """Run all checks, the most important first.
+
+    Returns:
+        The results, the checks that were left out, and seconds.
 
     Raises:
-        ConfigurationError: if the model is wrong by every path.
+        ConfigurationError: if the model is wrong on every path.
     """
     rows = made_up_rows(policy)
-    findings: list[Finding] = []
-    clock = _Clock()
+    findings: list[PathResult] = []
+    clock = _Deadline()
     sets: dict[str, Weights] = {"student": policy.adapter.current()}
     for slot, teacher in teachers.items():
-        for trunk in teacher.trunks(policy):
-            if not any(trunk.same(other) for other in sets.values()):
-                sets[slot if slot not in sets else f"{slot}/2"] = trunk
+        for weights in teacher.weights_to_run(policy):
+            if not any(weights.same(other) for other in sets.values()):
+                sets[slot if slot not in sets else f"{slot}/2"] = weights
 
     with _undisturbed(policy):
-        _refuse(_row_alone(policy, rows, clock))
+        _refuse_model(_row_alone(policy, rows, clock))
         for name, weights in sets.items():
             findings += _descend(policy, rows, name, weights, clock)
         if isinstance(rollout, HFRollout):
@@ -227,7 +234,7 @@ def examine(
 
 
 def made_up_rows(policy: CausalLM) -> Rows:
-    """Four rows of 15 to 58 tokens, whose prompts share starts and ends in ways that runs do."""
+    """Four rows of 15 to 58 tokens, whose prompts share starts and ends as those of runs do."""
     tokenizer = policy.chat.tokenizer
     known = min(len(tokenizer), policy.vocabulary)
     special = set(tokenizer.all_special_ids)
@@ -238,7 +245,8 @@ def made_up_rows(policy: CausalLM) -> Rows:
         at = torch.randint(len(usual), (count,), generator=generator, device="cpu")
         return tuple(usual[at].tolist())
 
-    # The smallest id comes first: what others could read of that row stands before them.
+    # The changed row has the smallest first id, so that it is packed before all rows that might
+    # read it.
     first, usual = usual[:1], usual[1:]
     system = drawn(SHORTEST_SHARED)
     a, b, c = system + drawn(3), system + drawn(5), (int(first), *drawn(8))
@@ -251,11 +259,11 @@ def made_up_rows(policy: CausalLM) -> Rows:
 
 
 _CHANGED = 3
-"""The row whose prompt no other row has."""
+"""The row that is changed; no other row has its prompt."""
 
 
-def _with_another_row(policy: CausalLM, rows: Rows) -> Rows:
-    """The same with other tokens in one row; its first stays, so that no row changes its place."""
+def _with_a_changed_row(policy: CausalLM, rows: Rows) -> Rows:
+    """`rows` with other tokens in one row. Its first token stays, so that no row changes place."""
     prompts, ids = list(rows.prompts), rows.ids.clone()
     first, *others = prompts[_CHANGED]
     prompts[_CHANGED] = (first, *reversed(others))
@@ -265,25 +273,28 @@ def _with_another_row(policy: CausalLM, rows: Rows) -> Rows:
 
 
 def _descend(
-    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Clock
-) -> list[Finding]:
-    """Take the fastest path that is right for these weights, and all that were wrong before."""
+    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Deadline
+) -> list[PathResult]:
+    """Take the fastest path that is right for these weights; return the results of each path."""
     findings = []
     learns = name == "student"
     while policy.known.path is not RowPath.ALONE:
         path = policy.known.path
         together, alone = _FORWARDS[path], len(rows.prompts)
-        if clock.is_late(name, 2 * together, name):
+        if clock.leaves_out(name, 2 * together, name):
             break
-        found = _agreed(lambda: _beside_others(policy, rows, name, weights, clock))
+        found = _first_fault_of_all_ranks(lambda: _check_others(policy, rows, name, weights, clock))
         itself = f"{name}, each row alone"
-        if not found.fault and not clock.is_late(itself, together + alone, name):
-            found = _agreed(partial(_beside_itself, policy, rows, found, weights, clock))
-        # Under shards a backward before the first step changes the order in which an embedding's
-        # gradients are summed: steps with and without a check would differ by rounding.
+        if not found.fault and not clock.leaves_out(itself, together + alone, name):
+            found = _first_fault_of_all_ranks(
+                partial(_check_against_alone, policy, rows, found, weights, clock)
+            )
+        # With shards a backward before the first step would change the order in which an
+        # embedding's gradients are summed: steps with and without this check would differ by
+        # rounding.
         due = learns and not found.fault and not is_sharded(policy)
-        if due and not clock.is_late("gradient", (1 + _BACKWARD) * (together + len(_LEARNED))):
-            found = _agreed(partial(_learned, policy, rows, found))
+        if due and not clock.leaves_out("gradient", (1 + _BACKWARD) * (together + len(_LEARNED))):
+            found = _first_fault_of_all_ranks(partial(_check_gradient, policy, rows, found))
         findings.append(found)
         if not found.fault:
             break
@@ -293,29 +304,29 @@ def _descend(
 
 
 _FORWARDS = {RowPath.SHARED: 2, RowPath.PADDED: 1}
-"""Of all rows together."""
+"""Path -> forwards of the model in which all rows run together."""
 _LEARNED = (0, 1)
-"""The rows of which a gradient is taken."""
+"""The rows whose gradient is compared."""
 
 
-def _agreed(work: Callable[[], Finding]) -> Finding:
-    """The finding of this rank, with the fault of the first rank that has one."""
+def _first_fault_of_all_ranks(work: Callable[[], PathResult]) -> PathResult:
+    """The result of this rank, with the fault of the first rank that has one. A collective."""
     found = work()
     fault = next((each for each in all_gather([found.fault]) if each), "")
     return replace(found, fault=fault)
 
 
-def _beside_others(
-    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Clock
-) -> Finding:
-    """Check 1, by the path that the policy takes now."""
+def _check_others(
+    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Deadline
+) -> PathResult:
+    """Check 1, on the policy's present path."""
     path, exact = policy.known.path, _is_exact(policy)
     experts = _has_experts(policy.language_model)
-    found = Finding(weights=name, path=path.value)
+    found = PathResult(weights=name, path=path.value)
     try:
-        with _precision(policy, exact and experts), clock.of(2 * _FORWARDS[path], name):
+        with _precision(policy, exact and experts), clock.timed(2 * _FORWARDS[path], name):
             before = _states(policy, rows, path, weights)
-            after = _states(policy, _with_another_row(policy, rows), path, weights)
+            after = _states(policy, _with_a_changed_row(policy, rows), path, weights)
     except Exception as error:
         return _failed(found, "run", error)
     others = max(
@@ -326,55 +337,60 @@ def _beside_others(
     most = EXPERTS if experts else NOTHING
     if experts and not exact:
         most *= torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
-    fault = f"rows read each other (a change of one moves others by {others:.2g})"
+    fault = f"rows read each other (a change of one row changes others by {others:.2g})"
     return replace(found, others=others, fault="" if others <= most else fault)
 
 
-def _beside_itself(
-    policy: CausalLM, rows: Rows, found: Finding, weights: Weights, clock: _Clock
-) -> Finding:
-    """The forwards of check 2: each row beside itself alone."""
+def _check_against_alone(
+    policy: CausalLM, rows: Rows, found: PathResult, weights: Weights, clock: _Deadline
+) -> PathResult:
+    """The forwards of check 2: rows together against each row alone."""
     path, exact = policy.known.path, _is_exact(policy)
     forwards = _FORWARDS[path] + len(rows.prompts)
     try:
-        with _precision(policy, exact), clock.of(forwards, found.weights):
+        with _precision(policy, exact), clock.timed(forwards, found.weights):
             here = _states(policy, rows, path, weights)
             alone = _states(policy, rows, RowPath.ALONE, weights)
     except Exception as error:
         return _failed(found, "run", error)
-    # In bfloat16 a token's experts may be others.
+    # In bfloat16 rounding may give a token other experts: then the median token is judged.
     rounded = not exact and _has_experts(policy.language_model)
-    apart = max(
-        _typical(x, y) if rounded else _relative(x, y) for x, y in zip(here, alone, strict=True)
-    )
-    fault = f"rows differ from each alone by {apart:.2g}"
+    differences = [_by_token(x, y) for x, y in zip(here, alone, strict=True)]
+    apart = max(float(each.median() if rounded else each.max()) for each in differences)
+    fault = f"rows differ from each row alone by {apart:.2g}"
     near = apart <= (EXACT if exact else ROUNDED)
     return replace(found, apart=apart, fault="" if near else fault)
 
 
-def _failed(found: Finding, what: str, error: Exception) -> Finding:
-    """That the model cannot do `what` by this path; out of memory is no finding."""
+def _failed(found: PathResult, what: str, error: Exception) -> PathResult:
+    """The result that the model cannot do `what` on this path; out of memory is raised again."""
     if is_out_of_memory(error) or isinstance(error, ConfigurationError):
         raise error
     return replace(found, fault=f"it cannot {what} {found.path}: {first_line(error)}")
 
 
-def _learned(policy: CausalLM, rows: Rows, found: Finding) -> Finding:
-    """The gradient of check 2, of two rows."""
+def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResult:
+    """The gradients of check 2, of two rows: together against each row alone."""
     path, exact, few = policy.known.path, _is_exact(policy), rows.at(_LEARNED)
     try:
         with _precision(policy, exact):
-            gradient = _gradient_apart(policy, few, path)
+            here, alone = (_gradient(policy, few, each) for each in (path, RowPath.ALONE))
     except Exception as error:
         policy.zero_grad()
         return _failed(found, "learn", error)
+    gradient = 0.0
+    if here:
+        pairs = zip(here, alone, strict=True)
+        squares = [((x - y).square().sum(), y.square().sum()) for x, y in pairs]
+        apart, whole = (torch.stack(each).sum() for each in zip(*squares, strict=True))
+        gradient = float((apart / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
     wrong = not gradient <= (EXACT if exact else ROUNDED)
     fault = f"the gradient differs from that of each row alone by {gradient:.2g}" if wrong else ""
     return replace(found, gradient=gradient, fault=fault)
 
 
 def _states(policy: CausalLM, rows: Rows, path: RowPath, weights: Weights) -> list[Tensor]:
-    """[n, D] of each row, without gradient."""
+    """[n, D] hidden states of each row, without gradient."""
     found: dict[int, Tensor] = {}
     with _forced(policy, path), torch.no_grad():
         runner = policy.runner(rows, range(len(rows.prompts)), _HUGE, weights)
@@ -386,18 +402,8 @@ def _states(policy: CausalLM, rows: Rows, path: RowPath, weights: Weights) -> li
     return [found[row] for row in range(len(rows.prompts))]
 
 
-def _gradient_apart(policy: CausalLM, rows: Rows, path: RowPath) -> float:
-    """Relative distance of two gradients of one loss, by `path` and of each row alone."""
-    here, alone = (_gradient(policy, rows, each) for each in (path, RowPath.ALONE))
-    squares = [((x - y).square().sum(), y.square().sum()) for x, y in zip(here, alone, strict=True)]
-    if not squares:
-        return 0.0
-    apart, whole = (torch.stack(each).sum() for each in zip(*squares, strict=True))
-    return float((apart / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
-
-
 def _gradient(policy: CausalLM, rows: Rows, path: RowPath) -> list[Tensor]:
-    """Of a loss that tells rows, places and channels apart, in some of the trained parameters."""
+    """Gradients of `_scalar_loss` in some of the trained parameters, the smallest ones."""
     trained = sorted((p for p in policy.parameters() if p.requires_grad), key=Tensor.numel)
     kept: list[nn.Parameter] = []
     total = 0
@@ -410,7 +416,7 @@ def _gradient(policy: CausalLM, rows: Rows, path: RowPath) -> list[Tensor]:
     with _forced(policy, path), torch.enable_grad():
         runner = policy.runner(rows, range(len(rows.prompts)), _HUGE)
         for micro in runner.micro_batches():
-            runner.run(micro, partial(_told, rows, micro)).backward()
+            runner.run(micro, partial(_scalar_loss, rows, micro)).backward()
             runner.done(micro)
     zero = (torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in kept)
     found = [gradient.detach().float().clone() for gradient in zero]
@@ -418,8 +424,8 @@ def _gradient(policy: CausalLM, rows: Rows, path: RowPath) -> list[Tensor]:
     return found
 
 
-def _told(rows: Rows, micro: Sequence[int], hidden: Tensor, head: nn.Linear) -> Tensor:
-    """A number whose gradient differs by row, place and channel."""
+def _scalar_loss(rows: Rows, micro: Sequence[int], hidden: Tensor, head: nn.Linear) -> Tensor:
+    """A loss whose gradient differs by row, place and channel."""
     if not micro:
         return hidden.sum()
     parts = hidden.float().split(rows.sampled.sum(-1)[list(micro)].tolist())
@@ -430,17 +436,18 @@ def _told(rows: Rows, micro: Sequence[int], hidden: Tensor, head: nn.Linear) -> 
     return total
 
 
-def _row_alone(policy: CausalLM, rows: Rows, clock: _Clock) -> str:
-    """Check 3; why the model is refused, or nothing.
+def _row_alone(policy: CausalLM, rows: Rows, clock: _Deadline) -> str:
+    """Check 3: why the model is refused; '': it is not.
 
-    What the head makes of a row is what plain transformers says of one that differs only behind it:
-    both hold or neither is known, and then a third forward tells which of them fails.
+    Two forwards are compared: the logits of plain transformers for a row, and the head's product
+    with the hidden states of a row that differs in its last token. If the logits before that token
+    agree, both claims hold. If not, a third forward tells which one fails.
     """
     row = rows.at([1])
     prompt = row.prompts[0]
     other = replace(row, ids=row.ids.clone())
     n = int(row.present.sum())
-    last = int(row.ids[0, n - 2])  # the one behind it is read by nobody
+    last = int(row.ids[0, n - 2])  # the last token that the model reads
     other.ids[0, n - 2] = next(token for token in prompt if token != last)
     student = policy.adapter.current()
     near = EXACT if _is_exact(policy) else ROUNDED
@@ -453,7 +460,7 @@ def _row_alone(policy: CausalLM, rows: Rows, clock: _Clock) -> str:
         return hidden.float(), TokenLogits.of(hidden, head, 1.0).logits.clone()
 
     def ran(rows: Rows) -> tuple[Tensor, Tensor]:
-        with clock.of(1, "student"):
+        with clock.timed(1, "student"):
             return policy.runner(rows, [0], _HUGE, student).run([0], applied)
 
     name = type(policy.language_model).__name__
@@ -474,15 +481,16 @@ def _row_alone(policy: CausalLM, rows: Rows, clock: _Clock) -> str:
         return f"{name} does not run as a causal language model: {first_line(error)}"
     if not (differs := _of_spread(said, made)) <= near:
         return (
-            f"{name} makes its logits of hidden states by more than its head (they differ by "
-            f"{differs:.2g} of their spread), which the credit loss does not model"
+            f"the logits of {name} are not its head's product with hidden states (they differ by "
+            f"{differs:.2g} of their spread), which the credit loss needs"
         )
-    if not (seen := _relative(moved[: n - 1], hidden[: n - 1])) <= near:
-        return f"{name} is not causal: a token sees those after it (they move it by {seen:.2g})"
+    seen = float(_by_token(moved[: n - 1], hidden[: n - 1]).max())
+    if not seen <= near:
+        return f"{name} is not causal: a token reads later ones (they change it by {seen:.2g})"
     return ""
 
 
-def _refuse(why: str, remedy: str = "choose another architecture (docs/models.md)") -> None:
+def _refuse_model(why: str, remedy: str = "choose another architecture (docs/models.md)") -> None:
     why = next((each for each in all_gather([why]) if each), "")
     if why:
         raise ConfigurationError(f"model.policy.name_or_path: {why}; {remedy}")
@@ -490,6 +498,7 @@ def _refuse(why: str, remedy: str = "choose another architecture (docs/models.md
 
 def _of_spread(plain: Tensor, made: Tensor) -> float:
     """Root mean square of the difference of two tables of logits, relative to their spread."""
+    # The spread is that around each position's mean: a constant added to logits changes nothing.
     spread = float((plain - plain.mean(-1, keepdim=True)).square().mean().sqrt())
     return float((plain - made).square().mean().sqrt()) / max(spread, 1e-12)
 
@@ -498,31 +507,33 @@ def _of_spread(plain: Tensor, made: Tensor) -> float:
 
 
 def _descend_sampler(
-    policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float, clock: _Clock
-) -> list[Finding]:
-    """Check 4: the fastest way to sample that says what the trainer says."""
+    policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float, clock: _Deadline
+) -> list[PathResult]:
+    """Check 4: take the fastest path of sampling whose log-probs are the trainer's."""
     findings = []
-    while not clock.is_late("sampler", _FORWARDS_DRAWN):
-        found = _agreed(lambda: _sampled(policy, rows, rollout, temperature))
+    while not clock.leaves_out("sampler", _FORWARDS_DRAWN):
+        found = _first_fault_of_all_ranks(lambda: _sampled(policy, rows, rollout, temperature))
         findings.append(found)
         if not found.fault:
             break
         if policy.known.sampled is RowPath.ALONE:
             name = type(policy.language_model).__name__
-            _refuse(f"of {name} HFRollout {found.fault}", "use VLLMRollout as model.rollout")
+            _refuse_model(
+                f"with {name} HFRollout {found.fault}", "use VLLMRollout as model.rollout"
+            )
         shared = policy.known.sampled is RowPath.SHARED
         policy.sample_rows(RowPath.PADDED if shared else RowPath.ALONE)
     return findings
 
 
 _FORWARDS_DRAWN = 1 + _DRAWN + 2
-"""Of prompts, of tokens, and of the trainer."""
+"""Forwards that sampling takes: of the prompts, of each token, and of the trainer."""
 
 
-def _sampled(policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float) -> Finding:
+def _sampled(policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float) -> PathResult:
     path, exact = policy.known.sampled, _is_exact(policy)
-    found = Finding(weights="sampler", path=path.value)
-    prompts, sampling = _asked(rows, temperature)
+    found = PathResult(weights="sampler", path=path.value)
+    prompts, sampling = _prompts_to_sample(rows, temperature)
     try:
         with _precision(policy, exact):
             drawn = rollout.sample(policy, prompts, sampling)
@@ -544,19 +555,19 @@ def _ask(
     rollout: Rollout,
     temperature: float,
     gap: GapCheck,
-    clock: _Clock,
-) -> list[Finding]:
-    """Check 4 of an engine that computes by its own precision, which `gap` allows for.
+    clock: _Deadline,
+) -> list[PathResult]:
+    """Check 4 for an engine that computes in a precision of its own, which `gap` allows for.
 
-    Few tokens: the median is judged. What its own errors are, it says itself.
+    There are few tokens, so the median is judged. An engine's own errors are not caught here.
     """
-    prompts, sampling = _asked(rows, temperature)
+    prompts, sampling = _prompts_to_sample(rows, temperature)
     needed = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
     most = rollout.max_length()
     if most is not None and most < needed:
         clock.left_out.append(f"sampler (it has room for {most} tokens)")
         return []
-    if clock.is_late("sampler", 2):
+    if clock.leaves_out("sampler", 2):
         return []
     with clock.stopped(), rollout.hold_weights(policy):
         drawn = rollout.sample(policy, prompts, sampling)
@@ -566,7 +577,9 @@ def _ask(
     typical = float(gaps.median()) if len(gaps) else 0.0
     fault = f"{name} and the trainer differ by {typical:.2g} nats a token"
     wrong = fault if not typical <= gap.stop else ""
-    found = _agreed(lambda: Finding(weights="sampler", path=name, apart=typical, fault=wrong))
+    found = _first_fault_of_all_ranks(
+        lambda: PathResult(weights="sampler", path=name, apart=typical, fault=wrong)
+    )
     if found.fault:
         raise ConfigurationError(
             f"model.rollout: {found.fault} on made-up rows, more than model.gap.stop={gap.stop:g}: "
@@ -576,7 +589,7 @@ def _ask(
     return [found]
 
 
-def _asked(rows: Rows, temperature: float) -> tuple[list[Prompt], Sampling]:
+def _prompts_to_sample(rows: Rows, temperature: float) -> tuple[list[Prompt], Sampling]:
     prompts = [
         Prompt(key=f"self-check/{i}", messages=(), verifier=ExactMatch(), answer="", ids=ids)
         for i, ids in enumerate(dict.fromkeys(rows.prompts))
@@ -585,7 +598,7 @@ def _asked(rows: Rows, temperature: float) -> tuple[list[Prompt], Sampling]:
 
 
 def _gaps(policy: CausalLM, drawn: Responses) -> Tensor:
-    """[n] |log-prob of the trainer - the sampler's| of the drawn tokens of which it says one."""
+    """[n] |log-prob of the trainer - log-prob of the sampler|, nats, where both are known."""
     sampled, ids = drawn.sampled.flatten(0, 1).cpu(), drawn.ids.flatten(0, 1).cpu()
     prompts = [prompt.ids for prompt in drawn.prompts for _ in range(drawn.sampled.shape[1])]
     asked = Rows(
@@ -612,7 +625,7 @@ def _gaps(policy: CausalLM, drawn: Responses) -> Tensor:
 
 
 def _is_exact(policy: CausalLM) -> bool:
-    """Whether the weights are float32, so that the check can be, whatever autocast does."""
+    """True if the weights are float32, so that the check can run in it without autocast."""
     dtypes = {p.dtype for p in policy.language_model.parameters() if p.is_floating_point()}
     return dtypes <= {torch.float32, torch.float64} and policy.gathered_dtype == "auto"
 
@@ -643,10 +656,10 @@ def _forced(policy: CausalLM, path: RowPath) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(policy: CausalLM) -> Iterator[None]:
-    """Leave random state, gradients and modes as they are; no dropout."""
+    """Turn dropout off inside the block, and restore random state and modes behind it."""
     model = policy.wrapped
     modes = {part: part.training for part in model.modules()}
-    # Dropout of attention is a number in the configuration, and no module.
+    # Dropout of attention is a number in the configuration, and not a module.
     settings: Mapping[str, Any] = policy.language_model.config.get_text_config().to_dict()
     drops = any("drop" in k and isinstance(v, float) and v > 0 for k, v in settings.items())
     for part in model.modules():
@@ -667,15 +680,6 @@ def _largest(x: Tensor, y: Tensor) -> float:
 
 
 def _by_token(x: Tensor, y: Tensor) -> Tensor:
+    """[n]: |x - y| / |y| at each token."""
     scale = y.norm(dim=-1).clamp(min=torch.finfo(y.dtype).tiny)
     return (x - y).norm(dim=-1) / scale
-
-
-def _relative(x: Tensor, y: Tensor) -> float:
-    """|x - y| / |y| at the worst token."""
-    return float(_by_token(x, y).max())
-
-
-def _typical(x: Tensor, y: Tensor) -> float:
-    """|x - y| / |y| at the median token."""
-    return float(_by_token(x, y).median())

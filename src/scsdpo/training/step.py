@@ -1,8 +1,8 @@
 """The step, from a judged batch to the optimizer's step; read it from top to bottom.
 
-OptimizerSteps.learn        the optimizer steps on one batch
-  OptimizerSteps._take      one of them: backward, clip, step; or skipped, counted and said
-    Update.losses           tables, token weights, and the loss of each micro-batch
+OptimizerSteps.learn        all optimizer steps on one batch
+  OptimizerSteps._take      one of them: backward, clip, step; or the reason why none is taken
+    Update.losses           measured tables, token weights, and the loss of each micro-batch
       Forwards              which rows run in which micro-batches, for student and teachers
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -43,7 +43,14 @@ from scsdpo.loss import (
     credit_loss,
     unobserved,
 )
-from scsdpo.metrics import GapCheck, PhaseTimer, age_metrics, log_figures, token_metrics
+from scsdpo.metrics import (
+    GapCheck,
+    PhaseTimer,
+    TokenOrigin,
+    age_metrics,
+    log_figures,
+    token_metrics,
+)
 from scsdpo.policy import CausalLM, Rows, Runner, Weights
 from scsdpo.policy.adapter import WideHead
 from scsdpo.policy.experts import balance_loss, differ, per_token
@@ -54,7 +61,13 @@ from scsdpo.reduction import Reduction
 from scsdpo.seeds import run_seed
 from scsdpo.state import Stateful
 from scsdpo.teacher import Context, Teacher
-from scsdpo.training.budget import REMEDY, Budget, OutOfMemory, agreed, noticed
+from scsdpo.training.budget import (
+    REMEDY,
+    Budget,
+    OutOfMemory,
+    as_out_of_memory,
+    out_of_memory_on_all_ranks,
+)
 from scsdpo.training.finite import all_zero, not_finite_because, total_norm, weight_norm
 from scsdpo.training.run_checks import is_plateau
 from scsdpo.types import stable_hash
@@ -62,10 +75,10 @@ from scsdpo.weighting import TokenWeighting
 
 T = TypeVar("T")
 LogitsOf = Callable[[slice, Buffers], TokenLogits]
-"""Slice of a micro-batch's tokens -> their logits, made in the buffers."""
+"""Maps a slice of a micro-batch's tokens to their logits, which are written into the buffers."""
 
 IDLE_WARNING = 10
-"""Batches in a row without anything to learn from after which that is said."""
+"""A warning comes after so many batches in a row with nothing to learn from."""
 NO_CREDIT = "every rollout has weight 0 or no credit, as where all of a group are equally right"
 NO_TOKEN = "every token weighs 0"
 NO_GRADIENT = "the gradient is exactly 0"
@@ -83,11 +96,11 @@ REMEDIES = {
         "the teacher says what the student does"
     ),
 }
-"""Why a step has nothing to learn from, and what to do about it."""
+"""Reason why a step has nothing to learn from -> what to do about it."""
 _CUT = "raise model.sampling.max_new_tokens, or see in `scsdpo predict` why responses do not end"
 _SHOWN_IDLE = ("pass_rate", "truncated")
 LARGEST_GROWTH = 1e3
-"""Of the weights' norm in one step: more has destroyed what they were."""
+"""Largest factor by which the weights' norm may grow in one step; more destroys the model."""
 OBJECTIVE_OF_TABLES = (
     "the objective is measured before the loss, and cannot itself depend on measured tables: "
     "choose an advantage that reads none, or other token weights"
@@ -99,12 +112,12 @@ class Limits:
     """Bounds on a step's gradient and memory, and on steps and batches that achieve nothing.
 
     Args:
-        max_grad_norm: clip on the gradient's norm. inf: none.
-        max_tokens: distinct tokens whose activations are in memory at a time; `auto` measures
-            how many fit. It changes memory and speed, and no number.
-        max_bad_steps: non-finite steps in a row after which the run stops.
-        max_idle_batches: batches in a row without anything to learn from after which it stops:
-            they take no step, so that `trainer.max_steps` alone would wait for ever.
+        max_grad_norm: the gradient is clipped to this norm. inf: it is not clipped.
+        max_tokens: distinct tokens of a micro-batch, whose activations are in memory at a time;
+            `auto` measures how many fit. It changes memory and speed, and no number.
+        max_bad_steps: the run stops after so many non-finite steps in a row.
+        max_idle_batches: the run stops after so many batches in a row with nothing to learn from.
+            They take no step, so that `trainer.max_steps` alone would never end it.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -126,24 +139,8 @@ class Limits:
                 raise ValueError(f"`Limits({name}=...)` must be >= 1, got {value}")
 
     def token_budget(self, policy: CausalLM) -> int:
-        """Tokens at a time, as memory is now."""
+        """`max_tokens`, measured from the memory that is free now where it is `auto`."""
         return policy.token_budget() if self.max_tokens == "auto" else self.max_tokens
-
-
-class Sampled(NamedTuple):
-    """What is known of a micro-batch's N tokens since they were sampled."""
-
-    logprob: Tensor
-    """[N] the sampler's log S(y), of the whole distribution; nan: not known."""
-    age: Tensor
-    """[N, 2] int32: `Batch.ages`."""
-
-    @property
-    def of_present_weights(self) -> Tensor:
-        """[N] `logprob` where the weights before the batch's first update drew the token, else nan:
-        what the trainer's own is to agree with.
-        """
-        return self.logprob.where(self.age[:, 0] == 0, torch.nan)
 
 
 def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
@@ -152,9 +149,9 @@ def trained_parameters(policy: nn.Module) -> list[nn.Parameter]:
 
 
 def without_all_reduce(trainer: L.Trainer) -> AbstractContextManager[Any]:
-    """Let DDP's backward make no all-reduce of its own.
+    """Keep DDP's backward from reducing gradients.
 
-    `sum_gradients` makes the only one, so that ranks may run different numbers of micro-batches.
+    `sum_gradients` does that once a step, so that ranks may run different numbers of micro-batches.
     """
     strategy = trainer.strategy
     return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
@@ -163,34 +160,34 @@ def without_all_reduce(trainer: L.Trainer) -> AbstractContextManager[Any]:
 class OptimizerSteps(nn.Module):
     """The optimizer steps on a batch: split, accumulate, clip, step or skip, count, report.
 
-    A step of which nothing can be learned is not taken: optimizer, schedule and teachers stay as
-    they are, and it is counted. Nothing can be learned where, over all ranks,
+    A step with nothing to learn from is not taken: optimizer, schedule and teachers stay as they
+    are, and the step is counted. There is nothing to learn from if, over all ranks,
 
-    * no rollout has a weight, a credit and a token: known before any forward, none is run;
-    * every token of those that have weighs 0 (`Overlong`, `Position(floor=0)`): known before the
-      loss, which is not computed;
-    * the gradient is exactly 0 in every entry: a credit that the forward made 0, such as one that
-      the PPO clip takes at every token.
+    * no rollout has a weight, a credit and a token. This is known before any forward, and none is
+      run;
+    * every token of the remaining rollouts weighs 0 (`Overlong`, `Position(floor=0)`). This is
+      known before the loss, which is not computed;
+    * the gradient is exactly 0 in every entry, as where the PPO clip binds at every token.
 
-    AdamW would move weights on a gradient of 0, by decay and by momentum, and a teacher would
-    follow them. A gradient that is small and not 0, rounding included, is a step. A step whose loss
-    or gradient is not finite is not taken either, and is counted.
+    AdamW would move weights on a gradient of 0, by weight decay and momentum, and a teacher would
+    follow them. A gradient that is small but not 0 is a step. A step whose loss or gradient is not
+    finite is not taken either, and is counted.
 
     Args:
-        update: makes the losses.
-        limits: of a step's gradient and memory, and of steps that achieve nothing.
+        update: computes the losses.
+        limits: bounds on a step's gradient and memory, and on steps that achieve nothing.
         gap: how far sampler and trainer may disagree.
-        objective_name: what the mean objective is called in the log.
-        prefix: of its figures in the log.
-        counts: whether strategies that remember count its steps (`Stateful.after_step`).
+        objective_name: name of the mean objective in the log.
+        prefix: prefix of all figures in the log.
+        counts: whether `Stateful.after_step` is called after each step.
     """
 
     skipped: Tensor
-    """Steps that were not taken, in all."""
+    """Number of steps that were not taken."""
     bad: Tensor
     """Non-finite steps in a row."""
     idle: Tensor
-    """Batches in a row without anything to learn from."""
+    """Batches in a row with nothing to learn from."""
 
     def __init__(
         self,
@@ -208,7 +205,7 @@ class OptimizerSteps(nn.Module):
         self.objective_name = objective_name
         self.memory = Budget("tokens of a micro-batch", REMEDY, together=True)
         self.under_way = False
-        """Whether weights, optimizer and teachers are between two steps' states."""
+        """True while a step has changed some weights and not yet all that follows from them."""
         self._broken = ""
         self._norm: float | None = None
         for name in ("skipped", "bad", "idle"):
@@ -218,9 +215,9 @@ class OptimizerSteps(nn.Module):
         """All optimizer steps on `batch`.
 
         Args:
-            host: the `PolicyOptimizer`: gives optimizer, schedule, backward and log.
+            host: the `PolicyOptimizer`, for its optimizer, schedule, backward and log.
             policy: is run, and gets the gradient.
-            batch: what is learned from.
+            batch: the rollouts to learn from.
 
         Raises:
             TrainingStopped: if a limit on steps that achieve nothing is reached, or the sampler
@@ -228,7 +225,7 @@ class OptimizerSteps(nn.Module):
         """
         update = replace(self.update, observe=recorded(host).recorder.take_observer())
         unmeasured, later = batch, [row for rows in batch.steps[1:] for row in rows]
-        if later:  # their ratios are to the policy before the first step
+        if later:  # their ratios S / S_old are to the policy before the first step
             with update.timer("student"):
                 old = self.memory.run(
                     partial(update.measure, policy, batch, later),
@@ -250,7 +247,7 @@ class OptimizerSteps(nn.Module):
         *,
         first: bool,
     ) -> None:
-        """One optimizer step on `rows`: backward, clip, step; or why it is not taken."""
+        """One optimizer step on `rows`: backward, clip, step; or count why it is not taken."""
         (index,) = upload([torch.tensor(rows)], host.device)
         here = batch.active[index]
         trained = torch.stack([here.sum(), (here * batch.sampled[index].sum(-1)).sum()])
@@ -258,7 +255,7 @@ class OptimizerSteps(nn.Module):
         if active == 0:
             self._idle(host, policy, batch, NO_CREDIT)
             return
-        with update.timer("student"):  # from its start with fewer tokens if memory runs out
+        with update.timer("student"):  # begins again with fewer tokens if memory runs out
             loss, outputs = self.memory.run(
                 partial(self._accumulate, host, policy, update, batch, rows),
                 most=self.limits.token_budget(policy),
@@ -273,9 +270,10 @@ class OptimizerSteps(nn.Module):
             figures = dict(zip(("loss", "gradient_norm"), known, strict=True))
             finite = all(map(math.isfinite, figures.values()))
             nothing = finite and figures["gradient_norm"] == 0 and all_zero(gradients)
-        # Later steps on a batch: the sampler's weights are those before the first of them.
+        # The sampler had the weights before the batch's first step, so its log-probs are compared
+        # with those of that step, and not with those of the current one.
         if first:
-            pairs = [(output.logprob, sampled.of_present_weights) for output, sampled in outputs]
+            pairs = [(output.logprob, origin.of_present_weights) for output, origin in outputs]
         else:
             sampled = batch.judged.responses.policy_logprobs.flatten(0, 1)
             present = sampled.where(batch.ages[..., 0] == 0, torch.nan)
@@ -317,24 +315,26 @@ class OptimizerSteps(nn.Module):
         batch: Batch,
         rows: Sequence[int],
         max_tokens: int,
-    ) -> tuple[Tensor, list[tuple[LossOutput, Sampled]]]:
-        """Backward of all micro-batches: the loss here, and of each micro-batch the kernel's output
-        and what the sampler said. Nothing of an attempt that memory did not suffice for is left.
+    ) -> tuple[Tensor, list[tuple[LossOutput, TokenOrigin]]]:
+        """Run forward and backward of all micro-batches with at most `max_tokens` each.
+
+        Returns:
+            This rank's loss, and for each micro-batch the kernel's output and its tokens' origin.
         """
-        for parameter in trained_parameters(policy):
+        for parameter in trained_parameters(policy):  # an attempt that ran out of memory left some
             parameter.grad = None
         loss = torch.zeros((), dtype=torch.float64, device=host.device)
         outputs = []
         apart = without_all_reduce(host.trainer)
         devices = [host.device] if host.device.type == "cuda" else []
-        with agreed(policy), apart, torch.random.fork_rng(devices=devices):
-            # Dropout draws by the run's seed, step and rank, also in a run that was resumed.
+        with out_of_memory_on_all_ranks(policy), apart, torch.random.fork_rng(devices=devices):
+            # Dropout depends on the run's seed, step and rank alone, so that a resumed run repeats.
             torch.manual_seed(stable_hash(run_seed(), host.trainer.global_step, host.global_rank))
-            for output, sampled in update.losses(policy, batch, rows, max_tokens):
+            for output, origin in update.losses(policy, batch, rows, max_tokens):
                 interrupt.check()
                 host.manual_backward(output.loss)
                 loss += output.loss.detach().double()
-                outputs.append((output, sampled))
+                outputs.append((output, origin))
         return loss, outputs
 
     def _move(
@@ -344,13 +344,18 @@ class OptimizerSteps(nn.Module):
         optimizer: LightningOptimizer,
         norm: Tensor,
     ) -> None:
-        """Clip, the optimizer's step and all that follows from it; the weights must survive it."""
+        """Clip, step the optimizer, schedule, teachers and stateful strategies.
+
+        Raises:
+            TrainingStopped: if memory runs out in the optimizer, or the weights' norm grows by more
+                than `LARGEST_GROWTH`.
+        """
         parameters = trained_parameters(policy)
         before = weight_norm(parameters) if self._norm is None else self._norm
         torch.nn.utils.clip_grads_with_norm_(parameters, self.limits.max_grad_norm, norm)
         self.under_way = True
         try:
-            with noticed():
+            with as_out_of_memory():
                 optimizer.step()
         except OutOfMemory as error:  # some weights may have moved, and others not
             raise TrainingStopped(f"out of memory in the optimizer ({error}): {REMEDY}") from None
@@ -362,10 +367,10 @@ class OptimizerSteps(nn.Module):
                 f"than {optimizer.param_groups[0]['lr']:g}"
             )
         schedule: Any = host.lr_schedulers()
-        if not is_plateau(schedule):  # which is stepped by `after_validation`
+        if not is_plateau(schedule):  # `after_validation` steps those
             try:
                 schedule.step()
-            except Exception as error:  # ends the run once the state is whole and can be saved
+            except Exception as error:  # `stop_if_broken` raises it, when the state can be saved
                 name = type(schedule).__name__
                 self._broken = f"model.lr_scheduler: {name}: {first_line(error)}"
         self.update.teacher.after_step(policy)
@@ -376,7 +381,11 @@ class OptimizerSteps(nn.Module):
         self.under_way = False
 
     def _idle(self, host: L.LightningModule, policy: CausalLM, batch: Batch, reason: str) -> None:
-        """Count a step that has nothing to learn from; say it after a while, then stop."""
+        """Count a step with nothing to learn from; warn after `IDLE_WARNING` in a row, then stop.
+
+        Raises:
+            TrainingStopped: after `Limits.max_idle_batches` in a row.
+        """
         self.skipped += 1
         self.idle += 1
         log_figures(host, self.prefix, {"skipped": float(self.skipped)})
@@ -398,7 +407,11 @@ class OptimizerSteps(nn.Module):
             )
 
     def _skip(self, host: L.LightningModule, why: str, *, of_weights: bool) -> None:
-        """Count a step whose loss or gradient is not finite; stop where no later one can be."""
+        """Count a step whose loss or gradient is not finite.
+
+        Raises:
+            TrainingStopped: if weights are not finite, or after `Limits.max_bad_steps` in a row.
+        """
         if of_weights:
             raise TrainingStopped(f"{why}; go on from an older checkpoint")
         self.bad += 1
@@ -412,10 +425,10 @@ class OptimizerSteps(nn.Module):
             )
 
     def stop_if_broken(self) -> None:
-        """End the run if the schedule has failed since.
+        """End the run if the learning rate's schedule failed in an earlier step.
 
         Raises:
-            TrainingStopped: then; the last batch is finished.
+            TrainingStopped: then. The last batch is finished, and its state can be saved.
         """
         if self._broken:
             raise TrainingStopped(
@@ -424,7 +437,7 @@ class OptimizerSteps(nn.Module):
             )
 
     def after_validation(self, host: L.LightningModule) -> None:
-        """Let a schedule that waits for a figure have it, unless nothing has logged it yet."""
+        """Step a schedule that waits for a figure (`ReduceLROnPlateau`), if it has been logged."""
         schedule: Any = host.lr_schedulers()
         figures = host.trainer.callback_metrics
         if is_plateau(schedule) and schedule.monitor in figures:
@@ -432,8 +445,8 @@ class OptimizerSteps(nn.Module):
 
 
 def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
-    """Tokens below which a budget puts each of `rows` into a micro-batch of its own, and tokens
-    above which one holds them all.
+    """Two budgets of tokens: up to the first each of `rows` is a micro-batch of its own, and from
+    the second on one micro-batch holds them all.
     """
     active = batch.active[rows]
     lengths = batch.present[rows].sum(-1)[active].tolist()
@@ -445,18 +458,18 @@ def _extent(batch: Batch, rows: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The losses with a gradient of some rows of a batch, micro-batch by micro-batch.
+    """Computes the losses of some rows of a batch, micro-batch by micro-batch.
 
     Args:
-        teacher: asked where the plan needs it.
-        reference: the same, for the anchor.
+        teacher: runs on the rows for which the plan needs it.
+        reference: the second teacher, for an anchor.
         token_weighting: factor on each token.
-        reduction: how tokens add up; denominators are those of the whole optimizer step.
+        reduction: how token losses add up; denominators are those of the whole optimizer step.
         importance: factor on each token from the sampler's log-probs.
-        needs: fields of `Signals` that the strategies ask for: a pass without gradient fills them.
-        derivations: tables that strategies make of them.
-        observe: called by the kernel with each block's credit; for looking, changes nothing.
-        timer: told when a teacher runs.
+        needs: fields of `Signals` that the strategies read. A pass without gradient fills them.
+        derivations: functions of `Signals` whose tables the strategies read.
+        observe: the kernel calls it with each block's credit. It changes nothing.
+        timer: measures the teachers' time.
     """
 
     teacher: Teacher
@@ -471,25 +484,26 @@ class Update:
 
     def losses(
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
-    ) -> Iterator[tuple[LossOutput, Sampled]]:
-        """Per micro-batch of the active ones among `rows`, its share of the step's loss and what
-        the sampler said. The caller runs backward on each before asking for the next. There
-        is none where every token of all ranks weighs 0.
+    ) -> Iterator[tuple[LossOutput, TokenOrigin]]:
+        """Yield for each micro-batch its share of the step's loss, and its tokens' origin.
+
+        The caller runs backward on each before it asks for the next. Nothing is yielded where every
+        token of all ranks weighs 0.
 
         Args:
             policy: is run, and gets the gradient.
-            batch: the rollouts and what is known of them.
-            rows: those of this optimizer step.
+            batch: the rollouts with their plan.
+            rows: rows of this optimizer step; the active ones among them are run.
             max_tokens: tokens whose activations are alive at a time. It changes memory and speed,
                 and no number.
         """
         forwards = self._forwards(policy, batch, rows, max_tokens)
-        with agreed(policy):  # collectives follow
+        with out_of_memory_on_all_ranks(policy):  # collectives follow
             signals = forwards.tables(self.needs)
         for make in (*batch.plan.derivations, *self.derivations):
             signals.derive(make)
 
-        # [R]: question weight / denominator of every rollout.
+        # [R]: weight of each rollout / denominator.
         step, scale = forwards.index, torch.zeros_like(batch.weights.flatten())
         shares = self.reduction.coefficients(batch.sampled.sum(-1)[step], batch.active[step])
         scale[step] = shares.to(scale.dtype)
@@ -527,14 +541,14 @@ class Update:
                 temperature=forwards.temperature,
                 observe=self.observe,
             )
-            of_sampler = Sampled(
+            origin = TokenOrigin(
                 logprob=forwards.of_tokens(number, sampler), age=forwards.of_tokens(number, ages)
             )
             forwards.forget(number)
             credit = partial(credit_loss, tokens=tokens, objective=objective, gradient=gradient)
             loss = partial(forwards.with_experts, number, credit)
             output = forwards.student.run(micro, forwards.with_head(loss))
-            yield output, of_sampler
+            yield output, origin
             forwards.student.done(micro)
 
     def _importance(self, chunk: Chunk) -> Tensor:
@@ -549,7 +563,7 @@ class Update:
         self, policy: CausalLM, batch: Batch, rows: Sequence[int], max_tokens: int
     ) -> Tensor:
         """[R, L]: log S(y) of the active ones among `rows`, without gradient; nan elsewhere."""
-        with agreed(policy):
+        with out_of_memory_on_all_ranks(policy):
             forwards = self._forwards(policy, batch, rows, max_tokens)
             measured = batch.sampled & forwards.chosen[:, None]
             table = forwards.tables({"student_logprob"}).student_logprob
@@ -565,33 +579,33 @@ class Update:
 
 @dataclass(eq=False)
 class _Pair:
-    """Weights, and the context that they read."""
+    """One set of a teacher's weights and one context that it reads."""
 
     weights: Weights
     context: Context
     slots: list[str]
-    """The slots that read it: `teacher`, `teacher/NAME`, `reference`."""
+    """The slots that ask for this pair: `teacher`, `teacher/NAME`, `reference`."""
     reads: Tensor
-    """[R] bool, of the host: rows that one of them reads."""
+    """[R] bool on the host: rows on which one of the slots asks for it."""
     runs: list[bool] = field(default_factory=list)
-    """By micro-batch, whether it runs; under shards on all ranks, if on any."""
+    """[micro-batches]: the pair runs there. With sharded weights it runs on all ranks if on any."""
     made: dict[int, tuple[Tensor, Head] | None] = field(default_factory=dict)
-    """By number of the micro-batch, hidden states [N, D] and head; None: no row here reads it."""
+    """Number of the micro-batch -> hidden states [N, D] and head; None: no row here asks for it."""
     runner: Runner | None = None
 
 
 class Forwards:
-    """Which rows of a step run, in which micro-batches, and what the models say of them.
+    """Splits a step's rows into micro-batches, and runs student and teachers on them.
 
     The host waits for the device once, at the start, and knows all rows and places from then on.
 
     Args:
-        policy: the student, and whose weights the teachers' may be.
-        teachers: by slot, `teacher`, `teacher/NAME` and `reference`.
-        batch: the rollouts and what is known of them.
-        rows: those of this optimizer step; the active ones of them are run.
+        policy: the student; teachers may run with its weights.
+        teachers: slot (`teacher`, `teacher/NAME`, `reference`) -> teacher.
+        batch: the rollouts with their plan.
+        rows: rows of this optimizer step; the active ones among them are run.
         max_tokens: tokens whose activations are alive at a time.
-        timer: told when a teacher runs.
+        timer: measures the teachers' time.
     """
 
     def __init__(
@@ -611,9 +625,9 @@ class Forwards:
             for slot, each in batch.contexts.items()
         }
         self.reads = {slot: batch.reads(slot) for slot in batch.contexts}
-        """[R] bool: the rows whose credit reads them."""
+        """Slot -> [R] bool: rows whose credit reads it."""
         self.others = [slot for slot in batch.contexts if slot.startswith("teacher/")]
-        """The teacher's further contexts, in order."""
+        """Slots of the teacher's further contexts, in order."""
         ids, present, self._sampled, active, *reads = download(
             [batch.ids, batch.present, batch.sampled, batch.active, *self.reads.values()]
         )
@@ -630,21 +644,21 @@ class Forwards:
         }
         step = torch.tensor(rows, dtype=torch.long)
         self.running = torch.zeros_like(active).index_fill_(0, step, True) & active
-        """[R] bool, of the host: the rows that are run."""
+        """[R] bool on the host: the rows that are run."""
         self.index, chosen = upload([step, self.running.long()], batch.ids.device)
         self.chosen = chosen.bool()
-        """[R] bool: the same on the device."""
+        """[R] bool: `running`, on the device."""
         self._places: dict[int, Tensor] = {}
         self.temperature = batch.judged.responses.temperature
         noted = batch.judged.responses.experts
         self._experts = noted.flatten(0, 1)
-        """[R, L, layers, k] the sampler's; layers is 0 if it says none."""
+        """[R, L, layers, k] the sampler's choice of experts; layers is 0 if it reports none."""
         learned = (self.running & self._sampled.any(-1)).sum()
         self._learned = max(float(all_sum(learned.double())), 1.0)
-        """Responses that are run, of all ranks."""
+        """Number of responses that are run, over all ranks."""
         self._watches = policy.expert_balance > 0 or noted.shape[-2] > 0
         self.student = self._runner("student", self.running, watches=self._watches)
-        """With a gradient; each micro-batch once."""
+        """Runs each micro-batch once, with a gradient."""
         self.micro_batches = self.student.micro_batches()
         self._heads: dict[nn.Linear, Head] = {}
         self._own = policy.adapter.current()
@@ -652,10 +666,10 @@ class Forwards:
         self._pairs = self._paired()
 
     def _paired(self) -> list[_Pair]:
-        """Each pair of weights and context that some slot reads, once.
+        """Each pair of weights and context that some slot asks for, once.
 
-        Slots that read the same pair share its forwards. Whether two pairs are the same is told by
-        weights and contexts, and not by what was rendered: it is the same on every rank.
+        Slots that ask for equal pairs share the forwards. Pairs are equal if weights and contexts
+        are. Rendered prompts are not compared: ranks have different ones, and must agree.
         """
         pairs: list[_Pair] = []
         for slot, reads in self._read_by.items():
@@ -663,7 +677,7 @@ class Forwards:
             parts = teacher.context.named
             name = slot.partition("/")[2]
             context = parts[name] if name in parts else next(iter(parts.values()))
-            for weights in teacher.trunks(self.policy):
+            for weights in teacher.weights_to_run(self.policy):
                 same = [p for p in pairs if p.weights.same(weights) and p.context == context]
                 if same:
                     same[0].slots.append(slot)
@@ -691,18 +705,18 @@ class Forwards:
         return self.policy.runner(rows, chosen, self._max_tokens, weights, watches=watches)
 
     def tokens(self, slot: str, wanted: Tensor) -> int:
-        """Distinct tokens of the wanted rows [R], with the slot's prompts."""
+        """Number of distinct tokens of the wanted rows [R], with the slot's prompts."""
         rows = wanted.nonzero()[:, 0].tolist()
         return self._rows[slot].at(rows).distinct_tokens if rows else 0
 
     def rollouts(self, number: int) -> list[int]:
-        """[N] the row of each of the micro-batch's sampled tokens, row-major."""
+        """[N] the row of each sampled token of the micro-batch, row-major."""
         micro = self.micro_batches[number]
         counts = self._sampled[micro].sum(-1).tolist()
         return [row for row, count in zip(micro, counts, strict=True) for _ in range(count)]
 
     def places(self, number: int) -> Tensor:
-        """[N] int64: flat index of these tokens into tables [R, L], for rows ascend."""
+        """[N] int64: flat indices of the micro-batch's sampled tokens into tables [R, L]."""
         if number not in self._places:
             here = torch.zeros_like(self._sampled)
             here[self.micro_batches[number]] = self._sampled[self.micro_batches[number]]
@@ -711,24 +725,24 @@ class Forwards:
         return self._places[number]
 
     def of_tokens(self, number: int, table: Tensor) -> Tensor:
-        """[N, ...]: the entries of `table` [R, L, ...] at these tokens."""
+        """[N, ...]: the entries of `table` [R, L, ...] at the micro-batch's sampled tokens."""
         return table.flatten(0, 1).index_select(0, self.places(number))
 
     def _write(self, number: int, table: Tensor, values: Tensor) -> None:
-        """Put `values` [N] into `table` [R, L] at these tokens."""
+        """Write `values` [N] into `table` [R, L] at the micro-batch's sampled tokens."""
         table.view(-1).index_copy_(0, self.places(number), values)
 
     def with_head(
         self, use: Callable[[Tensor, nn.Linear, Head], T]
     ) -> Callable[[Tensor, nn.Linear], T]:
-        """`use`, which also wants the head in the dtype of its product: cast once a step."""
+        """Give `use` the head in the dtype of its product, which is cast once a step."""
 
         def used(hidden: Tensor, linear: nn.Linear) -> T:
             if linear in self._heads:
                 return use(hidden, linear, self._heads[linear])
             head = Head.of(linear).first(self.policy.vocabulary)
-            kept = not isinstance(linear, WideHead)  # that is another one in each forward
-            # What needs no cast FSDP2 frees with the forward.
+            kept = not isinstance(linear, WideHead)  # each forward makes a new one of those
+            # A head that needs no cast is FSDP2's own tensor, which is freed after the forward.
             if kept and head.weight.dtype != linear.weight.dtype:
                 self._heads[linear] = head
             return use(hidden, linear, head)
@@ -743,7 +757,7 @@ class Forwards:
         linear: nn.Linear,
         head: Head,
     ) -> LossOutput:
-        """The credit loss, the load-balancing loss of experts, and whether experts differ."""
+        """The credit loss plus the load-balancing loss, and the tokens that other experts get."""
         output = credit(hidden, linear, head)
         if not self._watches:
             return output
@@ -758,10 +772,11 @@ class Forwards:
         return output
 
     def teacher(self, slot: str, number: int) -> TeacherOutput:
-        """What a slot's teacher says of a micro-batch; nothing where nobody there reads it.
+        """Run a slot's teacher on a micro-batch; the output is empty where no row asks for it.
 
-        A pair runs once, whichever slot asks first, and keeps what it said until `forget`. Rows
-        that nobody reads keep zeros: uniform logits, and no credit reads them.
+        A pair of weights and context runs once, whichever slot asks first, and its output is kept
+        until `forget`. Rows that do not ask for it have hidden states of 0, thus uniform logits,
+        which no credit reads.
         """
         micro, pairs = self.micro_batches[number], [p for p in self._pairs if slot in p.slots]
         for pair in pairs:
@@ -774,7 +789,7 @@ class Forwards:
             reads = pair.reads[micro].tolist()
             some = [row for row, read in zip(micro, reads, strict=True) if read]
             with self.timer("teacher"), self.policy.in_force(pair.weights):
-                hidden, head = pair.runner.run(some, self.with_head(_both))
+                hidden, head = pair.runner.run(some, self.with_head(_hidden_and_head))
                 pair.runner.done(some)
             pair.made[number] = (self._placed(number, hidden, some), head) if some else None
         made = [pair.made.get(number) for pair in pairs]
@@ -787,13 +802,13 @@ class Forwards:
         )
 
     def forget(self, number: int) -> None:
-        """Let go what teachers said of a micro-batch, and its places."""
+        """Free the teachers' outputs on a micro-batch, and its places."""
         self._places.pop(number, None)
         for pair in self._pairs:
             pair.made.pop(number, None)
 
     def _placed(self, number: int, hidden: Tensor, some: Sequence[int]) -> Tensor:
-        """[N, D]: `hidden` at the micro-batch's tokens of the rows `some`, zeros elsewhere."""
+        """[N, D]: `hidden` at the tokens of the rows `some` of the micro-batch, zeros elsewhere."""
         rollouts, wanted = self.rollouts(number), set(some)
         here = [i for i, row in enumerate(rollouts) if row in wanted]
         if len(here) == len(rollouts):
@@ -801,17 +816,17 @@ class Forwards:
         (index,) = upload([torch.tensor(here, dtype=torch.long)], hidden.device)
         return hidden.new_zeros((len(rollouts), *hidden.shape[1:])).index_copy_(0, index, hidden)
 
-    # ---------------------------------------------------- tables, before the loss and without grad
+    # ------------------------------------------- tables measured before the loss, without gradient
 
     @torch.no_grad()
     def tables(self, needs: Set[str]) -> Signals:
-        """The signals of every row of the step. A teacher that runs here is not run again.
+        """Measure signals for every row of the step. A teacher that runs here is not run again.
 
         Args:
             needs: fields of `Signals` to fill; the others, and rows that do not run, keep zeros.
 
         Raises:
-            ConfigurationError: if the objective is asked for, and depends on tables itself.
+            ConfigurationError: if `needs` has the objective, and that depends on tables itself.
         """
         batch = self.batch
         signals = Signals.unmeasured(
@@ -831,7 +846,8 @@ class Forwards:
             "reference": of_objective,
             **dict.fromkeys(self.others, "others" in needs or of_objective),
         }
-        # Under shards the student must run where a teacher may ask for it on some rank.
+        # A forward of sharded weights is a collective: the student runs on all ranks if a teacher's
+        # rule may ask for it on one.
         of_kl = "teacher_kl" in needs
         combines = of_teacher and type(self.teachers["teacher"]).combine is not Teacher.combine
         in_step = of_objective or ((combines or of_kl) and is_sharded(self.policy))
@@ -864,16 +880,16 @@ class Forwards:
         return signals
 
     def _current(self, micro: list[int]) -> LogitsOf:
-        """The current policy on a micro-batch, without gradient; each micro-batch once."""
+        """Run the current policy on a micro-batch, without gradient; each micro-batch once."""
         if self._measured is None:
             self._measured = self._runner("student", self.running, self._own)
         with self.policy.in_force(self._own):
-            hidden, head = self._measured.run(micro, self.with_head(_both))
+            hidden, head = self._measured.run(micro, self.with_head(_hidden_and_head))
             self._measured.done(micro)
         return lambda part, buffers: TokenLogits.of(hidden[part], head, self.temperature, buffers)
 
     def _target(self, output: TeacherOutput, student: Callable[[], LogitsOf]) -> LogitsOf:
-        """The target that a teacher makes of its weights' logits and, if it asks, the student's."""
+        """The teacher's target, from its weights' logits and, if its rule asks, the student's."""
 
         def logits(part: slice, buffers: Buffers) -> TokenLogits:
             tables = output.logits(part, self.temperature, buffers)
@@ -883,8 +899,8 @@ class Forwards:
         return logits
 
     def _read(self, number: int, logits: LogitsOf, student: LogitsOf | None = None) -> Tensor:
-        """[3, N] log-probs and entropies of a micro-batch's tokens, and KL to the student; without
-        one, zeros.
+        """[3, N] float64, nats: log-probs of a micro-batch's tokens, entropies, and the KL
+        divergence to the student; 0 without a student.
         """
         ids = self.of_tokens(number, self.batch.ids)
         values, buffers = ids.new_zeros((3, len(ids)), dtype=torch.float64), Buffers()
@@ -904,7 +920,7 @@ class Forwards:
         outputs: Mapping[str, TeacherOutput],
         signals: Signals,
     ) -> Tensor:
-        """[N]: the objective of the plan's credit at a micro-batch's tokens."""
+        """[N]: the objective of the plan's credit at the micro-batch's tokens."""
         ids, places = self.of_tokens(number, self.batch.ids), self.places(number)
         rollouts = self.rollouts(number)
         values, buffers = torch.zeros_like(ids, dtype=torch.float64), Buffers()
@@ -934,5 +950,5 @@ class Forwards:
         return values
 
 
-def _both(hidden: Tensor, linear: nn.Linear, head: Head) -> tuple[Tensor, Head]:
+def _hidden_and_head(hidden: Tensor, linear: nn.Linear, head: Head) -> tuple[Tensor, Head]:
     return hidden, head

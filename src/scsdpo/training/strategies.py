@@ -1,4 +1,4 @@
-"""The strategies of a method, and which of them cannot work together."""
+"""The strategies of a method, and the check that they can work together."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from scsdpo.weighting import Product, TokenWeighting, Weighting
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Strategies:
-    """What a method is made of, beside the policy and how it is sampled."""
+    """The strategies of a method, beside the policy and its sampling."""
 
     teacher: Teacher
     reference: Teacher
@@ -26,34 +26,34 @@ class Strategies:
     selection: Selection
 
     def update(self) -> Update:
-        """What turns a batch into losses."""
-        looking = (self.token_weighting, self.advantage, self.importance)
+        """The `Update` that computes the losses of a batch."""
+        reading = (self.token_weighting, self.advantage, self.importance)
         return Update(
             teacher=self.teacher,
             reference=self.reference,
             token_weighting=self.token_weighting,
             reduction=self.reduction,
             importance=self.importance,
-            needs=frozenset().union(*(each.needs for each in looking)),
-            derivations=tuple(make for each in looking for make in each.derivations),
+            needs=frozenset().union(*(each.needs for each in reading)),
+            derivations=tuple(make for each in reading for make in each.derivations),
         )
 
     def weightings(self) -> Weighting:
-        """Each of them, in parts of the advantage too: what it is asked, all are asked."""
+        """The product of all weightings, those in parts of the advantage too; to configure them."""
         return Product(factors=(self.weighting, *self.advantage.weightings))
 
     def remembering(self) -> tuple[object, ...]:
-        """Those that may keep something over steps."""
+        """The strategies and contexts that may have state."""
         contexts = (self.teacher.context, self.reference.context)
         own = (self.advantage, self.weighting, self.token_weighting, self.selection)
         return (*own, self.teacher, self.reference, *contexts)
 
     def check(self, *, group: int, updates_per_rollout: int) -> None:
-        """Check them against each other, before any weight is loaded.
+        """Check that the strategies can work together, before any weight is loaded.
 
         Args:
-            group: G, rollouts a question.
-            updates_per_rollout: optimizer steps a batch.
+            group: G, rollouts per question.
+            updates_per_rollout: optimizer steps per batch.
 
         Raises:
             ConfigurationError: naming the keys and the remedy.
@@ -80,10 +80,10 @@ class Strategies:
             )
         if updates_per_rollout > 1 and self.advantage.has_ratio and self.importance.of_current:
             raise ConfigurationError(
-                "model.importance: set it to SamplerImportance, or model.updates_per_rollout to 1: "
-                f"with {updates_per_rollout} updates {type(self.importance).__name__} and "
-                f"model.advantage ({type(self.advantage).__name__}) would both multiply by the "
-                "ratio of the policy to the one that sampled"
+                f"model.importance: {type(self.importance).__name__} has the ratio to the policy "
+                f"before the first of {updates_per_rollout} updates in it, and so has "
+                f"model.advantage ({type(self.advantage).__name__}), so that it would count twice: "
+                "set model.importance to SamplerImportance, or model.updates_per_rollout to 1"
             )
 
     def _check_teachers(self) -> None:
@@ -105,13 +105,13 @@ class Strategies:
         if self.teacher.exists and parts < wanted:
             raise ConfigurationError(
                 f"model.teacher.context: the advantage or the token weights read {wanted} contexts "
-                f"of the teacher, and {type(self.teacher.context).__name__} is {parts}: set it to "
-                "Contexts with as many parts (configs/methods/purified-opsd.yaml, rlcsd.yaml)"
+                f"of the teacher, but {type(self.teacher.context).__name__} has {parts}: set it to "
+                f"Contexts with {wanted} parts (configs/methods/purified-opsd.yaml, rlcsd.yaml)"
             )
         if self.teacher.exists and not (self.advantage.needs_teacher or entropy):
             raise ConfigurationError(
-                f"model.teacher: {type(self.teacher).__name__} is not used, because "
-                f"model.advantage is {advantage}: set model.teacher to NoTeacher"
+                f"model.teacher: {type(self.teacher).__name__} is never used, because "
+                f"model.advantage ({advantage}) reads no teacher: set model.teacher to NoTeacher"
             )
         if self.advantage.needs_reference and not self.reference.exists:
             raise ConfigurationError(
@@ -120,14 +120,14 @@ class Strategies:
             )
         if self.reference.exists and not self.advantage.needs_reference:
             raise ConfigurationError(
-                f"model.reference: {type(self.reference).__name__} is not used, because "
-                f"model.advantage is {advantage}: set model.reference to NoTeacher, or Blend the "
-                "advantage with a ReferenceAnchor"
+                f"model.reference: {type(self.reference).__name__} is never used, because "
+                f"model.advantage ({advantage}) reads no reference: set model.reference to "
+                "NoTeacher, or Blend the advantage with a ReferenceAnchor"
             )
 
 
 def _comparing(strategy: Advantage | Weighting | Selection) -> str:
-    """The class that compares the rollouts of a question, however deep inside `strategy`."""
+    """Name of the class inside `strategy`, at any depth, that compares a question's rollouts."""
     parts: list[Advantage | Weighting] = []
     if isinstance(strategy, Composed):
         parts = [part for each in strategy.inner for part in (each.advantage, each.weighting)]

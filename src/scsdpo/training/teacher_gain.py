@@ -1,4 +1,4 @@
-"""Told against alone: how much better a policy answers when it reads what its teacher would."""
+"""How much better a policy answers after its teacher's prompt than after the question alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from scsdpo.teacher import (
 )
 from scsdpo.types import Judged, Prompt, Responses, Sampling
 
-Shown = SiblingDemonstration | GoldSolution
-"""Contexts that show one demonstration, of which another can take the place."""
+DemonstratingContext = SiblingDemonstration | GoldSolution
+"""Contexts that show a demonstration, which can be replaced by another one."""
 
 
-class Answering(Protocol):
-    """A `PolicyOptimizer`: samples and judges."""
+class SamplerAndJudge(Protocol):
+    """The part of a `PolicyOptimizer` that samples and judges."""
 
     policy: CausalLM
     sampling: Sampling
@@ -37,39 +37,41 @@ class Answering(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors are."""
+        """The device of all tensors."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Responses:
-        """Responses of the policy as it is now."""
+        """Sample responses of the present policy."""
 
     def judge(self, responses: Responses) -> Judged:
-        """Their verdicts."""
+        """Add the verifiers' verdicts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Telling:
-    """One way of telling the teacher something: accuracy of responses drawn after its prompt."""
+class TeacherGain:
+    """Accuracy of responses that the policy draws after its teacher's prompt, and without it."""
 
     without: Estimate
-    """The policy's own accuracy on the same questions, in responses drawn anew: those that are
-    shown were chosen for a success."""
+    """Accuracy after the question alone. Responses are drawn anew, since those that are shown were
+    chosen for a success."""
     told: Estimate
+    """Accuracy after the teacher's prompt."""
     gain: Estimate
-    """Paired by question."""
+    """`told` - `without`, paired by question."""
     beyond_another: Estimate | None = None
-    """Of `configured`: told minus that told of another question, paired by question."""
+    """`told` minus the accuracy after a prompt with another question's demonstration, paired by
+    question; measured for the configured context."""
 
     @classmethod
-    def of(cls, told: Mapping[str, float], own: Mapping[str, float]) -> "Telling":
-        """Of pass rates by question: of those that were told, and of all alone."""
+    def of(cls, told: Mapping[str, float], own: Mapping[str, float]) -> "TeacherGain":
+        """Estimates from pass rates by question's key: with the teacher's prompt, and without."""
         return cls(
             without=score_interval([own[key] for key in told]),
             told=score_interval([*told.values()]),
-            gain=gain_over(own, told),
+            gain=paired_gain(own, told),
         )
 
     def figures(self) -> dict[str, float]:
-        """For the log; those that are known."""
+        """Figures for the log; those that are finite."""
         gain = self.gain
         shown = {"told": self.told.value, "alone": self.without.value, "gain": gain.value}
         every = {**shown, "gain_low": gain.low, "gain_high": gain.high, "gain_questions": gain.n}
@@ -84,47 +86,54 @@ class Telling:
         )
 
 
-class Asked(NamedTuple):
-    """A question, and what is read in its place; empty: there is nothing to tell."""
+class PromptAsRead(NamedTuple):
+    """A question, and the token ids that the policy reads in its place."""
 
     prompt: Prompt
     ids: tuple[int, ...]
 
 
-def gain_over(without: Mapping[str, float], told: Mapping[str, float]) -> Estimate:
-    """Mean of told - without over the questions that have both, and its interval."""
+def paired_gain(without: Mapping[str, float], told: Mapping[str, float]) -> Estimate:
+    """Mean of `told` - `without` over the questions that have both, with its interval."""
     both = [key for key in told if key in without]
     return paired_interval([without[key] for key in both], [told[key] for key in both])
 
 
-def shown_by(context: Context) -> Shown | None:
-    """The context that puts a demonstration into words; None: this one shows none."""
+def demonstrating_context(context: Context) -> DemonstratingContext | None:
+    """The part of `context` that shows a demonstration; None: it shows none."""
     if isinstance(context, Contexts):
-        return shown_by(next(iter(context.named.values())))
+        return demonstrating_context(next(iter(context.named.values())))
     if isinstance(context, RememberedDemonstration):
         return context.demonstration
     return context if isinstance(context, SiblingDemonstration | GoldSolution) else None
 
 
-def demonstration(shown: Shown, question: int, judged: Judged) -> str:
-    """What `shown` tells of a question's responses to somebody who is none of them."""
-    if isinstance(shown, GoldSolution):
+def demonstration(context: DemonstratingContext, question: int, judged: Judged) -> str:
+    """The demonstration that `context` shows to a reader who is none of the question's rollouts."""
+    if isinstance(context, GoldSolution):
         return judged.prompts[question].answer
-    return shown.demonstration(question, -1, judged)
+    return context.demonstration(question, -1, judged)
 
 
 def pass_rates(
-    model: Answering, name: str, asked: Sequence[Asked], *, spare: Sequence[Prompt] = ()
+    model: SamplerAndJudge,
+    name: str,
+    asked: Sequence[PromptAsRead],
+    *,
+    spare: Sequence[Prompt] = (),
 ) -> dict[str, float]:
-    """Pass rate of each question, by its key, of the questions of all ranks.
+    """Pass rate by question's key, for the questions of all ranks.
 
     Args:
-        model: answers and judges.
-        name: of this asking: its draws are its own.
+        model: samples and judges.
+        name: name of this measurement. It enters the seeds, so that each one draws for itself.
         asked: this rank's questions.
-        spare: on several ranks, of which one is asked where `asked` is empty: all ranks sample.
+        spare: on several ranks, a rank without questions asks one of these: sampling is a
+            collective.
     """
-    some = asked or [Asked(prompt, prompt.ids) for prompt in spare[:1] if rank_and_size()[1] > 1]
+    some = asked or [
+        PromptAsRead(prompt, prompt.ids) for prompt in spare[:1] if rank_and_size()[1] > 1
+    ]
     prompts = [replace(one.prompt, key=f"{name}/{one.prompt.key}", ids=one.ids) for one in some]
     if not prompts:
         return {}
@@ -133,50 +142,55 @@ def pass_rates(
     return dict(all_gather(list(zip(keys, rates, strict=False))))
 
 
-def told_against_alone(
-    model: Answering, shown: Shown, prompts: Sequence[Prompt], name: str, room: float
-) -> Telling:
-    """Ask some questions alone, and told what `shown` puts into words.
+def measure_teacher_gain(
+    model: SamplerAndJudge,
+    context: DemonstratingContext,
+    prompts: Sequence[Prompt],
+    name: str,
+    room: float,
+) -> TeacherGain:
+    """Measure accuracy on some questions, alone and with a demonstration.
 
     Args:
-        model: answers and judges.
-        shown: tells the data's answer, or a success among responses drawn for it.
+        model: samples and judges.
+        context: shows the data's answer, or a success among responses that are drawn for this.
         prompts: this rank's questions, with their ids.
-        name: of this asking, such as the number of the step: its draws are its own.
+        name: name of this measurement, such as the number of the step. It enters the seeds.
         room: tokens that a prompt may have; longer ones are left out.
     """
     seen: Judged | None = None
-    if not isinstance(shown, GoldSolution):
+    if not isinstance(context, GoldSolution):
         drawn = [replace(prompt, key=f"{name}/shown/{prompt.key}") for prompt in prompts]
         seen = model.judge(model.sample(drawn, model.sampling.at(0)))
     texts = [
-        p.answer if seen is None else demonstration(shown, q, seen) for q, p in enumerate(prompts)
+        p.answer if seen is None else demonstration(context, q, seen) for q, p in enumerate(prompts)
     ]
     asked = [
-        Asked(prompt, ids)
+        PromptAsRead(prompt, ids)
         for prompt, text in zip(prompts, texts, strict=True)
-        if text.strip() and 0 < len(ids := shown.show(model.policy.chat, prompt, text)) <= room
+        if text.strip() and 0 < len(ids := context.show(model.policy.chat, prompt, text)) <= room
     ]
-    alone = [Asked(one.prompt, one.prompt.ids) for one in asked]
+    alone = [PromptAsRead(one.prompt, one.prompt.ids) for one in asked]
     own = pass_rates(model, f"{name}/alone", alone, spare=prompts)
     told = pass_rates(model, f"{name}/told", asked, spare=prompts)
-    return Telling.of(told, own)
+    return TeacherGain.of(told, own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCheck:
-    """Before the first step: whether the policy answers worse when it is told what its teacher is.
+    """Check before the first step that the teacher's prompt does not make the policy answer worse.
 
-    Asked where the credit is the teacher's alone (no policy gradient beside it), the teacher shows
-    demonstrations, and the policy is not the shipped `tiny`. Some training questions are answered
-    alone and told (`Telling`); where the 95 % interval of the difference lies below 0 the run stops
-    before it trains. After a warm-up the stage's last measurement is what counts.
+    The check is made where all credit is the teacher's (no policy gradient beside it), the teacher
+    shows demonstrations, and the policy is not the shipped `tiny`. The policy answers some training
+    questions alone and after the teacher's prompt (`TeacherGain`). If the 95 % interval of the
+    difference lies below 0, the run stops before it trains. After a warm-up its last measurement is
+    used.
 
     Args:
-        stop: whether such a run stops; if not, the line is a warning.
-        questions: at most so many are asked, over all ranks.
-        share: of the run's planned responses, at most so many are drawn for it. Where that is less
-            than four questions' worth, nothing is asked.
+        stop: stop such a run; false: print a warning.
+        questions: number of questions that are asked, at most, over all ranks.
+        share: of the run's planned responses, the share that may be drawn for this check. If that
+            is less than four questions need, no check is made.
 
     Raises:
         ValueError: if `share` is outside [0, 1].
@@ -193,24 +207,24 @@ class TeacherCheck:
         if not 0 <= self.share <= 1:
             raise ValueError(f"`TeacherCheck(share=...)` must be in [0, 1], got {self.share}")
 
-    def affordable(self, planned: float, shown: Shown) -> int:
-        """Questions to ask in a run of so many planned ones; 0: too few to tell."""
-        draws = 2 if isinstance(shown, GoldSolution) else 3
+    def affordable(self, planned: float, context: DemonstratingContext) -> int:
+        """Questions to ask in a run of so many planned questions; 0: too few to measure."""
+        draws = 2 if isinstance(context, GoldSolution) else 3
         most = int(min(self.share * planned / draws, self.questions))
         return most if most >= _FEWEST else 0
 
-    def judge(self, telling: Telling) -> None:
-        """Stop, or warn, where the whole interval of the gain is below 0.
+    def judge(self, gain: TeacherGain) -> None:
+        """Stop, or warn, if the whole interval of the gain is below 0.
 
         Raises:
             TrainingStopped: then, before any step.
         """
-        if not telling.gain.high < 0:
+        if not gain.gain.high < 0:
             return
         said = (
-            f"the policy answers worse for what its teacher is told: {telling}, and the teacher is "
-            "all that model.advantage learns from: set model.warmup.steps (docs/will-it-work.md), "
-            "or put a policy gradient beside it (configs/methods/sdpo-hybrid.yaml)"
+            f"the teacher's prompt makes the policy answer worse: {gain}, and model.advantage "
+            "learns from the teacher alone: set model.warmup.steps (docs/will-it-work.md), or add "
+            "a policy gradient (configs/methods/sdpo-hybrid.yaml)"
         )
         if self.stop:
             raise TrainingStopped(f"{said}; model.warmup.check.stop: false trains all the same")
@@ -218,3 +232,4 @@ class TeacherCheck:
 
 
 _FEWEST = 4
+"""Fewer questions than these say nothing."""

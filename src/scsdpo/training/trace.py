@@ -1,4 +1,4 @@
-"""One batch from the inside: what each token gets, without taking a step."""
+"""Each token's credit in one batch, without taking a step."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 
 from scsdpo.advantage import Batch
-from scsdpo.loss import Observation, Observer
+from scsdpo.loss import ObservedBlock, Observer
 from scsdpo.policy import CausalLM
 from scsdpo.training.step import Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchTrace:
-    """What a step on one batch would do. Q questions, G rollouts, L longest response.
+    """One batch and the credit of each of its tokens. Q questions, G rollouts, L longest response.
 
-    Token tables [Q, G, L] are float64, in nats where they are log-probs, and nan where nothing was
-    computed: padding, and rollouts that no credit can reach.
+    Tables [Q, G, L] are float64. Log-probs, objectives and entropies are in nats. Entries are nan
+    where nothing was computed: at padding, and in rollouts that get no credit.
     """
 
     batch: Batch
     """Judged responses, teacher and reference contexts, plan and weights."""
     loss: float
-    """The logged loss: sum of scale * importance * objective over all tokens."""
+    """The loss as it is logged: the sum of scale * importance * objective over all tokens."""
     credit: Tensor
-    """-d loss / d z(y) at the sampled token y, z = logits / temperature; question and rollout
-    weight, importance, token weight and denominator included. > 0: y becomes more likely."""
+    """-d loss / d z(y) at the sampled token y, z = logits / temperature. The weights of question,
+    rollout and token, importance and the denominator are in it. > 0: y becomes more likely."""
     magnitude: Tensor
-    """sum_v |d loss / d z(v)| over the vocabulary: how hard the step pulls at this position."""
+    """sum_v |d loss / d z(v)|, over the vocabulary."""
     objective: Tensor
-    """The token's loss before any of these factors, e.g. its divergence."""
+    """The token's loss without these factors, e.g. its divergence."""
     logprob: Tensor
     """log S(y)."""
     teacher_logprob: Tensor
@@ -42,14 +42,14 @@ class BatchTrace:
 def trace_update(
     update: Update, policy: CausalLM, batch: Batch, *, max_tokens: int, observe: Observer
 ) -> BatchTrace:
-    """Run the one kernel over `batch` and write down what it makes of every token.
+    """Run the kernel over `batch` without gradient, and keep what it computes for each token.
 
     Args:
-        update: of the strategies.
-        policy: with its weights; gets no gradient.
-        batch: what is traced.
-        max_tokens: budget of a micro-batch; changes no number.
-        observe: sees each block with its credit over the whole vocabulary, too.
+        update: computes the losses.
+        policy: with its weights loaded.
+        batch: the batch to trace.
+        max_tokens: budget of a micro-batch; it changes no number.
+        observe: is called, too, with each block and its credit over the whole vocabulary.
     """
     shape = batch.judged.responses.ids.shape
     names = ("credit", "magnitude", "objective", "logprob", "teacher_logprob", "entropy")
@@ -57,16 +57,17 @@ def trace_update(
         name: torch.full(shape, torch.nan, dtype=torch.float64, device=batch.ids.device)
         for name in names
     }
-    look = partial(_write, tables, batch.plan.needs_teacher.flatten(), observe)
+    write = partial(_write, tables, batch.plan.needs_teacher.flatten(), observe)
     rows, loss = list(range(shape[0] * shape[1])), 0.0
     with torch.no_grad():
-        seen = replace(update, observe=look)
-        for output, _ in seen.losses(policy, batch, rows, max_tokens):
+        for output, _ in replace(update, observe=write).losses(policy, batch, rows, max_tokens):
             loss += float(output.loss)
     return BatchTrace(batch=batch, loss=loss, **tables)
 
 
-def _write(tables: dict[str, Tensor], taught: Tensor, observe: Observer, seen: Observation) -> None:
+def _write(
+    tables: dict[str, Tensor], taught: Tensor, observe: Observer, seen: ObservedBlock
+) -> None:
     chunk, credit = seen.chunk, seen.credit
     values = {
         "credit": credit.gather(-1, chunk.ids[:, None])[:, 0],

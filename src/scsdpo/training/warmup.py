@@ -1,8 +1,8 @@
-"""A first stage of `fit`: the policy learns to use what its teacher is told.
+"""A first stage of `fit`, in which the policy learns to use its teacher's prompt.
 
-Self-distillation gains nothing where a policy does not answer better for what it is told
-(docs/will-it-work.md). So before it, for some steps, the policy learns right responses, each after
-the teacher's prompt with a demonstration in it: supervised, by the same update as all else.
+Self-distillation gains nothing if the policy does not answer better after its teacher's prompt
+(docs/will-it-work.md). So in this stage the policy learns right responses, each after the teacher's
+prompt with a demonstration in it. It is supervised, and uses the same update as all other training.
 """
 
 from abc import ABC, abstractmethod
@@ -25,41 +25,41 @@ from scsdpo.reduction import SequenceMean
 from scsdpo.teacher import GoldSolution, NoTeacher, Teacher
 from scsdpo.training.step import Limits, OptimizerSteps, Update
 from scsdpo.training.teacher_gain import (
-    Answering,
-    Shown,
+    DemonstratingContext,
+    SamplerAndJudge,
     TeacherCheck,
-    Telling,
-    shown_by,
+    TeacherGain,
+    demonstrating_context,
 )
 from scsdpo.types import Judged, Prompt, Responses, TeacherContexts, Verdict
 from scsdpo.weighting import UniformTokens
 
 NAME = "warmup"
-"""Prefix of its figures."""
+"""Prefix of its figures in the log."""
 
 
 class Examples(ABC):
-    """Which right responses a warm-up teaches."""
+    """The right responses that a warm-up teaches."""
 
     @abstractmethod
-    def responses(self, model: Answering, prompts: Sequence[Prompt]) -> Judged:
+    def responses(self, model: SamplerAndJudge, prompts: Sequence[Prompt]) -> Judged:
         """Responses to a batch's questions; the right ones are learned.
 
         Args:
-            model: answers and judges, where they are its own.
-            prompts: with their ids.
+            model: samples and judges, if the examples are its own.
+            prompts: the questions, with their ids.
         """
 
 
 @dataclass(frozen=True)
 class Successes(Examples):
-    """The policy's own right responses, each learned after another right one to its question.
+    """The policy's own right responses; each is learned after another one to the same question.
 
-    The only success of a group is read before itself. They take a batch of responses a step, as
-    training does, and nothing but the verifier.
+    The only success of a group is learned after itself. Each step samples a batch of responses, as
+    training does, and needs nothing but the verifier.
     """
 
-    def responses(self, model: Answering, prompts: Sequence[Prompt]) -> Judged:
+    def responses(self, model: SamplerAndJudge, prompts: Sequence[Prompt]) -> Judged:
         return model.judge(model.sample(prompts, model.sampling.at(int(model.batches))))
 
 
@@ -67,12 +67,12 @@ class Successes(Examples):
 class GoldAnswers(Examples):
     """The data's own answers, in the form that the verifier reads; nothing is sampled.
 
-    A question without an answer has none. A response ends with the first stop string of its
-    sampling, or else with the end of a sequence.
+    A question without an answer gives no example. A response ends with the first stop string of its
+    sampling, or else with an end-of-sequence token.
 
     Args:
-        response: what is learned, and shown as the demonstration, with {answer} in it, such as
-            `The answer is {answer}.`
+        response: the text that is learned and shown as the demonstration, with {answer} in it, such
+            as `The answer is {answer}.`
 
     Raises:
         ValueError: if {answer} is missing.
@@ -86,7 +86,7 @@ class GoldAnswers(Examples):
                 f"`GoldAnswers(response=...)` must contain {{answer}}, got {self.response!r}"
             )
 
-    def responses(self, model: Answering, prompts: Sequence[Prompt]) -> Judged:
+    def responses(self, model: SamplerAndJudge, prompts: Sequence[Prompt]) -> Judged:
         chat, device = model.policy.chat, model.device
         texts = [self.response.replace("{answer}", p.answer) for p in prompts]
         rows = []
@@ -125,20 +125,22 @@ class Warmup:
 
         loss = - mean over responses of mean_t log S(y_t | teacher's prompt, y_<t)
 
-    A response is read after exactly what its teacher would read, `model.teacher.context` with a
-    demonstration in it. Before the first step, each `measure_every` steps and after the last one
-    the policy answers some training questions alone and told (`Telling`); validation questions are
-    never used. Then the teacher begins anew as a copy of the policy, the optimizer's state is
-    cleared, and training goes on. Steps of this stage count as steps of the run.
+    Each response stands after exactly the prompt that its teacher would read, which is
+    `model.teacher.context` with a demonstration in it. Before the first step, every `measure_every`
+    steps and after the last one the policy answers some training questions, alone and after the
+    teacher's prompt (`TeacherGain`); validation questions are never used. At the end of the stage
+    the teacher becomes a copy of the policy, the optimizer's state is cleared, and training goes
+    on. Steps of this stage count as steps of the run.
 
     Args:
-        steps: optimizer steps of it; 0: there is no such stage.
-        examples: `Successes()`, the policy's own, or `GoldAnswers`, the data's.
+        steps: optimizer steps of this stage; 0: there is none.
+        examples: `Successes()`, the policy's own responses, or `GoldAnswers`, the data's.
         enough: the stage ends early when the whole 95 % interval of the gain, a difference of
             pass rates, is above this; 1: never.
         measure_every: steps from one measurement to the next.
         questions: training questions that are measured, over all ranks.
-        check: before the first step that is not one of these, whether the policy can use it.
+        check: the check, before the first step behind this stage, that the policy can use its
+            teacher's prompt.
 
     Raises:
         ValueError: if `enough` is not above -1.
@@ -167,11 +169,11 @@ class Warmup:
         for slot, each in (("teacher", teacher), ("reference", reference)):
             if each.exists and not each.can_begin_anew:
                 raise ConfigurationError(
-                    f"model.warmup: model.{slot} must be reset to the policy after the warm-up, "
-                    f"and {type(each).__name__} keeps its own weights: choose EMA (with rate 0 it "
-                    "stays as the policy was then), Restart or Live"
+                    f"model.warmup: model.{slot} is {type(each).__name__}, whose weights cannot be "
+                    "set to the policy's after the warm-up: choose EMA (with rate 0 it stays as "
+                    "the policy is then), Restart or Live"
                 )
-        if not teacher.exists or shown_by(teacher.context) is None:
+        if not teacher.exists or demonstrating_context(teacher.context) is None:
             raise ConfigurationError(
                 "model.warmup: the policy learns to use a demonstration in its teacher's prompt, "
                 f"and model.teacher ({type(teacher).__name__}, "
@@ -181,27 +183,26 @@ class Warmup:
 
 
 class _Likelihood(Advantage):
-    """Credit 1 for every token: minus its gradient is that of the cross entropy."""
+    """Credit 1 for every sampled token, which gives the gradient of the cross entropy."""
 
     @property
     def objective_name(self) -> str:
         return "cross_entropy"
 
     def plan(self, judged: Judged, available: Tensor) -> Plan:
-        return Plan(active=torch.ones_like(judged.successes), credit=_likelihood)
+        def credit(chunk: Chunk) -> Credit:
+            return SparseCredit.at_sampled(chunk, torch.ones_like(chunk.logprob), -chunk.logprob)
 
-
-def _likelihood(chunk: Chunk) -> Credit:
-    return SparseCredit.at_sampled(chunk, torch.ones_like(chunk.logprob), -chunk.logprob)
+        return Plan(active=torch.ones_like(judged.successes), credit=credit)
 
 
 class WarmupStage(nn.Module):
-    """Where a warm-up is, and its steps.
+    """The state of a warm-up, and its steps.
 
     Args:
-        settings: of the stage.
-        teacher: whose prompts are read, and which begins anew at the end.
-        reference: begins anew, too.
+        settings: settings of the stage.
+        teacher: its context makes the prompts. It becomes a copy of the policy at the end.
+        reference: it becomes a copy of the policy at the end, too.
         limits: as in training.
         timer: as in training.
     """
@@ -209,7 +210,7 @@ class WarmupStage(nn.Module):
     taken: Tensor
     """Optimizer steps of the stage so far."""
     over: Tensor
-    """Whether it has ended."""
+    """[] bool: the stage has ended."""
 
     def __init__(
         self,
@@ -222,10 +223,11 @@ class WarmupStage(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self._teachers = (teacher, reference)  # a tuple: they are the module's own parts
-        context = shown_by(teacher.context)
+        # In a tuple nn.Module does not register them: they are parts of the PolicyOptimizer.
+        self._teachers = (teacher, reference)
+        context = demonstrating_context(teacher.context)
         assert context is not None
-        self.context: Shown = context
+        self.context: DemonstratingContext = context
         self.advantage = _Likelihood()
         nobody = NoTeacher()
         update = Update(
@@ -245,33 +247,30 @@ class WarmupStage(nn.Module):
             prefix=NAME,
             counts=False,
         )
-        self.last: Telling | None = None
-        """What was measured last."""
+        self.last: TeacherGain | None = None
+        """The last measurement."""
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("over", torch.zeros((), dtype=torch.bool))
 
-    def goes_on(self, host: Any, measure: Callable[[str, str], Telling]) -> bool:
-        """Whether the next batch is one of the warm-up; measures where that is due.
+    def goes_on(self, host: Any, measure: Callable[[str, str], TeacherGain]) -> bool:
+        """Decide whether the next batch belongs to the warm-up; measure where that is due.
 
         Args:
             host: the `PolicyOptimizer`, of a Trainer that fits.
-            measure: told against alone, by the name of the asking and what is said of it.
+            measure: (name of the measurement, when it is made, in words) -> the teacher's gain.
         """
         taken, settings = int(self.taken), self.settings
         last = taken >= settings.steps
         if last or taken % settings.measure_every == 0:
-            said = f"warm-up, after {taken} of {settings.steps} steps"
-            self.last = measure(f"{NAME}/{taken}", said)
+            when = f"warm-up, after {taken} of {settings.steps} steps"
+            self.last = measure(f"{NAME}/{taken}", when)
             last = last or self.last.gain.low > settings.enough
         if last:
-            self._end(host)
+            for teacher in self._teachers:
+                teacher.begin_anew(host.policy)
+            host.optimizers().state.clear()  # its moments are of another loss's gradients
+            self.over.fill_(True)
         return not last
-
-    def _end(self, host: Any) -> None:
-        for teacher in self._teachers:
-            teacher.begin_anew(host.policy)
-        host.optimizers().state.clear()  # moments of gradients of another loss
-        self.over.fill_(True)
 
     def step(self, host: Any, prompts: Sequence[Prompt]) -> None:
         """Learn from examples of a batch's questions; a batch without any takes no step.
@@ -297,9 +296,9 @@ class WarmupStage(nn.Module):
         self.taken += int(self.steps.skipped) == skipped
 
     def batch(self, chat: Chat, judged: Judged) -> Batch:
-        """Right responses after their teacher's prompts, each as a question of its own [N, 1, L].
+        """A batch of right responses after their teacher's prompts, N questions of one response.
 
-        The loss is a mean over questions, of a question the mean over its responses.
+        The loss is the mean over questions of the mean over each question's responses.
         """
         group = judged.rewards.shape[1]
         rows, prompts, counts = list[int](), list[Prompt](), list[int]()
@@ -311,7 +310,7 @@ class WarmupStage(nn.Module):
             counts += [len(found)] * len(found)
         each = torch.tensor(counts, dtype=torch.float64).reciprocal()
         examples, questions = all_sum(torch.tensor([len(rows), float(each.sum())])).tolist()
-        weights = each * (examples / max(questions, 1))  # the reduction divides by all examples
+        weights = each * (examples / max(questions, 1))  # the reduction divides by `examples`
         alone = judged.alone(rows, prompts)
         unknown = torch.full_like(alone.responses.policy_logprobs, torch.nan)
         learned = replace(alone.responses, policy_logprobs=unknown, temperature=1.0)
@@ -327,7 +326,7 @@ class WarmupStage(nn.Module):
         )
 
     def _shown(self, chat: Chat, question: int, rollout: int, judged: Judged) -> tuple[int, ...]:
-        """The teacher's prompt before a success: it shows another, or if there is none this one."""
+        """The teacher's prompt before a success. It shows another success, or else this one."""
         prompt = judged.prompts[question]
         if isinstance(self.context, GoldSolution):
             return self.context.show(chat, prompt, prompt.answer)

@@ -12,42 +12,42 @@ from scsdpo.types import Judged
 
 
 class Weighting(ABC):
-    """How much does each question, and each rollout, count?"""
+    """How much each question, and each rollout, counts."""
 
     @declared
     def needs_group(self) -> bool:
-        """Whether it compares the rollouts of a question, so that G must be above 1."""
+        """True if it compares the rollouts of a question, so that G must be above 1."""
         return False
 
     def configure(self, policy: CausalLM) -> None:  # noqa: B027 - most need not
-        """Look at the policy once its weights are loaded, before any training.
+        """Look at the policy when its weights are loaded, before any training.
 
         Raises:
-            ConfigurationError: if the weighting was made for another one.
+            ConfigurationError: if the weighting was made for another policy.
         """
 
     def check_questions(self, keys: Iterable[str]) -> None:  # noqa: B027 - most need not
         """Look at the training questions' keys, before the weights are loaded.
 
-        They are made as they are asked for, which takes time: ask only if need be.
+        Each key is computed when it is read, which takes time: read them only if needed.
 
         Raises:
-            ConfigurationError: if the weighting was made for others.
+            ConfigurationError: if the weighting was made for other questions.
         """
 
     @abstractmethod
     def weigh(self, judged: Judged) -> Tensor:
-        """Weights [Q, G] >= 0 and finite, known before any forward; 0 drops the rollout's work.
+        """Weights [Q, G], >= 0 and finite. A rollout of weight 0 is not run.
 
-        It may be asked several times and changes nothing: a weighting that remembers is a
-        `scsdpo.state.Stateful`, whose `observe` is called once a batch.
+        It may be called several times for a batch, and changes nothing. A weighting that remembers
+        is a `scsdpo.state.Stateful`, whose `observe` is called once a batch.
         """
 
     def weights(self, judged: Judged) -> Tensor:
-        """What `weigh` gives, as float64.
+        """`weigh`, checked and as float64.
 
         Raises:
-            ConfigurationError: if that is no such table.
+            ConfigurationError: if `weigh` does not return such a table.
         """
         return contracts.weights(
             self.weigh(judged),

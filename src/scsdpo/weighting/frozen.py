@@ -25,24 +25,24 @@ _COMMAND = "`scsdpo rates --out FILE` with this run's --config files"
 class FrozenPassRate(Weighting):
     """PACED's curriculum. W_j = w_j / mean of w over the file, w_j = p_j^solved (1 - p_j)^failed
 
-    p_j comes from one rollout pass before training (`scsdpo rates`) and never changes; the mean
-    runs over the whole training set. Questions with p_j in {0, 1} weigh 0 (where the exponent is
-    above 0) for good: what is out of reach at the start is never trained on.
+    p_j is measured once before training (`scsdpo rates`) and never changes; the mean is over the
+    whole training set. Questions with p_j in {0, 1} always weigh 0 (if the exponent is above 0), so
+    that a question which is too hard at the start is never trained on.
 
-    The file must belong to this policy (its first weights are compared) and to this data (each
-    question must be in it; of a large or endless set, the first ones are looked at before training
-    and the others when they are drawn).
+    The file must be of this policy (its first weights are compared) and of this data (it must have
+    each question). Of a large or endless set, the first questions are checked before training and
+    the others when they are drawn.
 
     Args:
-        path: what `scsdpo rates` wrote.
+        path: file that `scsdpo rates` wrote.
         solved: exponent of p, >= 0.
         failed: exponent of 1 - p, >= 0.
 
     Raises:
-        ValueError: if an exponent is negative, the file is not there or not one of rates, or all
+        ValueError: if an exponent is negative, the file is missing or not a file of rates, or all
             its weights are 0.
-        ConfigurationError: from `configure`, `check_questions` or `weigh`, if the file is not of
-            this policy or lacks a question.
+        ConfigurationError: from `configure`, `check_questions` or `weigh`, if the file is of
+            another policy or lacks a question.
 
     Source:
         PACED, as stated in arXiv:2605.27765: p (1 - p).
@@ -58,7 +58,8 @@ class FrozenPassRate(Weighting):
                 raise ValueError(f"`FrozenPassRate({name}=...)` must be >= 0, got {value}")
         if not self._mean > 0:
             raise ValueError(
-                f"`FrozenPassRate(path={self.path})`: every weight is 0, nothing could be learned"
+                f"`FrozenPassRate(path={self.path})`: every weight is 0, so that nothing would be "
+                "learned: take easier questions, or exponents of 0"
             )
 
     @cached_property
@@ -91,7 +92,7 @@ class FrozenPassRate(Weighting):
         if fingerprint(policy.wrapped) != self._file["fingerprint"]:
             raise ConfigurationError(
                 f"`FrozenPassRate(path={self.path})`: its rates were measured with another policy "
-                f"({self._file['policy']}) than {policy.name_or_path}; write them again with "
+                f"({self._file['policy']}) than {policy.name_or_path}; measure them again with "
                 f"{_COMMAND}"
             )
 
@@ -100,7 +101,7 @@ class FrozenPassRate(Weighting):
             if key not in self._raw:
                 raise ConfigurationError(
                     f"`FrozenPassRate(path={self.path})` has no rate of question {key!r}: it was "
-                    f"written for other training questions; write it again with {_COMMAND}"
+                    f"measured on other training questions; measure again with {_COMMAND}"
                 )
 
     def weigh(self, judged: Judged) -> Tensor:
@@ -114,10 +115,10 @@ class FrozenPassRate(Weighting):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of a model before training: names, shapes and a few values of what was loaded.
+    """A hash of a model before training: of names, shapes and a few values of its weights.
 
-    Values are compared in bfloat16, so that the dtype of loading does not matter; LoRA's factors
-    are left out.
+    Values are rounded to bfloat16, so that the dtype of loading does not matter. LoRA's factors are
+    left out.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.named_parameters():

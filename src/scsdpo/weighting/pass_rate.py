@@ -1,4 +1,4 @@
-"""Weights from pass rates: of the current batch, or with a memory."""
+"""Weights from pass rates, of the current batch or with earlier ones."""
 
 import math
 from collections.abc import Iterable
@@ -27,13 +27,14 @@ class Uniform(Weighting):
 class PassRate(Weighting):
     """SC-SDPO's curriculum. W_j = w_j / mean_{l in I} w_l,  w_j = (p_j (1 - p_j)) ** power
 
-    with p_j = k_j / G and I the informative questions of the batch, 0 < k_j < G, over all ranks.
-    Questions outside I have W_j exactly 0; if I is empty all weights are 0, and no step is taken.
-    Recomputed every step, without history; no epsilon, clip or floor. The mean of W over I is 1.
+    p_j = k_j / G, and I is the set of the batch's informative questions, 0 < k_j < G, over all
+    ranks. Questions outside I have W_j exactly 0. If I is empty all weights are 0, and no step is
+    taken. W is computed from each batch alone, without epsilon, clip or floor. Its mean over I is
+    1.
 
-    power = 0.5 is the paper's (sum_i |A_i| of GRPO is 2 G sqrt(p (1 - p))), 1 its ablation, and
-    0 drops degenerate questions and weighs the rest equally. With feedback but no success (k = 0)
-    SDPO alone still has a signal, which this weighting drops.
+    power = 0.5 is the paper's (sum_i |A_i| of GRPO is 2 G sqrt(p (1 - p))), and 1 is its ablation;
+    0 drops questions outside I and weighs the others equally. Where feedback teaches without any
+    success (k = 0), SDPO alone would learn, and this weighting drops the question.
 
     Args:
         power: exponent a >= 0.
@@ -71,13 +72,14 @@ class PassRate(Weighting):
 class RatePower(Weighting):
     """W_j = p_j^solved (1 - p_j)^failed, not normalised
 
-    `solved` takes weight from questions that are out of reach, `failed` from those that are
-    mastered; with both 0 it is `Uniform` (0^0 is 1).
+    `solved` takes weight from questions that are too hard, `failed` from those that are mastered.
+    With both 0 it is `Uniform` (0^0 is 1).
 
     Args:
         solved: exponent of the pass rate, >= 0.
         failed: exponent of the share of failures, >= 0.
-        rates: of this batch (`Instant`), or with a memory (`MovingAverage`, `DecayedBeta`).
+        rates: the pass rates: of this batch (`Instant`), or with earlier ones (`MovingAverage`,
+            `DecayedBeta`).
 
     Shapes:
         successes [Q, G] -> W [Q, G] float64, constant along G.
@@ -105,12 +107,12 @@ class RatePower(Weighting):
 class HardFilter(Weighting):
     """Keep the questions of medium difficulty. W_j = 1 if low <= p_j <= high, else 0
 
-    p_j = k_j / G, recomputed every step; no normalisation. With a batch outside the band no step
-    is taken.
+    p_j = k_j / G of each batch alone; W is not normalised. If no question of a batch is within the
+    band, no step is taken.
 
     Args:
-        low: smallest pass rate kept, in [0, 1].
-        high: largest pass rate kept, in [low, 1].
+        low: smallest pass rate that is kept, in [0, 1].
+        high: largest pass rate that is kept, in [low, 1].
 
     Raises:
         ValueError: if the band is not within [0, 1].
@@ -141,12 +143,12 @@ class HardFilter(Weighting):
 
 @dataclass(frozen=True, kw_only=True)
 class Product(Weighting):
-    """Several weightings at once. W = prod_i W_i
+    """The product of several weightings. W = prod_i W_i
 
-    Each factor is normalised by itself; their product is not normalised again.
+    Factors that are normalised are so on their own; the product is not normalised again.
 
     Args:
-        factors: at least one.
+        factors: the weightings; at least one.
 
     Raises:
         ValueError: if there are none.

@@ -1,4 +1,4 @@
-"""How much does each token of a rollout count?"""
+"""Weights of tokens within a rollout."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,16 +11,21 @@ from scsdpo.loss import NeedsSignals, Signals
 
 
 class TokenWeighting(NeedsSignals, ABC):
-    """A factor on each token's loss, from signals of the whole batch."""
+    """A factor on each token's loss, from tables of the whole optimizer step."""
 
     @abstractmethod
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
-        """Weights [R, L] float64 >= 0; `distilled` [R, L] marks the tokens with a teacher."""
+        """Weights [R, L] float64 >= 0.
+
+        Args:
+            signals: the step's tables.
+            distilled: [R, L] bool: sampled tokens of rollouts with a teacher.
+        """
 
 
 @dataclass(frozen=True)
 class UniformTokens(TokenWeighting):
-    """Every token counts once."""
+    """u_t = 1 for every token."""
 
     def weigh(self, signals: Signals, distilled: Tensor) -> Tensor:
         return torch.ones_like(distilled, dtype=torch.float64)
@@ -28,13 +33,13 @@ class UniformTokens(TokenWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherEntropy(TokenWeighting):
-    """Trust a certain teacher more. u_t = exp(-beta H(T_t)) / mean over distilled tokens
+    """More weight on a certain teacher. u_t = exp(-beta H(T_t)) / mean over distilled tokens
 
-    The mean runs over all distilled tokens of the optimizer step, on all ranks, so that their
-    weights average to 1; tokens without a teacher keep 1. beta = 0 is `UniformTokens`.
+    The mean is over all distilled tokens of the optimizer step, on all ranks, so that their weights
+    average to 1. Tokens without a teacher keep 1. beta = 0 is `UniformTokens`.
 
     Args:
-        beta: per nat, >= 0.
+        beta: decay of the weight, per nat of entropy, >= 0.
 
     Raises:
         ValueError: if `beta` < 0.
@@ -62,15 +67,15 @@ class TeacherEntropy(TokenWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class Position(TokenWeighting):
-    """Later tokens count more. u_t = floor + (1 - floor) sigmoid((t / T - centre) / width)
+    """More weight on later tokens. u_t = floor + (1 - floor) sigmoid((t / T - centre) / width)
 
-    t = 1..T is the token's place in its response of T tokens. u rises from near `floor` to near 1;
-    it is not normalised.
+    t = 1..T is the token's place in its response of T tokens. u rises from near `floor` to near 1.
+    It is not normalised.
 
     Args:
         floor: weight of the earliest tokens, in [0, 1]; 1 is `UniformTokens`.
-        centre: relative place at which the weight is half way.
-        width: of the rise, in relative places. Must be > 0.
+        centre: relative place t / T at which the weight has risen half of the way.
+        width: width of the rise, in relative places. Must be > 0.
 
     Raises:
         ValueError: if `floor` is outside [0, 1], or `width` <= 0.
@@ -96,18 +101,19 @@ class Position(TokenWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class Horizon(TokenWeighting):
-    """DASH's. sum_t A_t = sum_t u_t r_t, A_t = r_t + l_t A_{t+1};   u_t = 1 + l_{t-1} u_{t-1}
+    """DASH's weights. u_t = 1 + l_{t-1} u_{t-1}
 
-    r_t is the token's objective (its divergence), l_t = sigmoid(-sharpness (r_t - mean r)), the
-    mean over the response; both are detached in u. A place counts more after places at which
-    student and teacher agree, and the count starts anew after one at which they do not. u is in
-    [1, t], not normalised; tokens without a teacher keep 1. sharpness = 0 is l = 1/2.
+    They make sum_t u_t r_t = sum_t A_t, with the returns A_t = r_t + l_t A_{t+1}.
+    r_t is the token's objective (its divergence), and l_t = sigmoid(-sharpness (r_t - mean r)), the
+    mean over the response; both are detached in u. The weight grows along tokens where student and
+    teacher agree, and falls back to about 1 after a token where they do not. u is in [1, t], and is
+    not normalised. Tokens without a teacher keep 1. sharpness = 0 gives l = 1/2.
 
-    It measures the advantage's objective before the loss, which makes a second pass over the
-    vocabulary; in a `Blend` that is the whole sum.
+    The advantage's objective, in a `Blend` that of the whole sum, is measured before the loss, in a
+    second pass over the vocabulary.
 
     Args:
-        sharpness: per nat, >= 0.
+        sharpness: steepness of l, per nat, >= 0.
 
     Raises:
         ValueError: if `sharpness` < 0.
@@ -133,17 +139,17 @@ class Horizon(TokenWeighting):
         weights, before = torch.ones_like(local), torch.zeros_like(local[:, 0])
         for t in range(local.shape[1]):
             weights[:, t] += before
-            # Between two turns stand tokens that the policy did not draw: they have no place.
+            # Tokens between two turns, which the policy did not draw, do not count as places.
             before = torch.where(signals.mask[:, t], gates[:, t] * weights[:, t], before)
         return torch.where(distilled, weights, 1.0)
 
 
 @dataclass(frozen=True)
 class Overlong(TokenWeighting):
-    """Overlong filtering: nothing is learned from cut responses. u_t = 1 if it ended, else 0
+    """Overlong filtering: no loss on responses that were cut. u_t = 1 if it ended, else 0
 
-    A response ended if an end of sequence or a stop string closed it, and not the length cap. The
-    reduction's denominators still count what is left out.
+    A response ended if an end-of-sequence token or a stop string closed it, and not the length cap.
+    The reduction's denominators still count the responses that were cut.
 
     Source:
         DAPO, arXiv:2503.14476, section 3.4.
@@ -184,9 +190,9 @@ def check_contrast(of: str, scale: float, width: float, threshold: float) -> Non
 class ContrastPaths(TokenWeighting):
     """RLCSD's two paths. u_t = T / (number of the response's tokens of t's kind)
 
-    A token is of one kind if `SiblingContrast` with the same arguments moves its advantage, and of
-    the other if not. With `SequenceMean` a response's loss is the mean over the first kind plus the
-    mean over the second. T is the response's number of tokens.
+    There are two kinds of tokens: those whose advantage `SiblingContrast` with the same arguments
+    changes, and all others. With `SequenceMean` a response's loss is the mean over the first kind
+    plus the mean over the second. T is the response's number of tokens.
 
     Args:
         scale: as in `SiblingContrast`.
