@@ -403,7 +403,7 @@ class OptimizerSteps(nn.Module):
             raise TrainingStopped(
                 f"{int(self.idle)} batches in a row had nothing to learn from "
                 f"(model.limits.max_idle_batches; pass rate {rate:.2f}, {cut:.0%} of the responses "
-                f"truncated): {_CUT if cut > 0.5 else REMEDIES[reason]}"
+                f"truncated): {_CUT if reason == NO_CREDIT and cut > 0.5 else REMEDIES[reason]}"
             )
 
     def _skip(self, host: L.LightningModule, why: str, *, of_weights: bool) -> None:
