@@ -19,6 +19,9 @@ from scsdpo.interrupt import Interrupted
 from scsdpo.io import streams
 from scsdpo.io.text import in_one_line
 
+_THEIRS = {"train": "fit", "grpo": "fit", "sft": "fit", "eval": "validate", "generate": "predict"}
+"""Commands of other libraries, and ours."""
+
 
 def usage() -> str:
     """What `scsdpo --help` prints."""
@@ -119,7 +122,8 @@ def _importing_from_here() -> Iterator[None]:
 def _run(args: Sequence[str]) -> int:
     try:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            hint = did_you_mean(args[0], COMMANDS)
+            theirs = _THEIRS.get(args[0])
+            hint = f"; did you mean `{theirs}`?" if theirs else did_you_mean(args[0], COMMANDS)
             raise ConfigurationError(
                 f"{args[0]}: no such command{hint} (commands: {', '.join(COMMANDS)})"
             )

@@ -94,8 +94,10 @@ class Sampling:
         }
         for name, (good, rule) in checks.items():
             if not good:
+                limit, *hint = rule.partition("; ")
                 raise ValueError(
-                    f"`Sampling({name}=...)` must be {rule}, got {getattr(self, name)}"
+                    f"`Sampling({name}=...)` must be {limit}, got {getattr(self, name)}"
+                    f"{''.join(hint)}"
                 )
 
     @property

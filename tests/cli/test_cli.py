@@ -93,28 +93,40 @@ COMMAND_LINE = {
     "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` is what a "
     "run writes down: questions are read by `data.train: Records`",
     "--model.weighting=TopK": "model.weighting: TopK is not a known Weighting",
-    "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is not a "
-    "known Weighting",
+    "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is a class, "
+    "but not a subclass of Weighting",
+    "--model.weighting=scsdpo.types.stable_hash": "model.weighting: scsdpo.types.stable_hash is "
+    "not a class but a function",
+    "--model.sampling.num_generations=4": "model.sampling.num_generations: no such key; TRL's "
+    "num_generations is here model.sampling.n (docs/words.md)",
+    "--max_completion_length=4": "max_completion_length: no such key; TRL's max_completion_length "
+    "is here model.sampling.max_new_tokens (docs/words.md)",
+    "--model.warmup_steps=4": "model.warmup_steps: no such key; TRL's warmup_steps is here "
+    "model.lr_scheduler, such as LinearLR (docs/words.md)",
+    "--actor_rollout_ref.actor.ppo_epochs=2": "actor_rollout_ref.actor.ppo_epochs: no such key; "
+    "verl's ppo_epochs has no counterpart: no rollout is learned from twice (docs/words.md)",
+    "--trainer.strategy=fsdp": "trainer.strategy: FSDPStrategy is not supported: use auto, ddp, or "
+    "scsdpo.checkpoints.FullySharded for sharded weights (configs/scale)",
+    "--trainer.devices=2 --trainer.strategy=ddp --data.questions_per_batch=7": "data."
+    "questions_per_batch: must be a multiple of the 2 ranks, got 7: set it to 6 or 8",
     "--model.weighting=Weighting": "model.weighting: Weighting is abstract",
     "--model.weighting=PassRate --model.weighting.power=high": "model.weighting.power: must be "
     "float, got high",
-    "--model.weighting=PassRate --model.weighting.power=-1": "model.weighting: "
-    "`PassRate(power=...)` must be >= 0, got -1.0",
+    "--model.weighting=PassRate --model.weighting.power=-1": "model.weighting.power: "
+    "must be >= 0, got -1.0",
     "--model.weighting.help=PassRte": "model.weighting.help: PassRte is not a known Weighting; "
     "did you mean `PassRate`?",
-    "--model.weigting=PassRate": "model.weigting: PolicyOptimizer has no such argument; did you "
-    "mean `weighting`?",
+    "--model.weigting=PassRate": "model.weigting: no such key; did you mean `model.weighting`?",
     "--weighting=PassRate": "weighting: no such key; did you mean `model.weighting`?",
     "--modl.weighting=PassRate": "modl.weighting: no such key; did you mean `model`?",
     "--ckpt_pth=x": "ckpt_pth: no such key; did you mean `ckpt_path`?",
-    "--trainer.max_step=3": "trainer.max_step: Trainer has no such argument; did you mean "
-    "`max_steps`?",
+    "--trainer.max_step=3": "trainer.max_step: no such key; did you mean `trainer.max_steps`?",
     "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "word": "word: no option; options are written --key=value",
     "--model.sampling.n=many": "model.sampling.n: must be int, got many",
     "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
-    "--model.val_sampling.n=0": "model.val_sampling: `Sampling(n=...)` must be >= 1, got 0",
+    "--model.val_sampling.n=0": "model.val_sampling.n: must be >= 1, got 0",
     "--model.updates_per_rollout=1.5": "model.updates_per_rollout: must be int, got 1.5",
     "--seed_everything=x": "seed_everything: must be bool or int, got x",
     "--model.policy.dtype=fp16": "model.policy.dtype: must be one of auto, float32, bfloat16, "
@@ -124,7 +136,7 @@ COMMAND_LINE = {
     "argument; did you mean `support`? (it takes: divergence, support, target)",
     "--model.advantage.support=TopN": "model.advantage.support: TopN is not a known Support; did "
     "you mean `TopK`?",
-    "--model.advantage.support.k=0": "model.advantage.support: `TopK(k=...)` must be >= 1, got 0",
+    "--model.advantage.support.k=0": "model.advantage.support.k: must be >= 1, got 0",
     "--model.reduction=TokenSum": "model.reduction.constant: not set, and TokenSum needs it",
     "--model.optimizer=AdamX": "model.optimizer: AdamX is not a known Optimizer; did you mean "
     "`Adam`?",
@@ -134,7 +146,7 @@ COMMAND_LINE = {
     "differentiable, fused)",
     "--model.lr_scheduler=StepLR": "model.lr_scheduler.step_size: not set, and StepLR needs it",
     "--model.teacher=NoTeacher": "model.advantage: SelfDistillation needs a teacher, but "
-    "model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion",
+    "model.teacher is NoTeacher: choose one, such as EMA (--model.teacher.help)",
     "--trainer.devices=x": "trainer: `devices` selected with `CPUAccelerator` should be an int "
     "> 0.",
     "--trainer.callbacks+=Foo": "trainer.callbacks: Foo is not a known Callback",
@@ -156,8 +168,7 @@ FILES = {
     "model: {weighting: {class_path: PassRate, power: 1}}": "model.weighting: write the arguments "
     "of a class under `init_args:`, beside `class_path:`",
     "model: {weighting: 3}": "model.weighting: 3 is not a known Weighting",
-    "model: {weigting: PassRate}": "model.weigting: PolicyOptimizer has no such argument; did you "
-    "mean `weighting`?",
+    "model: {weigting: PassRate}": "model.weigting: no such key; did you mean `model.weighting`?",
     "model: {sampling: {m: 1}}": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
     "model: {sampling: null}": "model.sampling: must be Sampling, got null",
@@ -177,13 +188,13 @@ FILES = {
     "data: {train: [{class_path: LabTasks, init_args: {split: tran}}]}": "data.train.split: must "
     "be one of train, val, got tran",
     "data: {train: [runs.Toys, {class_path: LabTasks, init_args: {split: train, size: 0}}]}": ""
-    "data.train[1]: `LabTasks(size=...)` must be >= 1, got 0",
+    "data.train[1].size: must be >= 1, got 0",
     "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
     "init_args: {templates: {trun: x}}}}}}": "model.teacher.context.templates.trun: Templates has "
     "no such argument; did you mean `turn`? (it takes: turn, solution, feedback)",
     "model: {teacher: {class_path: EMA, init_args: {context: {class_path: SiblingDemonstration, "
-    "init_args: {templates: {turn: x}}}}}}": "model.teacher.context.templates: "
-    "`Templates(turn=...)` must contain {prompt}",
+    "init_args: {templates: {turn: x}}}}}}": "model.teacher.context.templates.turn: "
+    "must contain {prompt}",
     "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: -5}}]}": ""
     "trainer.callbacks[0]: Invalid value for save_top_k=-5. Must be >= -1",
     "model:\n  weighting: [PassRate\n  teacher: }": "wrong.yaml, line 3: not YAML: expected ',' "
@@ -241,7 +252,8 @@ def test_choices_are_the_public_concrete_subclasses(scsdpo):
 
 def test_keys_that_are_not_set_are_named(scsdpo, tmp_path):
     assert refused(scsdpo("fit", base=["--data.val=[]"])) == (
-        "model.policy, model.advantage, data.train: not set; give a --config that sets them"
+        "model.policy, model.advantage, data.train: not set; give a --config that sets them "
+        "(configs/tiny.yaml)"
     )
     missing = {"model": {"policy": {"name_or_path": "x"}}, "data": VALID["data"]}
     (tmp_path / "missing.yaml").write_text(yaml.safe_dump(missing))
@@ -268,7 +280,7 @@ def test_a_file_that_cannot_be_read_is_named(scsdpo, tmp_path):
             ["--data.train=ToolUse", "--data.train.path=none.json"],
             "data.train: `ToolUse(path='none.json')`: none.json",
         ),
-        (["--data.questions_per_batch=100"], "data: `TaskDataModule(questions_per_batch=100)`"),
+        (["--data.questions_per_batch=100"], "data.questions_per_batch: must be at most 12, "),
     ],
 )
 def test_what_only_the_run_can_find_out_is_one_line_too(args, start, scsdpo):
@@ -461,14 +473,42 @@ def test_what_a_replaced_class_leaves_behind_is_said(scsdpo, tmp_path):
         "model:\n  teacher: {class_path: Frozen, init_args: {context: {class_path: Feedback}}}\n"
         "  lr_scheduler: {class_path: PolynomialLR}"
     )
-    said = "kept from an earlier file, where another class stood: "
     idle = ["--trainer.limit_train_batches=0"]
     over = scsdpo("fit", "--config=a.yaml", "--config=b.yaml", *idle)[2]
-    assert f"{said}model.teacher.context.max_tokens, model.lr_scheduler.total_iters\n" in over
+    assert (
+        "model.teacher.context.max_tokens: still 77, which a.yaml sets for SiblingDemonstration; "
+        "model.teacher.context is now Feedback. Set model.teacher.context.max_tokens too if that "
+        "is not meant\n"
+    ) in over
+    assert "model.lr_scheduler.total_iters: still 9, which a.yaml sets for LinearLR; " in over
     swapped = scsdpo("fit", "--config=a.yaml", "--model.teacher=Frozen", *idle)[2]
-    assert f"{said}model.teacher.context\n" in swapped
+    assert (
+        "model.teacher.context: still SiblingDemonstration, which a.yaml sets for EMA; " in swapped
+    )
     (tmp_path / "c.yaml").write_text("model: {teacher: {init_args: {rate: 0.2}}}")
-    assert said not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+    assert ": still " not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+
+
+def test_a_mistake_that_a_leftover_makes_names_the_value_and_its_file(scsdpo, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "lab.yaml").write_text(
+        "data: {val: {class_path: LabTasks, init_args: {split: val}}}"
+    )
+    args = ["--data.val=Records", "--data.val.path=rows.jsonl", "--data.val.verifier=MathAnswer"]
+    code, _, said = scsdpo("fit", "--config=lab.yaml", *args)
+    line = said.strip().splitlines()[-1]
+    assert code == 2
+    assert "a single file has no splits, and `split` is 'val': set `split` to `train`" in line
+    assert (
+        "(data.val.split: still 'val', which lab.yaml sets for LabTasks; data.val is now Records. "
+        "Set data.val.split too if that is not meant"
+    ) in line
+
+
+def test_a_policy_that_is_not_there_is_said_before_anything_else(scsdpo):
+    for name in ("./nothere", "some/where/nothere"):
+        line = refused(scsdpo("validate", f"--policy={name}"))
+        assert line == f"--policy: {name} is not a run or checkpoint, and there is no such folder"
 
 
 @pytest.mark.parametrize("name", ["kind", "self_", "cls", "config", "name", "type", "key", "args"])

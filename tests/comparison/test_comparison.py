@@ -165,8 +165,8 @@ def test_folders_of_seeds_are_methods(scsdpo, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["a.json"], "give two or more different ones"),
-        (["--configs", "a.yaml", "--seeds=2"], "give two or more different ones"),
+        (["a.json"], "name two or more, each once"),
+        (["--configs", "a.yaml", "--seeds=2"], "name two or more, each once"),
         (["--configs", "a.yaml", "b/a.yaml"], "names must differ, got a, a"),
         (["--configs", "a.yaml", "b.yaml"], "--configs: a.yaml does not exist"),
         (["a", "b", "--jobs=0"], "--jobs must be >= 1, got 0"),

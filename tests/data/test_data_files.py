@@ -156,8 +156,13 @@ def test_paths_that_mean_nothing_are_refused_in_one_line(tmp_path, streaming):
         assert "\n" not in str(caught.value)
 
     written(tmp_path / "x.jsonl")
-    refused(tmp_path / "x.jsonl", ValueError, "files have no splits, and `split` is", split="test")
-    refused(tmp_path / "*.jsonl", ValueError, "files have no splits", split="train[:9]")
+    refused(
+        tmp_path / "x.jsonl",
+        ValueError,
+        "a single file has no splits, and `split` is",
+        split="test",
+    )
+    refused(tmp_path / "*.jsonl", ValueError, "file has no splits", split="train[:9]")
     refused(
         tmp_path, ValueError, "no files of the split 'test': their names tell no s", split="test"
     )

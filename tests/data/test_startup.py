@@ -56,10 +56,11 @@ def test_one_line_says_what_was_found(caplog):
         check_start(module(teacher=EMA(context=Feedback())), [Toys()])
     (line,) = caplog.messages
     assert line.startswith(
-        "toys: responses begin after '<|im_start|>assistant\\n' and end with '<|im_end|>' (2), "
+        "toys: the chat template begins responses after '<|im_start|>assistant\\n'; they end with "
+        "'<|im_end|>' (2), "
         "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt is "
     )
-    assert line.endswith(" tokens longer, with the same end")
+    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
 
 
 def test_a_teacher_that_has_nothing_to_tell_is_noted(caplog):
@@ -142,8 +143,9 @@ def test_a_template_that_ends_no_turn_is_taken_as_it_is(caplog):
 def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
-    assert "responses begin after" in caplog.messages[0] and "[/INST]' and" in caplog.messages[0]
-    assert caplog.messages[0].endswith(" tokens longer, with the same end")
+    (line,) = caplog.messages
+    assert "begins responses after" in line and "[/INST]'; they end with" in line
+    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
 
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():

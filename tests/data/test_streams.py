@@ -81,9 +81,11 @@ def test_a_large_source_asks_each_question_that_fits_once_a_pass(chat, monkeypat
 
 
 def test_a_stream_of_which_nothing_fits_or_that_is_empty_is_refused(chat, tmp_path):
-    with pytest.raises(ValueError, match=r"1000 prompts of 'counting' in a row .* raise the limit"):
+    with pytest.raises(
+        ValueError, match=r"data.max_prompt_tokens, .*1000 prompts of 'counting' in"
+    ):
         ShuffledSource.of(Counting(), chat, 3, seed=0)[0]
-    with pytest.raises(ValueError, match=r"2 prompts of 'y' in a row .* raise the limit"):
+    with pytest.raises(ValueError, match=r"data.max_prompt_tokens, .*2 prompts of 'y' in a row"):
         ShuffledSource.of(Lines(lines(tmp_path / "y", range(2))), chat, 3, seed=0)
     with pytest.raises(ValueError, match="'x' has no prompts"):
         ShuffledSource.of(Lines(lines(tmp_path / "x", [])), chat, LIMIT, seed=0)[0]

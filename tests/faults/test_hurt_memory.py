@@ -94,7 +94,9 @@ def test_twice_at_the_least_the_run_stops_with_the_remedy_and_keeps_the_state(qw
     second = Scarce(model.policy, CPU, at=range(30, 99))  # a batch has at most 16 rollouts
     with (
         pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(TrainingStopped, match=r"twice at the least .* model\.limits\.max_tokens"),
+        pytest.raises(
+            TrainingStopped, match=r"at the smallest budget too .* model\.limits\.max_tokens"
+        ),
     ):
         run.fit(model, data())
     assert second.calls == 31

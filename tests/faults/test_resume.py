@@ -61,16 +61,21 @@ def test_last_is_the_newest_whole_one_that_agrees(commands, half):
     newest = last(half)
     newest.write_bytes(torn[: len(torn) // 2])
     assert commands.run(half, "--trainer.max_steps=6", "--ckpt_path=last") == 0
-    assert f"skipped: {newest.relative_to(half)} is torn" in error(half)
+    assert f"checkpoint skipped: {newest.relative_to(half)} is torn" in error(half)
     line = refusal(commands, half, "--ckpt_path=last", "--data.seed=5")
-    assert line.startswith("ckpt_path: no checkpoint under runs/toys is of this configuration: ")
+    assert line.startswith(
+        "ckpt_path: every checkpoint under runs/toys is of another configuration: "
+    )
     assert f"{other.relative_to(half)} (seed_everything: 1 -> 0)" in line
     assert "data.seed: auto -> 5" in line
 
 
 def test_last_without_any_is_refused(commands, tmp_path):
     line = refusal(commands, tmp_path, "--ckpt_path=last")
-    assert line == "ckpt_path: there is no whole checkpoint under runs/toys; omit it to start anew"
+    assert line == (
+        "ckpt_path: there is no whole checkpoint under runs/toys; leave --ckpt_path out to begin a "
+        "new run"
+    )
 
 
 def test_what_takes_effect_does(commands, half):

@@ -187,7 +187,7 @@ def test_a_folder_without_a_run_is_refused_with_one_that_has_it(folders, tmp_pat
     write_lines(tmp_path / "tiny" / "version_0" / "metrics.jsonl", [])
     with pytest.raises(ConfigurationError, match=r"did you mean .*version_0"):
         read_runs([str(tmp_path)])
-    with pytest.raises(ConfigurationError, match="is no folder"):
+    with pytest.raises(ConfigurationError, match="there is no folder"):
         read_runs([str(tmp_path / "nowhere")])
     named, other = read_runs([f"mine={folders[0]}", folders[1]])
     assert named.name == "mine" and other.name == "method1"

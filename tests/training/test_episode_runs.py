@@ -178,7 +178,7 @@ def test_what_cannot_play_is_refused_before_weights_are_loaded(qwen3, tmp_path):
 
 def test_a_run_stops_where_environments_do_not_work(qwen3, tmp_path):
     model = learner(qwen3, advantage=GroupRelative(), teacher=NoTeacher(), weighting=Uniform())
-    with pytest.raises(TrainingStopped, match=r"Opening does not judge: .* OSError\('no door'\)"):
+    with pytest.raises(TrainingStopped, match=r"Opening fails too often: .* OSError\('no door'\)"):
         fit(model, tmp_path, 1, world=worlds.Opening(fails=True))
 
 

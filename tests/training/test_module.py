@@ -101,7 +101,7 @@ def test_a_batch_without_information_takes_no_step(qwen3, tmp_path, reward):
 
 def test_a_verifier_that_fails_on_every_response_ends_the_run_in_its_first_batches(qwen3, tmp_path):
     run = trainer(tmp_path)
-    with pytest.raises(TrainingStopped, match=r"Unready does not judge: .*no licence"):
+    with pytest.raises(TrainingStopped, match=r"Unready fails too often: .*no licence"):
         run.fit(module(qwen3), data(Toys(verifier=Unready())))
     assert run.global_step == 0
 

@@ -448,7 +448,7 @@ def test_a_verifier_that_fails_on_most_responses_stops_the_run_with_its_reason(c
     failures.count(*failed(4, 8))  # half
     assert caplog.messages == ["4 of 8 verdicts failed: 4 x Broken: no"]
     with pytest.raises(
-        TrainingStopped, match=r"Broken does not judge: 5 of 8 .* 5 x Broken: no\. "
+        TrainingStopped, match=r"Broken fails too often: 5 of 8 .* 5 x Broken: no\. "
     ):
         failures.count(*failed(5, 8))
 

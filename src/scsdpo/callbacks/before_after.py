@@ -66,7 +66,8 @@ class BeforeAfter(L.Callback):
         trained_on = data.trained_on if isinstance(data, TaskDataModule) else 0
         console.print(before_after_table(self.before, self.after, trained_on=trained_on))
         why = f": {why_no_steps(trainer, pl_module)}" if trainer.global_step == 0 else ""
-        console.print(f"{trainer.global_step} optimizer steps taken{why}", soft_wrap=True)
+        plural = "" if trainer.global_step == 1 else "s"
+        console.print(f"{trainer.global_step} optimizer step{plural} taken{why}", soft_wrap=True)
         if folder is not None:
             console.print(f"files of this run: {folder}", soft_wrap=True)
 

@@ -32,18 +32,21 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
         try:
             found.append(Saved.read(path))
         except ValueError as error:
-            say(f"skipped: {error}")
+            say(f"checkpoint skipped: {error}")
     against = []
     for saved in sorted(found, key=lambda saved: _age(saved.path, saved.number)):
         if (why := _objection(saved, config, whole_run=whole_run)) is None:
             return saved
         against.append(f"{saved.path} ({why})")
     if not against:
-        raise ValueError(f"there is no whole checkpoint under {folder}; omit it to start anew")
+        raise ValueError(
+            f"there is no whole checkpoint under {folder}; leave --ckpt_path out to begin a new run"
+        )
     more = f", and {len(against) - _MOST} more" if len(against) > _MOST else ""
     raise ValueError(
-        f"no checkpoint under {folder} is of this configuration: {'; '.join(against[:_MOST])}{more}"
-        "; name one to go on from it"
+        f"every checkpoint under {folder} is of another configuration: "
+        f"{'; '.join(against[:_MOST])}{more}. Set the keys back to go on from one, or `scsdpo "
+        "export` it and name the folder in model.policy.name_or_path to start from its weights"
     )
 
 

@@ -50,7 +50,8 @@ def take_back(
     if not any(change.of_memory for change in changed):
         remember_all(module, checkpoint["remembered"])
     elif checkpoint["remembered"]:
-        say("the strategies' memory of questions starts anew")
+        keys = ", ".join(change.key for change in changed if change.of_memory)
+        say(f"the memory of strategies, such as pass rates, is reset, because of a change: {keys}")
 
 
 def _renew_schedule(

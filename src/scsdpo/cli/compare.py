@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scsdpo.checkpoints import checkpoint_in
-from scsdpo.cli.options import new_file, own_parser
+from scsdpo.cli.options import check_policy, new_file, own_parser
 from scsdpo.comparison import (
     Job,
     PairedComparison,
@@ -70,6 +70,9 @@ def main(args: Sequence[str]) -> None:
         things = given.things
         out = new_file(given.out or Path("runs/comparison.json"), ".json")
     methods = [seeds_in(Path(thing)) for thing in things]
+    for thing, seeds in zip(things, methods, strict=True):
+        if not seeds and not evaluation_in(Path(thing)) and not checkpoint_in(Path(thing)):
+            check_policy("compare", thing)  # before others are evaluated, which takes minutes
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))
     elif any(methods):
@@ -89,7 +92,10 @@ def _check(given: argparse.Namespace) -> None:
     if given.configs and given.things:
         raise ConfigurationError("compare: give either --configs or existing results, not both")
     if len(many) < 2 or len(set(many)) < len(many):
-        raise ConfigurationError(f"compare: give two or more different ones, got {many}")
+        got = ", ".join(many) or "none"
+        raise ConfigurationError(
+            f"compare: name two or more, each once (policies, or --configs); got {got}"
+        )
     names = [Path(config).stem for config in given.configs]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"--configs: names must differ, got {', '.join(names)}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from scsdpo.cli.config_types import argument, arguments, choices, classes, find, spell
 from scsdpo.cli.front import did_you_mean, no_such_key
+from scsdpo.cli.other_words import our_key
 from scsdpo.data import Records
 from scsdpo.errors import first_line
 
@@ -101,8 +102,12 @@ def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
     if instead := _REMOVED.get((kind.__name__, name)):
         return f"{where}.{name}: {kind.__name__} has no such argument any more: {instead}"
     known = list(arguments(kind))[skip:]
-    takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     hint = did_you_mean(name, known)
+    if (ours := our_key(name)) and not ("." in where and hint):
+        return f"{where}.{name}: {ours}"
+    if "." not in where and where != "records":
+        return f"{where}.{name}: no such key{hint.replace('`', f'`{where}.', 1)}"
+    takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     if where == "records" and name in (*arguments(Records), "class_path"):
         hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
         takes = ""
@@ -113,7 +118,7 @@ def _missing(keys: Sequence[str], sections: Sections) -> str:
     """`keys` begin with the name of the command."""
     names = [key.partition(".")[2] for key in keys]
     if len(names) > 1:
-        return f"{', '.join(names)}: not set; give a --config that sets them"
+        return f"{', '.join(names)}: not set; give a --config that sets them (configs/tiny.yaml)"
     return f"{names[0]}: not set{_offer(_expected(names[0], sections))}"
 
 
@@ -171,11 +176,13 @@ def _fault(message: str, sections: Sections) -> str:
         where = f"{key}.{group}" if group else key
         return _no_argument(where, name, kind, skip=int(place.factory))
     if match := _REQUIRED.match(wrong):
-        return f"{key}.{match[1]}: not set, and {place.owner.__name__} needs it"
+        inner = f"{key}.{match[1]}"
+        several = len(classes(argument(place.owner, match[1]))) > 0
+        hint = f" (--{inner}.help lists what there is)" if several else ""
+        return f"{inner}: not set, and {place.owner.__name__} needs it{hint}"
     if match := _NO_CLASS.match(wrong):
         name = next(filter(None, match.groups()))
-        flaw = "abstract" if match[4] else f"not a known {_kinds(place.hint)}"
-        return f"{key}: {name} is {flaw}{_offer(place.hint, name)}"
+        return f"{key}: {name} is {_flaw(name, place.hint, abstract=bool(match[4]))}"
     if match := _TAKEN.match(wrong):
         return (
             f"{key}: {match[2]} has an argument `{match[1]}`, and --{key}.{match[1]} is the "
@@ -190,6 +197,18 @@ def _fault(message: str, sections: Sections) -> str:
     if got and place.hint is not Any:
         return f"{key}: must be {spell(place.hint)}, got {got[1]}{_quotes(place.hint, got[1])}"
     return f"{key}: {wrong}"
+
+
+def _flaw(name: str, hint: Any, *, abstract: bool) -> str:
+    """What is wrong with the class at `name`, and what could stand there."""
+    if abstract:
+        return f"abstract{_offer(hint, name)}"
+    found = None if _not_there(name) else find(name.strip("'\""))
+    if found is None or not classes(hint):
+        return f"not a known {_kinds(hint)}{_offer(hint, name)}"
+    if isinstance(found, type):
+        return f"a class, but not a subclass of {_kinds(hint)}{_offer(hint)}"
+    return f"not a class but a {type(found).__name__}{_offer(hint)}"
 
 
 def _quotes(hint: Any, got: str) -> str:

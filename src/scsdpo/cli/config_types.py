@@ -1,6 +1,7 @@
 """Types of a configuration: constructors' arguments, and the classes that may stand for them."""
 
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from scsdpo.errors import MISTAKES, ConfigurationError
+
+_CALL = re.compile(r"`(\w+)\((\w+)=\.\.\.\)`:? (.*)", re.DOTALL)
+"""How a constructor begins what it says of an argument, for those who call it in Python."""
 
 
 def arguments(kind: type) -> dict[str, Any]:
@@ -162,7 +166,7 @@ class Builder:
             self.mistake = error
             raise
         except (*MISTAKES, MisconfigurationException) as error:
-            self.mistake = ConfigurationError(f"{self._key(kind, given)}: {error}")
+            self.mistake = ConfigurationError(_by_key(self._key(kind, given), kind, str(error)))
             raise self.mistake from error
         except Exception as error:
             self.mistake = error
@@ -173,6 +177,14 @@ class Builder:
         found = [(key, described) for key, one, described in self._objects() if one is kind]
         same = [key for key, described in found if _agree(described, given)]
         return next(iter(same or [key for key, _ in found]), kind.__name__)
+
+
+def _by_key(key: str, kind: type, said: str) -> str:
+    """`said` with the key of the argument in the place of the Python call, if it names one."""
+    match = _CALL.fullmatch(said)
+    if match and match[1] == kind.__name__ and match[2] in arguments(kind):
+        return f"{key}.{match[2]}: {match[3]}"
+    return f"{key}: {said}"
 
 
 def _agree(described: Mapping[str, Any], given: Mapping[str, Any]) -> bool:

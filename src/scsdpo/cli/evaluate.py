@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from scsdpo.checkpoints import Saved, checkpoint_in
 from scsdpo.cli.lightning_cli import CLI, run_cli
-from scsdpo.cli.options import new_file, own_parser
+from scsdpo.cli.options import check_policy, new_file, own_parser
 from scsdpo.errors import blamed_on
 from scsdpo.evaluation import figures, result_table
 from scsdpo.io.console import Terminal
@@ -110,8 +110,10 @@ class Chosen:
     def __init__(self, policy: str | None, rest: Sequence[str]) -> None:
         self.policy, self.args = policy, [*rest]
         self.saved: Saved | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="scsdpo-")
         path = checkpoint_in(Path(policy)) if policy else None
+        if policy is not None and path is None:
+            check_policy("--policy", policy)
+        self._folder = tempfile.TemporaryDirectory(prefix="scsdpo-")
         if path is not None:
             with blamed_on("--policy"):
                 self.saved = Saved.read(path)

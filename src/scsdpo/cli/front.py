@@ -10,6 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from scsdpo.cli.catalog import catalog
+from scsdpo.cli.other_words import our_key
 from scsdpo.errors import ConfigurationError
 
 
@@ -193,6 +194,8 @@ def no_such_key(key: str, sections: Mapping[str, Collection[str]], others: Colle
         sections: names of the arguments of each.
         others: keys beside the sections.
     """
+    if ours := our_key(key.rpartition(".")[2]):
+        return f"{key}: {ours}"
     top, _, rest = key.partition(".")
     homes = [f"{home}.{top}" for home, names in sections.items() if top in names]
     homes += [rest] if rest.partition(".")[0] in sections else []  # under a command's name

@@ -12,6 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,6 +47,7 @@ from scsdpo.private.lightning_cli import OpenCLI
 from scsdpo.records import Outage, hold, run_folder, runs_folder
 from scsdpo.training import PolicyOptimizer
 from scsdpo.training.on_failure import where_to_resume
+from scsdpo.training.run_checks import check_strategy
 
 _COMPARED = (*SECTIONS, "seed_everything")
 """Keys of the configuration that a checkpoint holds and a resumed run is compared with."""
@@ -76,16 +78,25 @@ class CLI(OpenCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
 
     def instantiate_classes(self) -> None:
-        if found := kept(sys.argv[2:], self.config[self.subcommand].as_dict()):
-            say(f"kept from an earlier file, where another class stood: {', '.join(found)}")
+        self._leftovers = kept(sys.argv[2:], self.config[self.subcommand].as_dict())
+        for each in self._leftovers:
+            say(str(each))
         builder = Builder(self.config[self.subcommand].as_dict(), SECTIONS)
         self.parser.add_instantiator(builder, object)
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise builder.mistake or error from error.__cause__
+            raise self._with_leftovers(builder.mistake or error) from error.__cause__
+
+    def _with_leftovers(self, error: Exception) -> Exception:
+        """A mistake at a class that has arguments left of another one says so."""
+        said = [str(each) for each in self._leftovers if str(error).startswith(f"{each.owner}: ")]
+        if not said or not isinstance(error, ConfigurationError):
+            return error
+        return ConfigurationError(f"{error} ({'; '.join(said)})")
 
     def after_instantiate_classes(self) -> None:
+        self.datamodule.check_ranks(self.trainer.world_size)
         try:
             config = self.subcommand_parser().dump(self.config[self.subcommand], format="json")
         except (TypeError, ValueError) as error:  # a checkpoint holds the configuration
@@ -124,6 +135,8 @@ class CLI(OpenCLI):
     def run_subcommand(self, subcommand: str) -> None:
         try:
             super().run_subcommand(subcommand)
+        except ConfigurationError as error:
+            raise self._with_leftovers(error) from error.__cause__
         except Interrupted:  # Lightning then tears nothing down
             self.model.teardown(subcommand)
             self._check_saved()
@@ -146,6 +159,10 @@ class CLI(OpenCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config[self.subcommand].trainer.enable_checkpointing is False:
             self.subcommand_parser().callback_keys.remove("checkpoint")
+        named: Any = self.config[self.subcommand].trainer.strategy
+        if isinstance(named, str) and named in StrategyRegistry:
+            # Before Lightning asks for the devices that it needs.
+            check_strategy(StrategyRegistry[named]["strategy"])
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (*MISTAKES, TypeError, MisconfigurationException) as error:

@@ -21,6 +21,26 @@ def own_parser(command: str, what: str, like: str = "predict") -> argparse.Argum
     return parser
 
 
+def check_policy(key: str, policy: str) -> None:
+    """Check that there is a model of this name, before anything else is looked at.
+
+    Args:
+        key: what names it.
+        policy: no run or checkpoint.
+
+    Raises:
+        ConfigurationError: if it is neither a model's folder nor a model of the hub.
+    """
+    from scsdpo.policy.location import located  # slow to import
+
+    try:
+        located(policy)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{key}: {policy} is not a run or checkpoint, and {error}"
+        ) from error
+
+
 def new_file(path: Path, *suffixes: str) -> Path:
     """Check a file to be written, and make its folder; returns `path`.
 

@@ -58,8 +58,8 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
         first = min(unmet)
         others = f" (and {len(unmet) - 1} more like it)" if len(unmet) > 1 else ""
         raise ValueError(
-            f"{where(first)}: {unmet[first]}; no response could be right: correct the answer, or "
-            f"remove the row{others}"
+            f"{where(first)}: {unmet[first]}; correct this row's answer or tests, or remove the "
+            f"row{others}"
         ) from unmet[first]
 
 

@@ -24,7 +24,7 @@ from scsdpo.data.loader import (
 from scsdpo.data.rendered import Rendered
 from scsdpo.data.shuffled import FILTER_AHEAD, Mixture, PromptBatch, ShuffledSource
 from scsdpo.data.startup import check_golds, check_start, first_keys, warn_shared, warn_twice
-from scsdpo.errors import blamed_on
+from scsdpo.errors import ConfigurationError, blamed_on
 from scsdpo.policy.chat import Chat
 from scsdpo.seeds import Seed, resolved
 from scsdpo.types import Prompt, stable_hash
@@ -113,6 +113,21 @@ class TaskDataModule(LightningDataModule):
         self.upcoming: tuple[tuple[Prompt, ...], ...] = ()
         """The batches that follow the last training batch, in order."""
 
+    def check_ranks(self, ranks: int) -> None:
+        """Check that every rank gets as many questions of a batch.
+
+        Raises:
+            ConfigurationError: if not.
+        """
+        for name in ("questions_per_batch", "val_questions_per_batch"):
+            if (questions := getattr(self, name)) % ranks:
+                below, above = questions // ranks * ranks, -(-questions // ranks) * ranks
+                near = f"{below} or {above}" if below else f"{above}"
+                raise ConfigurationError(
+                    f"data.{name}: must be a multiple of the {ranks} ranks, got {questions}: set "
+                    f"it to {near}"
+                )
+
     def setup(self, stage: str) -> None:
         """Lightning's hook: `set_up_for` the Trainer's module."""
         self.set_up_for(cast(Any, self.trainer).lightning_module, stage)
@@ -142,9 +157,9 @@ class TaskDataModule(LightningDataModule):
                 [self._shuffled(number, chat) for number in range(len(self.train_sources))]
             )
             if len(self.train_set) < self.questions_per_batch:
-                raise ValueError(
-                    f"`TaskDataModule(questions_per_batch={self.questions_per_batch})` must be at "
-                    f"most the number of training questions, here {len(self.train_set)}"
+                raise ConfigurationError(
+                    f"data.questions_per_batch: must be at most {len(self.train_set)}, the number "
+                    f"of training questions, got {self.questions_per_batch}"
                 )
             module.weightings.check_questions(self.train_set.question_keys())
         self.val_set = self._in_order(self.val_sources, chat) if self.val_sources else None
@@ -152,10 +167,10 @@ class TaskDataModule(LightningDataModule):
         if self.val_set:
             parts = cast(list[Rendered], self.val_set.datasets)
             asked = [part.key(index) for part in parts for index in range(len(part))]
-            warn_twice("data.val", asked, "counts as often in every figure")
+            warn_twice("data.val", asked, "counts in every figure")
         if stage == "fit":
             learned = first_keys(self.train_sources, streams=bool(asked))
-            warn_twice("data.train", learned, "is asked as often in a pass")
+            warn_twice("data.train", learned, "is asked in every pass")
             self.trained_on = warn_shared(learned, asked)
 
     def _shuffled(self, number: int, chat: Chat) -> ShuffledSource:
@@ -284,12 +299,7 @@ class TaskDataModule(LightningDataModule):
         if self.trainer is None:
             return 1, 0
         trainer = cast(Any, self.trainer)
-        for name in ("questions_per_batch", "val_questions_per_batch"):
-            if (questions := getattr(self, name)) % trainer.world_size:
-                raise ValueError(
-                    f"`TaskDataModule({name}={questions})` must be a multiple of the "
-                    f"{trainer.world_size} ranks"
-                )
+        self.check_ranks(trainer.world_size)
         return trainer.world_size, trainer.global_rank
 
 

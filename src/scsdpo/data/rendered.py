@@ -67,8 +67,8 @@ def rendered(prompt: Prompt, chat: Chat) -> Prompt:
 def too_long(name: str, count: int, length: int, limit: int) -> str:
     """Error message for `count` consecutive prompts over the limit."""
     return (
-        f"`TaskDataModule(max_prompt_tokens={limit})`: {count} prompts of {name!r} in a row are "
-        f"longer, one with {length} tokens; raise the limit"
+        f"raise data.max_prompt_tokens, which is {limit}: {count} prompts of {name!r} in a row are "
+        f"longer, one with {length} tokens"
     )
 
 

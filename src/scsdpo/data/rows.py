@@ -146,8 +146,9 @@ class Rows:
                 raise FileNotFoundError(f"`{self.owner}`: no file is named like {self.path}")
         if self.split != "train":
             raise ValueError(
-                f"`{self.owner}`: files have no splits, and `split` is {self.split!r}; name the "
-                "file of that split, or a folder whose files tell theirs (`test-00000.parquet`)"
+                f"`{self.owner}`: a single file has no splits, and `split` is {self.split!r}: set "
+                "`split` to `train`, its default, which reads the whole file; or name a folder "
+                "whose files tell their splits (`test-00000.parquet`)"
             )
         return found
 
@@ -246,8 +247,8 @@ class Rows:
             found = datasets.load_dataset(self.path, *name, **settings)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"`{self.owner}`: neither a file or folder here nor a data set that the Hugging "
-                f"Face hub provides ({error})"
+                f"`{self.owner}`: there is no such file or folder, and the Hugging Face hub does "
+                f"not give such a set ({error})"
             ) from error
         features = features or found.features
         return found, features.arrow_schema if features else pyarrow.schema([])

@@ -134,7 +134,7 @@ def _check_source(module: Any, source: Source) -> None:
     header = _header(chat, prompt, source.name)
     if prompt.has_turns:
         _check_turns(module, prompt)
-    found = [f"responses begin after {header!r} and {_end(chat, prompt)}"]
+    found = [f"the chat template begins responses after {header!r}; they {_end(chat, prompt)}"]
     found += [f"padding is {_shown(chat, chat.pad_id)}"]
     if module.teacher.exists:
         found.append(_teacher(module, rendered(prompt, chat), source.name))
@@ -195,8 +195,8 @@ def warn_twice(where: str, keys: Sequence[str], meaning: str) -> None:
     (key, times), *_ = Counter(keys).most_common(1) or [("", 0)]
     if times > 1:
         _warn(
-            "%s: %d of %d questions are copies of others, such as %s, which is there %d times: "
-            "each copy is answered apart and %s; leave them out if they are not meant",
+            "%s: %d of %d questions are duplicates; %s, for example, is there %d times. Each copy "
+            "%s: leave duplicates out if they are not meant",
             *(where, len(keys) - len(set(keys)), len(keys), key, times, meaning),
         )
 
@@ -316,7 +316,10 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
             f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
             ", so that it would score another text; render them with `chat.render`"
         )
-    return f"the teacher's prompt is {len(ids) - len(prompt.ids)} tokens longer, with the same end"
+    return (
+        f"the teacher's prompt is {len(ids) - len(prompt.ids)} tokens longer than the policy's and "
+        "ends like it, as it must"
+    )
 
 
 def _ids(chat: Chat, text: str) -> list[int]:

@@ -82,7 +82,7 @@ class GapCheck:
         if mean > self.stop:
             raise TrainingStopped(
                 f"{said}, more than model.gap.stop={self.stop:g}; no step was taken. The sampler "
-                "has other weights or computes otherwise: compare its dtype, its chat template "
+                "uses other weights or other numerics: compare its dtype, its chat template "
                 "and its log-prob settings with the trainer's (docs/vllm.md)"
             )
         rank_zero_warn(f"{said}, more than model.gap.warn={self.warn:g}")

@@ -57,9 +57,13 @@ def setup_line(setup: Setup) -> str:
     active = shapes.parameters - shapes.multiplied + shapes.active
     experts = f" ({active / 1e9:.2f}B active)" if shapes.has_experts else ""
     return (
-        f"{shapes.name}, {shapes.parameters / 1e9:.2f}B parameters{experts}, {trained}, "
+        f"{shapes.name}, {_count(shapes.parameters)} parameters{experts}, {trained}, "
         f"{'bf16-mixed' if setup.autocast else 'float32'}; {how} of {gib(devices.memory)} GiB"
     )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
 
 
 def print_plan(setup: Setup, memory: Memory, rates: Rates, console: Console) -> None:
@@ -104,6 +108,8 @@ def _small(setup: Setup, memory: Memory) -> str:
 def assumptions(setup: Setup, memory: Memory, rates: Rates) -> list[str]:
     """The assumptions of the estimate, a line each."""
     auto = " (auto)" if setup.max_tokens == "auto" else ""
+    if auto and memory.budget <= 1:
+        auto = " (auto: no memory is left)"
     lengths = setup.lengths
     return [
         f"Counted with {setup.questions} questions x {setup.group} responses, {lengths.prompt} "

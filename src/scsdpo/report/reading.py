@@ -142,9 +142,10 @@ def _check(folder: Path) -> None:
         return
     inner = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))
     inner += sorted(str(path.parent) for path in folder.glob("*/*/metrics.jsonl"))
-    hint = f"; did you mean {', '.join(inner[:4])}?" if inner else ", a run's folder has one"
-    what = "has no metrics.jsonl" if folder.is_dir() else "is no folder"
-    raise ConfigurationError(f"RUN: {folder} {what}{hint}")
+    hint = f"; did you mean {', '.join(inner[:4])}?" if inner else "; name the folder of a run"
+    if not folder.is_dir():
+        raise ConfigurationError(f"RUN: there is no folder {folder}")
+    raise ConfigurationError(f"RUN: {folder} has no metrics.jsonl{hint}")
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:

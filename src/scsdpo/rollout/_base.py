@@ -58,8 +58,8 @@ class Rollout(ABC):
     The defaults of the other methods suit an engine in this process without a limit of its own. A
     trainer calls the methods in this order:
 
-    1. Before weights are loaded, `max_length`: a run whose longest prompt leaves no room for
-       `max_new_tokens` is refused.
+    1. Before anything is loaded `check_installed`, and before weights are `max_length`: a run
+       whose longest prompt leaves no room for `max_new_tokens` is refused.
     2. For each batch `rows_in_flight`, then, inside `hold_weights`, `with_max_rows(rows).sample`.
        If that runs out of memory on any rank, it is called again with half the rows. A rank
        without prompts calls `sample_nothing` instead.
@@ -183,6 +183,9 @@ class Rollout(ABC):
 
     def sample_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
         """Take part in the collectives of `sample` on a rank that has no prompts."""
+
+    def check_installed(self) -> None:  # noqa: B027 - most engines need no other package
+        """Refuse an engine whose package is not there, before anything is loaded."""
 
     def max_length(self) -> int | None:
         """Most tokens of a prompt and its response together; None: no limit."""

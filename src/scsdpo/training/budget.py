@@ -143,7 +143,9 @@ class Budget:
             if self.together:
                 hopeless = bool(all_max(torch.tensor(float(hopeless))))
             if hopeless:
-                raise TrainingStopped(f"out of memory twice at the least ({said}): {self.remedy}")
+                raise TrainingStopped(
+                    f"out of memory at the smallest budget too ({said}): {self.remedy}"
+                )
             tried_least = at_least
             if here:
                 used = min(budget, max(useful, least))

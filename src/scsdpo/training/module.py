@@ -204,6 +204,7 @@ class PolicyOptimizer(L.LightningModule):
 
         Loggers are guarded here, before they open their files: a failing one does not end the run.
         """
+        self.rollout.check_installed()
         for logger in self.trainer.loggers:
             guard(logger)
         if self.trainer.state.fn == "fit":

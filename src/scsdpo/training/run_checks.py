@@ -117,11 +117,7 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
             "trainable weights are kept in float32, and log-probs are computed in it"
         )
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy | ModelParallelStrategy | SingleDeviceStrategy):
-        raise ConfigurationError(
-            f"trainer.strategy: {type(strategy).__name__} is not supported: use auto, ddp, or "
-            "scsdpo.checkpoints.FullySharded for sharded weights (configs/scale)"
-        )
+    check_strategy(type(strategy))
     module.policy.quantization.check()
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(
         module.policy.quantization, Unquantized
@@ -141,6 +137,19 @@ def check_settings(trainer: L.Trainer, module: Any) -> None:
     _try_optimizer(module, trainer.strategy.root_device)
     for key, metric in _monitors(trainer, module):
         _check_name(key, metric, trainer, module)
+
+
+def check_strategy(kind: type) -> None:
+    """Check the class of the Trainer's strategy.
+
+    Raises:
+        ConfigurationError: if it is one that runs are not made for.
+    """
+    if not issubclass(kind, DDPStrategy | ModelParallelStrategy | SingleDeviceStrategy):
+        raise ConfigurationError(
+            f"trainer.strategy: {kind.__name__} is not supported: use auto, ddp, or "
+            "scsdpo.checkpoints.FullySharded for sharded weights (configs/scale)"
+        )
 
 
 def check_course(trainer: L.Trainer, module: Any) -> None:
@@ -176,7 +185,8 @@ def check_course(trainer: L.Trainer, module: Any) -> None:
         if first > last:
             rank_zero_info(
                 f"there will be no validation: the first is due after batch {first:g}, but the run "
-                f"ends after {last:g}; lower trainer.val_check_interval or check_val_every_n_epoch"
+                f"ends after {math.ceil(last)}; lower trainer.val_check_interval or "
+                "check_val_every_n_epoch"
             )
     parts: Any = data.val_set.datasets if data.val_set else []
     known = {part.prompts[index].category for part in parts for index in part.kept}
@@ -196,11 +206,14 @@ def say_what_ended(trainer: L.Trainer, module: Any) -> None:
     """Print the limit that ended a run, and the limits that it did not reach."""
     steps, batches = trainer.global_step, int(module.batches)
     progress: Any = trainer.fit_loop.epoch_progress.current
+    # Lightning counts an epoch that a limit cut short.
+    cut: bool = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    epochs = progress.processed - cut
     stopped = [c for c in _callbacks(trainer) if isinstance(c, EarlyStopping)]
     said = [c.stopping_reason_message for c in stopped if c.stopping_reason_message]
     limits = {
         "max_steps": (trainer.max_steps, steps),
-        "max_epochs": (trainer.max_epochs, progress.processed),
+        "max_epochs": (trainer.max_epochs, epochs),
     }
     # -1, or None: no such limit.
     finite = {name: pair for name, pair in limits.items() if pair[0] is not None and pair[0] >= 0}
@@ -214,6 +227,8 @@ def say_what_ended(trainer: L.Trainer, module: Any) -> None:
     if not reached:
         return
     rest = f" ({' and '.join(missed)} not reached)" if missed else ""
+    if 0 <= trainer.max_steps < steps:
+        rest += "; a batch's steps are all taken"
     rank_zero_info(
         f"ended by {' and '.join(reached)}, after {_counted(batches, 'batch')} and "
         f"{_counted(steps, 'optimizer step')}{rest}"

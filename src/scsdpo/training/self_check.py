@@ -178,7 +178,10 @@ def check_model(
             f"prompt runs {sampling.n} times per step, once per response, instead of once"
         )
     if left_out:
-        rank_zero_info(f"self-check: no time within {SECONDS:.0f} s to check {', '.join(left_out)}")
+        rank_zero_info(
+            f"self-check: {', '.join(left_out)} not checked, for lack of time (limit "
+            f"{SECONDS:.0f} s). Training goes on; a slow or busy machine is the usual cause"
+        )
     report = {
         "model": name,
         "expected": started.path.value,
@@ -580,7 +583,7 @@ def _ask(
     if found.fault:
         raise ConfigurationError(
             f"model.rollout: {found.fault} on made-up rows, more than model.gap.stop={gap.stop:g}: "
-            "the sampler has other weights or computes differently; compare its dtype and its "
+            "the sampler uses other weights or other numerics; compare its dtype and its "
             "log-prob settings with the trainer's (docs/vllm.md)"
         )
     return [found]

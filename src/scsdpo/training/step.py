@@ -79,7 +79,7 @@ LogitsOf = Callable[[slice, Buffers], TokenLogits]
 
 IDLE_WARNING = 10
 """A warning comes after so many batches in a row with nothing to learn from."""
-NO_CREDIT = "no rollout has both a weight and a credit"
+NO_CREDIT = "every rollout has weight 0 or no credit, as where all of a group are equally right"
 NO_TOKEN = "every token weighs 0"
 NO_GRADIENT = "the gradient is exactly 0"
 REMEDIES = {
@@ -97,6 +97,8 @@ REMEDIES = {
     ),
 }
 """Reason why a step has nothing to learn from -> what to do about it."""
+_CUT = "raise model.sampling.max_new_tokens, or see in `scsdpo predict` why responses do not end"
+_SHOWN_IDLE = ("pass_rate", "truncated")
 LARGEST_GROWTH = 1e3
 """Largest factor by which the weights' norm may grow in one step; more destroys the model."""
 OBJECTIVE_OF_TABLES = (
@@ -391,15 +393,17 @@ class OptimizerSteps(nn.Module):
             responses = batch.judged.responses
             mean = float(responses.policy_logprobs[responses.sampled].double().mean())
             rank_zero_warn(
-                f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason}); "
-                f"its mean log-prob is {mean:.2f} nats a token (noise over the whole vocabulary: "
-                f"{-math.log(policy.vocabulary):.2f})"
+                f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason}). "
+                f"The mean log-prob of its tokens is {mean:.2f}; a policy that samples noise has "
+                f"{-math.log(policy.vocabulary):.2f}"
             )
         if self.idle >= self.limits.max_idle_batches:
-            rate = float(host.trainer.callback_metrics[f"{self.prefix}/pass_rate"])
+            logged = host.trainer.callback_metrics
+            rate, cut = (float(logged[f"{self.prefix}/{name}"]) for name in _SHOWN_IDLE)
             raise TrainingStopped(
-                f"{int(self.idle)} batches in a row had nothing to learn from (pass rate "
-                f"{rate:.2f}): {REMEDIES[reason]}"
+                f"{int(self.idle)} batches in a row had nothing to learn from "
+                f"(model.limits.max_idle_batches; pass rate {rate:.2f}, {cut:.0%} of the responses "
+                f"truncated): {_CUT if cut > 0.5 else REMEDIES[reason]}"
             )
 
     def _skip(self, host: L.LightningModule, why: str, *, of_weights: bool) -> None:

@@ -92,12 +92,12 @@ class Strategies:
         if entropy and not self.teacher.exists:
             raise ConfigurationError(
                 f"model.token_weighting: {type(self.token_weighting).__name__} reads the teacher, "
-                "but model.teacher is NoTeacher: choose EMA, Frozen, Live or TrustRegion"
+                "but model.teacher is NoTeacher: choose one, such as EMA (--model.teacher.help)"
             )
         if self.advantage.needs_teacher and not self.teacher.exists:
             raise ConfigurationError(
                 f"model.advantage: {advantage} needs a teacher, but model.teacher is NoTeacher: "
-                "choose EMA, Frozen, Live or TrustRegion"
+                "choose one, such as EMA (--model.teacher.help)"
             )
         parts, wanted = len(self.teacher.context.named), self.advantage.contexts
         if "others" in self.token_weighting.needs:

@@ -210,7 +210,7 @@ class Failures:
             most_failed = len(failed) > len(judged) / 2 and len(judged) >= ENOUGH
             if most_failed or self._in_a_row[kind] >= ENOUGH:
                 raise TrainingStopped(
-                    f"the verifier {kind} does not judge: {said}. Fix the verifier or its data: a "
-                    "failed verdict does not mean a wrong answer, so training on it is of no use"
+                    f"the verifier {kind} fails too often: {said}. Correct the verifier or its "
+                    "data, then go on with --ckpt_path last"
                 )
             _log.warning("%s", said)

@@ -77,7 +77,9 @@ class WatchedServer:
     def fail(self, problem: str) -> None:
         """Set the server aside until a later check succeeds."""
         if not self.problem and self.bring is not None:
-            rank_zero_info(f"the vLLM server {self.server.url} is set aside: {problem}")
+            rank_zero_info(
+                f"the vLLM server {self.server.url} is not used until it is well again: {problem}"
+            )
         self.ready = self.loading = False
         self.described = None
         self.problem = problem

@@ -1,9 +1,11 @@
 """vLLM in every rank of the trainer: both share the device, and weights stay in memory."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,10 @@ from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightSt
 _GIB = 2**30
 _WORK = _GIB
 """Rough number of bytes that vLLM takes in addition: activations, logits, CUDA graphs."""
+_MISSING = (
+    "model.rollout: VLLMRollout needs vLLM, which is not installed here: use HFRollout, or make an "
+    "environment with it (docs/vllm.md, Install)"
+)
 _ADAPTER = "policy"
 """Name of the adapter in vLLM."""
 
@@ -143,6 +149,10 @@ class Colocated(Engine):
     def generate_nothing(self) -> None:
         if self._queue is not None:
             self._queue.answers(self._version, ())
+
+    def check_installed(self) -> None:
+        if "vllm" not in sys.modules and find_spec("vllm") is None:
+            raise ConfigurationError(_MISSING)
 
     def max_length(self) -> int:
         return self.max_model_len
@@ -374,10 +384,7 @@ def _vllm() -> Callable[..., Any]:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise ConfigurationError(
-            f"model.rollout: VLLMRollout needs vLLM ({error}): pip install 'scsdpo[vllm]', or "
-            "use HFRollout"
-        ) from error
+        raise ConfigurationError(f"{_MISSING} ({first_line(error)})") from error
     return LLM
 
 

@@ -178,6 +178,9 @@ class Engine(ABC):
     def generate_nothing(self) -> None:  # noqa: B027 - most engines need no other rank
         """`Rollout.sample_nothing`: take part in the other ranks' collectives without requests."""
 
+    def check_installed(self) -> None:  # noqa: B027 - servers have their own
+        """`Rollout.check_installed`."""
+
     def max_length(self) -> int | None:
         """`Rollout.max_length`: most tokens of a prompt and its response; None: no limit."""
         return None
@@ -292,6 +295,9 @@ class VLLMRollout(DialogueRollout):
 
     def sample_nothing(self) -> None:
         self.engine.generate_nothing()
+
+    def check_installed(self) -> None:
+        self.engine.check_installed()
 
     def max_length(self) -> int | None:
         return self.engine.max_length()
