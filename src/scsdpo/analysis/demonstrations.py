@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from scsdpo.analysis.module import GivenPrompts
+from scsdpo.analysis.module import given_prompts
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Question
@@ -76,7 +76,7 @@ def _evaluated(
     """Evaluate prompts with a demonstration in each."""
     # Keys have the place in them, for a question may come twice with different demonstrations.
     data.val_sources = [
-        GivenPrompts(
+        given_prompts(
             replace(
                 prompt,
                 key=f"{place}/{prompt.key}",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning as L
 
+from scsdpo.data import Source
 from scsdpo.data.prompts import PromptList
 from scsdpo.policy import CausalLM
 from scsdpo.training import PolicyOptimizer
@@ -34,9 +35,7 @@ class AnalysisModule(L.LightningModule):
         self.model.collector.close()
 
 
-class GivenPrompts(PromptList):
-    """A source of prompts that a command has made, e.g. with a demonstration in each."""
-
+class _GivenPrompts(PromptList):  # private: no configuration can choose it
     name = "told"
 
     def __init__(self, prompts: Iterable[Prompt]) -> None:
@@ -44,3 +43,8 @@ class GivenPrompts(PromptList):
 
     def load(self) -> Iterable[Prompt]:
         return self._prompts
+
+
+def given_prompts(prompts: Iterable[Prompt]) -> Source:
+    """A source of prompts that a command has made, e.g. with a demonstration in each."""
+    return _GivenPrompts(prompts)

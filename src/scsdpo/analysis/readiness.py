@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scsdpo.analysis.directions import Directions, directions
-from scsdpo.analysis.module import AnalysisModule, GivenPrompts
+from scsdpo.analysis.module import AnalysisModule, given_prompts
 from scsdpo.analysis.teacher_distance import teacher_distances
 from scsdpo.analysis.teacher_gains import teacher_gains
 from scsdpo.data import TaskDataModule
@@ -83,7 +83,7 @@ def measure_readiness(
         ConfigurationError: if there are fewer than two questions.
     """
     chosen = data.some(questions, "scsdpo.check")
-    data.val_sources = [GivenPrompts(chosen)]
+    data.val_sources = [given_prompts(chosen)]
     data.val_questions_per_batch = len(chosen)
     check = _Check(model, with_directions)
     trainer.predict(check, data, return_predictions=False)
