@@ -160,7 +160,7 @@ def verdict(remarks: Sequence[Mapping[str, str]]) -> str:
     """What is in the way, in a few words, the worst first."""
     told = [
         f"{level}: {'; '.join(texts)}"
-        for level in ("stop", "mind")
+        for level in ("stop", "warning")
         if (texts := [r["text"].partition(":")[0] for r in remarks if r["level"] == level])
     ]
     return ". ".join(told) or "ready"

@@ -70,7 +70,7 @@ def test_a_run_is_loaded_with_its_weights_and_its_configuration(tmp_path, monkey
         ((), (), "name a run, a checkpoint or configuration files"),
         (("nowhere",), (), "nowhere does not exist"),
         (("nowhere.yaml",), (), r"config: nowhere.yaml does not exist"),
-        ((CONFIGS,), (), "is no run, checkpoint or .yaml file"),
+        ((CONFIGS,), (), "is not a run, a checkpoint or a .yaml file"),
         ((CONFIGS, CONFIGS / "tiny.yaml"), (), "name one run or checkpoint, or"),
         ((CONFIGS / "tiny.yaml",), ("--modle.x=1",), "modle.*no such key"),
         ((CONFIGS / "tiny.yaml",), ("--model.weighting=Nonsense",), "model.weighting"),

@@ -260,19 +260,19 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
 @pytest.mark.parametrize(
     ("figures", "level", "text"),
     [
-        ({"answers": answers(formed=0.1)}, "mind", "the format is not followed: 10%"),
+        ({"answers": answers(formed=0.1)}, "warning", "the format is not followed: 10%"),
         ({"answers": answers(formed=0.02)}, "stop", "the format is not followed: 2%"),
-        ({"answers": answers(hopeless=0.9)}, "mind", "out of reach"),
+        ({"answers": answers(hopeless=0.9)}, "warning", "out of reach"),
         ({"answers": answers(hopeless=0.97)}, "stop", "out of reach"),
         ({"answers": answers(mastered=0.9)}, "stop", "mastered"),
         (
             {"answers": answers(truncated=0.5)},
-            "mind",
+            "warning",
             "cut off: 50% of the responses reach the cap",
         ),
         (
             {"told": WORSE},
-            "mind",
+            "warning",
             "the teacher's prompt makes it worse",
         ),
         (
@@ -283,20 +283,20 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"told": WORSE, "directions": None}, "stop", "the teacher's prompt makes it worse"),
         (
             {"told": {"configured": telling([0.1, 0.2], [0.1, 0.3])}},
-            "mind",
+            "warning",
             "the teacher does not use its prompt",
         ),
         (
             {"told": also_told(beyond=[0.0, 0.2, -0.1])},
-            "mind",
+            "warning",
             "another question's demonstration helps, too (80%), and not clearly less (difference "
             "+3 points",
         ),
-        ({"taught": 0.0, "told": {}}, "mind", "no response has a teacher"),
-        ({"told": {}}, "mind", "only one question has a teacher"),
+        ({"taught": 0.0, "told": {}}, "warning", "no response has a teacher"),
+        ({"told": {}}, "warning", "only one question has a teacher"),
         (
             {"directions": pointing(0.1, 0.2, shift=0.18)},
-            "mind",
+            "warning",
             "the learning rate is large for this policy: one step at 2e-05 moves it by 0.18 nats a "
             "token (at most 0.02)",
         ),
@@ -306,16 +306,16 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
             "the first step points away from the reward: cosine -0.150 (-0.200 to -0.100; 8 "
             "questions)",
         ),
-        ({"directions": pointing(-0.2, 0.001)}, "mind", "the first step cannot be seen"),
-        ({"directions": pointing(-0.001, 0.2)}, "mind", "the first step cannot be seen"),
+        ({"directions": pointing(-0.2, 0.001)}, "warning", "the first step cannot be seen"),
+        ({"directions": pointing(-0.001, 0.2)}, "warning", "the first step cannot be seen"),
         (
             {"directions": pointing(math.nan, math.nan, n=1)},
-            "mind",
+            "warning",
             "the first step cannot be seen",
         ),
         (
             {"directions": pointing(math.nan, math.nan, n=0)},
-            "mind",
+            "warning",
             "there is no first step to measure",
         ),
     ],

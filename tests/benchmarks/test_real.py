@@ -196,8 +196,8 @@ def looked(**changes):
         "preference": 0.75,
         "verdict": [
             {"level": "stop", "text": "away: so"},
-            {"level": "mind", "text": "cut off: 64 %"},
-            {"level": "mind", "text": "out of reach: 9 %"},
+            {"level": "warning", "text": "cut off: 64 %"},
+            {"level": "warning", "text": "out of reach: 9 %"},
             {"level": "good", "text": "told: 1 %"},
         ],
         **changes,
@@ -216,7 +216,7 @@ def test_a_pairs_row_has_no_folder_of_this_machine_and_a_table_its_interval(tmp_
     first, second = check.markdown(check.read(tmp_path / "check.json")).splitlines()[2:]
     assert first == (
         "| a | 25 | 50 | +50 | - | 0.75 | +0.25 (-0.12 .. +0.62) | - | "
-        "stop: away. mind: cut off; out of reach | 25 -> 75 | +50.0 |"
+        "stop: away. warning: cut off; out of reach | 25 -> 75 | +50.0 |"
     )
     assert second == "| b | 25 | 50 | - | - | - | - | - | ready | 25 -> 25 | +0.0 |"
 

@@ -207,7 +207,7 @@ def test_a_set_that_cannot_be_made_is_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        ValueError, match=r"^`Records\(path='org/set'\)`: neither .*An error occurr"
+        ValueError, match=r"^`Records\(path='org/set'\)`: there is no such .*An error occurr"
     ):
         len(Records("org/set", Coin()))
 

@@ -307,7 +307,7 @@ def test_which_groups_stay_depends_neither_on_ranks_nor_on_the_order_in_the_batc
     shuffled = random.Random(1).sample(keys, len(keys))
 
     def chosen(order, rank=0, ranks=1):
-        monkeypatch.setattr(pool_module, "place", lambda: (rank, ranks))
+        monkeypatch.setattr(pool_module, "rank_and_size", lambda: (rank, ranks))
         # What a rank gathers: the groups of all ranks, one rank's after the other's.
         everyone = informative([k for r in range(ranks) for k in order[r::ranks]])
         groups = [everyone[[q]] for q in range(len(keys))]

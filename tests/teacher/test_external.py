@@ -348,7 +348,7 @@ def test_its_memory_is_counted_by_its_own_shapes(qwen3, larger):
     own = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(larger).parameters())
     setup = planned(qwen3, teacher=External(str(larger)))
     (second,) = setup.seconds
-    assert (second.kind, second.trunks, second.width) == ("external", 1, 2)  # bf16 on a GPU
+    assert (second.kind, second.forwards, second.width) == ("external", 1, 2)  # bf16 on a GPU
     assert memory_of(setup).parts.teacher == 2 * own
     wide = planned(qwen3, teacher=External(str(larger), dtype="float32"))
     assert memory_of(wide).parts.teacher == 4 * own
@@ -380,7 +380,7 @@ def test_a_larger_teacher_is_planned_without_the_hub(command, capsys):  # noqa: 
     teacher[1] = "--model.teacher.name_or_path=no/such-model"
     assert command("plan", "--config", base, *teacher) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: model.teacher.name_or_path: no/such-model is no folder" in line
+    assert "error: model.teacher.name_or_path: no/such-model is not a folder" in line
 
 
 def test_it_is_a_name_of_the_package():

@@ -160,7 +160,7 @@ def test_an_advantage_that_reads_more_contexts_than_there_are_is_refused(qwen3):
         (GroupRelative(modulator=SiblingContrast()), {}),
         (SelfDistillation(), {"token_weighting": ContrastPaths()}),
     ):
-        with pytest.raises(ConfigurationError, match=r"model.teacher.context: .* is 1: set it to"):
+        with pytest.raises(ConfigurationError, match=r"model.teacher.context: .* has 1: set it to"):
             PolicyOptimizer(
                 CausalLM(str(qwen3)), advantage, EMA(), sampling=Sampling(n=4), **settings
             )

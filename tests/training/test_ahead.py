@@ -321,7 +321,7 @@ def test_a_rank_that_saves_alone_asks_nobody_and_what_another_has_lost_is_lost(m
     host = SimpleNamespace(batches=torch.tensor(4), sampling=Sampling(n=1), finish=None)
     ahead.responses(host, row.prompts, [row.prompts], step=3)  # batch 4; 5 waits
     assert ahead.saved(host, 3, under_way=False, alone=False)["batches"].keys() == {5}
-    monkeypatch.setattr("scsdpo.training.ahead.place", lambda: (0, 2))
+    monkeypatch.setattr("scsdpo.training.ahead.rank_and_size", lambda: (0, 2))
     monkeypatch.setattr("scsdpo.training.ahead.all_gather", None)
     saved = ahead.saved(host, 3, under_way=False, alone=True)
     assert saved["batches"] == {} and saved["asked_again"] == 1

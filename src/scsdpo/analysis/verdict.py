@@ -6,7 +6,7 @@ from typing import Literal
 
 from scsdpo.analysis.readiness import Readiness
 
-Level = Literal["stop", "mind", "good"]
+Level = Literal["stop", "warning", "good"]
 HYBRID = "configs/methods/sdpo-hybrid.yaml or srpo.yaml"
 
 
@@ -37,7 +37,7 @@ class Remark:
     """One line of the verdict."""
 
     level: Level
-    """`stop`: do not train like this; `mind`: this may be a problem; `good`."""
+    """`stop`: do not train like this; `warning`: this may be a problem; `good`."""
     text: str
     remedy: str = ""
 
@@ -56,7 +56,7 @@ def verdict(found: Readiness, limits: Thresholds = Thresholds()) -> list[Remark]
         *_step(found),
         *_shift(found, limits),
     ]
-    order: tuple[Level, ...] = ("stop", "mind", "good")
+    order: tuple[Level, ...] = ("stop", "warning", "good")
     return sorted(remarks, key=lambda remark: order.index(remark.level))
 
 
@@ -64,7 +64,7 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
     own = found.answers
     if own.formed < limits.formed:
         yield Remark(
-            level="stop" if own.formed < limits.unformed else "mind",
+            level="stop" if own.formed < limits.unformed else "warning",
             text=f"the format is not followed: {own.formed:.0%} of the responses have an answer "
             f"(at least {limits.formed:.0%})",
             remedy="show the format in the prompt, warm the policy up on examples of it, or let "
@@ -72,7 +72,7 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
         )
     if own.hopeless > limits.hopeless:
         yield Remark(
-            level="stop" if own.hopeless > limits.lost else "mind",
+            level="stop" if own.hopeless > limits.lost else "warning",
             text=f"out of reach: no response is right to {own.hopeless:.0%} of the questions "
             f"(at most {limits.hopeless:.0%})",
             remedy=f"take easier questions, more responses (model.sampling.n), a better policy"
@@ -87,7 +87,7 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
         )
     if own.truncated > limits.truncated:
         yield Remark(
-            level="mind",
+            level="warning",
             text=f"cut off: {own.truncated:.0%} of the responses reach the cap of their length (at "
             f"most {limits.truncated:.0%}) and are judged and taught as if they had ended",
             remedy="raise model.sampling.max_new_tokens, or sample at a lower temperature",
@@ -97,14 +97,14 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
 def _taught(found: Readiness) -> Iterator[Remark]:
     if found.taught == 0:
         yield Remark(
-            level="mind",
+            level="warning",
             text="no response has a teacher: the context has nothing to show",
             remedy=f"ask more questions (--questions) or more often (model.sampling.n)"
             f"{_or(_used(found))}, or rely on rewards: {HYBRID}",
         )
     elif found.taught > 0 and "configured" not in found.told:
         yield Remark(
-            level="mind",
+            level="warning",
             text="only one question has a teacher",
             remedy="ask more questions (--questions), to see whether it helps",
         )
@@ -130,20 +130,20 @@ def _teacher(found: Readiness) -> Iterator[Remark]:
     elif gain.high < 0:
         up = found.directions is not None and found.directions.step.low > 0
         yield Remark(
-            level="mind" if up else "stop",
+            level="warning" if up else "stop",
             text=f"the teacher's prompt makes it worse: {text}",
             remedy=remedy,
         )
     else:
         yield Remark(
-            level="mind",
+            level="warning",
             text=f"the teacher does not use its prompt: {text}",
             remedy=remedy,
         )
     another, beyond = found.told.get("another"), told.beyond_another
     if another and beyond and another.gain.low > 0 and not beyond.low > 0:
         yield Remark(
-            level="mind",
+            level="warning",
             text=f"another question's demonstration helps, too ({another.told.value:.0%}), and not "
             f"clearly less (difference {100 * beyond.value:+.0f} points, "
             f"{100 * beyond.low:+.0f} to {100 * beyond.high:+.0f}): the gain may not come from the "
@@ -176,7 +176,7 @@ def _step(found: Readiness) -> Iterator[Remark]:
     )
     if step.n == 0:
         yield Remark(
-            level="mind",
+            level="warning",
             text="there is no first step to measure: the loss or the reward has no gradient",
             remedy="ask more questions (--questions)",
         )
@@ -191,7 +191,7 @@ def _step(found: Readiness) -> Iterator[Remark]:
         yield Remark(level="good", text=f"the first step points up: {text}")
     else:
         yield Remark(
-            level="mind",
+            level="warning",
             text=f"the direction of the first step cannot be seen: {text}",
             remedy="ask more questions (--questions), which narrows the interval",
         )
@@ -204,7 +204,7 @@ def _shift(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
     # The shift grows with the square of the rate.
     smaller = lr * (limits.usual_shift / shift) ** 0.5
     yield Remark(
-        level="mind",
+        level="warning",
         text=f"the learning rate is large for this policy: one step at {lr:.2g} moves it by "
         f"{shift:.2g} nats a token (at most {limits.shift:g})",
         remedy=f"set model.optimizer.init_args.lr to about {smaller:.1g}, which moves it by about "

@@ -23,7 +23,7 @@ from scsdpo.records.jsonl import finite
 from scsdpo.statistics import Estimate
 from scsdpo.training import PolicyOptimizer
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def options() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ import io
 import sys
 from pathlib import Path
 
-from scsdpo.checkpoints import fit_weights
+from scsdpo.checkpoints import checkpoint_in, fit_weights
 from scsdpo.cli.evaluate import Chosen
 from scsdpo.cli.front import check
 from scsdpo.cli.lightning_cli import CLI, run_cli
@@ -44,13 +44,13 @@ def load(
     if not files[0] and not paths[0].exists():
         raise ConfigurationError(f"scsdpo.load: {paths[0]} does not exist")
     rest = [f"--config={path}" for path in paths] if all(files) else []
+    if not rest and checkpoint_in(paths[0]) is None:
+        raise ConfigurationError(
+            f"scsdpo.load: {paths[0]} is not a run, a checkpoint or a .yaml file; a policy's own "
+            "folder is named in `--model.policy.name_or_path` beside a configuration"
+        )
     check("predict", [*rest, *options])
     with Chosen(None if rest else str(paths[0]), [*rest, *options]) as chosen:
-        if not rest and chosen.saved is None:
-            raise ConfigurationError(
-                f"scsdpo.load: {paths[0]} is no run, checkpoint or .yaml file; a policy's own "
-                "folder is named in `--model.policy.name_or_path` beside a configuration"
-            )
         module, data = _made([arg for arg in chosen.args if not arg.startswith("--ckpt_path")])
         module.configure_model()
         if chosen.saved is not None:

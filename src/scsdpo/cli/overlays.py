@@ -147,8 +147,8 @@ def replaced_rate(args: Sequence[str], now: object) -> str:
     if before == after:
         return ""
     return (
-        f"model.optimizer.lr is {after:g}, of {above}, and not {before:g}, of {below}: the rate of "
-        f"a method's paper is of the paper's model; --model.optimizer.lr={before:g} puts it back"
+        f"model.optimizer.lr: {after:g} of {above} replaces {before:g} of {below}, which is of "
+        f"another model; to keep {before:g} add --model.optimizer.lr={before:g}"
     )
 
 
