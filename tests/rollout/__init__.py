@@ -1,1 +1,1 @@
-"""A package, or pytest would put this folder on `sys.path`, where `vllm` is the name of a library."""
+"""A package: pytest would put the folder on `sys.path` otherwise, and `vllm` would be importable."""
