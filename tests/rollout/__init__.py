@@ -1,1 +1,1 @@
-"""A package: pytest would put the folder on `sys.path` otherwise, and `vllm` would be importable."""
+"""A package, so that pytest does not put this folder on `sys.path`, with `vllm` in it."""
