@@ -314,4 +314,4 @@ def test_each_form_of_data_in_the_docs_asks_what_they_say(
 
 
 def test_the_docs_have_an_example_of_each_form_of_data():
-    assert len(list(sources())) == 5
+    assert len(list(sources())) == 6
