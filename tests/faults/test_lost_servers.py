@@ -69,7 +69,7 @@ def test_a_run_whose_servers_are_all_gone_stops_and_keeps_what_is_drawn(qwen3, t
         def on_exception(self, trainer, module, exception):
             trainer.save_checkpoint(tmp_path / "x.ckpt")
 
-    with pytest.raises(TrainingStopped, match="no vLLM server is of use"):
+    with pytest.raises(TrainingStopped, match="no vLLM server could be used"):
         fitted(qwen3, tmp_path, 1, [server.url], 9, [Leave()], patience=0.5)
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert saved["global_step"] == 4  # batch 4 was learned from, and 5 never came

@@ -166,7 +166,7 @@ def test_a_run_whose_only_server_stalls_ends_with_its_name(
     engine.sample(policy, prompts, SAMPLING)
     stalled.signal(signal.SIGSTOP)
     try:
-        with pytest.raises(TrainingStopped, match=rf"no vLLM server is of use .*{stalled.url}: "):
+        with pytest.raises(TrainingStopped, match=rf"no vLLM server could be .*{stalled.url}: "):
             engine.sample(policy, prompts, SAMPLING)
     finally:
         stalled.signal(signal.SIGCONT)

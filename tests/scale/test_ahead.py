@@ -310,7 +310,7 @@ def test_ranks_whose_servers_are_all_gone_end_with_their_names_and_the_run_goes_
     runs.wait_for(3)
     server.kill()
     assert 3 in runs.end(90)
-    assert "no vLLM server is of use since" in said(tmp_path)
+    assert "no vLLM server could be used for" in said(tmp_path)
     assert "the state after batch" in said(tmp_path)
     server.start()
     try:
