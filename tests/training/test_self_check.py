@@ -238,6 +238,7 @@ def other_engine(monkeypatch, says):
 
     monkeypatch.setattr(engine, "generate", generate)
     monkeypatch.setattr(engine, "hold_weights", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(engine, "check_installed", lambda: None)
     return VLLMRollout(engine)
 
 

@@ -152,7 +152,10 @@ def test_what_does_not_fit_is_refused_before_the_engine_is_touched(policy, spy):
     assert spy.calls == []
 
 
-def test_a_run_whose_longest_prompt_leaves_no_room_is_refused_before_weights_load(qwen3, tmp_path):
+def test_a_run_whose_longest_prompt_leaves_no_room_is_refused_before_weights_load(
+    qwen3, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Colocated, "check_installed", lambda _: None)
     model = module(qwen3, rollout=VLLMRollout(Colocated(max_model_len=40)))
     message = (
         r"room for 40 tokens .* data\.max_prompt_tokens \(33\) and model\.sampling\.max_new_tokens "

@@ -44,7 +44,9 @@ needs_its_absence = pytest.mark.skipif(
 @needs_its_absence
 def test_without_vllm_the_remedy_is_named(policy, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(ConfigurationError, match=r"needs vLLM .* pip install 'scsdpo\[vllm\]'"):
+    with pytest.raises(
+        ConfigurationError, match=r"needs vLLM, which is .*: use HFRollout, or .*docs/vllm.md"
+    ):
         sample(policy, Colocated())
 
 
