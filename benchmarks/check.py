@@ -98,7 +98,7 @@ def asked(pair: Pair, questions: int) -> list[str]:
 
 
 def look(words: Sequence[str], folder: Path) -> dict:
-    """What `scsdpo check` says of a pair.
+    """The record of `scsdpo check` for a pair.
 
     Raises:
         ValueError: if the folder has what it said of other words.
@@ -157,7 +157,7 @@ def between(cosine: Mapping[str, float | None]) -> str:
 
 
 def verdict(remarks: Sequence[Mapping[str, str]]) -> str:
-    """What is in the way, in a few words, the worst first."""
+    """Name the remarks in a few words, the worst first."""
     told = [
         f"{level}: {'; '.join(texts)}"
         for level in ("stop", "warning")
@@ -207,7 +207,7 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def say(line: str) -> None:
-    """To standard error, at once."""
+    """Print to standard error, at once."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -70,7 +70,7 @@ QUESTIONS: dict[str, Chances] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Of a question: a table over (right responses, votes of the leading wrong answer)."""
+    """One question: a table over (right responses, votes of the leading wrong answer)."""
 
     name: str
     table: np.ndarray
@@ -118,7 +118,7 @@ def counts_of(p: np.ndarray) -> np.ndarray:
 
 @cache
 def expected_scores() -> dict[str, np.ndarray]:
-    """Of each score, its expectation [K + 1] given the number of right responses; exact."""
+    """Each score's expectation [K + 1], given the number of right responses; exact."""
     leads = np.zeros((K + 1, 3 * (K + 1)))
     """Given c right ones, how likely each vote of the wrong ones is."""
     for c in range(K + 1):
@@ -181,14 +181,14 @@ def cell(
 
 
 def students(values: np.ndarray) -> Bounds:
-    """Of the means of [S, n]."""
+    """Intervals of the means of [S, n]."""
     n = values.shape[1]
     half = t_quantile(0.975, n - 1) * values.std(1, ddof=1) / math.sqrt(n)
     return values.mean(1) - half, values.mean(1) + half
 
 
 def wilson(scores: np.ndarray) -> Bounds:
-    """Of scores of 0 and 1."""
+    """Intervals of scores of 0 and 1."""
     n, mean = scores.shape[1], scores.mean(1)
     z2 = t_quantile(0.975, 10**7) ** 2 / n
     half = np.sqrt(mean * (1 - mean) * z2 + z2**2 / 4) / (1 + z2)
@@ -213,7 +213,7 @@ def mid_p(scores: np.ndarray) -> Bounds:
 
 
 def agresti_min(gaps: np.ndarray) -> Bounds:
-    """Of differences of scores of 0 and 1: half a pair in each discordant cell."""
+    """Intervals of differences of scores of 0 and 1: half a pair in each discordant cell."""
     n, mean = gaps.shape[1], gaps.mean(1)
     variance = (((gaps - mean[:, None]) ** 2).sum(1) + 1) / (n - 1)
     half = t_quantile(0.975, n - 1) * np.sqrt(variance / n)
@@ -249,7 +249,7 @@ def over_questions(chances: Chances, questions: int, samples: int) -> dict[str, 
 def over_pairs(
     chances: Chances, questions: int, samples: int, shift: float = 0.05, spread: float = 0.1
 ) -> dict[str, Cell]:
-    """The same of differences between two policies.
+    """Coverage for differences between two policies.
 
     Args:
         chances: of the first policy.
@@ -286,7 +286,7 @@ def over_pairs(
 
 
 def over_seeds(seeds: int, samples: int, grid: float = 0.0) -> tuple[float, float, float]:
-    """In percent: how many intervals of t(n - 1) hold the truth, of those there are; how often
+    """Percentages: how many intervals of t(n - 1) hold the truth, of those there are; how often
     `detectable` differences are found; how often seeds coincide, so that there is no interval.
 
     Args:

@@ -193,7 +193,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 
 def median_seconds(work: Callable[[], object], times: int = 5) -> float:
-    """Of `work`, once it has run; with all that it queued on the GPU."""
+    """Seconds of `work`, once it has run, with all that it queued on the GPU."""
     seconds = []
     for _ in range(times + 1):
         start = now()
@@ -211,13 +211,13 @@ class Profile:
     kernels: int
     """Launches."""
     waits: int
-    """Of the host, for the stream or an event in it."""
+    """The host's waits for the stream or an event in it."""
     longest: list[tuple[str, float, int]]
     """The kernels that took most: milliseconds and calls."""
 
     @staticmethod
     def of(rows: Sequence[Any], seconds: float) -> "Profile":
-        """From a profiler's averages by name: operators name their kernels' time once more."""
+        """Read a profiler's averages by name: operators name their kernels' time once more."""
         of_device = [row for row in rows if row.device_type is DeviceType.CUDA]
         on_device = [row for row in of_device if not row.is_user_annotation]
         on_device.sort(key=lambda row: -row.self_device_time_total)
@@ -428,11 +428,11 @@ class Watch(L.Callback):
         self.micro_batches = 0
 
     def on_before_backward(self, *args: Any) -> None:
-        """Of a micro-batch."""
+        """The figures of a micro-batch."""
         self.micro_batches += 1
 
     def learn(self, plain: Callable[..., None], host: Any, policy: CausalLM, batch: Batch) -> None:
-        """In the place of `OptimizerSteps.learn`, bound to its object."""
+        """Stand in for `OptimizerSteps.learn`, bound to its object."""
         step, work = len(self.seconds), partial(plain, host, policy, batch)
         self.micro_batches = 0
         if step == 1:
@@ -488,7 +488,7 @@ def operations(policy: CausalLM, batch: Batch) -> dict[str, Any]:
 
 
 def train(part: Part, policy: CausalLM, watch: Watch, folder: Path) -> None:
-    """As `scsdpo fit` does."""
+    """Run a batch as `scsdpo fit` does."""
     module, data = made_up_module(part, policy)
     trainer = L.Trainer(
         accelerator="gpu" if watch.device == "cuda" else "cpu",
@@ -569,7 +569,7 @@ def measure(name: str, device: str, repeats: int, say: Say, *, is_tiny: bool) ->
 
 
 def versions(device: str) -> dict[str, str]:
-    """Of what is measured, and on what."""
+    """Describe what is measured, and on what."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -654,7 +654,7 @@ COLUMNS = {
     "ms a step": ("rollout", "ms_a_step", "{:.1f}"),
     "GiB of rollout": ("rollout", "peak_gib", "{:.1f}"),
 }
-"""Of the table: which line has the figure, its name there, and how it is written."""
+"""A cell of the table: which line has the figure, its name there, and how it is written."""
 
 
 def table(lines: list[dict[str, Any]], names: list[str]) -> str:

@@ -42,7 +42,7 @@ def first_rise(rng: np.random.Generator, batches: int, scatter: float) -> int:
 
 
 def falling(first: float, last: float) -> Path:
-    """By the same factor a batch, in 45 batches."""
+    """Fall by the same factor in each of 45 batches."""
     return lambda t: first * (last / first) ** (min(t, 45) / 45)
 
 

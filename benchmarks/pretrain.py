@@ -130,12 +130,12 @@ def lab_tokenizer(vocab_size: int = 640, questions: int = 4000) -> PreTrainedTok
     return train_tokenizer(texts, vocab_size, phrases=PHRASES)
 
 
-def tiny_config() -> Qwen3Config:
+def tiny_config(intermediate_size: int = 384, layers: int = 4) -> Qwen3Config:
     """Under a million parameters; head size 64, which vLLM can run on a CPU."""
     return Qwen3Config(
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,

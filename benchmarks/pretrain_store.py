@@ -24,6 +24,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from pretrain import tiny_config
 from supervised import (
     ROLES,
     Example,
@@ -34,7 +35,7 @@ from supervised import (
     train_tokenizer,
     write_record,
 )
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedTokenizerFast
 
 from scsdpo.data.rendered import rendered
 from scsdpo.environments.store import CITIES, GOODS, Store
@@ -266,20 +267,6 @@ def store_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(texts, 360, phrases=PHRASES, roles=(*ROLES, "<|tool|>"))
 
 
-def tiny_config() -> Qwen3Config:
-    """Half a million parameters; head size 64, which vLLM can run on a CPU."""
-    return Qwen3Config(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-
-
 def measure(policy: CausalLM) -> dict[str, object]:
     """The figures of a pretraining record, on held-out requests, each good with each city once.
 
@@ -336,7 +323,7 @@ def main() -> None:
     begin = time.monotonic()
     torch.manual_seed(args.seed)
     tokenizer = store_tokenizer()
-    model = build_policy(tiny_config(), tokenizer)
+    model = build_policy(tiny_config(intermediate_size=256, layers=3), tokenizer)
     losses = train(model, tokenizer, examples(Mixture(), args.seed), args.out, steps=args.steps)
     seconds = time.monotonic() - begin
     policy = CausalLM(str(args.out))

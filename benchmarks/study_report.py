@@ -110,7 +110,7 @@ def ends_table(results: Sequence[dict]) -> str:
 
 
 def costs_table(results: Sequence[dict]) -> str:
-    """What a run takes and how it behaves, means over seeds."""
+    """A table of what a run takes and how it behaves, in means over seeds."""
     rows = []
     for method, runs in by_method(results).items():
         means = [statistics.fmean(run[name] for run in runs) for name in COSTS]
@@ -225,7 +225,7 @@ def validation_plot(results: Sequence[dict]) -> Figure:
 
 
 def training_plot(results: Sequence[dict]) -> Figure:
-    """What happened on the way: running means over `SMOOTH` batches."""
+    """Plot the figures of training: running means over `SMOOTH` batches."""
 
     def draw(name: str, scale: float = 1.0) -> Callable:
         def one(ax: Axes, method: str, runs: Sequence[dict]) -> None:

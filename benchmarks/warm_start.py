@@ -164,7 +164,7 @@ def fit(args: argparse.Namespace, out: Path) -> None:
 
 
 def mean_at_16(folder: Path, prompts: list[Prompt]) -> float:
-    """In percent, sampled as in validation."""
+    """Give percentages, sampled as in validation."""
     policy = CausalLM(str(folder))
     policy.configure_model()
     sampling = Sampling(n=16, max_new_tokens=48, temperature=0.6, top_p=0.95)

@@ -24,7 +24,7 @@ _THEIRS = {"train": "fit", "grpo": "fit", "sft": "fit", "eval": "validate", "gen
 
 
 def usage() -> str:
-    """What `scsdpo --help` prints."""
+    """Give the text that `scsdpo --help` prints."""
     rows = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Whether the run was asked to stop, and whether it may stop here.
+"""Requests to stop the run, and the points at which it may stop.
 
 A handler of signals asks (`ask`). Long work looks (`check`): inside a window, which is open from a
 batch's first token to its first optimizer step, all that was done can be given up. On several
@@ -32,7 +32,7 @@ class RankLost(RuntimeError):
 
 
 class Ranks(Protocol):
-    """How several ranks agree."""
+    """The agreement of several ranks."""
 
     def heard(self) -> int:
         """The signal that any rank was asked by, or 0."""
@@ -44,12 +44,12 @@ class Ranks(Protocol):
         """Give up a window, unless all have come to its end; the signal, or 0 if it is kept."""
 
     def arrive(self, window: int) -> bool | None:
-        """Whether it is kept; None: not all are there yet."""
+        """Say whether the window is kept; None: not all ranks have come to its end yet."""
 
 
 @dataclass
 class _Run:
-    """Of this process."""
+    """The state of this process."""
 
     signum: int = 0
     """Asked by it; 0: was not asked."""
@@ -80,12 +80,12 @@ def rank_lost() -> None:
 
 
 def is_under_way() -> bool:
-    """Whether a signal should only ask."""
+    """Say whether there is something to save or to finish, so that a signal only asks."""
     return _run.under_way
 
 
 def begin_run(ranks: Ranks | None) -> None:
-    """From now on signals only ask."""
+    """Begin a run: signals only ask from now on."""
     _run.under_way, _run.ranks = True, ranks
 
 
@@ -107,7 +107,7 @@ def open_window(*, agreed: bool = True) -> None:
 
 
 def close_window() -> None:
-    """What follows cannot be given up."""
+    """Close the window: what is done from here on cannot be given up."""
     _run.open = False
 
 

@@ -21,6 +21,7 @@ import torch
 
 import runs  # noqa: F401 - its sources go by `runs.Toys`
 import scsdpo.cli.lightning_cli  # noqa: F401 - before the forks
+from forked import run_and_leave
 from scsdpo.__main__ import main as command
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.training import OptimizerSteps, PolicyOptimizer
@@ -110,14 +111,7 @@ def run(job):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if job.get("slow"):
         slowed_saving(folder)
-    sys.argv = ["scsdpo", *job["args"]]
-    try:
-        code = command()
-    except SystemExit as stop:
-        code = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+    run_and_leave(job["args"])
 
 
 def run_ranks():

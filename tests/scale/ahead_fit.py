@@ -13,7 +13,7 @@ import traceback
 
 import runs  # noqa: F401 - its sources go by `runs.Toys`
 import scsdpo.cli.lightning_cli  # noqa: F401 - before the forks
-from scsdpo.__main__ import main as command
+from forked import run_and_leave
 from scsdpo.callbacks.rollouts import RolloutCallback
 from scsdpo.rollout.servers import server
 
@@ -49,14 +49,7 @@ def rank_of(job, rank, port):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
     os.environ |= job.get("environment", {})
     server.refusal = lambda *_: ""  # canned servers load nothing
-    sys.argv = ["scsdpo", *job["args"]]
-    try:
-        code = command()
-    except SystemExit as stop:
-        code = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+    run_and_leave(job["args"])
 
 
 def begun(job):

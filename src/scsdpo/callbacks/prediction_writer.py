@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.io.files import parsed, whole_lines, write_whole
+from scsdpo.io.files import parsed, whole_lines, write_object
 from scsdpo.records import JsonLines, recorded
 
 SCHEMA_VERSION = 1
@@ -102,7 +102,7 @@ class PredictionWriter(BasePredictionWriter):
     def _begin(self, about: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> None:
         """Make one part of the complete rows, and write the `about` file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._beside(_ABOUT), json.dumps(about, indent=1) + "\n")
+        write_object(self._beside(_ABOUT), about)
         whole = self._beside(f"{_PART}done")
         partial = JsonLines(self._beside(".new"))
         partial.path.unlink(missing_ok=True)

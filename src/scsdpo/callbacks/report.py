@@ -1,13 +1,12 @@
 """Writes the report of a run at its end."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 import lightning as L
 
 from scsdpo.io.console import Terminal
-from scsdpo.io.files import write_whole
+from scsdpo.io.files import write_object
 from scsdpo.records import Outage, environment, run_folder
 from scsdpo.report import read_runs, write
 
@@ -23,7 +22,9 @@ class Report(L.Callback):
         folder = run_folder(trainer)  # may be a collective: all ranks must call it
         if trainer.is_global_zero:
             found = environment(trainer)
-            Outage("environment.json", OSError).attempt(partial(_note, folder, found))
+            Outage("environment.json", OSError).attempt(
+                partial(write_object, folder / "environment.json", found)
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_folder(trainer)
@@ -31,10 +32,6 @@ class Report(L.Callback):
             partial(_report, folder)
         ):
             Terminal().print(f"report: {folder / 'report.html'}", soft_wrap=True)
-
-
-def _note(folder: Path, found: dict[str, str]) -> None:
-    write_whole(folder / "environment.json", json.dumps(found, indent=1) + "\n")
 
 
 def _report(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """`scsdpo analyze`: distance of the teacher from the policy, by correctness and pass rate."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import own_parser
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.io.files import write_whole
+from scsdpo.io.files import write_object
 from scsdpo.training import PolicyOptimizer
 
 
@@ -46,7 +45,7 @@ def main(args: Sequence[str]) -> None:
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         report = measure_distances(trainer, model, data, given.questions, given.rollouts)
-        write_whole(given.out / "analysis.json", json.dumps(report, indent=1) + "\n")
+        write_object(given.out / "analysis.json", report)
         if plot is not None:
             plot(report, given.out / "analysis.png")
         print(given.out)

@@ -200,7 +200,7 @@ def _fault(message: str, sections: Sections) -> str:
 
 
 def _flaw(name: str, hint: Any, *, abstract: bool) -> str:
-    """What is wrong with the class at `name`, and what could stand there."""
+    """Say why the class `name` does not fit here, and offer those that do."""
     if abstract:
         return f"abstract{_offer(hint, name)}"
     found = None if _not_there(name) else find(name.strip("'\""))
@@ -234,7 +234,7 @@ def _offer(hint: Any, name: str = "") -> str:
 
 
 def _not_there(path: str) -> str:
-    """Why the import path cannot be imported; '': it can, or it is a bare name."""
+    """Say why an import path cannot be imported; '': it can, or it is a bare name."""
     name, _, attribute = path.strip("'\"").rpartition(".")
     if not name:
         return ""

@@ -58,7 +58,10 @@ def on_command(known: Catalog, command: str) -> str:
     blocks = [
         f"usage: scsdpo {command}{places}{options or ''}{keys or ' [--OPTION VALUE ...]'}",
         textwrap.fill(one.about, _WIDTH),
-        _rows((_option(name, each), _own_help(each)) for name, each in one.options.items()),
+        _rows(
+            (_option(name, each), f"{each.help} (needed)" if each.needed else each.help)
+            for name, each in one.options.items()
+        ),
     ]
     if one.like:
         blocks.append(f"Everything else is as in `scsdpo {one.like}` (scsdpo {one.like} --help).")
@@ -192,10 +195,6 @@ def _brief(one: Argument) -> Argument:
     """The argument with the first clause of its help; `--help KEY` shows the rest."""
     first = re.split(r"(?<=\.)\s|; ", one.help)[0]
     return Argument(**vars(one) | {"help": first})
-
-
-def _own_help(one: Argument) -> str:
-    return f"{one.help} (needed)" if one.needed else one.help
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:

@@ -42,7 +42,7 @@ TRL: Mapping[str, str] = {
     "report_to": "is here trainer.logger",
     "distillation_topk": "is here model.advantage.support: TopK",
 }
-"""What to say of a key of TRL's `GRPOConfig`; docs/words.md has them all, with what differs."""
+"""Keys of TRL's `GRPOConfig`, each with our key; docs/words.md has the differences."""
 
 VERL: Mapping[str, str] = {
     "train_batch_size": "is here data.questions_per_batch",
@@ -69,11 +69,11 @@ VERL: Mapping[str, str] = {
     "save_freq": "is here checkpoint.every_minutes",
     "resume_mode": "is here --ckpt_path last",
 }
-"""The same of a last part of verl's keys."""
+"""Last parts of verl's keys, each with our key."""
 
 
 def our_key(word: str) -> str:
-    """What to say of a key that is not ours, if it is one of theirs; else ''."""
+    """Name our key for one of TRL's or verl's; '' if `word` is of neither."""
     for whose, words in (("TRL", TRL), ("verl", VERL)):
         if word in words:
             return f"no such key; {whose}'s {word} {words[word]} (docs/words.md)"

@@ -54,7 +54,7 @@ def kept(args: Sequence[str], config: Tree) -> list[Leftover]:
 
 
 def _layers(args: Sequence[str]) -> Iterator[tuple[str, Tree]]:
-    """What each file and option says, with its origin; the later ones over the earlier ones."""
+    """Yield the tree of each file and option with its origin; later ones win."""
     for arg, after in pairwise([*args, ""]):
         flag, given, value = arg.partition("=")
         text = value if given else after

@@ -1,7 +1,6 @@
 """`scsdpo rates`: measure pass rates of the training questions, for `FrozenPassRate`."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import lightning as L
 from scsdpo.cli.offline import run_offline
 from scsdpo.cli.options import new_file, own_parser
 from scsdpo.data import TaskDataModule
-from scsdpo.io.files import write_whole
+from scsdpo.io.files import write_object
 from scsdpo.training import PolicyOptimizer
 from scsdpo.weighting.frozen import FORMAT, fingerprint
 
@@ -35,7 +34,7 @@ def main(args: Sequence[str]) -> None:
     out = new_file(given.out, ".json")
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
-        write_whole(out, json.dumps(measure(trainer, model, data), indent=1) + "\n")
+        write_object(out, measure(trainer, model, data))
         print(out)
 
     run_offline("rates", rest, work)

@@ -1,6 +1,5 @@
 """Run commands in processes, several at a time, without those that are done."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from scsdpo.io.files import parsed, tell, write_whole
+from scsdpo.io.files import parsed, tell, write_object
 
 DONE = "done.json"
 
@@ -55,7 +54,7 @@ class Job:
         command = [sys.executable, "-m", "scsdpo", "fit", *self.words, *more]
         seconds = execute(command, self.folder / "output.txt", threads=threads)
         record = {"command": list(self.words), "cpu_seconds": seconds}
-        write_whole(self.folder / DONE, json.dumps(record, indent=1) + "\n")
+        write_object(self.folder / DONE, record)
 
 
 def execute(words: Sequence[str], output: Path, *, threads: int = 1) -> float:

@@ -29,6 +29,15 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def write_object(path: Path, found: object) -> None:
+    """Write an object as JSON, atomically; `whole_object` reads it.
+
+    Raises:
+        OSError: if the disk refuses; an older file stays.
+    """
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
 def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     """The objects in a file of one JSON object a line; none if there is no file.
 

@@ -163,7 +163,7 @@ class Chat:
     def _joint(
         self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
     ) -> tuple[list[Any], int, int]:
-        """How to render messages with the roles and names of `shape`: (turns to put before them,
+        """Find how to render messages with the roles and names of `shape`: (turns to put before,
         number of characters up to the end of the assistant's turn, id of that end).
         """
         known = self._joints

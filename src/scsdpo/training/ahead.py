@@ -238,7 +238,7 @@ class DrawnAhead:
         return replace(self._queue, moved=self._queue.moved + (step > self._step))
 
     def saved(self, host: Host, step: int, *, under_way: bool, alone: bool) -> dict[str, Any]:
-        """What waits, of all ranks, in tensors and primitives; a collective unless `alone`.
+        """Give what waits on all ranks as tensors and primitives; a collective unless `alone`.
 
         What is still being drawn on any rank will be asked again, and is counted as that.
 

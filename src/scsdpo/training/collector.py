@@ -221,5 +221,5 @@ class _Mixed(Drawing):
         return self.joined(self.behind.responses())
 
     def joined(self, others: Responses) -> Responses:
-        """In the order of the batch."""
+        """Join the responses of one turn with the played ones, in the order of the batch."""
         return others.cat([self._played])[self._order]

@@ -18,7 +18,6 @@ forwards, is left out. The time in which a sampler's engine starts and gets the 
 count, since the run's first batch would wait for it too.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from transformers import PreTrainedModel
 
 from scsdpo.distributed import all_gather, all_max
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
-from scsdpo.io.files import write_whole
+from scsdpo.io.files import write_object
 from scsdpo.loss import TokenLogits
 from scsdpo.metrics import GapCheck
 from scsdpo.policy import CausalLM, Rows, Weights
@@ -194,7 +193,7 @@ def check_model(
     }
     folder = run_folder(trainer)  # may be a collective: all ranks must call it
     if trainer.is_global_zero and trainer.loggers:
-        write = partial(write_whole, folder / NAME, json.dumps(report, indent=1) + "\n")
+        write = partial(write_object, folder / NAME, report)
         Outage(NAME, OSError).attempt(write)  # a full disk does not end the run
 
 

@@ -1,4 +1,4 @@
-"""How much better a policy answers after its teacher's prompt than after the question alone."""
+"""Measures how much better a policy answers after its teacher's prompt than without it."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -35,7 +35,7 @@ class Size:
         return self.slots * self.width
 
     def roomy(self, need: "Size", limit: int) -> "Size":
-        """The same size if `need` fits in it without much waste, else `need` with spare room.
+        """Keep the size if `need` fits in it without much waste, else give `need` with spare room.
 
         Spare room in proportion to the size bounds the number of times that a token is copied.
         """

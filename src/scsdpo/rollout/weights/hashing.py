@@ -42,7 +42,7 @@ class StreamHash:
 
 
 class Receipt(TypedDict):
-    """What a worker reports after it loaded weights or an adapter."""
+    """The report of a worker that has loaded weights or an adapter."""
 
     hash: str
     """`StreamHash` of the received weights, or `adapter_hash` of the adapter."""
