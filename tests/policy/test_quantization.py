@@ -283,7 +283,7 @@ def test_other_layers_and_experts_beside_linear_ones_in_4_bits(folder, request):
     """Convolutions and fused experts stay plain, and so do the names and parts of checkpoints."""
     folder = request.getfixturevalue(folder)
     policy = make(folder)
-    findings, _, _ = self_check.examine(policy, {}, HFRollout(), 1.0, GapCheck())
+    findings, _ = self_check.examine(policy, {}, HFRollout(), 1.0, GapCheck())
     assert findings and all(not finding.fault for finding in findings)
     plain = CausalLM(str(folder), adapter=Lora(r=4, seed=0))
     plain.configure_model()
@@ -299,7 +299,7 @@ def test_the_self_check_finds_rows_and_sampler_right(qwen3):
     policy = make(qwen3)
     average = EMA(context=PlainPrompt())
     average.configure(policy, "teacher")
-    findings, left_out, _ = self_check.examine(
+    findings, left_out = self_check.examine(
         policy, {"teacher": average}, HFRollout(), 1.0, GapCheck()
     )
     assert {(f.weights, f.path, f.fault) for f in findings if f.path == RowPath.SHARED.value} >= {

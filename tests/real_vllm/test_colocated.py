@@ -55,8 +55,8 @@ def test_the_self_check_asks_it_and_finds_old_weights(case, monkeypatch):
     def asked():
         return examine(case.policy, {}, case.rollout, 1.0, GapCheck(warn=0.01, stop=0.01))
 
-    (*_, found), left_out, _ = asked()
-    assert (found.path, found.fault, left_out) == ("VLLMRollout", "", [])
+    (*_, found), left_out = asked()
+    assert (found.path, found.fault, left_out) == ("VLLMRollout", "", "")
     assert found.apart < 1e-3
     move(case.policy, 3)
     with monkeypatch.context() as stuck:

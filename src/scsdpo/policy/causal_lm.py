@@ -66,7 +66,7 @@ class CausalLM(nn.Module):
             faster on GPU after a slow first step, numbers equal up to rounding. Sampling stays
             eager. A warning tells if torch compiled nothing.
         self_check: before the first step of a run, compare a few made-up rows, run as the run will
-            run them, with the same rows run one at a time; at most ten seconds (docs/models.md).
+            run them, with the same rows run one at a time (docs/models.md).
         expert_balance: weight of the load-balancing loss of a mixture of experts (`balance_loss`:
             f_e P_e summed over experts, a mean over layers, sampled tokens of a response, and the
             responses of an optimizer step), which is added to the step's loss. 0 turns it off.

@@ -13,9 +13,8 @@ across rows without any error. So a few made-up rows run on the path that the ru
    (`Rollout.can_be_asked`).
 
 If the packed path fails, rows run padded; if that fails too, one at a time; and if a row alone is
-wrong, the model is refused. A check that would take too long, judged by the time of the last
-forwards, is left out. The time in which a sampler's engine starts and gets the weights does not
-count, since the run's first batch would wait for it too.
+wrong, the model is refused. All checks always run, however slow the machine: if one were left out
+for lack of time, the path of a run, and so its rounding, would depend on the machine's load.
 """
 
 import math
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import lightning as L
 import torch
@@ -32,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scsdpo.distributed import all_gather, all_max
+from scsdpo.distributed import all_gather
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.io.files import write_object
 from scsdpo.loss import TokenLogits
@@ -50,19 +48,19 @@ from scsdpo.types import Prompt, Responses, Sampling
 from scsdpo.verifiers import ExactMatch
 
 NAME = "self_check.json"
-SECONDS = 10.0
-"""A check that is not expected to end within nine tenths of this time is left out, and named."""
-NOTHING, EXPERTS = 0.0, 1e-6
-"""Largest change of other rows, relative to the root mean square of a hidden state, in float32:
-without experts, and with experts."""
+_LONG = 10.0
+"""After so many seconds a line says how long the checks took."""
+NOTHING = 0.0
+"""Largest change of other rows without experts."""
+EXPERTS, ROUNDED_EXPERTS = 1e-5, 0.07
+"""Largest change of other rows with experts, relative to the root mean square of a hidden state:
+in float32, and in bfloat16. Other tokens give an expert other groups, whose sums round otherwise."""
 EXACT, ROUNDED = 1e-3, 0.15
 """Largest difference of hidden states and gradients from those of each row alone, relative to their
 norm: for weights in float32, and in bfloat16."""
 GAP, ROUNDED_GAP = 1e-3, 0.2
 """Largest mean |log-prob of the trainer - log-prob of `HFRollout`|, in nats: for weights in
 float32, and in bfloat16."""
-_BACKWARD = 3
-"""Time of a backward, in forwards, at most."""
 _DRAWN = 4
 """Tokens per sampled response."""
 _KEPT = 2**22
@@ -86,46 +84,11 @@ class PathResult:
     nats."""
     gradient: float = 0.0
     """Difference of gradients from those of each row alone; 0 where none were computed."""
+    random: bool = False
+    """True if a forward in training mode draws random numbers; gradients are then compared in
+    evaluation mode."""
     fault: str = ""
     """Why the check failed; empty: it passed."""
-
-
-class _Deadline:
-    """Leaves out checks that would take too long; all ranks leave out the same ones."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._forward: dict[str, float] = {}
-        """Set of weights -> seconds per forward, of those that ran last."""
-        self.left_out: list[str] = []
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._start
-
-    @contextmanager
-    def timed(self, forwards: int, weights: str) -> Iterator[None]:
-        """Measure the time of the block, in which so many forwards run."""
-        start = self.seconds
-        yield
-        self._forward[weights] = (self.seconds - start) / forwards
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Do not count the time of the block."""
-        start = self.seconds
-        yield
-        self._start += self.seconds - start
-
-    def leaves_out(self, what: str, forwards: int, weights: str = "student") -> bool:
-        """True, and `what` is noted, if so many forwards would take too long. A collective."""
-        a_forward = self._forward.get(weights, self._forward["student"])
-        end = torch.tensor(self.seconds + forwards * a_forward, dtype=torch.float64)
-        late = float(all_max(end)) > 0.9 * SECONDS
-        if late:
-            self.left_out.append(what)
-        return late
 
 
 def check_model(
@@ -155,35 +118,40 @@ def check_model(
     if not policy.self_check:
         return
     trainer = host.trainer
-    started = policy.known
+    expected, start = policy.known, time.monotonic()
     try:
         with (
             trainer.strategy.precision_plugin.forward_context(),
             without_all_reduce(trainer),
             as_out_of_memory(),
         ):
-            findings, left_out, seconds = examine(
-                policy, teachers, rollout, sampling.temperature, gap
-            )
+            findings, left_out = examine(policy, teachers, rollout, sampling.temperature, gap)
     except OutOfMemory as error:
         raise TrainingStopped(
             f"out of memory in the self-check, whose four rows have less than 60 tokens each "
             f"({error}): use model.policy.adapter Lora, a smaller model or more devices"
         ) from None
-    name = type(policy.language_model).__name__
+    name, seconds = type(policy.language_model).__name__, time.monotonic() - start
     if policy.known.path is not RowPath.SHARED:
         rank_zero_info(
             f"self-check: {name} runs {policy.known.path.value} ({policy.known.reason}); each "
             f"prompt runs {sampling.n} times per step, once per response, instead of once"
         )
-    if left_out:
+    if any(finding.random for finding in findings):
         rank_zero_info(
-            f"self-check: {', '.join(left_out)} not checked, for lack of time (limit "
-            f"{SECONDS:.0f} s). Training goes on; a slow or busy machine is the usual cause"
+            f"self-check: {name} draws random numbers in training (dropout, or experts drawn at "
+            "random), so log-probs of the update differ from those of the sampler; set dropout to "
+            "0 where you can"
+        )
+    if left_out:
+        rank_zero_info(f"self-check: {left_out}. Training goes on")
+    if seconds > _LONG:
+        rank_zero_info(
+            f"self-check: took {seconds:.0f} s; model.policy.self_check=false turns it off"
         )
     report = {
         "model": name,
-        "expected": started.path.value,
+        "expected": expected.path.value,
         "path": policy.known.path.value,
         "reason": policy.known.reason,
         "sampler": policy.known.sampled.value,
@@ -203,33 +171,37 @@ def examine(
     rollout: Rollout,
     temperature: float,
     gap: GapCheck,
-) -> tuple[list[PathResult], list[str], float]:
+) -> tuple[list[PathResult], str]:
     """Run all checks, the most important first.
 
     Returns:
-        The results, the checks that were left out, and seconds.
+        The results; and why the sampler was not checked, empty where it was or cannot be asked.
 
     Raises:
         ConfigurationError: if the model is wrong on every path.
     """
     rows = made_up_rows(policy)
     findings: list[PathResult] = []
-    clock = _Deadline()
+    left_out = ""
     sets: dict[str, Weights] = {"student": policy.adapter.current()}
     for slot, teacher in teachers.items():
         for weights in teacher.weights_to_run(policy):
             if not any(weights.same(other) for other in sets.values()):
                 sets[slot if slot not in sets else f"{slot}/2"] = weights
 
-    with _undisturbed(policy):
-        _refuse_model(_row_alone(policy, rows, clock))
+    device = policy.language_model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _refuse_model(_row_alone(policy, rows))
         for name, weights in sets.items():
-            findings += _descend(policy, rows, name, weights, clock)
+            findings += _descend(policy, rows, name, weights)
         if isinstance(rollout, HFRollout):
-            findings += _descend_sampler(policy, rows, rollout, temperature, clock)
+            findings += _descend_sampler(policy, rows, rollout, temperature)
         elif rollout.can_be_asked:
-            findings += _ask(policy, rows, rollout, temperature, gap, clock)
-    return findings, clock.left_out, clock.seconds
+            prompts, few = _prompts_to_sample(rows, temperature)
+            if left_out := _lacks_room(rollout, prompts, few):
+                return findings, left_out
+            findings.append(_ask(policy, prompts, few, rollout, gap))
+    return findings, left_out
 
 
 def made_up_rows(policy: CausalLM) -> Rows:
@@ -271,28 +243,21 @@ def _with_a_changed_row(policy: CausalLM, rows: Rows) -> Rows:
     return replace(rows, prompts=prompts, ids=ids)
 
 
-def _descend(
-    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Deadline
-) -> list[PathResult]:
+def _descend(policy: CausalLM, rows: Rows, name: str, weights: Weights) -> list[PathResult]:
     """Take the fastest path that is right for these weights; return the results of each path."""
     findings = []
     learns = name == "student"
     while policy.known.path is not RowPath.ALONE:
         path = policy.known.path
-        together, alone = _FORWARDS[path], len(rows.prompts)
-        if clock.leaves_out(name, 2 * together, name):
-            break
-        found = _first_fault_of_all_ranks(lambda: _check_others(policy, rows, name, weights, clock))
-        itself = f"{name}, each row alone"
-        if not found.fault and not clock.leaves_out(itself, together + alone, name):
+        found = _first_fault_of_all_ranks(partial(_check_others, policy, rows, name, weights))
+        if not found.fault:
             found = _first_fault_of_all_ranks(
-                partial(_check_against_alone, policy, rows, found, weights, clock)
+                partial(_check_against_alone, policy, rows, found, weights)
             )
         # With shards a backward before the first step would change the order in which an
         # embedding's gradients are summed: steps with and without this check would differ by
         # rounding.
-        due = learns and not found.fault and not is_sharded(policy)
-        if due and not clock.leaves_out("gradient", (1 + _BACKWARD) * (together + len(_LEARNED))):
+        if learns and not found.fault and not is_sharded(policy):
             found = _first_fault_of_all_ranks(partial(_check_gradient, policy, rows, found))
         findings.append(found)
         if not found.fault:
@@ -302,8 +267,6 @@ def _descend(
     return findings
 
 
-_FORWARDS = {RowPath.SHARED: 2, RowPath.PADDED: 1}
-"""Path -> forwards of the model in which all rows run together."""
 _LEARNED = (0, 1)
 """The rows whose gradient is compared."""
 
@@ -315,15 +278,13 @@ def _first_fault_of_all_ranks(work: Callable[[], PathResult]) -> PathResult:
     return replace(found, fault=fault)
 
 
-def _check_others(
-    policy: CausalLM, rows: Rows, name: str, weights: Weights, clock: _Deadline
-) -> PathResult:
+def _check_others(policy: CausalLM, rows: Rows, name: str, weights: Weights) -> PathResult:
     """Check 1, on the policy's present path."""
     path, exact = policy.known.path, _is_exact(policy)
     experts = _has_experts(policy.language_model)
     found = PathResult(weights=name, path=path.value)
     try:
-        with _precision(policy, exact and experts), clock.timed(2 * _FORWARDS[path], name):
+        with _precision(policy, exact and experts):
             before = _states(policy, rows, path, weights)
             after = _states(policy, _with_a_changed_row(policy, rows), path, weights)
     except Exception as error:
@@ -333,21 +294,18 @@ def _check_others(
         for row, (x, y) in enumerate(zip(before, after, strict=True))
         if row != _CHANGED
     )
-    most = EXPERTS if experts else NOTHING
-    if experts and not exact:
-        most *= torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
+    most = (EXPERTS if exact else ROUNDED_EXPERTS) if experts else NOTHING
     fault = f"rows read each other (a change of one row changes others by {others:.2g})"
     return replace(found, others=others, fault="" if others <= most else fault)
 
 
 def _check_against_alone(
-    policy: CausalLM, rows: Rows, found: PathResult, weights: Weights, clock: _Deadline
+    policy: CausalLM, rows: Rows, found: PathResult, weights: Weights
 ) -> PathResult:
     """The forwards of check 2: rows together against each row alone."""
     path, exact = policy.known.path, _is_exact(policy)
-    forwards = _FORWARDS[path] + len(rows.prompts)
     try:
-        with _precision(policy, exact), clock.timed(forwards, found.weights):
+        with _precision(policy, exact):
             here = _states(policy, rows, path, weights)
             alone = _states(policy, rows, RowPath.ALONE, weights)
     except Exception as error:
@@ -372,7 +330,10 @@ def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResu
     """The gradients of check 2, of two rows: together against each row alone."""
     path, exact, few = policy.known.path, _is_exact(policy), rows.at(_LEARNED)
     try:
-        with _precision(policy, exact):
+        with (
+            _precision(policy, exact),
+            _without_random_numbers(policy, lambda: _gradient(policy, few, path)) as random,
+        ):
             here, alone = (_gradient(policy, few, each) for each in (path, RowPath.ALONE))
     except Exception as error:
         policy.zero_grad()
@@ -385,7 +346,7 @@ def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResu
         gradient = float((apart / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
     wrong = not gradient <= (EXACT if exact else ROUNDED)
     fault = f"the gradient differs from that of each row alone by {gradient:.2g}" if wrong else ""
-    return replace(found, gradient=gradient, fault=fault)
+    return replace(found, gradient=gradient, random=random, fault=fault)
 
 
 def _states(policy: CausalLM, rows: Rows, path: RowPath, weights: Weights) -> list[Tensor]:
@@ -435,7 +396,7 @@ def _scalar_loss(rows: Rows, micro: Sequence[int], hidden: Tensor, head: nn.Line
     return total
 
 
-def _row_alone(policy: CausalLM, rows: Rows, clock: _Deadline) -> str:
+def _row_alone(policy: CausalLM, rows: Rows) -> str:
     """Check 3: why the model is refused; '': it is not.
 
     Two forwards are compared: the logits of plain transformers for a row, and the head's product
@@ -459,8 +420,7 @@ def _row_alone(policy: CausalLM, rows: Rows, clock: _Deadline) -> str:
         return hidden.float(), TokenLogits.of(hidden, head, 1.0).logits.clone()
 
     def ran(rows: Rows) -> tuple[Tensor, Tensor]:
-        with clock.timed(1, "student"):
-            return policy.runner(rows, [0], _HUGE, student).run([0], applied)
+        return policy.runner(rows, [0], _HUGE, student).run([0], applied)
 
     name = type(policy.language_model).__name__
     try:
@@ -506,15 +466,15 @@ def _of_spread(plain: Tensor, made: Tensor) -> float:
 
 
 def _descend_sampler(
-    policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float, clock: _Deadline
+    policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float
 ) -> list[PathResult]:
     """Check 4: take the fastest path of sampling whose log-probs are the trainer's."""
     findings = []
-    while not clock.leaves_out("sampler", _FORWARDS_DRAWN):
+    while True:
         found = _first_fault_of_all_ranks(lambda: _sampled(policy, rows, rollout, temperature))
         findings.append(found)
         if not found.fault:
-            break
+            return findings
         if policy.known.sampled is RowPath.ALONE:
             name = type(policy.language_model).__name__
             _refuse_model(
@@ -522,11 +482,6 @@ def _descend_sampler(
             )
         shared = policy.known.sampled is RowPath.SHARED
         policy.sample_rows(RowPath.PADDED if shared else RowPath.ALONE)
-    return findings
-
-
-_FORWARDS_DRAWN = 1 + _DRAWN + 2
-"""Forwards that sampling takes: of the prompts, of each token, and of the trainer."""
 
 
 def _sampled(policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: float) -> PathResult:
@@ -548,27 +503,23 @@ def _sampled(policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: floa
     return replace(found, apart=gap, fault=fault)
 
 
+def _lacks_room(rollout: Rollout, prompts: Sequence[Prompt], sampling: Sampling) -> str:
+    """Why an engine cannot be asked for these tokens; '': it can."""
+    most = rollout.max_length()
+    needed = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
+    if most is None or most >= needed:
+        return ""
+    return f"the sampler was not checked: it has room for {most} tokens, {needed} are needed"
+
+
 def _ask(
-    policy: CausalLM,
-    rows: Rows,
-    rollout: Rollout,
-    temperature: float,
-    gap: GapCheck,
-    clock: _Deadline,
-) -> list[PathResult]:
+    policy: CausalLM, prompts: list[Prompt], sampling: Sampling, rollout: Rollout, gap: GapCheck
+) -> PathResult:
     """Check 4 for an engine that computes in a precision of its own, which `gap` allows for.
 
     There are few tokens, so the median is judged. An engine's own errors are not caught here.
     """
-    prompts, sampling = _prompts_to_sample(rows, temperature)
-    needed = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
-    most = rollout.max_length()
-    if most is not None and most < needed:
-        clock.left_out.append(f"sampler (it has room for {most} tokens)")
-        return []
-    if clock.leaves_out("sampler", 2):
-        return []
-    with clock.stopped(), rollout.hold_weights(policy):
+    with rollout.hold_weights(policy):
         drawn = rollout.sample(policy, prompts, sampling)
     with _precision(policy, _is_exact(policy)):
         gaps = _gaps(policy, drawn)
@@ -585,7 +536,7 @@ def _ask(
             "the sampler uses other weights or other numerics; compare its dtype and its "
             "log-prob settings with the trainer's (docs/vllm.md)"
         )
-    return [found]
+    return found
 
 
 def _prompts_to_sample(rows: Rows, temperature: float) -> tuple[list[Prompt], Sampling]:
@@ -654,22 +605,31 @@ def _forced(policy: CausalLM, path: RowPath) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(policy: CausalLM) -> Iterator[None]:
-    """Turn dropout off inside the block, and restore random state and modes behind it."""
-    model = policy.wrapped
-    modes = {part: part.training for part in model.modules()}
-    # Dropout of attention is a number in the configuration, and not a module.
-    settings: Mapping[str, Any] = policy.language_model.config.get_text_config().to_dict()
-    drops = any("drop" in k and isinstance(v, float) and v > 0 for k, v in settings.items())
-    for part in model.modules():
-        part.training = part.training and not drops and not isinstance(part, nn.Dropout)
-    device = policy.language_model.device
+def _without_random_numbers(policy: CausalLM, draws: Callable[[], object]) -> Iterator[bool]:
+    """Evaluation mode inside the block, and True, if `draws` draws random numbers as things are.
+
+    Such are dropout, experts that are drawn and layers that are skipped at random. Other models
+    stay in training mode, so that gradient checkpointing is tested too.
+    """
+    before = _random_state(policy)
+    draws()
+    pairs = zip(before, _random_state(policy), strict=True)
+    if all(torch.equal(x, y) for x, y in pairs):
+        yield False
+        return
+    modes = {part: part.training for part in policy.wrapped.modules()}
+    policy.wrapped.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
+        yield True
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def _random_state(policy: CausalLM) -> list[Tensor]:
+    device = policy.language_model.device
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
 
 
 def _largest(x: Tensor, y: Tensor) -> float:
