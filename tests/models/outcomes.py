@@ -111,7 +111,9 @@ def outcome(name: str, policy: CausalLM | None = None) -> tuple[Outcome, CausalL
 
 def _without_figures(reason: str) -> str:
     """Rounding differs by machine, the page must not."""
-    return re.sub(r" \(.*| by [0-9][0-9.e-]*( nats a token)?$", "", reason.removeprefix("student: "))
+    return re.sub(
+        r" \(.*| by [0-9][0-9.e-]*( nats a token)?$", "", reason.removeprefix("student: ")
+    )
 
 
 def plain_logprobs(policy: CausalLM) -> tuple[torch.Tensor, torch.Tensor]:
