@@ -54,7 +54,7 @@ NOTHING = 0.0
 """Largest change of other rows without experts."""
 EXPERTS, ROUNDED_EXPERTS = 1e-5, 0.07
 """Largest change of other rows with experts, relative to the root mean square of a hidden state:
-in float32, and in bfloat16. Other tokens give an expert other groups, whose sums round otherwise."""
+in float32, and in bfloat16. Other tokens give an expert other groups, whose sums round anew."""
 EXACT, ROUNDED = 1e-3, 0.15
 """Largest difference of hidden states and gradients from those of each row alone, relative to their
 norm: for weights in float32, and in bfloat16."""
