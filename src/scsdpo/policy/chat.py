@@ -230,7 +230,7 @@ class Chat:
         ends = {
             before.find(token, behind): (len(token), i)
             for i in self.eos_ids
-            if i < min(len(self.tokenizer), self.rows)
+            if i < min(self._size, self.rows)
             and (token := self.tokenizer.convert_ids_to_tokens(i))
         }
         found = min((place for place in ends if place >= 0), default=-1)
@@ -392,13 +392,18 @@ class Chat:
         mark = self._breaking.convert_tokens_to_ids(_BREAK)
         return tuple(i for i in ids if i != mark)
 
+    @cached_property
+    def _size(self) -> int:
+        """Tokens that the tokenizer knows. It is counted once, since that takes half a millisecond."""
+        return len(self.tokenizer)
+
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Text of a response, without tokens for beginnings, ends and padding.
 
         Ids beyond the tokenizer's vocabulary give no text. Other special tokens stay, such as
         <think> and <tool_call>, because they have a meaning.
         """
-        said = [i for i in map(int, ids) if i < len(self.tokenizer) and i not in self._silent]
+        said = [i for i in map(int, ids) if i < self._size and i not in self._silent]
         return self.tokenizer.decode(said, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -424,7 +429,7 @@ class Chat:
         return pieces
 
     def _whole(self, ids: Sequence[int]) -> str:
-        known = [i for i in ids if i < len(self.tokenizer)]
+        known = [i for i in ids if i < self._size]
         return self.tokenizer.decode(
             known, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
