@@ -50,6 +50,27 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 """Teachers of the tiny policy's pairs. `gold` shows the bare answer; `backwards` calls the
 shown solution wrong."""
+METHODS = ROOT / "configs" / "methods"
+RATE = "--model.optimizer.init_args.lr"
+KEPT_BACK: dict[str, tuple[str, ...]] = {
+    "sdpo": (f"--config={METHODS / 'sdpo.yaml'}",),
+    "srpo": (f"--config={METHODS / 'srpo.yaml'}",),
+    "rate-3e-3": (f"{RATE}=3e-3",),
+    "rate-1e-5": (f"{RATE}=1e-5",),
+    "grpo-rate-1e-3": (GRPO, f"{RATE}=1e-3"),
+    "cap-12": ("--model.sampling.max_new_tokens=12",),
+    "temperature-0.6": ("--model.sampling.temperature=0.6",),
+    "tool": ("--data.train.init_args.shapes=[tool]", "--data.val.init_args.shapes=[tool]"),
+    "two-responses": ("--model.sampling.n=2",),
+    "feedback": ("--model.teacher.init_args.context=Feedback",),
+}
+"""Pairs of the tiny policy that no rule of `scsdpo check` was fitted on."""
+STORE = (
+    f"--config={ROOT / 'configs' / 'tiny-tools.yaml'}",
+    "--model.val_sampling.n=8",
+    "--model.val_sampling.seed=0",
+)
+"""The policy of several turns; of the pair `store`, which is kept back too."""
 ON_SMOLLM2 = {
     **{name: variants.words(name) for name in ("sdpo-hybrid", "sc-sdpo", "sc-sdpo-t06")},
     "sc-sdpo-gold": variants.words("sc-sdpo-gold"),
@@ -79,7 +100,9 @@ class Pair:
 def pairs(smollm2: Path | None, batches: int) -> dict[str, Pair]:
     """All pairs, by name."""
     cut = (f"--trainer.limit_train_batches={batches}", f"--trainer.val_check_interval={batches}")
-    found = {name: Pair(base=TINY, change=change, length=cut) for name, change in CHANGES.items()}
+    changes = CHANGES | KEPT_BACK
+    found = {name: Pair(base=TINY, change=change, length=cut) for name, change in changes.items()}
+    found["store"] = Pair(base=STORE, change=(), length=cut)
     if smollm2 is None:
         return found
     base = (
