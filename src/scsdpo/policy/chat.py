@@ -230,8 +230,7 @@ class Chat:
         ends = {
             before.find(token, behind): (len(token), i)
             for i in self.eos_ids
-            if i < min(self._size, self.rows)
-            and (token := self.tokenizer.convert_ids_to_tokens(i))
+            if i < min(self._size, self.rows) and (token := self.tokenizer.convert_ids_to_tokens(i))
         }
         found = min((place for place in ends if place >= 0), default=-1)
         if found < 0:
