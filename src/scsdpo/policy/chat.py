@@ -393,7 +393,7 @@ class Chat:
 
     @cached_property
     def _size(self) -> int:
-        """Tokens that the tokenizer knows. It is counted once, since that takes half a millisecond."""
+        """Tokens that the tokenizer knows, counted once: to count takes half a millisecond."""
         return len(self.tokenizer)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
