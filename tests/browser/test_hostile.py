@@ -79,7 +79,7 @@ def test_categories_are_spelled_out_and_can_be_chosen(opened, odd):
 def long_values(line):
     """Every text as long as a line can be, in which nothing breaks."""
     line = renamed({f"level{n}": f"{LONG}{n}" for n in range(1, 5)})(line)
-    for key in ("output", "answer", "target", "feedback", "rule", "message", "remedy", "version"):
+    for key in ("response", "answer", "gold", "feedback", "rule", "message", "remedy", "version"):
         if key in line:
             line[key] = LONG
     if "messages" in line:

@@ -56,7 +56,7 @@ def test_from_the_curve_to_the_step_to_the_question_to_the_response(opened, runs
     assert opened_response(page)[2] == ("right" if line["success"] else "wrong")
     facts = page.locator("#response .facts-row").inner_text()
     assert f"answer {line['answer']}" in facts and f"tokens {line['n_tokens']}" in facts
-    assert line["output"].splitlines()[0][:20] in page.locator("#response .plain").inner_text()
+    assert line["response"].splitlines()[0][:20] in page.locator("#response .plain").inner_text()
     siblings = page.locator("#response .pip").all_inner_texts()
     assert siblings == [
         RIGHT if x["success"] else WRONG for x in records(run, "rollouts", step) if x["key"] == key

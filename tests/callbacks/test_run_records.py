@@ -67,7 +67,7 @@ def test_every_response_is_a_line_and_every_token_with_credit_a_column_entry(qwe
             assert "<|im_end|>" in response["teacher_prompt"]
             specials = re.compile(r"<\|(im_start|im_end|endoftext)\|>")
             if not specials.search("".join(line["text"][:-1])):
-                assert specials.sub("", "".join(line["text"])) == response["output"]
+                assert specials.sub("", "".join(line["text"])) == response["response"]
             assert max(map(abs, line["gap"])) < 1e-3
             for ids, s, t in zip(
                 line["top_ids"], line["top_probs"], line["top_teacher_probs"], strict=True

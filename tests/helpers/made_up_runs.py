@@ -152,11 +152,11 @@ def response(draw, place, right, traced, text):
     sample, rate = place["sample"], sum(right) / len(right)
     training = place["split"] == "train"
     line = place | {
-        "category": f"level{1 + place['batch'] % 4}", "target": "B",
+        "category": f"level{1 + place['batch'] % 4}", "gold": "B",
         "messages": [{"role": "user", "content": f"Which letter is {place['key']}? {text}"}],
-        "output": "".join(pieces[:-1]), "answer": "B" if right[sample] else "A",
+        "response": "".join(pieces[:-1]), "answer": "B" if right[sample] else "A",
         "reward": float(right[sample]), "success": right[sample], "error": "",
-        "feedback": "" if right[sample] else f"not B {text}", "finish_reason": "stop",
+        "feedback": "" if right[sample] else f"not B {text}", "finished": True,
         "n_tokens": len(pieces), "samples": len(right), "pass_rate": rate,
         "weight": math.sqrt(rate * (1 - rate)) if training else 1.0, "active": training,
         "teacher_prompt": f"Correct solution: {text}" if training and any(right) else None,

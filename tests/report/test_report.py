@@ -111,6 +111,23 @@ def test_responses_of_another_schema_are_left_out(tmp_path):
     assert embed(read_runs([str(folder)]), 10**7).responses == 0
 
 
+def test_responses_of_version_1_read_as_those_of_today(tmp_path):
+    folder = made_up_run(tmp_path / "run", batches=1)
+    path = folder / "rollouts" / "train_000001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["finished"] = False
+    write_lines(path, lines)
+    now = embed(read_runs([str(folder)]), 10**7)
+    old = []
+    for line in lines:
+        ended = "stop" if line.pop("finished") else "length"
+        names = {"output": line.pop("response"), "target": line.pop("gold"), "finish_reason": ended}
+        old.append(line | names | {"schema_version": 1})
+    write_lines(path, old)
+    before = embed(read_runs([str(folder)]), 10**7)
+    assert before == now and now.responses
+
+
 def test_the_four_measures_of_a_trace_are_those_of_the_paper():
     # S = .5 then .25, T = .75 then .25: M = .625 then .25
     line = {

@@ -77,8 +77,8 @@ def test_a_run_learns_from_episodes_and_a_resumed_one_is_the_same(qwen3, tmp_pat
     assert played
     for line in played:
         assert [turn["role"] for turn in line["turns"]] == ["assistant", "user", "assistant"]
-        assert line["turns"][1]["text"] in line["output"]
-        assert line["finish_reason"] == "stop" and line["reward"] in (0.0, 1.0)
+        assert line["turns"][1]["text"] in line["response"]
+        assert line["finished"] and line["reward"] in (0.0, 1.0)
     # A sibling's whole episode, with what its world answered, stands before the same tokens.
     told = [line["teacher_prompt"] for line in played if line["teacher_prompt"]]
     assert any("[user]\n" in each and "[/user]" in each for each in told)

@@ -6,7 +6,7 @@ new `SCHEMA_VERSION`; new fields may be added at any time.
 
 from typing import Literal, TypedDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Number = float | None
 """None: not finite, or not computed."""
@@ -54,9 +54,9 @@ class RolloutRecord(Place):
     category: str
     messages: list[dict[str, str]]
     """The question, as chat turns."""
-    target: str
+    gold: str
     """The gold answer, which the policy never sees."""
-    output: str
+    response: str
     """Text of the response without control tokens at its ends; of an episode, the transcript."""
     turns: list[TurnRecord]
     """Messages of an episode in order; empty: the response is a single turn."""
@@ -70,8 +70,8 @@ class RolloutRecord(Place):
     """Reason why the verifier itself failed; '': it did not."""
     stopped: Literal["", "turns", "time"]
     """The limit of the environment that ended an episode before the policy did; '': none."""
-    finish_reason: Literal["stop", "length"]
-    """`stop`: an end of sequence or a stop string; `length`: the limit on its length."""
+    finished: bool
+    """False: cut off by the limit on its length."""
     n_tokens: int
     """Number of tokens, end of sequence included."""
     samples: int

@@ -10,8 +10,8 @@ from scsdpo.io.files import whole_lines
 from scsdpo.report.pack import pack
 from scsdpo.report.reading import Run, spread
 
-SCHEMA = 1
-"""Schema version of the records that are read; importing `scsdpo.records` would load torch."""
+SCHEMA = 2
+"""Schema version of the records; importing `scsdpo.records` would load torch."""
 SUCCESS, ERROR, LENGTH, TRACED, ACTIVE = 1, 2, 4, 8, 16
 """Bits of a response in the index, by which the page filters."""
 
@@ -73,7 +73,7 @@ def embed(runs: Sequence[Run], most_bytes: int) -> Embedded:
         if file.kind in full:
             continue
         found = whole_lines(file.path, "schema_version", "key", "sample")
-        lines = [line for line in found if line["schema_version"] == SCHEMA]
+        lines = [_current(line) for line in found if line["schema_version"] in (1, SCHEMA)]
         if not lines:
             continue
         content = _questions(lines) if file.kind == "rollouts" else [_trace(x) for x in lines]
@@ -117,12 +117,20 @@ def _by_worth(files: Sequence[_File]) -> list[_File]:
     return sorted(files, key=lambda f: (ranks[f.run, f.split, f.batch], f.run, f.split, f.kind))
 
 
+def _current(line: dict[str, Any]) -> dict[str, Any]:
+    """A line in the words of today's schema; version 1 had other names for three fields."""
+    if line["schema_version"] == SCHEMA or "output" not in line:
+        return line
+    finished = line["finish_reason"] == "stop"
+    return line | {"gold": line["target"], "response": line["output"], "finished": finished}
+
+
 def _questions(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The responses of a batch by question."""
     questions: dict[str, dict[str, Any]] = {}
-    shared = ("key", "category", "messages", "target", "samples", "pass_rate", "step")
+    shared = ("key", "category", "messages", "gold", "samples", "pass_rate", "step")
     own = (
-        "sample", "output", "answer", "reward", "success", "feedback", "error", "finish_reason",
+        "sample", "response", "answer", "reward", "success", "feedback", "error", "finished",
         "n_tokens", "weight", "active", "teacher_prompt", "version", "traced",
     )  # fmt: skip
     for line in lines:
@@ -137,7 +145,7 @@ def _entry(question: dict[str, Any]) -> list[Any]:
     bits = [
         SUCCESS * response["success"]
         + ERROR * bool(response["error"])
-        + LENGTH * (response["finish_reason"] == "length")
+        + LENGTH * (not response["finished"])
         + TRACED * response["traced"]
         + ACTIVE * response["active"]
         for response in question["responses"]

@@ -60,11 +60,11 @@ function showResponse(question, response, trace) {
   const verdict = response.success ? "right" : "wrong";
   const facts = [
     ["answer", response.answer ?? "none"],
-    ["gold", question.target],
+    ["gold", question.gold],
     ["reward", short(response.reward)],
     ["weight", here.split === "train" ? short(response.weight) : null],
     ["pass rate", `${short(question.pass_rate)} of ${question.samples} responses`],
-    ["tokens", `${response.n_tokens}${response.finish_reason === "length" ? ", truncated" : ""}`],
+    ["tokens", `${response.n_tokens}${!response.finished ? ", truncated" : ""}`],
     ["turns", response.turns.filter((t) => t.role === "assistant").length || null],
     ["ran out of", response.stopped],
     ["got credit", here.split === "train" ? (response.active ? "yes" : "no") : null],
@@ -114,7 +114,7 @@ function showResponse(question, response, trace) {
         : [
             response.turns.length
               ? make("div", { class: "plain" }, response.turns.map((one) => part(one)))
-              : make("div", { class: "plain" }, response.output || "(empty)"),
+              : make("div", { class: "plain" }, response.response || "(empty)"),
             make(
               "p",
               { class: "note" },

@@ -106,7 +106,7 @@ function drawQuestions() {
     if (!keepsQuestion(bits, want)) return [];
     const said = question.messages.at(-1)?.content ?? "";
     const passing = question.responses.map(
-      (r, i) => keepsBits(bits[4][i], want) && holds(said + r.output),
+      (r, i) => keepsBits(bits[4][i], want) && holds(said + r.response),
     );
     if (!passing.some(Boolean)) return [];
     const weight = bits[3] == null ? "" : ` · weight ${short(bits[3])}`;
