@@ -11,8 +11,9 @@ other policy; without it the hub's.
 
 Runs are those of `scsdpo compare --configs`: what is in --out already is not done again, a stopped
 benchmark goes on, seeds and methods can be added, and any two of --out/METHOD can be given to
-`scsdpo compare`. Writes real.json (a row a run) and real.md (the tables of real_report.py) into
---report; --merge adds the rows to a file of others.
+`scsdpo compare`. A run with a warm-up starts where that ends: its gain is over the validation
+there, and its policy is called "warmed up". Writes real.json (a row a run) and real.md (the tables
+of real_report.py) into --report; --merge adds the rows to a file of others.
 """
 
 import argparse
@@ -71,11 +72,15 @@ def result(folder: Path, method: str, seed: int, words: Sequence[str] = ()) -> d
     train = [row for row in log if "train/pass_rate" in row]
     done = (folder / DONE).exists()
     seconds = round(json.loads((folder / DONE).read_text())["cpu_seconds"], 1) if done else None
-    policy = yaml.safe_load((folder / "config.yaml").read_text())["model"]["policy"]["init_args"]
+    model = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    warmup = model["warmup"]["steps"]
+    first = min(warmup, variants.WARM_STEPS)
+    start = next((row for row in val if row["batch"] >= first), None)
+    policy = Path(model["policy"]["init_args"]["name_or_path"]).name
     found: dict = {
         "method": method,
         "seed": seed,
-        "policy": Path(policy["name_or_path"]).name,
+        "policy": f"{policy}, warmed up" if warmup else policy,
         "device": device(json.loads((folder / "environment.json").read_text())["device"]),
         "words": list(words),
         "done": done,
@@ -84,7 +89,7 @@ def result(folder: Path, method: str, seed: int, words: Sequence[str] = ()) -> d
     }
     for name in real_report.ENDS:
         found[name] = round(val[-1][f"val/{name}"], 4) if done else None
-        found[f"{name} before"] = round(val[0][f"val/{name}"], 4) if val else None
+        found[f"{name} before"] = round(start[f"val/{name}"], 4) if start else None
     found["validation"] = {str(row["batch"]): round(row["val/mean@8"], 4) for row in val}
     for name in real_report.TRAINING:
         found[name] = at_both_ends(
@@ -131,7 +136,7 @@ def parsed(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--report", type=Path, help="folder of the tables, if not --out")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="add the rows to this file")
-    parser.add_argument("--baselines", nargs="+", default=["grpo", "sdpo"])
+    parser.add_argument("--baselines", nargs="+", default=real_report.BASELINES)
     given, given_words = parser.parse_known_args(args)
     given.words = given_words
     for word in given_words:

@@ -29,6 +29,7 @@ TRAINING = {
     "entropy": "entropy",
     "pass_rate": "pass rate",
 }
+BASELINES = ("grpo", "sdpo", "warm-grpo", "warm-only")
 LEAST = 3
 """Seeds of an interval: of two that happen to be alike it would have no width."""
 STARTS = {"warm": "after a warm-up", "plain": "after a warm-up without demonstrations"}
@@ -69,7 +70,7 @@ def merge(rows: Iterable[Row], file: Path) -> None:
 
 def is_complete(row: Row) -> bool:
     """Whether the run went to its end and has a log."""
-    return row["done"] and row["pass_rate"] is not None
+    return row["done"] and row["cpu_seconds"] is not None
 
 
 def order(device: str) -> tuple[bool, str]:
@@ -119,6 +120,9 @@ def ends_table(rows: Sequence[Row]) -> str:
         gains = [gain(run) for run in runs]
         cells += [points(mean_interval(gains)), f"{min(gains):+.1f}"]
         for name in TRAINING:
+            if any(run[name] is None for run in runs):  # nothing was sampled
+                cells.append("-")
+                continue
             first, last = (statistics.fmean(run[name][i] for run in runs) for i in (0, 1))
             digits = 1 if name == "response_length" else 2
             cells.append(f"{first:.{digits}f} -> {last:.{digits}f}")
@@ -241,7 +245,7 @@ def costs(rows: Sequence[Row]) -> str:
     return f"CPU hours: {', '.join(said)}.\n"
 
 
-def tables(rows: Sequence[Row], baselines: Sequence[str] = ("grpo", "sdpo")) -> list[str]:
+def tables(rows: Sequence[Row], baselines: Sequence[str] = BASELINES) -> list[str]:
     """All tables and what is said beside them, policy by policy."""
     parts = []
     for policy in dict.fromkeys(row["policy"] for row in chosen(rows)):

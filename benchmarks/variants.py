@@ -40,11 +40,12 @@ GOLD = (
     "--model.warmup.examples="
     "{class_path: GoldAnswers, init_args: {response: 'The answer is {answer}.'}}"
 )
+WARM_STEPS = 30
 WARM = (
-    "--model.warmup.steps=30",
+    f"--model.warmup.steps={WARM_STEPS}",
     GOLD,
-    "--trainer.max_steps=60",
-    "--trainer.val_check_interval=30",
+    f"--trainer.max_steps={2 * WARM_STEPS}",
+    f"--trainer.val_check_interval={WARM_STEPS}",
 )
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 """As configs/smollm2-lora.yaml."""
@@ -65,7 +66,7 @@ VARIANTS = {
     "warm-sc-sdpo": Variant("sc-sdpo", WARM),
     "warm-grpo": Variant("grpo", WARM),
     "warm-trusted-hybrid": Variant("trusted-hybrid", WARM),
-    "warm-only": Variant("sc-sdpo", (*WARM, "--model.warmup.steps=60")),
+    "warm-only": Variant("sc-sdpo", (*WARM, f"--model.warmup.steps={2 * WARM_STEPS}")),
     "hybrid-50": hybrid(0.5),
     "hybrid-99": hybrid(0.99),
     "lora-5e-4": Variant(

@@ -110,10 +110,11 @@ def test_what_cannot_be_run_is_refused_in_a_line(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def run_folder(folder, batches, *, done=True, device="NVIDIA A100-SXM4-80GB"):
+def run_folder(folder, batches, *, done=True, device="NVIDIA A100-SXM4-80GB", warmup=0):
     folder.mkdir(parents=True)
     policy = {"init_args": {"name_or_path": "/some/where/smol"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"policy": policy}}))
+    model = {"policy": policy, "warmup": {"steps": warmup}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
     (folder / "environment.json").write_text(json.dumps({"device": device}))
     log = [{"batch": 0, "val/mean@8": 0.25, "val/maj@8": 0.5}]
     for batch in range(1, batches + 1):
@@ -135,6 +136,19 @@ def test_a_runs_row_is_read_from_its_folder(tmp_path):
     assert (found["mean@8 before"], found["mean@8"], found["maj@8"]) == (0.25, 0.75, 1)
     assert found["entropy"] == [3, 28] and found["validation"] == {"0": 0.25, "30": 0.75}
     assert found["warnings"] == {"Agreement": 4} and real_report.is_complete(found)
+
+
+@pytest.mark.parametrize(("warmup", "before"), [(10, 0.5), (60, 0.75)])
+def test_a_run_with_a_warm_up_starts_where_that_ends(warmup, before, tmp_path):
+    folder = run_folder(tmp_path / "a", 30, warmup=warmup)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in log[1:11]:
+        line.pop("train/pass_rate")  # nothing is sampled in a warm-up step
+    log[10] |= {"val/mean@8": 0.5, "val/maj@8": 0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    found = real.result(folder, "warm-sc-sdpo", 0)
+    assert (found["mean@8 before"], found["mean@8"]) == (before, 0.75)
+    assert found["policy"] == "smol, warmed up" and found["batches"] == 20
 
 
 def test_a_run_that_was_cut_off_has_no_end(tmp_path):

@@ -35,7 +35,7 @@ def test_the_tables_take_whole_runs_on_cpu_before_others():
         row("a", 0, 0.5, device="H200"),
         row("a", 0, 0.75),
         row("a", 1, 0.5, device="H200"),
-        row("a", 1, 0.75, pass_rate=None),
+        row("a", 1, 0.75, pass_rate=None, cpu_seconds=None),
         cut_off("a", 2),
     ]
     assert real_report.chosen(rows) == [rows[1], rows[2]]
