@@ -259,25 +259,15 @@ def hybrid(case, weight=lambda p: 1.0):
     return sequence_mean(case, terms)
 
 
-def negative_entropy(case, q, g, t):
-    log_s = case.log_s(q, g, t)
-    return (log_s.exp() * log_s).sum()
-
-
-def to_the_first_policy(case, q, g, t):
-    """KL(S || R)"""
-    log_s = case.log_s(q, g, t)
-    return (log_s.exp() * (log_s - case.log_r(q, g, t))).sum()
-
-
-def distil_beside(case, term, coefficient):
-    """SC-SDPO where there is a teacher, and coefficient times a term at every token."""
+def anchored(case):
+    """SC-SDPO where there is a teacher, and .05 KL(S || R) at every token."""
     weight = normalised(0.5)
     terms = {}
     for q, g in case.rows():
         told = sibling(case, q, g)
         for t in range(case.length(q, g)):
-            value = coefficient * term(case, q, g, t)
+            log_s = case.log_s(q, g, t)
+            value = 0.05 * (log_s.exp() * (log_s - case.log_r(q, g, t))).sum()
             if told:
                 value = value + weight(SUCCESSES[q] / G) * jsd(case, q, g, t, told)
             terms[q, g, t] = case.cap(q, g, t) * value
