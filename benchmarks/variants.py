@@ -40,6 +40,8 @@ GOLD = (
     "--model.warmup.examples="
     "{class_path: GoldAnswers, init_args: {response: 'The answer is {answer}.'}}"
 )
+DEMONSTRATION = "--model.teacher={class_path: EMA, init_args: {context: SiblingDemonstration}}"
+"""A teacher for the warm-up of a method that has none."""
 WARM_STEPS = 30
 WARM = (
     f"--model.warmup.steps={WARM_STEPS}",
@@ -64,7 +66,7 @@ VARIANTS = {
     "sc-sdpo-lr5e-6": Variant("sc-sdpo", (rate("5e-6"),)),
     "sc-sdpo-overlong": Variant("sc-sdpo", ("--model.token_weighting=Overlong",)),
     "warm-sc-sdpo": Variant("sc-sdpo", WARM),
-    "warm-grpo": Variant("grpo", WARM),
+    "warm-grpo": Variant("grpo", (DEMONSTRATION, *WARM)),
     "warm-trusted-hybrid": Variant("trusted-hybrid", WARM),
     "warm-only": Variant("sc-sdpo", (*WARM, f"--model.warmup.steps={2 * WARM_STEPS}")),
     "hybrid-50": hybrid(0.5),

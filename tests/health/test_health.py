@@ -104,6 +104,8 @@ CASES = [
     (ImportanceCapped(batches=2), [{"importance_capped": s} for s in (0, 0.05, 0.06)], 3),
     (HeldOutFalls(), [{"val/mean@2": v} for v in (0.5, 0.44, 0.46, 0.44, 0.43)], 5),
     (HeldOutFalls(), [{"val/mean@2": v} for v in (0.5, 0.36, 0.34)], 3),
+    (HeldOutFalls(), [{"val/mean@2": v} for v in (0.246, 0.13, 0.096)], 3),
+    (HeldOutFalls(), [{"val/mean@2": v} for v in (0.08, 0.035, 0.08, 0.02)], 4),
     (
         LengthCollapse(batches=2),
         [{"response_length": n, "pass_rate": 0.5} for n in (100, 100, 60, 30, 30)],

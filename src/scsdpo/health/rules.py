@@ -262,16 +262,18 @@ class EntropyRise(_OverBatches):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutFalls(Rule):
-    """Held-out accuracy is below its first value: by `drop` in two validations in a row, or by
-    `sudden` in one.
+    """Held-out accuracy is below its first value: by `drop` in two validations in a row; or in one
+    by `sudden`, or by `drop` and by more than `share` of that value.
 
     Args:
         drop: of mean@k, > 0.
         sudden: of mean@k, > 0. With 56 questions .15 are three standard errors at least.
+        share: of the first value, in (0, 1].
     """
 
     drop: float = 0.05
     sudden: float = 0.15
+    share: float = 0.5
     remedy = (
         "stop, and go on from the checkpoint before; lower the learning rate, or compare with the "
         "same run under configs/methods/grpo.yaml"
@@ -282,7 +284,8 @@ class HeldOutFalls(Rule):
         if len(values) < 2:
             return None
         twice = len(values) > 2 and max(values[-2:]) < values[0] - self.drop
-        if not (twice or values[-1] < values[0] - self.sudden):
+        once = max(self.drop, min(self.sudden, self.share * values[0]))
+        if not (twice or values[-1] < values[0] - once):
             return None
         return Finding(
             message=f"held-out accuracy fell from {values[0]:.1%} to {values[-1]:.1%}",
@@ -290,6 +293,7 @@ class HeldOutFalls(Rule):
                 **_ends("val_mean", values[0], values[-1]),
                 "drop": self.drop,
                 "sudden": self.sudden,
+                "share": self.share,
             },
         )
 
