@@ -40,7 +40,9 @@ GOLD = (
     "--model.warmup.examples="
     "{class_path: GoldAnswers, init_args: {response: 'The answer is {answer}.'}}"
 )
-DEMONSTRATION = "--model.teacher={class_path: EMA, init_args: {context: SiblingDemonstration}}"
+DEMONSTRATION = (
+    "--model.teacher={class_path: EMA, init_args: {rate: 0.05, context: SiblingDemonstration}}"
+)
 """A teacher for the warm-up of a method that has none."""
 WARM_STEPS = 30
 WARM = (

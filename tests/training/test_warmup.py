@@ -196,6 +196,17 @@ def test_a_teacher_that_cannot_be_warmed_up_is_refused(qwen3, settings, said):
         module(qwen3, warmup=Warmup(steps=1), **settings)
 
 
+def test_a_method_that_reads_no_teacher_may_be_warmed_up_on_one(qwen3, tmp_path):
+    settings = {"advantage": GroupRelative(), "teacher": EMA(context=SiblingDemonstration())}
+    with pytest.raises(ConfigurationError, match=r"EMA is never used, because model\.advantage"):
+        module(qwen3, **settings)
+    warm = Warmup(steps=1, questions=4, examples=GoldAnswers(response="{answer}"))
+    model = module(qwen3, warmup=warm, **settings)
+    run = trainer(tmp_path, max_steps=2, max_epochs=-1)
+    run.fit(model, data())
+    assert bool(model.warmup.over) and run.global_step == 2
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match=r"GoldAnswers\(response=.* must contain \{answer\}"):
         GoldAnswers(response="42")

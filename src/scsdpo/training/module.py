@@ -165,7 +165,11 @@ class PolicyOptimizer(L.LightningModule):
             importance=importance,
             selection=selection,
         )
-        strategies.check(group=sampling.n, updates_per_rollout=updates_per_rollout)
+        strategies.check(
+            group=sampling.n,
+            updates_per_rollout=updates_per_rollout,
+            warms_up=warmup.steps > 0,
+        )
         if warmup.steps:
             warmup.check_teachers(teacher, reference)
         for slot, each in (("teacher", teacher), ("reference", reference)):

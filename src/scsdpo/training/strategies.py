@@ -48,17 +48,18 @@ class Strategies:
         own = (self.advantage, self.weighting, self.token_weighting, self.selection)
         return (*own, self.teacher, self.reference, *contexts)
 
-    def check(self, *, group: int, updates_per_rollout: int) -> None:
+    def check(self, *, group: int, updates_per_rollout: int, warms_up: bool) -> None:
         """Check that the strategies can work together, before any weight is loaded.
 
         Args:
             group: G, rollouts per question.
             updates_per_rollout: optimizer steps per batch.
+            warms_up: True if a warm-up reads the teacher's prompt.
 
         Raises:
             ConfigurationError: naming the keys and the remedy.
         """
-        self._check_teachers()
+        self._check_teachers(warms_up)
         compared: list[tuple[str, Advantage | Weighting | Selection]] = [
             ("advantage", self.advantage),
             *[("advantage", weighting) for weighting in self.advantage.weightings],
@@ -86,7 +87,7 @@ class Strategies:
                 "set model.importance to SamplerImportance, or model.updates_per_rollout to 1"
             )
 
-    def _check_teachers(self) -> None:
+    def _check_teachers(self, warms_up: bool) -> None:
         advantage = type(self.advantage).__name__
         entropy = any(name.startswith("teacher") for name in self.token_weighting.needs)
         if entropy and not self.teacher.exists:
@@ -108,7 +109,7 @@ class Strategies:
                 f"of the teacher, but {type(self.teacher.context).__name__} has {parts}: set it to "
                 f"Contexts with {wanted} parts (configs/methods/purified-opsd.yaml, rlcsd.yaml)"
             )
-        if self.teacher.exists and not (self.advantage.needs_teacher or entropy):
+        if self.teacher.exists and not (self.advantage.needs_teacher or entropy or warms_up):
             raise ConfigurationError(
                 f"model.teacher: {type(self.teacher).__name__} is never used, because "
                 f"model.advantage ({advantage}) reads no teacher: set model.teacher to NoTeacher"
