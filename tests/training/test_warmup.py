@@ -200,11 +200,21 @@ def test_a_method_that_reads_no_teacher_may_be_warmed_up_on_one(qwen3, tmp_path)
     settings = {"advantage": GroupRelative(), "teacher": EMA(context=SiblingDemonstration())}
     with pytest.raises(ConfigurationError, match=r"EMA is never used, because model\.advantage"):
         module(qwen3, **settings)
-    warm = Warmup(steps=1, questions=4, examples=GoldAnswers(response="{answer}"))
+    warm = Warmup(steps=1, questions=4)
     model = module(qwen3, warmup=warm, **settings)
     run = trainer(tmp_path, max_steps=2, max_epochs=-1)
     run.fit(model, data())
     assert bool(model.warmup.over) and run.global_step == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing to learn from")
+def test_batches_without_any_example_take_no_step(qwen3, tmp_path):
+    warm = Warmup(steps=1, questions=4, examples=GoldAnswers(response="{answer}"))
+    model = module(qwen3, warmup=warm, limits=Limits(max_idle_batches=3))
+    run = trainer(tmp_path, max_steps=2, max_epochs=-1)
+    with pytest.raises(TrainingStopped, match=r"3 batches .* set model\.warmup\.examples to"):
+        run.fit(model, data())  # whose questions have no gold answer
+    assert run.global_step == 0
 
 
 def test_bad_settings_are_refused():

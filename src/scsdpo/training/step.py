@@ -80,12 +80,17 @@ LogitsOf = Callable[[slice, Buffers], TokenLogits]
 IDLE_WARNING = 10
 """A warning comes after so many batches in a row with nothing to learn from."""
 NO_CREDIT = "every rollout has weight 0 or no credit, as where all of a group are equally right"
+NO_EXAMPLE = "no question has a right response for the warm-up"
 NO_TOKEN = "every token weighs 0"
 NO_GRADIENT = "the gradient is exactly 0"
 REMEDIES = {
     NO_CREDIT: (
         "the questions are all too hard or all mastered, or the verifier does not accept the "
         "policy's format; look at `scsdpo predict`"
+    ),
+    NO_EXAMPLE: (
+        "set model.warmup.examples to GoldAnswers if the data have answers, or leave the stage out "
+        "with model.warmup.steps: 0"
     ),
     NO_TOKEN: (
         "model.token_weighting gives every token weight 0, as Overlong does where every response "
@@ -248,12 +253,12 @@ class OptimizerSteps(nn.Module):
         first: bool,
     ) -> None:
         """One optimizer step on `rows`: backward, clip, step; or count why it is not taken."""
-        (index,) = upload([torch.tensor(rows)], host.device)
+        (index,) = upload([torch.tensor(rows, dtype=torch.int64)], host.device)
         here = batch.active[index]
         trained = torch.stack([here.sum(), (here * batch.sampled[index].sum(-1)).sum()])
         active, tokens = all_sum(trained).tolist()
         if active == 0:
-            self._idle(host, policy, batch, NO_CREDIT)
+            self._idle(host, policy, batch, NO_CREDIT if self.prefix == "train" else NO_EXAMPLE)
             return
         with update.timer("student"):  # begins again with fewer tokens if memory runs out
             loss, outputs = self.memory.run(
@@ -392,18 +397,25 @@ class OptimizerSteps(nn.Module):
         if self.idle == IDLE_WARNING:
             responses = batch.judged.responses
             mean = float(responses.policy_logprobs[responses.sampled].double().mean())
+            noise = -math.log(policy.vocabulary)
+            likely = (
+                f". The mean log-prob of its tokens is {mean:.2f}; a policy that samples noise has "
+                f"{noise:.2f}"
+            )
             rank_zero_warn(
-                f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason}). "
-                f"The mean log-prob of its tokens is {mean:.2f}; a policy that samples noise has "
-                f"{-math.log(policy.vocabulary):.2f}"
+                f"{IDLE_WARNING} batches in a row had nothing to learn from (the last: {reason})"
+                f"{'' if math.isnan(mean) else likely}"
             )
         if self.idle >= self.limits.max_idle_batches:
-            logged = host.trainer.callback_metrics
-            rate, cut = (float(logged[f"{self.prefix}/{name}"]) for name in _SHOWN_IDLE)
+            remedy, figures = REMEDIES[reason], ""
+            if reason != NO_EXAMPLE:  # the responses of a warm-up are not all sampled
+                logged = host.trainer.callback_metrics
+                rate, cut = (float(logged[f"{self.prefix}/{name}"]) for name in _SHOWN_IDLE)
+                figures = f"; pass rate {rate:.2f}, {cut:.0%} of the responses truncated"
+                remedy = _CUT if reason == NO_CREDIT and cut > 0.5 else remedy
             raise TrainingStopped(
                 f"{int(self.idle)} batches in a row had nothing to learn from "
-                f"(model.limits.max_idle_batches; pass rate {rate:.2f}, {cut:.0%} of the responses "
-                f"truncated): {_CUT if reason == NO_CREDIT and cut > 0.5 else REMEDIES[reason]}"
+                f"(model.limits.max_idle_batches{figures}): {remedy}"
             )
 
     def _skip(self, host: L.LightningModule, why: str, *, of_weights: bool) -> None:
