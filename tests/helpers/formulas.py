@@ -260,14 +260,14 @@ def hybrid(case, weight=lambda p: 1.0):
 
 
 def anchored(case):
-    """SC-SDPO where there is a teacher, and .05 KL(S || R) at every token."""
+    """SC-SDPO where there is a teacher, and .1 KL(S || R) at every token."""
     weight = normalised(0.5)
     terms = {}
     for q, g in case.rows():
         told = sibling(case, q, g)
         for t in range(case.length(q, g)):
             log_s = case.log_s(q, g, t)
-            value = 0.05 * (log_s.exp() * (log_s - case.log_r(q, g, t))).sum()
+            value = 0.1 * (log_s.exp() * (log_s - case.log_r(q, g, t))).sum()
             if told:
                 value = value + weight(SUCCESSES[q] / G) * jsd(case, q, g, t, told)
             terms[q, g, t] = case.cap(q, g, t) * value
