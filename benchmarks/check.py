@@ -63,14 +63,15 @@ KEPT_BACK: dict[str, tuple[str, ...]] = {
     "tool": ("--data.train.init_args.shapes=[tool]", "--data.val.init_args.shapes=[tool]"),
     "two-responses": ("--model.sampling.n=2",),
     "feedback": ("--model.teacher.init_args.context=Feedback",),
+    "store": (),
 }
-"""Pairs of the tiny policy that no rule of `scsdpo check` was fitted on."""
+"""Pairs of the tiny policies that no rule of `scsdpo check` was fitted on."""
 STORE = (
     f"--config={ROOT / 'configs' / 'tiny-tools.yaml'}",
     "--model.val_sampling.n=8",
     "--model.val_sampling.seed=0",
 )
-"""The policy of several turns; of the pair `store`, which is kept back too."""
+"""The policy of several turns, of the pair `store`."""
 ON_SMOLLM2 = {
     **{name: variants.words(name) for name in ("sdpo-hybrid", "sc-sdpo", "sc-sdpo-t06")},
     "sc-sdpo-gold": variants.words("sc-sdpo-gold"),
