@@ -296,8 +296,14 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         ({"told": {}}, "warning", "only one question has a teacher"),
         (
             {"directions": pointing(0.1, 0.2, shift=0.18)},
-            "warning",
+            "stop",
             "the learning rate is large for this policy: one step at 2e-05 moves it by 0.18 nats a "
+            "token (at most 0.02)",
+        ),
+        (
+            {"directions": pointing(0.1, 0.2, shift=0.05)},
+            "warning",
+            "the learning rate is large for this policy: one step at 2e-05 moves it by 0.05 nats a "
             "token (at most 0.02)",
         ),
         (

@@ -28,6 +28,8 @@ class Thresholds:
     """Largest share of responses that reach the cap."""
     shift: float = 0.02
     """How far one step may move the policy, in nats a token."""
+    ruinous_shift: float = 0.1
+    """A step that moves the policy so far has ended every run that was tried below its start."""
     usual_shift: float = 0.003
     """How far one step moved the policy in runs that learned."""
 
@@ -204,7 +206,7 @@ def _shift(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
     # The shift grows with the square of the rate.
     smaller = lr * (limits.usual_shift / shift) ** 0.5
     yield Remark(
-        level="warning",
+        level="stop" if shift > limits.ruinous_shift else "warning",
         text=f"the learning rate is large for this policy: one step at {lr:.2g} moves it by "
         f"{shift:.2g} nats a token (at most {limits.shift:g})",
         remedy=f"set model.optimizer.init_args.lr to about {smaller:.1g}, which moves it by about "
