@@ -50,14 +50,12 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 """Teachers of the tiny policy's pairs. `gold` shows the bare answer; `backwards` calls the
 shown solution wrong."""
-METHODS = ROOT / "configs" / "methods"
-RATE = "--model.optimizer.init_args.lr"
 KEPT_BACK: dict[str, tuple[str, ...]] = {
-    "sdpo": (f"--config={METHODS / 'sdpo.yaml'}",),
-    "srpo": (f"--config={METHODS / 'srpo.yaml'}",),
-    "rate-3e-3": (f"{RATE}=3e-3",),
-    "rate-1e-5": (f"{RATE}=1e-5",),
-    "grpo-rate-1e-3": (GRPO, f"{RATE}=1e-3"),
+    "sdpo": variants.words("sdpo"),
+    "srpo": variants.words("srpo"),
+    "rate-3e-3": (variants.rate("3e-3"),),
+    "rate-1e-5": (variants.rate("1e-5"),),
+    "grpo-rate-1e-3": (GRPO, variants.rate("1e-3")),
     "cap-12": ("--model.sampling.max_new_tokens=12",),
     "temperature-0.6": ("--model.sampling.temperature=0.6",),
     "tool": ("--data.train.init_args.shapes=[tool]", "--data.val.init_args.shapes=[tool]"),

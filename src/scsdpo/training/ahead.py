@@ -274,7 +274,7 @@ class DrawnAhead:
 
 
 def _anywhere(flags: Sequence[bool]) -> list[bool]:
-    """For each flag, as many on every rank, whether it is set on any; a collective."""
+    """Tell for each flag whether any rank has set it; all ranks give equally many. A collective."""
     if not flags:
         return []
     return [bool(flag) for flag in all_max(torch.tensor(flags, dtype=torch.float32)).tolist()]

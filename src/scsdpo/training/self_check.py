@@ -20,7 +20,7 @@ for lack of time, the path of a run, and so its rounding, would depend on the ma
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -327,14 +327,22 @@ def _failed(found: PathResult, what: str, error: Exception) -> PathResult:
 
 
 def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResult:
-    """The gradients of check 2, of two rows: together against each row alone."""
+    """The gradients of check 2, of two rows: together against each row alone.
+
+    They are computed in training mode, so that gradient checkpointing is tested too, unless a
+    forward then draws random numbers: dropout, experts that are drawn, layers that are skipped.
+    """
     path, exact, few = policy.known.path, _is_exact(policy), rows.at(_LEARNED)
     try:
-        with (
-            _precision(policy, exact),
-            _without_random_numbers(policy, lambda: _gradient(policy, few, path)) as random,
-        ):
-            here, alone = (_gradient(policy, few, each) for each in (path, RowPath.ALONE))
+        with _precision(policy, exact):
+            before = _random_state(policy)
+            here = _gradient(policy, few, path)
+            pairs = zip(before, _random_state(policy), strict=True)
+            random = not all(torch.equal(x, y) for x, y in pairs)
+            with _evaluating(policy) if random else nullcontext():
+                if random:
+                    here = _gradient(policy, few, path)
+                alone = _gradient(policy, few, RowPath.ALONE)
     except Exception as error:
         policy.zero_grad()
         return _failed(found, "learn", error)
@@ -605,22 +613,12 @@ def _forced(policy: CausalLM, path: RowPath) -> Iterator[None]:
 
 
 @contextmanager
-def _without_random_numbers(policy: CausalLM, draws: Callable[[], object]) -> Iterator[bool]:
-    """Evaluation mode inside the block, and True, if `draws` draws random numbers as things are.
-
-    Such are dropout, experts that are drawn and layers that are skipped at random. Other models
-    stay in training mode, so that gradient checkpointing is tested too.
-    """
-    before = _random_state(policy)
-    draws()
-    pairs = zip(before, _random_state(policy), strict=True)
-    if all(torch.equal(x, y) for x, y in pairs):
-        yield False
-        return
+def _evaluating(policy: CausalLM) -> Iterator[None]:
+    """Evaluation mode inside the block: no dropout, and nothing else that is drawn at random."""
     modes = {part: part.training for part in policy.wrapped.modules()}
     policy.wrapped.eval()
     try:
-        yield True
+        yield
     finally:
         for part, mode in modes.items():
             part.training = mode

@@ -408,7 +408,7 @@ class OptimizerSteps(nn.Module):
             )
         if self.idle >= self.limits.max_idle_batches:
             remedy, figures = REMEDIES[reason], ""
-            if reason != NO_EXAMPLE:  # the responses of a warm-up are not all sampled
+            if self.prefix == "train":  # a warm-up has no such figures
                 logged = host.trainer.callback_metrics
                 rate, cut = (float(logged[f"{self.prefix}/{name}"]) for name in _SHOWN_IDLE)
                 figures = f"; pass rate {rate:.2f}, {cut:.0%} of the responses truncated"
