@@ -94,6 +94,16 @@ def test_a_recorded_run_of_sc_sdpo_on_smollm2_is_warned_of_by_its_tenth_batch():
     assert said["Truncation"] == 5 and said["EntropyRise"] == 10 and said["Agreement"] == 14
 
 
+def test_a_fall_in_a_warm_up_is_none_and_one_behind_it_is():
+    """Figures of Gemma-3-270M: the warm-up unlearns the plain answer, SC-SDPO learns it again."""
+    warmup = [{"warmup/examples": 8.0}] * 2
+    start = [{"val/mean@8": 0.246}, *warmup, {"val/mean@8": 0.2}, *warmup, {"val/mean@8": 0.08}]
+    assert judged([*start, {"val/mean@8": 0.05}, {"val/mean@8": 0.4}]) == {}
+    assert judged([*start, {"val/mean@8": 0.4}, {"val/mean@8": 0.02}]) == {"HeldOutFalls": 9}
+    merged = [{**warmup[0], "val/mean@8": 0.08}]  # as metrics.jsonl has them
+    assert judged([start[0], *merged, {"val/mean@8": 0.05}]) == {}
+
+
 RATES = (0.2, 0.2, 0.3, 0.32, 0.29, 0.3)
 """The last two are not above the first two by .1."""
 CASES = [

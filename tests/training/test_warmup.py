@@ -12,6 +12,7 @@ from runs import Toys, data, module, trainer, weights
 from scsdpo.advantage import GroupRelative
 from scsdpo.checkpoints import Checkpoint
 from scsdpo.errors import ConfigurationError, TrainingStopped
+from scsdpo.health import Health, Rule
 from scsdpo.metrics import PhaseTimer
 from scsdpo.policy import Lora
 from scsdpo.statistics import Estimate
@@ -163,6 +164,30 @@ def test_a_run_that_goes_on_amid_the_warm_up_ends_with_the_same_bits(qwen3, tmp_
     )
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+class Watcher(Rule):
+    """Notes the held-out accuracies that a rule sees at each batch and validation."""
+
+    remedy = "none"
+
+    def __init__(self):
+        self.seen = []
+
+    def look(self, past):
+        self.seen.append(len(past["val/mean"]))
+        return None
+
+
+def test_health_compares_with_the_last_validation_of_the_warm_up(qwen3, tmp_path):
+    """Validations at batches 1, 2, 3 and 4; the warm-up takes batches 1 and 2."""
+    watcher = Watcher()
+    model = module(qwen3, warmup=Warmup(steps=2, questions=4))
+    options = {"val_check_interval": 1, "check_val_every_n_epoch": None, "max_epochs": -1}
+    trainer(tmp_path, max_steps=4, callbacks=[Health(rules=(watcher,))], **options).fit(
+        model, data()
+    )
+    assert watcher.seen == [0, 1, 1, 1, 1, 2, 2, 3]  # a batch, its validation, the next batch
 
 
 def test_the_stage_ends_early_when_the_gain_is_enough(qwen3, tmp_path, monkeypatch):

@@ -11,19 +11,27 @@ from statistics import fmean, variance
 class Series:
     """A run's figures by name, in the order of its batches; a batch without a figure has no entry.
 
-    `train/NAME` is kept as NAME, and `val/mean@K` as `val/mean`.
+    `train/NAME` is kept as NAME, and `val/mean@K` as `val/mean`. A warm-up changes the policy on
+    purpose, so the first value of `val/mean` is that of the last validation before training proper:
+    a validation after batches of a warm-up replaces those before it.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, array[float]] = {}
+        self._warmed_up = False
+        """Batches of a warm-up came since the last validation."""
 
     def add(self, figures: Mapping[str, object]) -> None:
         """Add the figures of one batch or validation; figures that are not finite are left out."""
+        self._warmed_up |= "warmup/examples" in figures
         for name, value in figures.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 kept = name.removeprefix("train/")
                 if name.startswith("val/mean@"):
                     kept = "val/mean"
+                    if self._warmed_up:
+                        self._values.pop(kept, None)
+                        self._warmed_up = False
                 self._values.setdefault(kept, array("d")).append(value)
 
     def __getitem__(self, name: str) -> "array[float]":

@@ -263,7 +263,8 @@ class EntropyRise(_OverBatches):
 @dataclass(frozen=True, kw_only=True)
 class HeldOutFalls(Rule):
     """Held-out accuracy is below its first value: by `drop` in two validations in a row; or in one
-    by `sudden`, or by `drop` and by more than `share` of that value.
+    by `sudden`, or by `drop` and by more than `share` of that value. After a warm-up the first
+    value is that of its last validation.
 
     Args:
         drop: of mean@k, > 0.
