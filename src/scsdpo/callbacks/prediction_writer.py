@@ -145,7 +145,10 @@ class PredictionWriter(BasePredictionWriter):
         partial = self._beside(".new")
         partial.unlink(missing_ok=True)
         if self.path.suffix == ".parquet":
-            _write_parquet(rows, partial)
+            import pyarrow
+            from pyarrow import parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
         else:
             JsonLines(partial).append(*rows)
         partial.replace(self.path)
@@ -159,10 +162,3 @@ def _complete(rows: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
     found = list(rows)
     counts = Counter((row["key"], row["sample"] // k) for row in found)
     return [row for row in found if counts[row["key"], row["sample"] // k] == k]
-
-
-def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)

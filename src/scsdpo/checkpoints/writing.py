@@ -108,7 +108,8 @@ def remove_parts(folder: Path, *, untouched: float = 0.0) -> None:
         untouched: remove only what has not changed for so many seconds; for folders of live runs.
     """
     for part in folder.glob(f"*{PART}"):
-        if time.time() - _touched(part) >= untouched:
+        last_write = max(each.stat().st_mtime for each in (part, *part.rglob("*")))
+        if time.time() - last_write >= untouched:
             discard(part)
 
 
@@ -133,11 +134,6 @@ def discard(path: Path) -> None:
             shutil.rmtree(path)
         named.rename(path)
     shutil.rmtree(path)
-
-
-def _touched(path: Path) -> float:
-    """Time of the last write at `path`, for a folder also to the files in it."""
-    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """The README.md of an exported policy."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,11 @@ def model_card(saved: Saved, *, adapter: bool) -> str:
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         what=f"From {base}, after {saved.step} optimizer steps.",
-        method="\n".join(f"| {axis} | {spelled} |" for axis, spelled in _strategies(saved.model)),
+        method="\n".join(
+            f"| {axis} | {_call(node)} |"
+            for axis, node in saved.model.items()
+            if isinstance(node, dict) and "class_path" in node
+        ),
         metrics=_metrics(saved.metrics),
         use=use,
         config=yaml.safe_dump({"model": saved.model}, sort_keys=False),
@@ -92,12 +95,6 @@ def _adapter(base: str, quantization: Any) -> str:
     bits = _BITS.format(double=given.get("init_args", {}).get("double_quant", True))
     use = _ADAPTER.format(base=base, bits=bits)
     return use.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n")
-
-
-def _strategies(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for axis, node in model.items():
-        if isinstance(node, dict) and "class_path" in node:
-            yield axis, _call(node)
 
 
 def _call(node: Any) -> str:

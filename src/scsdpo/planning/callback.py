@@ -1,8 +1,6 @@
 """The plan at the start of a run, and its comparison with the first step."""
 
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from scsdpo.advantage import Batch
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
+from scsdpo.metrics import peak_bytes
 from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import GIB, LATE_BYTES, Devices, Lengths, Setup, setup_of, sharding
@@ -79,7 +78,8 @@ class MemoryPlan(RolloutCallback):
             return
         setup, self.planned = self.planned, None
         seen = replace(setup, lengths=self.lengths)
-        took = _took(setup, pl_module.device)
+        context = setup.devices.process if pl_module.device.type == "cuda" else 0
+        took = peak_bytes(pl_module.device) + context  # the allocator does not count the context
         rank_zero_info(
             f"plan: the first step took {gib(took)} GiB on rank 0; the plan is "
             f"{gib(memory_of(seen).peak)} for its mean lengths ({seen.lengths.prompt} tokens in a "
@@ -145,14 +145,6 @@ def _lengths(batch: Batch) -> Lengths:
 
 def _mean(lengths: Sequence[int]) -> int:
     return max(round(sum(lengths) / max(len(lengths), 1)), 1)
-
-
-def _took(setup: Setup, device: torch.device) -> int:
-    """Peak bytes: of CUDA's allocator plus the assumed context, or on a CPU resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + setup.devices.process
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _resident() -> int:

@@ -1,8 +1,9 @@
 """How a second set of weights is kept between forwards, and how an average in bf16 moves."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -121,8 +122,8 @@ class OffloadHooks:
         for layer in layers:
             weights = list(layer.parameters())
             kept: list[Tensor] = []
-            layer.register_forward_pre_hook(self._loading(weights, kept))
-            layer.register_forward_hook(self._unloading(weights, kept), always_call=True)
+            layer.register_forward_pre_hook(partial(self._load_layer, weights, kept))
+            layer.register_forward_hook(partial(_unload, weights, kept), always_call=True)
 
     @contextmanager
     def open(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
@@ -135,20 +136,11 @@ class OffloadHooks:
             _unload(self._rest, kept)
             self._to = None
 
-    def _loading(self, weights: Sequence[nn.Parameter], kept: list[Tensor]) -> Callable[..., None]:
-        def load(layer: nn.Module, args: Any) -> None:
-            assert self._to is not None
-            kept[:] = _load(weights, self._to)
-
-        return load
-
-    def _unloading(
-        self, weights: Sequence[nn.Parameter], kept: list[Tensor]
-    ) -> Callable[..., None]:
-        def unload(layer: nn.Module, args: Any, output: Any) -> None:
-            _unload(weights, kept)
-
-        return unload
+    def _load_layer(
+        self, weights: Sequence[nn.Parameter], kept: list[Tensor], layer: nn.Module, args: Any
+    ) -> None:
+        assert self._to is not None
+        kept[:] = _load(weights, self._to)
 
 
 def _load(weights: Sequence[nn.Parameter], to: tuple[torch.device, torch.dtype]) -> list[Tensor]:
@@ -158,6 +150,6 @@ def _load(weights: Sequence[nn.Parameter], to: tuple[torch.device, torch.dtype])
     return kept
 
 
-def _unload(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
+def _unload(weights: Sequence[nn.Parameter], kept: Sequence[Tensor], *of_hook: Any) -> None:
     for weight, data in zip(weights, kept, strict=True):
         weight.data = data

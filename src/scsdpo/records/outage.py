@@ -83,8 +83,10 @@ class _Guarded:
         self.verb, self.logger, self.outage = verb, logger, outage
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if not self.outage.attempt(lambda: self.verb(*args, **kwargs)):
-            _forget_writer(self.logger)
+        written = self.outage.attempt(lambda: self.verb(*args, **kwargs))
+        if not written and isinstance(self.logger, TensorBoardLogger):
+            # Its writer repeats its first error; the next line opens a new one.
+            forget_writer(self.logger)
 
 
 def guard(logger: Logger) -> None:
@@ -120,12 +122,6 @@ def _opening_safely(kind: type[Logger], outage: Outage) -> type[Logger]:
     return type(
         kind.__name__, (kind,), {"experiment": property(experiment), "__doc__": kind.__doc__}
     )
-
-
-def _forget_writer(logger: Logger) -> None:
-    """Drop TensorBoard's writer, which repeats its first error; the next line opens a new one."""
-    if isinstance(logger, TensorBoardLogger):
-        forget_writer(logger)
 
 
 def _silence_writers() -> None:

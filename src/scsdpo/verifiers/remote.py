@@ -178,14 +178,11 @@ class Line:
 def described(error: BaseException) -> str:
     """The exception in a few words; its own `__str__` may do anything."""
     try:
-        words = f"{type(error).__name__}: {error.args[0] if _one_text(error) else error}"
+        is_one_text = len(error.args) == 1 and type(error.args[0]) is str
+        words = f"{type(error).__name__}: {error.args[0] if is_one_text else error}"
     except BaseException:
         words = "an exception that cannot be shown"
     return words[:MESSAGE]
-
-
-def _one_text(error: BaseException) -> bool:
-    return len(error.args) == 1 and type(error.args[0]) is str
 
 
 # --- the process of the response ------------------------------------------------------------------
