@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from scsdpo.planning import Architecture, Counted, read_config, skeleton
+from scsdpo.planning import Architecture, Counted, read_model_config, skeleton
 from scsdpo.planning.memory import casts_bytes, ending_bytes, gathered_bytes, stored_bytes
 from scsdpo.planning.setup import (
     FLOAT32,
@@ -111,7 +111,7 @@ def main() -> None:
     given = parser.parse_args()
     wrong = []
     dist.init_process_group("fake", rank=0, world_size=given.ranks, store=FakeStore())
-    config = read_config("Qwen/Qwen3-8B")
+    config = read_model_config("Qwen/Qwen3-8B")
     config.num_hidden_layers = given.layers
     config.layer_types = config.layer_types[: given.layers]
     for name, (autocast, checkpointing) in CASES.items():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scsdpo.comparison import SeedRow, by_seed
-from scsdpo.records.jsonl import finite
+from scsdpo.records.jsonl import with_nulls
 from scsdpo.statistics import mean_interval
 
 SMOOTH = 10
@@ -83,7 +83,7 @@ def by_method(results: Sequence[dict]) -> dict[str, list[dict]]:
 
 def write_rows(rows: Iterable[dict], file: Path) -> None:
     """JSON, a row a line."""
-    lines = [json.dumps(finite(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    lines = [json.dumps(with_nulls(row), ensure_ascii=False, allow_nan=False) for row in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from scsdpo import distributed, interrupt
 from scsdpo.distributed import LocalError, RemoteError, share_errors
 from scsdpo.errors import ConfigurationError, TrainingStopped
-from scsdpo.rollout.vllm.rollout import Answer, Request
+from scsdpo.rollout.vllm.rollout import EngineAnswer, Request
 from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 
 BROKEN = ZeroDivisionError("by zero")
@@ -76,7 +76,7 @@ def group():
 
 
 REQUEST = Request(ids=(1, 2), parameters={"max_tokens": 3})
-ANSWER = Answer(ids=[5], logprobs=[-1.0], finish_reason="stop", versions=frozenset({"label"}))
+ANSWER = EngineAnswer(ids=[5], logprobs=[-1.0], finish_reason="stop", versions=frozenset({"label"}))
 
 
 def rounds(group, ask):

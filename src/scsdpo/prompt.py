@@ -14,7 +14,7 @@ from scsdpo.thinking import behind_thinking
 
 Message = dict[str, str]
 """One chat turn, `{"role": ..., "content": ...}`."""
-Tool = dict[str, Any]
+ToolSchema = dict[str, Any]
 """One function that the policy may call, `{"type": "function", "function": {"name": ...,
 "description": ..., "parameters": <JSON schema>}}`, as chat templates take it."""
 
@@ -38,7 +38,7 @@ class Prompt:
     `Environment` after several."""
     answer: str
     """The gold answer, in the form that `verifier` compares with; the policy never reads it."""
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ToolSchema, ...] = ()
     """Functions that the policy may call, which the chat template writes into the prompt. If empty,
     those that the environment offers."""
     row: Mapping[str, Any] = field(default_factory=dict)
@@ -268,7 +268,7 @@ class Environment(ABC):
         """
         return ""
 
-    def offered(self, prompt: Prompt) -> Sequence[Tool]:
+    def offered(self, prompt: Prompt) -> Sequence[ToolSchema]:
         """Functions that the policy may call in an episode of `prompt`."""
         return ()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from scsdpo.prompt import Episode, Message, Part, Prompt, Tool, Verdict, stable_hash
+from scsdpo.prompt import Episode, Message, Part, Prompt, ToolSchema, Verdict, stable_hash
 from scsdpo.seeds import Seed, resolved
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Responses",
     "Sampling",
     "TeacherContexts",
-    "Tool",
+    "ToolSchema",
     "Verdict",
     "stable_hash",
 ]

@@ -18,7 +18,7 @@ from scsdpo.analysis.readiness import Answers, Readiness, _formed, area
 from scsdpo.analysis.teacher_gains import TeacherGain, teacher_gains
 from scsdpo.analysis.verdict import verdict
 from scsdpo.cli.check import show
-from scsdpo.records.jsonl import finite
+from scsdpo.records.jsonl import with_nulls
 from scsdpo.reduction import TokenSum
 from scsdpo.statistics import Estimate, mean_interval, paired_interval, score_interval
 from scsdpo.teacher import (
@@ -402,7 +402,7 @@ def test_what_is_not_known_is_null_in_the_file_and_a_dash_on_the_screen():
     show(found, verdict(found), console)
     text = console.file.getvalue()
     assert "responses with an answer" in text and "nan" not in text
-    assert finite(asdict(found))["answers"]["formed"] is None
+    assert with_nulls(asdict(found))["answers"]["formed"] is None
 
 
 def logprobs(table, half):

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from scsdpo import interrupt
 from scsdpo.checkpoints import (
     Checkpoint,
-    Rule,
+    Consequence,
     WholeFiles,
     changes,
     install,
@@ -114,22 +114,22 @@ def config(**model):
 
 
 @pytest.mark.parametrize(
-    ("now", "said", "rule"),
+    ("now", "said", "consequence"),
     [
         (
             config(optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-6}}),
             "model.optimizer.lr: 0.0001 -> 3e-06",
-            Rule.EFFECT,
+            Consequence.EFFECT,
         ),
         (
             config(optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-4}}),
             "model.optimizer: AdamW -> SGD",
-            Rule.REFUSE,
+            Consequence.REFUSE,
         ),
         (
             config(teacher={"class_path": "x.Frozen", "init_args": {}}),
             "model.teacher: EMA -> Frozen",
-            Rule.WARN,
+            Consequence.WARN,
         ),
         (
             config(
@@ -139,14 +139,14 @@ def config(**model):
                 }
             ),
             "model.policy.adapter.r: 8 -> 4",
-            Rule.REFUSE,
+            Consequence.REFUSE,
         ),
-        (config() | {"seed_everything": 1}, "seed_everything: 0 -> 1", Rule.WARN),
+        (config() | {"seed_everything": 1}, "seed_everything: 0 -> 1", Consequence.WARN),
     ],
 )
-def test_a_change_is_one_key_with_both_values_and_a_rule(now, said, rule):
+def test_a_change_is_one_key_with_both_values_and_a_consequence(now, said, consequence):
     (change,) = changes(config(), now)
-    assert (str(change), change.rule) == (said, rule)
+    assert (str(change), change.consequence) == (said, consequence)
 
 
 def test_a_new_argument_with_a_default_and_what_is_no_part_of_a_run_are_no_changes():

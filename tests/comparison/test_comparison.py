@@ -11,7 +11,7 @@ import pytest
 
 from scsdpo.cli import compare
 from scsdpo.comparison import Job, by_seed, compare_questions, execute, run_all, stars
-from scsdpo.comparison.table import spread
+from scsdpo.comparison.table import with_interval
 from scsdpo.errors import ConfigurationError
 from scsdpo.evaluation import Result, figures
 from scsdpo.statistics import detectable, mean_interval, score_difference, t_quantile
@@ -119,7 +119,7 @@ def test_seeds_whose_differences_coincide_tell_nothing_and_are_not_marked():
         (row,) = by_seed(a, b, ["mean@2"], comparisons=5)
         assert row.difference.value == pytest.approx(0.2) and math.isnan(row.difference.low)
         assert stars(row) == "" and math.isnan(row.detectable) and row.ahead == seeds
-        shown = spread(row.difference, row.name, stars(row))
+        shown = with_interval(row.difference, row.name, stars(row))
         assert shown == "+20.0 (not known)"
     b[0]["mean@2"] += 0.01
     (row,) = by_seed(a, b, ["mean@2"])

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from runs import Toys, data, module, trainer
-from scsdpo.evaluation import Question, Result, figures, means
+from scsdpo.evaluation import EvaluatedQuestion, Result, figures, means
 from scsdpo.statistics import score_interval
 from scsdpo.training import FOLDER
 from test_cli import scsdpo  # noqa: F401 - a fixture
@@ -24,7 +24,7 @@ def question(key="q/0", category="", rewards=(1.0, 0.0, 0.0, 0.0), **settings):
         "errors": 0,
         "response": "2",
     }
-    return Question(key=key, category=category, rewards=rewards, **(defaults | settings))
+    return EvaluatedQuestion(key=key, category=category, rewards=rewards, **(defaults | settings))
 
 
 def test_the_scores_of_a_question_have_their_closed_forms():

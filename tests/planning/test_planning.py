@@ -26,7 +26,7 @@ from scsdpo.planning import (
     callback,
     fits,
     memory_of,
-    read_config,
+    read_model_config,
     setup_of,
     sharding,
     skeleton,
@@ -36,7 +36,7 @@ from scsdpo.planning import (
 from scsdpo.planning.advice import _combined, _own
 from scsdpo.planning.architecture import shapes
 from scsdpo.planning.layer_probe import measured_layers
-from scsdpo.planning.memory import PHASES, activation_bytes, layer_bytes
+from scsdpo.planning.memory import PARTS_OF_PHASE, activation_bytes, layer_bytes
 from scsdpo.planning.setup import GIB, Sampler, with_lora, with_nf4
 from scsdpo.planning.speed import Rates
 from scsdpo.policy import NF4, CausalLM, FullFineTune, Lora
@@ -207,7 +207,7 @@ def test_optimizers_are_asked_what_they_keep(qwen3, make, state, temporary):
 def test_a_phase_is_the_sum_of_its_parts(qwen3):
     memory = memory_of(replace(planned(qwen3), max_tokens=40))
     parts = memory.parts.nonzero()
-    for phase, names in PHASES.items():
+    for phase, names in PARTS_OF_PHASE.items():
         assert memory.phases[phase] == sum(parts.get(name, 0) for name in names)
     assert memory.peak == max(memory.phases.values())
     # 20 tokens of prompts wait, and 4 of 32 responses of 5 tokens run beside them.
@@ -476,7 +476,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_shapes_have_as_many_parameters_as_published(name):
-    counted = Architecture.of(skeleton(read_config(name))).parameters
+    counted = Architecture.of(skeleton(read_model_config(name))).parameters
     published = PUBLISHED[name]
     tolerance = 0 if isinstance(published, int) else 3e-3
     assert counted == pytest.approx(published, rel=tolerance)

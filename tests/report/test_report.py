@@ -20,10 +20,10 @@ from scsdpo.records import SCHEMA_VERSION
 from scsdpo.report import attempts, panels, read_runs, render, svg
 from scsdpo.report.configs import differences
 from scsdpo.report.curves import line_panel, slug, window_panel
-from scsdpo.report.evaluations import Evaluation, difference, solved_difference
+from scsdpo.report.evaluations import RecordedEvaluation, difference, solved_difference
 from scsdpo.report.pack import content_hash, pack
 from scsdpo.report.panels import Panel
-from scsdpo.report.reading import Run, distinct_names, spread
+from scsdpo.report.reading import Run, distinct_names, spread_out
 from scsdpo.report.responses import SCHEMA, embed
 from scsdpo.report.summary import summarize
 from scsdpo.report.teacher import Distance, measured, too_few
@@ -95,11 +95,11 @@ def test_a_page_keeps_to_its_size_and_still_spans_the_run(runs, page):
 
 
 def test_any_beginning_of_a_spread_spans_it():
-    order = spread(range(100))
+    order = spread_out(range(100))
     assert sorted(order) == list(range(100)) and order[:3] == [99, 0, 50]
     gaps = sorted(order[:20])
     assert max(b - a for a, b in pairwise(gaps)) <= 13
-    assert spread([]) == [] and spread([7]) == [7]
+    assert spread_out([]) == [] and spread_out([7]) == [7]
 
 
 def test_responses_of_another_schema_are_left_out(tmp_path):
@@ -248,7 +248,7 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
 
 def evaluation(scores):
     solved = {key: score > 0 for key, score in scores.items()}
-    return Evaluation(figures={}, scores=scores, solved=solved)
+    return RecordedEvaluation(figures={}, scores=scores, solved=solved)
 
 
 def test_differences_are_paired_by_question_and_refused_between_other_questions():

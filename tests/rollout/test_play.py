@@ -14,7 +14,7 @@ from scsdpo.rollout.dialogue import CUT, FULL
 from scsdpo.rollout.hf.continuous_batching import ContinuousBatcher
 from scsdpo.rollout.hf.response_buffer import ResponseBuffer
 from scsdpo.rollout.hf.scheduler import Scheduler
-from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.vllm.rollout import EngineAnswer
 from scsdpo.types import Prompt, Sampling, Verdict
 from scsdpo.verifiers import Episodes, ExactMatch, Verification, VerifierPool
 
@@ -292,7 +292,7 @@ class Canned(Engine):
         ids = [draw.randint(3, 250) for _ in range(draw.randint(1, 6))] + [END]
         most = request.parameters["max_tokens"]
         reason = "stop" if len(ids) <= most else "length"
-        return Answer(
+        return EngineAnswer(
             ids=ids[:most],
             logprobs=[-0.5] * len(ids[:most]),
             finish_reason=reason,

@@ -33,7 +33,7 @@ from scsdpo.policy import CausalLM, Lora
 from scsdpo.policy.decoder import _SCALES
 from scsdpo.policy.row_path import RowPath
 from scsdpo.rollout import Colocated, HFRollout, VLLMRollout
-from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.vllm.rollout import EngineAnswer
 from scsdpo.teacher import EMA, Frozen
 from scsdpo.training.self_check import examine
 from test_row_path import FAMILIES, SIZE
@@ -230,7 +230,7 @@ def other_engine(monkeypatch, says):
 
     def generate(policy, requests, version):
         answers = [
-            Answer(
+            EngineAnswer(
                 ids=[5] * request.parameters["max_tokens"],
                 logprobs=says(policy, request),
                 finish_reason="length",

@@ -10,7 +10,7 @@ import lightning as L
 from scsdpo.analysis.module import given_prompts
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation import Question
+from scsdpo.evaluation import EvaluatedQuestion
 from scsdpo.statistics import interval, paired_interval
 from scsdpo.teacher import SiblingDemonstration
 from scsdpo.training import PolicyOptimizer
@@ -72,7 +72,7 @@ def _evaluated(
     data: TaskDataModule,
     context: SiblingDemonstration,
     pairs: Sequence[tuple[Prompt, str]],
-) -> Sequence[Question]:
+) -> Sequence[EvaluatedQuestion]:
     """Evaluate prompts with a demonstration in each."""
     # Keys have the place in them, for a question may come twice with different demonstrations.
     data.val_sources = [
@@ -90,7 +90,7 @@ def _evaluated(
     return model.evaluation.result.questions
 
 
-def _means(questions: Sequence[Question]) -> list[tuple[str, float]]:
+def _means(questions: Sequence[EvaluatedQuestion]) -> list[tuple[str, float]]:
     return [(q.key, sum(q.rewards) / len(q.rewards)) for q in questions]
 
 

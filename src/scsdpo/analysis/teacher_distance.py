@@ -26,7 +26,7 @@ BINS = 40
 
 
 @dataclass
-class Row:
+class ResponseDistance:
     """One response that has a teacher prompt."""
 
     key: str
@@ -79,7 +79,7 @@ class _Analysis(AnalysisModule):
         self.left = questions
         self.sampling = replace(model.sampling.at(0), n=rollouts)
 
-    def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[Row]:
+    def predict_step(self, prompts: Sequence[Prompt], batch_idx: int) -> list[ResponseDistance]:
         """One row per response that has a teacher prompt."""
         prompts = prompts[: self.left]
         self.left -= len(prompts)
@@ -88,12 +88,12 @@ class _Analysis(AnalysisModule):
 
 def measure_batch(
     model: PolicyOptimizer, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[Row]:
+) -> list[ResponseDistance]:
     """Sample, judge, and measure the teacher on each response that has a teacher prompt."""
     return teacher_distances(model, model.judge(model.sample(prompts, sampling)))
 
 
-def teacher_distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
+def teacher_distances(model: PolicyOptimizer, judged: Judged) -> list[ResponseDistance]:
     """Measure the teacher on each response that has a teacher prompt."""
     prompts, group = judged.prompts, judged.rewards.shape[1]
     chat = model.policy.chat
@@ -119,7 +119,7 @@ def teacher_distances(model: PolicyOptimizer, judged: Judged) -> list[Row]:
         q, g = divmod(i, group)
         means = {name: float(t[i][mask[i]].mean()) for name, t in probe.tables.items()}
         rate, right = float(judged.pass_rates[q]), bool(judged.successes[q, g])
-        rows.append(Row(prompts[q].key, rate, right, lengths[i], means))
+        rows.append(ResponseDistance(prompts[q].key, rate, right, lengths[i], means))
     return rows
 
 
@@ -156,7 +156,7 @@ def measure_distances(
     }
 
 
-def _summary(rows: Sequence[Row], name: str) -> dict[str, object]:
+def _summary(rows: Sequence[ResponseDistance], name: str) -> dict[str, object]:
     """Histograms on common bins by correctness, and mean and std by pass rate."""
     values = torch.tensor([row.values[name] for row in rows]).double()
     correct = torch.tensor([row.correct for row in rows])

@@ -2,7 +2,7 @@
 
 from scsdpo.checkpoints.callback import LAST, PREVIOUS, Checkpoint
 from scsdpo.checkpoints.choosing import newest, newest_whole, usable_neighbour
-from scsdpo.checkpoints.comparing import Change, Rule, changes
+from scsdpo.checkpoints.comparing import Change, Consequence, changes
 from scsdpo.checkpoints.fitting import fit_weights
 from scsdpo.checkpoints.fully_sharded import FullySharded
 from scsdpo.checkpoints.reading import Saved, checkpoint_in
@@ -16,8 +16,8 @@ __all__ = [
     "PREVIOUS",
     "Change",
     "Checkpoint",
+    "Consequence",
     "FullySharded",
-    "Rule",
     "SafePoint",
     "Saved",
     "WholeFiles",

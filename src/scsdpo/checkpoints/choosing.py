@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scsdpo.checkpoints.comparing import Rule, changes
+from scsdpo.checkpoints.comparing import Consequence, changes
 from scsdpo.checkpoints.reading import Saved, number
 from scsdpo.checkpoints.saying import say
 
 _MOST = 8
 """Number of candidates that an error lists."""
-_FIRM = (Rule.REFUSE, Rule.WARN)
+_FIRM = (Consequence.REFUSE, Consequence.WARN)
 
 
 def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved:
@@ -86,8 +86,8 @@ def _age(path: Path, number: int) -> tuple[int, int]:
 def _objection(saved: Saved, config: Mapping[str, Any], *, whole_run: bool) -> str | None:
     if whole_run and not saved.resumable:
         return "weights only"
-    rules = _FIRM if whole_run else (Rule.REFUSE,)
-    odd = [change for change in changes(saved.config, config) if change.rule in rules]
+    refused = _FIRM if whole_run else (Consequence.REFUSE,)
+    odd = [change for change in changes(saved.config, config) if change.consequence in refused]
     if not whole_run:
         odd = [change for change in odd if change.key != "model.optimizer"]
     return str(odd[0]) if odd else None

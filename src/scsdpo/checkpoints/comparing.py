@@ -10,7 +10,7 @@ _SHOWN = 60
 """Number of characters of a value that a message shows."""
 
 
-class Rule(Enum):
+class Consequence(Enum):
     """The consequence of a change."""
 
     EFFECT = "takes effect"
@@ -18,35 +18,35 @@ class Rule(Enum):
     REFUSE = "cannot change"
 
 
-_RULES = {
-    "model": Rule.WARN,
-    "model.policy": Rule.REFUSE,
-    "model.policy.attn_implementation": Rule.EFFECT,
-    "model.policy.gradient_checkpointing": Rule.EFFECT,
-    "model.policy.compile_layers": Rule.EFFECT,
-    "model.policy.dtype": Rule.WARN,
-    "model.policy.chat_template_kwargs": Rule.WARN,
-    "model.policy.adapter.lora_dropout": Rule.WARN,
-    "model.optimizer": Rule.EFFECT,
-    "model.lr_scheduler": Rule.EFFECT,
-    "model.rollout": Rule.EFFECT,
-    "model.verification": Rule.EFFECT,
-    "model.val_sampling": Rule.EFFECT,
-    "model.limits": Rule.EFFECT,
-    "model.gap": Rule.EFFECT,
-    "data": Rule.WARN,
-    "data.val": Rule.EFFECT,
-    "data.val_questions_per_batch": Rule.EFFECT,
-    "data.num_workers": Rule.EFFECT,
-    "seed_everything": Rule.WARN,
-    "trainer": Rule.EFFECT,
-    "trainer.precision": Rule.WARN,
-    "checkpoint": Rule.EFFECT,
-    "records": Rule.EFFECT,
-    "health": Rule.EFFECT,
-    "progress": Rule.EFFECT,
+_CONSEQUENCES = {
+    "model": Consequence.WARN,
+    "model.policy": Consequence.REFUSE,
+    "model.policy.attn_implementation": Consequence.EFFECT,
+    "model.policy.gradient_checkpointing": Consequence.EFFECT,
+    "model.policy.compile_layers": Consequence.EFFECT,
+    "model.policy.dtype": Consequence.WARN,
+    "model.policy.chat_template_kwargs": Consequence.WARN,
+    "model.policy.adapter.lora_dropout": Consequence.WARN,
+    "model.optimizer": Consequence.EFFECT,
+    "model.lr_scheduler": Consequence.EFFECT,
+    "model.rollout": Consequence.EFFECT,
+    "model.verification": Consequence.EFFECT,
+    "model.val_sampling": Consequence.EFFECT,
+    "model.limits": Consequence.EFFECT,
+    "model.gap": Consequence.EFFECT,
+    "data": Consequence.WARN,
+    "data.val": Consequence.EFFECT,
+    "data.val_questions_per_batch": Consequence.EFFECT,
+    "data.num_workers": Consequence.EFFECT,
+    "seed_everything": Consequence.WARN,
+    "trainer": Consequence.EFFECT,
+    "trainer.precision": Consequence.WARN,
+    "checkpoint": Consequence.EFFECT,
+    "records": Consequence.EFFECT,
+    "health": Consequence.EFFECT,
+    "progress": Consequence.EFFECT,
 }
-"""Rules by the longest prefix of a key. Keys without a rule do not affect a run."""
+"""Consequences by the longest prefix of a key. Keys without one do not affect a run."""
 
 _MEMORY = ("advantage", "weighting", "token_weighting", "selection", "teacher", "reference")
 """Strategies under `model` that may have a state."""
@@ -61,13 +61,13 @@ class Change:
     now: Any
 
     @property
-    def rule(self) -> Rule | None:
-        """The rule that applies; None: the key does not affect a run."""
+    def consequence(self) -> Consequence | None:
+        """What follows from the change; None: the key does not affect a run."""
         if self.key == "model.optimizer":  # another class, whose state has another form
-            return Rule.REFUSE
+            return Consequence.REFUSE
         parts = self.key.split(".")
         starts = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        return next((_RULES[start] for start in starts if start in _RULES), None)
+        return next((_CONSEQUENCES[start] for start in starts if start in _CONSEQUENCES), None)
 
     @property
     def of_schedule(self) -> bool:
@@ -87,7 +87,7 @@ class Change:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The changed keys, in the order of `now`; keys that only one of them has do not count."""
     found = [each for key in now if key in before for each in _compare(key, before[key], now[key])]
-    return [change for change in found if change.rule is not None]
+    return [change for change in found if change.consequence is not None]
 
 
 def _compare(key: str, before: Any, now: Any) -> Iterator[Change]:

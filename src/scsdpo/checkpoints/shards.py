@@ -47,7 +47,7 @@ _KNOWN = {
 }
 """Classes that a table may contain, by module."""
 
-Table = dict[str, TensorStorageMetadata]
+StoredTensors = dict[str, TensorStorageMetadata]
 """Shape and dtype of each tensor in a folder."""
 
 
@@ -172,7 +172,7 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
     return {name: _empty(stored, "meta") for name, stored in _of(tables(path), _WEIGHTS).items()}
 
 
-def tables(path: Path) -> Table:
+def tables(path: Path) -> StoredTensors:
     """Shape and dtype of each tensor in a folder, without reading them.
 
     Raises:
@@ -233,7 +233,7 @@ def _take_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _of(table: Table, kind: str) -> Table:
+def _of(table: StoredTensors, kind: str) -> StoredTensors:
     start = f"{kind}."
     return {k.removeprefix(start): v for k, v in table.items() if k.startswith(start)}
 

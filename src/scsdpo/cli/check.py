@@ -19,7 +19,7 @@ from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.console import Terminal
 from scsdpo.io.files import write_whole
-from scsdpo.records.jsonl import finite
+from scsdpo.records.jsonl import with_nulls
 from scsdpo.statistics import Estimate
 from scsdpo.training import PolicyOptimizer
 
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> None:
             "verdict": [vars(remark) for remark in remarks],
             **asdict(found),
         }
-        write_whole(out, json.dumps(finite(record), ensure_ascii=False, indent=1) + "\n")
+        write_whole(out, json.dumps(with_nulls(record), ensure_ascii=False, indent=1) + "\n")
         show(found, remarks, Terminal())
         print(f"every figure: {out}")
 

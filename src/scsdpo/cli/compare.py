@@ -24,7 +24,7 @@ from scsdpo.comparison import (
     seeds_table,
 )
 from scsdpo.errors import ConfigurationError, TrainingStopped, blamed_on
-from scsdpo.evaluation import Question, Result
+from scsdpo.evaluation import EvaluatedQuestion, Result
 from scsdpo.io.console import Terminal
 from scsdpo.io.files import write_whole
 from scsdpo.prompt import stable_hash
@@ -205,11 +205,13 @@ def _policies(found: Mapping[str, Result], show: int) -> dict[str, Any]:
 
 
 def _record(compared: PairedComparison) -> dict[str, Any]:
-    def side(question: Question) -> dict[str, Any]:
+    def side(question: EvaluatedQuestion) -> dict[str, Any]:
         kept = ("rewards", "answers", "response")
         return {name: getattr(question, name) for name in kept}
 
-    def listed(pairs: Sequence[tuple[Question, Question]]) -> list[dict[str, Any]]:
+    def listed(
+        pairs: Sequence[tuple[EvaluatedQuestion, EvaluatedQuestion]],
+    ) -> list[dict[str, Any]]:
         return [
             {"key": a.key, "question": a.question, "gold": a.gold, "a": side(a), "b": side(b)}
             for a, b in pairs

@@ -57,7 +57,7 @@ _GOT = re.compile(
 )
 
 
-def explain(message: str, sections: Sections) -> str:
+def in_one_sentence(message: str, sections: Sections) -> str:
     """`message` in one line that begins with the key.
 
     Args:

@@ -21,7 +21,7 @@ from scsdpo.evaluation import figures, result_table
 from scsdpo.io.console import Terminal
 from scsdpo.training import FOLDER
 
-Command = Literal["validate", "test", "predict"]
+EvaluationCommand = Literal["validate", "test", "predict"]
 _SPLIT = {"validate": "val", "test": "test", "predict": "predictions"}
 
 
@@ -146,7 +146,7 @@ class Chosen:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def file(self, root: Path, command: Command) -> Path:
+    def file(self, root: Path, command: EvaluationCommand) -> Path:
         """A name that is not taken: in the run's folder for a checkpoint, else under `root`."""
         suffix = "jsonl" if command == "predict" else "json"
         if self.saved is not None:

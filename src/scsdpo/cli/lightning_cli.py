@@ -20,7 +20,7 @@ from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import (
     Change,
     Checkpoint,
-    Rule,
+    Consequence,
     Saved,
     changes,
     newest,
@@ -216,16 +216,16 @@ def _compared(saved: Saved, config: Mapping[str, Any], command: str) -> Sequence
     found = changes(saved.config, config)
     if command != "fit":
         found = [change for change in found if change.key.startswith("model.policy")]
-    refused = [change for change in found if change.rule is Rule.REFUSE]
+    refused = [change for change in found if change.consequence is Consequence.REFUSE]
     if refused:
         raise ConfigurationError(
             f"{'; '.join(map(str, refused))}: cannot change after {saved.path} was written; "
             "set it back, or begin a new run"
         )
     for change in found:
-        assert change.rule is not None
-        warning = "warning: " if change.rule is Rule.WARN else ""
-        say(f"{warning}{change}: {change.rule.value}")
+        assert change.consequence is not None
+        warning = "warning: " if change.consequence is Consequence.WARN else ""
+        say(f"{warning}{change}: {change.consequence.value}")
     return found
 
 

@@ -10,10 +10,10 @@ from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
 from scsdpo.training import PolicyOptimizer
 
-Work = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
+OfflineWork = Callable[[L.Trainer, PolicyOptimizer, TaskDataModule], None]
 
 
-def run_offline(command: str, rest: Sequence[str], work: Work) -> None:
+def run_offline(command: str, rest: Sequence[str], work: OfflineWork) -> None:
     """Build what `rest` configures as `scsdpo predict` would, and call `work` with it.
 
     Raises:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import scsdpo.lab
 from scsdpo.callbacks import Progress, RunRecords
 from scsdpo.checkpoints import Checkpoint
-from scsdpo.cli.config_errors import explain
+from scsdpo.cli.config_errors import in_one_sentence
 from scsdpo.cli.config_types import find
 from scsdpo.data import TaskDataModule
 from scsdpo.health import Health
@@ -54,4 +54,4 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries one of several types
             super().error(message, ex)
-        self.exit(2, f"scsdpo: error: {explain(message, SECTIONS)}\n")
+        self.exit(2, f"scsdpo: error: {in_one_sentence(message, SECTIONS)}\n")

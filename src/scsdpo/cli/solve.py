@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> None:
 
     def work(trainer: L.Trainer, model: PolicyOptimizer, data: TaskDataModule) -> None:
         sources = data.train_sources if given.split == "train" else data.val_sources
-        prompt = find(sources, given.question, f"data.{given.split}")
+        prompt = prompt_of(sources, given.question, f"data.{given.split}")
         found = solve(trainer, model, data, prompt, attempts=given.attempts, out=given.out)
         if given.keep:
             trainer.save_checkpoint(given.out / POLICY)
@@ -77,7 +77,7 @@ def main(args: Sequence[str]) -> None:
     run_offline("solve", [*rest, *own], work)
 
 
-def find(sources: Sequence[Source], question: str, key: str) -> Prompt:
+def prompt_of(sources: Sequence[Source], question: str, key: str) -> Prompt:
     """The prompt that `--question` names.
 
     Args:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scsdpo.errors import ConfigurationError
-from scsdpo.evaluation import Question, Result, by_category
+from scsdpo.evaluation import EvaluatedQuestion, Result, by_category
 from scsdpo.evaluation.figures import LEVEL
 from scsdpo.statistics import Estimate, detectable_difference, interval, paired_interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ComparedFigure:
     """One figure of both policies, and their difference."""
 
     category: str
@@ -29,10 +29,10 @@ class Row:
 class PairedComparison:
     """A comparison of two evaluations, paired by question."""
 
-    rows: Sequence[Row]
-    won: Sequence[tuple[Question, Question]]
+    rows: Sequence[ComparedFigure]
+    won: Sequence[tuple[EvaluatedQuestion, EvaluatedQuestion]]
     """(a's, b's) questions in which b's mean reward is higher, the largest difference first."""
-    lost: Sequence[tuple[Question, Question]]
+    lost: Sequence[tuple[EvaluatedQuestion, EvaluatedQuestion]]
     """(a's, b's) questions in which a's is higher, the largest difference first."""
 
 
@@ -54,7 +54,7 @@ def compare_questions(
     partners = dict(zip(map(id, a.questions), (other for _, other in pairs), strict=True))
     rows = []
     for category, group in by_category(a.questions).items():
-        rows += rows_of(category, [(one, partners[id(one)]) for one in group], level=level)
+        rows += compared_figures(category, [(one, partners[id(one)]) for one in group], level=level)
     gains = [(_mean(right) - _mean(left), (left, right)) for left, right in pairs]
     gains.sort(key=lambda gain: -gain[0])
     return PairedComparison(
@@ -64,7 +64,9 @@ def compare_questions(
     )
 
 
-def paired(a: Result, b: Result, names: tuple[str, str]) -> list[tuple[Question, Question]]:
+def paired(
+    a: Result, b: Result, names: tuple[str, str]
+) -> list[tuple[EvaluatedQuestion, EvaluatedQuestion]]:
     """Pairs of the questions of both, in a's order; copies of a question are paired in order."""
     left, right = _keyed(a.questions), _keyed(b.questions)
     odd = [key for key, _ in left.keys() ^ right.keys()]
@@ -85,9 +87,9 @@ def paired(a: Result, b: Result, names: tuple[str, str]) -> list[tuple[Question,
     return pairs
 
 
-def rows_of(
-    category: str, pairs: Sequence[tuple[Question, Question]], *, level: float
-) -> list[Row]:
+def compared_figures(
+    category: str, pairs: Sequence[tuple[EvaluatedQuestion, EvaluatedQuestion]], *, level: float
+) -> list[ComparedFigure]:
     """A row for each score; for a category only mean@k and maj@k."""
     scores = [(one.scores(), other.scores()) for one, other in pairs]
     names = list(scores[0][0])
@@ -96,7 +98,7 @@ def rows_of(
         left, right = ([pair[side][name] for pair in scores] for side in (0, 1))
         difference = paired_interval(left, right, level=level)
         rows.append(
-            Row(
+            ComparedFigure(
                 category=category,
                 name=name,
                 a=interval(left, level=level),
@@ -108,7 +110,7 @@ def rows_of(
     return rows
 
 
-def _keyed(questions: Sequence[Question]) -> dict[tuple[str, int], Question]:
+def _keyed(questions: Sequence[EvaluatedQuestion]) -> dict[tuple[str, int], EvaluatedQuestion]:
     seen: Counter[str] = Counter()
     keyed = {}
     for question in questions:
@@ -117,5 +119,5 @@ def _keyed(questions: Sequence[Question]) -> dict[tuple[str, int], Question]:
     return keyed
 
 
-def _mean(question: Question) -> float:
+def _mean(question: EvaluatedQuestion) -> float:
     return sum(question.rewards) / len(question.rewards)

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from scsdpo.comparison.questions import PairedComparison, Row
+from scsdpo.comparison.questions import ComparedFigure, PairedComparison
 from scsdpo.comparison.seeds import SeedRow
-from scsdpo.evaluation import Question
+from scsdpo.evaluation import EvaluatedQuestion
 from scsdpo.statistics import Estimate
 
 _LENGTH = 72
@@ -22,7 +22,7 @@ def scale(name: str) -> float:
     return 1.0 if name == "response_length" else 100.0
 
 
-def spread(one: Estimate, name: str, stars: str = "") -> str:
+def with_interval(one: Estimate, name: str, stars: str = "") -> str:
     """A difference with its interval, as text."""
     by = scale(name)
     low, high = by * one.low, by * one.high
@@ -36,7 +36,7 @@ def findable(value: float, name: str) -> str:
     return "-" if math.isnan(value) else f"{scale(name) * value:.1f}"
 
 
-def figures_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
+def figures_table(names: tuple[str, str], rows: Sequence[ComparedFigure]) -> Table:
     """Table of every figure of both policies, and the difference."""
     table = Table(title=f"{names[1]} minus {names[0]}, paired by question", title_justify="left")
     headers = ("", "questions", "first", "second", "difference (95 %)", "findable")
@@ -49,7 +49,7 @@ def figures_table(names: tuple[str, str], rows: Sequence[Row]) -> Table:
             str(row.difference.n),
             f"{by * row.a.value:.1f}",
             f"{by * row.b.value:.1f}",
-            spread(row.difference, row.name, "*" if row.difference.tells else ""),
+            with_interval(row.difference, row.name, "*" if row.difference.tells else ""),
             findable(row.detectable, row.name),
         )
     return table
@@ -70,7 +70,7 @@ def answers_table(found: PairedComparison, names: tuple[str, str], most: int) ->
     return table
 
 
-def votes(question: Question, most: int = 3) -> str:
+def votes(question: EvaluatedQuestion, most: int = 3) -> str:
     """The most common answers, with their counts and whether they are right."""
     counts = Counter(zip(question.answers, question.successes, strict=True))
     shown = [
@@ -94,7 +94,7 @@ def seeds_table(baseline: str, found: Mapping[str, Sequence[SeedRow]]) -> Table:
                 row.name,
                 f"{by * row.b:.1f}",
                 f"{by * row.a:.1f}",
-                spread(row.difference, row.name, stars(row)),
+                with_interval(row.difference, row.name, stars(row)),
                 f"{row.ahead} of {row.difference.n}",
                 findable(row.detectable, row.name),
             )

@@ -13,7 +13,7 @@ from scsdpo.data._base import CHECK_AHEAD, Source
 from scsdpo.data.golds import refuse_unmet
 from scsdpo.data.table import Table, is_missing, whole_text
 from scsdpo.environments import Environment
-from scsdpo.types import Message, Prompt, Tool, stable_hash
+from scsdpo.types import Message, Prompt, ToolSchema, stable_hash
 
 
 class PromptList(Source):
@@ -262,7 +262,7 @@ def turns_of(value: list[Any], where: str, *, last: str = "user") -> list[Messag
     return turns
 
 
-def tools_of(value: object, where: str) -> tuple[Tool, ...]:
+def tools_of(value: object, where: str) -> tuple[ToolSchema, ...]:
     """The functions that a cell holds, as chat templates take them.
 
     Keys without a value are dropped: in Parquet each function has the keys of all others.

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from scsdpo.data._base import Source, Stream
 from scsdpo.data.files import BrokenRow, uncompressed
 from scsdpo.data.prompts import PromptColumns, PromptList
-from scsdpo.data.rows import Rows
+from scsdpo.data.rows import RowLocation
 from scsdpo.data.table import Table
 from scsdpo.environments import Environment
 from scsdpo.types import Prompt
@@ -130,7 +130,9 @@ class Records(Stream):
         self.streaming = streaming
         self._told: Counter[str] = Counter()
         self._name = name or _stem(path)
-        self.rows = Rows(path=path, owner=f"{kind}(path={path!r})", split=split, subset=subset)
+        self.rows = RowLocation(
+            path=path, owner=f"{kind}(path={path!r})", split=split, subset=subset
+        )
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ _BATCH = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowLocation:
     """The place of rows: a file that `read_rows` reads; several by a pattern (`shards/*.csv`),
     or all of a folder, in the natural order of their names; a folder that `datasets` saved; or the
     name of a set on the Hugging Face hub.

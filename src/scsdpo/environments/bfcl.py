@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scsdpo.environments.calling import Role, answered
-from scsdpo.prompt import Environment, Message, Observation, Prompt, Tool, Verdict
+from scsdpo.prompt import Environment, Message, Observation, Prompt, ToolSchema, Verdict
 
 MULTI_TURN = (
     "multi_turn_base",
@@ -95,7 +95,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def tool_of(document: Mapping[str, Any]) -> Tool:
+def tool_of(document: Mapping[str, Any]) -> ToolSchema:
     """A function in the form of chat templates; BFCL's type names become those of JSON schema."""
     function = {name: document[name] for name in ("name", "description")}
     return {

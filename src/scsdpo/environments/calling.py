@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from scsdpo.prompt import Message, Observation, Prompt, Tool
+from scsdpo.prompt import Message, Observation, Prompt, ToolSchema
 from scsdpo.verifiers.stage import MAX_MESSAGES
 from scsdpo.verifiers.tool_call import calls_of
 from scsdpo.verifiers.tool_forms import Call, MalformedCall, NoCall, typed
@@ -14,7 +14,7 @@ from scsdpo.verifiers.tool_forms import Call, MalformedCall, NoCall, typed
 Role = Literal["tool", "user"]
 
 
-def schema_of(function: Callable[..., Any], owner: str) -> Tool:
+def schema_of(function: Callable[..., Any], owner: str) -> ToolSchema:
     """The JSON schema of a function, from its type hints and its docstring.
 
     Args:
@@ -31,7 +31,7 @@ def schema_of(function: Callable[..., Any], owner: str) -> Tool:
     )
 
     try:
-        schema: Tool = get_json_schema(function)
+        schema: ToolSchema = get_json_schema(function)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
         raise ValueError(
             f"`{owner}`: `{function.__name__}` cannot be described to a model: {error}; "

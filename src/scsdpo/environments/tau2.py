@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from scsdpo.environments.calling import Role, answered
-from scsdpo.prompt import Environment, Message, Observation, Prompt, Tool, Verdict
+from scsdpo.prompt import Environment, Message, Observation, Prompt, ToolSchema, Verdict
 
 DOMAINS = ("airline", "mock")
 INSTALL = (
@@ -62,7 +62,7 @@ def opening(row: Mapping[str, Any]) -> tuple[Message, ...]:
     )
 
 
-def tools(domain: str) -> tuple[Tool, ...]:
+def tools(domain: str) -> tuple[ToolSchema, ...]:
     """The functions of a domain."""
     return tuple(tool.openai_schema for tool in _world(domain).get_tools())
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from scsdpo.environments.calling import Role, answered, calls_something, schema_of
-from scsdpo.prompt import Environment, Observation, Prompt, Tool, Verdict, Verifier
+from scsdpo.prompt import Environment, Observation, Prompt, ToolSchema, Verdict, Verifier
 from scsdpo.verifiers.function import imported
 
 _OWNER = "Tools(tools=[{!r}])"
@@ -78,7 +78,7 @@ class Tools(Environment):
         """Raise if the verifier cannot read the gold answer."""
         self.verifier.check(prompt)
 
-    def offered(self, prompt: Prompt) -> Sequence[Tool]:
+    def offered(self, prompt: Prompt) -> Sequence[ToolSchema]:
         """The functions' schemas."""
         return [_schema(name) for name in self.tools]
 
@@ -109,5 +109,5 @@ class Tools(Environment):
 
 
 @lru_cache
-def _schema(name: str) -> Tool:
+def _schema(name: str) -> ToolSchema:
     return schema_of(imported(name, _OWNER), _OWNER.format(name))

@@ -15,7 +15,7 @@ from scsdpo.environments.calling import (
     schema_of,
     settled,
 )
-from scsdpo.prompt import Environment, Message, Observation, Prompt, Tool, Verdict
+from scsdpo.prompt import Environment, Message, Observation, Prompt, ToolSchema, Verdict
 from scsdpo.verifiers.function import imported
 
 _FACTORY = "TRLEnvironment(factory={!r})"
@@ -96,7 +96,7 @@ class TRLEnvironment(Environment):
         """Raise if the row names an unknown environment."""
         self._name(prompt)
 
-    def offered(self, prompt: Prompt) -> Sequence[Tool]:
+    def offered(self, prompt: Prompt) -> Sequence[ToolSchema]:
         """The schemas of the public methods."""
         return _schemas(self._name(prompt))
 
@@ -172,7 +172,7 @@ def _tools(world: object) -> dict[str, Callable[..., Any]]:
 
 
 @lru_cache
-def _schemas(name: str) -> list[Tool]:
+def _schemas(name: str) -> list[ToolSchema]:
     """The tools' schemas, from the class: making an object may be slow or start something."""
     kind = imported(name, _FACTORY)
     nobody = object()

@@ -1,13 +1,13 @@
 """Evaluations: a policy's scores on each question, as figures and as a file."""
 
 from scsdpo.evaluation.figures import Figures, by_category, figures, means
-from scsdpo.evaluation.question import Question, predictions, questions
+from scsdpo.evaluation.question import EvaluatedQuestion, predictions, questions
 from scsdpo.evaluation.result import Result
 from scsdpo.evaluation.table import result_table
 
 __all__ = [
+    "EvaluatedQuestion",
     "Figures",
-    "Question",
     "Result",
     "by_category",
     "figures",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from scsdpo.evaluation.question import Question
+from scsdpo.evaluation.question import EvaluatedQuestion
 from scsdpo.metrics import MajAtK, MeanAtK
 from scsdpo.statistics import Estimate, interval
 
@@ -13,9 +13,9 @@ Figures = dict[str, dict[str, Estimate]]
 LEVEL = 0.95
 
 
-def by_category(questions: Sequence[Question]) -> dict[str, list[Question]]:
+def by_category(questions: Sequence[EvaluatedQuestion]) -> dict[str, list[EvaluatedQuestion]]:
     """Questions by category: '' has all, `math` also `math/level2`'s; a lone one is omitted."""
-    groups: dict[str, list[Question]] = {"": list(questions)}
+    groups: dict[str, list[EvaluatedQuestion]] = {"": list(questions)}
     for question in questions:
         parts = question.category.split("/") if question.category else []
         for end in range(1, len(parts) + 1):
@@ -24,7 +24,7 @@ def by_category(questions: Sequence[Question]) -> dict[str, list[Question]]:
     return {name: groups[name] for name in (names[:1] if len(names) == 2 else names)}
 
 
-def figures(questions: Sequence[Question]) -> Figures:
+def figures(questions: Sequence[EvaluatedQuestion]) -> Figures:
     """Every score of `Question.scores` as a mean over questions, with its 95 % interval."""
     found: Figures = {}
     for name, group in by_category(questions).items():
@@ -36,7 +36,7 @@ def figures(questions: Sequence[Question]) -> Figures:
     return found
 
 
-def means(questions: Sequence[Question]) -> dict[str, float]:
+def means(questions: Sequence[EvaluatedQuestion]) -> dict[str, float]:
     """The figures that a run logs: `mean@k`, `maj@k`, `CATEGORY/mean@k`, `CATEGORY/maj@k`."""
     found = {}
     for name, group in by_category(questions).items() if questions else ():

@@ -10,7 +10,7 @@ from scsdpo.types import Judged, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class EvaluatedQuestion:
     """One question with its k responses, judged."""
 
     key: str
@@ -53,12 +53,12 @@ class Question:
         }
 
 
-def questions(judged: Judged) -> Iterator[Question]:
+def questions(judged: Judged) -> Iterator[EvaluatedQuestion]:
     """The questions of a judged batch, in order."""
     for q, prompt in enumerate(judged.prompts):
         verdicts, texts = judged.verdicts[q], judged.texts[q]
         successes = tuple(judged.successes[q].tolist())
-        yield Question(
+        yield EvaluatedQuestion(
             key=prompt.key,
             category=prompt.category,
             question=prompt.messages[-1]["content"] if prompt.messages else "",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scsdpo.evaluation.figures import LEVEL, figures
-from scsdpo.evaluation.question import Question
+from scsdpo.evaluation.question import EvaluatedQuestion
 from scsdpo.io.files import write_whole
-from scsdpo.records.jsonl import finite
+from scsdpo.records.jsonl import with_nulls
 
 SCHEMA_VERSION = 1
 _TUPLES = {"rewards", "successes", "answers", "lengths", "finished"}
@@ -21,7 +21,7 @@ class Result:
 
     about: Mapping[str, Any]
     """`split`, `policy`, `checkpoint`, `step`, `batch`, `sampling`, ...; see docs/evaluation.md."""
-    questions: Sequence[Question]
+    questions: Sequence[EvaluatedQuestion]
     demonstrations: Mapping[str, Any] | None = None
     """Scores with a demonstration in the prompt, if they were measured."""
 
@@ -39,7 +39,7 @@ class Result:
             **({"demonstrations": self.demonstrations} if self.demonstrations else {}),
             "questions": [_row(question) for question in self.questions],
         }
-        text = json.dumps(finite(content), ensure_ascii=False, indent=1)
+        text = json.dumps(with_nulls(content), ensure_ascii=False, indent=1)
         write_whole(path, f"{text}\n")
 
     @classmethod
@@ -63,13 +63,13 @@ class Result:
         return cls(about=about, questions=rows, demonstrations=shown)
 
 
-def _row(question: Question) -> dict[str, Any]:
+def _row(question: EvaluatedQuestion) -> dict[str, Any]:
     row = asdict(question)
     del row["right"]  # one response of each question is enough; `predict` writes all
     return row
 
 
-def _question(row: Mapping[str, Any]) -> Question:
-    known = {field.name for field in fields(Question)}
+def _question(row: Mapping[str, Any]) -> EvaluatedQuestion:
+    known = {field.name for field in fields(EvaluatedQuestion)}
     values: dict[str, Any] = {name: value for name, value in row.items() if name in known}
-    return Question(**values | {name: tuple(values[name]) for name in _TUPLES})
+    return EvaluatedQuestion(**values | {name: tuple(values[name]) for name in _TUPLES})

@@ -130,7 +130,7 @@ def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
     `memory`: the largest peak of a rank so far, in GiB.
     """
     seconds, tokens = timer.take()
-    most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_bytes(device) / 2**30]
+    most = [*(seconds.get(phase, 0.0) for phase in PHASES), peak_memory(device) / 2**30]
     taken = torch.tensor(most, dtype=torch.float64)
     counts = torch.tensor([tokens.get(phase, 0) for phase in MODEL_PHASES], dtype=torch.float64)
     *slowest, memory = all_max(taken).tolist()
@@ -142,7 +142,7 @@ def phase_metrics(timer: PhaseTimer, device: torch.device) -> dict[str, float]:
     }
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory so far, in bytes: of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

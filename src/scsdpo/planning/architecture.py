@@ -277,7 +277,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def read_config(
+def read_model_config(
     name_or_path: str,
     architecture: str | None = None,
     *,

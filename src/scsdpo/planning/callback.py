@@ -14,7 +14,7 @@ from scsdpo.advantage import Batch
 from scsdpo.callbacks import RolloutCallback
 from scsdpo.data import TaskDataModule
 from scsdpo.errors import ConfigurationError
-from scsdpo.metrics import peak_bytes
+from scsdpo.metrics import peak_memory
 from scsdpo.planning.advice import advice, fits
 from scsdpo.planning.memory import Memory, memory_of
 from scsdpo.planning.setup import GIB, LATE_BYTES, Devices, Lengths, Setup, setup_of, sharding
@@ -79,7 +79,7 @@ class MemoryPlan(RolloutCallback):
         setup, self.planned = self.planned, None
         seen = replace(setup, lengths=self.lengths)
         context = setup.devices.process if pl_module.device.type == "cuda" else 0
-        took = peak_bytes(pl_module.device) + context  # the allocator does not count the context
+        took = peak_memory(pl_module.device) + context  # the allocator does not count the context
         rank_zero_info(
             f"plan: the first step took {gib(took)} GiB on rank 0; the plan is "
             f"{gib(memory_of(seen).peak)} for its mean lengths ({seen.lengths.prompt} tokens in a "

@@ -92,7 +92,7 @@ class Parts:
 
 RESIDENT = ("process", "weights", "optimizer", "teacher", "reference", "buckets", "vllm")
 """Parts that exist through the whole step."""
-PHASES = {
+PARTS_OF_PHASE = {
     "sampling": (*RESIDENT, "sampling_weights", "dequantized", "cache", "drawing"),
     "teacher": (
         *RESIDENT,
@@ -133,7 +133,7 @@ class Memory:
     @property
     def phases(self) -> dict[str, int]:
         """Peak bytes of each phase."""
-        return {name: self.parts.total(names) for name, names in PHASES.items()}
+        return {name: self.parts.total(names) for name, names in PARTS_OF_PHASE.items()}
 
     @property
     def peak(self) -> int:

@@ -15,7 +15,7 @@ from scsdpo.planning.architecture import (
     Architecture,
     Counted,
     matrices_in_4_bits,
-    read_config,
+    read_model_config,
     skeleton,
 )
 from scsdpo.planning.layer_probe import Measured, measured_layers
@@ -219,7 +219,7 @@ def setup_of(
     """
     policy: CausalLM = module.policy
     names = names or {}
-    config = read_config(names.get("policy", policy.name_or_path), architecture)
+    config = read_model_config(names.get("policy", policy.name_or_path), architecture)
     model = skeleton(config)
     shapes = Architecture.of(model)
     dtype = policy.loaded_dtype(devices.kind == "cuda")
@@ -318,7 +318,9 @@ class _RecordingAdapter:
 
     def other(self, model: object, source: OtherModel) -> Weights:
         self.kind, self.stored = "external", Stored(on_host=source.on_host)
-        config = read_config(self._name or source.name_or_path, key=f"{self._key}.name_or_path")
+        config = read_model_config(
+            self._name or source.name_or_path, key=f"{self._key}.name_or_path"
+        )
         width = source.loaded_dtype(self._device == "cuda").itemsize
         with blamed_on(self._key):
             quantization = quantization_of(config, Unquantized())

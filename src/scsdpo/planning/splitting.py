@@ -13,7 +13,7 @@ _WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class DeviceSplit:
     """Trainers on some of the devices and servers on the others; they work in turns."""
 
     setup: Setup
@@ -45,7 +45,7 @@ class Split:
         return self.sampling + self.training
 
 
-def splits(setup: Setup, devices: int, rates: Rates) -> list[Split]:
+def splits(setup: Setup, devices: int, rates: Rates) -> list[DeviceSplit]:
     """Every split of `devices` that leaves none idle; those that fit come first, the fastest first.
 
     Several trainers shard their weights if `setup` does, or if they do not fit otherwise.
@@ -61,7 +61,7 @@ def splits(setup: Setup, devices: int, rates: Rates) -> list[Split]:
     return sorted(found, key=lambda split: (not split.fits, split.seconds))
 
 
-def _of(setup: Setup, trainers: int, devices: int, rates: Rates) -> Iterator[Split]:
+def _of(setup: Setup, trainers: int, devices: int, rates: Rates) -> Iterator[DeviceSplit]:
     left = devices - trainers
     width = next((n for n in _WIDTHS if left % n == 0 and _rows(setup, n) >= 1), None)
     if width is None or setup.questions % trainers:
@@ -73,7 +73,7 @@ def _of(setup: Setup, trainers: int, devices: int, rates: Rates) -> Iterator[Spl
         plain = on_ranks(remote, trainers, sharded=True)
     memory = memory_of(plain)
     seconds = {name: work.seconds(rates) for name, work in work_of(plain, memory).items()}
-    yield Split(
+    yield DeviceSplit(
         setup=plain,
         memory=memory,
         servers=servers,

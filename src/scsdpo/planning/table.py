@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from scsdpo.planning.advice import FEW_TOKENS, ROOM, advice, fits
-from scsdpo.planning.memory import PHASES, Memory, memory_of
+from scsdpo.planning.memory import PARTS_OF_PHASE, Memory, memory_of
 from scsdpo.planning.setup import BFLOAT16, GIB, Setup
 from scsdpo.planning.speed import Rates, work_of
-from scsdpo.planning.splitting import Split
+from scsdpo.planning.splitting import DeviceSplit
 
 _WORDS = {
     "process": "libraries, device context (assumed)",
@@ -131,8 +131,8 @@ def _parts(setup: Setup, memory: Memory) -> Table:
     for name, size in memory.parts.nonzero().items():
         if name.startswith("gradients_"):  # these are listed as `gradients`
             continue
-        phases = [phase for phase, names in PHASES.items() if _lies(name, names, memory)]
-        where = "all" if len(phases) == len(PHASES) else ", ".join(phases)
+        phases = [phase for phase, names in PARTS_OF_PHASE.items() if _lies(name, names, memory)]
+        where = "all" if len(phases) == len(PARTS_OF_PHASE) else ", ".join(phases)
         table.add_row(_named(setup, name), gib(size), where)
     return table
 
@@ -167,7 +167,9 @@ def _phases(setup: Setup, memory: Memory, rates: Rates) -> Table:
     return table
 
 
-def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Console) -> None:
+def print_splits(
+    setup: Setup, found: Sequence[DeviceSplit], rates: Rates, console: Console
+) -> None:
     """Print the ways to split devices between trainers and servers."""
     console.print(setup_line(setup), highlight=False, soft_wrap=True)
     table = Table(title="trainers and vLLM servers", title_justify="left")
@@ -187,7 +189,7 @@ def print_splits(setup: Setup, found: Sequence[Split], rates: Rates, console: Co
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _fastest(found: Sequence[Split]) -> str:
+def _fastest(found: Sequence[DeviceSplit]) -> str:
     best = next((split for split in found if split.fits), None)
     if best is None:
         return "No split fits: use LoRA, checkpointing, a smaller model or larger devices."

@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from scsdpo.thinking import without_thinking
-from scsdpo.types import Message, Tool
+from scsdpo.types import Message, ToolSchema
 
 _BREAK = "\ufdd0"
 """The break: a code point that Unicode assigns to no character."""
@@ -88,7 +88,9 @@ class Chat:
         own = self.tokenizer
         return frozenset({*self.eos_ids, own.bos_token_id, own.eos_token_id, own.pad_token_id})
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, with the header that opens the assistant's turn.
 
         The text of messages gives ordinary tokens; only the template writes `control_ids`.
@@ -106,7 +108,7 @@ class Chat:
         return self._unbroken(self._filled(self._breaking, broken, opened=True, tokenize=True))
 
     def text(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, opened: bool = True
     ) -> str:
         """The text of `render`'s ids; `opened=False` leaves out the assistant's header."""
         broken = self._each_broken(messages, tools)
@@ -114,7 +116,7 @@ class Chat:
             _BREAK, ""
         )
 
-    def header(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    def header(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
         """The text that opens the assistant's turn (`add_generation_prompt`).
 
         If a template has no such text, it is the end of the user's turn, such as Mistral's [/INST].
@@ -126,7 +128,7 @@ class Chat:
         return opened.rpartition(messages[-1]["content"].strip() or opened)[2]
 
     def continuation(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()
     ) -> tuple[int, ...]:
         """Ids between a turn of the policy and its next turn.
 
@@ -161,7 +163,7 @@ class Chat:
         return tuple(ids)
 
     def _joint(
-        self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+        self, shape: tuple[tuple[str, str], ...], tools: Sequence[ToolSchema]
     ) -> tuple[list[Any], int, int]:
         """Find how to render messages with the roles and names of `shape`: (turns to put before,
         number of characters up to the end of the assistant's turn, id of that end).
@@ -177,7 +179,7 @@ class Chat:
         return {}
 
     def _found_joint(
-        self, shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+        self, shape: tuple[tuple[str, str], ...], tools: Sequence[ToolSchema]
     ) -> tuple[list[Any], int, int]:
         why = ""
         for form in _forms(shape):
@@ -194,7 +196,7 @@ class Chat:
         )
 
     def _end_of_turn(
-        self, form: list[Any], shape: tuple[tuple[str, str], ...], tools: Sequence[Tool]
+        self, form: list[Any], shape: tuple[tuple[str, str], ...], tools: Sequence[ToolSchema]
     ) -> tuple[int, int]:
         """(character after the end of the assistant's turn, id of that end).
 
@@ -278,7 +280,7 @@ class Chat:
             ) from error
         return {**self.template_kwargs, TODAY: today.strftime}
 
-    def writes_date(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
+    def writes_date(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> bool:
         """True if the template writes today's date, so that a prompt changes from day to day."""
         days = ("2001-02-03", "2014-12-25T12:13:14")
         if TODAY in self.template_kwargs:
@@ -341,7 +343,7 @@ class Chat:
             if _TAG.fullmatch(tag := added[i].content) and without_thinking(f"x{tag}") == f"x{tag}"
         }
 
-    def _each_broken(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Any]:
+    def _each_broken(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[Any]:
         """[messages, tools], with a break in each spelling of a control token."""
         for message in messages:
             if not _ROLE.fullmatch(message["role"]):

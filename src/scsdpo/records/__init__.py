@@ -6,12 +6,12 @@ from scsdpo.records.folder import begin_path, run_folder, runs_folder
 from scsdpo.records.jsonl import JsonLines
 from scsdpo.records.lock import hold, release
 from scsdpo.records.metrics_file import MetricsFile
-from scsdpo.records.outage import Outage, guard
+from scsdpo.records.outage import Outage, guard_logger
 from scsdpo.records.recorder import Recorded, Recorder, recorded
 from scsdpo.records.schema import (
     SCHEMA_VERSION,
     HealthRecord,
-    Number,
+    JsonNumber,
     Place,
     RolloutRecord,
     TokenRecord,
@@ -24,8 +24,8 @@ __all__ = [
     "BatchFiles",
     "HealthRecord",
     "JsonLines",
+    "JsonNumber",
     "MetricsFile",
-    "Number",
     "Outage",
     "Place",
     "Recorded",
@@ -36,7 +36,7 @@ __all__ = [
     "TokenTrace",
     "begin_path",
     "environment",
-    "guard",
+    "guard_logger",
     "hold",
     "recorded",
     "release",

@@ -84,19 +84,19 @@ class JsonLines:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """A record as a line of bytes; a number that is not finite is null."""
-    text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(with_nulls(record), ensure_ascii=False, allow_nan=False)
     # A lone surrogate, which a row of data may hold, is escaped as in JSON.
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def finite(value: Any) -> Any:
+def with_nulls(value: Any) -> Any:
     """Plain data for JSON: a number that is not finite is null, a tuple a list."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: with_nulls(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [with_nulls(item) for item in value]
     return value
 
 

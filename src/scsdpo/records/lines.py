@@ -10,7 +10,7 @@ from scsdpo.advantage import Batch
 from scsdpo.policy.chat import Chat
 from scsdpo.records.schema import (
     SCHEMA_VERSION,
-    Number,
+    JsonNumber,
     Place,
     RolloutRecord,
     TokenRecord,
@@ -121,10 +121,10 @@ def _place(judged: Judged, q: int, g: int, where: dict[str, Any]) -> Place:
     return cast(Place, {**here, "key": prompt.key, "sample": prompt.copy * samples + g})
 
 
-def _numbers(values: Tensor) -> list[Number]:
+def _numbers(values: Tensor) -> list[JsonNumber]:
     return [_rounded(value) for value in values.tolist()]
 
 
-def _rounded(value: float) -> Number:
+def _rounded(value: float) -> JsonNumber:
     """Six digits, about float32's precision, to halve the file; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -89,7 +89,7 @@ class _Guarded:
             forget_writer(self.logger)
 
 
-def guard(logger: Logger) -> None:
+def guard_logger(logger: Logger) -> None:
     """Make a logger's methods never raise; a failure loses lines of its log only."""
     if isinstance(logger.log_metrics, _Guarded):
         return

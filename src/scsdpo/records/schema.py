@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 SCHEMA_VERSION = 2
 
-Number = float | None
+JsonNumber = float | None
 """None: not finite, or not computed."""
 
 
@@ -40,7 +40,7 @@ class TurnRecord(TypedDict):
     """Name of the tool that answered; '': none."""
     feedback: str
     """The environment's feedback on the response before it; '': none."""
-    reward: Number
+    reward: JsonNumber
     """Reward of the response before it, for credit by turn."""
     calls: int
     """Number of tool calls in the response before it."""
@@ -62,7 +62,7 @@ class RolloutRecord(Place):
     """Messages of an episode in order; empty: the response is a single turn."""
     answer: str | None
     """The answer that the verifier extracted; None: nothing."""
-    reward: Number
+    reward: JsonNumber
     success: bool
     feedback: str
     """The verifier's feedback on a wrong response."""
@@ -78,7 +78,7 @@ class RolloutRecord(Place):
     """G, the number of responses to the question."""
     pass_rate: float
     """Share of the question's responses that succeeded."""
-    weight: Number
+    weight: JsonNumber
     """W in the loss, of question and rollout; 1 in validation."""
     active: bool
     """True if the loss could give it credit; False in validation."""
@@ -109,9 +109,9 @@ class TokenRecord(Place):
     temperature: float
     objective_name: str
     """The advantage's name for its objective: `divergence`, `objective`."""
-    coefficient: Number
+    coefficient: JsonNumber
     """Factor of a token's loss in the step's loss: one over the reduction's denominator."""
-    weight: Number
+    weight: JsonNumber
     """W, the weight of question and rollout."""
     ids: list[int]
     text: list[str]
@@ -119,43 +119,43 @@ class TokenRecord(Place):
     last of them has it and the others have ''."""
     turn: list[int]
     """Number, from 0, of the token's turn in an episode."""
-    credit: list[Number]
+    credit: list[JsonNumber]
     """Credit of the sampled token; > 0: the step makes it more likely."""
-    magnitude: list[Number]
+    magnitude: list[JsonNumber]
     """sum_v |d loss / d z(v)|, the size of the token's gradient."""
-    objective: list[Number]
+    objective: list[JsonNumber]
     """The token's loss before any factor."""
-    token_weight: list[Number]
-    importance: list[Number]
-    logprob: list[Number]
+    token_weight: list[JsonNumber]
+    importance: list[JsonNumber]
+    logprob: list[JsonNumber]
     """log S(y)."""
-    teacher_logprob: list[Number]
+    teacher_logprob: list[JsonNumber]
     """log T(y)."""
     version: list[str]
     """Label of the weights that drew the token."""
     age: list[int]
     """Optimizer steps between the weights that drew it and those trained on it."""
-    sampler_logprob: list[Number]
+    sampler_logprob: list[JsonNumber]
     """The sampler's log S(y), of the whole distribution; null: not known."""
-    gap: list[Number]
+    gap: list[JsonNumber]
     """The trainer's log S(y) before the batch's first update, less `sampler_logprob`."""
-    entropy: list[Number]
+    entropy: list[JsonNumber]
     """H(S)."""
-    teacher_entropy: list[Number]
+    teacher_entropy: list[JsonNumber]
     """H(T)."""
-    forward_kl: list[Number]
+    forward_kl: list[JsonNumber]
     """sum_v T log(T / S), over the whole vocabulary whatever the advantage's support."""
-    reverse_kl: list[Number]
+    reverse_kl: list[JsonNumber]
     """sum_v S log(S / T)."""
-    jsd: list[Number]
+    jsd: list[JsonNumber]
     """Jensen-Shannon divergence of S and T, at most log 2."""
     top_ids: list[list[int]]
     """The most likely tokens of the student, then those of the teacher that are not among them."""
-    top_probs: list[list[Number]]
+    top_probs: list[list[JsonNumber]]
     """S of each of `top_ids`."""
-    top_teacher_probs: list[list[Number]]
+    top_teacher_probs: list[list[JsonNumber]]
     """T of each."""
-    top_credit: list[list[Number]]
+    top_credit: list[list[JsonNumber]]
     """-d loss / d z of each."""
     vocabulary: dict[str, str]
     """Text of each id in `top_ids` alone; an incomplete character is �."""
@@ -175,5 +175,5 @@ class HealthRecord(TypedDict):
     """The finding, with its numbers."""
     remedy: str
     """The remedy."""
-    values: dict[str, Number]
+    values: dict[str, JsonNumber]
     """The numbers that the rule compared, by name, its thresholds included."""

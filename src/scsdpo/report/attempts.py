@@ -28,7 +28,7 @@ class Attempts:
         return self.successes.index(True) + 1 if True in self.successes else None
 
 
-Curve = Sequence[tuple[int, float, float, float]]
+DiscoveryCurve = Sequence[tuple[int, float, float, float]]
 """k, discovery@k, and the bounds of its interval; nan: not known."""
 
 
@@ -45,7 +45,7 @@ def attempts_of(runs: Sequence[Run]) -> dict[int, Attempts]:
     return found
 
 
-def discovery(firsts: Sequence[int | None], ks: Sequence[int]) -> Curve:
+def discovery(firsts: Sequence[int | None], ks: Sequence[int]) -> DiscoveryCurve:
     """discovery@k: the share of runs, a question and a seed each, with a right attempt by the k-th.
 
     Args:
@@ -62,7 +62,7 @@ def discovery(firsts: Sequence[int | None], ks: Sequence[int]) -> Curve:
     return curve
 
 
-def discovery_panel(curves: Mapping[str, Curve], note: str) -> Panel:
+def discovery_panel(curves: Mapping[str, DiscoveryCurve], note: str) -> Panel:
     """Curves of discovery@k by label; intervals at the last k, and at powers of two before it.
 
     Args:

@@ -14,7 +14,7 @@ Figures = Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class RecordedEvaluation:
     """The content of `evaluations/val-BATCH.json`."""
 
     figures: Figures
@@ -25,14 +25,14 @@ class Evaluation:
     """True if any response to the question was right, by key."""
 
 
-def read_evaluations(folder: Path) -> dict[int, Evaluation]:
+def read_evaluations(folder: Path) -> dict[int, RecordedEvaluation]:
     """A run's evaluations by batch; empty if it has none."""
     found = {}
     for path in sorted((folder / "evaluations").glob("val-*.json")):
         name = re.fullmatch(r"val-(\d+)", path.stem)
         content = whole_object(path, "figures", "questions") if name else {}
         if name and content.get("schema_version") == SCHEMA:
-            found[int(name[1])] = Evaluation(
+            found[int(name[1])] = RecordedEvaluation(
                 figures={
                     category: {name: _estimate(**figure) for name, figure in figures.items()}
                     for category, figures in content["figures"].items()
@@ -58,7 +58,7 @@ def _estimate(value: float | None, low: float | None, high: float | None, n: int
     )
 
 
-def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
+def solved_difference(after: RecordedEvaluation, before: RecordedEvaluation) -> Estimate | None:
     """Paired difference of the share of questions with a right response; None: other questions."""
     if not after.solved or after.solved.keys() != before.solved.keys():
         return None
@@ -66,7 +66,7 @@ def solved_difference(after: Evaluation, before: Evaluation) -> Estimate | None:
     return paired_interval(then, [float(now) for now in after.solved.values()])
 
 
-def difference(after: Evaluation, before: Evaluation) -> Estimate | None:
+def difference(after: RecordedEvaluation, before: RecordedEvaluation) -> Estimate | None:
     """Paired difference of mean reward, after less before; None: other questions were asked."""
     if not after.scores or after.scores.keys() != before.scores.keys():
         return None

@@ -14,7 +14,7 @@ from scsdpo.report.curves import (
     window_panel,
 )
 from scsdpo.report.panels import Panel
-from scsdpo.report.reading import Run
+from scsdpo.report.reading import PHASES, Run
 from scsdpo.report.teacher import distances, too_few
 from scsdpo.report.teacher import panels as distance_panels
 
@@ -23,17 +23,9 @@ PASS_RATES = {
     "informative": ("some", "in between"),
     "solve_none": ("none", "out of reach, p = 0"),
 }
-PHASES = {
-    f"seconds/{name}": (f"phase-{i}", label)
-    for i, (name, label) in enumerate(
-        {
-            "rollout": "sampling",
-            "verify": "verifying",
-            "teacher": "teacher",
-            "student": "student",
-            "step": "optimizer",
-        }.items()
-    )
+SECONDS = {
+    f"seconds/{name}": (f"phase-{i}", words.removeprefix("the "))
+    for i, (name, words) in enumerate(PHASES.items())
 }
 NO_PANEL = {
     "reward", "solve_none", "solve_all", "informative", "central", "medium", "skipped",
@@ -65,7 +57,7 @@ def validation(runs: Sequence[Run]) -> Section:
     )
 
 
-def attempted(runs: Sequence[Run]) -> Section:
+def attempts_section(runs: Sequence[Run]) -> Section:
     """Attempts of `scsdpo solve`."""
     return Section(
         name="attempts",
@@ -237,7 +229,7 @@ def cost(runs: Sequence[Run]) -> Section:
         ("trained_tokens", "Tokens that got credit a batch", "The rest was not run."),
     )
     panels = [
-        *stack_panels(runs, PHASES, stack),
+        *stack_panels(runs, SECONDS, stack),
         *(line_panel(runs, name, title, note) for name, title, note in tokens),
     ]
     return Section(
@@ -252,7 +244,7 @@ def cost(runs: Sequence[Run]) -> Section:
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Sections in the order of the page, without empty ones."""
     makers = (
-        *(validation, attempted, learning, difficulty),
+        *(validation, attempts_section, learning, difficulty),
         *(episodes, teacher, trust, cost),
     )
     made = [make(runs) for make in makers]
@@ -285,7 +277,7 @@ def others(runs: Sequence[Run], shown: Collection[str]) -> Section:
         name
         for name in names
         if slug(name) not in shown
-        and name not in NO_PANEL | PHASES.keys()
+        and name not in NO_PANEL | SECONDS.keys()
         and not _TURN.fullmatch(name)
     ]
     found = [line_panel(runs, name, name, f"train/{name}") for name in left]

@@ -29,7 +29,7 @@ SCRIPTS = ("base.js", "plots.js", "explorer.js", "credit.js")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DrawnPanel:
     """A panel with its SVG and its data for the scripts."""
 
     panel: Panel
@@ -50,10 +50,10 @@ class Drawn:
         ]
 
 
-def drawn(panel: Panel) -> Drawn:
+def drawn(panel: Panel) -> DrawnPanel:
     """Draw a panel."""
     picture, data = svg.draw(panel)
-    return Drawn(panel=panel, svg=Markup(picture), data=data)
+    return DrawnPanel(panel=panel, svg=Markup(picture), data=data)
 
 
 def render(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> str:

@@ -12,13 +12,21 @@ import yaml  # type: ignore[import-untyped]
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.io.files import tell, whole_lines, whole_object
-from scsdpo.report.evaluations import Evaluation, read_evaluations
+from scsdpo.report.evaluations import RecordedEvaluation, read_evaluations
 
 MOST_POINTS = 400
 """Most points of a curve; a longer one is shown as means of neighboring batches."""
 
+PHASES = {
+    "rollout": "sampling",
+    "verify": "verifying",
+    "teacher": "the teacher",
+    "student": "the student",
+    "step": "the optimizer",
+}
+"""Phases of a step, in words."""
 T = TypeVar("T")
-Line = dict[str, Any]
+LogLine = dict[str, Any]
 Curve = tuple[list[float], list[float | None]]
 
 
@@ -28,21 +36,21 @@ class Run:
 
     name: str
     folder: Path
-    lines: Sequence[Line]
+    lines: Sequence[LogLine]
     """Lines of metrics.jsonl, one for each batch of training questions."""
 
     @cached_property
-    def training(self) -> list[Line]:
+    def training(self) -> list[LogLine]:
         """Lines of batches that were trained on."""
         return [line for line in self.lines if any(key.startswith("train/") for key in line)]
 
     @cached_property
-    def validations(self) -> list[Line]:
+    def validations(self) -> list[LogLine]:
         """Lines with a validation."""
         return [line for line in self.lines if any(key.startswith("val/") for key in line)]
 
     @cached_property
-    def evaluations(self) -> dict[int, Evaluation]:
+    def evaluations(self) -> dict[int, RecordedEvaluation]:
         """Its validations with all questions, by batch; empty if they were not kept."""
         return read_evaluations(self.folder)
 
@@ -100,7 +108,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def spread(values: Sequence[T]) -> list[T]:
+def spread_out(values: Sequence[T]) -> list[T]:
     """The values in the order last, first, middle, middles of the halves, and so on."""
     order, step = list(values[-1:]), len(values)
     while step >= 1:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from scsdpo.io.files import whole_lines
 from scsdpo.report.pack import pack
-from scsdpo.report.reading import Run, spread
+from scsdpo.report.reading import Run, spread_out
 
 SCHEMA = 2
 """Schema version of the records; importing `scsdpo.records` would load torch."""
@@ -112,7 +112,7 @@ def _by_worth(files: Sequence[_File]) -> list[_File]:
         batches = sorted({f.batch for f in files if (f.run, f.split) == (run, split)})
         first = [b for b in batches if (run, split, b) in traced]
         others = [b for b in batches if (run, split, b) not in traced]
-        for rank, batch in enumerate([*spread(first), *spread(others)]):
+        for rank, batch in enumerate([*spread_out(first), *spread_out(others)]):
             ranks[run, split, batch] = rank
     return sorted(files, key=lambda f: (ranks[f.run, f.split, f.batch], f.run, f.split, f.kind))
 

@@ -7,20 +7,12 @@ from typing import Any
 from scsdpo.io.files import whole_lines
 from scsdpo.report.configs import short
 from scsdpo.report.evaluations import difference, solved_difference
-from scsdpo.report.reading import Run
+from scsdpo.report.reading import PHASES, Run
 from scsdpo.statistics import Estimate
-
-PHASES = {
-    "rollout": "sampling",
-    "verify": "verifying",
-    "teacher": "the teacher",
-    "student": "the student",
-    "step": "the optimizer",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class FigureChange:
     """A figure at the first validation and at the last."""
 
     name: str
@@ -37,21 +29,23 @@ class Change:
         return f"{'rose' if self.points > 0 else 'fell' if self.points < 0 else 'went'} {ends}"
 
 
-def changes(run: Run) -> dict[str, Change]:
+def figure_changes(run: Run) -> dict[str, FigureChange]:
     """The change of each validation figure, by name; empty without two validations."""
     if len(run.validations) < 2:
         return {}
     first, last = run.validations[0], run.validations[-1]
     return {
-        (name := key.removeprefix("val/")): Change(name=name, before=first[key], after=last[key])
+        (name := key.removeprefix("val/")): FigureChange(
+            name=name, before=first[key], after=last[key]
+        )
         for key in last
         if key.startswith("val/") and first.get(key) is not None and last[key] is not None
     }
 
 
-def overall(run: Run, kind: str = "mean") -> Change | None:
+def overall(run: Run, kind: str = "mean") -> FigureChange | None:
     """The change of mean@k or maj@k of all validation questions; None: not known."""
-    found = changes(run)
+    found = figure_changes(run)
     return next((found[name] for name in found if name.startswith(f"{kind}@")), None)
 
 
@@ -169,7 +163,7 @@ def _questions(run: Run) -> str:
     return f"the {count}training questions themselves" if same else f"{count}held-out questions"
 
 
-def _known(run: Run, change: Change) -> str:
+def _known(run: Run, change: FigureChange) -> str:
     """The interval of a change, if the evaluations were kept."""
     ends = list(run.evaluations.values())
     estimate = difference(ends[-1], ends[0]) if len(ends) > 1 else None
@@ -186,9 +180,11 @@ def _unclear(estimate: Estimate) -> str:
     return "" if estimate.tells else ", which these questions do not tell from zero"
 
 
-def _categories(run: Run, whole: Change) -> str:
+def _categories(run: Run, whole: FigureChange) -> str:
     suffix = f"/{whole.name}"
-    parts = {n.removesuffix(suffix): c for n, c in changes(run).items() if n.endswith(suffix)}
+    parts = {
+        n.removesuffix(suffix): c for n, c in figure_changes(run).items() if n.endswith(suffix)
+    }
     if len(parts) < 2:
         return ""
     most = max(parts, key=lambda name: parts[name].points)
@@ -275,7 +271,7 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
     kinds = [change.name for kind in ("mean", "maj") if (change := overall(runs[0], kind))]
     rows = [["run", *(f"{kind}, %" for kind in kinds), "pass rate, %", "steps", "time"]]
     for run in runs:
-        found, rate = changes(run), run.recent("pass_rate")
+        found, rate = figure_changes(run), run.recent("pass_rate")
         cells = [
             f"{100 * c.before:.1f} → {100 * c.after:.1f} ({c.points:+.1f})"
             if (c := found.get(kind))

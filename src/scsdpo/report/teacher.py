@@ -9,7 +9,7 @@ from scsdpo.io.files import whole_lines, whole_object
 from scsdpo.report.curves import slug
 from scsdpo.report.palette import run_tone
 from scsdpo.report.panels import Dots, Layer, Panel, Stairs
-from scsdpo.report.reading import Run, mean, spread
+from scsdpo.report.reading import Run, mean, spread_out
 
 MEASURES = {
     "reverse_kl": "Reverse KL of student and teacher, nats",
@@ -56,7 +56,7 @@ def _analyzed(i: int, run: Run) -> Iterable[Distance]:
 
 
 def _traced(i: int, run: Run) -> Iterable[Distance]:
-    for path in spread(sorted((run.folder / "tokens").glob("train_*.jsonl")))[:MOST_FILES]:
+    for path in spread_out(sorted((run.folder / "tokens").glob("train_*.jsonl")))[:MOST_FILES]:
         responses = {
             (line["key"], line["sample"]): line
             for line in whole_lines(run.folder / "rollouts" / path.name, "key", "sample")

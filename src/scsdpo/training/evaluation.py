@@ -13,7 +13,7 @@ import lightning as L
 from scsdpo import interrupt
 from scsdpo.callbacks import show_rollouts
 from scsdpo.distributed import AbortVote, all_gather
-from scsdpo.evaluation import Question, Result, means, predictions, questions
+from scsdpo.evaluation import EvaluatedQuestion, Result, means, predictions, questions
 from scsdpo.metrics import log_figures
 from scsdpo.policy import CausalLM
 from scsdpo.records import Outage, begin_path, recorded, run_folder
@@ -36,7 +36,7 @@ class Evaluation:
         self.collector = collector
         self.result = Result(about={}, questions=())
         """The last whole evaluation: all ranks' questions, in order."""
-        self._own: list[Question] = []
+        self._own: list[EvaluatedQuestion] = []
 
     def begin(self) -> None:
         """Begin. A signal makes all ranks drop the whole evaluation; they agree at its end."""

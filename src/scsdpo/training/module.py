@@ -35,7 +35,7 @@ from scsdpo.planning import MemoryPlan
 from scsdpo.policy import CausalLM
 from scsdpo.policy.adapter import leave_out_of_ddp
 from scsdpo.policy.sharding import flat_mesh
-from scsdpo.records import MetricsFile, Recorder, guard
+from scsdpo.records import MetricsFile, Recorder, guard_logger
 from scsdpo.reduction import Reduction, SequenceMean
 from scsdpo.rollout import Drawing, HFRollout, Rollout
 from scsdpo.selection import Everything, Selection
@@ -210,7 +210,7 @@ class PolicyOptimizer(L.LightningModule):
         """
         self.rollout.check_installed()
         for logger in self.trainer.loggers:
-            guard(logger)
+            guard_logger(logger)
         if self.trainer.state.fn == "fit":
             check_settings(self.trainer, self)
         given = self.trainer.callbacks  # type: ignore[attr-defined]

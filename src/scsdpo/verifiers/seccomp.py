@@ -121,7 +121,7 @@ Instruction = tuple[int, int, int, int]
 """`struct sock_filter`: operation, jump if true, jump if false, operand."""
 Check = tuple[int, int, int, bool]
 """Index of an argument's word, an operation, its operand, and the required result."""
-Rule = tuple[tuple[int, int], tuple[Check, ...]]
+SyscallRule = tuple[tuple[int, int], tuple[Check, ...]]
 """A call by its numbers, and the checks that must all hold."""
 
 _ALL_BITS = 0xFFFFFFFF
@@ -160,7 +160,7 @@ def _null(argument: int) -> tuple[Check, Check]:
 
 _CLONE = (56, 220)
 _FCNTL, _IOCTL, _PRCTL, _MADVISE = (72, 25), (16, 29), (157, 167), (28, 233)
-_CHECKED: tuple[Rule, ...] = (
+_CHECKED: tuple[SyscallRule, ...] = (
     ((2, _NONE), (_without(1, _WRITING),)),  # open
     ((257, 56), (_without(2, _WRITING),)),  # openat
     (_CLONE, (_with(0, _THREAD), _without(0, _ALL_BITS ^ _THREAD_FLAGS))),

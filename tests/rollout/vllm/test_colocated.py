@@ -9,7 +9,7 @@ from scsdpo.distributed import RemoteError
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout import Colocated, VLLMRollout
 from scsdpo.rollout.vllm.colocated import InProcess
-from scsdpo.rollout.vllm.rollout import Answer
+from scsdpo.rollout.vllm.rollout import EngineAnswer
 from scsdpo.rollout.weights.hashing import StreamHash
 from scsdpo.rollout.weights.versions import Versions
 from scsdpo.types import Prompt, Sampling
@@ -49,7 +49,7 @@ class Spy:
     def ask(self, requests):
         self.note("generate", self.engine._version)
         found = frozenset({self.engine._version})
-        answer = Answer(ids=[5], logprobs=[-1.0], finish_reason="stop", versions=found)
+        answer = EngineAnswer(ids=[5], logprobs=[-1.0], finish_reason="stop", versions=found)
         return [[answer] for _ in requests]
 
 

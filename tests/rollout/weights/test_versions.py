@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from scsdpo.errors import TrainingStopped
 from scsdpo.policy import CausalLM, Lora
-from scsdpo.rollout.vllm.rollout import Answer, answers_without_faults
+from scsdpo.rollout.vllm.rollout import EngineAnswer, answers_without_faults
 from scsdpo.rollout.weights.hashing import StreamHash, refusal, tensor_hash, weights_digest
 from scsdpo.rollout.weights.versions import Versions
 
@@ -178,7 +178,7 @@ def test_other_or_missing_weights_are_refused():
 
 def answer(**changed):
     good = {"ids": [5], "logprobs": [-1.0], "finish_reason": "stop", "versions": frozenset("v")}
-    return Answer(**(good | changed))
+    return EngineAnswer(**(good | changed))
 
 
 BAD = {

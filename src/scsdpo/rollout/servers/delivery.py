@@ -26,7 +26,7 @@ from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.server import ADAPTERS, Server, Unreachable
 from scsdpo.rollout.weights.files import write_adapter, write_weights
-from scsdpo.rollout.weights.stream import Sink, Weights
+from scsdpo.rollout.weights.stream import Sink, WeightPass
 
 _IDLE = 60.0
 """Seconds without traffic after which a connection is closed."""
@@ -47,7 +47,7 @@ class Delivery(ABC):
     @abstractmethod
     def publish(
         self,
-        weights: Weights,
+        weights: WeightPass,
         *,
         version: str,
         dtype: torch.dtype,
@@ -115,7 +115,7 @@ class Files(Delivery):
 
     def publish(
         self,
-        weights: Weights,
+        weights: WeightPass,
         *,
         version: str,
         dtype: torch.dtype,
@@ -299,7 +299,7 @@ class ServerSink(Sink):
     def due(self) -> bool:  # type: ignore[override]
         return self.delivery.due
 
-    def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
+    def load(self, weights: WeightPass, version: str, dtype: torch.dtype) -> None:
         self._has_adapter = False
         self._files.withdraw("adapter")
         self.delivery.publish(

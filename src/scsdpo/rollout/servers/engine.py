@@ -25,7 +25,7 @@ from scsdpo.rollout.servers.request_queue import (
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
 from scsdpo.rollout.servers.server import ADAPTERS, NotNow, Server, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.vllm.rollout import Answer, Engine, PendingAnswers, Request
+from scsdpo.rollout.vllm.rollout import Engine, EngineAnswer, PendingAnswers, Request
 from scsdpo.rollout.weights.stream import LoraTransport, WeightStream
 
 
@@ -100,7 +100,7 @@ class Servers(Engine):
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
-    ) -> list[list[Answer]]:
+    ) -> list[list[EngineAnswer]]:
         loop = self._loop or self._start()
         queue = self._queue(requests, version)
         if version != self._version:
@@ -301,7 +301,7 @@ class _PendingAnswers(PendingAnswers):
     def is_done(self) -> bool:
         return self._run.done() and not self._run.cancelled() and not self._run.exception()
 
-    def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
+    def answers(self, publish: Callable[[], None]) -> list[list[EngineAnswer]]:
         if self._run.done() and isinstance(self._run.exception(), TrainingStopped):
             # Nobody waited for it until now, and servers may work again.
             self.queue.forgive()

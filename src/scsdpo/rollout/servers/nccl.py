@@ -24,7 +24,7 @@ from scsdpo.rollout.servers.delivery import Delivery
 from scsdpo.rollout.servers.event_loop import EventLoop
 from scsdpo.rollout.servers.server import SHORT, NotNow, Server, Silent, Unreachable
 from scsdpo.rollout.weights.hashing import Receipt, StreamHash, refusal
-from scsdpo.rollout.weights.stream import Pairs, Weights
+from scsdpo.rollout.weights.stream import Pairs, WeightPass
 
 _TRIES = 3
 """Number of tries to transfer one version before the run stops."""
@@ -73,7 +73,7 @@ class Nccl(Delivery):
 
     def publish(
         self,
-        weights: Weights,
+        weights: WeightPass,
         *,
         version: str,
         dtype: torch.dtype,
@@ -113,7 +113,7 @@ class Nccl(Delivery):
 
     def _send(
         self,
-        weights: Weights,
+        weights: WeightPass,
         version: str,
         dtype: torch.dtype,
         found: dict[Server, tuple[int, str]],

@@ -12,7 +12,7 @@ from typing import Any
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.rollout.servers.server import START, Unreachable
 from scsdpo.rollout.servers.watched_server import PAUSE, WatchedServer
-from scsdpo.rollout.vllm.rollout import Answer, Request, check_length
+from scsdpo.rollout.vllm.rollout import EngineAnswer, Request, check_length
 
 _FILLED = 2
 """Ratio of the sequences that a server gets to those that it runs at a time; it is never idle."""
@@ -82,7 +82,7 @@ class RequestQueue:
         """Server -> its running requests from this queue."""
         self.patience, self.timeout, self.changed = patience, timeout, changed
         self._todo = deque(range(len(requests)))
-        self._answers: dict[int, list[Answer]] = {}
+        self._answers: dict[int, list[EngineAnswer]] = {}
         self._refusal: Exception | None = None
         self._idle = 0.0
         """Seconds since the last answer in which no server had a request or loaded weights."""
@@ -90,7 +90,7 @@ class RequestQueue:
         self._failing: float | None = None
         """Time of the first failure since the last answer; None: there was none."""
 
-    async def run(self) -> list[list[Answer]]:
+    async def run(self) -> list[list[EngineAnswer]]:
         """Wait for answers to all requests; a second call goes on where the first was interrupted.
 
         Raises:

@@ -15,7 +15,7 @@ import httpx2
 
 from scsdpo.errors import ConfigurationError
 from scsdpo.rollout.servers.require_key import KEY_VARIABLE
-from scsdpo.rollout.vllm.rollout import Answer, Request, not_quantised
+from scsdpo.rollout.vllm.rollout import EngineAnswer, Request, not_quantised
 from scsdpo.rollout.weights.hashing import Receipt, refusal
 
 SHORT = 10.0
@@ -186,7 +186,9 @@ class Server:
         arguments = {"update_info": update_info, "timeout": timeout}
         return await self._rpc("scsdpo_receive", arguments, timeout=timeout + SHORT)
 
-    async def generate(self, request: Request, timeout: float, adapter: str = "") -> list[Answer]:
+    async def generate(
+        self, request: Request, timeout: float, adapter: str = ""
+    ) -> list[EngineAnswer]:
         """Answers to a request.
 
         Args:
@@ -276,10 +278,10 @@ def _message(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _answer(choice: dict[str, Any]) -> Answer:
+def _answer(choice: dict[str, Any]) -> EngineAnswer:
     content = choice["logprobs"]["content"] if choice["token_ids"] else ()
     spans = choice["weight_versions"] or ()
-    return Answer(
+    return EngineAnswer(
         ids=choice["token_ids"],
         logprobs=[token["logprob"] for token in content],
         finish_reason=choice["finish_reason"],

@@ -21,8 +21,8 @@ from scsdpo.policy.decoder import decoder_of
 from scsdpo.policy.quantization import plain_elements
 from scsdpo.rollout.vllm.contained import class_kept, contained, group_spared, launched, make_world
 from scsdpo.rollout.vllm.rollout import (
-    Answer,
     Engine,
+    EngineAnswer,
     Request,
     answers_without_faults,
     check_length,
@@ -31,7 +31,7 @@ from scsdpo.rollout.vllm.rollout import (
 from scsdpo.rollout.vllm.tensor_parallel import TensorParallelQueue
 from scsdpo.rollout.weights.files import folder_in_memory, write_adapter
 from scsdpo.rollout.weights.hashing import StreamHash, refusal
-from scsdpo.rollout.weights.stream import LoraTransport, Sink, Weights, WeightStream, rank_for
+from scsdpo.rollout.weights.stream import LoraTransport, Sink, WeightPass, WeightStream, rank_for
 
 _GIB = 2**30
 _WORK = _GIB
@@ -110,7 +110,7 @@ class Colocated(Engine):
 
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
-    ) -> list[list[Answer]]:
+    ) -> list[list[EngineAnswer]]:
         with self.hold_weights(policy, version), contained(policy.language_model.device):
             if self._queue is not None:
                 return self._queue.answers(self._version, requests)
@@ -302,10 +302,10 @@ class Colocated(Engine):
     def _refuse(self, requests: Sequence[Request]) -> None:
         check_length(requests, self.max_model_len, "raise model.rollout.engine.max_model_len")
 
-    def _answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def _answers(self, requests: Sequence[Request]) -> list[list[EngineAnswer]]:
         return answers_without_faults(self._ask, requests, self._version)
 
-    def _ask(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def _ask(self, requests: Sequence[Request]) -> list[list[EngineAnswer]]:
         from vllm import SamplingParams
 
         if not requests:
@@ -348,7 +348,7 @@ class InProcess(Sink):
         super().__init__()
         self._llm = llm
 
-    def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
+    def load(self, weights: WeightPass, version: str, dtype: torch.dtype) -> None:
         sent = StreamHash()
         passing = sent.over(weights(dtype))
         (receipt,) = self._llm.collective_rpc("scsdpo_load", args=(passing,))
@@ -400,9 +400,9 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _answer(completion: Any) -> Answer:
+def _answer(completion: Any) -> EngineAnswer:
     ids = list(completion.token_ids)
-    return Answer(
+    return EngineAnswer(
         ids=ids,
         logprobs=[
             at[token].logprob for token, at in zip(ids, completion.logprobs or (), strict=True)

@@ -77,7 +77,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class EngineAnswer:
     """One response as vLLM returns it."""
 
     ids: Sequence[int]
@@ -115,7 +115,7 @@ class PendingAnswers(ABC):
         """True once all answers are there."""
 
     @abstractmethod
-    def answers(self, publish: Callable[[], None]) -> list[list[Answer]]:
+    def answers(self, publish: Callable[[], None]) -> list[list[EngineAnswer]]:
         """Wait for the answers [Q][G].
 
         Args:
@@ -133,7 +133,7 @@ class Engine(ABC):
     @abstractmethod
     def generate(
         self, policy: CausalLM, requests: Sequence[Request], version: str
-    ) -> list[list[Answer]]:
+    ) -> list[list[EngineAnswer]]:
         """Answers [Q][G] under the policy's current weights.
 
         If the engine does not have these weights yet, they are sent first and its prefix cache is
@@ -363,7 +363,7 @@ class _Row:
         self.turn = 0
         self.ended = False
 
-    def draw(self, answer: Answer) -> None:
+    def draw(self, answer: EngineAnswer) -> None:
         """Append a turn that the policy drew."""
         self._add(answer.ids, answer.logprobs, sampled=True)
         several = len(answer.versions) > 1
@@ -428,11 +428,11 @@ def _responses(
 
 
 def answers_without_faults(
-    ask: Callable[[Sequence[Request]], list[list[Answer]]],
+    ask: Callable[[Sequence[Request]], list[list[EngineAnswer]]],
     requests: Sequence[Request],
     version: str,
     tries: int = 3,
-) -> list[list[Answer]]:
+) -> list[list[EngineAnswer]]:
     """The answers of `ask`; requests with a faulty answer are asked again.
 
     Args:

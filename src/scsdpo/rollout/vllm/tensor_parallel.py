@@ -11,7 +11,7 @@ import torch.distributed as dist
 from scsdpo import interrupt
 from scsdpo.distributed import LocalError, RemoteError, raise_first
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
-from scsdpo.rollout.vllm.rollout import Answer, Request
+from scsdpo.rollout.vllm.rollout import EngineAnswer, Request
 
 T = TypeVar("T")
 
@@ -46,14 +46,14 @@ class TensorParallelQueue:
         self,
         group: dist.ProcessGroup,
         refuse: Callable[[Sequence[Request]], None],
-        ask: Callable[[Sequence[Request]], list[list[Answer]]],
+        ask: Callable[[Sequence[Request]], list[list[EngineAnswer]]],
     ) -> None:
         self._group, self._refuse, self._ask = group, refuse, ask
         self._rank = dist.get_rank(group)
         self._broken = False
         self._steps = 0
 
-    def answers(self, version: str, requests: Sequence[Request]) -> list[list[Answer]]:
+    def answers(self, version: str, requests: Sequence[Request]) -> list[list[EngineAnswer]]:
         """Run one round; return the answers to this rank's requests, which may be none.
 
         Raises:
@@ -100,7 +100,7 @@ class TensorParallelQueue:
         raise_first([part.error for part in parts], refused)
         return parts
 
-    def _run(self, version: str, parts: Sequence[_Part]) -> list[list[Answer]]:
+    def _run(self, version: str, parts: Sequence[_Part]) -> list[list[EngineAnswer]]:
         requests = [request for part in parts for request in part.requests]
         asked = repr((version, requests)).encode()
         marks = self._gather(hashlib.blake2b(asked, digest_size=8).hexdigest())

@@ -35,7 +35,7 @@ from scsdpo.rollout.weights.hashing import GLIMPSE, StreamHash, weights_digest
 Pairs = Iterator[tuple[str, Tensor]]
 View = Callable[[CausalLM, torch.dtype], Pairs]
 """Yields some of the policy's weights; a function that pickles."""
-Weights = Callable[[torch.dtype], Pairs]
+WeightPass = Callable[[torch.dtype], Pairs]
 """Makes a pass over all weights to send, rounded to a dtype."""
 LoraTransport = Literal["auto", "merged", "alone"]
 """How LoRA is sent to an engine; the engine's argument `adapter`."""
@@ -294,7 +294,7 @@ class Sink(ABC):
         self._rounding = MergeRounding()
 
     @abstractmethod
-    def load(self, weights: Weights, version: str, dtype: torch.dtype) -> None:
+    def load(self, weights: WeightPass, version: str, dtype: torch.dtype) -> None:
         """Load weights into the engine.
 
         Args:
