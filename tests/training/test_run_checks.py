@@ -17,6 +17,7 @@ from scsdpo.checkpoints import Checkpoint
 from scsdpo.errors import ConfigurationError, TrainingStopped
 from scsdpo.policy import CausalLM
 from scsdpo.training import run_checks
+from scsdpo.training.warmup import Warmup
 
 
 def refused(folder, tmp_path, settings, monkeypatch, questions=None, **strategies):
@@ -273,3 +274,15 @@ def test_the_limit_that_ends_a_run_is_named(settings, said, qwen3, tmp_path, cap
     lines = [m for m in caplog.messages if m.startswith(("trainer.max", "ended by", "there will"))]
     assert len(lines) == len(said)
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines
+
+
+@pytest.mark.parametrize(("every", "named"), [(4, 3), (9, 6), (3, None), (2, None)])
+def test_a_warm_up_without_a_validation_at_its_end_is_told_which_interval_has_one(
+    every, named, qwen3, tmp_path, caplog
+):
+    run = module(qwen3, warmup=Warmup(steps=6, questions=1))
+    options = {"val_check_interval": every, "check_val_every_n_epoch": None, "max_steps": 1}
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, max_epochs=-1, **options).fit(run, data())
+    lines = [line for line in caplog.messages if line.startswith("no validation falls")]
+    assert [line.rpartition(" ")[2] for line in lines] == ([str(named)] if named else [])

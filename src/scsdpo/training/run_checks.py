@@ -188,6 +188,7 @@ def check_course(trainer: L.Trainer, module: Any) -> None:
                 f"ends after {math.ceil(last)}; lower trainer.val_check_interval or "
                 "check_val_every_n_epoch"
             )
+        _say_no_start(trainer, module)
     parts: Any = data.val_set.datasets if data.val_set else []
     known = {part.prompts[index].category for part in parts for index in part.kept}
     for key, metric in _monitors(trainer, module):
@@ -299,6 +300,20 @@ def _first_validation(trainer: L.Trainer, epoch: int) -> float:
         return every
     within = every if isinstance(every, int) else max(int(epoch * every), 1)
     return (trainer.check_val_every_n_epoch - 1) * epoch + within
+
+
+def _say_no_start(trainer: L.Trainer, module: Any) -> None:
+    """Say so if no validation falls at the end of the warm-up, with which a gain is compared."""
+    steps: int = module.warmup.settings.steps if module.warmup is not None else 0
+    every: Any = trainer.val_check_interval
+    if not isinstance(every, int) or trainer.check_val_every_n_epoch is not None or steps == 0:
+        return
+    if steps % every:
+        divisor = max(n for n in range(1, min(every, steps) + 1) if steps % n == 0)
+        rank_zero_info(
+            f"no validation falls at the end of the warm-up (model.warmup.steps: {steps}): to see "
+            f"what the method gains over it, set trainer.val_check_interval to {divisor}"
+        )
 
 
 # --------------------------------------------------------------------- optimizer and schedule
