@@ -12,8 +12,9 @@ other policy; without it the hub's.
 Runs are those of `scsdpo compare --configs`: what is in --out already is not done again, a stopped
 benchmark goes on, seeds and methods can be added, and any two of --out/METHOD can be given to
 `scsdpo compare`. A run with a warm-up starts where that ends: its gain is over the validation
-there, and its policy is called "warmed up". Writes real.json (a row a run) and real.md (the tables
-of real_report.py) into --report; --merge adds the rows to a file of others.
+there, and its policy is called "warmed up". The name of a source of questions, as
+benchmarks/science_words.py makes one, stands after the policy's. Writes real.json (a row a run) and
+real.md (the tables of real_report.py) into --report; --merge adds the rows to a file of others.
 """
 
 import argparse
@@ -72,15 +73,17 @@ def result(folder: Path, method: str, seed: int, words: Sequence[str] = ()) -> d
     train = [row for row in log if "train/pass_rate" in row]
     done = (folder / DONE).exists()
     seconds = round(json.loads((folder / DONE).read_text())["cpu_seconds"], 1) if done else None
-    model = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    model, task = config["model"], config["data"]["train"]["init_args"].get("name")
     warmup = model["warmup"]["steps"]
     first = min(warmup, variants.WARM_STEPS)
     start = next((row for row in val if row["batch"] >= first), None)
     policy = Path(model["policy"]["init_args"]["name_or_path"]).name
+    start_of = [policy, *([task] if task else []), *(["warmed up"] if warmup else [])]
     found: dict = {
         "method": method,
         "seed": seed,
-        "policy": f"{policy}, warmed up" if warmup else policy,
+        "policy": ", ".join(start_of),
         "device": device(json.loads((folder / "environment.json").read_text())["device"]),
         "words": list(words),
         "done": done,

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import check
 import real
 import real_report
+import science_words
 import variants
 
 from real_rows import row
@@ -110,11 +111,12 @@ def test_what_cannot_be_run_is_refused_in_a_line(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def run_folder(folder, batches, *, done=True, device="NVIDIA A100-SXM4-80GB", warmup=0):
+def run_folder(folder, batches, *, done=True, device="NVIDIA A100-SXM4-80GB", warmup=0, task=None):
     folder.mkdir(parents=True)
     policy = {"init_args": {"name_or_path": "/some/where/smol"}}
     model = {"policy": policy, "warmup": {"steps": warmup}}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    data = {"train": {"init_args": {"name": task} if task else {}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
     (folder / "environment.json").write_text(json.dumps({"device": device}))
     log = [{"batch": 0, "val/mean@8": 0.25, "val/maj@8": 0.5}]
     for batch in range(1, batches + 1):
@@ -149,6 +151,21 @@ def test_a_run_with_a_warm_up_starts_where_that_ends(warmup, before, tmp_path):
     found = real.result(folder, "warm-sc-sdpo", 0)
     assert (found["mean@8 before"], found["mean@8"]) == (before, 0.75)
     assert found["policy"] == "smol, warmed up" and found["batches"] == 20
+
+
+def test_questions_of_a_named_source_stand_after_the_policys_name(tmp_path):
+    plain, warm = (
+        real.result(run_folder(tmp_path / str(n), 30, warmup=n, task="science"), "grpo", 0)
+        for n in (0, 10)
+    )
+    assert plain["policy"] == "smol, science" and warm["policy"] == "smol, science, warmed up"
+
+
+def test_the_science_questions_are_many_and_in_one_split_only():
+    train, val = (science_words.questions(name, n) for name, n in science_words.SIZES.items())
+    texts = [{row["prompt"] for row in rows} for rows in (train, val)]
+    assert [len(each) for each in texts] == [448, 56] and not texts[0] & texts[1]
+    assert {row["topic"] for row in train} == {row["topic"] for row in val} and len(val[0]) == 3
 
 
 def test_a_run_that_was_cut_off_has_no_end(tmp_path):
