@@ -91,7 +91,7 @@ def _main(args: Sequence[str]) -> int:
         with Handlers(), _importing_from_here():
             return _run(args)
     except ConfigurationError as error:
-        return _fail(error, 2)
+        return _fail(error, 2) if _is_mine_to_say(error) else 2
     except TrainingStopped as error:
         return _fail(error, 3)
     except Exception as error:
@@ -135,6 +135,15 @@ def _run(args: Sequence[str]) -> int:
             os._exit(code)  # threads that wait for an answer would be waited for
         return code
     return 0
+
+
+def _is_mine_to_say(mistake: ConfigurationError) -> bool:
+    """False if another rank of this run prints the same line."""
+    if "torch" not in sys.modules:
+        return True
+    from scsdpo.distributed import is_first_to_ask
+
+    return is_first_to_ask(f"mistake {mistake}")
 
 
 def _fail(error: Exception | str, code: int) -> int:

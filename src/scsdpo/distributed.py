@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from scsdpo.errors import ConfigurationError, TrainingStopped, first_line
 from scsdpo.interrupt import Interrupted, RankLost
 from scsdpo.private.torch import default_store
+from scsdpo.prompt import stable_hash
 
 T = TypeVar("T")
 
@@ -25,6 +26,20 @@ def rank_and_size() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def is_first_to_ask(question: str) -> bool:
+    """True on the first rank that asks with these words, and on every rank without a store.
+
+    It is no collective. With one process it is True.
+    """
+    if rank_and_size()[1] == 1:
+        return True
+    try:
+        asked: int = default_store().add(f"scsdpo/asked/{stable_hash(question)}", 1)
+    except RuntimeError:  # the process that kept the store has ended
+        return True
+    return asked == 1
 
 
 def all_sum(value: Tensor) -> Tensor:

@@ -109,3 +109,11 @@ def test_two_ranks_that_are_still_starting_end(target, qwen3, tmp_path):
     send(pids[TARGETS[target][0]], SIGNALS["TERM"][0])
     assert process.wait(60) == 143
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_mistake_that_both_ranks_find_is_printed_once(qwen3, tmp_path):
+    """The category is looked up where the data are set up, which each rank does."""
+    mistake = "--checkpoint.monitor=val/nonsense/mean@2"
+    assert start(qwen3, tmp_path, mistake).wait(120) == 2
+    said = (tmp_path / "err").read_text()
+    assert said.count("scsdpo: error: ") == said.count("is of category 'nonsense'") == 1, said
