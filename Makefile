@@ -90,7 +90,7 @@ test-types: $(TYPES_INSTALLED)
 
 # Every causal language model of transformers: right by the path that it takes, or refused; minutes.
 test-models: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models
 
 # The arithmetic of `scsdpo plan` against fresh processes (Linux, 6 GiB) and FSDPMemTracker; minutes.
 test-plan: $(INSTALLED)
