@@ -53,7 +53,7 @@ def main() -> None:
             "class_path": "scsdpo.data.Records",
             "init_args": {
                 "path": str(file),
-                "split": split,
+                "split": "train",  # the whole file
                 "name": "science",
                 "category": "topic",
                 "system_prompt": SYSTEM,
