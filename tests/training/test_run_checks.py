@@ -276,13 +276,27 @@ def test_the_limit_that_ends_a_run_is_named(settings, said, qwen3, tmp_path, cap
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines
 
 
-@pytest.mark.parametrize(("every", "named"), [(4, 3), (9, 6), (3, None), (2, None)])
+@pytest.mark.parametrize(
+    ("every", "epochs", "steps", "named"),
+    [
+        (4, None, 6, "3"),
+        (9, None, 6, "6"),
+        (3, None, 6, ""),
+        (2, None, 6, ""),
+        (2, 1, 1, "1"),
+        (1.0, 1, 3, ""),  # an epoch has three batches
+        (1.0, 1, 6, ""),
+        (1.0, 1, 4, "2 and trainer.check_val_every_n_epoch to null"),
+        (1.0, 2, 3, "3 and trainer.check_val_every_n_epoch to null"),
+        (1.0, 2, 6, ""),
+    ],
+)
 def test_a_warm_up_without_a_validation_at_its_end_is_told_which_interval_has_one(
-    every, named, qwen3, tmp_path, caplog
+    every, epochs, steps, named, qwen3, tmp_path, caplog
 ):
-    run = module(qwen3, warmup=Warmup(steps=6, questions=1))
-    options = {"val_check_interval": every, "check_val_every_n_epoch": None, "max_steps": 1}
+    run = module(qwen3, warmup=Warmup(steps=steps, questions=1))
+    options = {"val_check_interval": every, "check_val_every_n_epoch": epochs, "max_steps": 1}
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, max_epochs=-1, **options).fit(run, data())
     lines = [line for line in caplog.messages if line.startswith("no validation falls")]
-    assert [line.rpartition(" ")[2] for line in lines] == ([str(named)] if named else [])
+    assert [line.partition("interval to ")[2] for line in lines] == ([named] if named else [])

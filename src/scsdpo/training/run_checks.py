@@ -191,7 +191,7 @@ def check_course(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
                 f"ends after {math.ceil(last)}; lower trainer.val_check_interval or "
                 "check_val_every_n_epoch"
             )
-        _say_no_start(trainer, module)
+        _say_no_start(trainer, module, epoch)
     parts: Any = data.val_set.datasets if data.val_set else []
     known = {part.prompts[index].category for part in parts for index in part.kept}
     for key, metric in _monitors(trainer, module):
@@ -307,17 +307,26 @@ def _first_validation(trainer: L.Trainer, epoch: int) -> float:
     return (trainer.check_val_every_n_epoch - 1) * epoch + within
 
 
-def _say_no_start(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
+def _say_no_start(trainer: L.Trainer, module: "PolicyOptimizer", epoch: int) -> None:
     """Say so if no validation falls at the end of the warm-up, with which a gain is compared."""
-    steps: int = module.warmup.settings.steps if module.warmup is not None else 0
+    steps = module.warmup.settings.steps if module.warmup is not None else 0
     every: Any = trainer.val_check_interval
-    if not isinstance(every, int) or trainer.check_val_every_n_epoch is not None or steps == 0:
+    if steps == 0 or not isinstance(every, int | float):
         return
-    if steps % every:
-        divisor = max(n for n in range(1, min(every, steps) + 1) if steps % n == 0)
+    rounds = trainer.check_val_every_n_epoch
+    within = every if isinstance(every, int) else max(int(epoch * every), 1)
+    before = 0 if rounds is None else (steps - 1) // epoch  # whole epochs before the one it ends in
+    missed = (steps - before * epoch) % within or (rounds is not None and (before + 1) % rounds)
+    if missed:
+        divisor = max(n for n in range(1, min(within, steps) + 1) if steps % n == 0)
+        null = (
+            " and trainer.check_val_every_n_epoch to null"
+            if before or rounds not in (1, None)
+            else ""
+        )
         rank_zero_info(
             f"no validation falls at the end of the warm-up (model.warmup.steps: {steps}): to see "
-            f"what the method gains over it, set trainer.val_check_interval to {divisor}"
+            f"what the method gains over it, set trainer.val_check_interval to {divisor}{null}"
         )
 
 
