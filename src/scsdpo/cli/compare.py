@@ -43,13 +43,37 @@ def options() -> argparse.ArgumentParser:
         "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
         "... are methods, which are compared seed by seed. --configs makes such folders.",
     )
-    parser.add_argument("things", nargs="*", metavar="A B", help="files, runs, names to compare")
-    parser.add_argument("--config", action="append", default=[], help="of every evaluation or run")
-    parser.add_argument("--configs", nargs="+", default=[], help="a method each, over --config")
-    parser.add_argument("--seeds", type=int, default=5, help="runs a method: seeds 0, 1, ...")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--show", type=int, default=5, help="questions won and lost to show")
-    parser.add_argument("--out", type=Path, help="JSON file to write; of --configs, the folder")
+    parser.add_argument(
+        "things",
+        nargs="*",
+        metavar="A B",
+        help="evaluation files, runs, checkpoints, folders or hub names to compare",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="configuration file of every evaluation or run",
+    )
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=[],
+        help="a configuration file for each method; it wins over --config",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        help="number of runs of each method, with seeds 0, 1, ... (5)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    parser.add_argument(
+        "--show", type=int, default=5, help="won questions to show, and as many lost ones (5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; with --configs, the folder of the runs"
+    )
     return parser
 
 

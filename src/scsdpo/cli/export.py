@@ -33,14 +33,24 @@ def options() -> argparse.ArgumentParser:
         prog="scsdpo export", description="Write a policy as a Hugging Face folder."
     )
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, metavar="FILE", help="RUN/checkpoints/last.ckpt")
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint, such as RUN/checkpoints/last.ckpt",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
-    add("--adapter", action="store_true", help="keep LoRA factors apart, as a PEFT folder")
+    add(
+        "--adapter",
+        action="store_true",
+        help="write the LoRA adapter alone, as a PEFT folder; without it, it is merged",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the written weights; auto: that of the checkpoint that training started from",
+        help="dtype of the written weights; auto: that of the model that training started from",
     )
     return parser
 

@@ -92,18 +92,42 @@ def options() -> argparse.ArgumentParser:
         like="fit",
     )
     add, rates = parser.add_argument, Rates()
-    add("--architecture", help="config.json, or its folder, if the policy's is not here")
-    add("--gpus", type=int, help="devices in all; default: trainer.devices x trainer.num_nodes")
+    add(
+        "--architecture",
+        help="config.json or its folder; needed if the policy is not on this machine",
+    )
+    add("--gpus", type=int, help="number of devices (trainer.devices x trainer.num_nodes)")
     add("--split", type=int, metavar="N", help="divide N devices into trainers and vLLM servers")
-    add("--memory", type=float, default=80.0, help="GiB of each (80)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="what they are (cuda)")
-    add("--prompt-tokens", type=int, help="of a prompt (data.max_prompt_tokens)")
-    add("--teacher-tokens", type=int, help="of a teacher's prompt (a prompt and a response)")
-    add("--response-tokens", type=int, help="of a response (model.sampling.max_new_tokens)")
-    add("--tflops", type=float, default=rates.flops / 1e12, help="reached in products (400)")
-    add("--bandwidth", type=float, default=rates.bandwidth / 1e12, help="TB/s of memory (2.5)")
-    add("--link", type=float, default=rates.link / 1e9, help="GB/s between ranks (200)")
-    add("--host-ms", type=float, default=rates.host * 1e3, help="of Python a layer (1.25)")
+    add("--memory", type=float, default=80.0, help="memory of each device in GiB (80)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of the devices (cuda)")
+    add("--prompt-tokens", type=int, help="tokens of a prompt (data.max_prompt_tokens)")
+    add(
+        "--teacher-tokens",
+        type=int,
+        help="tokens of a teacher's prompt (those of a prompt and a response)",
+    )
+    add("--response-tokens", type=int, help="tokens of a response (model.sampling.max_new_tokens)")
+    add(
+        "--tflops",
+        type=float,
+        default=rates.flops / 1e12,
+        help="TFLOP/s that matrix products reach (400)",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        default=rates.bandwidth / 1e12,
+        help="memory bandwidth of each device in TB/s (2.5)",
+    )
+    add(
+        "--link", type=float, default=rates.link / 1e9, help="bandwidth between ranks in GB/s (200)"
+    )
+    add(
+        "--host-ms",
+        type=float,
+        default=rates.host * 1e3,
+        help="ms of Python for each layer and decoding step of HFRollout (1.25)",
+    )
     return parser
 
 
