@@ -192,7 +192,7 @@ def test_bad_arguments_are_one_line(full, tmp_path, capsys):
     sharded = tmp_path / "sharded.ckpt"
     sharded.mkdir()
     (sharded / "meta.pt").touch()
-    assert "is torn" in refusal(capsys, "--ckpt", sharded, "--out", out)
+    assert "is incomplete" in refusal(capsys, "--ckpt", sharded, "--out", out)
     assert not out.exists()
 
 

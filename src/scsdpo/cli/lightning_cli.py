@@ -235,7 +235,7 @@ def _whole(path: Path, *, resumable: bool) -> Saved:
     except ValueError as error:
         runs = path.is_dir() and path.suffix != ".ckpt"
         other = usable_neighbour(path) if path.parent.is_dir() and not runs else None
-        hint = f"; {other} is whole" if other is not None else ""
+        hint = f"; {other} is complete" if other is not None else ""
         raise ValueError(f"{error}{hint}") from error
     if resumable and not saved.resumable:
         raise ValueError(
