@@ -100,7 +100,11 @@ def main(args: Sequence[str]) -> None:
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))
     elif any(methods):
-        raise ConfigurationError("compare: give folders of seeds only, or none")
+        others = [thing for thing, seeds in zip(things, methods, strict=True) if not seeds]
+        raise ConfigurationError(
+            "compare: folders of seeds can only be compared with folders of seeds, got "
+            f"{', '.join(others)} too"
+        )
     else:
         record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
@@ -282,7 +286,9 @@ def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
         ):
             if a != b:
                 said = f": {a} and {b}" if what != "questions" else ""
-                raise ConfigurationError(f"compare: {name} and {other} differ in {what}{said}")
+                raise ConfigurationError(
+                    f"compare: {name} and {other} must have the same {what}{said}"
+                )
     shared = set.intersection(*(set(runs) for runs in found.values()))
     if not shared:
         raise ConfigurationError("compare: the methods have no seed in common")

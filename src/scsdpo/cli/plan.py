@@ -73,8 +73,10 @@ def main(args: Sequence[str]) -> None:
             found = splits(setup, given.split, rates)
             if not found:
                 raise ConfigurationError(
-                    f"--split: no division of {given.split} devices works: the weights fit on no "
-                    f"server, or {setup.questions} questions divide among no number of trainers"
+                    f"--split: {given.split} devices cannot be divided into trainers and servers: "
+                    "the weights fit on no server (raise --memory or --split), or "
+                    f"data.questions_per_batch ({setup.questions}) is not a multiple of any "
+                    "possible number of trainers"
                 )
             print_splits(setup, found, rates, Terminal())
 
@@ -138,8 +140,8 @@ def _setup(given: argparse.Namespace, module: Any, config: Any, names: Mapping[s
     sharded = sharding(strategy if isinstance(strategy, str) else strategy.as_dict())
     if data.questions_per_batch % ranks:
         raise ConfigurationError(
-            f"data.questions_per_batch: {data.questions_per_batch} questions do not divide among "
-            f"{ranks} devices; choose a multiple, or another --gpus"
+            f"data.questions_per_batch: must be a multiple of the {ranks} devices, got "
+            f"{data.questions_per_batch}; change it, or --gpus"
         )
     prompt = given.prompt_tokens or data.max_prompt_tokens
     response = given.response_tokens or module.sampling.max_new_tokens
