@@ -200,7 +200,7 @@ def test_a_papers_rate_is_used_over_qwen3_and_nothing_else_of_the_optimizer_chan
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tiny", "methods/srpo"], r"model.optimizer.lr: 5e-06 of \S+srpo.yaml replaces 0.0001"),
+        (["tiny", "methods/srpo"], r"model.optimizer.lr: 5e-06 from \S+srpo.yaml replaces 0.0001"),
         (["tiny", "methods/grpo"], None),
         (["tiny", "methods/srpo", "--model.optimizer.lr=1e-4"], None),
         (["tiny", "methods/srpo", "--model.optimizer.init_args.lr=3e-5"], None),

@@ -140,7 +140,7 @@ def meet() -> None:
     limit = time.monotonic() + _PATIENCE
     while (kept := _run.ranks.arrive(_run.window)) is None:
         if time.monotonic() > limit:
-            raise TimeoutError(f"not all ranks came within {_PATIENCE:g} s: one of them is lost")
+            raise TimeoutError(f"a rank is lost: the others waited {_PATIENCE:g} s for it")
         time.sleep(0.002)
         check()
     if not kept:

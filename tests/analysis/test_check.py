@@ -268,7 +268,7 @@ def test_a_policy_that_is_ready_hears_good_things_alone():
         (
             {"answers": answers(truncated=0.5)},
             "warning",
-            "cut off: 50% of the responses reach the cap",
+            "cut off: 50% of the responses reach their length limit",
         ),
         (
             {"told": WORSE},

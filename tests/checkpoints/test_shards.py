@@ -135,16 +135,18 @@ def test_a_torn_folder_is_named_and_passed_over(folder, qwen3, tmp_path, capsys)
     whole = tmp_path / "previous.ckpt"
     shutil.copytree(folder, whole)
     last = torn(folder, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last\.ckpt is torn: .*distcp was not written to its"):
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt is incomplete: .*distcp was not written to its"
+    ):
         Saved.read(last)
     assert newest(tmp_path, Saved.read(whole).config, whole_run=True).path == whole
     (last / shards.META).unlink()
-    with pytest.raises(ValueError, match=r"last\.ckpt is torn"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is incomplete"):
         Saved.read(last)
     policy = f"--model.policy.name_or_path={qwen3}"
     capsys.readouterr()
     assert scsdpo("fit", *ARGUMENTS, policy, f"--ckpt_path={last}") == 2
-    assert f"{last} is torn: it was not written to its end; {whole} is whole" in (
+    assert f"{last} is incomplete: it was not written to its end; {whole} is complete" in (
         capsys.readouterr().err
     )
 

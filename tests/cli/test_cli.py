@@ -90,8 +90,8 @@ COMMAND_LINE = {
     "not a known Weighting: module scsdpo.weighting has no 'PassRte'; did you mean `PassRate`?",
     "--model.weighting=nowhere.Mine": "model.weighting: nowhere.Mine is not a known Weighting: "
     "there is neither nowhere.py in this folder nor a module nowhere on PYTHONPATH",
-    "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` is what a "
-    "run writes down: questions are read by `data.train: Records`",
+    "--records.path=x.jsonl": "records.path: RunRecords has no such argument; `records` sets what "
+    "a run writes. To read questions, set `data.train: Records`",
     "--model.weighting=TopK": "model.weighting: TopK is not a known Weighting",
     "--model.weighting=scsdpo.advantage.TopK": "model.weighting: scsdpo.advantage.TopK is a class, "
     "but not a subclass of Weighting",
@@ -123,7 +123,7 @@ COMMAND_LINE = {
     "--trainer.max_step=3": "trainer.max_step: no such key; did you mean `trainer.max_steps`?",
     "--model.sampling.m=1": "model.sampling.m: Sampling has no such argument (it takes: n, "
     "max_new_tokens, temperature, top_p, top_k, min_p, stop, seed)",
-    "word": "word: no option; options are written --key=value",
+    "word": "word: not an option; write options as --key=value",
     "--model.sampling.n=many": "model.sampling.n: must be int, got many",
     "--model.val_sampling=many": "model.val_sampling: must be Sampling, got many",
     "--model.val_sampling.n=0": "model.val_sampling.n: must be >= 1, got 0",
@@ -230,8 +230,8 @@ FILES = {
     "YAML reads yes, no, on and off as booleans: write the word in quotes",
     "model: {policy: {name_or_path: 7}}": "model.policy.name_or_path: must be str, got 7; write it "
     "in quotes",
-    "model: &a {sampling: *a}": "wrong.yaml, line 1: model.sampling: an alias of a mapping that "
-    "holds it",
+    "model: &a {sampling: *a}": "wrong.yaml, line 1: model.sampling: this YAML alias names a "
+    "mapping that contains the alias; write the keys out instead",
     "model: {sampling: *a}": "wrong.yaml, line 1: not YAML: found undefined alias 'a'",
     "model: {}\n---\ndata: {}": "wrong.yaml, line 2: not YAML: but found another document",
 }
@@ -476,17 +476,21 @@ def test_what_a_replaced_class_leaves_behind_is_said(scsdpo, tmp_path):
     idle = ["--trainer.limit_train_batches=0"]
     over = scsdpo("fit", "--config=a.yaml", "--config=b.yaml", *idle)[2]
     assert (
-        "model.teacher.context.max_tokens: still 77, which a.yaml sets for SiblingDemonstration; "
-        "model.teacher.context is now Feedback. Set model.teacher.context.max_tokens too if that "
-        "is not meant\n"
+        "model.teacher.context.max_tokens: keeps the value 77, which a.yaml sets for "
+        "SiblingDemonstration, although model.teacher.context is now Feedback. To change it, set "
+        "model.teacher.context.max_tokens too\n"
     ) in over
-    assert "model.lr_scheduler.total_iters: still 9, which a.yaml sets for LinearLR; " in over
+    assert (
+        "model.lr_scheduler.total_iters: keeps the value 9, which a.yaml sets for LinearLR, "
+        in over
+    )
     swapped = scsdpo("fit", "--config=a.yaml", "--model.teacher=Frozen", *idle)[2]
     assert (
-        "model.teacher.context: still SiblingDemonstration, which a.yaml sets for EMA; " in swapped
-    )
+        "model.teacher.context: keeps the value SiblingDemonstration, which a.yaml sets for EMA, "
+        "although model.teacher is now Frozen. "
+    ) in swapped
     (tmp_path / "c.yaml").write_text("model: {teacher: {init_args: {rate: 0.2}}}")
-    assert ": still " not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
+    assert ": keeps the value " not in scsdpo("fit", "--config=a.yaml", "--config=c.yaml", *idle)[2]
 
 
 def test_a_mistake_that_a_leftover_makes_names_the_value_and_its_file(scsdpo, tmp_path):
@@ -500,8 +504,8 @@ def test_a_mistake_that_a_leftover_makes_names_the_value_and_its_file(scsdpo, tm
     assert code == 2
     assert "a single file has no splits, and `split` is 'val': set `split` to `train`" in line
     assert (
-        "(data.val.split: still 'val', which lab.yaml sets for LabTasks; data.val is now Records. "
-        "Set data.val.split too if that is not meant"
+        "(data.val.split: keeps the value 'val', which lab.yaml sets for LabTasks, although "
+        "data.val is now Records. To change it, set data.val.split too"
     ) in line
 
 

@@ -183,7 +183,8 @@ def test_bad_arguments_are_one_line(full, tmp_path, capsys):
         f"--out: {full.parent} is not empty; choose a new folder"
     )
     assert refusal(capsys, "--ckpt", full, "--out", out, "--adapter") == (
-        "--adapter: this policy was trained whole, it has no adapter"
+        "--adapter: this policy has no adapter, because all its weights were trained: leave "
+        "--adapter out"
     )
     (tmp_path / "notes.ckpt").write_text("hello")
     assert refusal(capsys, "--ckpt", tmp_path / "notes.ckpt", "--out", out) == (
@@ -192,7 +193,7 @@ def test_bad_arguments_are_one_line(full, tmp_path, capsys):
     sharded = tmp_path / "sharded.ckpt"
     sharded.mkdir()
     (sharded / "meta.pt").touch()
-    assert "is torn" in refusal(capsys, "--ckpt", sharded, "--out", out)
+    assert "is incomplete" in refusal(capsys, "--ckpt", sharded, "--out", out)
     assert not out.exists()
 
 

@@ -159,7 +159,7 @@ def test_folders_of_seeds_are_methods(scsdpo, tmp_path):  # noqa: F811
     late = result((1.0, 0.0), (1.0, 1.0), (0.0, 0.0), about=ABOUT | {"batch": 2})
     late.write(tmp_path / "sdpo" / "seed1" / "evaluations" / "val-3.json")
     code, _, error = scsdpo("compare", "grpo", "sdpo", base=[])
-    assert code == 2 and "differ in batches before its last validation: 3 and 2" in error
+    assert code == 2 and "must have the same batches before its last validation: 3 and 2" in error
 
 
 @pytest.mark.parametrize(

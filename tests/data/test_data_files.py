@@ -549,9 +549,9 @@ def test_a_template_is_filled_from_columns_and_keeps_other_braces(tmp_path):
     ("template", "message"),
     [
         ("{q}{C}", r"`Records\(template=...\)`: .* has no column 'C', only 'q', 'answer'"),
-        ("{q} {", r"`Records`: `template` has a '{' alone at character 5; .* write '{{'"),
-        ("{q} }", r"has a '}' alone at character 5"),
-        ("q", r"`template` names no column in braces, got 'q'"),
+        ("{q} {", r"`Records`: `template` has a single '{' at character 5; write '{{'"),
+        ("{q} }", r"has a single '}' at character 5"),
+        ("q", r"`template` must name a column in braces, got 'q'"),
         (r"{q} \frac{1}{2}", r"has no column '1'"),
     ],
 )
@@ -612,7 +612,7 @@ def test_a_conversation_is_asked_turn_by_turn(tmp_path, kind):
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
             {},
-            "turn 1 has a part of the type 'image'; only text can be asked",
+            "turn 1 has a part of the type 'image'; only text is supported",
         ),
         (TURNS, {"system_prompt": "Hi."}, "system turn of its own; leave out `system_prompt`"),
         (TURNS, {"template": "{prompt}"}, "column 'prompt' must be a text or a number"),

@@ -481,9 +481,9 @@ def test_a_source_that_changed_is_named_and_begins_a_pass_of_its_own(
     assert sorted(first[:10]) == sorted(OLD)
     caplog.clear()
     found = asked(chat, source(tmp_path, letters, kind), steps + 20, resume=tmp_path / "end.ckpt")
-    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    said = [line for line in caplog.messages if "have changed since the checkpoint" in line]
     assert len(said) == 1 and said[0].startswith("data.train: ")
-    assert f"also the {4 * steps} that" in said[0] and "restore the old rows" in said[0]
+    assert f"so the {4 * steps} questions that" in said[0] and "restore the old rows" in said[0]
     for start in range(0, len(found) - len(letters), len(letters)):
         assert sorted(found[start : start + len(letters)]) == sorted(letters)
 
@@ -493,7 +493,7 @@ def test_rows_behind_what_a_stream_has_read_change_nothing(chat, tmp_path, caplo
     first = asked(chat, old, 1, save=tmp_path / "end.ckpt")
     new = source(tmp_path, OLD + "xyz", "stream")
     found = asked(chat, new, 8, resume=tmp_path / "end.ckpt")
-    assert not [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert not [line for line in caplog.messages if "have changed since the checkpoint" in line]
     assert sorted(first + found[:9]) == sorted(OLD + "xyz")
 
 
@@ -508,7 +508,7 @@ def test_what_did_not_change_goes_on_beside_what_did(chat, tmp_path, caplog, kin
         caplog.clear()
         changed = [source(tmp_path, OLD + "yz", kind), other]
         found = asked(chat, changed, 24, resume=tmp_path / "end.ckpt", num_workers=workers)
-    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    said = [line for line in caplog.messages if "have changed since the checkpoint" in line]
     assert len(said) == 1 and said[0].startswith("data.train[0]: ")
     numbers = [word for word in first + found if word.startswith("xx") or word == "x"]
     for start in range(0, len(numbers) - 9, 9):
@@ -536,7 +536,7 @@ def test_settings_that_change_the_order_are_noticed_and_others_are_not(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork beside threads
         after = asked(chat, Numbers(9), 8, resume=tmp_path / "end.ckpt", **{"seed": 3} | settings)
-    said = [line for line in caplog.messages if "not those of the checkpoint" in line]
+    said = [line for line in caplog.messages if "have changed since the checkpoint" in line]
     assert len(said) == lines
     if not lines:
         assert len({*before, *after[:5]}) == 9
@@ -557,7 +557,7 @@ def test_a_second_resume_goes_on_where_the_changed_data_stood(chat, tmp_path, ca
     asked(chat, Letters(OLD + "xyz"), 5, save=tmp_path / "b.ckpt", resume=tmp_path / "a.ckpt")
     caplog.clear()
     assert asked(chat, Letters(OLD + "xyz"), 12, resume=tmp_path / "b.ckpt") == whole[12:]
-    assert not [line for line in caplog.messages if "not those of the checkpoint" in line]
+    assert not [line for line in caplog.messages if "have changed since the checkpoint" in line]
 
 
 def test_a_checkpoint_of_an_older_version_goes_on_by_its_count_alone(chat, tmp_path):

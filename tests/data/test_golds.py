@@ -207,7 +207,9 @@ def test_of_a_stream_of_ones_own_they_are_left_out_as_they_come(caplog):
     data.set_up_for(strategies(chat))
     asked = [data.train_set[0, number].answer for number in range(6)]
     assert asked == ["7"] * 6 and [prompt.answer for prompt in data.val_prompts()] == ["7"]
-    assert "flow: 1 of 1 prompts left out, since no response could be right, " in caplog.text
+    assert (
+        "flow: 1 of 1 prompts left out, because no response to them could be right. " in caplog.text
+    )
     assert all(f"flow: {n} of" in caplog.text for n in (1, 2)) and "3 of" not in caplog.text
     with pytest.raises(ConfigurationError, match=r"data.train: all 2 prompts of 'flow' were left"):
         TaskDataModule(Flow("8", "8"), [], questions_per_batch=1).set_up_for(strategies(chat))
@@ -225,8 +227,8 @@ def test_what_takes_too_long_is_proved_in_a_sample_and_a_line_says_so(monkeypatc
     with caplog.at_level(logging.INFO):
         proofs.refuse_unmet("own", prompts, str)  # the wrong one is not in the sample
     assert caplog.messages == [
-        "own: 60 of 100 gold answers were checked to be within reach in 60 s, a sample drawn with "
-        "seed 0"
+        "own: the verifier checked 60 of 100 gold answers, a random sample; the check stops after "
+        "60 s"
     ]
     with pytest.raises(ValueError, match=r"'8' is judged wrong .*59 more"):
         now[0] = 0.0

@@ -56,17 +56,17 @@ def test_one_line_says_what_was_found(caplog):
         check_start(module(teacher=EMA(context=Feedback())), [Toys()])
     (line,) = caplog.messages
     assert line.startswith(
-        "toys: the chat template begins responses after '<|im_start|>assistant\\n'; they end with "
+        "toys: responses begin after '<|im_start|>assistant\\n' of the chat template and end with "
         "'<|im_end|>' (2), "
         "'<|endoftext|>' (0); padding is '<|endoftext|>' (0); the teacher's prompt is "
     )
-    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
+    assert line.endswith(" tokens longer than the policy's and has the same end")
 
 
 def test_a_teacher_that_has_nothing_to_tell_is_noted(caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(teacher=EMA(context=Feedback(max_tokens=5))), [Toys()])
-    assert caplog.messages[0].endswith("no context for a failure beside a success")
+    assert caplog.messages[0].endswith("no prompt for a wrong response in a group with a right one")
 
 
 NO_SYSTEM = CHATML.replace(
@@ -85,7 +85,7 @@ CLOSED = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{%
          r"'<\|endoftext\|>' \(0\): add it to `eos_token_id` in generation_config.json"),
         ({"template": NO_SYSTEM}, WithSystem(), "refuses the first prompt of 'asked', with the "
          "turns system, user: System role not supported"),
-        ({"template": DEAF}, WithSystem(), "leaves out what the system says in the first prompt"),
+        ({"template": DEAF}, WithSystem(), "leaves out the text of the role system in the first"),
         ({"template": CLOSED}, Toys(), "does not open the assistant's turn"),
         ({}, Toys(0), "'toys' has no prompts"),
     ],
@@ -107,7 +107,7 @@ class Headless(Context):
 
 def test_a_teacher_whose_prompt_ends_otherwise_is_refused():
     with pytest.raises(
-        ValueError, match=r"model.teacher: its prompts do not end as the policy's do"
+        ValueError, match=r"model.teacher: its prompts must end with the same start"
     ):
         check_start(module(teacher=EMA(context=Headless())), [Toys()])
     check_start(module(teacher=EMA(context=PlainPrompt())), [Toys()])
@@ -144,8 +144,8 @@ def test_a_user_s_end_may_open_the_assistant_s_turn(template, caplog):
     with caplog.at_level(logging.INFO):
         check_start(module(template=template, teacher=EMA(context=Feedback())), [Toys()])
     (line,) = caplog.messages
-    assert "begins responses after" in line and "[/INST]'; they end with" in line
-    assert line.endswith(" tokens longer than the policy's and ends like it, as it must")
+    assert "responses begin after" in line and "[/INST]' of the chat template and end" in line
+    assert line.endswith(" tokens longer than the policy's and has the same end")
 
 
 def test_an_end_of_turn_behind_white_space_must_end_responses_too():
@@ -171,7 +171,7 @@ def test_an_added_token_without_a_row_is_read_as_text(special, caplog):
     with caplog.at_level(logging.INFO):
         check_start(around(chat), [Toys()])
     (line,) = [line for line in caplog.messages if "rows" in line]
-    assert f"has {TOKENS} rows, and none for '<extra>' ({TOKENS}): texts that spell" in line
+    assert f"({TOKENS} rows) has no row for '<extra>' ({TOKENS}). Texts that contain" in line
     assert "`resize_token_embeddings`" in line
     ids = chat.render([{"role": "user", "content": "a<extra>b"}])
     assert max(ids) < TOKENS and "a<extra>b" in chat.tokenizer.decode(ids)
@@ -189,13 +189,13 @@ def test_a_template_s_token_without_a_row_is_refused():
     chat = added(special=True)
     chat.tokenizer.chat_template = CHATML + "<extra>"
     with pytest.raises(
-        ValueError, match=rf"template of .* writes '<extra>' \({TOKENS}\), for which"
+        ValueError, match=rf"template of .* writes the token '<extra>' \({TOKENS}\), for which"
     ):
         check_start(around(chat), [Toys()])
 
 
 def test_a_vocabulary_beyond_the_embedding_is_refused():
-    with pytest.raises(ValueError, match=r"makes \d tokens of texts, such as .* for which the"):
+    with pytest.raises(ValueError, match=r"has \d tokens, such as .* for which the"):
         check_start(around(added(rows=TOKENS - 3)), [Toys()])
 
 
@@ -203,11 +203,11 @@ def test_ends_that_the_model_lacks_are_said(caplog):
     with caplog.at_level(logging.INFO):
         check_start(around(Chat(tokenizer=tokenizer(), eos_ids=(2, 999))), [Toys()])
     (line,) = [line for line in caplog.messages if "eos_token_id" in line]
-    assert "id 999 of `eos_token_id` is no token that" in line
+    assert "cannot generate id 999, which `eos_token_id` names" in line
     template = CHATML.replace("<|im_end|>", "")
     words = tokenizer()
     words.chat_template = template
-    with pytest.raises(ValueError, match=r"no response of .* can end: .* none for id 999"):
+    with pytest.raises(ValueError, match=r"no response of .* can end, .* has no row for id 999"):
         check_start(around(Chat(tokenizer=words, eos_ids=(999,), rows=TOKENS)), [Toys()])
 
 
@@ -221,21 +221,21 @@ def test_what_is_longer_than_the_model_s_context_is_said_once(caplog):
     assert not lines(100)
     (line,) = lines(101)
     assert (
-        "was made for 200 tokens, and the policy reads prompts of 100 before responses of 101"
-        in (line)
+        "has a context of 200 tokens, but the policy's prompts have up to 100 tokens, and a "
+        "response up to 101 more: " in line
     )
     assert "lower data.max_prompt_tokens or model.sampling.max_new_tokens" in line
     # The teacher reads a response more than the policy, and the words around it.
     teacher = EMA(context=SiblingDemonstration())
     (line,) = lines(80, teacher, longest=20)
-    assert "the teacher reads about prompts of" in line
+    assert "the teacher's prompts have about" in line
     assert "lower max_tokens of model.teacher.context or" in line
     assert not lines(5, teacher, longest=20)
     assert not lines(80, EMA(context=SiblingDemonstration(max_tokens=5)), longest=20)
     # Each context of a teacher counts, and the reference's, and validation's responses.
     short = SiblingDemonstration(max_tokens=5)
     several = EMA(context=Contexts(parts={"short": short, "long": SiblingDemonstration()}))
-    assert "the teacher reads about" in lines(80, several, longest=20)[0]
+    assert "the teacher's prompts have about" in lines(80, several, longest=20)[0]
 
     def told(**changes):
         caplog.clear()
@@ -246,9 +246,9 @@ def test_what_is_longer_than_the_model_s_context_is_said_once(caplog):
 
     assert not told()
     (line,) = told(reference=Frozen(context=SiblingDemonstration()))
-    assert "the reference reads about" in line and "model.reference.context" in line
+    assert "the reference's prompts have about" in line and "model.reference.context" in line
     (line,) = told(val_sampling=Sampling(max_new_tokens=181))
-    assert "responses of 181" in line and "model.val_sampling.max_new_tokens" in line
+    assert "a response up to 181 more" in line and "model.val_sampling.max_new_tokens" in line
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML

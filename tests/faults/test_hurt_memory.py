@@ -95,7 +95,7 @@ def test_twice_at_the_least_the_run_stops_with_the_remedy_and_keeps_the_state(qw
     with (
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(
-            TrainingStopped, match=r"at the smallest budget too .* model\.limits\.max_tokens"
+            TrainingStopped, match=r"even with the fewest tokens .* model\.limits\.max_tokens"
         ),
     ):
         run.fit(model, data())

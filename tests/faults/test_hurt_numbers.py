@@ -105,7 +105,7 @@ def test_a_run_of_bad_steps_saves_the_weights_before_the_first_of_them(qwen3, tm
 
     _, go = fit(model, tmp_path, act)
     with (
-        pytest.warns(UserWarning, match="step skipped, not finite: the gradient alone"),
+        pytest.warns(UserWarning, match="step skipped, .* is not finite: the gradient alone"),
         pytest.raises(TrainingStopped, match="2 steps in a row were not finite"),
     ):
         go()
@@ -138,7 +138,9 @@ def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(qwen3
     before = good.read_bytes()
     with torch.no_grad():
         poison("teacher", torch.inf)(model)
-    with pytest.raises(TrainingStopped, match=r"the teacher's weights are not .* nothing is saved"):
+    with pytest.raises(
+        TrainingStopped, match=r"the teacher's weights are not .* no checkpoint is saved"
+    ):
         run.save_checkpoint(good)
     assert good.read_bytes() == before
 

@@ -34,7 +34,7 @@ def test_the_first_rank_names_a_second_that_was_killed(qwen3, tmp_path, wait):
     line = said.strip().splitlines()[-1]
     assert line.startswith("scsdpo: error: rank 1 was lost: its process or machine is gone; ")
     kept = "last.ckpt" if not wait else "epoch=0-step="
-    assert f"the newest whole checkpoint is {tmp_path / 'checkpoints' / kept}" in line
+    assert f"the newest complete checkpoint is {tmp_path / 'checkpoints' / kept}" in line
     assert wait or "scsdpo: the state after batch 2 is in" in said
 
 
@@ -46,7 +46,7 @@ def test_a_second_rank_names_a_first_that_was_killed(qwen3, tmp_path):
         time.sleep(0.2)
     lines = (tmp_path / "stderr").read_text().strip().splitlines()
     assert lines[-1].startswith("scsdpo: error: rank 0 was lost: its process or machine is gone; ")
-    assert f"the newest whole checkpoint is {tmp_path / 'checkpoints'}" in lines[-1]
+    assert f"the newest complete checkpoint is {tmp_path / 'checkpoints'}" in lines[-1]
 
 
 def test_a_rank_that_stops_alone_is_quoted_by_the_others(qwen3, tmp_path):
@@ -54,7 +54,7 @@ def test_a_rank_that_stops_alone_is_quoted_by_the_others(qwen3, tmp_path):
     assert code == 3 and time.time() - died < 60
     ends = [line for line in said.splitlines() if line.startswith("scsdpo: error")]
     assert any(line == "scsdpo: error: it has had enough" for line in ends), said[-3000:]
-    assert any("rank 1 failed: it has had enough; the newest whole" in line for line in ends)
+    assert any("rank 1 failed: it has had enough; the newest complete" in line for line in ends)
 
 
 def test_errors_of_collectives_are_told_from_others():

@@ -40,7 +40,7 @@ def test_a_disk_that_fills_up_is_said_and_is_no_success(commands, undisturbed, d
     *_, word = said.strip().splitlines()
     assert word.startswith("scsdpo: error: the state after batch 8 is not saved: ")
     assert word.endswith(
-        "[Errno 28] No space left on device; the newest whole checkpoint is "
+        "[Errno 28] No space left on device; the newest complete checkpoint is "
         f"{last(disk).relative_to(tmp_path)}"
     )
     assert int(state(last(disk))["state_dict"]["batches"]) == 2
@@ -65,7 +65,7 @@ def test_a_file_system_that_turns_read_only_ends_no_run(commands, disk, tmp_path
     said = error(tmp_path)
     assert "Traceback" not in said and "Read-only file system" in said
     *_, word = said.strip().splitlines()
-    assert "is not saved" in word and "the newest whole checkpoint is" in word
+    assert "is not saved" in word and "the newest complete checkpoint is" in word
 
 
 def test_logs_that_cannot_be_written_from_the_start_cost_no_training(
@@ -150,5 +150,5 @@ def test_lines_that_a_power_cut_has_torn_are_named_at_resume(commands, undisturb
             file.write(b"\0" * 512 + b"\n")
     assert commands.run(tmp_path, "--ckpt_path=last") == 0, error(tmp_path)
     assert "Traceback" not in error(tmp_path)
-    assert "metrics.jsonl, line 6 is torn, and skipped" in error(tmp_path)
+    assert "metrics.jsonl, line 6 is incomplete and was skipped" in error(tmp_path)
     same_end(tmp_path, undisturbed)

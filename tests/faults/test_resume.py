@@ -61,7 +61,7 @@ def test_last_is_the_newest_whole_one_that_agrees(commands, half):
     newest = last(half)
     newest.write_bytes(torn[: len(torn) // 2])
     assert commands.run(half, "--trainer.max_steps=6", "--ckpt_path=last") == 0
-    assert f"checkpoint skipped: {newest.relative_to(half)} is torn" in error(half)
+    assert f"checkpoint skipped: {newest.relative_to(half)} is incomplete" in error(half)
     line = refusal(commands, half, "--ckpt_path=last", "--data.seed=5")
     assert line.startswith(
         "ckpt_path: every checkpoint under runs/toys is of another configuration: "
@@ -73,8 +73,8 @@ def test_last_is_the_newest_whole_one_that_agrees(commands, half):
 def test_last_without_any_is_refused(commands, tmp_path):
     line = refusal(commands, tmp_path, "--ckpt_path=last")
     assert line == (
-        "ckpt_path: there is no whole checkpoint under runs/toys; leave --ckpt_path out to begin a "
-        "new run"
+        "ckpt_path: there is no complete checkpoint under runs/toys; leave --ckpt_path out to "
+        "begin a new run"
     )
 
 
@@ -122,9 +122,9 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(command, commands, half):
 
     whole = last(half).read_bytes()
     path.write_bytes(whole[:-100])
-    assert said() == f"ckpt_path: {path} is torn: it was not written to its end"
+    assert said() == f"ckpt_path: {path} is incomplete: it was not written to its end"
     path.write_bytes(b"")
-    assert said() == f"ckpt_path: {path} is torn: it was not written to its end"
+    assert said() == f"ckpt_path: {path} is incomplete: it was not written to its end"
     path.write_text("hello")
     assert said() == f"ckpt_path: {path} is not a checkpoint of `scsdpo fit`"
     torch.save({"weights": torch.zeros(2)}, path)
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(command, commands, half):
     # A torn one beside a whole one.
     shutil.copy(last(half), half / "whole.ckpt")
     path.write_bytes(whole[:1000])
-    assert said().endswith(f"; {half / 'whole.ckpt'} is whole")
+    assert said().endswith(f"; {half / 'whole.ckpt'} is complete")
 
 
 def test_weights_only_can_be_measured_but_not_gone_on_from(commands, tmp_path):

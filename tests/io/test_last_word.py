@@ -174,7 +174,7 @@ def test_a_torn_line_is_named_and_passed_over(tmp_path, capsys):
     path.write_bytes(b"".join(lines) + NULS[:-1] + b'{"batch": 5}\n' + b'{"batch": 6')
     assert [line["batch"] for line in whole_lines(path, "batch")] == [1, 3, 5]
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"scsdpo: {path}, line {n} is torn, and skipped" for n in (2, 3, 5, 6)]
+    assert told == [f"scsdpo: {path}, line {n} is incomplete and was skipped" for n in (2, 3, 5, 6)]
 
 
 def test_a_record_goes_on_behind_a_torn_line(tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_a_record_goes_on_behind_a_torn_line(tmp_path, capsys):
         end.write(NULS + b'{"batch": 3}\n{"batch": 4}\n')
     file.cut(3)
     assert [line["batch"] for line in whole_lines(file.path)] == [1, 2, 3]
-    assert "line 3 is torn" in capsys.readouterr().err
+    assert "line 3 is incomplete" in capsys.readouterr().err
     with file.path.open("ab") as end:
         end.write(NULS[:-1])  # cut off, without an end
     assert file.last == {}
@@ -213,7 +213,7 @@ def test_a_report_is_made_of_what_is_whole(tmp_path, capsys):
         path.write_bytes(NULS * 3)
     assert "21" in render(read_runs([str(run)]))
     told = capsys.readouterr().err
-    assert f"{whole}, line 6 is torn" in told
+    assert f"{whole}, line 6 is incomplete" in told
     tokens = {path for path in torn if path.parent.name == "tokens"}  # read beside their responses
     assert not [path for path in torn if str(path) not in told and path not in tokens]
 

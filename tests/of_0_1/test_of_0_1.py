@@ -58,6 +58,6 @@ def test_an_argument_that_is_gone_is_refused_with_what_to_write_instead(words, s
     )
     assert scsdpo("fit", "--config", OF_0_1 / "plain.yaml", *words) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "scsdpo: error: model.token_weighting.cap: Overlong has no such argument any more: it "
-        "reads whether a response ended by itself; leave `cap` out"
+        "scsdpo: error: model.token_weighting.cap: Overlong has no such argument any more: "
+        "remove it. The class now sees for each response whether it reached its length limit"
     )

@@ -149,7 +149,7 @@ def test_small_changes_that_merging_loses_are_said_once(qwen3, monkeypatch):
     assert not said
     for _ in range(2):
         rounding.look(policy, torch.bfloat16)
-    assert len(said) == 1 and "adapter: alone loses none" in said[0]
+    assert len(said) == 1 and "set model.rollout.engine.adapter to alone" in said[0]
     clear = make(qwen3, dtype="bfloat16", std=1.0)
     MergeRounding().look(clear, torch.bfloat16)
     assert len(said) == 1

@@ -343,7 +343,7 @@ def test_what_a_server_draws_with_weights_of_another_run_is_learned_from_on_no_r
         for label in row
     }
     assert "another run's" not in labels
-    assert not server.jumps and "is not used until it is well again: " in said(tmp_path)
+    assert not server.jumps and "is not used until it works again: " in said(tmp_path)
 
 
 @pytest.mark.parametrize("kind", TWO)

@@ -150,8 +150,8 @@ def test_a_success_is_a_reward_of_1_and_the_first_partial_one_is_told_once(polic
             judged = collector.judge(replace(responses, prompts=prompts), "train")
             assert judged.successes.tolist() == [[False, True, False, False]]
     assert caplog.messages == [
-        "a reward between 0 and 1 (0.5): a success is a reward of at least 1 "
-        "(model.success_threshold)"
+        "the verifier gave a reward between 0 and 1 (0.5). A response counts as right if its "
+        "reward is at least model.success_threshold, which is 1"
     ]
 
 

@@ -371,7 +371,9 @@ def test_what_cannot_know_its_next_batches_is_refused(qwen3, tmp_path):
     with pytest.raises(ConfigurationError, match=r"trainer.overfit_batches: .*model.ahead.batches"):
         trainer(tmp_path, overfit_batches=1).fit(learner(qwen3, 1), data())
     loader = torch.utils.data.DataLoader([1])
-    with pytest.raises(ConfigurationError, match=r"TaskDataModule knows and NoneType does not"):
+    with pytest.raises(
+        ConfigurationError, match=r"which NoneType does not give: use scsdpo.data.TaskDataModule"
+    ):
         trainer(tmp_path, limit_val_batches=0).fit(learner(qwen3, 1), loader, loader)
 
 
@@ -379,5 +381,5 @@ def test_what_cannot_know_its_next_batches_is_refused(qwen3, tmp_path):
 def test_one_line_says_that_older_tokens_are_not_corrected(qwen3, tmp_path, caplog, importance):
     caplog.set_level("INFO")
     fit(learner(qwen3, 1, importance=importance), tmp_path, 1)
-    said = "nothing corrects for tokens that older weights drew" in caplog.text
+    said = "older weights sample some tokens, and model.importance is NoImportance" in caplog.text
     assert said == isinstance(importance, NoImportance)

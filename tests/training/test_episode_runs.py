@@ -167,7 +167,7 @@ class OneTurn(HFRollout):
 
 def test_what_cannot_play_is_refused_before_weights_are_loaded(qwen3, tmp_path):
     model = learner(qwen3, rollout=OneTurn())
-    with pytest.raises(ConfigurationError, match="Echo answers responses, and OneTurn draws"):
+    with pytest.raises(ConfigurationError, match="Echo is an environment of several turns, but"):
         fit(model, tmp_path, 1)
     model = learner(qwen3)
     tokenizer = model.policy.chat.tokenizer

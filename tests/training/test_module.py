@@ -318,7 +318,9 @@ def poisoned(model, steps):
 def test_a_non_finite_gradient_is_skipped_counted_and_reported(qwen3, tmp_path):
     model = poisoned(module(qwen3, advantage=GroupRelative(), teacher=NoTeacher()), steps=1)
     run = trainer(tmp_path)
-    with pytest.warns(UserWarning, match="step skipped, not finite"):
+    with pytest.warns(
+        UserWarning, match="step skipped, because its loss or gradient is not finite"
+    ):
         run.fit(model, data())
     assert run.global_step == 2 and model.steps.skipped == 1
     assert all(p.isfinite().all() for p in model.parameters())
@@ -456,7 +458,7 @@ def test_bf16_mixed_precision_trains_with_float32_masters(qwen3, tmp_path):
                 "importance": TokenImportance(),
                 "updates_per_rollout": 2,
             },
-            "model.importance: TokenImportance .* set model.importance to SamplerImportance",
+            "model.importance: .* both TokenImportance .* set model.importance to Sampler",
         ),
     ],
 )

@@ -153,7 +153,7 @@ def test_bad_arguments_name_class_argument_and_value(make, message):
         ),
         (
             {**PG, "advantage": GroupRelative(level=SequenceLevel()), "token_weighting": Horizon()},
-            "model.token_weighting: the objective is measured before the loss",
+            "model.token_weighting: these token weights read the advantage's value at each token",
         ),
         (
             {

@@ -122,7 +122,7 @@ def test_positions_that_do_not_begin_anew_are_found(qwen3, monkeypatch):
 
     monkeypatch.setattr(decoder, "forward", shifted)
     first = check(policy)[0]
-    assert first.others == 0 and "differ from each row alone" in first.fault
+    assert first.others == 0 and "differ from rows run alone" in first.fault
     assert policy.known.path is RowPath.PADDED
 
 

@@ -119,7 +119,7 @@ def test_an_episode_whose_process_was_killed_is_rebuilt_by_its_responses(pool, t
 def test_an_episode_that_does_not_replay_says_so(pool, tmp_path):
     drifting = worlds.Drifting(folder=str(tmp_path))
     verdicts, _, _ = played(pool, [prompt(drifting)], [["a", "die once", "c"]])
-    assert "it must say `replays = False`" in verdicts[0].error
+    assert "other messages than before: set `replays = False`" in verdicts[0].error
 
 
 def test_one_that_says_so_has_a_process_of_its_own(pool, tmp_path):
@@ -203,7 +203,7 @@ def test_an_opening_is_shown_and_is_the_same_for_a_group(pool):
             pass
         assert [episodes.record(row).verdict.reward for row in (0, 1)] == [1.0, 1.0]
     verdicts, _, _ = played(pool, [prompt(worlds.Opening(random=True))], [FINE] * 3, n=3)
-    assert sum("do not open alike" in verdict.error for verdict in verdicts) == 2
+    assert sum("begins with other messages" in verdict.error for verdict in verdicts) == 2
     verdicts, _, _ = played(pool, [prompt(worlds.Opening(fails=True))], [FINE] * 2, n=2)
     assert {verdict.error for verdict in verdicts} == {"Opening: OSError('no door')"}
 

@@ -384,8 +384,8 @@ class TurnRelative(GroupRelative):
         if bool((by_turn.isnan() & ~returns.isnan()).any()):
             raise ConfigurationError(
                 f"`TurnRelative`: {type(self.baseline).__name__} and {type(self.scale).__name__} "
-                "give nan for a turn that a rollout has: a rollout of the group without that turn "
-                "has the return nan, which they must leave out (use `torch.nanmean`)"
+                "give nan for a turn that a rollout has. Rollouts of the group without that turn "
+                "have the return nan: leave these out, for example with `torch.nanmean`"
             )
         # Padding has some turn's number, too; no token there is learned from.
         return by_turn.nan_to_num(0.0).gather(-1, judged.responses.turns.long())

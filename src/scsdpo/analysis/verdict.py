@@ -68,31 +68,32 @@ def _answers(found: Readiness, limits: Thresholds) -> Iterator[Remark]:
         yield Remark(
             level="stop" if own.formed < limits.unformed else "warning",
             text=f"the format is not followed: {own.formed:.0%} of the responses have an answer "
-            f"(at least {limits.formed:.0%})",
+            f"(should be at least {limits.formed:.0%})",
             remedy="show the format in the prompt, warm the policy up on examples of it, or let "
             "the verifier accept what it writes",
         )
     if own.hopeless > limits.hopeless:
         yield Remark(
             level="stop" if own.hopeless > limits.lost else "warning",
-            text=f"out of reach: no response is right to {own.hopeless:.0%} of the questions "
-            f"(at most {limits.hopeless:.0%})",
+            text=f"out of reach: {own.hopeless:.0%} of the questions have no right response "
+            f"(should be at most {limits.hopeless:.0%})",
             remedy=f"take easier questions, more responses (model.sampling.n), a better policy"
             f"{_or(_used(found))}",
         )
     if own.mastered > limits.mastered:
         yield Remark(
             level="stop",
-            text=f"mastered: all responses are right to {own.mastered:.0%} of the questions "
-            f"(at most {limits.mastered:.0%})",
-            remedy="take harder questions: these teach nothing",
+            text=f"mastered: {own.mastered:.0%} of the questions have only right responses "
+            f"(should be at most {limits.mastered:.0%})",
+            remedy="take harder questions: nothing is learned from these",
         )
     if own.truncated > limits.truncated:
         yield Remark(
             level="warning",
-            text=f"cut off: {own.truncated:.0%} of the responses reach the cap of their length (at "
-            f"most {limits.truncated:.0%}) and are judged and taught as if they had ended",
-            remedy="raise model.sampling.max_new_tokens, or sample at a lower temperature",
+            text=f"cut off: {own.truncated:.0%} of the responses reach their length limit (should "
+            f"be at most {limits.truncated:.0%}) and are judged and learned from as if they had "
+            "ended",
+            remedy="raise model.sampling.max_new_tokens, or lower model.sampling.temperature",
         )
 
 
@@ -100,7 +101,7 @@ def _taught(found: Readiness) -> Iterator[Remark]:
     if found.taught == 0:
         yield Remark(
             level="warning",
-            text="no response has a teacher: the context has nothing to show",
+            text="no response has a teacher: model.teacher.context has nothing to show",
             remedy=f"ask more questions (--questions) or more often (model.sampling.n)"
             f"{_or(_used(found))}, or rely on rewards: {HYBRID}",
         )
@@ -186,8 +187,7 @@ def _step(found: Readiness) -> Iterator[Remark]:
         yield Remark(
             level="stop",
             text=f"the first step points away from the reward: {text}",
-            remedy=f"put a policy gradient beside the teacher ({HYBRID}), or sample at a lower "
-            "temperature",
+            remedy=f"add a policy gradient ({HYBRID}), or lower model.sampling.temperature",
         )
     elif step.low > 0:
         yield Remark(level="good", text=f"the first step points up: {text}")

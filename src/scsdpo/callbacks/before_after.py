@@ -55,7 +55,7 @@ class BeforeAfter(L.Callback):
             partial(_write, folder, result)
         ):
             folder = None
-        Outage("the table at the end", Exception).attempt(
+        Outage("printing the table at the end", Exception).attempt(
             partial(self._show, trainer, pl_module, folder)
         )
 

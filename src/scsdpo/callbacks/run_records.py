@@ -83,7 +83,7 @@ class RunRecords(RolloutCallback):
         self.traces, self.trace_every, self.candidates = traces, trace_every, candidates
         self._most_bytes = 1e6 * max_megabytes
         self._files: dict[str, BatchFiles] = {}
-        self._outage = Outage("the record of responses", OSError)
+        self._outage = Outage("writing the record of responses", OSError)
         self._batch: _Batch | None = None
         self._validated: list[tuple[int, list[dict[str, Any]]]] = []
         self._run = ""

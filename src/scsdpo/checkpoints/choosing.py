@@ -40,7 +40,8 @@ def newest(folder: Path, config: Mapping[str, Any], *, whole_run: bool) -> Saved
         against.append(f"{saved.path} ({why})")
     if not against:
         raise ValueError(
-            f"there is no whole checkpoint under {folder}; leave --ckpt_path out to begin a new run"
+            f"there is no complete checkpoint under {folder}; leave --ckpt_path out to begin a new "
+            "run"
         )
     more = f", and {len(against) - _MOST} more" if len(against) > _MOST else ""
     raise ValueError(

@@ -113,7 +113,7 @@ def _folder(path: Path) -> str:
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         return f"{path} is an exported policy; name it in model.policy.name_or_path"
     if any(path.glob("*.distcp")):
-        return f"{path} is torn: it was not written to its end"
+        return f"{path} is incomplete: it was not written to its end"
     held = sorted(path.rglob("last.ckpt"))
     hint = f"; did you mean {held[-1]}?" if held else ""
     return f"{path} is a folder{hint}"
@@ -126,5 +126,5 @@ def _unreadable(path: Path, file: Path) -> str:
         try:
             torch.load(file, map_location="meta", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, *_WRONG):
-            return f"{path} is torn: it was not written to its end"
+            return f"{path} is incomplete: it was not written to its end"
     return f"{path} is not a checkpoint of `scsdpo fit`"

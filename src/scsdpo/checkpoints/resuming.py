@@ -51,7 +51,9 @@ def take_back(
         remember_all(module, checkpoint["remembered"])
     elif checkpoint["remembered"]:
         keys = ", ".join(change.key for change in changed if change.of_memory)
-        say(f"the memory of strategies, such as pass rates, is reset, because of a change: {keys}")
+        say(
+            f"saved states such as running pass rates are reset, because these keys changed: {keys}"
+        )
 
 
 def _renew_schedule(

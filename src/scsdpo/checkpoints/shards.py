@@ -186,9 +186,9 @@ def tables(path: Path) -> StoredTensors:
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), end)
         short = [name for name, end in ends.items() if (path / name).stat().st_size < end]
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(f"{path} is torn: {first_line(error)}") from error
+        raise ValueError(f"{path} is incomplete: {first_line(error)}") from error
     if short:
-        raise ValueError(f"{path} is torn: {min(short)} was not written to its end")
+        raise ValueError(f"{path} is incomplete: {min(short)} was not written to its end")
     found = known.state_dict_metadata.items()
     return {name: each for name, each in found if isinstance(each, TensorStorageMetadata)}
 
@@ -254,7 +254,7 @@ def _fill(wanted: dict[str, Tensor], path: Path, *, together: bool) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(wanted, storage_reader=_Reader(path), no_dist=not together)
     except CheckpointException as error:
-        raise ValueError(f"{path} is torn: {_first_failure(error)}") from error
+        raise ValueError(f"{path} is incomplete: {_first_failure(error)}") from error
 
 
 def _first_failure(error: CheckpointException) -> str:

@@ -25,9 +25,15 @@ def options() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--questions", metavar="N", type=int, default=128, help="at most so many")
-    add("--rollouts", metavar="N", type=int, default=16, help="responses to each question")
-    add("--no-plot", action="store_true", help="numbers only, without matplotlib")
+    add(
+        "--questions",
+        metavar="N",
+        type=int,
+        default=128,
+        help="validation questions to ask, at most (128)",
+    )
+    add("--rollouts", metavar="N", type=int, default=16, help="responses to each question (16)")
+    add("--no-plot", action="store_true", help="write numbers and no plots, which need matplotlib")
     return parser
 
 

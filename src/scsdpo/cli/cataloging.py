@@ -26,7 +26,7 @@ _KEYS = {
     "config": "YAML with keys such as `model:`; of several files the later ones win",
     "print_config": "print the whole configuration instead of running it",
     "seed_everything": "the run's seed: order of the questions, draws, adapters",
-    "ckpt_path": "checkpoint to go on from; but for fit, to take the policy from: a path or `last`",
+    "ckpt_path": "a checkpoint, or `last`: fit resumes from it, others take its policy only",
     "weights_only": "as in `torch.load`",
 }
 """Help texts of keys that belong to no section, where Lightning's own say less."""

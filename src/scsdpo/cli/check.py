@@ -32,12 +32,28 @@ def options() -> argparse.ArgumentParser:
         "check",
         "Before training: ask training questions with model.sampling, let the configured teacher "
         "answer them, too, and compare the first step with the gradient of the expected reward on "
-        "other questions. Say in words what is in the way, and what to change.",
+        "other questions. Print what would keep the policy from learning, and what to change.",
     )
     add = parser.add_argument
-    add("--questions", metavar="N", type=int, default=32, help="at most so many")
-    add("--out", type=Path, metavar="FILE", default=Path("check.json"), help="all figures")
-    add("--no-direction", action="store_true", help="without the six backward passes")
+    add(
+        "--questions",
+        metavar="N",
+        type=int,
+        default=32,
+        help="training questions to ask, at most (32)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("check.json"),
+        help="JSON file for all figures (check.json)",
+    )
+    add(
+        "--no-direction",
+        action="store_true",
+        help="do not compare the first step with the reward's gradient: saves six backward passes",
+    )
     return parser
 
 

@@ -5,7 +5,7 @@ COMMANDS = {
     "plan": "say what memory and time a training step takes, before anything is loaded",
     "check": "say whether this policy can teach itself this task, before training",
     "validate": "measure a policy on the validation questions: accuracy with intervals",
-    "test": "the same, under the name test",
+    "test": "as validate, with `test` as the name of the split in files and loggers",
     "predict": "write a policy's responses and their verdicts",
     "compare": "compare policies question by question, or methods seed by seed",
     "export": "write a checkpoint's policy as a Hugging Face folder",

@@ -43,13 +43,37 @@ def options() -> argparse.ArgumentParser:
         "names (evaluated here, with the options that follow). Folders that hold seed0, seed1, "
         "... are methods, which are compared seed by seed. --configs makes such folders.",
     )
-    parser.add_argument("things", nargs="*", metavar="A B", help="files, runs, names to compare")
-    parser.add_argument("--config", action="append", default=[], help="of every evaluation or run")
-    parser.add_argument("--configs", nargs="+", default=[], help="a method each, over --config")
-    parser.add_argument("--seeds", type=int, default=5, help="runs a method: seeds 0, 1, ...")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--show", type=int, default=5, help="questions won and lost to show")
-    parser.add_argument("--out", type=Path, help="JSON file to write; of --configs, the folder")
+    parser.add_argument(
+        "things",
+        nargs="*",
+        metavar="A B",
+        help="evaluation files, runs, checkpoints, folders or hub names to compare",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        help="configuration file of every evaluation or run",
+    )
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=[],
+        help="a configuration file for each method; it wins over --config",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        help="number of runs of each method, with seeds 0, 1, ... (5)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    parser.add_argument(
+        "--show", type=int, default=5, help="won questions to show, and as many lost ones (5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; with --configs, the folder of the runs"
+    )
     return parser
 
 
@@ -76,7 +100,11 @@ def main(args: Sequence[str]) -> None:
     if all(methods):
         record = _methods(dict(zip(things, methods, strict=True)))
     elif any(methods):
-        raise ConfigurationError("compare: give folders of seeds only, or none")
+        others = [thing for thing, seeds in zip(things, methods, strict=True) if not seeds]
+        raise ConfigurationError(
+            "compare: folders of seeds can only be compared with folders of seeds, got "
+            f"{', '.join(others)} too"
+        )
     else:
         record = _policies({thing: evaluated(thing, rest) for thing in things}, given.show)
     record = {"schema_version": SCHEMA_VERSION, "kind": "comparison", **record}
@@ -258,7 +286,9 @@ def _check_same(found: Mapping[str, Mapping[int, Result]]) -> None:
         ):
             if a != b:
                 said = f": {a} and {b}" if what != "questions" else ""
-                raise ConfigurationError(f"compare: {name} and {other} differ in {what}{said}")
+                raise ConfigurationError(
+                    f"compare: {name} and {other} must have the same {what}{said}"
+                )
     shared = set.intersection(*(set(runs) for runs in found.values()))
     if not shared:
         raise ConfigurationError("compare: the methods have no seed in common")

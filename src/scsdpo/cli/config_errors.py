@@ -24,7 +24,9 @@ _MANY = 16
 """Lists of choices longer than this are not shown."""
 
 _REMOVED = {
-    ("Overlong", "cap"): "it reads whether a response ended by itself; leave `cap` out",
+    ("Overlong", "cap"): (
+        "remove it. The class now sees for each response whether it reached its length limit"
+    ),
 }
 """Removed arguments of version 0.1, by class, with what to write instead."""
 
@@ -82,7 +84,7 @@ def in_one_sentence(message: str, sections: Sections) -> str:
 def _unknown_key(option: str, sections: Sections) -> str:
     key = option.lstrip("-").split("=")[0].rstrip("+")
     if not option.startswith("-") and "." not in option:
-        return f"{option}: no option; options are written --key=value"
+        return f"{option}: not an option; write options as --key=value"
     top, *rest = key.split(".")
     if top not in sections:
         named = {section: arguments(kind) for section, kind in sections.items()}
@@ -109,7 +111,7 @@ def _no_argument(where: str, name: str, kind: type, skip: int = 0) -> str:
         return f"{where}.{name}: no such key{hint.replace('`', f'`{where}.', 1)}"
     takes = f" (it takes: {', '.join(known) or 'none'})" if len(known) <= _MANY else ""
     if where == "records" and name in (*arguments(Records), "class_path"):
-        hint = "; `records` is what a run writes down: questions are read by `data.train: Records`"
+        hint = "; `records` sets what a run writes. To read questions, set `data.train: Records`"
         takes = ""
     return f"{where}.{name}: {kind.__name__} has no such argument{hint}{takes}"
 

@@ -35,13 +35,16 @@ def options() -> argparse.ArgumentParser:
     )
     add_policy(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write; without it, one is named"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write; without it, a new file whose path is printed",
     )
     parser.add_argument(
         "--demonstrations",
         action="store_true",
-        help="also ask again with a right response of the policy itself in the prompt, and one "
-        "to another question: the gain that self-distillation can learn from",
+        help="also ask with a right response of the policy in the prompt, and with one to another "
+        "question; shows the gain that self-distillation can learn from",
     )
     return parser
 

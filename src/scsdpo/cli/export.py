@@ -33,14 +33,24 @@ def options() -> argparse.ArgumentParser:
         prog="scsdpo export", description="Write a policy as a Hugging Face folder."
     )
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, metavar="FILE", help="RUN/checkpoints/last.ckpt")
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint, such as RUN/checkpoints/last.ckpt",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
-    add("--adapter", action="store_true", help="keep LoRA factors apart, as a PEFT folder")
+    add(
+        "--adapter",
+        action="store_true",
+        help="write the LoRA adapter alone, as a PEFT folder; without it, it is merged",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the written weights; auto: that of the checkpoint that training started from",
+        help="dtype of the written weights; auto: that of the model that training started from",
     )
     return parser
 
@@ -79,14 +89,17 @@ def export(ckpt: Path, out: Path, *, adapter: bool = False, dtype: str = "auto")
     policy = make_policy(saved)
     if not isinstance(policy.quantization, Unquantized):
         rank_zero_info(
-            "export: the adapter was trained beside a base in 4 bits, and belongs on such a base "
-            "(see the folder's README.md)"
+            "export: the adapter was trained on a base in 4 bits. Load it on a base in 4 bits, as "
+            "README.md in the written folder shows"
             if adapter
-            else "export: the base is in 4 bits; what is written is what its layers multiply with "
-            "(dequantised), the adapter merged into it, and not the checkpoint's own weights"
+            else "export: the policy was trained on a base in 4 bits. The written weights are that "
+            "base dequantised, with the adapter merged, and not those of the original model"
         )
     if adapter and not isinstance(policy.adapter, Lora):
-        raise ConfigurationError("--adapter: this policy was trained whole, it has no adapter")
+        raise ConfigurationError(
+            "--adapter: this policy has no adapter, because all its weights were trained: leave "
+            "--adapter out"
+        )
     load_weights(policy, saved)
     write_policy(policy, out, adapter=adapter, dtype=dtype)
     (out / "README.md").write_text(model_card(saved, adapter=adapter), encoding="utf-8")
@@ -143,7 +156,7 @@ def load_weights(policy: CausalLM, saved: Saved) -> None:
     if odd:
         raise ConfigurationError(
             f"--ckpt: {len(odd)} tensors of {saved.path} do not fit {policy.name_or_path}, "
-            f"e.g. {odd[0]!r}; is that still the checkpoint that training started from?"
+            f"e.g. {odd[0]!r}; it must be the model that training started from"
         )
     with blamed_on("--ckpt"):
         saved.fill({f"{prefix}{key}": tensor for key, tensor in own.items()})

@@ -133,7 +133,10 @@ def _check_node(path: Path, node: Any, key: str, seen: dict[int, bool]) -> None:
         return
     if id(node) in seen:
         line = node.start_mark.line + 1
-        raise ConfigurationError(f"{path}, line {line}: {key}: an alias of a mapping that holds it")
+        raise ConfigurationError(
+            f"{path}, line {line}: {key}: this YAML alias names a mapping that contains the alias; "
+            "write the keys out instead"
+        )
     seen[id(node)] = False
     if isinstance(node, yaml.ScalarNode):
         _check_number(path, node, key)

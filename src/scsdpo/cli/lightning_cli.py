@@ -169,8 +169,9 @@ class CLI(OpenCLI):
             raise ConfigurationError(f"trainer: {error}") from error
         if isinstance(trainer.strategy.launcher, ForkLauncher):
             raise ConfigurationError(
-                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} forks a "
-                "process that already holds threads; use ddp, which starts each rank anew"
+                f"trainer.strategy: {self.config[self.subcommand].trainer.strategy} starts "
+                "ranks by forking a process that already has threads, which can hang: set it to "
+                "ddp, which starts each rank as a new process"
             )
         silence_signal_handlers(trainer)  # they are those of `scsdpo.cli.signals`
         if isinstance(trainer.strategy.launcher, ScriptLauncher):
@@ -235,7 +236,7 @@ def _whole(path: Path, *, resumable: bool) -> Saved:
     except ValueError as error:
         runs = path.is_dir() and path.suffix != ".ckpt"
         other = usable_neighbour(path) if path.parent.is_dir() and not runs else None
-        hint = f"; {other} is whole" if other is not None else ""
+        hint = f"; {other} is complete" if other is not None else ""
         raise ValueError(f"{error}{hint}") from error
     if resumable and not saved.resumable:
         raise ValueError(

@@ -34,8 +34,8 @@ class Leftover:
     def __str__(self) -> str:
         value = _class(self.value) if isinstance(self.value, Mapping) else repr(self.value)
         return (
-            f"{self.key}: still {value}, which {self.origin} sets for {self.before}; "
-            f"{self.owner} is now {self.now}. Set {self.key} too if that is not meant"
+            f"{self.key}: keeps the value {value}, which {self.origin} sets for {self.before}, "
+            f"although {self.owner} is now {self.now}. To change it, set {self.key} too"
         )
 
 
@@ -147,8 +147,8 @@ def replaced_rate(args: Sequence[str], now: object) -> str:
     if before == after:
         return ""
     return (
-        f"model.optimizer.lr: {after:g} of {above} replaces {before:g} of {below}, which is of "
-        f"another model; to keep {before:g} add --model.optimizer.lr={before:g}"
+        f"model.optimizer.lr: {after:g} from {above} replaces {before:g} from {below}. It may be "
+        f"meant for another model; to keep {before:g}, add --model.optimizer.lr={before:g}"
     )
 
 

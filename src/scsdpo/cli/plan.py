@@ -73,8 +73,10 @@ def main(args: Sequence[str]) -> None:
             found = splits(setup, given.split, rates)
             if not found:
                 raise ConfigurationError(
-                    f"--split: no division of {given.split} devices works: the weights fit on no "
-                    f"server, or {setup.questions} questions divide among no number of trainers"
+                    f"--split: {given.split} devices cannot be divided into trainers and servers: "
+                    "the weights fit on no server (raise --memory or --split), or "
+                    f"data.questions_per_batch ({setup.questions}) is not a multiple of any "
+                    "possible number of trainers"
                 )
             print_splits(setup, found, rates, Terminal())
 
@@ -92,18 +94,42 @@ def options() -> argparse.ArgumentParser:
         like="fit",
     )
     add, rates = parser.add_argument, Rates()
-    add("--architecture", help="config.json, or its folder, if the policy's is not here")
-    add("--gpus", type=int, help="devices in all; default: trainer.devices x trainer.num_nodes")
+    add(
+        "--architecture",
+        help="config.json or its folder; needed if the policy is not on this machine",
+    )
+    add("--gpus", type=int, help="number of devices (trainer.devices x trainer.num_nodes)")
     add("--split", type=int, metavar="N", help="divide N devices into trainers and vLLM servers")
-    add("--memory", type=float, default=80.0, help="GiB of each (80)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="what they are (cuda)")
-    add("--prompt-tokens", type=int, help="of a prompt (data.max_prompt_tokens)")
-    add("--teacher-tokens", type=int, help="of a teacher's prompt (a prompt and a response)")
-    add("--response-tokens", type=int, help="of a response (model.sampling.max_new_tokens)")
-    add("--tflops", type=float, default=rates.flops / 1e12, help="reached in products (400)")
-    add("--bandwidth", type=float, default=rates.bandwidth / 1e12, help="TB/s of memory (2.5)")
-    add("--link", type=float, default=rates.link / 1e9, help="GB/s between ranks (200)")
-    add("--host-ms", type=float, default=rates.host * 1e3, help="of Python a layer (1.25)")
+    add("--memory", type=float, default=80.0, help="memory of each device in GiB (80)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of the devices (cuda)")
+    add("--prompt-tokens", type=int, help="tokens of a prompt (data.max_prompt_tokens)")
+    add(
+        "--teacher-tokens",
+        type=int,
+        help="tokens of a teacher's prompt (those of a prompt and a response)",
+    )
+    add("--response-tokens", type=int, help="tokens of a response (model.sampling.max_new_tokens)")
+    add(
+        "--tflops",
+        type=float,
+        default=rates.flops / 1e12,
+        help="TFLOP/s that matrix products reach (400)",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        default=rates.bandwidth / 1e12,
+        help="memory bandwidth of each device in TB/s (2.5)",
+    )
+    add(
+        "--link", type=float, default=rates.link / 1e9, help="bandwidth between ranks in GB/s (200)"
+    )
+    add(
+        "--host-ms",
+        type=float,
+        default=rates.host * 1e3,
+        help="ms of Python for each layer and decoding step of HFRollout (1.25)",
+    )
     return parser
 
 
@@ -114,8 +140,8 @@ def _setup(given: argparse.Namespace, module: Any, config: Any, names: Mapping[s
     sharded = sharding(strategy if isinstance(strategy, str) else strategy.as_dict())
     if data.questions_per_batch % ranks:
         raise ConfigurationError(
-            f"data.questions_per_batch: {data.questions_per_batch} questions do not divide among "
-            f"{ranks} devices; choose a multiple, or another --gpus"
+            f"data.questions_per_batch: must be a multiple of the {ranks} devices, got "
+            f"{data.questions_per_batch}; change it, or --gpus"
         )
     prompt = given.prompt_tokens or data.max_prompt_tokens
     response = given.response_tokens or module.sampling.max_new_tokens

@@ -27,7 +27,7 @@ def options() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="file to write, .jsonl or .parquet; without it, one is named",
+        help="file to write, .jsonl or .parquet; without it, a new .jsonl file",
     )
     return parser
 

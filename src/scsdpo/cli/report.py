@@ -20,10 +20,16 @@ def options() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="RUN", help="a run's folder; NAME=FOLDER names it in the page"
     )
     parser.add_argument(
-        "-o", "--out", type=Path, help="file to write; RUN/report.html or ./report.html of several"
+        "-o",
+        "--out",
+        type=Path,
+        help="file to write (of one run RUN/report.html, of several ./report.html)",
     )
     parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="write each figure as SVG and PNG there, too"
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="folder, in which each figure is also written as SVG and PNG",
     )
     return parser
 

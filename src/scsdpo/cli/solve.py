@@ -33,11 +33,27 @@ def options() -> argparse.ArgumentParser:
         "or earlier attempts (configs/methods/sdpo-solve.yaml).",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="new folder for what comes of it")
-    add("--question", default="0", metavar="N|KEY", help="index from 0, or key")
-    add("--split", choices=("train", "val"), default="train", help="the data that it is in")
-    add("--attempts", type=int, default=512, metavar="N", help="at most so many")
-    add("--keep", action="store_true", help=f"keep the policy that it became, as DIR/{POLICY}")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder for attempts and solution",
+    )
+    add(
+        "--question",
+        default="0",
+        metavar="N|KEY",
+        help="the question to solve: its index from 0, or its key",
+    )
+    add(
+        "--split",
+        choices=("train", "val"),
+        default="train",
+        help="take the question from data.train or from data.val (train)",
+    )
+    add("--attempts", type=int, default=512, metavar="N", help="attempts, at most (512)")
+    add("--keep", action="store_true", help=f"save the trained policy as DIR/{POLICY}")
     return parser
 
 

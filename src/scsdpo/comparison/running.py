@@ -38,7 +38,7 @@ class Job:
             return False
         found = parsed(file.read_bytes(), "command")
         if found is None:
-            tell(f"{file} is torn; the run is repeated")
+            tell(f"{file} is incomplete; the run is repeated")
             return False
         before = found["command"]
         if before != list(self.words):

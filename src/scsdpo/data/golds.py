@@ -46,8 +46,8 @@ def refuse_unmet(name: str, prompts: Sequence[Prompt], where: Callable[[int], st
     for proved, index in enumerate(order):
         if time.monotonic() > end:
             rank_zero_info(
-                f"{name}: {proved} of {len(prompts)} gold answers were checked to be within reach "
-                f"in {SECONDS:g} s, a sample drawn with seed 0"
+                f"{name}: the verifier checked {proved} of {len(prompts)} gold answers, a random "
+                f"sample; the check stops after {SECONDS:g} s"
             )
             break
         try:
@@ -93,14 +93,17 @@ def within_reach(
             worker = get_worker_info()
             if log and unmet.bit_count() == 1 and (worker is None or worker.id == 0):
                 _warn(
-                    "%s: %d of %d prompts left out, since no response could be right, the last "
-                    "because %s",
+                    "%s: %d of %d prompts left out, because no response to them could be right. "
+                    "The last: %s",
                     *(source.name, unmet, number, error),
                 )
         else:
             yield prompt
     if unmet and unmet == number:
-        raise ValueError(f"all {number} prompts of {source.name!r} were left out, since {fault}")
+        raise ValueError(
+            f"all {number} prompts of {source.name!r} were left out, because no response to them "
+            f"could be right. The last: {fault}"
+        )
 
 
 def _prove(prompt: Prompt) -> None:

@@ -119,9 +119,9 @@ class EpochSampler(DistributedSampler[Any]):
             if mark != old["mark"]:
                 key = source_key("train", number, len(self.questions.sources))
                 _warn(
-                    "%s: its questions, or their order, are not those of the checkpoint (%d then, "
-                    "%d now): a new pass begins, which asks every question again, also the %d that "
-                    "the old pass had asked. To continue the old pass, restore the old rows, seed, "
+                    "%s: its questions or their order have changed since the checkpoint (%d then, "
+                    "%d now). A new pass begins, so the %d questions that the old pass had asked "
+                    "are asked again. To continue the old pass, restore the old rows, seed, "
                     "window and max_prompt_tokens, and resume from the same checkpoint again",
                     *(key, old["questions"], len(source), old["asked"]),
                 )

@@ -106,11 +106,11 @@ class PromptColumns:
         for match in _PIECES.finditer(self.template):
             if match[0] in ("{", "}"):
                 raise ValueError(
-                    f"`template` has a {match[0]!r} alone at character {match.start() + 1}; where "
-                    f"it is no column's, write {match[0] * 2!r}"
+                    f"`template` has a single {match[0]!r} at character {match.start() + 1}; write "
+                    f"{match[0] * 2!r} for a brace in the text, and {{column}} for a column"
                 )
         if self.template and not self._in_template:
-            raise ValueError(f"`template` names no column in braces, got {self.template!r}")
+            raise ValueError(f"`template` must name a column in braces, got {self.template!r}")
         if self.system and self.system_prompt:
             raise ValueError(
                 f"`system` names a column, {self.system!r}, and `system_prompt` is a text: each "
@@ -310,6 +310,6 @@ def _joined(content: str | list[Any], where: str) -> str:
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, Mapping) else part
-                raise ValueError(f"{where} has a part of the type {kind!r}; only text can be asked")
+                raise ValueError(f"{where} has a part of the type {kind!r}; only text is supported")
         content = "".join(part["text"] for part in content)
     return whole_text(content, where)

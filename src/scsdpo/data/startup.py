@@ -69,20 +69,22 @@ def check_context(module: Any, source: Source, longest: int) -> None:
     needed = []
     for name in ("sampling", "val_sampling"):
         response = getattr(module, name).max_new_tokens
-        needed.append(("the policy reads", longest, "data.max_prompt_tokens", response, name))
+        needed.append(
+            ("the policy's prompts have up to", longest, "data.max_prompt_tokens", response, name)
+        )
     response = module.sampling.max_new_tokens
     for slot in ("teacher", "reference"):
         if getattr(module, slot).exists:
             contexts = _contexts(getattr(module, slot), chat, prompt, " a" * response)
             most = max((len(ids) for ids in contexts if ids), default=len(prompt.ids))
             said, key = longest + most - len(prompt.ids), f"max_tokens of model.{slot}.context"
-            needed.append((f"the {slot} reads about", said, key, response, "sampling"))
+            needed.append((f"the {slot}'s prompts have about", said, key, response, "sampling"))
     who, tokens, key, response, sampling = max(needed, key=lambda need: need[1] + need[3])
     if tokens + response > chat.positions:
         _warn(
-            f"model.policy: {chat.tokenizer.name_or_path!r} was made for {chat.positions} tokens, "
-            f"and {who} prompts of {tokens} before responses of {response}: lower {key} or "
-            f"model.{sampling}.max_new_tokens, or take a model with a longer context"
+            f"model.policy: {chat.tokenizer.name_or_path!r} has a context of {chat.positions} "
+            f"tokens, but {who} {tokens} tokens, and a response up to {response} more: lower {key} "
+            f"or model.{sampling}.max_new_tokens, or use a model with a longer context"
         )
 
 
@@ -95,33 +97,34 @@ def _check_rows(chat: Chat, prompt: tuple[int, ...]) -> None:
     )
     if used := sorted(i for i in set(prompt) if i >= chat.rows):
         raise ValueError(
-            f"the chat template of {model!r} writes {_shown(chat, used[0])}, for which the "
-            f"embedding of {chat.rows} rows has none; {remedy}"
+            f"the chat template of {model!r} writes the token {_shown(chat, used[0])}, for which "
+            f"the embedding ({chat.rows} rows) has no row; {remedy}"
         )
     if all(end >= chat.rows for end in chat.eos_ids):
         raise ValueError(
-            f"no response of {model!r} can end: the embedding has {chat.rows} rows, and none for "
-            f"{', '.join(_shown(chat, end) for end in chat.eos_ids)}; set `eos_token_id` in "
-            "generation_config.json to a token that it has"
+            f"no response of {model!r} can end, because the embedding ({chat.rows} rows) has no "
+            f"row for {', '.join(_shown(chat, end) for end in chat.eos_ids)}; set `eos_token_id` "
+            "in generation_config.json to a token that has one"
         )
     without = {i: token for token, i in own.get_vocab().items() if i >= chat.rows}
     if words := sorted(i for i in without if i not in chat.control_ids):
         raise ValueError(
-            f"the tokenizer of {model!r} makes {len(words)} tokens of texts, such as "
-            f"{_shown(chat, words[0])}, for which the embedding of {chat.rows} rows has none; "
+            f"the tokenizer of {model!r} has {len(words)} tokens, such as "
+            f"{_shown(chat, words[0])}, for which the embedding ({chat.rows} rows) has no row; "
             f"{remedy}"
         )
     if without:
         rank_zero_info(
-            f"model.policy: the embedding of {model!r} has {chat.rows} rows, and none for "
+            f"model.policy: the embedding of {model!r} ({chat.rows} rows) has no row for "
             f"{', '.join(_shown(chat, i) for i in sorted(without)[:3])}"
-            f"{f' and {len(without) - 3} more' if len(without) > 3 else ''}: texts that spell them "
-            f"are read as ordinary tokens; if they are wanted, {remedy}"
+            f"{f' and {len(without) - 3} more' if len(without) > 3 else ''}. Texts that contain "
+            f"them are split into ordinary tokens. If you need these tokens, {remedy}"
         )
     if lost := [end for end in chat.eos_ids if end >= min(chat.rows, len(own))]:
         rank_zero_info(
-            f"model.policy: {', '.join(_shown(chat, end) for end in lost)} of `eos_token_id` is no "
-            f"token that {model!r} can say: responses end with the others"
+            f"model.policy: {model!r} cannot generate "
+            f"{', '.join(_shown(chat, end) for end in lost)}, which `eos_token_id` names: "
+            "responses end with the other tokens of `eos_token_id`"
         )
 
 
@@ -134,7 +137,7 @@ def _check_source(module: Any, source: Source) -> None:
     header = _header(chat, prompt, source.name)
     if prompt.has_turns:
         _check_turns(module, prompt)
-    found = [f"the chat template begins responses after {header!r}; they {_end(chat, prompt)}"]
+    found = [f"responses begin after {header!r} of the chat template and {_end(chat, prompt)}"]
     found += [f"padding is {_shown(chat, chat.pad_id)}"]
     if module.teacher.exists:
         found.append(_teacher(module, rendered(prompt, chat), source.name))
@@ -146,8 +149,8 @@ def _check_turns(module: Any, prompt: Prompt) -> None:
     if not module.rollout.plays_episodes:
         world, sampler = type(prompt.verifier).__name__, type(module.rollout).__name__
         raise ValueError(
-            f"{world} answers responses, and {sampler} draws responses of one turn: set "
-            "model.rollout to HFRollout or VLLMRollout, or give it `play`"
+            f"{world} is an environment of several turns, but {sampler} samples one turn: set "
+            "model.rollout to HFRollout or VLLMRollout, or give your rollout a method `play`"
         )
     names = [str(tool["function"]["name"]) for tool in prompt.tools[:1]] or [_WORD]
     for role in prompt.verifier.roles(prompt):
@@ -156,7 +159,9 @@ def _check_turns(module: Any, prompt: Prompt) -> None:
             module.policy.chat.continuation([{"role": role, "content": _WORD} | name], prompt.tools)
         except ValueError as error:
             remedy = "; set `role: user` of the environment" if role == "tool" else ""
-            raise ValueError(f"{error}{remedy}, or take a model whose template can") from error
+            raise ValueError(
+                f"{error}{remedy}, or use a model whose chat template has such turns"
+            ) from error
 
 
 def check_golds(source: Source) -> None:
@@ -248,8 +253,8 @@ def _header(chat: Chat, prompt: Prompt, name: str) -> str:
     for message in prompt.messages:
         if message["content"].strip() not in opened:
             raise ValueError(
-                f"the chat template of {model!r} leaves out what the {message['role']} says in the "
-                f"first prompt of {name!r}; use a template that has such turns"
+                f"the chat template of {model!r} leaves out the text of the role {message['role']} "
+                f"in the first prompt of {name!r}; use a template that writes it"
             )
     # A template without a header may open the assistant's turn with the end of the user's, as
     # Mistral's [/INST] does; then it writes nothing else before the assistant's text.
@@ -309,17 +314,15 @@ def _teacher(module: Any, prompt: Prompt, name: str) -> str:
     chat: Chat = module.policy.chat
     ids = _contexts(module.teacher, chat, prompt, "It is right.")[0]
     if not ids:
-        return "the teacher has no context for a failure beside a success"
+        return "the teacher has no prompt for a wrong response in a group with a right one"
     header = _ids(chat, _header(chat, prompt, name))
     if list(ids[-len(header) :]) != list(prompt.ids[-len(header) :]):
         raise ValueError(
-            f"model.teacher: its prompts do not end as the policy's do ({chat.decode(ids)[-40:]!r})"
-            ", so that it would score another text; render them with `chat.render`"
+            "model.teacher: its prompts must end with the same start of the assistant's turn as "
+            f"the policy's, but end with {chat.decode(ids)[-40:]!r}; render them with `chat.render`"
         )
-    return (
-        f"the teacher's prompt is {len(ids) - len(prompt.ids)} tokens longer than the policy's and "
-        "ends like it, as it must"
-    )
+    more = len(ids) - len(prompt.ids)
+    return f"the teacher's prompt is {more} tokens longer than the policy's and has the same end"
 
 
 def _ids(chat: Chat, text: str) -> list[int]:

@@ -33,8 +33,8 @@ class NoSuccess(_OverBatches):
 
     batches: int = 10
     remedy = (
-        "look at rollouts/ for the format that the verifier does not accept; take easier questions "
-        "or a better policy, or let the teacher read gold solutions (GoldSolution)"
+        "look at rollouts/ to see whether the verifier rejects the policy's format; take easier "
+        "questions or a better policy, or set model.teacher.context to GoldSolution"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -57,14 +57,14 @@ class Mastered(_OverBatches):
     """
 
     share: float = 0.9
-    remedy = "stop here, or take harder questions: batches without a failure teach nothing"
+    remedy = "stop here, or take harder questions: what is always right teaches nothing"
 
     def look(self, past: Series) -> Finding | None:
         now = past.last("solve_all", self.batches)
         if not now > self.share:
             return None
         return Finding(
-            message=f"all responses are right to {now:.0%} of the questions",
+            message=f"{now:.0%} of the questions have only right responses",
             values={"solve_all": now, "share": self.share},
         )
 
@@ -83,7 +83,7 @@ class Truncation(_OverBatches):
     share: float = 0.3
     remedy = (
         "raise model.sampling.max_new_tokens, or ask for shorter responses; look in rollouts/ "
-        "whether they end at all (finish_reason: length)"
+        "whether those that were cut off (finish_reason: length) would have ended"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -137,8 +137,8 @@ class LengthCollapse(_Collapse):
     """
 
     remedy = (
-        "read what is left of the responses in rollouts/; lower the learning rate, or slow the "
-        "teacher (EMA rate, Frozen)"
+        "read the responses in rollouts/; lower the learning rate, or set model.teacher to Frozen "
+        "or to EMA with a lower rate"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -162,8 +162,9 @@ class EntropyCollapse(_Collapse):
     ratio: float = 0.3
     rise: float = 0.1
     remedy = (
-        "lower the learning rate, add an EntropyBonus, or go on from an older checkpoint; a group "
-        "whose responses are all alike teaches nothing"
+        "responses of a group become alike, and nothing is learned from equal ones: lower the "
+        "learning rate, add an EntropyBonus to model.advantage (Blend), or resume from an older "
+        "checkpoint"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -187,8 +188,9 @@ class Agreement(_OverBatches):
     ratio: float = 0.9
     errors: float = 3.0
     remedy = (
-        "stop: the teacher follows a student that fails. Check that a demonstration helps the "
-        "teacher, freeze it (Frozen) or slow it (EMA rate), put a policy gradient beside it "
+        "stop: the student gets worse, and the teacher's weights follow it. See with `scsdpo "
+        "validate --demonstrations` whether a demonstration helps this policy; set model.teacher "
+        "to Frozen or to EMA with a lower rate, add a policy gradient "
         "(configs/methods/sdpo-hybrid.yaml, srpo.yaml), or lower the learning rate"
     )
 
@@ -233,9 +235,10 @@ class EntropyRise(_OverBatches):
     ratio: float = 1.2
     errors: float = 4.0
     remedy = (
-        "stop: what is learned is noise. Run `scsdpo validate --demonstrations` on this policy; "
-        "put a policy gradient beside the teacher (configs/methods/sdpo-hybrid.yaml, srpo.yaml), "
-        "sample at a lower temperature, or lower the learning rate"
+        "stop: the policy only becomes less certain. See with `scsdpo validate --demonstrations` "
+        "whether a demonstration helps this policy; add a policy gradient "
+        "(configs/methods/sdpo-hybrid.yaml, srpo.yaml), lower model.sampling.temperature, or lower "
+        "the learning rate"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -276,8 +279,8 @@ class HeldOutFalls(Rule):
     sudden: float = 0.15
     share: float = 0.5
     remedy = (
-        "stop, and go on from the checkpoint before; lower the learning rate, or compare with the "
-        "same run under configs/methods/grpo.yaml"
+        "stop, and resume from an earlier checkpoint with a lower learning rate, or compare with "
+        "the same run under configs/methods/grpo.yaml"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -312,8 +315,8 @@ class SamplerDrift(_OverBatches):
 
     gap: float = 0.02
     remedy = (
-        "the sampler may have other weights, or compute in another precision: docs/vllm.md; "
-        "SamplerImportance corrects what cannot be helped"
+        "check that the sampler has the trainer's weights and computes in the same precision "
+        "(docs/vllm.md); set model.importance to SamplerImportance to correct what remains"
     )
 
     def look(self, past: Series) -> Finding | None:
@@ -337,8 +340,9 @@ class ImportanceCapped(_OverBatches):
 
     share: float = 0.05
     remedy = (
-        "a corrected distribution is none where weights are cut off: sample from the current "
-        "weights without top-p, top-k and min-p, take fewer updates_per_rollout, or raise the cap"
+        "importance weights at the cap do not correct fully: sample with the current weights "
+        "(model.ahead.batches: 0) and without top_p, top_k and min_p of model.sampling, lower "
+        "model.updates_per_rollout, or raise the cap of model.importance"
     )
 
     def look(self, past: Series) -> Finding | None:

@@ -56,7 +56,7 @@ def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
                 return
             found = parsed(line, *keys)
             if found is None:
-                tell(f"{path}, line {number} is torn, and skipped")
+                tell(f"{path}, line {number} is incomplete and was skipped")
             else:
                 yield found
 
@@ -67,7 +67,7 @@ def whole_object(path: Path, *keys: str) -> dict[str, Any]:
         return {}
     found = parsed(path.read_bytes(), *keys)
     if found is None:
-        tell(f"{path} is torn, and skipped")
+        tell(f"{path} is incomplete and was skipped")
     return found or {}
 
 

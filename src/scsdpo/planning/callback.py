@@ -82,9 +82,9 @@ class MemoryPlan(RolloutCallback):
         took = peak_memory(pl_module.device) + context  # the allocator does not count the context
         rank_zero_info(
             f"plan: the first step took {gib(took)} GiB on rank 0; the plan is "
-            f"{gib(memory_of(seen).peak)} for its mean lengths ({seen.lengths.prompt} tokens in a "
-            f"prompt, {seen.lengths.response} in a response), and {gib(memory_of(setup).peak)} for "
-            "the longest"
+            f"{gib(memory_of(seen).peak)} GiB for its mean lengths ({seen.lengths.prompt} tokens "
+            f"in a prompt, {seen.lengths.response} in a response), and "
+            f"{gib(memory_of(setup).peak)} GiB for the longest prompts and responses"
         )
 
 

@@ -486,8 +486,8 @@ def leave_out_of_ddp(module: nn.Module) -> None:
 def _refuse(stored: Stored) -> None:
     if not stored.is_plain:
         raise ConfigurationError(
-            f"teacher.stored: {stored} is for a whole copy of the weights, and with Lora a teacher "
-            "has none: leave `stored` out"
+            f"model.teacher: `stored` ({stored}) says how a teacher's full copy of the weights is "
+            "kept. With Lora a teacher has no such copy: leave `stored` out"
         )
 
 

@@ -19,7 +19,7 @@ class TextLog:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[list[str]]] = {}
-        self._outage = Outage("text in a logger", Exception, PAUSE)
+        self._outage = Outage("writing text to a logger", Exception, PAUSE)
 
     def write(
         self, trainer: L.Trainer, name: str, row: Sequence[tuple[str, str]], step: int

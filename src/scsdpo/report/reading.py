@@ -68,7 +68,7 @@ class Run:
         except yaml.YAMLError:
             found = None
         if not isinstance(found, dict):
-            tell(f"{self.folder / 'config.yaml'} is torn, and skipped")
+            tell(f"{self.folder / 'config.yaml'} is incomplete and was skipped")
             return {}
         return found
 

@@ -209,6 +209,6 @@ class Rollout(ABC):
 def one_turn(rollout: Rollout) -> str:
     """Error message for an engine that cannot play episodes."""
     return (
-        f"model.rollout: {type(rollout).__name__} draws responses of one turn, but these questions "
-        "have environments that answer responses: use HFRollout or VLLMRollout"
+        f"model.rollout: {type(rollout).__name__} samples responses of one turn, but these "
+        "questions have environments of several turns: use HFRollout or VLLMRollout"
     )

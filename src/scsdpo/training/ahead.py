@@ -327,26 +327,27 @@ def check_ahead(
     """
     if ahead.within_responses and not (ahead.batches and rollout.draws_behind):
         raise ConfigurationError(
-            "model.ahead.within_responses: weights change amid responses only where servers draw "
-            "them while the policy learns: set model.ahead.batches above 0 and model.rollout to "
-            "VLLMRollout with Servers, or within_responses to false"
+            "model.ahead.within_responses: weights can change within a response only if servers "
+            "sample while the policy trains. Set model.ahead.batches above 0 and model.rollout to "
+            "VLLMRollout with Servers, or set within_responses to false"
         )
     if not ahead.batches:
         return
     if not isinstance(data, TaskDataModule):
         raise ConfigurationError(
-            f"model.ahead.batches: {ahead.batches} asks for batches before their turn, which "
-            f"scsdpo.data.TaskDataModule knows and {type(data).__name__} does not: use that, or "
-            "set model.ahead.batches to 0"
+            f"model.ahead.batches: sampling {ahead.batches} batches ahead needs the next "
+            f"questions, which {type(data).__name__} does not give: use "
+            "scsdpo.data.TaskDataModule, or set model.ahead.batches to 0"
         )
     if overfits:
         raise ConfigurationError(
-            "trainer.overfit_batches: the same batches are asked anew and anew, and none is known "
-            "before its turn: set model.ahead.batches to 0"
+            "trainer.overfit_batches: repeats the same batches, which cannot be sampled ahead: set "
+            "model.ahead.batches to 0, or leave trainer.overfit_batches out"
         )
     if isinstance(importance, NoImportance):
         rank_zero_info(
-            f"model.ahead.batches: {ahead.batches}, and nothing corrects for tokens that older "
-            "weights drew: model.importance is NoImportance (docs/ahead.md)"
+            f"model.ahead.batches: {ahead.batches}, so older weights sample some tokens, and "
+            "model.importance is NoImportance, which does not correct for that: set it to "
+            "SamplerImportance (docs/ahead.md)"
         )
     data.ahead = ahead.batches

@@ -87,8 +87,8 @@ def out_of_memory_on_all_ranks(policy: nn.Module) -> Iterator[None]:
         said = str(error)
     if said and is_sharded(policy):
         raise TrainingStopped(
-            f"out of memory ({said}) with weights sharded over devices, where a step cannot be "
-            f"done again: {REMEDY}, or use more devices"
+            f"out of memory ({said}). The weights are sharded, so the step cannot be repeated with "
+            f"fewer tokens at a time: {REMEDY}, or use more devices"
         )
     if bool(all_max(torch.tensor(float(bool(said))))):
         raise OutOfMemory(said or "on another rank", here=bool(said))
@@ -144,7 +144,7 @@ class Budget:
                 hopeless = bool(all_max(torch.tensor(float(hopeless))))
             if hopeless:
                 raise TrainingStopped(
-                    f"out of memory at the smallest budget too ({said}): {self.remedy}"
+                    f"out of memory even with the fewest {self.what} ({said}): {self.remedy}"
                 )
             tried_least = at_least
             if here:

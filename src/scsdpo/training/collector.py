@@ -186,8 +186,9 @@ class Collector:
         if not self._said and (first := next(partial, None)) is not None:
             self._said = True
             rank_zero_info(
-                f"a reward between 0 and 1 ({first:g}): a success is a reward of at least "
-                f"{self.success_threshold:g} (model.success_threshold)"
+                f"the verifier gave a reward between 0 and 1 ({first:g}). A response counts as "
+                "right if its reward is at least model.success_threshold, which is "
+                f"{self.success_threshold:g}"
             )
 
     def close(self) -> None:

@@ -277,10 +277,9 @@ class PolicyOptimizer(L.LightningModule):
         optimizer = self.optimizer(parameters)
         if type(optimizer).__module__.partition(".")[0] == "torchao":
             raise ConfigurationError(
-                f"model.optimizer: a run with torchao's {type(optimizer).__name__} cannot go on "
-                "from its checkpoints, which do not give back quantised states; use "
-                "torch.optim.AdamW, and shards (configs/scale) where its 8 bytes a parameter are "
-                "too many"
+                f"model.optimizer: torchao's {type(optimizer).__name__} is not supported, because "
+                "its quantised states cannot be loaded from a checkpoint: use torch.optim.AdamW. "
+                "If its 8 bytes a parameter do not fit, shard the weights (configs/scale)"
             )
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(self, optimizer)}
 
@@ -552,7 +551,7 @@ class PolicyOptimizer(L.LightningModule):
         fault = non_finite_anywhere(checkpoint["state_dict"])
         if fault or self.steps.under_way:
             raise TrainingStopped(
-                f"{fault or 'an optimizer step was broken off'}; nothing is saved"
+                f"{fault or 'an optimizer step was interrupted'}; no checkpoint is saved"
             )
         self.safe_point.into(checkpoint, self)
         if self.ahead.batches and self.trainer.state.fn == "fit":

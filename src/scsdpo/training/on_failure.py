@@ -75,6 +75,6 @@ def newest_checkpoint(trainer: L.Trainer) -> Path | None:
 
 
 def where_to_resume(trainer: L.Trainer) -> str:
-    """The newest whole checkpoint, in words."""
+    """The newest complete checkpoint, in words."""
     newest = newest_checkpoint(trainer)
-    return f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint yet"
+    return f"the newest complete checkpoint is {newest}" if newest else "there is no checkpoint yet"

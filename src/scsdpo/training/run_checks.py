@@ -232,7 +232,7 @@ def say_what_ended(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
         return
     rest = f" ({' and '.join(missed)} not reached)" if missed else ""
     if 0 <= trainer.max_steps < steps:
-        rest += "; a batch's steps are all taken"
+        rest += "; the steps of the last batch are always completed"
     rank_zero_info(
         f"ended by {' and '.join(reached)}, after {_counted(batches, 'batch')} and "
         f"{_counted(steps, 'optimizer step')}{rest}"

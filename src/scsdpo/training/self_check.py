@@ -134,14 +134,16 @@ def check_model(
     name, seconds = type(policy.language_model).__name__, time.monotonic() - start
     if policy.known.path is not RowPath.SHARED:
         rank_zero_info(
-            f"self-check: {name} runs {policy.known.path.value} ({policy.known.reason}); each "
-            f"prompt runs {sampling.n} times per step, once per response, instead of once"
+            f"self-check: {name} cannot run a prompt once for all its responses "
+            f"({policy.known.reason}). It runs with {policy.known.path.value}: each prompt runs "
+            f"{sampling.n} times per step, which is slower"
         )
     if any(finding.random for finding in findings):
         rank_zero_info(
             f"self-check: {name} draws random numbers in training (dropout, or experts drawn at "
-            "random), so log-probs of the update differ from those of the sampler; set dropout to "
-            "0 where you can"
+            "random), so log-probs of the update differ from those of the sampler; if it is "
+            "dropout, set it to 0 in the model's config.json or in "
+            "model.policy.adapter.lora_dropout"
         )
     if left_out:
         rank_zero_info(f"self-check: {left_out}. Training goes on")
@@ -314,7 +316,7 @@ def _check_against_alone(
     rounded = not exact and _has_experts(policy.language_model)
     differences = [_by_token(x, y) for x, y in zip(here, alone, strict=True)]
     apart = max(float(each.median() if rounded else each.max()) for each in differences)
-    fault = f"rows differ from each row alone by {apart:.2g}"
+    fault = f"rows run together differ from rows run alone by {apart:.2g}"
     near = apart <= (EXACT if exact else ROUNDED)
     return replace(found, apart=apart, fault="" if near else fault)
 
@@ -323,7 +325,7 @@ def _failed(found: PathResult, what: str, error: Exception) -> PathResult:
     """The result that the model cannot do `what` on this path; out of memory is raised again."""
     if is_out_of_memory(error) or isinstance(error, ConfigurationError):
         raise error
-    return replace(found, fault=f"it cannot {what} {found.path}: {first_line(error)}")
+    return replace(found, fault=f"it cannot {what} with {found.path}: {first_line(error)}")
 
 
 def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResult:
@@ -353,7 +355,7 @@ def _check_gradient(policy: CausalLM, rows: Rows, found: PathResult) -> PathResu
         apart, whole = (torch.stack(each).sum() for each in zip(*squares, strict=True))
         gradient = float((apart / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
     wrong = not gradient <= (EXACT if exact else ROUNDED)
-    fault = f"the gradient differs from that of each row alone by {gradient:.2g}" if wrong else ""
+    fault = f"the gradient differs from that of rows run alone by {gradient:.2g}" if wrong else ""
     return replace(found, gradient=gradient, random=random, fault=fault)
 
 
@@ -505,7 +507,7 @@ def _sampled(policy: CausalLM, rows: Rows, rollout: HFRollout, temperature: floa
             isinstance(error, ConfigurationError) and path is not RowPath.SHARED
         ):
             raise
-        return replace(found, fault=f"cannot sample {path.value}: {first_line(error)}")
+        return replace(found, fault=f"cannot sample with {path.value}: {first_line(error)}")
     near = GAP if exact else ROUNDED_GAP
     fault = "" if gap <= near else f"and the trainer differ by {gap:.2g} nats a token"
     return replace(found, apart=gap, fault=fault)

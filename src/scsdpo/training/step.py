@@ -79,7 +79,7 @@ LogitsOf = Callable[[slice, Buffers], TokenLogits]
 
 IDLE_WARNING = 10
 """A warning comes after so many batches in a row with nothing to learn from."""
-NO_CREDIT = "every rollout has weight 0 or no credit, as where all of a group are equally right"
+NO_CREDIT = "every rollout has weight 0 or no credit, as in groups whose rewards are all equal"
 NO_EXAMPLE = "no question has a right response for the warm-up"
 NO_TOKEN = "every token weighs 0"
 NO_GRADIENT = "the gradient is exactly 0"
@@ -93,12 +93,13 @@ REMEDIES = {
         "with model.warmup.steps: 0"
     ),
     NO_TOKEN: (
-        "model.token_weighting gives every token weight 0, as Overlong does where every response "
-        "reaches its cap; raise the cap and model.sampling.max_new_tokens, or choose UniformTokens"
+        "model.token_weighting gives every token weight 0, as Overlong does if all responses are "
+        "cut off: raise model.sampling.max_new_tokens, or set model.token_weighting to "
+        "UniformTokens"
     ),
     NO_GRADIENT: (
-        "the gradient is exactly 0, as where the clip of model.advantage binds at every token or "
-        "the teacher says what the student does"
+        "the gradient is exactly 0. Look at model.advantage, whose clip may apply to every token, "
+        "and at model.teacher, whose distribution may equal the student's"
     ),
 }
 """Reason why a step has nothing to learn from -> what to do about it."""
@@ -107,8 +108,9 @@ _SHOWN_IDLE = ("pass_rate", "truncated")
 LARGEST_GROWTH = 1e3
 """Largest factor by which the weights' norm may grow in one step; more destroys the model."""
 OBJECTIVE_OF_TABLES = (
-    "the objective is measured before the loss, and cannot itself depend on measured tables: "
-    "choose an advantage that reads none, or other token weights"
+    "these token weights read the advantage's value at each token before the loss is computed, "
+    "which this model.advantage cannot give: set model.token_weighting to UniformTokens, or "
+    "choose another model.advantage"
 )
 
 
@@ -425,10 +427,10 @@ class OptimizerSteps(nn.Module):
             TrainingStopped: if weights are not finite, or after `Limits.max_bad_steps` in a row.
         """
         if of_weights:
-            raise TrainingStopped(f"{why}; go on from an older checkpoint")
+            raise TrainingStopped(f"{why}; resume from an older checkpoint with --ckpt_path")
         self.bad += 1
         self.skipped += 1
-        rank_zero_warn(f"step skipped, not finite: {why}")
+        rank_zero_warn(f"step skipped, because its loss or gradient is not finite: {why}")
         log_figures(host, self.prefix, {"skipped": float(self.skipped)})
         if self.bad >= self.limits.max_bad_steps:
             raise TrainingStopped(

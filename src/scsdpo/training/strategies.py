@@ -81,10 +81,11 @@ class Strategies:
             )
         if updates_per_rollout > 1 and self.advantage.has_ratio and self.importance.of_current:
             raise ConfigurationError(
-                f"model.importance: {type(self.importance).__name__} has the ratio to the policy "
-                f"before the first of {updates_per_rollout} updates in it, and so has "
-                f"model.advantage ({type(self.advantage).__name__}), so that it would count twice: "
-                "set model.importance to SamplerImportance, or model.updates_per_rollout to 1"
+                f"model.importance: with model.updates_per_rollout at {updates_per_rollout}, both "
+                f"{type(self.importance).__name__} and model.advantage "
+                f"({type(self.advantage).__name__}) correct for the updates within a batch, which "
+                "would count twice: set model.importance to SamplerImportance, or "
+                "model.updates_per_rollout to 1"
             )
 
     def _check_teachers(self, warms_up: bool) -> None:

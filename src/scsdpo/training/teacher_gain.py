@@ -227,7 +227,9 @@ class TeacherCheck:
             "a policy gradient (configs/methods/sdpo-hybrid.yaml)"
         )
         if self.stop:
-            raise TrainingStopped(f"{said}; model.warmup.check.stop: false trains all the same")
+            raise TrainingStopped(
+                f"{said}. To train all the same, set model.warmup.check.stop to false"
+            )
         rank_zero_warn(said)
 
 

@@ -172,16 +172,16 @@ class Warmup:
         for slot, each in (("teacher", teacher), ("reference", reference)):
             if each.exists and not each.can_begin_anew:
                 raise ConfigurationError(
-                    f"model.warmup: model.{slot} is {type(each).__name__}, whose weights cannot be "
-                    "set to the policy's after the warm-up: choose EMA (with rate 0 it stays as "
-                    "the policy is then), Restart or Live"
+                    f"model.warmup: after the warm-up the weights of model.{slot} are set to the "
+                    f"policy's, which {type(each).__name__} does not support: set model.{slot} to "
+                    "EMA (rate 0 keeps these weights), Restart or Live, or model.warmup.steps to 0"
                 )
         if not teacher.exists or demonstrating_context(teacher.context) is None:
             raise ConfigurationError(
-                "model.warmup: the policy learns to use a demonstration in its teacher's prompt, "
-                f"and model.teacher ({type(teacher).__name__}, "
-                f"{type(teacher.context).__name__}) shows none: set model.warmup.steps to 0, or "
-                "the teacher's context to SiblingDemonstration or GoldSolution"
+                "model.warmup: the warm-up trains on the teacher's prompt with a demonstration in "
+                f"it, and model.teacher ({type(teacher).__name__}, "
+                f"{type(teacher.context).__name__}) shows none: set model.teacher.context to "
+                "SiblingDemonstration or GoldSolution, or model.warmup.steps to 0"
             )
 
 

@@ -359,7 +359,9 @@ class Episodes:
         if job.row.prompt.verifier.replays or not job.turn.past:
             self._todo.appendleft(job)
         else:
-            why = f"{_name(job.row)}: its process was lost, and it does not replay"
+            why = (
+                f"{_name(job.row)}: its process was lost, and its environment does not replay turns"
+            )
             self._answers.append((job.row, failed(why)))
 
     def _lost(self, worker: Worker, why: str, *, hung: bool = False) -> None:

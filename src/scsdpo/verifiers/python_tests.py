@@ -459,6 +459,6 @@ def _check_system() -> None:
         break
     if ends != [None, None]:
         raise ValueError(
-            "the kernel refuses the restrictions that PythonTests runs code under, a system call "
-            f"filter and, where it has it, Landlock ({ends}); allow seccomp in this container"
+            "PythonTests runs code under a system call filter (seccomp) and, if the kernel has it, "
+            f"Landlock. The kernel refuses this ({ends}): allow seccomp in this container"
         )

@@ -108,20 +108,23 @@ class Stage:
         self._close(turn.episode)
         environment = prompt.verifier
         if turn.past and not environment.replays:
-            raise RuntimeError("its process was lost, and it does not replay")
+            raise RuntimeError("its process was lost, and its environment does not replay turns")
         state = environment.begin(prompt)
         held = self._held[turn.episode] = _Held(environment=environment, state=state)
         if not turn.seen:
             return held
         opening = self._tidy(_Opening(environment.opening(prompt, state)))
         if not isinstance(opening, Observation) or digest(opening.messages) != turn.seen[0]:
-            raise RuntimeError("episodes of one prompt do not open alike")
+            raise RuntimeError(
+                "it begins with other messages than another episode of the same prompt: `opening` "
+                "must depend on the prompt only"
+            )
         for response, seen in zip(turn.past, turn.seen[1:], strict=True):
             again = self._tidy(environment.step(prompt, state, response))
             if not isinstance(again, Observation) or digest(again.messages) != seen:
                 raise RuntimeError(
-                    "its process was lost, and it did not answer the same responses in the same "
-                    "way once more: it must say `replays = False`"
+                    "its process was lost, and its environment answered the same responses with "
+                    "other messages than before: set `replays = False`"
                 )
             held.steps += 1
         return held

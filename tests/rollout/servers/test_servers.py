@@ -301,7 +301,7 @@ def test_faulty_responses_are_never_returned(policy, canned, fault, message):
 
 def test_other_ranks_wait_for_rank_0_to_bring_the_weights(policy, canned, ranks):
     canned.answers |= ready() | {"/weight_info": (200, {"weight_version": "default"})}
-    with pytest.raises(TrainingStopped, match="'default', and has not got rank 0's yet"):
+    with pytest.raises(TrainingStopped, match="'default' and not yet those of rank 0"):
         sample(policy, Servers([canned.url], Download(), patience=0.1, timeout=0.1))
 
 

@@ -93,7 +93,10 @@ class Nccl(Delivery):
                 return
             except TransferFailed as error:
                 why = str(error)
-                rank_zero_info(f"weights over NCCL: {why}; trying again, with servers that answer")
+                rank_zero_info(
+                    f"sending weights over NCCL failed ({why}); trying again with the servers that "
+                    "answer"
+                )
         raise TrainingStopped(
             f"sending weights over NCCL failed {_TRIES} times in a row ({why}); no step was taken "
             "on this batch: restart the vLLM servers and resume with --ckpt_path, or use "

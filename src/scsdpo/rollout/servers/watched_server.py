@@ -78,7 +78,7 @@ class WatchedServer:
         """Set the server aside until a later check succeeds."""
         if not self.problem and self.bring is not None:
             rank_zero_info(
-                f"the vLLM server {self.server.url} is not used until it is well again: {problem}"
+                f"the vLLM server {self.server.url} is not used until it works again: {problem}"
             )
         self.ready = self.loading = False
         self.described = None
@@ -140,7 +140,7 @@ class WatchedServer:
     async def _get(self, label: str) -> None:
         """Send the wanted weights to the server, or wait for rank 0 to do it."""
         if self.bring is None:
-            raise Silent(f"has the weights {label!r}, and has not got rank 0's yet")
+            raise Silent(f"has the weights {label!r} and not yet those of rank 0")
         self.described = await self.server.describe()
         self.loading = True
         try:

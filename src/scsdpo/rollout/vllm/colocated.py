@@ -365,7 +365,8 @@ class InProcess(Sink):
 def _check(why: str) -> None:
     if why:
         raise TrainingStopped(
-            f"vLLM in this process {why}, so no responses are drawn: resume with --ckpt_path"
+            f"vLLM in this process {why}, so it cannot sample from the policy: resume with "
+            "--ckpt_path"
         )
 
 

@@ -198,9 +198,9 @@ class MergeRounding:
         self._looked = share is not None
         if share is not None and share < self._ENOUGH:
             rank_zero_info(
-                f"LoRA is merged into {str(dtype).removeprefix('torch.')} weights for vLLM: "
-                f"{share:.0%} of the weights that it changes differ after rounding, the other "
-                "changes are lost; model.rollout.engine.adapter: alone loses none"
+                f"LoRA is merged into {str(dtype).removeprefix('torch.')} weights for vLLM: only "
+                f"{share:.0%} of the weights that LoRA changes still differ after rounding. To "
+                "lose no change, set model.rollout.engine.adapter to alone"
             )
 
 
