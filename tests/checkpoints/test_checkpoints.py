@@ -226,5 +226,5 @@ def test_ranks_do_not_wait_for_ever(agreements, run, monkeypatch):
     monkeypatch.setattr(run, "_PATIENCE", 0.1)
     run.begin_run(agreements[0])
     run.open_window()
-    with pytest.raises(TimeoutError, match="one of them is lost"):
+    with pytest.raises(TimeoutError, match="a rank is lost"):
         run.meet()

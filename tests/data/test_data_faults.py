@@ -268,7 +268,7 @@ def test_a_stream_s_answers_after_the_first_20_000_are_not_checked(tmp_path, mon
 
 
 def broken_mixture(tmp_path, limit, workers=0):
-    """An endless stream, and one of nine questions whose fifth row of ten is torn."""
+    """An endless stream, and one of nine questions whose fifth row of ten is incomplete."""
     path = damaged(tmp_path / "x.jsonl", BROKEN["torn"][0])
     torn = Records(
         path,

@@ -219,7 +219,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_the_run_goes_on(qwen3, small
         run.fit(module(qwen3), data())
     assert run.global_step == 6
     assert sum("saving a checkpoint failed" in str(w.message) for w in warned) == 1
-    assert newest_checkpoint(run) is None  # what is there is torn, and not taken for whole
+    assert newest_checkpoint(run) is None  # what is there is incomplete, and not taken for whole
 
 
 def test_an_older_checkpoint_stays_where_the_newer_does_not_fit(qwen3, tmp_path, monkeypatch):

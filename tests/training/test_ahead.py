@@ -214,9 +214,11 @@ def test_what_is_too_old_or_answers_other_questions_or_sampling_is_asked_again_a
     assert [watch.figures[n]["age_batches_max"] for n in (5, 6, 7)] == [0, 1, 1]
     assert [watch.figures[n]["asked_again"] for n in (5, 6, 7)] == [3, 3, 3]
     watch = Watch()
-    other = learner(qwen3, 3, sampling=Sampling(n=2, max_new_tokens=5))
-    fit(other, tmp_path, 5, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")
-    assert watch.figures[5]["asked_again"] == 3 and watch.figures[5]["age_batches_max"] == 0
+    for change in ({"n": 2}, {"max_new_tokens": 4}, {"top_p": 0.9}, {"stop": ("a",)}):
+        watch = Watch()
+        other = learner(qwen3, 3, sampling=Sampling(**{"n": 4, "max_new_tokens": 5} | change))
+        fit(other, tmp_path, 5, callbacks=[watch], ckpt_path=tmp_path / "old.ckpt")
+        assert watch.figures[5]["asked_again"] == 3 and watch.figures[5]["age_batches_max"] == 0
     watch, questions = Watch(), data(Toys(13))  # in another order
     fit(
         *(learner(qwen3, 3), tmp_path, 5),
@@ -301,7 +303,7 @@ def test_what_waits_is_shared_out_anew_over_another_number_of_ranks(ranks):
         prompt = replace(row.prompts[0], key=f"{q}", ids=(q,))
         rows[q] = replace(row, prompts=(prompt,), ids=row.ids + q, drawn_at=rows[0].drawn_at)
     shares = [rows[rank].cat(rows[rank + before :: before]) for rank in range(before)]
-    stored = _whole(shares)
+    stored = _whole(shares, Sampling())
     for rank in range(after):
         mine = slice(rank, None, after)
         prompts = tuple(replace(row.prompts[0], ids=()) for row in rows[mine])
@@ -317,8 +319,10 @@ def test_what_waits_is_shared_out_anew_over_another_number_of_ranks(ranks):
 def test_a_rank_that_saves_alone_asks_nobody_and_what_another_has_lost_is_lost(monkeypatch):
     row = mixed([0, 0, 1], (Moment(1, 1), Moment(3, 3)), ("a", "b"))
     ahead = DrawnAhead(Ahead(batches=2))
-    ahead.load({"moved": 3, "asked_again": 0, "batches": {4: _whole([row]), 5: _whole([row])}})
-    host = SimpleNamespace(batches=torch.tensor(4), sampling=Sampling(n=1), finish=None)
+    sampling = Sampling(n=1)
+    batches = {number: _whole([row], sampling.at(number)) for number in (4, 5)}
+    ahead.load({"moved": 3, "asked_again": 0, "batches": batches})
+    host = SimpleNamespace(batches=torch.tensor(4), sampling=sampling, finish=None)
     ahead.responses(host, row.prompts, [row.prompts], step=3)  # batch 4; 5 waits
     assert ahead.saved(host, 3, under_way=False, alone=False)["batches"].keys() == {5}
     monkeypatch.setattr("scsdpo.training.ahead.rank_and_size", lambda: (0, 2))

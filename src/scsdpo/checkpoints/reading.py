@@ -46,7 +46,7 @@ class Saved:
         """Read a checkpoint, which may be sharded; then no tensor of it is read.
 
         Raises:
-            ValueError: if there is none, it is torn, or it was not written by `scsdpo fit`.
+            ValueError: if there is none, it is incomplete, or it was not written by `scsdpo fit`.
         """
         sharded = shards.is_folder(path)
         if path.is_dir() and not sharded:
@@ -76,7 +76,7 @@ class Saved:
         """Write weights into `tensors`, by their names.
 
         Raises:
-            ValueError: if the checkpoint is torn.
+            ValueError: if the checkpoint is incomplete.
         """
         if self.path.is_dir():
             shards.fill(tensors, self.path)
@@ -86,7 +86,7 @@ class Saved:
 
 
 def number(path: Path) -> int | None:
-    """`Saved.number` of any checkpoint of Lightning; None if it is torn or no checkpoint."""
+    """`Saved.number` of any checkpoint of Lightning; None if it is incomplete or no checkpoint."""
     try:
         if path.is_dir():
             shards.tables(path)

@@ -133,7 +133,7 @@ def read(
         optimizer: False: optimizer states are not read.
 
     Raises:
-        ValueError: if the folder is torn.
+        ValueError: if the folder is incomplete.
     """
     table = tables(path)
     content: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
@@ -158,7 +158,7 @@ def fill(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write the folder's weights into `tensors`, by name, in a single process.
 
     Raises:
-        ValueError: if the folder is torn.
+        ValueError: if the folder is incomplete.
     """
     _fill({f"{_WEIGHTS}.{name}": tensor for name, tensor in tensors.items()}, path, together=False)
 
@@ -167,7 +167,7 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a folder's weights, on `meta`.
 
     Raises:
-        ValueError: if the folder is torn.
+        ValueError: if the folder is incomplete.
     """
     return {name: _empty(stored, "meta") for name, stored in _of(tables(path), _WEIGHTS).items()}
 
@@ -176,7 +176,7 @@ def tables(path: Path) -> StoredTensors:
     """Shape and dtype of each tensor in a folder, without reading them.
 
     Raises:
-        ValueError: if the folder is torn: one of its files is missing or cut short.
+        ValueError: if the folder is incomplete: one of its files is missing or cut short.
     """
     try:
         known = _Reader(path).read_metadata()

@@ -70,7 +70,7 @@ class JsonLines:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last line; empty if there is none or it is torn."""
+        """The last line; empty if there is none or it is incomplete."""
         return parsed(self._tail()) or {}
 
     def _tail(self) -> bytes:

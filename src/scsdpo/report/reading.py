@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.yaml; empty if it is torn."""
+        """The content of config.yaml; empty if it is incomplete."""
         try:
             found = yaml.safe_load(self.config_text) or {}
         except yaml.YAMLError:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -68,14 +68,20 @@ class _Waiting:
 
     Args:
         drawing: its responses, or those that are on their way.
-        asked: key and copy of each of this rank's questions.
+        asked: this rank's questions.
+        sampling: how they were to be answered.
         moments: by label, when weights were the newest: of all that may draw it.
     """
 
     def __init__(
-        self, drawing: Drawing, asked: Sequence[tuple[str, int]], moments: Mapping[str, Moment]
+        self,
+        drawing: Drawing,
+        asked: Sequence[Prompt],
+        sampling: Sampling,
+        moments: Mapping[str, Moment],
     ) -> None:
-        self._drawing, self._moments, self.asked = drawing, moments, asked
+        self._drawing, self._moments = drawing, moments
+        self.asked, self.sampling = _questions(asked), sampling
         self._responses: Responses | None = None
 
     @property
@@ -98,9 +104,9 @@ class _Waiting:
         return self._responses
 
     @classmethod
-    def of(cls, responses: Responses) -> "_Waiting":
+    def of(cls, responses: Responses, sampling: Sampling) -> "_Waiting":
         """Responses of a checkpoint."""
-        waiting = cls(Drawn(responses), _questions(responses.prompts), {})
+        waiting = cls(Drawn(responses), responses.prompts, sampling, {})
         waiting._responses = responses
         return waiting
 
@@ -182,12 +188,13 @@ class DrawnAhead:
         return due.responses(host.finish, now)
 
     def _ask(self, host: Host, number: int, prompts: Sequence[Prompt], now: Moment) -> _Waiting:
-        drawing = host.begin(prompts, host.sampling.at(number))
+        sampling = host.sampling.at(number)
+        drawing = host.begin(prompts, sampling)
         least = now.batch - self.most
         for label in [label for label, at in self._moments.items() if at.batch < least]:
             del self._moments[label]
         self._moments[drawing.label] = now
-        return _Waiting(drawing, _questions(prompts), self._moments)
+        return _Waiting(drawing, prompts, sampling, self._moments)
 
     def _usable(
         self, asked: Mapping[int, Sequence[Prompt]], host: Host, now: Moment
@@ -198,10 +205,11 @@ class DrawnAhead:
         unfit = []
         for number in sorted(self._queue.known & asked.keys()):
             each = self._queue.waiting.get(number)
-            if number in self._queue.stored:
-                stored = self._queue.stored[number]
+            stored = self._queue.stored.get(number, {})
+            if "sampling" in stored:  # else it is of a checkpoint of version 0.2 or older
                 share = _share(stored, asked[number], slice(rank, None, ranks))
-                each = None if share is None else _Waiting.of(share)
+                sampling = Sampling(**stored["sampling"])
+                each = None if share is None else _Waiting.of(share, sampling)
             if each is not None and each.asked != _questions(asked[number]):
                 each = None  # fitted before, with other data
             found[number] = each
@@ -210,8 +218,7 @@ class DrawnAhead:
                 continue
             responses = each.responses(host.finish, now)
             unfit.append(
-                responses.ids.shape[1] != host.sampling.n
-                or responses.temperature != host.sampling.temperature
+                each.sampling != host.sampling.at(number)
                 or any(now.batch - at.batch > self.most for at in responses.drawn_at)
             )
         pairs = zip(found.items(), _anywhere(unfit), strict=True)
@@ -257,9 +264,10 @@ class DrawnAhead:
                     with suppress(TrainingStopped):  # said when its turn comes
                         own[number] = waiting.responses(host.finish, now)
             shares = all_gather([own])
-            for number in queue.waiting:
+            for number, waiting in queue.waiting.items():
                 if all(number in share for share in shares):
-                    batches[number] = _whole([share[number] for share in shares])
+                    each = [share[number] for share in shares]
+                    batches[number] = _whole(each, waiting.sampling)
         again = queue.asked_again + len(queue.known) - len(batches)
         return {"moved": queue.moved, "asked_again": again, "batches": batches}
 
@@ -284,8 +292,8 @@ def _questions(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
     return [(prompt.key, prompt.copy) for prompt in prompts]
 
 
-def _whole(shares: Sequence[Responses]) -> dict[str, Any]:
-    """A batch of which rank r of R has the questions r, r + R, ..."""
+def _whole(shares: Sequence[Responses], sampling: Sampling) -> dict[str, Any]:
+    """A batch of which rank r of R has the questions r, r + R, ..., and how it was sampled."""
     ranks, together = len(shares), shares[0].cat(shares[1:])
     starts = list(accumulate((len(share.prompts) for share in shares), initial=0))
     order = [starts[p % ranks] + p // ranks for p in range(starts[-1])]
@@ -293,7 +301,7 @@ def _whole(shares: Sequence[Responses]) -> dict[str, Any]:
     questions = [
         {"key": p.key, "copy": p.copy, "messages": p.messages, "ids": p.ids} for p in batch.prompts
     ]
-    return {"questions": questions, "responses": plain(batch)}
+    return {"questions": questions, "responses": plain(batch), "sampling": asdict(sampling)}
 
 
 def _share(stored: Mapping[str, Any], prompts: Sequence[Prompt], mine: slice) -> Responses | None:

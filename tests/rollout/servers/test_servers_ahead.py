@@ -155,7 +155,7 @@ def test_weights_may_change_amid_responses_whose_tokens_say_which_drew_them(
 def test_weights_that_change_amid_responses_need_servers(qwen3, tmp_path):
     for batches in (0, 1):
         model = learner(qwen3, batches, ahead=Ahead(batches=batches, within_responses=True))
-        with pytest.raises(ConfigurationError, match=r"within_responses: .* only where servers"):
+        with pytest.raises(ConfigurationError, match=r"within_responses: .* only if servers"):
             trainer(tmp_path).fit(model, data())
 
 
