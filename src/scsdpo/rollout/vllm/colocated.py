@@ -38,7 +38,7 @@ _WORK = _GIB
 """Rough number of bytes that vLLM takes in addition: activations, logits, CUDA graphs."""
 _MISSING = (
     "model.rollout: VLLMRollout needs vLLM, which is not installed here: use HFRollout, or make an "
-    "environment with it (docs/vllm.md, Install)"
+    "environment with it (docs/vllm.md, Installing)"
 )
 _ADAPTER = "policy"
 """Name of the adapter in vLLM."""
