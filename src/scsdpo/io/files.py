@@ -62,7 +62,7 @@ def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
 
 
 def whole_object(path: Path, *keys: str) -> dict[str, Any]:
-    """The object in a file of JSON, with these keys; empty if there is no file, or it is incomplete."""
+    """The object in a file of JSON, with these keys; empty if there is none, or it is incomplete."""
     if not path.exists():
         return {}
     found = parsed(path.read_bytes(), *keys)
@@ -72,7 +72,7 @@ def whole_object(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def parsed(line: bytes, *keys: str) -> dict[str, Any] | None:
-    """The object of a line that has these keys; None: it is incomplete. Leading NULs are ignored."""
+    """The object of a line, with these keys; None: it is incomplete. Leading NULs are ignored."""
     try:
         found = json.loads(line.strip(b"\0"))
     except (ValueError, RecursionError):
