@@ -62,7 +62,7 @@ def whole_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
 
 
 def whole_object(path: Path, *keys: str) -> dict[str, Any]:
-    """The object in a file of JSON, with these keys; empty if there is none, or it is incomplete."""
+    """The object in a JSON file, with these keys; empty if there is none, or it is incomplete."""
     if not path.exists():
         return {}
     found = parsed(path.read_bytes(), *keys)
