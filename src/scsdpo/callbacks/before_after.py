@@ -51,8 +51,9 @@ class BeforeAfter(L.Callback):
             return
         folder = Path(log_dir) if log_dir is not None else None
         result = {"before": self.before, "after": self.after, "steps": trainer.global_step}
+        text = json.dumps(result, indent=2) + "\n"
         if folder is not None and not Outage("before_after.json", OSError).attempt(
-            partial(_write, folder, result)
+            partial(write_whole, folder / "before_after.json", text)
         ):
             folder = None
         Outage("printing the table at the end", Exception).attempt(
@@ -70,10 +71,6 @@ class BeforeAfter(L.Callback):
         console.print(f"{trainer.global_step} optimizer step{plural} taken{why}", soft_wrap=True)
         if folder is not None:
             console.print(f"files of this run: {folder}", soft_wrap=True)
-
-
-def _write(folder: Path, result: Mapping[str, object]) -> None:
-    write_whole(folder / "before_after.json", json.dumps(result, indent=2) + "\n")
 
 
 def before_after_table(

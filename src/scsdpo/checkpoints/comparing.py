@@ -62,7 +62,7 @@ class Change:
 
     @property
     def consequence(self) -> Consequence | None:
-        """What follows from the change; None: the key does not affect a run."""
+        """The consequence of this change; None: the key does not affect a run."""
         if self.key == "model.optimizer":  # another class, whose state has another form
             return Consequence.REFUSE
         parts = self.key.split(".")

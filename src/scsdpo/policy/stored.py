@@ -18,7 +18,7 @@ _PIECE = 2**22
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where and in which dtype a teacher's own copy of the weights is kept. P parameters take
+    """The device and the dtype that hold a teacher's own copy of the weights. P parameters take
 
         bytes = P * (4 or 2), on the device or on the host
 

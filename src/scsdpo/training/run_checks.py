@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -45,9 +45,6 @@ from scsdpo.metrics import MODEL_PHASES, PHASES, SHOWN_TURNS
 from scsdpo.policy import Unquantized
 from scsdpo.policy.quantization import IN_SHARDS
 
-if TYPE_CHECKING:
-    from scsdpo.training.module import PolicyOptimizer
-
 T = TypeVar("T")
 
 _PRECISIONS = ("32-true", "bf16-mixed")
@@ -77,7 +74,7 @@ _MOST_STEPS = 100_000
 """Steps of a schedule that are tried, at most."""
 
 
-def check_settings(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
+def check_settings(trainer: L.Trainer, module: Any) -> None:
     """Check the settings that do not depend on the data.
 
     Args:
@@ -155,7 +152,7 @@ def check_strategy(kind: type) -> None:
         )
 
 
-def check_course(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
+def check_course(trainer: L.Trainer, module: Any) -> None:
     """Check schedule, validations and monitors against the length of the run.
 
     Args:
@@ -206,7 +203,7 @@ def check_course(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
             callback.strict = False  # the metric will come, though perhaps not at the first look
 
 
-def say_what_ended(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
+def say_what_ended(trainer: L.Trainer, module: Any) -> None:
     """Print the limit that ended a run, and the limits that it did not reach."""
     steps, batches = trainer.global_step, int(module.batches)
     progress: Any = trainer.fit_loop.epoch_progress.current
@@ -239,9 +236,7 @@ def say_what_ended(trainer: L.Trainer, module: "PolicyOptimizer") -> None:
     )
 
 
-def _say_unreached(
-    trainer: L.Trainer, module: "PolicyOptimizer", epoch: int, batches: float
-) -> None:
+def _say_unreached(trainer: L.Trainer, module: Any, epoch: int, batches: float) -> None:
     """Print that `max_epochs` ends the run before `max_steps`, where both are set."""
     most = batches * module.updates_per_rollout
     if not 0 < most < trainer.max_steps:
@@ -298,23 +293,25 @@ def _validates(trainer: L.Trainer) -> bool:
 
 def _first_validation(trainer: L.Trainer, epoch: int) -> float:
     """Number of batches before the first validation; 0 where an interval of time is given."""
-    every: Any = trainer.val_check_interval
-    if not isinstance(every, int | float):
-        return 0.0
-    if trainer.check_val_every_n_epoch is None:
-        return every
-    within = every if isinstance(every, int) else max(int(epoch * every), 1)
-    return (trainer.check_val_every_n_epoch - 1) * epoch + within
-
-
-def _say_no_start(trainer: L.Trainer, module: "PolicyOptimizer", epoch: int) -> None:
-    """Say so if no validation falls at the end of the warm-up, with which a gain is compared."""
-    steps = module.warmup.settings.steps if module.warmup is not None else 0
-    every: Any = trainer.val_check_interval
-    if steps == 0 or not isinstance(every, int | float):
-        return
+    within = _validation_interval(trainer, epoch) or 0
     rounds = trainer.check_val_every_n_epoch
-    within = every if isinstance(every, int) else max(int(epoch * every), 1)
+    return within if rounds is None or not within else (rounds - 1) * epoch + within
+
+
+def _validation_interval(trainer: L.Trainer, epoch: int) -> int | None:
+    """Batches from one validation to the next; None where an interval of time is given."""
+    every: Any = trainer.val_check_interval
+    if isinstance(every, float):
+        return max(int(epoch * every), 1)
+    return every if isinstance(every, int) else None
+
+
+def _say_no_start(trainer: L.Trainer, module: Any, epoch: int) -> None:
+    """Say so if no validation falls at the end of the warm-up, with which a gain is compared."""
+    steps: int = module.warmup.settings.steps if module.warmup is not None else 0
+    within, rounds = _validation_interval(trainer, epoch), trainer.check_val_every_n_epoch
+    if steps == 0 or within is None:
+        return
     before = 0 if rounds is None else (steps - 1) // epoch  # whole epochs before the one it ends in
     missed = (steps - before * epoch) % within or (rounds is not None and (before + 1) % rounds)
     if missed:
@@ -343,7 +340,7 @@ def made(key: str, make: Callable[[], T]) -> T:
         raise ConfigurationError(f"{key}: {first_line(error)}") from error
 
 
-def _try_optimizer(module: "PolicyOptimizer", device: torch.device) -> None:
+def _try_optimizer(module: Any, device: torch.device) -> None:
     """Take a step of the configured optimizer on a small matrix."""
     weight = nn.Parameter(torch.zeros(2, 2, device=device))
     optimizer = module.optimizer([weight])
@@ -362,7 +359,7 @@ def is_plateau(schedule: object) -> bool:
     return isinstance(schedule, PlateauWithoutMonitor)
 
 
-def make_schedule(module: "PolicyOptimizer", optimizer: torch.optim.Optimizer) -> Any:
+def make_schedule(module: Any, optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate's schedule.
 
     Raises:
@@ -378,7 +375,7 @@ def make_schedule(module: "PolicyOptimizer", optimizer: torch.optim.Optimizer) -
     return schedule
 
 
-def _try_schedule(module: "PolicyOptimizer", steps: float) -> None:
+def _try_schedule(module: Any, steps: float) -> None:
     """Step the schedule through the whole run, at most `_MOST_STEPS` steps.
 
     Raises:
@@ -415,7 +412,7 @@ def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def _monitors(trainer: L.Trainer, module: "PolicyOptimizer") -> Iterator[tuple[str, str]]:
+def _monitors(trainer: L.Trainer, module: Any) -> Iterator[tuple[str, str]]:
     """(key, metric) of each callback and schedule that monitors a metric."""
     for callback in _callbacks(trainer):
         if isinstance(callback, Checkpoint) and callback.monitor is not None:
@@ -427,13 +424,13 @@ def _monitors(trainer: L.Trainer, module: "PolicyOptimizer") -> Iterator[tuple[s
         yield "model.lr_scheduler.monitor", schedule.monitor
 
 
-def _foreign(trainer: L.Trainer, module: "PolicyOptimizer") -> bool:
+def _foreign(trainer: L.Trainer, module: Any) -> bool:
     """True if a class of the user's may log figures that are not listed here."""
     parts = [module, *_callbacks(trainer)]
     return any(not f"{type(part).__module__}.".startswith(_OURS) for part in parts)
 
 
-def _check_name(key: str, metric: str, trainer: L.Trainer, module: "PolicyOptimizer") -> None:
+def _check_name(key: str, metric: str, trainer: L.Trainer, module: Any) -> None:
     k, known = module.val_sampling.n, [f"train/{name}" for name in _TRAIN]
     known.append(f"train/{module.steps.objective_name}")
     accuracy = _ACCURACY.fullmatch(metric)

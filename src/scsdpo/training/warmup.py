@@ -8,7 +8,7 @@ prompt with a demonstration in it. It is supervised, and uses the same update as
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -33,9 +33,6 @@ from scsdpo.training.teacher_gain import (
 )
 from scsdpo.types import Judged, Prompt, Responses, TeacherContexts, Verdict
 from scsdpo.weighting import UniformTokens
-
-if TYPE_CHECKING:
-    from scsdpo.training.module import PolicyOptimizer
 
 NAME = "warmup"
 """Prefix of its figures in the log."""
@@ -255,7 +252,7 @@ class WarmupStage(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("over", torch.zeros((), dtype=torch.bool))
 
-    def goes_on(self, host: "PolicyOptimizer", measure: Callable[[str, str], TeacherGain]) -> bool:
+    def goes_on(self, host: Any, measure: Callable[[str, str], TeacherGain]) -> bool:
         """Decide whether the next batch belongs to the warm-up; measure where that is due.
 
         Args:
@@ -271,12 +268,11 @@ class WarmupStage(nn.Module):
         if last:
             for teacher in self._teachers:
                 teacher.begin_anew(host.policy)
-            optimizer: Any = host.optimizers()
-            optimizer.state.clear()  # its moments are of another loss's gradients
+            host.optimizers().state.clear()  # its moments are of another loss's gradients
             self.over.fill_(True)
         return not last
 
-    def step(self, host: "PolicyOptimizer", prompts: Sequence[Prompt]) -> None:
+    def step(self, host: Any, prompts: Sequence[Prompt]) -> None:
         """Learn from examples of a batch's questions; a batch without any takes no step.
 
         Args:
